@@ -1,0 +1,71 @@
+#include "core/check.h"
+
+#include <cstdarg>
+#include <cstdio>
+
+#include "core/rank.h"
+
+namespace pith {
+
+std::string text(const char* format, ...) {
+    va_list args, again;
+    va_start(args, format);
+    va_copy(again, args);
+    const int n = vsnprintf(nullptr, 0, format, args);
+    va_end(args);
+    std::string out(n > 0 ? n : 0, '\0');
+    vsnprintf(out.data(), out.size() + 1, format, again);
+    va_end(again);
+    return out;
+}
+
+static std::string compose(const std::string& place, const std::string& what,
+                           const std::string& remedy) {
+    std::string message = place + ": " + what;
+    if (!remedy.empty()) message += ". Try: " + remedy;
+    return message;
+}
+
+void bad_input(const std::string& place, const std::string& what, const std::string& remedy) {
+    throw Error(kExitBadInput, compose(place, what, remedy));
+}
+
+void failed(const std::string& place, const std::string& what, const std::string& remedy) {
+    throw Error(kExitFailed, compose(place, what, remedy));
+}
+
+std::string describe(const Tensor& t) {
+    if (!t.defined()) return "undefined tensor";
+    std::string s = "[";
+    for (int i = 0; i < t.dim.rank; i++)
+        s += (i ? "," : "") + std::to_string(static_cast<long long>(t.dim[i]));
+    s += text("] %s %s, ", name_of(t.dtype), name_of(t.device));
+    if (t.name[0]) return s + t.name;
+    return s + text("made at %s:%d", t.made.file, t.made.line);
+}
+
+// Where the rank stands, for the end of an op's error.
+static std::string standing(const Rank& rank) {
+    const Status* s = rank.status;
+    if (!s || s->layer < 0) return text("rank %d", rank.id);
+    return text("rank %d, layer %d, stage %d, micro-batch %d", rank.id, s->layer, s->stage,
+                s->micro_batch);
+}
+
+void check(const Rank& rank, const char* op, At at, std::initializer_list<Need> needs,
+           std::initializer_list<const Tensor*> tensors) {
+    if (rank.status) {
+        rank.status->op = op;
+        rank.status->file = at.file;
+        rank.status->line = at.line;
+    }
+    for (const Need& need : needs) {
+        if (need.holds) continue;
+        std::string got;
+        for (const Tensor* t : tensors) got += (got.empty() ? "" : "; ") + describe(*t);
+        failed(text("%s:%d: %s", at.file, at.line, op),
+               text("need %s (got %s; %s)", need.what, got.c_str(), standing(rank).c_str()));
+    }
+}
+
+}  // namespace pith

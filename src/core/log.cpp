@@ -1,0 +1,114 @@
+#include "core/log.h"
+
+#include <unistd.h>
+
+#include <chrono>
+#include <cmath>
+#include <cstdarg>
+#include <cstdio>
+#include <ctime>
+#include <mutex>
+
+#include "core/check.h"
+
+namespace pith {
+
+// The log sink: one a process, because every rank's thread writes to it.
+static std::mutex sink_mutex;
+static FILE* sink_file = nullptr;
+static bool progress_drawn = false;
+
+static void log_line(const char* level, const char* format, va_list args) {
+    va_list again;
+    va_copy(again, args);
+    std::string message(vsnprintf(nullptr, 0, format, args), '\0');
+    vsnprintf(message.data(), message.size() + 1, format, again);
+    va_end(again);
+    const time_t now = time(nullptr);
+    tm parts;
+    localtime_r(&now, &parts);
+    char stamp[32];
+    strftime(stamp, sizeof stamp, "%Y-%m-%d %H:%M:%S", &parts);
+    std::lock_guard lock(sink_mutex);
+    if (progress_drawn) fprintf(stderr, "\r\033[K");
+    progress_drawn = false;
+    fprintf(stderr, "%s | %s | %s\n", stamp, level, message.c_str());
+    if (!sink_file) return;
+    fprintf(sink_file, "%s | %s | %s\n", stamp, level, message.c_str());
+    fflush(sink_file);
+}
+
+void log_info(const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    log_line("INFO", format, args);
+    va_end(args);
+}
+
+void log_warning(const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    log_line("WARNING", format, args);
+    va_end(args);
+}
+
+void log_to_file(const std::string& path) {
+    std::lock_guard lock(sink_mutex);
+    if (sink_file) fclose(sink_file);
+    sink_file = nullptr;
+    if (path.empty()) return;
+    sink_file = fopen(path.c_str(), "a");
+    if (!sink_file) failed(path, "cannot be opened for the log", "a folder that can be written to");
+}
+
+double now_s() {
+    const auto t = std::chrono::steady_clock::now().time_since_epoch();
+    return std::chrono::duration<double>(t).count();
+}
+
+Progress::Progress(std::string what, double total, std::string unit)
+    : what_(std::move(what)), unit_(std::move(unit)), total_(total), start_s_(now_s()),
+      last_s_(start_s_), terminal_(isatty(2)) {}
+
+void Progress::update(double done, const std::string& extra) {
+    const double now = now_s();
+    if (now - last_s_ < (terminal_ ? 0.2 : 10.0)) return;
+    last_s_ = now;
+    const double rate = done / std::max(now - start_s_, 1e-9);
+    std::string line = text("%s %.1f", what_.c_str(), done);
+    if (total_ > 0) line += text("/%.1f", total_);
+    line += text(" %s (%.1f/s", unit_.c_str(), rate);
+    if (total_ > done && rate > 0) line += ", " + duration_text((total_ - done) / rate) + " left";
+    line += ")" + (extra.empty() ? "" : " " + extra);
+    if (!terminal_) return log_info("%s", line.c_str());
+    std::lock_guard lock(sink_mutex);
+    fprintf(stderr, "\r\033[K%s", line.c_str());
+    progress_drawn = drawn_ = true;
+}
+
+void Progress::finish(const std::string& summary) { log_info("%s", summary.c_str()); }
+
+std::string with_commas(int64_t value) {
+    std::string digits = std::to_string(value < 0 ? -value : value), out;
+    for (size_t i = 0; i < digits.size(); i++) {
+        if (i && (digits.size() - i) % 3 == 0) out += ',';
+        out += digits[i];
+    }
+    return value < 0 ? "-" + out : out;
+}
+
+std::string duration_text(double seconds) {
+    const long s = std::lround(seconds);
+    if (s < 60) return text("%ld s", s);
+    if (s < 3600) return text("%ld min %ld s", s / 60, s % 60);
+    return text("%ld h %ld min", s / 3600, s / 60 % 60);
+}
+
+std::string bytes_text(double bytes) {
+    const char* unit[] = {"B", "KiB", "MiB", "GiB", "TiB"};
+    int i = 0;
+    while (bytes >= 1024 && i < 4) bytes /= 1024, i++;
+    return text(i ? "%.2f %s" : "%.0f %s", bytes, unit[i]);
+}
+
+}  // namespace pith

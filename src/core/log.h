@@ -1,0 +1,37 @@
+// log: one line on the terminal and in the run's log.txt; never from two threads at once.
+#pragma once
+#include <string>
+
+namespace pith {
+
+// "2026-11-22 10:00:00 | INFO | ..." on standard error and, once opened, in the log file.
+[[gnu::format(printf, 1, 2)]] void log_info(const char* format, ...);
+[[gnu::format(printf, 1, 2)]] void log_warning(const char* format, ...);
+
+// Appends all later lines to `path` too; an empty path closes the file. Throws Error if it cannot be
+// opened.
+void log_to_file(const std::string& path);
+
+// Seconds of a monotonic clock.
+double now_s();
+
+// Progress of long work: on a terminal one line that is redrawn, else a plain line every 10 s.
+// `done` and `total` share a unit; total 0 means unknown. finish() leaves the last state visible.
+class Progress {
+  public:
+    Progress(std::string what, double total, std::string unit);
+    void update(double done, const std::string& extra = "");
+    void finish(const std::string& summary);
+
+  private:
+    std::string what_, unit_;
+    double total_, start_s_, last_s_;
+    bool terminal_, drawn_ = false;
+};
+
+// "1,234,567"; "3 min 20 s"; "1.50 GiB".
+std::string with_commas(int64_t value);
+std::string duration_text(double seconds);
+std::string bytes_text(double bytes);
+
+}  // namespace pith

@@ -1,0 +1,94 @@
+// tape: reverse-mode differentiation over a visible list of plain nodes.
+//
+// An op runs its forward and pushes one Node. bx computes input gradients, bw weight gradients; both
+// are captureless functions, so what a node keeps alive is exactly its two lists. Gradients live in
+// the tape with the activation's dtype: the first writer assigns, later ones add, and they are freed
+// once the producer's bx has run. There is one tape per (chunk, micro-batch).
+// defines: TensorList, Node, Tape, record, add_grad, grad_slot, backward, weight_grads
+#pragma once
+#include <vector>
+
+#include "core/tensor.h"
+
+namespace pith {
+
+// Up to eight tensors by value.
+struct TensorList {
+    static constexpr int kMax = 8;
+    TensorList() = default;
+    TensorList(std::initializer_list<Tensor> ts) {
+        for (const Tensor& t : ts) push(t);
+    }
+    void push(const Tensor& t);
+    void clear() {
+        for (int i = 0; i < count; i++) item[i] = Tensor{};
+        count = 0;
+    }
+    Tensor& operator[](int i) { return item[i]; }
+    const Tensor& operator[](int i) const { return item[i]; }
+    Tensor item[kMax];
+    int count = 0;
+};
+
+struct Node {
+    const char* op = "";
+    At at;               // the caller's line
+    int layer = -1;      // where the rank stood when it was recorded
+    int stage = 0;
+    TensorList in;       // inputs, as meta: where gradients go
+    TensorList out;      // outputs, as meta
+    TensorList grad;     // during bx and bw: the outputs' gradients; undefined where none arrived
+    TensorList bx_keep;  // values that bx needs; released after bx
+    TensorList bw_keep;  // values that bw needs; released after bw
+    double f[4] = {};    // scalars: eps, scale, ...
+    int64_t i[8] = {};   // integers: sizes, flags, ...
+    void (*bx)(Rank&, Node&) = nullptr;
+    // Weight gradients of n nodes that share op and weights (one a deferred micro-batch), in order.
+    void (*bw)(Rank&, Node* const* nodes, int n) = nullptr;
+    bool bw_done = false;
+};
+
+struct Tape {
+    std::vector<Node> nodes;
+    std::vector<Tensor> grads;  // by variable
+    int new_var() {
+        grads.emplace_back();
+        return static_cast<int>(grads.size()) - 1;
+    }
+    int size() const { return static_cast<int>(nodes.size()); }
+    void clear() {
+        nodes.clear();
+        grads.clear();
+    }
+};
+
+// Records a node if the rank has a tape and an input needs a gradient: gives the outputs variables
+// and returns the node, to be completed by the caller at once; else returns null. The pointer is
+// valid until the next record().
+Node* record(Rank& rank, const char* op, At at, std::initializer_list<Tensor> in,
+             std::initializer_list<Tensor*> out);
+
+// Makes `t` a variable of the rank's current tape: a leaf whose gradient is read with grad_of.
+void make_leaf(Rank& rank, Tensor& t);
+// The gradient that has arrived for `t`, or an undefined tensor.
+Tensor grad_of(const Tape& tape, const Tensor& t);
+
+// Adds `g` (t's shape and dtype) to the gradient of `t`: assigned if it is the first (g's storage is
+// taken over, so the caller must not write to it again), summed into a weight's accumulator if `t`
+// is a weight, ignored if no gradient flows to `t`.
+void add_grad(Rank& rank, const Tensor& t, Tensor g);
+// For ops that write a gradient in place: the buffer to write, and whether to add to it. A weight's
+// slot is its accumulator (always add). Undefined if no gradient flows to `t`.
+struct GradSlot {
+    Tensor grad;
+    bool add = false;
+};
+GradSlot grad_slot(Rank& rank, const Tensor& t, At at = At::here());
+
+// Walks nodes [begin, end) of the rank's tape in reverse: bx, then bw unless `defer_weights`. Nodes
+// none of whose outputs has a gradient are skipped. Deferred nodes keep bw_keep and grad.
+void backward(Rank& rank, int begin, int end, bool defer_weights = false);
+// Runs the deferred weight gradients of nodes [begin, end), in reverse order.
+void weight_grads(Rank& rank, Tape& tape, int begin, int end);
+
+}  // namespace pith
