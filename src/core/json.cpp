@@ -1,0 +1,292 @@
+#include "core/json.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <charconv>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <nlohmann/json.hpp>
+#include <set>
+
+namespace pith {
+
+using Value = nlohmann::json;
+
+struct JsonDocument {
+    Value root;
+    std::string name;
+    int refs = 0;
+};
+
+static const Value& value_of(const void* node) {
+    static const Value null;
+    return node ? *static_cast<const Value*>(node) : null;
+}
+
+std::string read_text_file(const std::string& path) {
+    const char* remedy = "check the path and its permissions";
+    FILE* file = fopen(path.c_str(), "rb");
+    if (!file) bad_input(path, text("cannot be opened (%s)", strerror(errno)), remedy);
+    std::string all;
+    char block[65536];
+    size_t n;
+    while ((n = fread(block, 1, sizeof block, file)) > 0) all.append(block, n);
+    const int error = ferror(file) ? errno : 0;
+    fclose(file);
+    if (error) bad_input(path, text("cannot be read (%s)", strerror(error)), remedy);
+    return all;
+}
+
+Json::Json(JsonDocument* document, const void* node, std::string place)
+    : document_(document), node_(node), place_(std::move(place)) {
+    if (document_) __atomic_add_fetch(&document_->refs, 1, __ATOMIC_RELAXED);
+}
+Json::Json(const Json& o) : Json(o.document_, o.node_, o.place_) {}
+Json::Json(Json&& o) noexcept
+    : document_(o.document_), node_(o.node_), place_(std::move(o.place_)) {
+    o.document_ = nullptr;
+    o.node_ = nullptr;
+}
+Json& Json::operator=(Json o) noexcept {
+    std::swap(document_, o.document_);
+    std::swap(node_, o.node_);
+    place_.swap(o.place_);
+    return *this;
+}
+Json::~Json() {
+    if (document_ && __atomic_sub_fetch(&document_->refs, 1, __ATOMIC_ACQ_REL) == 0)
+        delete document_;
+}
+
+[[noreturn]] static void malformed(const std::string& text_in, const std::string& place,
+                                   const Value::parse_error& error) {
+    const size_t at = std::min(error.byte > 0 ? error.byte - 1 : 0, text_in.size());
+    const size_t line = 1 + std::count(text_in.begin(), text_in.begin() + at, '\n');
+    const size_t line_begin = at == 0 ? 0 : text_in.rfind('\n', at - 1) + 1;
+    std::string why = error.what();  // "[json.exception...] parse error at line 1, column 2: ..."
+    if (const size_t colon = why.find(": "); colon != std::string::npos) why.erase(0, colon + 2);
+    bad_input(place,
+              text("is not valid JSON at line %zu, column %zu, byte %zu: %s", line,
+                   at - line_begin + 1, at, why.c_str()),
+              at >= text_in.size() ? "the file seems cut short: fetch or write it again"
+                                   : "correct it there, or fetch the file again");
+}
+
+Json Json::parse(const std::string& text_in, const std::string& place) {
+    if (text_in.find_first_not_of(" \t\r\n") == std::string::npos)
+        bad_input(place, text("is empty (got %zu bytes, need JSON)", text_in.size()),
+                  "fetch or write the file again");
+    std::vector<std::set<std::string>> open_keys;
+    const auto refuse_duplicates = [&](int, Value::parse_event_t event, Value& parsed) {
+        if (event == Value::parse_event_t::object_start) open_keys.emplace_back();
+        if (event == Value::parse_event_t::object_end) open_keys.pop_back();
+        if (event == Value::parse_event_t::key) {
+            const std::string& key = parsed.get_ref<const std::string&>();
+            if (!open_keys.back().insert(key).second)
+                bad_input(place + ": " + key, "occurs twice in one object", "keep one of the two");
+        }
+        return true;
+    };
+    Json document(new JsonDocument, nullptr, place);
+    document.document_->name = place;
+    try {
+        document.document_->root = Value::parse(text_in, refuse_duplicates);
+    } catch (const Value::parse_error& error) {
+        malformed(text_in, place, error);
+    } catch (const Value::out_of_range& error) {  // a number beyond double's range
+        bad_input(place, std::string("is not valid JSON: ") + error.what(), "correct the number");
+    }
+    document.node_ = &document.document_->root;
+    return document;
+}
+
+Json Json::parse_file(const std::string& path) { return parse(read_text_file(path), path); }
+
+bool Json::is_null() const { return value_of(node_).is_null(); }
+bool Json::is_object() const { return value_of(node_).is_object(); }
+bool Json::is_array() const { return value_of(node_).is_array(); }
+bool Json::is_string() const { return value_of(node_).is_string(); }
+bool Json::is_number() const { return value_of(node_).is_number(); }
+bool Json::is_int() const { return value_of(node_).is_number_integer(); }
+bool Json::is_bool() const { return value_of(node_).is_boolean(); }
+
+void Json::wrong_type(const char* need) const {
+    const Value& v = value_of(node_);
+    std::string got = v.dump(-1, ' ', false, Value::error_handler_t::replace);
+    if (got.size() > 60) got = got.substr(0, 57) + "...";
+    const char* type = v.type_name();
+    const char* article = v.is_array() || v.is_object() ? "an " : v.is_null() ? "" : "a ";
+    bad_input(place_, text("is %s%s (got %s, need %s)", article, type, got.c_str(), need),
+              "correct the value");
+}
+
+bool Json::has(const std::string& key) const {
+    const Value& v = value_of(node_);
+    return v.is_object() && v.contains(key);
+}
+
+Json Json::operator[](const std::string& key) const {
+    const Value& v = value_of(node_);
+    if (!v.is_object()) wrong_type("an object");
+    const bool top = document_ && node_ == &document_->root;
+    std::string place = place_ + (top ? ": " : ".") + key;
+    const auto found = v.find(key);
+    if (found == v.end()) bad_input(place, "is missing", "add the key");
+    return Json(document_, &*found, std::move(place));
+}
+
+Json Json::operator[](int64_t index) const {
+    const Value& v = value_of(node_);
+    if (!v.is_array()) wrong_type("an array");
+    if (index < 0 || index >= size())
+        bad_input(place_,
+                  text("has too few elements (got %lld, need element %lld)",
+                       static_cast<long long>(size()), static_cast<long long>(index)),
+                  "add the element");
+    return Json(document_, &v[static_cast<size_t>(index)],
+                place_ + text("[%lld]", static_cast<long long>(index)));
+}
+
+int64_t Json::size() const {
+    if (!is_array() && !is_object()) wrong_type("an array or an object");
+    return static_cast<int64_t>(value_of(node_).size());
+}
+
+std::vector<std::string> Json::keys() const {
+    if (!is_object()) wrong_type("an object");
+    std::vector<std::string> names;
+    for (const auto& member : value_of(node_).items()) names.push_back(member.key());
+    return names;
+}
+
+int64_t Json::as_int(int64_t min, int64_t max) const {
+    const Value& v = value_of(node_);
+    int64_t number = 0;
+    if (v.is_number_unsigned() && v.get<uint64_t>() > static_cast<uint64_t>(INT64_MAX))
+        wrong_type("a whole number below 2^63");
+    if (v.is_number_integer()) {
+        number = v.get<int64_t>();
+    } else if (v.is_number_float() && std::fabs(v.get<double>()) <= 9007199254740992.0 &&
+               v.get<double>() == std::floor(v.get<double>())) {
+        number = static_cast<int64_t>(v.get<double>());
+    } else {
+        wrong_type("a whole number");
+    }
+    if (number < min || number > max) {
+        std::string need = min == INT64_MIN ? "" : "at least " + std::to_string(min);
+        if (min != INT64_MIN && max != INT64_MAX) need += " and ";
+        if (max != INT64_MAX) need += "at most " + std::to_string(max);
+        bad_input(place_,
+                  text("is out of range (got %lld, need %s)", static_cast<long long>(number),
+                       need.c_str()),
+                  "correct the value");
+    }
+    return number;
+}
+
+double Json::as_double() const {
+    if (!is_number()) wrong_type("a number");
+    return value_of(node_).get<double>();
+}
+
+std::string Json::as_string() const {
+    if (!is_string()) wrong_type("a string");
+    return value_of(node_).get<std::string>();
+}
+
+bool Json::as_bool() const {
+    if (!is_bool()) wrong_type("true or false");
+    return value_of(node_).get<bool>();
+}
+
+std::vector<int64_t> Json::as_ints() const {
+    if (!is_array()) wrong_type("an array of whole numbers");
+    std::vector<int64_t> all;
+    for (int64_t i = 0; i < size(); i++) all.push_back((*this)[i].as_int());
+    return all;
+}
+
+static bool given(const Json& object, const std::string& key) {
+    return object.has(key) && !object[key].is_null();
+}
+int64_t Json::int_or(const std::string& key, int64_t value) const {
+    return given(*this, key) ? (*this)[key].as_int() : value;
+}
+double Json::double_or(const std::string& key, double value) const {
+    return given(*this, key) ? (*this)[key].as_double() : value;
+}
+std::string Json::string_or(const std::string& key, const std::string& value) const {
+    return given(*this, key) ? (*this)[key].as_string() : value;
+}
+bool Json::bool_or(const std::string& key, bool value) const {
+    return given(*this, key) ? (*this)[key].as_bool() : value;
+}
+
+std::string Json::dump(int indent) const {
+    return value_of(node_).dump(indent, ' ', false, Value::error_handler_t::replace);
+}
+
+void JsonWriter::separate() {
+    if (after_key_) {
+        after_key_ = false;
+        return;
+    }
+    if (!first_) out_ += indent_ < 0 ? ", " : ",";
+    if (indent_ >= 0 && !closers_.empty())
+        out_ += '\n' + std::string(closers_.size() * indent_, ' ');
+    first_ = false;
+}
+
+JsonWriter& JsonWriter::open(char begin, char end) {
+    separate();
+    out_ += begin;
+    closers_ += end;
+    first_ = true;
+    return *this;
+}
+
+JsonWriter& JsonWriter::end() {
+    if (closers_.empty() || after_key_) failed("JsonWriter", "end() without an open value");
+    const char closer = closers_.back();
+    closers_.pop_back();
+    if (indent_ >= 0 && !first_) out_ += '\n' + std::string(closers_.size() * indent_, ' ');
+    out_ += closer;
+    first_ = false;
+    return *this;
+}
+
+JsonWriter& JsonWriter::key(const std::string& name) {
+    if (closers_.empty() || closers_.back() != '}' || after_key_)
+        failed("JsonWriter", "a key outside an object: " + name);
+    value(name);
+    out_ += ": ";
+    after_key_ = true;
+    return *this;
+}
+
+JsonWriter& JsonWriter::value(double number) {
+    if (!std::isfinite(number)) return null();
+    char digits[32];
+    const auto done = std::to_chars(digits, digits + sizeof digits, number);
+    std::string shortest(digits, done.ptr);
+    if (shortest.find_first_of(".e") == std::string::npos) shortest += ".0";
+    return raw(shortest);
+}
+
+JsonWriter& JsonWriter::value(const std::string& text_in) {
+    return raw(Value(text_in).dump(-1, ' ', false, Value::error_handler_t::replace));
+}
+
+JsonWriter& JsonWriter::raw(const std::string& json) {
+    separate();
+    out_ += json;
+    return *this;
+}
+
+const std::string& JsonWriter::str() const {
+    if (!closers_.empty()) failed("JsonWriter", "str() while an object or array is open");
+    return out_;
+}
+
+}  // namespace pith
