@@ -1,0 +1,139 @@
+// dataset: tokenised files, cut into samples, shuffled, and split into training and held-out
+// documents. What a sample holds depends on (files, options) alone, never on layout or history.
+// defines: DataOptions, SampleRow, Dataset, BatchShape, global_sample, ZigzagBlocks, bigram_nats
+#pragma once
+#include <string>
+#include <vector>
+
+#include "data/durable.h"
+#include "data/npy.h"
+
+namespace pith {
+
+constexpr int32_t kIgnoreLabel = -100;
+
+struct DataOptions {
+    int64_t seq_length = 0;       // S, tokens a sample
+    int64_t vocab_size = 0;       // token ids must be below it
+    uint64_t seed = 0;            // of the shuffle
+    double heldout_fraction = 0;  // of documents, by hash; 1 holds out every document
+    int64_t max_epochs = 1;       // passes over the training samples a run may take
+    bool document_mask = false;   // attention, positions and labels stay inside a document
+};
+
+// Where a sample is written: S elements each.
+struct SampleRow {
+    int32_t* tokens = nullptr;
+    int32_t* labels = nullptr;    // the next token; kIgnoreLabel where there is none to predict
+    int32_t* doc_ends = nullptr;  // end (exclusive) in the row of each position's document; may be
+                                  // null. Without document_mask the row is one document: S.
+};
+
+// One .bin: two NPY v1 arrays back to back, token ids (u1, u2, u4 or u8) and u8 document ends
+// (cumulative, the last one is the number of tokens). Mapped, never written.
+struct TokenFile {
+    MappedFile map;
+    NpyType type = NpyType::U2;
+    int64_t num_tokens = 0, num_docs = 0;
+    const char* tokens = nullptr;
+    const char* ends = nullptr;  // may be unaligned
+    int64_t doc_end(int64_t doc) const;
+    // The document that holds the token at `offset`.
+    int64_t doc_of(int64_t offset) const;
+    // Copies tokens [offset, offset + count); ids >= vocab_size are exit code 2.
+    void copy(int64_t offset, int64_t count, int64_t vocab_size, int32_t* dst) const;
+};
+// Exit code 2 naming the file for a truncated or corrupt one.
+TokenFile open_token_file(const std::string& path);
+
+// The .bin files that `path` stands for: itself, or, for a folder, all below it in path order,
+// names that begin with "." aside.
+std::vector<std::string> find_token_files(const std::string& path);
+
+// A text to cut samples from: pieces of files, end to end.
+struct TokenStream {
+    struct Piece {
+        int64_t begin;        // in the stream
+        int64_t file_offset;  // of its first token
+        int file;
+    };
+    std::vector<Piece> pieces;
+    int64_t num_tokens = 0;
+};
+
+// Samples are windows of S tokens, with the window shifted by one as labels. Training samples are
+// cut from the concatenation of a file's training documents and never cross files; a file's tail of
+// fewer than S + 1 tokens is dropped. The held-out documents of all files form one stream whose
+// last sample is padded with ignored labels. A document is held out when the XXH3 of its token
+// bytes falls below the fraction, so the split does not depend on the order or names of files.
+// Const functions may be called from many threads.
+class Dataset {
+  public:
+    // Exit code 2: no files, a corrupt file, an empty corpus, or a token id >= vocab_size (found
+    // here for corpora up to 1 GiB, and by the sample that holds it for larger ones).
+    Dataset(const std::vector<std::string>& paths, const DataOptions& options);
+
+    const DataOptions& options() const { return options_; }
+    const std::vector<TokenFile>& files() const { return files_; }
+    const TokenStream& train_stream(int file) const { return train_[file]; }
+    const TokenStream& heldout_stream() const { return heldout_; }
+    int64_t num_tokens() const;  // of all files
+    int64_t num_docs() const;    // of all files
+    int64_t samples_per_epoch() const { return first_sample_.back(); }
+    int64_t heldout_samples() const;  // the padded one included
+    int64_t heldout_tokens() const { return heldout_.num_tokens; }
+
+    // Exit code 2, giving both numbers and naming data.max_epochs, if a run that reads `required`
+    // training samples does not fit.
+    void require_samples(int64_t required) const;
+    // Training sample `index` of the whole run: epoch index / n, each with its own permutation.
+    void train_sample(int64_t index, const SampleRow& row) const;
+    // Held-out sample `index` in corpus order; all labels are ignored from heldout_samples() on.
+    void heldout_sample(int64_t index, const SampleRow& row) const;
+
+    // Identifies what the samples are cut from: XXH3 over sizes, document ends and contents (whole
+    // up to 64 MiB a corpus, else a sample of each file). Paths do not count.
+    uint64_t fingerprint() const;
+
+  private:
+    void split_documents(int file);
+    void cut(const TokenStream& stream, int64_t begin, const SampleRow& row) const;
+    DataOptions options_;
+    std::vector<TokenFile> files_;
+    std::vector<TokenStream> train_;  // one a file
+    TokenStream heldout_;
+    std::vector<int64_t> first_sample_;  // by file, then the number of samples
+};
+
+// positions[i] = i - (begin of i's document), from a whole row's doc_ends.
+void positions_from_ends(const int32_t* doc_ends, int64_t seq_length, int32_t* positions);
+
+// How a step's global batch is dealt out to (dp, ep) and micro-batches.
+struct BatchShape {
+    int64_t global_batch = 1, micro_batch = 1;
+    int dp = 1, ep = 1;  // sizes of the axes
+    int64_t rows_per_rank() const { return global_batch / (int64_t{dp} * ep); }
+    int64_t num_micro_batches() const { return rows_per_rank() / micro_batch; }
+};
+// Training sample (or, with step 0, evaluation sample) of local row `row` in [0, rows_per_rank):
+// row % micro_batch of micro-batch row / micro_batch. The set of a step is independent of the mesh.
+int64_t global_sample(const BatchShape& shape, int64_t step, int dp_rank, int ep_rank, int64_t row);
+
+// Context parallelism deals a row of S tokens out in 2*cp equal blocks: rank r holds blocks r and
+// 2*cp-1-r, in this order. Needs S % (2*cp) == 0 (cp = 1: the whole row).
+struct ZigzagBlocks {
+    int64_t begin[2];
+    int64_t length;  // of each
+};
+ZigzagBlocks zigzag_blocks(int64_t seq_length, int cp, int cp_rank);
+// Copies this rank's 2 * length elements of a row of tokens, labels, ends or positions.
+void take_zigzag(const int32_t* row, const ZigzagBlocks& blocks, int32_t* out);
+
+// Mean nats a label of the held-out samples under an interpolated Kneser-Ney bigram model fitted on
+// the training documents (Chen & Goodman 1998, eq. 21, one discount): what a model must beat to
+// have learned more than word pairs. Takes 4*V*V bytes; needs V <= kBigramMaxVocab and held-out
+// labels.
+constexpr int64_t kBigramMaxVocab = 8192;
+double bigram_nats(const Dataset& data);
+
+}  // namespace pith

@@ -1,0 +1,64 @@
+// durable: files that are whole or absent, and files mapped for reading.
+// defines: MappedFile, DurableFile, write_file_durably, make_folders, sync_folder
+#pragma once
+#include <cstdint>
+#include <string>
+
+namespace pith {
+
+// A file mapped read-only. Copies share the mapping.
+class MappedFile {
+  public:
+    MappedFile() = default;
+    // Exit code 2, naming the path, if it is missing, a folder, or unreadable.
+    explicit MappedFile(const std::string& path);
+    MappedFile(const MappedFile& o);
+    MappedFile(MappedFile&& o) noexcept;
+    MappedFile& operator=(MappedFile o) noexcept;
+    ~MappedFile();
+
+    const std::string& path() const { return path_; }
+    const char* data() const { return data_; }  // null when empty
+    int64_t size() const { return size_; }
+
+  private:
+    std::string path_;
+    const char* data_ = nullptr;
+    int64_t size_ = 0;
+    int* refs_ = nullptr;
+};
+
+// A file written under PATH.tmp and moved to PATH by finish(), after its bytes are on disk. Until
+// then PATH is untouched; destroyed unfinished, the temporary is removed. Every failing system call
+// is exit code 1 with the path and the system's reason ("No space left on device").
+class DurableFile {
+  public:
+    explicit DurableFile(const std::string& path);
+    DurableFile(const DurableFile&) = delete;
+    DurableFile& operator=(const DurableFile&) = delete;
+    DurableFile(DurableFile&& o) noexcept;
+    ~DurableFile();
+
+    void write(const void* bytes, int64_t size);                     // appends
+    void write_at(int64_t offset, const void* bytes, int64_t size);  // overwrites what was written
+    int64_t size() const { return size_; }
+    const std::string& path() const { return path_; }
+    // fsync, rename, fsync of the folder.
+    void finish();
+
+  private:
+    std::string path_, temporary_;
+    int fd_ = -1;
+    int64_t size_ = 0;
+};
+
+void write_file_durably(const std::string& path, const std::string& bytes);
+
+// Creates the folder and its parents where missing. Exit code 1 naming the path.
+void make_folders(const std::string& path);
+// Makes renames and removals inside the folder durable.
+void sync_folder(const std::string& path);
+// The folder part of a path: "a/b.txt" -> "a", "b.txt" -> ".".
+std::string folder_of(const std::string& path);
+
+}  // namespace pith

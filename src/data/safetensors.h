@@ -1,0 +1,137 @@
+// safetensors: reading and writing the Hugging Face tensor format: 8 bytes of header length, a JSON
+// header {name: {dtype, shape, data_offsets}}, then the tensors' bytes without gaps.
+// https://huggingface.co/docs/safetensors
+// defines: FileDType, TensorEntry, SafetensorsReader, TensorDecl, SafetensorsWriter, ShardedWriter,
+//          to_f32, f32_to_bf16
+#pragma once
+#include <string_view>
+#include <vector>
+
+#include "data/durable.h"
+
+namespace pith {
+
+enum class FileDType : uint8_t {
+    F32,
+    F64,
+    F16,
+    BF16,
+    F8_E4M3,
+    F8_E5M2,
+    I64,
+    I32,
+    I16,
+    I8,
+    U64,
+    U32,
+    U16,
+    U8,
+    BOOL,
+};
+int64_t size_of(FileDType dtype);      // bytes of one element
+const char* name_of(FileDType dtype);  // "BF16", as in the header
+bool is_float(FileDType dtype);
+
+// A tensor inside a mapped file. `data` may be unaligned (files of others need not pad).
+struct TensorEntry {
+    std::string name;
+    FileDType dtype = FileDType::F32;
+    std::vector<int64_t> shape;
+    const char* data = nullptr;
+    int64_t bytes = 0;
+    int file = 0;  // index into SafetensorsReader::files()
+    int64_t numel() const { return bytes / size_of(dtype); }
+};
+// "[128,64] BF16"
+std::string describe(const TensorEntry& tensor);
+
+// One .safetensors file, or a folder in the Hugging Face layout: model.safetensors, or
+// model.safetensors.index.json with its shards. Opening checks everything but the values: header
+// length, JSON, unknown dtypes, duplicate names, sizes that disagree with the shape, offsets that
+// overlap, leave gaps or pass the end; missing shards, and index entries and shards that disagree.
+// Each is exit code 2 naming the file and the tensor.
+class SafetensorsReader {
+  public:
+    explicit SafetensorsReader(const std::string& path);
+    // All tensors: file by file, within a file by offset.
+    const std::vector<TensorEntry>& tensors() const { return tensors_; }
+    const std::vector<MappedFile>& files() const { return files_; }
+    const TensorEntry* find(std::string_view name) const;  // null if absent
+    const TensorEntry& at(const std::string& name) const;  // exit code 2 if absent
+    // "DIR/model.safetensors: NAME": the place for an error about a tensor.
+    std::string place(const TensorEntry& tensor) const;
+    // Entry of the header's __metadata__ (of the first file that has it), or empty.
+    std::string metadata(const std::string& key) const;
+
+  private:
+    void open_file(const std::string& path);
+    void open_index(const std::string& folder, const std::string& index_path);
+    void index_names();
+    std::string path_;
+    std::vector<MappedFile> files_;
+    std::vector<TensorEntry> tensors_;
+    std::vector<int> by_name_;  // indices of tensors_, sorted by name
+    std::vector<std::pair<std::string, std::string>> metadata_;
+};
+
+struct TensorDecl {
+    std::string name;
+    FileDType dtype = FileDType::F32;
+    std::vector<int64_t> shape;
+    int64_t bytes() const;
+};
+
+// Streams one file in constant memory: all tensors are declared, then their bytes are written in
+// declared order, in pieces of any size. Durable, see DurableFile. Metadata gets {"format": "pt"},
+// which transformers asks for, and `metadata`.
+class SafetensorsWriter {
+  public:
+    using Metadata = std::vector<std::pair<std::string, std::string>>;
+    SafetensorsWriter(const std::string& path, const std::vector<TensorDecl>& tensors,
+                      const Metadata& metadata = {});
+    void write(const void* bytes, int64_t size);
+    // Throws (exit code 1) unless exactly the declared bytes were written.
+    void finish();
+    int64_t bytes_left() const { return total_bytes_ - file_.size(); }
+
+  private:
+    DurableFile file_;
+    int64_t total_bytes_ = 0;  // of the file
+};
+
+// Streams a Hugging Face folder: tensors are packed in declared order into shards of at most
+// max_shard_bytes of data (a larger tensor gets one of its own), named
+// model-00001-of-000NN.safetensors, and the index is written last; one shard alone is
+// model.safetensors without an index. Destroyed unfinished, it removes the shards it wrote.
+class ShardedWriter {
+  public:
+    static constexpr int64_t kMaxShardBytes = int64_t{5} * 1000 * 1000 * 1000;
+    ShardedWriter(const std::string& folder, std::vector<TensorDecl> tensors,
+                  int64_t max_shard_bytes = kMaxShardBytes);
+    ShardedWriter(const ShardedWriter&) = delete;
+    ShardedWriter& operator=(const ShardedWriter&) = delete;
+    ~ShardedWriter();
+    void write(const void* bytes, int64_t size);
+    void finish();
+    int num_shards() const { return static_cast<int>(first_.size()) - 1; }
+
+  private:
+    std::string shard_name(int shard) const;
+    void open_next();
+    void write_index() const;
+    std::string folder_;
+    std::vector<TensorDecl> tensors_;
+    std::vector<int> first_;  // first tensor of each shard, then the number of tensors
+    int shard_ = -1;          // being written
+    SafetensorsWriter* writer_ = nullptr;
+    bool finished_ = false;
+};
+
+// n elements of a float dtype widened or rounded to F32; src may be unaligned. Throws for integers.
+void to_f32(FileDType dtype, const void* src, float* dst, int64_t n);
+// Round to nearest, ties to even; NaN stays NaN.
+void f32_to_bf16(const float* src, uint16_t* dst, int64_t n);
+// F32 (a copy) or BF16.
+void from_f32(FileDType dtype, const float* src, void* dst, int64_t n);
+
+}  // namespace pith
