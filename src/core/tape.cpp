@@ -59,18 +59,18 @@ Tensor grad_of(const Tape& tape, const Tensor& t) {
     return g;
 }
 
-template <class A, class B>
-static void add_into(A* to, const B* from, int64_t n) {
-    for (int64_t i = 0; i < n; i++) to[i] += static_cast<A>(from[i]);
+template <class T>
+static void add_elements(T* to, const T* from, int64_t n) {
+    for (int64_t i = 0; i < n; i++) to[i] += from[i];
 }
 
-static void add_values(Rank& rank, const Tensor& to, const Tensor& from, At at) {
+void add_into(Rank& rank, const Tensor& to, const Tensor& from, At at) {
     check(rank, "add_grad", at,
           {{"equal element counts", to.numel() == from.numel()},
            {"equal dtypes", to.dtype == from.dtype}},
           {&to, &from});
-    if (to.dtype == DType::F64) add_into(to.as<double>(), from.as<double>(), to.numel());
-    else add_into(to.as<float>(), from.as<float>(), to.numel());
+    if (to.dtype == DType::F64) add_elements(to.as<double>(), from.as<double>(), to.numel());
+    else add_elements(to.as<float>(), from.as<float>(), to.numel());
 }
 
 // A weight's accumulator as a tensor.
@@ -83,11 +83,11 @@ static Tensor accumulator(const Tensor& weight) {
 }
 
 void add_grad(Rank& rank, const Tensor& t, Tensor g) {
-    if (t.grad) return add_values(rank, accumulator(t), g, g.made);
+    if (t.grad) return add_into(rank, accumulator(t), g, g.made);
     if (t.var < 0) return;
     Tensor& slot = rank.tape->grads[t.var];
     if (!slot.defined()) slot = std::move(g);
-    else add_values(rank, slot, g, g.made);
+    else add_into(rank, slot, g, g.made);
 }
 
 GradSlot grad_slot(Rank& rank, const Tensor& t, At at) {
@@ -113,9 +113,16 @@ static void stand_at(Rank& rank, const Node& node) {
     rank.status->stage = node.stage;
 }
 
+// Weights may have moved since the forward.
+static void refresh(TensorList& list) {
+    for (int i = 0; i < list.count; i++) list[i].refresh();
+}
+
 static void run_weight_grads(Rank& rank, Node& node) {
     Node* one = &node;
     stand_at(rank, node);
+    refresh(node.in);
+    refresh(node.bw_keep);
     node.bw(rank, &one, 1);
     node.bw_done = true;
     node.bw_keep.clear();
@@ -133,6 +140,8 @@ void backward(Rank& rank, int begin, int end, bool defer_weights) {
         }
         if (any) {
             stand_at(rank, node);
+            refresh(node.in);
+            refresh(node.bx_keep);
             if (node.bx) node.bx(rank, node);
             if (rank.debug)
                 for (int k = 0; k < node.in.count; k++)

@@ -77,6 +77,8 @@ Tensor grad_of(const Tape& tape, const Tensor& t);
 // taken over, so the caller must not write to it again), summed into a weight's accumulator if `t`
 // is a weight, ignored if no gradient flows to `t`.
 void add_grad(Rank& rank, const Tensor& t, Tensor g);
+// to += from; equal element counts and dtypes (F32 or F64).
+void add_into(Rank& rank, const Tensor& to, const Tensor& from, At at = At::here());
 // For ops that write a gradient in place: the buffer to write, and whether to add to it. A weight's
 // slot is its accumulator (always add). Undefined if no gradient flows to `t`.
 struct GradSlot {

@@ -84,6 +84,7 @@ Tensor Tensor::slice_rows(int64_t begin, int64_t end, At at) const {
     if (data) t.data = data + begin * stride * size_of(dtype);
     if (grad) t.grad = grad + begin * stride * (dtype == DType::F64 ? 8 : 4);
     t.dim[0] = end - begin;
+    t.home_offset += begin * stride;
     t.var = -1;
     t.made = at;
     return t;
@@ -94,6 +95,12 @@ Tensor Tensor::meta() const {
     t.storage = {};
     t.data = nullptr;
     return t;
+}
+
+void Tensor::refresh() {
+    if (!home) return;
+    data = home->data ? home->data + home_offset * size_of(dtype) : nullptr;
+    grad = home->grad ? home->grad + home_offset * (dtype == DType::F64 ? 8 : 4) : nullptr;
 }
 
 Storage* Allocator::allocate(int64_t bytes, At at) {

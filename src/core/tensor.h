@@ -78,7 +78,11 @@ struct Tensor {
     DType dtype = DType::F32;
     Device device = Device::CPU;
     int32_t var = -1;        // variable on the tape that recorded it; -1: no gradient flows
-    const char* name = "";   // weights: the Hugging Face name; else empty
+    const char* name = "";   // weights: a Hugging Face name; else empty
+    // Weights: the bound tensor this one is a view of, `home_offset` elements in. Its memory may be
+    // freed after the forward and be elsewhere in the backward; refresh() follows it.
+    const Tensor* home = nullptr;
+    int64_t home_offset = 0;
     At made;                 // the caller's line that made it
 
     bool defined() const { return dim.rank > 0; }
@@ -103,6 +107,7 @@ struct Tensor {
     // Shape, dtype, variable and gradient pointer without the storage: what a tape node remembers of
     // a tensor whose values it does not need.
     Tensor meta() const;
+    void refresh();
 };
 
 // "[3,16] f32 cpu, made at qwen3_moe.cpp:10" or, for a weight, its name.
