@@ -1,0 +1,16 @@
+# The checks of this folder as tests; 77 is a skip. The slow ones have the label slow.
+function(structure_test name)
+  add_test(NAME structure.${name} COMMAND bash ${CMAKE_SOURCE_DIR}/tests/structure/${name}.sh ${ARGN})
+  set_tests_properties(structure.${name} PROPERTIES LABELS structure SKIP_RETURN_CODE 77 TIMEOUT 300)
+endfunction()
+foreach(name arrows budget documents format install map mentions planted words)
+  structure_test(${name})
+endforeach()
+if(TARGET pith)
+  structure_test(static_link $<TARGET_FILE:pith>)
+  foreach(name document_blocks)
+    structure_test(${name})
+    set_tests_properties(structure.${name} PROPERTIES LABELS "structure;slow" TIMEOUT 1500
+                         PROCESSORS 2)
+  endforeach()
+endif()
