@@ -26,7 +26,7 @@ enum class FileDType : uint8_t {
     U32,
     U16,
     U8,
-    BOOL,
+    BOOL
 };
 int64_t size_of(FileDType dtype);      // bytes of one element
 const char* name_of(FileDType dtype);  // "BF16", as in the header
