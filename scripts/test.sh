@@ -15,7 +15,7 @@ programs_for() {
         sed -nE 's/^ *Test +#[0-9]+: ([a-z_]+)\..*/\1/p' | sort -u)
     case $folders in
         '' | *structure*) echo all ;;
-        *) sed 's/^/test_/' <<< "$folders" ;;
+        *) awk '{ print "test_" $1 }' <<< "$folders" ;;
     esac
 }
 

@@ -13,7 +13,7 @@ planted=0
 fresh() {
     rm -rf "$tree"
     mkdir -p "$tree"
-    for part in src tests/structure docs scripts README.md AGENTS.md CLAUDE.md CMakePresets.json .clang-format; do
+    for part in src .agents .ci tests/structure docs scripts README.md AGENTS.md CLAUDE.md CMakePresets.json .clang-format; do
         if [ -e "$root/$part" ]; then
             mkdir -p "$(dirname "$tree/$part")"
             cp -r "$root/$part" "$tree/$part"
@@ -93,6 +93,9 @@ plant documents docs/planted.md 'Look at `src/core/nowhere.h`.' 'docs/planted.md
 plant documents docs/planted.md '[here](nowhere.txt)' 'docs/planted.md:1: link'
 plant documents AGENTS.md "$(seq 151)" 'AGENTS.md: too long'
 plant documents CLAUDE.md 'more' 'CLAUDE.md: need'
+
+plant shell scripts/planted.sh 'if then' 'scripts/planted.sh: does not parse'
+plant shell scripts/planted.sh 'true' 'scripts/planted.sh: not executable'
 
 fresh
 sed -i 's/exit 2/exit 0/' "$tree/scripts/common.sh"

@@ -29,7 +29,7 @@ mutable_globals() {
     awk -f "$here/declarations.awk" "$code" |
         sed -E 's/:body:((static )?(struct|class|union|enum( class)?)( [A-Za-z_0-9]+)? [a-z_][A-Za-z_0-9]*(\[[^]]*\])?( =)? *)$/:plain:variable \1/' |
         { grep ':plain:' || true; } |
-        { grep -vE '^src/core/process\.cpp:|:plain:(\[\[.*\]\] )?(using|typedef|struct|class|enum|union|template|friend|extern|static_assert)\b' || true; } |
+        { grep -vE '^src/core/process\.cpp:|:plain:(\[\[.*\]\] )?(using|namespace|typedef|struct|class|enum|union|template|friend|extern|static_assert)\b' || true; } |
         { grep -vE ':plain:[^=]*\(|:plain:.*\b(const|constexpr|consteval)\b' || true; } |
         sed -E 's|^([^:]*:[0-9]+):.*|\1: mutable global; what a function depends on is in its parameters|'
 }
