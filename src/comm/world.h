@@ -1,0 +1,88 @@
+// world: what the ranks of a process share: the groups' meeting places, who waits where, and the
+// first failure. Included by communicator.cpp and launch.cpp only.
+// defines: World, Comm, GroupState, fail_world
+#pragma once
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "comm/communicator.h"
+
+namespace pith {
+
+// A communication call, as named in messages.
+struct Call {
+    const char* op = "";
+    const char* what = "";
+    Group group = Group::World;
+    At at;
+};
+
+// What a member brings to a collective. There are two a member, used in turn, so that a member may
+// enter the next call while others still read this one.
+struct Slot {
+    Call call;
+    DType dtype = DType::F32;
+    int detail = 0;       // Reduce, or the root
+    bool direct = false;  // `data` is the caller's memory, else `staged`
+    const char* data = nullptr;
+    int64_t bytes = 0;
+    std::vector<int64_t> counts;  // all_to_all: rows by destination
+    std::vector<char> staged;
+};
+
+// A send that waits to be received. It lives on the sender's stack.
+struct PostedSend {
+    enum State : uint8_t { Waiting, Copying, Done };
+    const Transfer* transfer = nullptr;
+    Call call;
+    State state = Waiting;
+};
+
+// One set of ranks that communicate. Everything but what slots hold is guarded by World::mutex.
+struct GroupState {
+    std::vector<int> members;
+    std::condition_variable changed;
+    int64_t round = 0;  // meetings that are over
+    int arrived = 0;
+    std::vector<char> here;  // members at the current meeting
+    int copying = 0;         // members that read others' memory
+    std::vector<Slot> slots[2];
+    std::vector<std::vector<PostedSend*>> sends;  // by source * n + destination, in posted order
+};
+
+struct RankState {
+    bool waits = false, finished = false;
+    Call call;  // while it waits
+    const Status* board = nullptr;
+};
+
+struct World {
+    Mesh mesh;
+    std::mutex mutex;
+    std::vector<std::unique_ptr<GroupState>> groups;
+    std::vector<RankState> ranks;
+    int finished = 0;
+    std::condition_variable over;  // a rank failed or all have finished
+    int failed_rank = -1;          // the first that failed
+    int exit_code = 0;
+    std::string message;  // complete
+};
+
+// One rank's way to the others.
+struct Comm {
+    World* world = nullptr;
+    GroupState* group[kGroups] = {};
+    int place[kGroups] = {};      // of this rank among the group's members
+    int64_t calls[kGroups] = {};  // collectives begun
+    double limit_s = 0;           // longest wait
+    double limit_after_startup_s = 0;
+};
+
+// Records that `rank` failed, unless another did before, with what every rank was doing, and wakes
+// all who wait. The caller holds world.mutex.
+void fail_world(World& world, int rank, int exit_code, const std::string& what);
+
+}  // namespace pith
