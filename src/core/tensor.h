@@ -56,6 +56,7 @@ class StorageRef {
 };
 
 constexpr int kMaxDims = 5;
+constexpr int32_t kIgnoreLabel = -100;  // a label that counts nothing in the loss
 
 // A shape of up to five dimensions.
 struct Dims {

@@ -5,12 +5,12 @@
 #include <string>
 #include <vector>
 
+#include "core/tensor.h"
 #include "data/durable.h"
 #include "data/npy.h"
 
 namespace pith {
 
-constexpr int32_t kIgnoreLabel = -100;
 
 struct DataOptions {
     int64_t seq_length = 0;       // S, tokens a sample

@@ -163,7 +163,7 @@ Tensor grouped_linear(Rank& rank, Tensor x, Tensor w, Tensor offsets, At at = At
 Tensor swiglu(Rank& rank, Tensor gate_up, Tensor weights = {}, At at = At::here());
 
 // ---- Loss. ---------------------------------------------------------------------------------------
-constexpr int kIgnoreLabel = -100;
+
 // Sum over tokens of -log softmax(x w^T)[label], labels I32 [T]; kIgnoreLabel counts nothing.
 // Logits are made in chunks of rows, never whole. A terminal op: its gradient is taken to be
 // `scale` whatever arrives, so the chunks' gradients are formed in the forward and no logits are

@@ -1,0 +1,10 @@
+// commands: the subcommands of the program. Each takes argv from its own name on (argv[0] is
+// "tokenize") and returns the exit code; errors are thrown as Error.
+#pragma once
+
+namespace pith {
+
+int run_tokenize(int argc, char** argv);
+int run_corpus(int argc, char** argv);
+
+}  // namespace pith
