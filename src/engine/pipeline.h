@@ -2,39 +2,16 @@
 //
 // Include it in engine/pipeline_<model>.cpp only, its one instantiation for that model; everything
 // else goes through engine/instance.h.
-// defines: Flight, Pipeline, StepIo, make_pipeline, run_actions
+// defines: Flight, Pipeline, make_pipeline, whole_table_of, run_actions
 #pragma once
 #include <map>
 
 #include "comm/communicator.h"
-#include "engine/balance_loss.h"
 #include "engine/expert_parallel.h"
-#include "engine/parameters.h"
-#include "engine/schedule.h"
+#include "engine/instance.h"
 #include "observe/routing_trace.h"
 
 namespace pith {
-
-// How a model is spread over ranks and time.
-struct PipelineOptions {
-    ScheduleKind schedule = ScheduleKind::OneF1B;
-    bool gather_layer = false;  // free weights after each use, else gathered for the step
-    int64_t length = 0;         // of the longest whole row, for position tables
-    double init_std = 0.02;
-};
-
-// What goes into and comes out of running one list of actions.
-struct StepIo {
-    std::vector<Batch> batches;  // by micro-batch
-    double loss_scale = 1;       // of each token's gradient: 1 / labels of the global batch
-    bool forward_only = false;
-    bool force_balanced = false;
-    BalanceState* balance = nullptr;     // null: no balance loss, no counts
-    const RoutingSlot* routing = nullptr;  // trace to write or replay; null: none
-    std::vector<double> loss;    // out, by micro-batch, on ranks with the head: sum over tokens
-    std::vector<Tensor> logits;  // out, by micro-batch, if want_logits: [T, V]
-    bool want_logits = false;
-};
 
 // Nodes [begin, end) of a tape.
 struct TapeRange {
@@ -89,6 +66,18 @@ void make_pipeline(Rank& rank, Pipeline<M>& p, const Json& json, const PipelineO
         p.chunks[i].prepare(rank, p.config, options.length);
     }
     p.parameters = make_parameters(rank, std::move(table), sizes, options.gather_layer);
+}
+
+// Every tensor of the whole model, without targets.
+template <Model M>
+ParameterTable whole_table_of(const Json& json, double init_std) {
+    const typename M::Config config = M::read_config(json);
+    const ModelShape shape = M::shape(config);
+    M model;
+    ParameterTable table = model.parameters(
+        config, {0, shape.num_layers, true, true, 0, shape.num_experts}, init_std);
+    for (Parameter& p : table) p.target = nullptr;
+    return table;
 }
 
 // ---- Steps ---------------------------------------------------------------------------------------
