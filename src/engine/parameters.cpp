@@ -1,5 +1,6 @@
 #include "engine/parameters.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -33,22 +34,8 @@ static std::vector<int64_t> cut(int64_t numel, int members) {
     return cuts;
 }
 
-static void place(Rank& rank, FlatUnit& unit) {
-    unit.group = unit.kind == UnitKind::Experts ? Group::ExpertShard : Group::DenseShard;
-    unit.cuts = cut(unit.numel, group_size(rank, unit.group));
-    const int me = group_rank(rank, unit.group);
-    for (int i = 0; i < me; i++) unit.shard_begin += unit.cuts[i];
-    unit.shard_count = unit.cuts[me];
-    rank.allocator->kind = MemoryKind::Weights;
-    unit.master = zeros(rank, {unit.shard_count}, DType::F32);
-    rank.allocator->kind = MemoryKind::Optimizer;
-    unit.m = zeros(rank, {unit.shard_count}, DType::F32);
-    unit.v = zeros(rank, {unit.shard_count}, DType::F32);
-    rank.allocator->kind = MemoryKind::Activations;
-}
-
-Parameters make_parameters(Rank& rank, ParameterTable table, const std::vector<int>& chunk_sizes,
-                           bool gather_layer) {
+Parameters layout_parameters(ParameterTable table, const std::vector<int>& chunk_sizes,
+                             bool gather_layer, ShardPlace dense, ShardPlace experts) {
     Parameters p;
     p.table = std::move(table);
     p.gather_layer = gather_layer;
@@ -72,8 +59,54 @@ Parameters make_parameters(Rank& rank, ParameterTable table, const std::vector<i
             unit->numel += align_up(entry.dims.numel());
         }
     }
-    for (FlatUnit& unit : p.units) place(rank, unit);
+    for (FlatUnit& unit : p.units) {
+        const bool expert = unit.kind == UnitKind::Experts;
+        const ShardPlace place = expert ? experts : dense;
+        unit.group = expert ? Group::ExpertShard : Group::DenseShard;
+        unit.cuts = cut(unit.numel, place.members);
+        for (int i = 0; i < place.me; i++) unit.shard_begin += unit.cuts[i];
+        unit.shard_count = unit.cuts[place.me];
+    }
     return p;
+}
+
+Parameters make_parameters(Rank& rank, ParameterTable table, const std::vector<int>& chunk_sizes,
+                           bool gather_layer) {
+    const auto place = [&](Group g) { return ShardPlace{group_size(rank, g), group_rank(rank, g)}; };
+    Parameters p = layout_parameters(std::move(table), chunk_sizes, gather_layer,
+                                     place(Group::DenseShard), place(Group::ExpertShard));
+    for (FlatUnit& unit : p.units) {
+        rank.allocator->kind = MemoryKind::Weights;
+        unit.master = zeros(rank, {unit.shard_count}, DType::F32);
+        rank.allocator->kind = MemoryKind::Optimizer;
+        unit.m = zeros(rank, {unit.shard_count}, DType::F32);
+        unit.v = zeros(rank, {unit.shard_count}, DType::F32);
+    }
+    rank.allocator->kind = MemoryKind::Activations;
+    return p;
+}
+
+ParameterBytes parameter_bytes(const Parameters& p, DType compute) {
+    ParameterBytes bytes;
+    int64_t largest = 0;
+    for (const FlatUnit& unit : p.units) {
+        const bool shared = unit.cuts.size() == 1 && compute == DType::F32;
+        bytes.master += 4 * unit.shard_count;
+        bytes.moments += 8 * unit.shard_count;
+        const int64_t weights = shared ? 0 : unit.numel * size_of(compute);
+        const int64_t gradients = 4 * unit.numel;
+        if (p.gather_layer && unit.cuts.size() > 1) {
+            largest = std::max(largest, unit.numel);
+            bytes.gradients += 4 * unit.shard_count;
+        } else {
+            bytes.weights += weights;
+            bytes.gradients += gradients + (unit.cuts.size() > 1 ? 4 * unit.shard_count : 0);
+        }
+    }
+    // Layer-wise gathering holds two units' full buffers at most.
+    bytes.weights += 2 * largest * size_of(compute);
+    bytes.gradients += 2 * largest * 4;
+    return bytes;
 }
 
 std::vector<Fragment> fragments(const Parameters& p) {

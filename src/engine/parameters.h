@@ -5,7 +5,8 @@
 // multiples of 128 elements, anywhere in a tensor; a rank's shard may be empty. The F32 master shard
 // and optimiser moments stay; full weights are gathered and full gradients reduced, a collective a
 // unit. In a group of one with F32 compute, full weights and the master are the same memory.
-// defines: FlatUnit, Parameters, Fragment, make_parameters, initialize, gather, release, reduce
+// defines: FlatUnit, Parameters, Fragment, layout_parameters, parameter_bytes, make_parameters,
+//          initialize, gather, release_unit, reduce, gradient_norm
 #pragma once
 #include "comm/mesh.h"
 #include "models/model.h"
@@ -40,6 +41,21 @@ struct Fragment {
     int unit = 0;
     int64_t offset = 0;            // in the unit's shard
 };
+
+// A shard group's size and this rank's place in it.
+struct ShardPlace {
+    int members = 1, me = 0;
+};
+// The layout of make_parameters() without its memory: what planning needs.
+Parameters layout_parameters(ParameterTable table, const std::vector<int>& chunk_sizes,
+                             bool gather_layer, ShardPlace dense, ShardPlace experts);
+// Bytes that a rank's parameters take while training.
+struct ParameterBytes {
+    int64_t master = 0, moments = 0;  // F32 shard; Adam's two
+    int64_t weights = 0;              // gathered, in the compute dtype, where not the master itself
+    int64_t gradients = 0;            // F32: full, and the reduced shard
+};
+ParameterBytes parameter_bytes(const Parameters& parameters, DType compute);
 
 // Lays out `table` (of one or two chunks; `chunk_sizes` entries each) and allocates the shards.
 Parameters make_parameters(Rank& rank, ParameterTable table, const std::vector<int>& chunk_sizes,
