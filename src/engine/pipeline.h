@@ -9,7 +9,7 @@
 #include "comm/communicator.h"
 #include "engine/expert_parallel.h"
 #include "engine/instance.h"
-#include "observe/routing_trace.h"
+#include "engine/routing_slot.h"
 
 namespace pith {
 
