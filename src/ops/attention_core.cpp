@@ -75,6 +75,13 @@ SeenPart<T> clear_unseen(const QueryBlock& block, int64_t r, T* row) {
     return {begin, end - begin};
 }
 
+// Whether every score is -inf; a NaN, which `top` does not show, must not pass for one.
+template <class T>
+bool nothing_seen(const T* s, int64_t n, T top) {
+    constexpr T hidden = -std::numeric_limits<T>::infinity();
+    return top == hidden && std::all_of(s, s + n, [](T x) { return x == hidden; });
+}
+
 template <class T>
 void forward_block(const AttentionCore<T>& core, int64_t h, const QueryBlock& block, T* s,
                    HeadView<T> out, T* lse) {
@@ -84,7 +91,7 @@ void forward_block(const AttentionCore<T>& core, int64_t h, const QueryBlock& bl
     for (int64_t r = 0; r < block.rows; r++) {
         const auto seen = clear_unseen(block, r, s + r * n);
         const T top = max_of(seen.data, seen.n);
-        const bool none = top == -std::numeric_limits<T>::infinity();
+        const bool none = nothing_seen(seen.data, seen.n, top);
         const T sum = none ? 0 : exp_sum(seen.data, seen.n, top);
         if (none) std::fill(seen.data, seen.data + seen.n, T(0));
         inverse[r] = none ? 0 : 1 / sum;
@@ -128,8 +135,6 @@ void backward_block(const AttentionCore<T>& core, int64_t h, const QueryBlock& b
                     const BackwardInputs<T>& in, const AttentionGrads<T>& grads, T* s, T* dp) {
     const int64_t n = block.keys(), kv = h / (core.heads / core.kv_heads);
     const int64_t b = block.b, i = block.first, j = block.hull.begin;
-    const T* dy = in.dout.at(b, h, i);
-    block_scores(core, block, h, s);
     const Matrix<T> dout{in.dout.at(b, h, i), in.dout.position};
     const Matrix<T> q{core.q.at(b, h, i), core.q.position};
     const Matrix<T> k{core.k.at(b, kv, j), core.k.position};
@@ -193,7 +198,8 @@ void attention_backward(const AttentionCore<T>& core, HeadView<const T> out, con
                         HeadView<const T> dout, const AttentionGrads<T>& grads) {
     const int64_t group = core.kv_heads ? core.heads / core.kv_heads : 0;
     const BackwardInputs<T> in{out, dout, lse};
-    // One task writes all gradients of one key/value head. Only a bias's may be shared between tasks.
+    // One task writes all gradients of one key/value head. Only a bias's may be shared between
+    // tasks.
 #pragma omp parallel if (!grads.bias.data)
     {
         std::vector<T> scores(kBlockRows * core.key.count), dp(scores.size());
