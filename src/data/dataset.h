@@ -1,6 +1,9 @@
 // dataset: tokenised files, cut into samples, shuffled, and split into training and held-out
 // documents. What a sample holds depends on (files, options) alone, never on layout or history.
-// defines: DataOptions, SampleRow, Dataset, BatchShape, global_sample, ZigzagBlocks, bigram_nats
+// defines: DataOptions, SampleRow, TokenFile, open_token_file, find_token_files, TokenStream,
+// Dataset,
+//          positions_from_ends, BatchShape, global_sample, ZigzagBlocks, zigzag_blocks,
+//          take_zigzag, bigram_nats
 #pragma once
 #include <string>
 #include <vector>
@@ -11,11 +14,11 @@
 
 namespace pith {
 
-
 struct DataOptions {
     int64_t seq_length = 0;       // S, tokens a sample
     int64_t vocab_size = 0;       // token ids must be below it
     uint64_t seed = 0;            // of the shuffle
+    bool shuffle = true;          // false: every epoch takes the samples in corpus order
     double heldout_fraction = 0;  // of documents, by hash; 1 holds out every document
     int64_t max_epochs = 1;       // passes over the training samples a run may take
     bool document_mask = false;   // attention, positions and labels stay inside a document
@@ -47,7 +50,7 @@ struct TokenFile {
 TokenFile open_token_file(const std::string& path);
 
 // The .bin files that `path` stands for: itself, or, for a folder, all below it in path order,
-// names that begin with "." aside.
+// names that begin with "." aside. Exit code 2 if there is none.
 std::vector<std::string> find_token_files(const std::string& path);
 
 // A text to cut samples from: pieces of files, end to end.
@@ -86,6 +89,8 @@ class Dataset {
     // Exit code 2, giving both numbers and naming data.max_epochs, if a run that reads `required`
     // training samples does not fit.
     void require_samples(int64_t required) const;
+    // Exit code 2, naming data.heldout_fraction, if there is no held-out sample to evaluate on.
+    void require_heldout() const;
     // Training sample `index` of the whole run: epoch index / n, each with its own permutation.
     void train_sample(int64_t index, const SampleRow& row) const;
     // Held-out sample `index` in corpus order; all labels are ignored from heldout_samples() on.
@@ -96,7 +101,13 @@ class Dataset {
     uint64_t fingerprint() const;
 
   private:
+    void check_ids() const;
     void split_documents(int file);
+    // Tokens [begin, begin + count) of the stream.
+    void read(const TokenStream& stream, int64_t begin, int64_t count, int32_t* dst) const;
+    // Ends the row's documents where the stream's do: doc_ends, and no label at a document's end.
+    void mask_documents(const TokenStream& stream, int64_t begin, const SampleRow& row) const;
+    friend double bigram_nats(const Dataset& data);
     void cut(const TokenStream& stream, int64_t begin, const SampleRow& row) const;
     DataOptions options_;
     std::vector<TokenFile> files_;
@@ -120,19 +131,22 @@ struct BatchShape {
 int64_t global_sample(const BatchShape& shape, int64_t step, int dp_rank, int ep_rank, int64_t row);
 
 // Context parallelism deals a row of S tokens out in 2*cp equal blocks: rank r holds blocks r and
-// 2*cp-1-r, in this order. Needs S % (2*cp) == 0 (cp = 1: the whole row).
+// 2*cp-1-r, in this order. With cp = 1 the first block is the whole row and the second is empty;
+// otherwise exit code 2, naming data.sequence_length, unless S % (2*cp) == 0.
 struct ZigzagBlocks {
     int64_t begin[2];
-    int64_t length;  // of each
+    int64_t length[2];
+    int64_t total() const { return length[0] + length[1]; }  // S / cp
 };
 ZigzagBlocks zigzag_blocks(int64_t seq_length, int cp, int cp_rank);
-// Copies this rank's 2 * length elements of a row of tokens, labels, ends or positions.
+// Copies this rank's total() elements of a row of tokens, labels, ends or positions.
 void take_zigzag(const int32_t* row, const ZigzagBlocks& blocks, int32_t* out);
 
 // Mean nats a label of the held-out samples under an interpolated Kneser-Ney bigram model fitted on
-// the training documents (Chen & Goodman 1998, eq. 21, one discount): what a model must beat to
-// have learned more than word pairs. Takes 4*V*V bytes; needs V <= kBigramMaxVocab and held-out
-// labels.
+// the training documents (Chen & Goodman 1998, eq. 21): what a model must beat to have learned more
+// than word pairs. One discount an order, n1 / (n1 + 2 n2); continuation counts are interpolated
+// with the uniform distribution, so that every token has a probability. Takes 4*V*V bytes; exit
+// code 2 unless V <= kBigramMaxVocab and there are held-out labels.
 constexpr int64_t kBigramMaxVocab = 8192;
 double bigram_nats(const Dataset& data);
 
