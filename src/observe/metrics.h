@@ -54,8 +54,8 @@ std::string step_json(const StepMetrics& metrics);
 class MetricsFile {
   public:
     // Creates the file, or cuts it back to the steps up to `last_step` that it has (0: none), so
-    // that the next append continues there. A torn last line is dropped; damage before that is
-    // dropped too, with a warning. Exit code 1 if the file cannot be written.
+    // that the next append continues there. A torn last line is dropped; damage before that ends
+    // what is kept, with a warning. Exit code 1 if the file cannot be written.
     MetricsFile(const std::string& path, int64_t last_step);
     MetricsFile(const MetricsFile&) = delete;
     MetricsFile& operator=(const MetricsFile&) = delete;

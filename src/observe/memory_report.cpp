@@ -1,0 +1,51 @@
+#include "observe/memory_report.h"
+
+#include "core/json.h"
+#include "core/log.h"
+
+namespace pith {
+
+struct Kind {
+    const char* name;
+    const char* key;
+    int64_t RankMemory::*bytes;
+};
+static constexpr Kind kKinds[] = {
+    {"weights", "weights", &RankMemory::weights},
+    {"compute copy", "compute_copy", &RankMemory::compute_copy},
+    {"gradients", "gradients", &RankMemory::gradients},
+    {"optimizer", "optimizer", &RankMemory::optimizer},
+    {"activations*", "activations", &RankMemory::activations},
+    {"workspace*", "workspace", &RankMemory::workspace},
+};
+
+std::string memory_table(const std::vector<RankMemory>& ranks, int64_t available) {
+    std::string out = text("%-9s", "ranks");
+    for (const Kind& kind : kKinds) out += text(" %12s", kind.name);
+    out += text(" %12s", "total") + (available > 0 ? "  of available\n" : "\n");
+    for (size_t i = 0, next; i < ranks.size(); i = next) {
+        for (next = i + 1; next < ranks.size() && ranks[next] == ranks[i];) next++;
+        out += text("%-9s",
+                    (std::to_string(i) + (next > i + 1 ? text("-%zu", next - 1) : "")).c_str());
+        for (const Kind& kind : kKinds)
+            out += text(" %12s", bytes_text(static_cast<double>(ranks[i].*kind.bytes)).c_str());
+        const double total = static_cast<double>(ranks[i].total());
+        out += text(" %12s", bytes_text(total).c_str());
+        if (available > 0) out += text("  %11.0f%%", 100 * total / static_cast<double>(available));
+        out += "\n";
+    }
+    return out + "* estimated\n";
+}
+
+std::string memory_json(const std::vector<RankMemory>& ranks) {
+    JsonWriter w;
+    w.array();
+    for (size_t i = 0; i < ranks.size(); i++) {
+        w.object().key("rank").value(i);
+        for (const Kind& kind : kKinds) w.key(kind.key).value(ranks[i].*kind.bytes);
+        w.key("total").value(ranks[i].total()).end();
+    }
+    return w.end().str();
+}
+
+}  // namespace pith
