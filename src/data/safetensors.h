@@ -93,6 +93,7 @@ class SafetensorsWriter {
     // Throws (exit code 1) unless exactly the declared bytes were written.
     void finish();
     int64_t bytes_left() const { return total_bytes_ - file_.size(); }
+    int64_t size() const { return file_.size(); }  // bytes written, the header's included
 
   private:
     DurableFile file_;

@@ -15,7 +15,8 @@
 //         each step: saver.poll(rank), then saver.wait_unit(u) before the update of unit u,
 //         then at an interval saver.begin(rank, state); at the end saver.finish(rank).
 // defines: RunState, Checkpoint, open_checkpoint, verify, find_checkpoint, list_checkpoints,
-//          check_resumable, load_state, CheckpointSaver, WeightSource, open_weights, load_weights
+//          check_resumable, load_state, CheckpointSaver, WeightSource, open_weights,
+//          check_weights, load_weights
 #pragma once
 #include <optional>
 
@@ -71,7 +72,7 @@ struct Checkpoint {
 Checkpoint open_checkpoint(const std::string& folder);
 // Reads everything: checksums of all fragments, headers that agree with the manifest. Exit code 2
 // naming the first file and fragment that differ.
-void verify(const Checkpoint& checkpoint);
+void verify(const Checkpoint& checkpoint, bool weights_only = false);
 // Sealed or not, the folders step-NNNNNNNN of a run, by step.
 struct CheckpointFolder {
     int64_t step = 0;
@@ -94,8 +95,11 @@ void read_elements(const Checkpoint& checkpoint, const StoredTensor& tensor, int
 void load_state(Rank& rank, Parameters& parameters, const Checkpoint& checkpoint);
 
 struct SaveOptions {
-    std::string folder;   // the run's
-    int64_t keep = 3;     // newest checkpoints kept; 0: all
+    std::string folder;  // the run's
+    int64_t keep = 3;    // newest checkpoints kept; 0: all
+    // poll() waits while a rank has more seconds than this left to write; well below the time limit
+    // of collectives, because ranks that need not wait in wait_unit() wait for it there.
+    double longest_wait_s = 20;
 };
 
 // Writes this rank's shards on a thread of its own while training goes on. Calls that take a Rank
@@ -131,7 +135,7 @@ class CheckpointSaver {
   private:
     struct Job;  // what the saver thread and the rank's share
     enum class Phase : uint8_t { Idle, Writing, Sealing };
-    bool exchange(Rank& rank);
+    double exchange(Rank& rank);
     void settle(Rank& rank, bool failed);
     const Parameters& parameters_;
     SaveOptions options_;
@@ -146,16 +150,17 @@ class CheckpointSaver {
 // checkpoint): what init_from, eval, generate and convert read. One of the two is there.
 struct WeightSource {
     std::string folder;
+    std::string config;  // text of the model's config.json; empty: there is none
     std::optional<SafetensorsReader> hugging_face;
     std::optional<Checkpoint> checkpoint;
 };
-// The text of the model's config.json that belongs to `folder`, one of the three kinds.
-std::string model_config_text(const std::string& folder);
-// Opens and checks against the whole model's table: missing, extra and misshapen tensors are listed
-// by name; NaN and Inf are refused by name and count. Exit code 2. For the main thread, before ranks
-// start: it reads all weights once.
-WeightSource open_weights(const std::string& folder, const ParameterTable& whole);
-// Elements of the weight `name`, which open_weights has checked, as F32.
+// Exit code 2 naming what is wrong; a checkpoint's weights are verified. For the main thread, before
+// ranks start, as is check_weights().
+WeightSource open_weights(const std::string& folder);
+// Compares with the whole model's table (engine/instance.h): missing, extra and misshapen tensors
+// are listed by name; NaN and Inf are refused by name and count. Exit code 2. Reads all weights once.
+void check_weights(const WeightSource& source, const ParameterTable& whole);
+// Elements of the weight `name`, which check_weights has found, as F32.
 void read_weight(const WeightSource& source, const std::string& name, int64_t begin, int64_t count,
                  float* out);
 // Fills this rank's master shards; moments are left alone.
