@@ -22,10 +22,6 @@ void Arguments::positional(const std::string& name, std::string& value, const st
                            bool required) {
     state_->app.add_option(name, value, about)->required(required);
 }
-void Arguments::positionals(const std::string& name, std::vector<std::string>& values,
-                            const std::string& about) {
-    state_->app.add_option(name, values, about);
-}
 void Arguments::option(const std::string& name, std::string& value, const std::string& about) {
     CLI::Option* option = state_->app.add_option(name, value, about);
     if (!value.empty()) option->capture_default_str();
@@ -48,11 +44,18 @@ void Arguments::list(const std::string& name, std::vector<std::string>& values,
     CLI::Option* option = state_->app.add_option(name, values, about)->allow_extra_args(false);
     if (separator) option->delimiter(separator);
 }
+void Arguments::many(const std::string& name, std::vector<std::string>& values,
+                     const std::string& about) {
+    state_->app.add_option(name, values, about);
+}
 void Arguments::choice(const std::string& name, std::string& value,
                        const std::vector<std::string>& choices, const std::string& about) {
-    state_->app.add_option(name, value, about)
-        ->capture_default_str()
-        ->check(CLI::IsMember(choices));
+    CLI::Option* option = state_->app.add_option(name, value, about);
+    option->check(CLI::IsMember(choices));
+    if (name[0] == '-')
+        option->capture_default_str();
+    else
+        option->required();
 }
 void Arguments::flag(const std::string& name, bool& value, const std::string& about) {
     state_->app.add_flag(name, value, about);

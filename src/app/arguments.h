@@ -22,8 +22,6 @@ class Arguments {
 
     void positional(const std::string& name, std::string& value, const std::string& about,
                     bool required = true);
-    void positionals(const std::string& name, std::vector<std::string>& values,
-                     const std::string& about);
     void option(const std::string& name, std::string& value, const std::string& about);
     void option(const std::string& name, int64_t& value, const std::string& about,
                 int64_t min = INT64_MIN, int64_t max = INT64_MAX);
@@ -32,7 +30,9 @@ class Arguments {
     // A value at a time: "--set a=1 --set b=2"; with `separator`, also "a,b".
     void list(const std::string& name, std::vector<std::string>& values, const std::string& about,
               char separator = 0);
-    // One of `choices`.
+    // One or more behind the name: "--input a b".
+    void many(const std::string& name, std::vector<std::string>& values, const std::string& about);
+    // One of `choices`. A name without dashes is a required positional.
     void choice(const std::string& name, std::string& value,
                 const std::vector<std::string>& choices, const std::string& about);
     void flag(const std::string& name, bool& value, const std::string& about);

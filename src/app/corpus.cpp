@@ -1,6 +1,5 @@
 // corpus: pith corpus inspect.
-#include <CLI/CLI.hpp>
-
+#include "app/arguments.h"
 #include "app/commands.h"
 #include "core/check.h"
 #include "core/json.h"
@@ -71,23 +70,22 @@ static void print_table(const CorpusSummary& s) {
 }
 
 int run_corpus(int argc, char** argv) {
-    CLI::App app("Looks into token files.", "pith corpus");
-    app.require_subcommand(1);
-    CLI::App* inspect = app.add_subcommand("inspect", "counts documents and tokens, shows samples");
+    Arguments args("pith corpus", "Looks into token files: counts documents and tokens, samples.");
     InspectOptions o;
+    std::string action;
+    int64_t top = o.top, samples = o.samples, sample_tokens = o.sample_tokens;
     bool json = false;
-    inspect->add_option("folder", o.folder, "folder of token files, or one")->required();
-    inspect->add_option("--tokenizer", o.tokenizer, "default: the tokenizer.json in the folder");
-    inspect->add_option("--top", o.top, "most frequent tokens to list")->check(CLI::Range(0, 1000));
-    inspect->add_option("--samples", o.samples, "documents to decode")->check(CLI::Range(0, 1000));
-    inspect->add_option("--sample-tokens", o.sample_tokens, "tokens of each")
-        ->check(CLI::Range(1, 1 << 20));
-    inspect->add_flag("--json", json, "print it as JSON");
-    try {
-        app.parse(argc, argv);
-    } catch (const CLI::ParseError& e) {
-        return app.exit(e) == 0 ? kExitDone : kExitBadInput;
-    }
+    args.choice("action", action, {"inspect"}, "inspect");
+    args.positional("folder", o.folder, "folder of token files, or one");
+    args.option("--tokenizer", o.tokenizer, "default: the tokenizer.json in the folder");
+    args.option("--top", top, "most frequent tokens to list", 0, 1000);
+    args.option("--samples", samples, "documents to decode", 0, 1000);
+    args.option("--sample-tokens", sample_tokens, "tokens of each", 1, 1 << 20);
+    args.flag("--json", json, "print it as JSON");
+    if (!args.parse(argc, argv)) return kExitDone;
+    o.top = static_cast<int>(top);
+    o.samples = static_cast<int>(samples);
+    o.sample_tokens = static_cast<int>(sample_tokens);
     const CorpusSummary summary = inspect_corpus(o);
     if (json)
         print_json(summary);

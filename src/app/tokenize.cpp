@@ -1,8 +1,8 @@
 // tokenize: pith tokenize, and its way back, --decode.
-#include <CLI/CLI.hpp>
 #include <cstring>
 #include <filesystem>
 
+#include "app/arguments.h"
 #include "app/commands.h"
 #include "core/check.h"
 #include "core/json.h"
@@ -19,34 +19,32 @@ namespace {
 struct TokenizeArguments {
     CorpusOptions corpus;
     std::string format = "auto", decode, part_size = "1G";
-    int64_t document = -1;
+    int64_t document = -1, threads = 0;
     bool json = false;
 };
 
-void add_options(CLI::App& app, TokenizeArguments& a) {
+void add_options(Arguments& args, TokenizeArguments& a) {
     CorpusOptions& c = a.corpus;
-    app.add_option("--tokenizer", c.tokenizer, "tokenizer.json, or the folder that holds it");
-    app.add_option("--input", c.inputs,
-                   "files and folders (all below, hidden ones aside), or - for standard input");
-    app.add_option("--output", c.output, "folder for the token files");
-    app.add_option("--format", a.format,
-                   "auto: by name (.txt, .jsonl; also .gz, .zst, .zstd); text: each file is a "
-                   "document; jsonl: each line is one")
-        ->check(CLI::IsMember({"auto", "text", "jsonl"}));
-    app.add_option("--include", c.include, "only files of these patterns: '*.c,*.h'")
-        ->delimiter(',');
-    app.add_option("--join", c.join,
-                   "put all documents into NAME-00000.bin and so on, instead of a token file each");
-    app.add_option("--part-size", a.part_size, "input of one file of --join: 500M, 1G");
-    app.add_option("--key", c.key, "the JSON member that holds the text")->capture_default_str();
-    app.add_option("--eos", c.eos, "end-of-text: a token or id; default: the tokenizer's own");
-    app.add_flag("--special-as-text", c.special_as_text,
-                 "special tokens' text in documents is ordinary text");
-    app.add_flag("--skip-bad", c.skip_bad, "leave out malformed documents and list them");
-    app.add_option("--threads", c.threads, "0: every core")->check(CLI::Range(0, 1024));
-    app.add_option("--decode", a.decode, "print the text of FILE.bin, or of ids such as 9707,11");
-    app.add_option("--document", a.document, "with --decode FILE.bin: only this one, from 0");
-    app.add_flag("--json", a.json, "print the result as JSON; with --decode a line a document");
+    args.option("--tokenizer", c.tokenizer, "tokenizer.json, or the folder that holds it");
+    args.many("--input", c.inputs,
+              "files and folders (all below, hidden ones aside), or - for standard input");
+    args.option("--output", c.output, "folder for the token files");
+    args.choice("--format", a.format, {"auto", "text", "jsonl"},
+                "auto: by name (.txt, .jsonl; also .gz, .zst, .zstd); text: each file is a "
+                "document; jsonl: each line is one");
+    args.list("--include", c.include, "only files of these patterns: '*.c,*.h'", ',');
+    args.option("--join", c.join,
+                "put all documents into NAME-00000.bin and so on, instead of a token file each");
+    args.option("--part-size", a.part_size, "input of one file of --join: 500M, 1G");
+    args.option("--key", c.key, "the JSON member that holds the text");
+    args.option("--eos", c.eos, "end-of-text: a token or id; default: the tokenizer's own");
+    args.flag("--special-as-text", c.special_as_text,
+              "special tokens' text in documents is ordinary text");
+    args.flag("--skip-bad", c.skip_bad, "leave out malformed documents and list them");
+    args.option("--threads", a.threads, "0: every core", 0, 1024);
+    args.option("--decode", a.decode, "print the text of FILE.bin, or of ids such as 9707,11");
+    args.option("--document", a.document, "with --decode FILE.bin: only this one, from 0");
+    args.flag("--json", a.json, "print the result as JSON; with --decode a line a document");
 }
 
 int64_t parse_size(const std::string& size) {
@@ -156,14 +154,11 @@ void log_report(const CorpusReport& r) {
 }  // namespace
 
 int run_tokenize(int argc, char** argv) {
-    CLI::App app("Turns text into token files that training reads, or back.", "pith tokenize");
+    Arguments args("pith tokenize", "Turns text into token files that training reads, or back.");
     TokenizeArguments a;
-    add_options(app, a);
-    try {
-        app.parse(argc, argv);
-    } catch (const CLI::ParseError& e) {
-        return app.exit(e) == 0 ? kExitDone : kExitBadInput;
-    }
+    add_options(args, a);
+    if (!args.parse(argc, argv)) return kExitDone;
+    a.corpus.threads = static_cast<int>(a.threads);
     if (!a.decode.empty()) return decode(a);
     if (a.corpus.tokenizer.empty() || a.corpus.inputs.empty() || a.corpus.output.empty())
         bad_input("pith tokenize", "needs --tokenizer, --input and --output", "--help");
