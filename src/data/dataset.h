@@ -1,8 +1,7 @@
 // dataset: tokenised files, cut into samples, shuffled, and split into training and held-out
 // documents. What a sample holds depends on (files, options) alone, never on layout or history.
 // defines: DataOptions, SampleRow, TokenFile, open_token_file, find_token_files, TokenStream,
-// Dataset,
-//          positions_from_ends, BatchShape, global_sample, ZigzagBlocks, zigzag_blocks,
+//          Dataset, positions_from_ends, BatchShape, global_sample, ZigzagBlocks, zigzag_blocks,
 //          take_zigzag, bigram_nats
 #pragma once
 #include <string>
