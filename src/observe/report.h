@@ -28,7 +28,7 @@ std::string report_html(const std::vector<StepMetrics>& steps, const ReportInput
 // smallest and largest; a dot where nothing is finite. UTF-8.
 std::string sparkline(const std::vector<double>& values, int width);
 // The same for the expert load, a line for each MoE layer: last max/mean, dead experts, and
-// max/mean over the steps. Empty if no load was counted.
+// max/mean over the steps on one scale from 1. Empty if no load was counted.
 std::string load_rows(const std::vector<StepMetrics>& steps, int width);
 
 }  // namespace pith
