@@ -1,0 +1,89 @@
+// lm_head_cross_entropy: sum over tokens of log(sum of e^logits) - logits[label], logits = x w^T.
+//   in     x [T, D]   w [V, D]   f32|f64, one dtype   labels I32 [T] in [0, V) or kIgnoreLabel
+//   out    [1], the sum in f64      keeps  bx: dx
+//   grad   dlogits = scale (softmax(logits) - one-hot(label)), formed in the forward by chunks
+//          of rows; w's gradient dlogits^T x is added there too   bx: dx += dlogits w
+//   errors shapes; a label outside [0, V); dtypes differ
+//   bitwise run-to-run: yes, for any number of threads
+#include <algorithm>
+#include <cmath>
+
+#include "ops/layer_parts.h"
+#include "ops/ops.h"
+
+namespace pith {
+
+// Rows of logits at a time: enough for one pass over w and dw to be cheap beside the products.
+constexpr int64_t kChunkRows = 256;
+
+// The loss of one row; with `grad`, its logits become their gradient.
+template <class T>
+static double row_loss(T* logits, int64_t V, int32_t label, T scale, bool grad) {
+    if (label == kIgnoreLabel) {
+        if (grad) std::fill_n(logits, V, T(0));
+        return 0;
+    }
+    const T at_label = logits[label], top = max_of(logits, V);
+    const T sum = exp_sum(logits, V, top);
+    if (grad) {
+        const T factor = scale / sum;
+        for (int64_t v = 0; v < V; v++) logits[v] *= factor;
+        logits[label] -= scale;
+    }
+    return std::log(static_cast<double>(sum)) + static_cast<double>(top - at_label);
+}
+
+// dx.data and dw.data may be null. `logits` has room for a chunk, `losses` for each row.
+template <class T>
+static double cross_entropy_cpu(const Tensor& x, const Tensor& w, const Tensor& labels,
+                                double scale, T* logits, double* losses, Slot<T> dx, Slot<T> dw) {
+    const int64_t tokens = x.dim[0], D = x.dim[1], V = w.dim[0];
+    const bool grad = dx.data || dw.data;
+    double sum = 0;
+    for (int64_t first = 0; first < tokens; first += kChunkRows) {
+        const int64_t rows = std::min(kChunkRows, tokens - first);
+        const T* part = x.as<T>() + first * D;
+        gemm<T>(rows, V, D, {part, D}, {w.as<T>(), D, Layout::Transposed}, 0, logits, V);
+        parallel_rows(rows, V * 8, [&](int64_t r) {
+            losses[r] =
+                row_loss(logits + r * V, V, labels.i32()[first + r], static_cast<T>(scale), grad);
+        });
+        for (int64_t r = 0; r < rows; r++) sum += losses[r];
+        if (dx.data) gemm<T>(rows, D, V, {logits, V}, {w.as<T>(), D}, 0, dx.data + first * D, D);
+        if (dw.data)
+            gemm<T>(V, D, rows, {logits, V, Layout::Transposed}, {part, D},
+                    dw.add || first > 0 ? 1 : 0, dw.data, D);
+    }
+    if (dw.data && !dw.add && tokens == 0) std::fill_n(dw.data, V * D, T(0));
+    return sum;
+}
+
+Tensor lm_head_cross_entropy(Rank& rank, Tensor x, Tensor w, Tensor labels, double scale, At at) {
+    const char* op = "lm_head_cross_entropy";
+    check(rank, op, at,
+          {{"x [T, D] and w [V, D]", x.dim.rank == 2 && w.dim.rank == 2 && x.dim[1] == w.dim[1]},
+           {"labels I32 [T]", labels.dtype == DType::I32 && labels.dim == Dims{x.dim[0]}},
+           {"one dtype", x.dtype == w.dtype}},
+          {&x, &w, &labels});
+    Tensor loss = empty(rank, {1}, x.dtype, at);
+    const int64_t rows = std::min(kChunkRows, x.dim[0]);
+    const Tensor logits = empty(rank, {rows, w.dim[0]}, x.dtype, at);
+    const Tensor losses = empty(rank, {rows}, DType::F64, at);
+    const bool needs_dx = rank.tape && x.needs_grad();
+    const Tensor dx = needs_dx ? empty(rank, x.dim, x.dtype, at) : Tensor{};
+    float_kernel(rank, op, at, x, [&]<class T>(T*) {
+        check_ids(rank, op, at, "labels", labels, w.dim[0], kIgnoreLabel);
+        const Slot<T> dw = rank.tape ? writable<T>(rank, w, at) : Slot<T>{};
+        loss.as<T>()[0] = static_cast<T>(cross_entropy_cpu<T>(
+            x, w, labels, scale, logits.as<T>(), losses.as<double>(), {dx.as<T>()}, dw));
+    });
+    if (Node* n = record(rank, op, at, {x, w}, {&loss})) {
+        n->bx_keep = {dx};
+        n->bx = [](Rank& r, Node& node) {
+            if (node.bx_keep[0].defined()) add_grad(r, node.in[0], node.bx_keep[0]);
+        };
+    }
+    return loss;
+}
+
+}  // namespace pith
