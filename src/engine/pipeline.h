@@ -182,7 +182,7 @@ void run_one_step(Rank& rank, Pipeline<M>& p, StepIo& io, const Step& s) {
     rank.status->micro_batch = s.mb;
     rank.status->chunk = s.chunk;
     switch (s.part) {
-        case Part::Gather: return gather(rank, p.parameters, unit_of(p, s), !io.forward_only);
+        case Part::Gather: return gather(rank, p.parameters, unit_of(p, s), s.backward);
         case Part::Release: return release_unit(p.parameters, unit_of(p, s));
         case Part::Reduce: return reduce(rank, p.parameters, unit_of(p, s));
         case Part::Weights:
@@ -287,6 +287,11 @@ void run_compute(Rank& rank, Pipeline<M>& p, StepIo& io, const Action& a) {
     if (has_f && io.forward_only && p.layers_of[a.chunk].epilog)
         p.flights.erase({a.chunk, a.mb});
     if (has_b) end_backward(rank, p, b_chunk, b_mb);
+    if (has_b && !a.defer) {  // what is left of the flight waits to be sent
+        Flight& f = p.flights.at({b_chunk, b_mb});
+        f.tape.clear();
+        f.layers.clear();
+    }
     if (a.what == Do::W)
         for (int mb = a.mb; mb < a.mb + a.count; mb++) p.flights.erase({a.chunk, mb});
 }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "comm/mesh.h"
+#include "models/model.h"
 
 namespace pith {
 
@@ -122,19 +123,18 @@ enum class Part : uint8_t {
     Residual,   // stage 5
     Epilog,     // final norm, LM head, loss (last stage)
     Weights,    // weight gradients of `unit` that are due
-    Gather,     // layer-wise sharding: all-gather `unit`'s weights
+    Gather,     // layer-wise sharding: all-gather `unit`'s weights; `backward`: and its gradients'
+                // memory, for the Weights to come
     Release,    // free them
     Reduce,     // reduce-scatter `unit`'s gradients
 };
-enum class Unit : uint8_t { Layer, Experts, Prolog, Epilog };  // what a layer's weights belong to
-
 struct Step {
     Part part = Part::Prolog;
     bool backward = false;
     int chunk = 0, mb = 0;
-    int layer = -1;  // global index; -1: prolog, epilog
-    Unit unit = Unit::Layer;
-    int count = 1;  // Weights: micro-batches [mb, mb + count)
+    int layer = -1;                   // global index; -1: prolog, epilog
+    UnitKind unit = UnitKind::Layer;  // Weights, Gather, Release, Reduce
+    int count = 1;                    // Weights: micro-batches [mb, mb + count)
     bool operator==(const Step&) const = default;
 };
 
