@@ -6,14 +6,14 @@
 //   grad   bx: with p = exp(score - lse), dv = p^T dout, ds = p (dout v^T - <dout, out>),
 //          dq = scale ds k, dk = scale ds^T q, dbias = ds.  Dao et al. 2022, arXiv:2205.14135
 //   errors shapes that do not fit; order or a row of doc_ends that descends; dtypes differ; with
-//          cp > 1 the general form's bias, or S != Z
+//          cp > 1: another order than the rank's chunks, a bias or mask tensor, S != Z
 //   bitwise run-to-run: yes, for any number of threads
 #include <algorithm>
 #include <cstring>
 
-#include "ops/attention_core.h"
 #include "ops/cpu.h"
 #include "ops/cpu_rows.h"
+#include "ops/ring_attention.h"
 
 namespace pith {
 namespace {
@@ -56,10 +56,11 @@ void check_mask(const Rank& rank, At at, const AttentionMask& mask, int64_t batc
                 ends.dtype == DType::I32 && ends.dim == Dims{batch, queries}}},
               {&ends});
     check(rank, "attention", at,
-          {{"mesh.cp == 1", rank.mesh.cp == 1},
-           {"mask.window >= 0", mask.window >= 0},
+          {{"mask.window >= 0", mask.window >= 0},
            {"mask.order that ascends", !order.defined() || rows_ascend(order)},
-           {"mask.doc_ends that ascend in a row", !ends.defined() || rows_ascend(ends)}},
+           {"mask.doc_ends that ascend in a row", !ends.defined() || rows_ascend(ends)},
+           {"mask.order of this rank's chunks r and 2*cp-1-r of the row",
+            rank.mesh.cp == 1 || (order.defined() && is_zigzag_part(rank, order.i32(), queries))}},
           {&order, &ends});
 }
 
@@ -125,9 +126,9 @@ void packed_bx(Rank& rank, Node& node) {
         const auto core =
             packed_core<T>(kept[kQkv], heads, node.i[3], node.i[4], int(node.i[5]), table);
         const auto grads = packed_views(zeroed<T>(rank, node.in[0], node.at), heads, S);
-        attention_backward(core, read_only(packed_out<T>(kept[kPackedOut], heads, S)),
-                           kept[kPackedLse].as<T>(),
-                           read_only(packed_out<T>(node.grad[0], heads, S)), grads);
+        ring_backward(rank, core, read_only(packed_out<T>(kept[kPackedOut], heads, S)),
+                      kept[kPackedLse].as<T>(), read_only(packed_out<T>(node.grad[0], heads, S)),
+                      grads, node.at);
     });
 }
 
@@ -149,8 +150,8 @@ Tensor attention(Rank& rank, Tensor qkv, Heads heads, int64_t batch, AttentionMa
     Tensor out = empty(rank, {qkv.dim[0], int64_t{heads.query} * heads.size}, qkv.dtype, at);
     Tensor lse = empty(rank, {batch, heads.query, S}, qkv.dtype, at);
     float_kernel(rank, "attention", at, qkv, [&]<class T>(T*) {
-        attention_forward(packed_core<T>(qkv, heads, batch, mask.causal, mask.window, table),
-                          packed_out<T>(out, heads, S), lse.as<T>());
+        ring_forward(rank, packed_core<T>(qkv, heads, batch, mask.causal, mask.window, table),
+                     packed_out<T>(out, heads, S), lse.as<T>(), at);
     });
     if (Node* node = record(rank, "attention", at, {qkv}, {&out})) {
         node->bx_keep = {qkv, out, lse, table};
@@ -206,8 +207,8 @@ void general_bx(Rank& rank, Node& node) {
                                       grad_view<T>(rank, node.in[1], node.at, view_of),
                                       grad_view<T>(rank, node.in[2], node.at, view_of),
                                       grad_view<T>(rank, node.in[3], node.at, score_view)};
-        attention_backward(core, view_of<const T>(kept[kOut]), kept[kLse].as<T>(),
-                           view_of<const T>(node.grad[0]), grads);
+        ring_backward(rank, core, view_of<const T>(kept[kOut]), kept[kLse].as<T>(),
+                      view_of<const T>(node.grad[0]), grads, node.at);
     });
 }
 
@@ -239,6 +240,11 @@ void check_general(const Rank& rank, At at, const Tensor& q, const Tensor& k, co
               {{"visible u8 [1|B, 1|H, S, Z]",
                 bias.visible.dtype == DType::U8 && fits_scores(bias.visible, q, k)}},
               {&bias.visible, &q, &k});
+    const bool extra = bias.bias.defined() || bias.visible.defined();
+    check(rank, "attention", at,
+          {{"no bias, no visible and S == Z where cp > 1",
+            rank.mesh.cp == 1 || (!extra && q.dim[1] == k.dim[1])}},
+          {&q, &k, &bias.bias, &bias.visible});
     check_mask(rank, at, mask, q.dim[0], q.dim[1]);
 }
 
@@ -253,8 +259,8 @@ Tensor attention(Rank& rank, Tensor q, Tensor k, Tensor v, double scale, Attenti
     Tensor lse = empty(rank, {B, H, S}, q.dtype, at);
     const TensorList all = {q, k, v, out, lse, table, bias.bias, bias.visible};
     float_kernel(rank, "attention", at, q, [&]<class T>(T*) {
-        attention_forward(general_core<T>(all, scale, mask.causal, mask.window), view_of<T>(out),
-                          lse.as<T>());
+        ring_forward(rank, general_core<T>(all, scale, mask.causal, mask.window), view_of<T>(out),
+                     lse.as<T>(), at);
     });
     if (Node* node = record(rank, "attention", at, {q, k, v, bias.bias}, {&out})) {
         node->bx_keep = all;

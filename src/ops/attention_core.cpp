@@ -19,19 +19,15 @@ struct QueryBlock {
     int64_t b = 0, first = 0, rows = 0;
     KeyRange range[kBlockRows];
     KeyRange hull;
-    int64_t keys() const { return hull.end - hull.begin; }
+    int64_t keys() const { return hull.count(); }
 };
 
 template <class T>
 QueryBlock query_block(const AttentionCore<T>& core, int64_t b, int64_t first) {
     QueryBlock block{b, first, std::min(kBlockRows, core.query.count - first), {}, {}};
     for (int64_t r = 0; r < block.rows; r++) {
-        const KeyRange seen = visible_keys(core, b, first + r);
-        block.range[r] = seen;
-        if (seen.empty()) continue;
-        const bool alone = block.hull.empty();
-        block.hull.begin = alone ? seen.begin : std::min(block.hull.begin, seen.begin);
-        block.hull.end = std::max(block.hull.end, seen.end);
+        block.range[r] = visible_keys(core, b, first + r);
+        block.hull.cover(block.range[r]);
     }
     return block;
 }
@@ -178,9 +174,15 @@ KeyRange visible_keys(const AttentionCore<T>& core, int64_t b, int64_t i) {
 }
 
 template <class T>
+static bool worth_threads(const AttentionCore<T>& core) {
+    const int64_t scores = core.batch * core.heads * core.query.count * core.key.count;
+    return scores * (core.size + core.v_size) > kParallelWork;
+}
+
+template <class T>
 void attention_forward(const AttentionCore<T>& core, HeadView<T> out, T* lse) {
     const int64_t blocks = (core.query.count + kBlockRows - 1) / kBlockRows;
-#pragma omp parallel
+#pragma omp parallel if (worth_threads(core))
     {
         std::vector<T> scores(kBlockRows * core.key.count);
 #pragma omp for schedule(dynamic)
@@ -200,7 +202,7 @@ void attention_backward(const AttentionCore<T>& core, HeadView<const T> out, con
     const BackwardInputs<T> in{out, dout, lse};
     // One task writes all gradients of one key/value head. Only a bias's may be shared between
     // tasks.
-#pragma omp parallel if (!grads.bias.data)
+#pragma omp parallel if (!grads.bias.data && worth_threads(core))
     {
         std::vector<T> scores(kBlockRows * core.key.count), dp(scores.size());
 #pragma omp for schedule(dynamic)

@@ -28,6 +28,12 @@ struct Positions {
 struct KeyRange {
     int64_t begin = 0, end = 0;
     bool empty() const { return begin >= end; }
+    int64_t count() const { return empty() ? 0 : end - begin; }
+    // Grows to hold `o` too.
+    void cover(KeyRange o) {
+        if (o.empty()) return;
+        *this = empty() ? o : KeyRange{begin < o.begin ? begin : o.begin, end > o.end ? end : o.end};
+    }
 };
 
 // Queries of one block against keys of one block.
