@@ -101,6 +101,16 @@ RunPlan plan_run(const RunConfig& config, Device device, int ranks) {
     return plan;
 }
 
+DataOptions data_options(const RunPlan& plan) {
+    const auto& data = plan.config.data;
+    return {.seq_length = data.sequence_length,
+            .vocab_size = plan.shape.vocab,
+            .seed = data.seed,
+            .heldout_fraction = data.heldout_fraction,
+            .max_epochs = data.max_epochs,
+            .document_mask = data.document_mask};
+}
+
 ParameterCounts parameter_counts(const RunPlan& plan) {
     ParameterCounts n;
     for (const Parameter& p : whole_table(plan.model)) {

@@ -1,6 +1,7 @@
 // run_plan: what follows from a configuration, a model and a number of ranks before any memory is
 // taken: mesh, schedule, batch arithmetic, parameter counts, bytes a rank.
-// defines: RunPlan, plan_run, parameter_counts, flops_per_token, rank_memory
+// defines: RunPlan, plan_run, data_options, parameter_counts, flops_per_token,
+//          rank_memory
 #pragma once
 #include "core/json.h"
 #include "data/dataset.h"
@@ -26,6 +27,9 @@ struct RunPlan {
 // over the mesh, experts over ep, layers over stages, sequences over 2*cp, the global batch over
 // micro-batches, too few micro-batches for the schedule. Exit code 2.
 RunPlan plan_run(const RunConfig& config, Device device, int ranks);
+
+// How the run's samples are cut and dealt.
+DataOptions data_options(const RunPlan& plan);
 
 struct ParameterCounts {
     int64_t total = 0;
