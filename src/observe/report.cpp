@@ -13,7 +13,6 @@ struct Curve {
     const char* name;
     const char* css;  // class of the line
     std::vector<double> x, y;
-    bool marked = false;  // a dot at each value
 };
 
 struct Chart {
@@ -27,19 +26,16 @@ struct Chart {
 
 static std::string escape(const std::string& raw) {
     std::string out;
-    for (const char c : raw) {
-        if (c == '&')
-            out += "&amp;";
-        else if (c == '<')
-            out += "&lt;";
-        else if (c == '>')
-            out += "&gt;";
-        else if (c == '"')
-            out += "&quot;";
-        else
-            out += c;
-    }
+    for (const char c : raw) out += c == '&' ? "&amp;" : c == '<' ? "&lt;" : std::string(1, c);
     return out;
+}
+
+static std::string label(double x, double y, const char* css, const std::string& words) {
+    return text("<text x=\"%.1f\" y=\"%.1f\" class=\"%s\">", x, y, css) + escape(words) + "</text>";
+}
+
+static std::string path(const std::string& css, const std::string& d) {
+    return "<path class=\"" + css + "\" d=\"" + d + "\"/>";
 }
 
 static std::string number_text(double v) {
@@ -83,54 +79,26 @@ struct Frame {
     double py(double v) const { return top + (y.high - v) / (y.high - y.low) * height; }
 };
 
-// The line through the means of at most 600 buckets, over the band between their extremes.
+// A long curve is drawn through the extremes of 600 stretches, which keeps its spikes.
 static std::string curve_svg(const Frame& frame, const Curve& curve) {
     const size_t n = curve.x.size(), bucket = n / 600 + 1;
-    std::string line, upper, lower, dots;
+    std::string line, dots;
     bool broken = true;
     for (size_t i = 0; i < n; i += bucket) {
         Range range;
-        double sum = 0;
-        int count = 0;
-        for (size_t j = i; j < std::min(n, i + bucket); j++) {
-            if (!std::isfinite(curve.y[j])) continue;
-            range.add(curve.y[j]);
-            sum += curve.y[j];
-            count++;
-        }
-        if (count) {
-            const double x = frame.px(curve.x[std::min(n - 1, i + bucket / 2)]);
-            const double y = frame.py(sum / count);
-            line += text("%c%.1f %.1f", broken ? 'M' : 'L', x, y);
-            upper += text("%c%.1f %.1f", upper.empty() ? 'M' : 'L', x, frame.py(range.high));
-            lower = text("L%.1f %.1f", x, frame.py(range.low)) + lower;
-            if (curve.marked || n == 1)
-                dots += text(
-                    "<circle class=\"dot %s\" cx=\"%.1f\" cy=\"%.1f\" r=\"3\"><title>step "
-                    "%.0f: %s</title></circle>",
-                    curve.css, x, y, curve.x[i], number_text(sum / count).c_str());
-        }
-        broken = count == 0;
+        for (size_t j = i; j < std::min(n, i + bucket); j++) range.add(curve.y[j]);
+        const bool any = range.low <= range.high;
+        const double x = frame.px(curve.x[i]);
+        if (any) line += text("%c%.1f %.1f", broken ? 'M' : 'L', x, frame.py(range.high));
+        if (any && range.low < range.high) line += text("V%.1f", frame.py(range.low));
+        if (any && n <= 50)
+            dots += text(
+                "<circle class=\"dot %s\" cx=\"%.1f\" cy=\"%.1f\" r=\"3\"><title>step "
+                "%.0f: %s</title></circle>",
+                curve.css, x, frame.py(range.high), curve.x[i], number_text(range.high).c_str());
+        broken = !any;
     }
-    std::string out;
-    if (bucket > 1 && !upper.empty())
-        out += text("<path class=\"band %s\" d=\"", curve.css) + upper + lower + "Z\"/>";
-    return out + text("<path class=\"line %s\" d=\"", curve.css) + line + "\"/>" + dots;
-}
-
-static std::string axes_svg(const Frame& f, int count_x) {
-    std::string out;
-    const double right = f.left + f.width, bottom = f.top + f.height;
-    for (const double v : ticks(f.y.low, f.y.high, 4))
-        out += text(
-            "<path class=\"grid\" d=\"M%.1f %.1fH%.1f\"/><text x=\"%.1f\" y=\"%.1f\" "
-            "class=\"end\">%s</text>",
-            f.left, f.py(v), right, f.left - 7, f.py(v) + 4, number_text(v).c_str());
-    for (const double v : ticks(f.x.low, f.x.high, count_x))
-        if (v == std::floor(v))
-            out += text("<text x=\"%.1f\" y=\"%.1f\" class=\"middle\">%s</text>", f.px(v),
-                        bottom + 17, with_commas(std::llround(v)).c_str());
-    return out + text("<path class=\"axis\" d=\"M%.1f %.1fH%.1f\"/>", f.left, bottom, right);
+    return path(text("line %s", curve.css), line) + dots;
 }
 
 static std::string chart_html(const Chart& chart) {
@@ -142,26 +110,32 @@ static std::string chart_html(const Chart& chart) {
     if (chart.reference > 0) f.y.add(chart.reference);
     f.y = f.y.padded();
     if (!(f.x.low < f.x.high)) f.x = f.x.padded();
-    std::string out = "<figure><figcaption><b>" + escape(chart.title) + "</b>";
+    const double right = f.left + f.width, bottom = f.top + f.height;
+    const std::string across = text("H%.1f", right), down = text("V%.1f", bottom);
+    std::string out = "<figcaption><b>" + escape(chart.title) + "</b>";
     for (const Curve& curve : chart.curves)
-        if (chart.curves.size() > 1 && !curve.x.empty())
+        if (*curve.name && !curve.x.empty())
             out += text(" <span class=\"key %s\"></span>%s", curve.css, curve.name);
     if (!chart.skipped.empty()) out += " <span class=\"key bad\"></span>update skipped";
-    out += text("</figcaption><svg viewBox=\"0 0 %d %d\" role=\"img\"><title>", chart.width,
-                chart.height);
-    out += escape(chart.title) + "</title>" + axes_svg(f, chart.width / 100);
+    out += text("</figcaption><svg viewBox=\"0 0 %d %d\">", chart.width, chart.height);
+    for (const double v : ticks(f.y.low, f.y.high, 4))
+        out += path("grid", text("M%.1f %.1f", f.left, f.py(v)) + across) +
+               label(f.left - 7, f.py(v) + 4, "end", number_text(v));
+    for (const double v : ticks(f.x.low, f.x.high, chart.width / 100))
+        if (v == std::floor(v))
+            out += label(f.px(v), bottom + 17, "middle", with_commas(std::llround(v)));
+    out += path("axis", text("M%.1f %.1f", f.left, bottom) + across);
     for (const double x : chart.skipped)
-        out += text("<path class=\"line bad\" d=\"M%.1f %.1fV%.1f\"/>", f.px(x), f.top,
-                    f.top + f.height);
+        out += path("line bad", text("M%.1f %.1f", f.px(x), f.top) + down);
     if (chart.reference > 0) {
         const double y = f.py(chart.reference);
-        out += text("<path class=\"line reference\" d=\"M%.1f %.1fH%.1f\"/>", f.left, y,
-                    f.left + f.width);
-        out += text("<text x=\"%.1f\" y=\"%.1f\" class=\"end strong\">", f.left + f.width, y - 5);
-        out += escape(chart.reference_name) + " " + number_text(chart.reference) + "</text>";
+        out += path("line reference", text("M%.1f %.1f", f.left, y) + across);
+        out += label(right, y - 5, "end strong",
+                     chart.reference_name + " " + number_text(chart.reference));
     }
     for (const Curve& curve : chart.curves) out += curve_svg(f, curve);
-    return out + "</svg></figure>\n";
+    const char* css = chart.width > 500 ? " class=\"wide\"" : "";
+    return text("<figure%s>", css) + out + "</svg></figure>\n";
 }
 
 // Of 16 levels, from balance (cool) to overload (hot).
@@ -204,57 +178,47 @@ static std::vector<double> load_of(const std::vector<StepMetrics>& steps, size_t
 // Cells of one level share one path, so that 100 layers stay a small page.
 static std::string heat_html(const std::vector<StepMetrics>& steps) {
     const std::vector<ExpertLoad>& last = steps.back().load;
-    const size_t layers = last.size();
-    const double left = 62, right = 640, row = layers > 32 ? 12 : 18, top = 24;
+    const double left = 62, right = 640, row = last.size() > 32 ? 12 : 18, top = 24;
     std::vector<std::vector<double>> cells;
     Range range{1, 2};
-    for (size_t l = 0; l < layers; l++) {
+    for (size_t l = 0; l < last.size(); l++) {
         cells.push_back(stretches(load_of(steps, l), 120));
         for (const double v : cells.back()) range.add(v);
     }
-    std::string paths[16], rows;
-    for (size_t l = 0; l < layers; l++) {
-        const double y = top + row * static_cast<double>(l);
-        const double width = (right - left) / static_cast<double>(cells[l].size());
-        for (size_t c = 0; c < cells[l].size(); c++) {
-            if (!std::isfinite(cells[l][c])) continue;
-            const double share = (cells[l][c] - 1) / (range.high - 1);
-            paths[std::clamp(static_cast<int>(share * 15.99), 0, 15)] +=
-                text("M%.1f %.0fh%.1fv%.0fh-%.1fz", left + width * static_cast<double>(c), y,
-                     width + 0.1, row - 1, width + 0.1);
+    std::string paths[16], rows, scale;
+    double y = top;
+    for (size_t l = 0; l < last.size(); l++, y += row) {
+        const double width = (right - left) / static_cast<double>(cells[l].size()),
+                     middle = y + row / 2 + 4;
+        double x = left;
+        for (const double v : cells[l]) {
+            const int level = static_cast<int>((v - 1) / (range.high - 1) * 15.99);
+            if (std::isfinite(v))
+                paths[std::clamp(level, 0, 15)] +=
+                    text("M%.1f %.0fh%.1fv%.0fh-%.1fz", x, y, width + 0.1, row - 1, width + 0.1);
+            x += width;
         }
-        rows += text("<text x=\"%.0f\" y=\"%.1f\" class=\"end\">layer %zu</text>", left - 7,
-                     y + row / 2 + 4, l);
-        const double values[] = {last[l].max_over_mean, last[l].p95_over_mean,
-                                 100 * last[l].dead_share, last[l].entropy};
-        const char* formats[] = {"%.2f", "%.2f", "%.1f%%", "%.3f"};
-        for (int i = 0; i < 4; i++)
-            rows += text("<text x=\"%.0f\" y=\"%.1f\" class=\"end\">", right + 70 + 68 * i,
-                         y + row / 2 + 4) +
-                    text(formats[i], values[i]) + "</text>";
+        rows += label(left - 7, middle, "end", text("layer %zu", l)) +
+                label(right + 70, middle, "end", text("%.2f", last[l].max_over_mean)) +
+                label(right + 138, middle, "end", text("%.2f", last[l].p95_over_mean)) +
+                label(right + 206, middle, "end", text("%.1f%%", 100 * last[l].dead_share)) +
+                label(right + 274, middle, "end", text("%.3f", last[l].entropy));
     }
-    std::string out =
-        "<figure class=\"wide\"><figcaption><b>Expert load</b> fullest expert over "
-        "the mean, a row a layer, steps from left to right; last step at right "
-        "<span class=\"scale\">1";
-    for (int i = 0; i < 16; i++) out += "<i style=\"background:" + heat_color(i) + "\"></i>";
-    out += text(
-        "%.1f</span></figcaption><svg viewBox=\"0 0 920 %.0f\" role=\"img\"><title>Expert "
-        "load</title>",
-        range.high, top + row * static_cast<double>(layers) + 22);
     const char* heads[] = {"max", "p95", "dead", "entropy"};
-    for (int i = 0; i < 4; i++)
-        out += text("<text x=\"%.0f\" y=\"14\" class=\"end strong\">%s</text>", right + 70 + 68 * i,
-                    heads[i]);
-    for (int i = 0; i < 16; i++)
+    for (int i = 0; i < 4; i++) rows += label(right + 70 + 68 * i, 14, "end strong", heads[i]);
+    rows += label(left, y + 15, "start", "step " + with_commas(steps.front().step));
+    rows += label(right, y + 15, "end", "step " + with_commas(steps.back().step));
+    for (int i = 0; i < 16; i++) {
+        scale += "<i style=\"background:" + heat_color(i) + "\"></i>";
         if (!paths[i].empty())
-            out += "<path fill=\"" + heat_color(i) + "\" d=\"" + paths[i] + "\"/>";
-    const double bottom = top + row * static_cast<double>(layers) + 15;
-    out += text("<text x=\"%.0f\" y=\"%.0f\">step %lld</text>", left, bottom,
-                static_cast<long long>(steps.front().step));
-    out += text("<text x=\"%.0f\" y=\"%.0f\" class=\"end\">step %s</text>", right, bottom,
-                with_commas(steps.back().step).c_str());
-    return out + rows + "</svg></figure>\n";
+            rows += "<path fill=\"" + heat_color(i) + "\" d=\"" + paths[i] + "\"/>";
+    }
+    return "<figure class=\"wide\"><figcaption><b>Expert load</b> fullest expert over the mean, a "
+           "row a "
+           "layer, steps from left to right; last step at right <span class=\"scale\">1 " +
+           scale +
+           text(" %.1f</span></figcaption><svg viewBox=\"0 0 920 %.0f\">", range.high, y + 22) +
+           rows + "</svg></figure>\n";
 }
 
 static const char* const kStyle = R"(
@@ -263,28 +227,24 @@ static const char* const kStyle = R"(
 @media(prefers-color-scheme:dark){:root{--page:#15181c;--card:#1d2126;--ink:#e4e6e8;
 --soft:#98a1ab;--edge:#31373e;--a:#6aa9e9;--b:#f0946f;--bad:#ff6b7d}}
 body{margin:0 auto;max-width:1080px;padding:24px 16px;background:var(--page);color:var(--ink);
-font:15px/1.45 system-ui,sans-serif}
-h1{font-size:22px;margin:0}p{color:var(--soft);margin:2px 0 16px}
+font:15px/1.45 system-ui,sans-serif}h1{font-size:22px;margin:0}p{color:var(--soft);margin:2px 0 16px}
 .cards,.charts{display:flex;flex-wrap:wrap;gap:12px;margin-bottom:12px}.cards div{flex:1 1 168px}
-.charts figure{flex:1 1 230px}
-.cards div,figure,.box{box-sizing:border-box;background:var(--card);border:1px solid var(--edge);border-radius:8px;
-padding:10px 14px;margin:0}
-.cards b{display:block;font-size:21px;font-variant-numeric:tabular-nums}
-.cards span,figcaption{color:var(--soft);font-size:13px}figcaption b{color:var(--ink);
-font-size:15px;margin-right:8px}.charts .wide{flex-basis:100%}
-svg{display:block;width:100%;height:auto;margin-top:6px}
-svg text{font-size:11.5px;fill:var(--soft);font-variant-numeric:tabular-nums}
+.charts figure{flex:1 1 230px}.charts .wide{flex-basis:100%}.cards b{display:block;font-size:21px}
+.cards div,figure,.box{box-sizing:border-box;background:var(--card);border:1px solid var(--edge);
+border-radius:8px;padding:10px 14px;margin:0}.cards span,figcaption{color:var(--soft);font-size:13px}
+figcaption b{color:var(--ink);font-size:15px;margin-right:8px}
+svg{display:block;width:100%;height:auto;margin-top:6px}svg text{font-size:11.5px;fill:var(--soft)}
 .end{text-anchor:end}.middle{text-anchor:middle}svg .strong{fill:var(--ink);font-weight:600}
-.grid{stroke:var(--edge)}.axis{stroke:var(--soft)}.line{fill:none;stroke-width:1.6;
-stroke-linejoin:round}.line.a{stroke:var(--a)}.line.b{stroke:var(--b);stroke-width:2}
-.line.bad{stroke:var(--bad)}.line.reference{stroke:var(--ink);stroke-dasharray:6 4;
-stroke-width:1.2}.band{opacity:.22}.band.a,.dot.a{fill:var(--a)}.band.b,.dot.b{fill:var(--b)}
+.grid{stroke:var(--edge)}.axis{stroke:var(--soft)}
+.line{fill:none;stroke-width:1.6;stroke-linejoin:round}.line.a{stroke:var(--a)}
+.line.b{stroke:var(--b);stroke-width:2}.line.bad{stroke:var(--bad)}
+.line.reference{stroke:var(--ink);stroke-dasharray:6 4;stroke-width:1.2}
+.dot.a{fill:var(--a)}.dot.b{fill:var(--b)}
 .key{display:inline-block;width:14px;height:4px;border-radius:2px;margin:0 5px 3px 8px}
 .key.a{background:var(--a)}.key.b{background:var(--b)}.key.bad{background:var(--bad)}
 .scale{float:right}.scale i{display:inline-block;width:9px;height:10px}
-.scale i:first-of-type{margin-left:5px}.scale i:last-of-type{margin-right:5px}
-table{border-collapse:collapse;width:100%}td{padding:3px 0;border-top:1px solid var(--edge);
-vertical-align:top}tr:first-child td{border:0}td:first-child{color:var(--soft);width:34%}
+table{border-collapse:collapse;width:100%}td{padding:3px 0;border-top:1px solid var(--edge)}
+tr:first-child td{border:0}td:first-child{color:var(--soft);width:34%}
 .box{margin-bottom:12px}summary{cursor:pointer;font-weight:600}pre{overflow:auto;font-size:13px}
 )";
 
@@ -326,11 +286,9 @@ static std::string cards_html(const std::vector<StepMetrics>& steps, const Repor
 }
 
 static std::string charts_html(const std::vector<StepMetrics>& steps, const ReportInput& input) {
-    Curve train{"training", "a"}, held_out{"held-out", "b", {}, {}, true};
-    Curve lr{"", "a"}, norm{"", "a"}, speed{"", "a"};
-    Chart loss{"Loss, nats a token", {}, input.reference_loss, input.reference_name};
-    loss.width = 920;
-    loss.height = 300;
+    Curve train{"training", "a"}, held_out{"held-out", "b"}, lr{"", "a"}, norm{"", "a"},
+        speed{"", "a"};
+    std::vector<double> skipped;
     for (const StepMetrics& m : steps) {
         const double x = static_cast<double>(m.step);
         for (Curve* curve : {&train, &lr, &norm, &speed}) curve->x.push_back(x);
@@ -338,18 +296,22 @@ static std::string charts_html(const std::vector<StepMetrics>& steps, const Repo
         lr.y.push_back(m.learning_rate);
         norm.y.push_back(m.gradient_norm);
         speed.y.push_back(m.tokens_per_second());
-        if (m.skipped) loss.skipped.push_back(x);
+        if (m.skipped) skipped.push_back(x);
         if (!m.eval_loss) continue;
         held_out.x.push_back(x);
         held_out.y.push_back(*m.eval_loss);
     }
-    loss.curves = {train, held_out};
-    std::string out = "<div class=\"charts\">" + chart_html(loss);
-    out.insert(out.find("<figure>") + 7, " class=\"wide\"");
-    out += chart_html({"Learning rate", {lr}}) + chart_html({"Gradient norm, unclipped", {norm}});
-    out += chart_html({"Tokens a second", {speed}});
-    if (!steps.back().load.empty()) out += heat_html(steps);
-    return out + "</div>\n";
+    return "<div class=\"charts\">" +
+           chart_html({"Loss, nats a token",
+                       {train, held_out},
+                       input.reference_loss,
+                       input.reference_name,
+                       skipped,
+                       920,
+                       300}) +
+           chart_html({"Learning rate", {lr}}) + chart_html({"Gradient norm", {norm}}) +
+           chart_html({"Tokens a second", {speed}}) +
+           (steps.back().load.empty() ? "" : heat_html(steps)) + "</div>\n";
 }
 
 std::string report_html(const std::vector<StepMetrics>& steps, const ReportInput& input) {
