@@ -150,7 +150,7 @@ class CheckpointSaver {
 // checkpoint): what init_from, eval, generate and convert read. One of the two is there.
 struct WeightSource {
     std::string folder;
-    std::string config;  // text of the model's config.json; empty: there is none
+    Json config;  // the model's config.json
     std::optional<SafetensorsReader> hugging_face;
     std::optional<Checkpoint> checkpoint;
 };
