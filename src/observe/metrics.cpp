@@ -146,7 +146,8 @@ static size_t kept_bytes(const std::string& bytes, int64_t last_step, const std:
         const size_t end = bytes.find('\n', begin);
         if (end == std::string::npos) return begin;
         long long step = 0;
-        const bool whole = sscanf(bytes.c_str() + begin, "{\"step\":%lld,", &step) == 1 &&
+        const std::string head = bytes.substr(begin, 32);
+        const bool whole = sscanf(head.c_str(), "{\"step\":%lld,", &step) == 1 &&
                            bytes[end - 1] == '}' && step > previous;
         if (!whole)
             log_warning("%s: line %lld is damaged: it and what follows are dropped", path.c_str(),

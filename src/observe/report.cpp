@@ -227,12 +227,13 @@ static const char* const kStyle = R"(
 @media(prefers-color-scheme:dark){:root{--page:#15181c;--card:#1d2126;--ink:#e4e6e8;
 --soft:#98a1ab;--edge:#31373e;--a:#6aa9e9;--b:#f0946f;--bad:#ff6b7d}}
 body{margin:0 auto;max-width:1080px;padding:24px 16px;background:var(--page);color:var(--ink);
-font:15px/1.45 system-ui,sans-serif}h1{font-size:22px;margin:0}p{color:var(--soft);margin:2px 0 16px}
-.cards,.charts{display:flex;flex-wrap:wrap;gap:12px;margin-bottom:12px}.cards div{flex:1 1 168px}
+font:15px/1.45 system-ui,sans-serif}h1{font-size:22px;margin:0}
+p{color:var(--soft);margin:2px 0 16px}.cards,.charts{display:flex;flex-wrap:wrap;gap:12px;
+margin-bottom:12px}.cards div{flex:1 1 168px}
 .charts figure{flex:1 1 230px}.charts .wide{flex-basis:100%}.cards b{display:block;font-size:21px}
 .cards div,figure,.box{box-sizing:border-box;background:var(--card);border:1px solid var(--edge);
-border-radius:8px;padding:10px 14px;margin:0}.cards span,figcaption{color:var(--soft);font-size:13px}
-figcaption b{color:var(--ink);font-size:15px;margin-right:8px}
+border-radius:8px;padding:10px 14px;margin:0}.cards span,figcaption{color:var(--soft);font-size:13px
+}figcaption b{color:var(--ink);font-size:15px;margin-right:8px}
 svg{display:block;width:100%;height:auto;margin-top:6px}svg text{font-size:11.5px;fill:var(--soft)}
 .end{text-anchor:end}.middle{text-anchor:middle}svg .strong{fill:var(--ink);font-weight:600}
 .grid{stroke:var(--edge)}.axis{stroke:var(--soft)}
