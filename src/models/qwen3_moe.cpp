@@ -17,7 +17,8 @@ static const char* const kIgnoredFields[] = {
 static const char* const kReadFields[] = {
     "head_dim", "hidden_size", "max_position_embeddings", "model_type", "moe_intermediate_size",
     "norm_topk_prob", "num_attention_heads", "num_experts", "num_experts_per_tok",
-    "num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "rope_theta", "vocab_size"};
+    "num_hidden_layers", "num_key_value_heads", "num_local_experts", "rms_norm_eps", "rope_theta",
+    "vocab_size"};
 
 [[noreturn]] static void refuse(const Json& json, const std::string& field, const char* need) {
     bad_input(json.place() + ": " + field,
@@ -78,7 +79,9 @@ Qwen3Moe::Config Qwen3Moe::read_config(const Json& j) {
     c.vocab = j["vocab_size"].as_int(1, many);
     c.max_positions = j.int_or("max_position_embeddings", 0);
     c.num_layers = static_cast<int>(j["num_hidden_layers"].as_int(1, 100000));
-    c.num_experts = static_cast<int>(j["num_experts"].as_int(1, 100000));
+    // Published files say num_experts, transformers 5 writes num_local_experts.
+    const char* experts = j.has("num_local_experts") ? "num_local_experts" : "num_experts";
+    c.num_experts = static_cast<int>(j[experts].as_int(1, 100000));
     c.top_k = static_cast<int>(j["num_experts_per_tok"].as_int(1, c.num_experts));
     c.heads.query = static_cast<int>(j["num_attention_heads"].as_int(1, 100000));
     c.heads.kv = static_cast<int>(j["num_key_value_heads"].as_int(1, c.heads.query));
