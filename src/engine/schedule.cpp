@@ -131,14 +131,19 @@ struct Builder {
         return batch;
     }
 
+    // Deferred batches fall due on all ranks at once, so that none waits for another's. DualPipeV
+    // is at (stage, mb) in `slot` of the steady state, on even slots with one chunk of a rank and
+    // on odd ones with the other, and they fall due half a period apart; in 1F1B the ranks come to
+    // a micro-batch within less than one of its steps.
     void end_backward(int chunk) {
-        const int mb = backwards[chunk]++;
+        const int mb = backwards[chunk]++, n = o.weight_grad_batch;
         if (!defers()) return;
         deferred.push_back({.what = Do::W, .chunk = chunk, .mb = mb});
-        if (zero_bubble) return;
-        const auto waiting = std::count_if(deferred.begin(), deferred.end(),
-                                           [&](const Action& w) { return w.chunk == chunk; });
-        if (waiting == o.weight_grad_batch) due.push_back(take_deferred(chunk));
+        const int slot = (2 * mb + 2 * o.pp - 1 - stage(chunk)) % (2 * n);
+        const bool falls_due = o.kind == ScheduleKind::OneF1B
+                                   ? mb % n == n - 1
+                                   : slot == 2 * n - 1 || slot == (n - 1) / 2 * 2;
+        if (falls_due && !zero_bubble) due.push_back(take_deferred(chunk));
     }
 
     void compute_f(int chunk) {  // without the messages around it
@@ -240,7 +245,11 @@ void build_1f1b(Builder& s) {
         s.f(0);
         s.b(0);
     }
-    for (int i = 0; i < ahead; i++) s.b(0);
+    s.zero_bubble = s.defers();
+    for (int i = 0; i < ahead; i++) {
+        s.w();
+        s.b(0);
+    }
     s.finish();
 }
 
