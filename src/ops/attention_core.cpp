@@ -82,6 +82,13 @@ template <class T>
 void forward_block(const AttentionCore<T>& core, int64_t h, const QueryBlock& block, T* s,
                    HeadView<T> out, T* lse) {
     const int64_t n = block.keys(), kv = h / (core.heads / core.kv_heads);
+    T* y = out.at(block.b, h, block.first);
+    if (n == 0) {
+        for (int64_t r = 0; r < block.rows; r++)
+            std::fill_n(y + r * out.position, core.v_size, T(0));
+        std::fill_n(lse, block.rows, -std::numeric_limits<T>::infinity());
+        return;
+    }
     T inverse[kBlockRows];
     block_scores(core, block, h, s);
     for (int64_t r = 0; r < block.rows; r++) {
@@ -93,7 +100,6 @@ void forward_block(const AttentionCore<T>& core, int64_t h, const QueryBlock& bl
         inverse[r] = none ? 0 : 1 / sum;
         lse[r] = none ? top : top + std::log(sum);
     }
-    T* y = out.at(block.b, h, block.first);
     gemm<T>(block.rows, core.v_size, n, {s, n},
             {core.v.at(block.b, kv, block.hull.begin), core.v.position}, 0, y, out.position);
     for (int64_t r = 0; r < block.rows; r++)

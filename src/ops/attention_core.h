@@ -1,12 +1,13 @@
-// attention_core: softmax attention between heads that lie anywhere in memory, on the CPU. Every form
-// of attention, the ring included, calls these two.
-// defines: HeadView, Positions, KeyRange, AttentionCore, attention_forward, attention_backward
+// attention_core: softmax attention between heads that lie anywhere in memory, on the CPU: what
+// every form of attention comes down to, the ring included.
+// defines: HeadView, Positions, KeyRange, AttentionCore, visible_keys, attention_forward,
+// AttentionGrads, attention_backward
 #pragma once
 #include "ops/ops.h"
 
 namespace pith {
 
-// Element n of head h of position s of batch row b is data[b * batch + s * position + h * head + n].
+// Element n of a head is at(b, h, s)[n]: of head h of position s of row b of the batch.
 template <class T>
 struct HeadView {
     T* data = nullptr;
@@ -16,8 +17,8 @@ struct HeadView {
     }
 };
 
-// Row coordinates of a block of positions and the ends of their documents; both ascend, so that what
-// a query sees is one range of keys.
+// Row coordinates of a block of positions and the ends of their documents; both ascend, so that
+// what a query sees is one range of keys.
 struct Positions {
     int64_t count = 0;
     const int32_t* coord = nullptr;    // [count]
@@ -32,7 +33,8 @@ struct KeyRange {
     // Grows to hold `o` too.
     void cover(KeyRange o) {
         if (o.empty()) return;
-        *this = empty() ? o : KeyRange{begin < o.begin ? begin : o.begin, end > o.end ? end : o.end};
+        *this =
+            empty() ? o : KeyRange{begin < o.begin ? begin : o.begin, end > o.end ? end : o.end};
     }
 };
 

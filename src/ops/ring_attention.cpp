@@ -56,7 +56,7 @@ template <class T>
 KeyViews<T> key_views(const AttentionCore<T>& core, T* data, int64_t count) {
     const int64_t width = width_of(core);
     return {{data, count * width, width, core.size},
-            {data + core.kv_heads * core.size, count * width, width, core.v_size}};
+            {data ? data + core.kv_heads * core.size : data, count * width, width, core.v_size}};
 }
 
 template <class T>
