@@ -182,15 +182,27 @@ int edit_distance(std::string_view a, std::string_view b) {
 
 std::string_view leaf_of(std::string_view name) { return name.substr(name.rfind('.') + 1); }
 
-// A key in the wrong section is as near as one with a letter wrong.
-std::string nearest(const std::vector<Key>& keys, const std::string& name) {
-    const auto distance = [&](const Key& key) {
-        return std::min(edit_distance(name, key.name),
-                        edit_distance(leaf_of(name), leaf_of(key.name)) + 1);
-    };
-    return std::min_element(keys.begin(), keys.end(),
-                            [&](const Key& a, const Key& b) { return distance(a) < distance(b); })
-        ->name;
+// Edits a letter, so that short names are not near everything.
+double distance(std::string_view a, std::string_view b) {
+    return static_cast<double>(edit_distance(a, b)) /
+           static_cast<double>(std::max(a.size(), b.size()));
+}
+
+// The key, or the section, that `name` may have been meant to be.
+std::string nearest(const std::vector<Key>& keys, const std::string& name, bool section) {
+    constexpr double kWrongSection = 0.1;
+    std::string best;
+    double least = 2;
+    for (const Key& key : keys) {
+        const std::string full = key.name, head = full.substr(0, full.find('.'));
+        const double d = section ? distance(name, head)
+                                 : std::min(distance(name, full),
+                                            distance(leaf_of(name), leaf_of(full)) + kWrongSection);
+        if (d >= least) continue;
+        least = d;
+        best = section ? "[" + head + "]" : full;
+    }
+    return best;
 }
 
 const Key* find_key(const std::vector<Key>& keys, const std::string& name) {
@@ -206,8 +218,9 @@ bool is_section(const std::vector<Key>& keys, const std::string& name) {
 }
 
 [[noreturn]] void unknown_key(const std::vector<Key>& keys, const std::string& place,
-                              const std::string& name) {
-    bad_input(place, "is an unknown key (got " + name + ")", nearest(keys, name));
+                              const std::string& name, bool section) {
+    bad_input(place, std::string("is an unknown ") + (section ? "section" : "key"),
+              nearest(keys, name, section));
 }
 
 // ---- Reading
@@ -285,14 +298,15 @@ bool take(const Slot& slot, const toml::node& node) {
         slot);
 }
 
+[[noreturn]] void wrong_type(const Key& key, const std::string& place, const std::string& got) {
+    bad_input(place, "has the wrong type or size (got " + got + ", need " + need_of(key.slot) + ")",
+              std::string(leaf_of(key.name)) + " = " + value_text(key.slot));
+}
+
 // `base` is what a relative path is relative to.
 void assign(const Key& key, const toml::node& node, const std::string& place,
             const fs::path& base) {
-    if (!take(key.slot, node))
-        bad_input(place,
-                  "has the wrong type or size (got " + describe(node) + ", need " +
-                      need_of(key.slot) + ")",
-                  std::string(leaf_of(key.name)) + " = " + value_text(key.slot));
+    if (!take(key.slot, node)) wrong_type(key, place, describe(node));
     if (key.flags & kPath) {
         std::string& path = *std::get<std::string*>(key.slot);
         path = absolute_path(base, path);
@@ -310,7 +324,7 @@ void read_table(const std::vector<Key>& keys, const toml::table& table, const st
         if (const Key* key = find_key(keys, full)) {
             assign(*key, node, place, folder_of(file));
         } else if (!is_section(keys, full)) {
-            unknown_key(keys, place, full);
+            unknown_key(keys, place, full, prefix.empty() && node.is_table());
         } else if (const toml::table* section = node.as_table()) {
             read_table(keys, *section, full + ".", file);
         } else {
@@ -326,7 +340,7 @@ void read_override(const std::vector<Key>& keys, const std::string& argument) {
     if (equals == std::string::npos)
         bad_input(place, "has no value (got " + argument + ", need key=value)", name + "=...");
     const Key* key = find_key(keys, name);
-    if (!key) unknown_key(keys, place, name);
+    if (!key) unknown_key(keys, place, name, false);
     const std::string value = argument.substr(equals + 1);
     const bool quotes = !value.empty() && (value[0] == '"' || value[0] == '\'');
     toml::table parsed;
@@ -338,7 +352,7 @@ void read_override(const std::vector<Key>& keys, const std::string& argument) {
         } catch (const toml::parse_error&) {
             parsed.clear();
         }
-        if (parsed.size() != 1) parsed = toml::table{{"value", value}};  // the wrong type
+        if (parsed.size() != 1) wrong_type(*key, place, value);
     }
     assign(*key, *parsed.get("value"), place, fs::current_path());
 }
