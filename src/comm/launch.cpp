@@ -2,14 +2,18 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <thread>
 
 #include "comm/world.h"
 #include "core/allocator.h"
 #include "core/process.h"
 
-// Present when the program is linked with OpenBLAS, whose threads are global to the process.
+// Present when the program is linked with OpenBLAS, whose threads are global to the process, and with
+// OpenMP, whose number of threads is each thread's own.
 extern "C" [[gnu::weak]] void openblas_set_num_threads(int);
+extern "C" [[gnu::weak]] void omp_set_num_threads(int);
+extern "C" [[gnu::weak]] int omp_get_max_threads();
 
 namespace pith {
 
@@ -77,6 +81,8 @@ static void connect(World& world, std::vector<Comm>& comms) {
 
 static void run_rank(World& world, Rank& rank, void (*call)(void*, Rank&), void* fn) {
     set_thread_status(rank.status);
+    if (rank.world > 1 && omp_set_num_threads)
+        omp_set_num_threads(std::max(1, omp_get_max_threads() / rank.world));
     int code = kExitFailed;
     std::string error;
     bool threw = true;

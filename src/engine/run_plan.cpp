@@ -106,6 +106,7 @@ DataOptions data_options(const RunPlan& plan) {
     return {.seq_length = data.sequence_length,
             .vocab_size = plan.shape.vocab,
             .seed = data.seed,
+            .shuffle = data.shuffle,
             .heldout_fraction = data.heldout_fraction,
             .max_epochs = data.max_epochs,
             .document_mask = data.document_mask};

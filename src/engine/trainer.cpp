@@ -310,9 +310,6 @@ void open_run(Run& run) {
     if (run.resume_from) {
         check_resumable(*run.resume_from, run.identity);
         log_info("going on from %s", run.resume_from->folder.c_str());
-    } else if (!config.model.init_from.empty()) {
-        run.init_from = open_weights(config.model.init_from);
-        check_weights(*run.init_from, whole_table(run.plan.model));
     }
     const int64_t step = run.resume_from ? run.resume_from->state.step : 0;
     write_file_durably(folder + "/config.toml", to_toml(config));
@@ -339,6 +336,10 @@ TrainResult train(const RunPlan& plan, const TrainOptions& options) {
         lock.emplace(config.run.folder);
         log_to_file(config.run.folder + "/log.txt");
         open_run(run);
+    }
+    if (!run.resume_from && !config.model.init_from.empty()) {
+        run.init_from = open_weights(config.model.init_from);
+        check_weights(*run.init_from, whole_table(plan.model));
     }
     const LaunchOptions launch{.limit_s = config.parallel.timeout_s,
                                .exit_on_failure = options.exit_on_failure,
