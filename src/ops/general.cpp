@@ -74,6 +74,12 @@ int64_t Walk::outer() const {
     return n;
 }
 
+bool Walk::strided() const {
+    bool any = false;
+    for (int k = 0; k < operands; k++) any = any || inner_step(k) > 1;
+    return any;
+}
+
 void Walk::locate(int64_t row, int64_t begin, int64_t* offsets) const {
     for (int k = 0; k < operands; k++) offsets[k] = begin * inner_step(k);
     for (int d = rank - 2; d >= 0; d--) {

@@ -95,6 +95,7 @@ struct Walk {
     int64_t inner() const { return size[rank - 1]; }
     int64_t outer() const;
     int64_t inner_step(int operand) const { return step[operand][rank - 1]; }
+    bool strided() const;  // an operand whose inner loop neither repeats nor is contiguous
     // Each operand's offset of element `begin` of inner row `row`.
     void locate(int64_t row, int64_t begin, int64_t* offsets) const;
     int rank = 0, operands = 0;
@@ -130,15 +131,18 @@ void put_span(Slot<T> to, int64_t step, int64_t n, F f, const In*... x) {
     }
 }
 
-// out = f(in...) over the walk, added where out.add. No input may be the output.
+// out = f(in...) over the walk, a span of each row after the other (short ones where an operand is
+// strided, so that its cache lines are still there for the next row), added where out.add. No input
+// may be the output.
 template <class T, class F, class... In>
 void elementwise(const Walk& walk, Slot<T> out, F f, const In*... in) {
-    const int64_t n = walk.inner(), spans = (n + kSpan - 1) / kSpan;
-    parallel_rows(walk.outer() * spans, n < kSpan ? n : kSpan, [&](int64_t task) {
-        const int64_t begin = task % spans * kSpan, rest = n - begin;
-        const int64_t count = rest < kSpan ? rest : kSpan;
+    const int64_t n = walk.inner(), span = walk.strided() ? kSpan / 32 : kSpan;
+    const int64_t rows = walk.outer(), spans = (n + span - 1) / span;
+    parallel_rows(spans * rows, n < span ? n : span, [&](int64_t task) {
+        const int64_t begin = task / rows * span, rest = n - begin;
+        const int64_t count = rest < span ? rest : span;
         int64_t offset[Walk::kOperands];
-        walk.locate(task / spans, begin, offset);
+        walk.locate(task % rows, begin, offset);
         const Slot<T> to{out.data + offset[0], out.add};
         [&]<size_t... K>(std::index_sequence<K...>) {
             put_span(to, walk.inner_step(0), count, f,
