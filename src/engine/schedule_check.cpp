@@ -86,16 +86,21 @@ struct ListWalk {
                     text("the gradients of chunk %d have been reduced already", chunk)) &&
                ready(chunk, mb, 1, kGradReceived, kBackward);
     }
+    std::string oldest_live() {
+        for (int i = 0; i < 2 * o.micro_batches; i++)
+            if ((state[i] & (kForward | kBackward)) == kForward)
+                return name('B', i / o.micro_batches, i % o.micro_batches);
+        return "";
+    }
     void forward(int chunk, int mb) {
         at(chunk, mb) |= kForward;
         peak_live = std::max(peak_live, ++live);
         const int limit = o.kind == ScheduleKind::DualPipeV ? 2 * o.pp + 1 : o.pp - rank;
-        if (!o.forward_only)
-            need(live <= limit, text("activations of too many micro-batches are held (got %d, "
-                                     "need at most %d)",
-                                     live, limit));
-        else if (rank_beside(chunk, 1) < 0)
-            live--;
+        if (!o.forward_only && live > limit)
+            need(false, text("activations of too many micro-batches are held (got %d, need at most "
+                             "%d); %s has not run",
+                             live, limit, oldest_live().c_str()));
+        if (o.forward_only && rank_beside(chunk, 1) < 0) live--;
         if (o.forward_only && rank_beside(chunk, -1) == rank) live--;
     }
     void backward(int chunk, int mb, bool defer) {
@@ -114,7 +119,7 @@ struct ListWalk {
                                                    name('B', a.chunk, mb).c_str()));
             need(!has(a.chunk, mb, kWeights), name('W', a.chunk, mb) + " has run already");
             need(before < 0 || before == rank || has(a.chunk, mb, kGradSent),
-                 text("frees micro-batch %d, whose input's gradient has not been sent", mb));
+                 name('B', a.chunk, mb) + "'s gradient would be freed before it is sent");
             need(!reduced[a.chunk],
                  text("the gradients of chunk %d have been reduced already", a.chunk));
             at(a.chunk, mb) |= kWeights;
@@ -153,7 +158,8 @@ struct ListWalk {
         done[a.chunk] = true;
         for (int mb = 0; mb < o.micro_batches && a.what == Do::Reduce; mb++)
             need(has(a.chunk, mb, kWeights),
-                 name('W', a.chunk, mb) + " has not run; its gradients would be lost");
+                 name(has(a.chunk, mb, kBackward) ? 'W' : 'B', a.chunk, mb) +
+                     " has not run; its gradients would be lost");
     }
     void step(const Action& a) {
         switch (a.what) {
