@@ -402,8 +402,7 @@ uint64_t Dataset::fingerprint() const {
             continue;
         }
         for (int64_t i = 0; i < kBlocks; i++)  // the first and the last block among them
-            add(file.tokens + (bytes - kBlockBytes) / (kBlocks - 1) * i, kBlockBytes);
-        add(file.tokens + bytes - kBlockBytes, kBlockBytes);
+            add(file.tokens + (bytes - kBlockBytes) * i / (kBlocks - 1), kBlockBytes);
     }
     return hash;
 }

@@ -413,13 +413,14 @@ TEST(Dataset, LargeCorporaAreCheckedBySample) {
     put_sparse(8 << 20, 5 << 20);  // small enough to be read whole, in parallel
     expect_error(error_of(kExitBadInput, [&] { Dataset({path}, options); }),
                  {"got 9 at token 5242880"});
-    const int64_t n = int64_t{65} << 20;  // the fingerprint reads blocks: the first and the last
+    // The fingerprint reads blocks: the first and the last, and none at n / 40.
+    const int64_t n = int64_t{65} << 20;
     std::set<uint64_t> prints;
-    for (const int64_t at : {int64_t{0}, int64_t{1000}, n - 1}) {
+    for (const int64_t at : {int64_t{0}, int64_t{1000}, n - 1, n / 40, n / 40 + 1}) {
         put_sparse(n, at);
         prints.insert(Dataset({path}, {.seq_length = 8, .vocab_size = 10}).fingerprint());
     }
-    EXPECT_EQ(prints.size(), 3u);
+    EXPECT_EQ(prints.size(), 4u);
     fs::remove_all(folder);
 }
 
