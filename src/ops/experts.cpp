@@ -153,7 +153,8 @@ static void grouped_product(const Tensor& x, const Tensor& w, Layout layout, con
     if (!y.data) return;
     const std::vector<Tile> tiles = row_tiles(offsets, width);
     const int64_t ld = layout == Layout::Transposed ? depth : width;
-    parallel_rows(tiles.size(), kTileRows * kTileCols * depth, [&](int64_t i) {
+    const auto count = static_cast<int64_t>(tiles.size());
+    parallel_rows(count, x.dim[0] * width * depth / std::max<int64_t>(1, count), [&](int64_t i) {
         const Tile& t = tiles[i];
         const T* part = w.as<T>() + t.expert * width * depth +
                         t.col * (layout == Layout::Transposed ? depth : 1);
@@ -171,7 +172,8 @@ static void grouped_linear_bw_cpu(const Tensor& dy, const Tensor& x, const Tenso
     std::vector<Tile> tiles;
     for (int64_t e = 0; e + 1 < offsets.dim[0]; e++)
         if (!dw.add || first[e] < first[e + 1]) add_tiles(e, 0, out, in, tiles);
-    parallel_rows(tiles.size(), kTileRows * kTileCols * 16, [&](int64_t i) {
+    const auto count = static_cast<int64_t>(tiles.size());
+    parallel_rows(count, x.dim[0] * out * in / std::max<int64_t>(1, count), [&](int64_t i) {
         const Tile& t = tiles[i];
         const int64_t begin = first[t.expert], rows = first[t.expert + 1] - begin;
         gemm<T>(t.rows, t.cols, rows, {dy.as<T>() + begin * out + t.row, out, Layout::Transposed},
@@ -236,27 +238,31 @@ static void swiglu_cpu(const Tensor& gate_up, const Tensor& weights, const Tenso
     });
 }
 
+// PERF: one loop an output, over a stretch whose sigmoids are kept: with both outputs in one loop
+// the compiler makes no vector instructions.
 template <class T>
 static void swiglu_bx_cpu(const Tensor& dy, const Tensor& gate_up, const Tensor& weights,
                           Slot<T> dgate_up, Slot<T> dweights) {
+    constexpr int64_t kColumns = 256;
     const int64_t F = gate_up.dim[1] / 2;
     parallel_rows(gate_up.dim[0], F * 32, [&](int64_t p) {
-        const T* gate = gate_up.as<T>() + p * 2 * F;
-        const T* up = gate + F;
-        const T* g = dy.as<T>() + p * F;
         const T weight = weights.defined() ? weights.as<T>()[p] : 1;
-        if (dweights.data)
-            dweights.put(p, lane_sum<T>(F, [&](int64_t j) {
-                             return g[j] * (gate[j] * logistic(gate[j]) * up[j]);
-                         }));
-        if (!dgate_up.data) return;
-        const Slot<T> dgate{dgate_up.data + p * 2 * F, dgate_up.add};
-        const Slot<T> dup{dgate.data + F, dgate_up.add};
-        for (int64_t j = 0; j < F; j++) {
-            const T s = logistic(gate[j]), silu = gate[j] * s, d = g[j] * weight;
-            dgate.put(j, d * up[j] * (s + silu * (1 - s)));
-            dup.put(j, d * silu);
+        T s[kColumns], dweight = 0;
+        for (int64_t first = 0; first < F; first += kColumns) {
+            const int64_t n = std::min(kColumns, F - first);
+            const T* gate = gate_up.as<T>() + p * 2 * F + first;
+            const T* up = gate + F;
+            const T* g = dy.as<T>() + p * F + first;
+            for (int64_t j = 0; j < n; j++) s[j] = logistic(gate[j]);
+            dweight += lane_sum<T>(n, [&](int64_t j) { return g[j] * (gate[j] * s[j] * up[j]); });
+            if (!dgate_up.data) continue;
+            const Slot<T> dgate{dgate_up.data + p * 2 * F + first, dgate_up.add};
+            const Slot<T> dup{dgate.data + F, dgate_up.add};
+            for (int64_t j = 0; j < n; j++) dup.put(j, g[j] * weight * (gate[j] * s[j]));
+            for (int64_t j = 0; j < n; j++)
+                dgate.put(j, g[j] * weight * up[j] * (s[j] + gate[j] * s[j] * (1 - s[j])));
         }
+        if (dweights.data) dweights.put(p, dweight);
     });
 }
 

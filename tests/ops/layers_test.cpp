@@ -194,6 +194,51 @@ TEST(Layers, QkNormRope) {
         }
 }
 
+// Weight gradients of `uses` micro-batches of a layer: all nodes of a weight in one call, or one by
+// one.
+std::vector<std::vector<double>> deferred(int uses, bool together) {
+    TestRank t;
+    Rank& r = t.rank;
+    std::vector<Tensor> weights, grads;
+    for (const Dims& dims : {Dims{9, 8}, {8}, {12, 8}, {12}, {4}, {4}, {3, 12}, {2, 8, 12}}) {
+        weights.push_back(t.random(dims, 30 + weights.size()));
+        grads.push_back(t.floats(dims, {}));
+        weights.back().grad = grads.back().data;
+    }
+    const Rope rope{t.random({6, 2}), t.random({6, 2})};
+    for (int use = 0; use < uses; use++) {
+        const int64_t T = 5 - use;
+        const Tensor ids = t.ints({T}, cycle(T, 2 + use, 6));
+        Tensor x = embedding(r, ids, weights[0]);
+        x = add_rms_norm(r, x, t.random({T, 8}, use), weights[1], 0.1).normed;
+        x = linear(r, x, weights[2], weights[3]);
+        x = qk_norm_rope(r, x, {1, 1, 4}, weights[4], weights[5], 0.1, rope, ids);
+        const Tensor probs = router(r, x, weights[6], {}).probs;
+        x = grouped_linear(r, x, weights[7], t.ints({3}, {0, 2, static_cast<int32_t>(T)}));
+        add_grad(r, probs, t.random(probs.dim, 40 + use));
+        add_grad(r, x, t.random(x.dim, 50 + use));
+    }
+    backward(r, 0, t.tape.size(), true);
+    const int each = t.tape.size() / uses;
+    for (int i = 0; i < each; i++) {
+        std::vector<Node*> nodes;
+        for (int use = 0; use < uses; use++) nodes.push_back(&t.tape.nodes[use * each + i]);
+        const int step = together ? uses : 1;
+        for (int use = 0; use < uses; use += step) nodes[0]->bw(r, &nodes[use], step);
+    }
+    std::vector<std::vector<double>> all;
+    for (const Tensor& g : grads) all.push_back(values_of(g));
+    return all;
+}
+
+TEST(Layers, SeveralMicroBatchesOfAWeightInOneCall) {
+    const auto one_by_one = deferred(3, false);
+    EXPECT_EQ(deferred(3, true), one_by_one);
+    EXPECT_EQ(deferred(1, true), deferred(1, false));
+    for (size_t i = 0; i < one_by_one.size(); i++)
+        EXPECT_GT(relative_error(deferred(2, true)[i], one_by_one[i]), 1e-3) << "weight " << i;
+}
+
 #ifdef __SANITIZE_THREAD__  // built without OpenMP: one thread
 void set_threads(int) {}
 #else
