@@ -76,8 +76,10 @@ int run_checkpoint(int argc, char** argv) {
         list.push_back(examine(one, action == "verify"));
         good = good && list.back().error.empty();
     }
-    if (json) print_json(list);
-    else print_lines(list, action == "verify" ? "good" : "    ");
+    if (json)
+        print_json(list);
+    else
+        print_lines(list, action == "verify" ? "good" : "    ");
     return good ? kExitDone : kExitBadInput;
 }
 

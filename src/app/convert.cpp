@@ -8,6 +8,7 @@
 
 #include "app/arguments.h"
 #include "app/commands.h"
+#include "app/model_folder.h"
 #include "core/log.h"
 #include "core/process.h"
 #include "engine/checkpoint_parts.h"
@@ -21,10 +22,16 @@ namespace {
 constexpr int64_t kPiece = 1 << 20;  // elements in memory at once
 
 // What goes along with weights, where it is there.
-const char* const kCompanions[] = {
-    "tokenizer.json",     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json",         "merges.txt",            "tokenizer.model",         "chat_template.jinja",
-    "chat_template.json", "generation_config.json"};
+const char* const kCompanions[] = {"tokenizer.json",
+                                   "tokenizer_config.json",
+                                   "special_tokens_map.json",
+                                   "added_tokens.json",
+                                   "vocab.json",
+                                   "merges.txt",
+                                   "tokenizer.model",
+                                   "chat_template.jinja",
+                                   "chat_template.json",
+                                   "generation_config.json"};
 
 struct ConvertArguments {
     std::string action, from, to, tokenizer, dtype = "bf16", max_shard_size = "5GB";
@@ -101,10 +108,11 @@ int copy_companions(const ConvertArguments& a, const WeightSource& source, const
 }
 
 // config.json with the dtype of the weights beside it, which loaders take as their own.
-std::string config_with_dtype(const Json& config, FileDType dtype) {
+std::string config_with_dtype(const WeightSource& source, FileDType dtype) {
+    const Json config = model_config(source);
     const std::string name = dtype == FileDType::BF16 ? "bfloat16" : "float32";
     const std::string key = config.has("dtype") ? "dtype" : "torch_dtype";
-    if (config.string_or(key, "") == name) return config.dump(2) + "\n";
+    if (config.string_or(key, "") == name) return source.config;
     JsonWriter w(2);
     w.object();
     for (const std::string& k : config.keys())
@@ -160,7 +168,7 @@ Converted export_hf(const ConvertArguments& a, const WeightSource& source,
     }
     writer.finish();
     done.files = writer.num_shards();
-    write_file_durably(out.folder() + "/config.json", config_with_dtype(source.config, dtype));
+    write_file_durably(out.folder() + "/config.json", config_with_dtype(source, dtype));
     done.companions = copy_companions(a, source, out.folder());
     out.put_in_place();
     return done;
@@ -175,7 +183,7 @@ Converted import_hf(const ConvertArguments& a, const WeightSource& source,
     OutputFolder out(a.to);
     Checkpoint all;
     all.state.optimizer = "none";
-    all.state.model = source.config.dump(2);
+    all.state.model = source.config;
     Progress progress("importing", static_cast<double>(done.elements), "values");
     int64_t elements = 0;
     for (size_t begin = 0, end = 0; begin < pieces.size(); begin = end) {
@@ -247,7 +255,7 @@ int run_convert(int argc, char** argv) {
         bad_input(a.from,
                   exporting ? "is no checkpoint or run folder" : "is no Hugging Face folder",
                   exporting ? "import-hf" : "export-hf");
-    const ParameterTable table = whole_table(source.config);
+    const ParameterTable table = whole_table(model_config(source));
     check_weights(source, table);
     report(a, exporting ? export_hf(a, source, table) : import_hf(a, source, table));
     return kExitDone;

@@ -4,8 +4,9 @@
 
 namespace pith {
 
-// Holds RUN/.lock (flock) while it lives; the kernel lets go of it however the process ends. Creates
-// the folder where it is missing. Exit code 2, naming the process that holds it, if it is taken.
+// Holds RUN/.lock (flock) while it lives; the kernel lets go of it however the process ends.
+// Creates the folder where it is missing. Exit code 2, naming the process that holds it, if it is
+// taken.
 class RunLock {
   public:
     explicit RunLock(const std::string& folder);

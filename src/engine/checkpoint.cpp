@@ -43,9 +43,7 @@ bool is_moment(const std::string& name) {
     return name.ends_with(kExpAvg) || name.ends_with(kExpAvgSq);
 }
 
-std::string step_name(int64_t step) {
-    return text("step-%08lld", static_cast<long long>(step));
-}
+std::string step_name(int64_t step) { return text("step-%08lld", static_cast<long long>(step)); }
 
 int64_t StoredTensor::numel() const {
     int64_t n = 1;
@@ -54,14 +52,14 @@ int64_t StoredTensor::numel() const {
 }
 
 const StoredTensor* Checkpoint::find(std::string_view name) const {
-    const auto at = std::lower_bound(tensors.begin(), tensors.end(), name,
-                                     [](const StoredTensor& t, std::string_view n) {
-                                         return t.name < n;
-                                     });
+    const auto at =
+        std::lower_bound(tensors.begin(), tensors.end(), name,
+                         [](const StoredTensor& t, std::string_view n) { return t.name < n; });
     return at != tensors.end() && at->name == name ? &*at : nullptr;
 }
 
-// ---- manifest ------------------------------------------------------------------------------------
+// ---- manifest
+// ------------------------------------------------------------------------------------
 
 // One line a tensor.
 static std::string tensor_text(const StoredTensor& tensor) {
@@ -190,7 +188,8 @@ void check_coverage(const Checkpoint& c) {
     }
 }
 
-// ---- opening and verifying -----------------------------------------------------------------------
+// ---- opening and verifying
+// -----------------------------------------------------------------------
 
 static std::string without_slash(std::string path) {
     while (path.size() > 1 && path.back() == '/') path.pop_back();
@@ -231,7 +230,11 @@ static void verify_headers(const Checkpoint& c) {
     std::vector<SafetensorsReader> readers;
     for (const MappedFile& map : c.maps) readers.emplace_back(map.path());
     size_t fragments = 0, entries = 0;
-    for (const SafetensorsReader& reader : readers) entries += reader.tensors().size();
+    for (const SafetensorsReader& reader : readers) {
+        entries += reader.tensors().size();
+        if (reader.metadata("format") != "pt")
+            bad_input(reader.files()[0].path(), "has a damaged header", kRestore);
+    }
     for (const StoredTensor& tensor : c.tensors)
         for (const StoredFragment& f : tensor.fragments) {
             const SafetensorsReader& reader = readers[static_cast<size_t>(f.file)];
@@ -298,7 +301,8 @@ std::optional<Checkpoint> find_checkpoint(const std::string& run_folder) {
               "restore one, or name another run.folder to begin anew");
 }
 
-// ---- resuming ------------------------------------------------------------------------------------
+// ---- resuming
+// ------------------------------------------------------------------------------------
 
 // Keys and values of to_toml()'s text: `[section]` lines and `key = value` lines.
 static std::map<std::string, std::string> config_values(const std::string& toml) {
@@ -308,7 +312,8 @@ static std::map<std::string, std::string> config_values(const std::string& toml)
         const size_t end = std::min(toml.find('\n', begin), toml.size());
         const std::string line = toml.substr(begin, end - begin);
         const size_t equals = line.find(" = ");
-        if (line.starts_with("[")) section = line.substr(1, line.find(']') - 1) + ".";
+        if (line.starts_with("["))
+            section = line.substr(1, line.find(']') - 1) + ".";
         else if (equals != std::string::npos)
             values[section + line.substr(0, equals)] = line.substr(equals + 3);
         begin = end + 1;
@@ -355,7 +360,8 @@ void check_resumable(const Checkpoint& c, const RunState& now) {
     }
 }
 
-// ---- reading -------------------------------------------------------------------------------------
+// ---- reading
+// -------------------------------------------------------------------------------------
 
 void read_elements(const Checkpoint& c, const StoredTensor& tensor, int64_t begin, int64_t count,
                    float* out) {

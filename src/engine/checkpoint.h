@@ -28,15 +28,15 @@ namespace pith {
 
 // What a run keeps besides tensors.
 struct RunState {
-    int64_t step = 0;     // optimiser steps completed
-    int64_t updates = 0;  // of them, those that changed weights: Adam's t
-    int64_t samples = 0;  // training samples consumed: the data position
-    uint64_t seed = 0;    // of initialisation and data order
-    uint64_t data_fingerprint = 0;           // Dataset::fingerprint()
-    std::string optimizer = "adamw";         // what the moments are; "none": weights alone
-    std::vector<double> balance_counts;      // BalanceState::previous
-    std::string config;                      // to_toml(RunConfig)
-    std::string model;                       // text of the model's config.json
+    int64_t step = 0;                    // optimiser steps completed
+    int64_t updates = 0;                 // of them, those that changed weights: Adam's t
+    int64_t samples = 0;                 // training samples consumed: the data position
+    uint64_t seed = 0;                   // of initialisation and data order
+    uint64_t data_fingerprint = 0;       // Dataset::fingerprint()
+    std::string optimizer = "adamw";     // what the moments are; "none": weights alone
+    std::vector<double> balance_counts;  // BalanceState::previous
+    std::string config;                  // to_toml(RunConfig)
+    std::string model;                   // text of the model's config.json
 };
 
 // Part of a stored tensor: elements [begin, begin + count) at byte `offset` of a file.
@@ -49,7 +49,7 @@ struct StoredFragment {
 struct StoredTensor {
     std::string name;
     FileDType dtype = FileDType::F32;
-    std::vector<int64_t> shape;  // of the whole tensor
+    std::vector<int64_t> shape;             // of the whole tensor
     std::vector<StoredFragment> fragments;  // by begin; they cover the tensor
     int64_t numel() const;
 };
@@ -62,13 +62,13 @@ struct Checkpoint {
     RunState state;
     Mesh mesh;  // it was saved under
     std::vector<StoredFile> files;
-    std::vector<StoredTensor> tensors;  // by name
-    std::vector<MappedFile> maps;       // one a file
+    std::vector<StoredTensor> tensors;                      // by name
+    std::vector<MappedFile> maps;                           // one a file
     const StoredTensor* find(std::string_view name) const;  // null if absent
 };
 
-// Reads the manifest and maps the files. Exit code 2 naming what is wrong: no or a damaged manifest,
-// a missing file or one of another size, fragments that leave a gap or overlap.
+// Reads the manifest and maps the files. Exit code 2 naming what is wrong: no or a damaged
+// manifest, a missing file or one of another size, fragments that leave a gap or overlap.
 Checkpoint open_checkpoint(const std::string& folder);
 // Reads everything: checksums of all fragments, headers that agree with the manifest. Exit code 2
 // naming the first file and fragment that differ.
@@ -79,19 +79,19 @@ struct CheckpointFolder {
     std::string path;
 };
 std::vector<CheckpointFolder> list_checkpoints(const std::string& run_folder);
-// The newest good checkpoint of a run, verified. Warns of each newer one that is bad, saying what is
-// wrong. None if the run has no step-*; exit code 2 if it has some and none is good.
+// The newest good checkpoint of a run, verified. Warns of each newer one that is bad, saying what
+// is wrong. None if the run has no step-*; exit code 2 if it has some and none is good.
 std::optional<Checkpoint> find_checkpoint(const std::string& run_folder);
 
-// Refuses (exit code 2), naming the difference, to go on from `checkpoint` as the run `now`: another
-// model, data, seed or optimiser, or a configuration key that may not change on resume.
+// Refuses (exit code 2), naming the difference, to go on from `checkpoint` as the run `now`:
+// another model, data, seed or optimiser, or a configuration key that may not change on resume.
 void check_resumable(const Checkpoint& checkpoint, const RunState& now);
 
 // Elements [begin, begin + count) of a stored tensor as F32.
 void read_elements(const Checkpoint& checkpoint, const StoredTensor& tensor, int64_t begin,
                    int64_t count, float* out);
-// Fills this rank's shards of master, m and v, reading only what overlaps them. Exit code 2 naming a
-// tensor that is missing or of another shape.
+// Fills this rank's shards of master, m and v, reading only what overlaps them. Exit code 2 naming
+// a tensor that is missing or of another shape.
 void load_state(Rank& rank, Parameters& parameters, const Checkpoint& checkpoint);
 
 struct SaveOptions {
@@ -114,12 +114,12 @@ class CheckpointSaver {
     CheckpointSaver& operator=(const CheckpointSaver&) = delete;
     ~CheckpointSaver();
 
-    // Starts to save the weights and moments as they are now, as step-<state.step>. Waits for a save
-    // that is still under way.
+    // Starts to save the weights and moments as they are now, as step-<state.step>. Waits for a
+    // save that is still under way.
     void begin(Rank& rank, const RunState& state);
-    // Once a step, before the optimiser pass (cheap when nothing is under way): learns what has been
-    // written everywhere, and seals. Waits while some rank is so far behind that others would run
-    // into the time limit of collectives.
+    // Once a step, before the optimiser pass (cheap when nothing is under way): learns what has
+    // been written everywhere, and seals. Waits while some rank is so far behind that others would
+    // run into the time limit of collectives.
     void poll(Rank& rank);
     // Before the optimiser writes parameters.units[unit]: waits until its shards are saved. Local.
     void wait_unit(int unit);
@@ -150,15 +150,16 @@ class CheckpointSaver {
 // checkpoint): what init_from, eval, generate and convert read. One of the two is there.
 struct WeightSource {
     std::string folder;
-    Json config;  // the model's config.json
+    std::string config;  // text of the model's config.json; empty: there is none
     std::optional<SafetensorsReader> hugging_face;
     std::optional<Checkpoint> checkpoint;
 };
-// Exit code 2 naming what is wrong; a checkpoint's weights are verified. For the main thread, before
-// ranks start, as is check_weights().
+// Exit code 2 naming what is wrong; a checkpoint's weights are verified. For the main thread,
+// before ranks start, as is check_weights().
 WeightSource open_weights(const std::string& folder);
 // Compares with the whole model's table (engine/instance.h): missing, extra and misshapen tensors
-// are listed by name; NaN and Inf are refused by name and count. Exit code 2. Reads all weights once.
+// are listed by name; NaN and Inf are refused by name and count. Exit code 2. Reads all weights
+// once.
 void check_weights(const WeightSource& source, const ParameterTable& whole);
 // Elements of the weight `name`, which check_weights has found, as F32.
 void read_weight(const WeightSource& source, const std::string& name, int64_t begin, int64_t count,

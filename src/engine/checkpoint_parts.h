@@ -57,8 +57,8 @@ class FragmentWriter {
 
 // Adds the files and fragments of `part` to `all`; tensors by name and fragments by begin.
 void add_fragments(Checkpoint& all, const Checkpoint& part);
-// Writes the manifest into `temporary`, reads it back, and renames the folder to `folder`, replacing
-// one that is there; all flushed to disk.
+// Writes the manifest into `temporary`, reads it back, and renames the folder to `folder`,
+// replacing one that is there; all flushed to disk.
 void seal(const Checkpoint& all, const std::string& temporary, const std::string& folder);
 // Removes a folder and what is in it; a warning if that fails.
 void remove_folder(const std::string& path);

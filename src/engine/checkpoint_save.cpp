@@ -63,8 +63,8 @@ bool is_leftover(const std::string& name) {
     return name.starts_with("step-") && name.ends_with(".tmp");
 }
 
-// Keeps the newest `keep` up to `step`. Later ones are of a course that this run has left: automatic
-// resume must not take them.
+// Keeps the newest `keep` up to `step`. Later ones are of a course that this run has left:
+// automatic resume must not take them.
 void prune(const std::string& run_folder, int64_t step, int64_t keep) {
     std::vector<CheckpointFolder> list = list_checkpoints(run_folder);
     while (!list.empty() && list.back().step > step) {
@@ -275,8 +275,8 @@ void CheckpointSaver::settle(Rank& rank, bool failed) {
         log_warning("rank %d: %s", rank.id, job_->error.c_str());
     if (rank.id == 0) {
         remove_folder(job_->temporary);
-        log_warning("%s was not saved; those before it are untouched, and the next save tries again",
-                    name);
+        log_warning(
+            "%s was not saved; those before it are untouched, and the next save tries again", name);
     }
     barrier(rank, Group::World, "failed checkpoint removed");
 }

@@ -22,12 +22,12 @@ WeightSource open_weights(const std::string& folder) {
         source.checkpoint = find_checkpoint(folder);
     } else {
         source.hugging_face.emplace(folder);
-        source.config = Json::parse_file(folder + "/config.json");
+        if (exists(folder + "/config.json"))
+            source.config = read_text_file(folder + "/config.json");
     }
     if (source.checkpoint) {
         source.folder = source.checkpoint->folder;
-        source.config = Json::parse(source.checkpoint->state.model,
-                                    source.folder + "/manifest.json: model");
+        source.config = source.checkpoint->state.model;
     }
     return source;
 }
