@@ -179,10 +179,10 @@ KeyRange visible_keys(const AttentionCore<T>& core, int64_t b, int64_t i) {
     return seen;
 }
 
+// A score costs a few elementary operations, its products included.
 template <class T>
 static bool worth_threads(const AttentionCore<T>& core) {
-    const int64_t scores = core.batch * core.heads * core.query.count * core.key.count;
-    return scores * (core.size + core.v_size) > kParallelWork;
+    return 4 * core.batch * core.heads * core.query.count * core.key.count > kParallelWork;
 }
 
 template <class T>
