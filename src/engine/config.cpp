@@ -110,8 +110,7 @@ std::vector<Key> keys_of(RunConfig& c) {
     };
 }
 
-// ---- Values as text
-// ------------------------------------------------------------------------------
+// ---- Values as text -----------------------------------------------------------------------------
 
 std::string toml_string(const std::string& value) {
     std::string out = "\"";
@@ -161,8 +160,7 @@ std::string range_text(const Range& range) {
     return low + text(range.below ? ", less than %.15g" : ", at most %.15g", range.most);
 }
 
-// ---- Names
-// ---------------------------------------------------------------------------------------
+// ---- Names --------------------------------------------------------------------------------------
 
 // Insertions, deletions and replacements that make `a` of `b` (Levenshtein).
 int edit_distance(std::string_view a, std::string_view b) {
@@ -182,7 +180,7 @@ int edit_distance(std::string_view a, std::string_view b) {
 
 std::string_view leaf_of(std::string_view name) { return name.substr(name.rfind('.') + 1); }
 
-// Edits a letter, so that short names are not near everything.
+// Edits per letter, so that short names are not near everything.
 double distance(std::string_view a, std::string_view b) {
     return static_cast<double>(edit_distance(a, b)) /
            static_cast<double>(std::max(a.size(), b.size()));
@@ -223,8 +221,7 @@ bool is_section(const std::vector<Key>& keys, const std::string& name) {
               nearest(keys, name, section));
 }
 
-// ---- Reading
-// -------------------------------------------------------------------------------------
+// ---- Reading ------------------------------------------------------------------------------------
 
 std::string describe(const toml::node& node) {
     std::ostringstream out;
