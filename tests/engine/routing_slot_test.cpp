@@ -22,7 +22,8 @@ TEST(RoutingSlot, RanksFillTheirTokensAndGetThemBack) {
                  {1, 0, {3, 4, 6, 0}, {1, 2, 3, 4}, DType::F32}};
     for (const auto& p : parts) {
         const int64_t T = static_cast<int64_t>(p.ids.size()) / 2;
-        const Routing routing{t.ints({T, 2}, p.ids), t.floats({T, 2}, p.weights, p.dtype), {}};
+        const Routing routing{t.ints({T, 2}, p.ids), t.floats({T, 2}, p.weights, p.dtype),
+                              t.random({T, 8}, 1, 0, 0.125, p.dtype)};
         trace_routing(slots[p.rank], 1, p.micro_batch, routing);
         EXPECT_FALSE(forced_ids(t.rank, slots[p.rank], 1, p.micro_batch).defined());
     }
