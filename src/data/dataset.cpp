@@ -40,8 +40,7 @@ static void in_parallel(int64_t n, int64_t grain, const Fn& fn) {
         if (error) std::rethrow_exception(error);
 }
 
-// ---- Token files
-// ---------------------------------------------------------------------------------
+// ---- Token files --------------------------------------------------------------------------------
 
 int64_t TokenFile::doc_end(int64_t doc) const {
     int64_t end;
@@ -173,8 +172,7 @@ std::vector<std::string> find_token_files(const std::string& path) {
     return {found.begin(), found.end()};
 }
 
-// ---- Dataset
-// -------------------------------------------------------------------------------------
+// ---- Dataset ------------------------------------------------------------------------------------
 
 // Adds tokens [begin, end) of a file; what follows the last piece in its file only makes it longer.
 static void append(TokenStream& stream, int file, int64_t begin, int64_t end) {
@@ -407,8 +405,7 @@ uint64_t Dataset::fingerprint() const {
     return hash;
 }
 
-// ---- Rows and ranks
-// ------------------------------------------------------------------------------
+// ---- Rows and ranks -----------------------------------------------------------------------------
 
 void positions_from_ends(const int32_t* doc_ends, int64_t seq_length, int32_t* positions) {
     int64_t begin = 0;
@@ -443,8 +440,7 @@ void take_zigzag(const int32_t* row, const ZigzagBlocks& blocks, int32_t* out) {
     for (int i = 0; i < 2; i++) out = std::copy_n(row + blocks.begin[i], blocks.length[i], out);
 }
 
-// ---- The bigram model
-// ----------------------------------------------------------------------------
+// ---- The bigram model ---------------------------------------------------------------------------
 
 namespace {
 

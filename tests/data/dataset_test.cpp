@@ -141,8 +141,7 @@ bool is_heldout(const Document& document, NpyType type, double fraction) {
 
 }  // namespace
 
-// ---- Token files
-// ---------------------------------------------------------------------------------
+// ---- Token files --------------------------------------------------------------------------------
 
 TEST(TokenFile, ReadsEveryTypeAndFindsDocuments) {
     const std::string path = fresh_folder("tokens") + "/a.bin";
@@ -236,8 +235,7 @@ TEST(TokenFile, FindsFilesBelowAFolder) {
                  {folder + "/none: is neither a token file nor a folder"});
 }
 
-// ---- Samples
-// -------------------------------------------------------------------------------------
+// ---- Samples ------------------------------------------------------------------------------------
 
 // Every sample of small corpora, training and held-out, against the definition.
 TEST(Dataset, SamplesAreWhatTheDefinitionSays) {
@@ -464,8 +462,7 @@ TEST(Dataset, ThreadsMayReadAtOnce) {
     for (const auto& rows : seen) EXPECT_TRUE(rows == seen[0]);
 }
 
-// ---- Rows and ranks
-// ------------------------------------------------------------------------------
+// ---- Rows and ranks -----------------------------------------------------------------------------
 
 TEST(BatchShape, DealsOutEachSampleOnce) {
     for (const BatchShape& shape :
@@ -522,8 +519,7 @@ TEST(Positions, RestartInEachDocument) {
     EXPECT_EQ(positions, (std::vector<int32_t>{0, 1, 2, 0, 0, 1, 2, 3}));
 }
 
-// ---- The bigram model
-// ----------------------------------------------------------------------------
+// ---- The bigram model ---------------------------------------------------------------------------
 
 namespace {
 
