@@ -184,6 +184,7 @@ void finish_routing(Rank& rank, Run& run, const RankState& state) {
 
 void publish(Run& run, const StepMetrics& m) {
     const int64_t interval = run.plan.config.train.log_interval;
+    if (run.options.probe) return;
     if (m.step % interval == 0 || m.step == m.steps || m.step == 1 || m.eval_loss)
         log_info("%s", step_line(m).c_str());
     if (run.metrics) run.metrics->append(m);

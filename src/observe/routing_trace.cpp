@@ -16,6 +16,7 @@ void begin_trace(RoutingStep& routing, int64_t layers, int64_t tokens, int64_t t
     routing = {layers, tokens, top_k};
     routing.ids.assign(static_cast<size_t>(layers * tokens * top_k), -1);
     routing.weights.assign(routing.ids.size(), 0);
+    routing.gaps.assign(static_cast<size_t>(layers * tokens), 0);
     routing.traced = true;
 }
 

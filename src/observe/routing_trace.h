@@ -18,6 +18,8 @@ struct RoutingStep {
     int64_t layers = 0, tokens = 0, top_k = 0;
     std::vector<int32_t> ids;    // [layers, tokens, k]
     std::vector<float> weights;  // [layers, tokens, k]
+    std::vector<float> gaps;     // [layers, tokens]: router logit of the last expert chosen, less
+                                 // that of the best one left out; not kept in files
     bool forced = false;         // ids were read and are to be used
     bool traced = false;         // ids and weights are to be filled in
 };
