@@ -52,7 +52,7 @@ struct Key {
 std::vector<Key> keys_of(RunConfig& c) {
     return {
         {"run.folder", &c.run.folder, kRequired | kPath | kMayChange},
-        {"model.config", &c.model.config, kRequired | kPath},
+        {"model.config", &c.model.config, kRequired | kPath | kMayChange},
         {"model.init_from", &c.model.init_from, kPath},
         {"model.init_std", &c.model.init_std, kPlain, kNotNegative},
         {"data.path", &c.data.path, kRequired | kPath | kMayChange},

@@ -258,8 +258,7 @@ TEST(Config, DifferencesNameKeysAndValues) {
 
 // What a resumed run may not change: everything else may.
 TEST(Config, KeysThatAResumedRunKeeps) {
-    const std::set<std::string> kept = {"model.config",
-                                        "model.init_from",
+    const std::set<std::string> kept = {"model.init_from",
                                         "model.init_std",
                                         "data.sequence_length",
                                         "data.seed",
