@@ -81,9 +81,9 @@ struct ConfigDifference {
     std::string key, before, after;
 };
 std::vector<ConfigDifference> differences(const RunConfig& before, const RunConfig& after);
-// Whether a resumed run may change the key: steps and epochs, learning rate, intervals, layout, time
-// limits, where files lie (their contents are compared apart), and what to do with a step that is
-// not finite.
+// Whether a resumed run may change the key: steps and epochs, learning rate, intervals, layout,
+// time limits, where files lie (their contents are compared apart), and what to do with a step that
+// is not finite.
 bool may_change_on_resume(const std::string& key);
 
 }  // namespace pith
