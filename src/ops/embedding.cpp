@@ -58,7 +58,7 @@ Tensor embedding(Rank& rank, Tensor ids, Tensor w, At at) {
     });
     if (Node* n = record(rank, "embedding", at, {w}, {&y})) {
         n->bw_keep = {ids};
-        n->bw = embedding_bw;
+        set_backward<nullptr, embedding_bw>(*n, {0});
     }
     return y;
 }

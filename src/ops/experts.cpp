@@ -218,8 +218,7 @@ Tensor grouped_linear(Rank& rank, Tensor x, Tensor w, Tensor offsets, At at) {
     if (Node* n = record(rank, "grouped_linear", at, {x, w}, {&y})) {
         n->bx_keep = {w, offsets};
         n->bw_keep = {x, offsets};
-        n->bx = grouped_linear_bx;
-        n->bw = grouped_linear_bw;
+        set_backward<grouped_linear_bx, grouped_linear_bw>(*n, {1});
     }
     return y;
 }

@@ -1,9 +1,27 @@
-// layer_parts: what several layer ops share on the CPU. defines: check_ids, add_columns
+// layer_parts: what several layer ops share on the CPU. defines: set_backward, check_ids,
+// add_columns
 #pragma once
 #include "ops/cpu.h"
 #include "ops/cpu_rows.h"
 
 namespace pith {
+
+// Completes a node whose weights are inputs `weights`. Weight gradients can wait only where they go
+// to accumulators: one that another op made the weight from is due in bx, before that op's.
+template <void (*bx)(Rank&, Node&), void (*bw)(Rank&, Node* const*, int)>
+void set_backward(Node& node, std::initializer_list<int> weights) {
+    bool made = false;
+    for (const int k : weights) made |= node.in[k].var >= 0 && !node.in[k].grad;
+    node.bx = bx;
+    node.bw = bw;
+    if (!made) return;
+    node.bw = nullptr;
+    node.bx = [](Rank& rank, Node& n) {
+        Node* one = &n;
+        if constexpr (bx != nullptr) bx(rank, n);
+        bw(rank, &one, 1);
+    };
+}
 
 // Throws unless every element of `ids` (I32, in main memory) is in [0, limit) or is `also`; the
 // message gives the first that is not.

@@ -69,8 +69,7 @@ Tensor linear(Rank& rank, Tensor x, Tensor w, Tensor bias, At at) {
     if (Node* n = record(rank, "linear", at, {x, w, bias}, {&y})) {
         n->bx_keep = {w};
         n->bw_keep = {x};
-        n->bx = linear_bx;
-        n->bw = linear_bw;
+        set_backward<linear_bx, linear_bw>(*n, {1, 2});
     }
     return y;
 }

@@ -117,8 +117,7 @@ Tensor rms_norm(Rank& rank, Tensor x, Tensor w, double eps, At at) {
     if (Node* n = record(rank, "rms_norm", at, {x, w}, {&y})) {
         n->bx_keep = {x, w, rstd};
         n->bw_keep = {x, rstd};
-        n->bx = rms_norm_bx;
-        n->bw = rms_norm_bw;
+        set_backward<rms_norm_bx, rms_norm_bw>(*n, {1});
     }
     return y;
 }
@@ -136,8 +135,7 @@ AddRmsNorm add_rms_norm(Rank& rank, Tensor x, Tensor residual, Tensor w, double 
     if (Node* n = record(rank, "add_rms_norm", at, {x, residual, w}, {&sum, &y})) {
         n->bx_keep = {sum, w, rstd};
         n->bw_keep = {sum, rstd};
-        n->bx = add_rms_norm_bx;
-        n->bw = rms_norm_bw;
+        set_backward<add_rms_norm_bx, rms_norm_bw>(*n, {2});
     }
     return {sum, y};
 }

@@ -150,9 +150,10 @@ static void qk_norm_rope_bw(Rank& rank, Node* const* nodes, int n) {
         float_kernel(rank, node.op, node.at, node.grad[0], [&]<class T>(T*) {
             const RopeRows<T> in = rope_rows<T>(heads_of(node), node.f[0], keep[3], {}, {},
                                                 {keep[0], keep[1]}, keep[2]);
-            qk_norm_rope_bw_cpu<T>(rank, in, node.grad[0].rows(), node.grad[0],
-                                   writable<T>(rank, node.in[1], node.at),
-                                   writable<T>(rank, node.in[2], node.at));
+            // In this order: one weight may serve both, and the first writer assigns.
+            const Slot<T> dq_norm = writable<T>(rank, node.in[1], node.at);
+            const Slot<T> dk_norm = writable<T>(rank, node.in[2], node.at);
+            qk_norm_rope_bw_cpu(rank, in, node.grad[0].rows(), node.grad[0], dq_norm, dk_norm);
         });
     }
 }
@@ -211,7 +212,7 @@ Tensor qk_norm_rope(Rank& rank, Tensor qkv, Heads heads, Tensor q_norm, Tensor k
         if (normed) {
             for (const Tensor& t : {qkv, q_norm, k_norm}) n->bx_keep.push(t);
             n->bw_keep = {rope.cos, rope.sin, positions, qkv};
-            n->bw = qk_norm_rope_bw;
+            set_backward<qk_norm_rope_bx, qk_norm_rope_bw>(*n, {1, 2});
         }
     }
     return y;

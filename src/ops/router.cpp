@@ -136,8 +136,7 @@ Routing router(Rank& rank, Tensor x, Tensor w, RouterOptions options, At at) {
         n->bx_keep = {w, out.probs, out.ids};
         n->bw_keep = {x};
         n->i[0] = options.normalize;
-        n->bx = router_bx;
-        n->bw = router_bw;
+        set_backward<router_bx, router_bw>(*n, {1});
     }
     return out;
 }

@@ -310,6 +310,31 @@ TEST(Layers, SameBitsForAnyNumberOfThreads) {
     set_threads(0);
 }
 
+// Deferred, their gradients must not wait: the op that made them comes next.
+TEST(Layers, WeightsMadeByAnotherOp) {
+    TestRank t;
+    const Tensor x = t.random({3, 4}), a = t.random({4, 5}, 2), b = t.random({4, 5}, 3);
+    const Tensor v = t.random({5}, 4), ids = t.ints({3}, {2, 0, 2});
+    gradcheck("linear", {x, a, b},
+              [](Rank& r, TensorList in) { return linear(r, in[0], linear(r, in[1], in[2])); });
+    gradcheck("embedding", {ids, a, b},
+              [](Rank& r, TensorList in) { return embedding(r, in[0], linear(r, in[1], in[2])); });
+    gradcheck("add_rms_norm and rms_norm", {x, v, b}, [](Rank& r, TensorList in) {
+        const Tensor w = linear(r, in[1], in[2]);
+        const Tensor normed = add_rms_norm(r, in[0], in[0], w, 0.1).normed;
+        return rms_norm(r, normed, w, 0.1);
+    });
+    gradcheck("router", {x, a, b}, [](Rank& r, TensorList in) {
+        return router(r, in[0], linear(r, in[1], in[2]), {.top_k = 2}).weights;
+    });
+    gradcheck("qk_norm_rope", {t.random({3, 12}), v, b, t.random({4, 2}), ids},
+              [](Rank& r, TensorList in) {
+                  const Tensor w = linear(r, in[1], in[2]);
+                  return qk_norm_rope(r, in[0], {1, 1, 4}, w, w, 0.1, {in[3], in[3]}, in[4]);
+              },
+              {.constants = 0b1000});
+}
+
 TEST(Layers, ErrorsNameTheCallersLine) {
     TestRank t;
     Rank& r = t.rank;
