@@ -65,7 +65,8 @@ std::string cell_text(const Action& a) {
         const char letter = kPaints[static_cast<int>(paint)].letter;
         return text("%c%d", chunk ? static_cast<char>(letter + 32) : letter, mb);
     };
-    const std::string first = half(paint_of(a), a.chunk, a.mb);
+    std::string first = half(paint_of(a), a.chunk, a.mb);
+    if (a.count > 1) first += text("-%d", a.mb + a.count - 1);
     return a.what == Do::FB ? first + half(Paint::Backward, a.chunk2, a.mb2) : first;
 }
 
@@ -167,11 +168,12 @@ struct SvgWriter {
     void words(double x, double y, const char* style, const std::string& s) {
         add(text("<text x=\"%.1f\" y=\"%.1f\" class=\"%s\">%s</text>", x, y, style, s.c_str()));
     }
-    // A filled box with the micro-batch's number where it fits.
-    void box(double x, double y, double w, double h, Paint paint, int chunk, int mb) {
+    // A filled box with the micro-batches' numbers where they fit.
+    void box(double x, double y, double w, double h, Paint paint, int chunk, int mb,
+             int count = 1) {
         add(text("<rect x=\"%.2f\" y=\"%.1f\" width=\"%.2f\" height=\"%.1f\" fill=\"%s\"/>", x, y,
                  w, h, kPaints[static_cast<int>(paint)].fill[chunk]));
-        const std::string number = text("%d", mb);
+        const std::string number = count > 1 ? text("%d-%d", mb, mb + count - 1) : text("%d", mb);
         if (mb >= 0 && w >= 5.6 * static_cast<double>(number.size()) + 2)
             words(x + w / 2, y + h / 2 + 3.5, "n", number);
     }
@@ -190,7 +192,7 @@ void svg_row(SvgWriter& svg, const ActionList& list, const std::vector<ActionTim
         svg.add(text("<g><title>rank %d, action %d: %s, from %g to %g</title>", rank,
                      static_cast<int>(i), to_text(a).c_str(), times[i].begin, times[i].end));
         const double h = a.what == Do::FB ? kRow / 2 : kRow;
-        svg.box(x, y, w, h, paint_of(a), a.chunk, a.mb);
+        svg.box(x, y, w, h, paint_of(a), a.chunk, a.mb, a.count);
         if (a.what == Do::FB) svg.box(x, y + h, w, h, Paint::Backward, a.chunk2, a.mb2);
         svg.add("</g>");
     }

@@ -120,11 +120,11 @@ struct Builder {
 
     bool defers() const { return zero_bubble || o.weight_grad_batch > 1; }
 
-    // The chunk's oldest deferred micro-batches, up to a batch of them.
-    Action take_deferred(int chunk) {
+    // The chunk's oldest deferred micro-batches, at most `most`.
+    Action take_deferred(int chunk, int most) {
         Action batch{.what = Do::W, .chunk = chunk, .mb = -1, .count = 0};
         std::erase_if(deferred, [&](const Action& w) {
-            if (w.chunk != chunk || batch.count == o.weight_grad_batch) return false;
+            if (w.chunk != chunk || batch.count == most) return false;
             if (batch.count++ == 0) batch.mb = w.mb;
             return true;
         });
@@ -143,7 +143,7 @@ struct Builder {
         const bool falls_due = o.kind == ScheduleKind::OneF1B
                                    ? mb % n == n - 1
                                    : slot == 2 * n - 1 || slot == (n - 1) / 2 * 2;
-        if (falls_due && !zero_bubble) due.push_back(take_deferred(chunk));
+        if (falls_due && !zero_bubble) due.push_back(take_deferred(chunk, n));
     }
 
     void compute_f(int chunk) {  // without the messages around it
@@ -178,13 +178,15 @@ struct Builder {
         send_activation(f_chunk);
         send_gradient(b_chunk);
     }
+    // Fills a bubble that is one micro-batch's weight gradients long.
     void w() {
         commit();
-        if (!deferred.empty()) list.push_back(take_deferred(deferred.front().chunk));
+        if (!deferred.empty()) list.push_back(take_deferred(deferred.front().chunk, 1));
     }
     void finish() {
         commit();
-        while (!deferred.empty()) w();
+        while (!deferred.empty())
+            list.push_back(take_deferred(deferred.front().chunk, o.weight_grad_batch));
     }
 };
 
