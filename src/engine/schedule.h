@@ -64,8 +64,8 @@ struct ScheduleOptions {
     int pp = 1;
     int micro_batches = 1;
     bool forward_only = false;  // any number of micro-batches >= 1, same placement
-    // Micro-batches whose weight gradients a W takes together, those aside that fill a bubble one at
-    // a time; 1: only the schedule's own zero-bubble deferrals.
+    // Micro-batches whose weight gradients a W takes together, those aside that fill a bubble one
+    // at a time; 1: only the schedule's own zero-bubble deferrals.
     int weight_grad_batch = 1;
     bool gather_step = false;  // Gather and Reduce actions: weights gathered for the whole step
 };
