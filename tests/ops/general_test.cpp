@@ -664,11 +664,16 @@ TEST(General, SameBitsForAnyNumberOfThreads) {
         y = matmul(r, add(r, cumsum(r, y, 1), max(r, x, -1)), m);
         y = permute(r, sub(r, y, mean(r, y, 1)), {2, 0, 1});
         add_grad(r, y, t.random(y.dim, 4, 1, 0, DType::F32));
+        // One factor of many small products: their gradients meet in one place.
+        Tensor shared = t.random({48, 32}, 5, 1, 0, DType::F32);
+        make_leaf(t.rank, shared);
+        const Tensor small = matmul(r, shared, t.random({32, 32, 40}, 6, 1, 0, DType::F32));
+        add_grad(r, small, t.random(small.dim, 7, 1, 0, DType::F32));
         const std::vector<double> out = values_of(y);
         backward(r, 0, t.tape.size());
-        return std::vector<std::vector<double>>{out, values_of(grad_of(t.tape, x)),
-                                                values_of(grad_of(t.tape, w)),
-                                                values_of(grad_of(t.tape, m))};
+        return std::vector<std::vector<double>>{
+            out, values_of(grad_of(t.tape, x)), values_of(grad_of(t.tape, w)),
+            values_of(grad_of(t.tape, m)), values_of(grad_of(t.tape, shared))};
     };
     const auto one = run(1);
     for (int threads : {2, 3, 5}) EXPECT_EQ(run(threads), one) << threads << " threads";
