@@ -1,7 +1,7 @@
 // general: what the ops of the general vocabulary share: recording with weight gradients that can
 // wait, several operands walked over one index space, one elementwise loop and one reduction.
-// defines: Kept, Pass, record_grad, check_alike, dim_of, Steps, Walk, elementwise, Extent, reduce,
-// sum_repeated
+// defines: Kept, Pass, record_grad, check_alike, dim_of, broadcast, Steps, Walk, flat_walk,
+// elementwise, Extent, extent_of, reduce, SumOf, MaxOf, sum_repeated
 #pragma once
 #include <limits>
 #include <utility>
