@@ -75,6 +75,8 @@ void add_into(Rank& rank, const Tensor& to, const Tensor& from, At at) {
 
 // A weight's accumulator as a tensor.
 static Tensor accumulator(const Tensor& weight) {
+    if (!weight.grad)
+        failed("tape", text("the gradient of %s has no accumulator to go to", weight.name));
     Tensor g = weight.meta();
     g.data = weight.grad;
     g.grad = nullptr;
@@ -83,7 +85,7 @@ static Tensor accumulator(const Tensor& weight) {
 }
 
 void add_grad(Rank& rank, const Tensor& t, Tensor g) {
-    if (t.grad) return add_into(rank, accumulator(t), g, g.made);
+    if (t.is_weight()) return add_into(rank, accumulator(t), g, g.made);
     if (t.var < 0) return;
     Tensor& slot = rank.tape->grads[t.var];
     if (!slot.defined()) slot = std::move(g);
@@ -91,7 +93,7 @@ void add_grad(Rank& rank, const Tensor& t, Tensor g) {
 }
 
 GradSlot grad_slot(Rank& rank, const Tensor& t, At at) {
-    if (t.grad) return {accumulator(t), true};
+    if (t.is_weight()) return {accumulator(t), true};
     if (t.var < 0) return {};
     Tensor& slot = rank.tape->grads[t.var];
     if (slot.defined()) {

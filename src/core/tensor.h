@@ -87,7 +87,9 @@ struct Tensor {
     At made;                 // the caller's line that made it
 
     bool defined() const { return dim.rank > 0; }
-    bool needs_grad() const { return var >= 0 || grad; }
+    // Its accumulator may be away (layer-wise sharding frees it between uses).
+    bool is_weight() const { return home || grad; }
+    bool needs_grad() const { return var >= 0 || is_weight(); }
     int64_t numel() const { return dim.numel(); }
     int64_t bytes() const { return numel() * size_of(dtype); }
     int64_t cols() const { return dim[dim.rank - 1]; }             // size of the last dimension

@@ -123,17 +123,20 @@ void forward_step(Rank& rank, Pipeline<M>& p, StepIo& io, const Step& s, Flight&
             l.attention = {range.begin, f.tape.size()};
             break;
         }
-        case Part::Dispatch:
+        case Part::Dispatch:  // a dense layer has no stages 2 to 4
+            if (!l.in.routing.ids.defined()) break;
             l.dispatch = dispatch(rank, l.in.hidden, l.in.routing, p.shape.num_experts);
             l.in.hidden = {};
             l.dispatched = {range.begin, f.tape.size()};
             break;
         case Part::Experts:
+            if (!l.in.routing.ids.defined()) break;
             l.rows = model.experts(rank, p.config, w, l.dispatch.at_experts);
             l.dispatch.at_experts = {};
             l.experts = {range.begin, f.tape.size()};
             break;
         case Part::Combine:
+            if (!l.in.routing.ids.defined()) break;
             l.rows = combine(rank, l.rows, l.dispatch);
             l.combined = {range.begin, f.tape.size()};
             break;

@@ -149,6 +149,7 @@ UnitKind unit_of(const Step& s) {
 // Units in full form are at most two: one in use and the next one, whose gather runs beside it.
 struct Gatherer {
     const std::vector<Step>& in;
+    bool forward_only;
     std::vector<Step> out = {};
     std::vector<Step> full = {};  // the Gather step of each
 
@@ -181,13 +182,19 @@ struct Gatherer {
         s.count = 1;
         s.backward = false;
         for (size_t i = at; i < in.size(); i++)
-            s.backward = s.backward || (in[i].part == Part::Weights && same_unit(s, in[i]));
+            s.backward = s.backward || (adds_gradients(in[i]) && same_unit(s, in[i]));
         full.push_back(s);
         out.push_back(s);
     }
-    void reduce(const Step& weights) {
-        Step s = weights;
+    // The head's gradient is formed with the loss, in the forward.
+    bool adds_gradients(const Step& s) const {
+        return s.part == Part::Weights ||
+               (s.part == Part::Epilog && !s.backward && !forward_only);
+    }
+    void reduce(const Step& use) {
+        Step s = use;
         s.part = Part::Reduce;
+        s.unit = unit_of(use);
         s.count = 1;
         out.push_back(s);
     }
@@ -199,7 +206,7 @@ struct Gatherer {
             while (next < in.size() && (!uses_unit(in[next]) || is_full(in[next]))) next++;
             if (next < in.size() && full.size() < 2) gather(next);
             out.push_back(in[at]);
-            if (in[at].part == Part::Weights) reduce(in[at]);
+            if (adds_gradients(in[at])) reduce(in[at]);
             for (size_t i = full.size(); i-- > 0;)
                 if (next_use(full[i], at + 1) == in.size()) release(i);
         }
@@ -231,7 +238,7 @@ std::vector<Step> steps_of(const Action& a, const std::vector<ChunkLayers>& chun
     if (forward_only && a.what != Do::F)
         failed("schedule", text("a forward-only list holds %s", to_text(a).c_str()));
     if (!gather_layer) return std::move(s.steps);
-    Gatherer g{s.steps};
+    Gatherer g{s.steps, forward_only};
     g.run();
     return std::move(g.out);
 }

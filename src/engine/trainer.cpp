@@ -342,7 +342,9 @@ TrainResult train(const RunPlan& plan, const TrainOptions& options) {
         run.init_from = open_weights(config.model.init_from);
         check_weights(*run.init_from, whole_table(plan.model));
     }
-    const LaunchOptions launch{.limit_s = config.parallel.timeout_s,
+    if (config.train.eval_interval > 0 && !options.probe) run.data.require_heldout();
+    const LaunchOptions launch{.startup_limit_s = config.parallel.startup_timeout_s,
+                               .limit_s = config.parallel.timeout_s,
                                .exit_on_failure = options.exit_on_failure,
                                .compute = plan.compute,
                                .debug = options.debug};

@@ -31,7 +31,7 @@ struct Pass {
     // Where to write input k's gradient; undefined unless this pass computes it.
     GradSlot slot(int k) const {
         const Tensor& t = node.in[k];
-        if (!t.needs_grad() || (t.grad != nullptr) != weights) return {};
+        if (!t.needs_grad() || t.is_weight() != weights) return {};
         return grad_slot(rank, t, node.at);
     }
     // The same for ops that only add: a fresh gradient begins as zeros.
