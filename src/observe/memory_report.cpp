@@ -6,31 +6,32 @@
 namespace pith {
 
 struct Kind {
-    const char* name;
     const char* key;
+    const char* heading;
     int64_t RankMemory::*bytes;
 };
 static constexpr Kind kKinds[] = {
     {"weights", "weights", &RankMemory::weights},
-    {"compute copy", "compute_copy", &RankMemory::compute_copy},
+    {"compute_copy", "compute copy", &RankMemory::compute_copy},
     {"gradients", "gradients", &RankMemory::gradients},
     {"optimizer", "optimizer", &RankMemory::optimizer},
-    {"activations*", "activations", &RankMemory::activations},
-    {"workspace*", "workspace", &RankMemory::workspace},
+    {"activations", "activations*", &RankMemory::activations},
+    {"workspace", "workspace*", &RankMemory::workspace},
 };
 
 std::string memory_table(const std::vector<RankMemory>& ranks, int64_t available) {
+    const auto cell = [](const std::string& words) { return text(" %12s", words.c_str()); };
     std::string out = text("%-9s", "ranks");
-    for (const Kind& kind : kKinds) out += text(" %12s", kind.name);
-    out += text(" %12s", "total") + (available > 0 ? "  of available\n" : "\n");
+    for (const Kind& kind : kKinds) out += cell(kind.heading);
+    out += cell("total") + (available > 0 ? "  of available\n" : "\n");
     for (size_t i = 0, next; i < ranks.size(); i = next) {
         for (next = i + 1; next < ranks.size() && ranks[next] == ranks[i];) next++;
-        out += text("%-9s",
-                    (std::to_string(i) + (next > i + 1 ? text("-%zu", next - 1) : "")).c_str());
+        const std::string last = next > i + 1 ? text("-%zu", next - 1) : "";
+        out += text("%-9s", (std::to_string(i) + last).c_str());
         for (const Kind& kind : kKinds)
-            out += text(" %12s", bytes_text(static_cast<double>(ranks[i].*kind.bytes)).c_str());
+            out += cell(bytes_text(static_cast<double>(ranks[i].*kind.bytes)));
         const double total = static_cast<double>(ranks[i].total());
-        out += text(" %12s", bytes_text(total).c_str());
+        out += cell(bytes_text(total));
         if (available > 0) out += text("  %11.0f%%", 100 * total / static_cast<double>(available));
         out += "\n";
     }

@@ -21,8 +21,8 @@ struct RankMemory {
     bool operator==(const RankMemory&) const = default;
 };
 
-// A table with a line for each run of equal ranks ("0-7"), the kinds, the total, and, where
-// `available` bytes a rank are given (0: unknown), the share of them. Lines end in newlines.
+// A table with a line for each run of equal ranks ("0-7"); where `available` bytes a rank are
+// given (0: unknown), with the share of them.
 std::string memory_table(const std::vector<RankMemory>& ranks, int64_t available);
 // [{"rank": 0, "weights": 1, ..., "total": 9}, ...]
 std::string memory_json(const std::vector<RankMemory>& ranks);

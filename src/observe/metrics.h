@@ -1,21 +1,22 @@
 // metrics: the numbers of a step: as a log line, and as a line of metrics.jsonl.
 // defines: ExpertLoad, expert_load, StepMetrics, step_line, step_json, MetricsFile, read_metrics
 #pragma once
+#include <cstdio>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
 namespace pith {
 
-// How a layer's (token, slot) pairs of a step spread over its E experts.
+// How a layer's (token, slot) pairs of a step spread over its E experts; all zero without pairs.
 struct ExpertLoad {
     double max_over_mean = 0;  // fullest expert's pairs over the mean; 1 is balance, E the worst
     double p95_over_mean = 0;  // 95th percentile (nearest rank) over the mean
     double dead_share = 0;     // share of the experts without a token
     double entropy = 0;        // of the experts' shares, over ln E: 1 is balance, 0 one expert
 };
-// counts [layers * E]: pairs that chose each expert. One result a layer; all zero for a layer
-// without pairs.
+// Of each layer; counts [layers * E]: pairs that chose each expert.
 std::vector<ExpertLoad> expert_load(const std::vector<double>& counts, int num_experts);
 
 struct StepMetrics {
@@ -40,26 +41,21 @@ struct StepMetrics {
     double mean_balance_loss() const;  // over the layers; 0 if empty
 };
 
-// "step 00000001/00000100 | step-time 0.123 sec | cross-entropy-loss 4.1234 | load-balance-loss
-// 1.012345 | learning-rate 1.000000e-03 | gradient-norm 0.5000 | tokens-per-second 1,234 |
-// peak-memory 1.23 GiB | mfu 41.2% | left 3 min 20 s"; what is unknown or not in use is left out.
+// "step 00000001/00000100 | step-time 0.123 sec | cross-entropy-loss 4.1234 | ..."; what is unknown
+// or not in use is left out.
 std::string step_line(const StepMetrics& metrics);
 // One JSON object, no newline: the words of the step line with underscores ("cross_entropy_loss"),
-// in plain units (bytes, shares, seconds), and arrays over the MoE layers:
-// "load_balance_loss_per_layer", "expert_load_max", "expert_load_p95", "expert_load_dead",
-// "expert_load_entropy". A number that is not finite is null.
+// in plain units (bytes, shares, seconds), and arrays over the MoE layers. A number that is not
+// finite is null.
 std::string step_json(const StepMetrics& metrics);
 
 // The run's metrics.jsonl: one object a step, whole lines only.
 class MetricsFile {
   public:
     // Creates the file, or cuts it back to the steps up to `last_step` that it has (0: none), so
-    // that the next append continues there. A torn last line is dropped; damage before that ends
-    // what is kept, with a warning. Exit code 1 if the file cannot be written.
+    // that the next append continues there. From a torn or damaged line on all is dropped, with a
+    // warning. Exit code 1 if the file cannot be written.
     MetricsFile(const std::string& path, int64_t last_step);
-    MetricsFile(const MetricsFile&) = delete;
-    MetricsFile& operator=(const MetricsFile&) = delete;
-    ~MetricsFile();
     // Written through at once. A line that does not fit on the disk is taken back whole, with a
     // warning: training goes on.
     void append(const StepMetrics& metrics);
@@ -67,9 +63,10 @@ class MetricsFile {
     void sync();
 
   private:
+    void cut_back();
     std::string path_;
-    int fd_ = -1;
-    int64_t size_ = 0;
+    std::unique_ptr<FILE, int (*)(FILE*)> file_{nullptr, fclose};
+    size_t size_ = 0;  // of the whole lines
 };
 
 // All whole lines of a metrics.jsonl, a torn last one left out. Exit code 2 naming the line if one

@@ -1,10 +1,8 @@
 #include "observe/tensorboard.h"
 
-#include <fcntl.h>
 #include <unistd.h>
 
 #include <cerrno>
-#include <cmath>
 #include <cstring>
 
 #include "core/check.h"
@@ -67,35 +65,22 @@ TensorBoardFile::TensorBoardFile(const std::string& folder, int64_t first_step, 
     gethostname(host, sizeof host - 1);
     path_ = folder + text("/events.out.tfevents.%010lld.%s.%d", static_cast<long long>(wall_s),
                           host, static_cast<int>(getpid()));
-    fd_ = open(path_.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
-    if (fd_ < 0)
+    file_.reset(fopen(path_.c_str(), "ab"));
+    if (!file_)
         failed(path_, text("cannot be opened (%s)", strerror(errno)),
                "a folder that can be written to");
     event(0, wall_s, field(3, std::string("brain.Event:2")));
     if (first_step > 1) event(first_step, wall_s, field(7, field(1, int64_t{1})));
 }
 
-TensorBoardFile::~TensorBoardFile() {
-    if (fd_ >= 0) close(fd_);
-}
-
 void TensorBoardFile::event(int64_t step, double wall_s, const std::string& fields) {
-    if (fd_ < 0) return;
+    if (!file_) return;
     const std::string bytes = frame(field(1, wall_s) + (step ? field(2, step) : "") + fields);
-    size_t done = 0;
-    while (done < bytes.size()) {
-        const ssize_t n = ::write(fd_, bytes.data() + done, bytes.size() - done);
-        if (n < 0 && errno == EINTR) continue;
-        if (n <= 0) {
-            // Readers stop at a torn frame, so nothing may follow it.
-            log_warning("%s: cannot be written (%s): no more events", path_.c_str(),
-                        strerror(errno));
-            close(fd_);
-            fd_ = -1;
-            return;
-        }
-        done += static_cast<size_t>(n);
-    }
+    fwrite(bytes.data(), 1, bytes.size(), file_.get());
+    if (fflush(file_.get()) == 0 && !ferror(file_.get())) return;
+    // Readers stop at a torn frame, so nothing may follow it.
+    log_warning("%s: cannot be written (%s): no more events", path_.c_str(), strerror(errno));
+    file_.reset();
 }
 
 void TensorBoardFile::scalars(int64_t step, double wall_s,

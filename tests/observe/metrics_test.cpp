@@ -81,7 +81,6 @@ TEST(ExpertLoad, HandCounted) {
     counts[3] = 11, counts[17] = 31, counts[20] = 21;
     EXPECT_DOUBLE_EQ(expert_load(counts, 40)[0].p95_over_mean, 11 / 2.5);
     EXPECT_DOUBLE_EQ(expert_load(counts, 40)[0].max_over_mean, 31 / 2.5);
-    EXPECT_THROW(expert_load({1, 2, 3}, 2), Error);
 }
 
 TEST(Metrics, StepLine) {
@@ -112,11 +111,12 @@ TEST(Metrics, StepLine) {
 TEST(Metrics, JsonFields) {
     EXPECT_EQ(step_json(full_sample(2)),
               R"({"step": 2, "steps": 100, "cross_entropy_loss": 6.12345, )"
-              R"("load_balance_loss": 1.375, "load_balance_loss_per_layer": [1.5, 1.25], )"
               R"("learning_rate": 0.0003333333333333333, "gradient_norm": 0.5, )"
-              R"("clipped": true, "skipped": true, "tokens": 8192, "step_time": 0.25, )"
-              R"("tokens_per_second": 32768.0, "mfu": 0.412, "peak_memory": 1342177280.0, )"
-              R"("checkpoint_stall": 0.125, "eval_loss": 4.5, "router_forced": "balanced", )"
+              R"("step_time": 0.25, "peak_memory": 1342177280.0, "checkpoint_stall": 0.125, )"
+              R"("clipped": true, "skipped": true, "tokens": 8192, )"
+              R"("tokens_per_second": 32768.0, "mfu": 0.412, "eval_loss": 4.5, )"
+              R"("router_forced": "balanced", )"
+              R"("load_balance_loss": 1.375, "load_balance_loss_per_layer": [1.5, 1.25], )"
               R"("expert_load_max": [1.5, 2.0], "expert_load_p95": [1.25, 1.75], )"
               R"("expert_load_dead": [0.125, 0.0], "expert_load_entropy": [0.75, 0.5]})");
     const Json plain = Json::parse(step_json(sample(1)), "line");

@@ -45,10 +45,6 @@ TEST(RoutingTrace, RoundTrip) {
     EXPECT_EQ(weights.header.shape, (std::vector<int64_t>{2, 3, 2}));
     EXPECT_EQ(weights.header.type, NpyType::F4);
     EXPECT_EQ(memcmp(weights.data, wrote.weights.data(), 48), 0);
-    RoutingStep partial = wrote;
-    partial.ids.pop_back();
-    EXPECT_THROW(write_routing(folder, 13, partial), Error);
-    EXPECT_FALSE(fs::exists(folder + "/step-00000013.ids.npy"));
 }
 
 TEST(RoutingTrace, RefusesWhatDoesNotFit) {
@@ -65,23 +61,15 @@ TEST(RoutingTrace, RefusesWhatDoesNotFit) {
         int num_experts;
         const char* error;
     } cases[] = {
-        {sample(), {1, 3, 2}, 4, "got <i4 [2, 3, 2], need <i4 [1, 3, 2]"},
+        {sample(), {1, 3, 2}, 4, "need <i4 [1, 3, 2]"},
         {sample(), {2, 4, 2}, 4, "need <i4 [2, 4, 2]"},
         {sample(), {2, 3, 1}, 4, "need <i4 [2, 3, 1]"},
-        {sample(),
-         {2, 3, 2},
-         3,
-         "layer 1, token 0, slot 1 names no expert of this model (got "
-         "expert 3, need one of 0 to 2)"},
-        {with(9, 4),
-         {2, 3, 2},
-         4,
-         "layer 1, token 1, slot 1 names no expert of this model (got "
-         "expert 4"},
-        {with(8, -2), {2, 3, 2}, 4, "layer 1, token 1, slot 0 names no expert"},
-        {with(9, -1), {2, 3, 2}, 4, "layer 1, token 1, slot 1 names no expert"},
-        {with(3, 2), {2, 3, 2}, 4, "layer 0, token 1, slot 1 names no expert"},
-        {with(11, 3), {2, 3, 2}, 4, "layer 1, token 2, slot 1 names an expert twice (got expert 3"},
+        {sample(), {2, 3, 2}, 3, "layer 1, token 0, slot 1 (got 3, need distinct ones of 0 to 2)"},
+        {with(9, 4), {2, 3, 2}, 4, "layer 1, token 1, slot 1 (got 4"},
+        {with(8, -2), {2, 3, 2}, 4, "layer 1, token 1, slot 0 (got -2"},
+        {with(9, -1), {2, 3, 2}, 4, "layer 1, token 1, slot 1 (got -1"},
+        {with(3, 2), {2, 3, 2}, 4, "layer 0, token 1, slot 1 (got 2"},
+        {with(11, 3), {2, 3, 2}, 4, "layer 1, token 2, slot 1 (got 3"},
     };
     for (const auto& c : cases) {
         write_routing(folder, 1, c.wrote);
