@@ -534,7 +534,8 @@ void expect_sharding(const std::vector<Step>& steps) {
             continue;
         }
         EXPECT_TRUE(whole.count(unit));
-        if (s.part == Part::Weights) {
+        // The head's gradient begins with the loss, in the forward.
+        if (s.part == Part::Weights || (s.part == Part::Epilog && !s.backward)) {
             EXPECT_TRUE(with_grads.count(unit));
             unreduced.insert(unit);
         }
