@@ -58,10 +58,10 @@ const StoredTensor* Checkpoint::find(std::string_view name) const {
     return at != tensors.end() && at->name == name ? &*at : nullptr;
 }
 
-// ---- manifest
-// ------------------------------------------------------------------------------------
+// ---- manifest ----
 
-// One line a tensor.
+// One line a tensor; a fragment is [file, begin, count, offset, XXH3]. There may be 10^5 of them,
+// and names would take most of the time to read.
 static std::string tensor_text(const StoredTensor& tensor) {
     JsonWriter w;
     w.object().key("name").value(tensor.name).key("dtype").value(name_of(tensor.dtype));
@@ -69,9 +69,8 @@ static std::string tensor_text(const StoredTensor& tensor) {
     for (const int64_t size : tensor.shape) w.value(size);
     w.end().key("fragments").array();
     for (const StoredFragment& f : tensor.fragments) {
-        w.object().key("file").value(f.file).key("begin").value(f.begin);
-        w.key("count").value(f.count).key("offset").value(f.offset);
-        w.key("xxh3").value(hex(f.checksum)).end();
+        w.array().value(f.file).value(f.begin).value(f.count).value(f.offset);
+        w.value(hex(f.checksum)).end();
     }
     return w.end().end().str();
 }
@@ -133,9 +132,9 @@ static StoredTensor read_tensor(const Json& json, int64_t num_files) {
     const Json list = json["fragments"];
     for (int64_t i = 0; i < list.size(); i++) {
         const Json f = list[i];
-        tensor.fragments.push_back({f["begin"].as_int(0), f["count"].as_int(1),
-                                    static_cast<int>(f["file"].as_int(0, num_files - 1)),
-                                    f["offset"].as_int(0), from_hex(f["xxh3"])});
+        tensor.fragments.push_back({f[1].as_int(0), f[2].as_int(1),
+                                    static_cast<int>(f[0].as_int(0, num_files - 1)), f[3].as_int(0),
+                                    from_hex(f[4])});
     }
     return tensor;
 }
@@ -188,8 +187,7 @@ void check_coverage(const Checkpoint& c) {
     }
 }
 
-// ---- opening and verifying
-// -----------------------------------------------------------------------
+// ---- opening and verifying ----
 
 static std::string without_slash(std::string path) {
     while (path.size() > 1 && path.back() == '/') path.pop_back();
@@ -301,8 +299,7 @@ std::optional<Checkpoint> find_checkpoint(const std::string& run_folder) {
               "restore one, or name another run.folder to begin anew");
 }
 
-// ---- resuming
-// ------------------------------------------------------------------------------------
+// ---- resuming ----
 
 // Keys and values of to_toml()'s text: `[section]` lines and `key = value` lines.
 static std::map<std::string, std::string> config_values(const std::string& toml) {
@@ -360,8 +357,7 @@ void check_resumable(const Checkpoint& c, const RunState& now) {
     }
 }
 
-// ---- reading
-// -------------------------------------------------------------------------------------
+// ---- reading ----
 
 void read_elements(const Checkpoint& c, const StoredTensor& tensor, int64_t begin, int64_t count,
                    float* out) {

@@ -276,8 +276,7 @@ TEST(Convert, FullDisksAndSignalsLeaveNothing) {
         }
 }
 
-// ---- pith checkpoint
-// -------------------------------------------------------------------------------
+// ---- pith checkpoint ----
 
 Json output_of(std::vector<std::string> words, int exit_code) {
     words.insert(words.begin(), "checkpoint");

@@ -47,8 +47,7 @@ void expect_part(const std::string& got, const std::string& part) {
 
 LaunchOptions quick() { return {.startup_limit_s = 60, .limit_s = 60}; }
 
-// ---- a model of uneven sizes
-// -----------------------------------------------------------------------
+// ---- a model of uneven sizes ----
 
 constexpr int kLayers = 4, kExperts = 4;
 
@@ -161,8 +160,7 @@ std::vector<std::string> names_in(const std::string& folder) {
     return names;
 }
 
-// ---- saving and loading
-// ----------------------------------------------------------------------------
+// ---- saving and loading ----
 
 TEST(Checkpoint, EveryLayoutLoadsEveryOther) {
     const Mesh meshes[] = {make_mesh(1, 1, 1, 1),     make_mesh(3, 1, 1, 1),
@@ -271,8 +269,7 @@ TEST(Checkpoint, KeepsTheNewestAndLeavesNothingElse) {
     EXPECT_EQ(names_in(run), (std::vector<std::string>{"step-00000040.aside", "step-00000060"}));
 }
 
-// ---- damage
-// ----------------------------------------------------------------------------------------
+// ---- damage ----
 
 void cut(const std::string& path, int64_t bytes) { fs::resize_file(path, bytes); }
 
@@ -362,8 +359,7 @@ TEST(Checkpoint, EveryFlippedBitIsFound) {
     verify(open_checkpoint(folder));
 }
 
-// ---- failing saves
-// ---------------------------------------------------------------------------------
+// ---- failing saves ----
 
 // A full disk, where `name` is written: rank 1's shard, what it leaves for sealing, the manifest.
 TEST(Checkpoint, FullDiskTakesTheSaveBack) {
@@ -499,8 +495,7 @@ TEST(SlowCheckpoint, SurvivesKills) {
     EXPECT_GT(last, 1);
 }
 
-// ---- resuming
-// --------------------------------------------------------------------------------------
+// ---- resuming ----
 
 TEST(Checkpoint, RefusesToGoOnAsAnotherRun) {
     Checkpoint c;
@@ -564,8 +559,7 @@ TEST(Checkpoint, LoadNamesTensorsThatDoNotFit) {
                     one.error);
 }
 
-// ---- weights alone
-// ---------------------------------------------------------------------------------
+// ---- weights alone ----
 
 ParameterTable whole() { return table_of(coord_of(make_mesh(1, 1, 1, 1), 0)); }
 
@@ -653,8 +647,7 @@ TEST(Weights, FaultsAreListedByName) {
     }
 }
 
-// ---- lock
-// ------------------------------------------------------------------------------------------
+// ---- lock ----
 
 TEST(RunLock, RefusesASecondRunNamingTheFirst) {
     const std::string run = fresh_folder("lock") + "/made/too";
