@@ -5,9 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <exception>
 #include <filesystem>
-#include <thread>
 
 #include "core/log.h"
 #include "core/rng.h"
@@ -15,30 +13,6 @@
 namespace pith {
 
 namespace fs = std::filesystem;
-
-static long long ll(int64_t value) { return value; }
-
-// Calls fn(begin, end) for ranges that cut [0, n) into parts of at least `grain`, a thread each. Of
-// several exceptions the one of the lowest range is thrown, so errors do not depend on timing.
-template <class Fn>
-static void in_parallel(int64_t n, int64_t grain, const Fn& fn) {
-    const int64_t cores = std::clamp<int64_t>(std::thread::hardware_concurrency(), 1, 16);
-    const int64_t parts = std::clamp<int64_t>(n / grain, 1, cores);
-    std::vector<std::exception_ptr> errors(static_cast<size_t>(parts));
-    const auto part = [&](int64_t i) {
-        try {
-            fn(n * i / parts, n * (i + 1) / parts);
-        } catch (...) {
-            errors[static_cast<size_t>(i)] = std::current_exception();
-        }
-    };
-    std::vector<std::thread> threads;
-    for (int64_t i = 1; i < parts; i++) threads.emplace_back(part, i);
-    part(0);
-    for (std::thread& thread : threads) thread.join();
-    for (const std::exception_ptr& error : errors)
-        if (error) std::rethrow_exception(error);
-}
 
 // ---- Token files --------------------------------------------------------------------------------
 
@@ -48,230 +22,123 @@ int64_t TokenFile::doc_end(int64_t doc) const {
     return end;
 }
 
-int64_t TokenFile::doc_of(int64_t offset) const {
-    int64_t low = 0, high = num_docs - 1;  // the first document that ends behind `offset`
-    while (low < high) {
-        const int64_t middle = low + (high - low) / 2;
-        if (doc_end(middle) > offset)
-            high = middle;
-        else
-            low = middle + 1;
-    }
-    return low;
-}
-
-// Widens n ids at `src`, which may be unaligned; returns the largest.
-template <class T>
-static uint64_t widen(const char* src, int64_t n, int32_t* dst) {
-    T largest = 0;
-    for (int64_t i = 0; i < n; i++) {
-        T id;
-        memcpy(&id, src + i * static_cast<int64_t>(sizeof(T)), sizeof(T));
-        dst[i] = static_cast<int32_t>(id);
-        largest = std::max(largest, id);
-    }
-    return largest;
-}
-
 void TokenFile::copy(int64_t offset, int64_t count, int64_t vocab_size, int32_t* dst) const {
     const int64_t width = size_of(type);
-    const char* src = tokens + offset * width;
-    uint64_t largest = 0;
-    switch (type) {
-        case NpyType::U1: largest = widen<uint8_t>(src, count, dst); break;
-        case NpyType::U2: largest = widen<uint16_t>(src, count, dst); break;
-        case NpyType::U4: largest = widen<uint32_t>(src, count, dst); break;
-        default: largest = widen<uint64_t>(src, count, dst); break;
+    const uint64_t mask = ~uint64_t{0} >> (64 - 8 * width), limit = vocab_size;
+    for (int64_t i = offset; i < offset + count; i++) {
+        uint64_t id;
+        memcpy(&id, tokens + i * width, 8);  // the second array lies behind the last token
+        id &= mask;
+        if (id >= limit)
+            bad_input(
+                map.path(),
+                text("holds a token id beyond the vocabulary (got %lu at token %ld, need less "
+                     "than %lu)",
+                     id, i, limit),
+                "use the model's own tokenizer, or a model with a larger vocab_size");
+        *dst++ = static_cast<int32_t>(id);
     }
-    if (count == 0 || largest < static_cast<uint64_t>(vocab_size)) return;
-    int64_t at = 0;
-    uint64_t id = 0;
-    for (; id < static_cast<uint64_t>(vocab_size); at++) {
-        id = 0;
-        memcpy(&id, src + at * width, static_cast<size_t>(width));
-    }
-    bad_input(map.path(),
-              text("holds a token id beyond the vocabulary (got %llu at token %lld, need less than "
-                   "%lld)",
-                   static_cast<unsigned long long>(id), ll(offset + at - 1), ll(vocab_size)),
-              "use the model's own tokenizer, or a model with a larger vocab_size");
 }
 
 TokenFile open_token_file(const std::string& path) {
-    const char* remedy = "make the file again with pith tokenize";
+    const auto refuse = [&](const std::string& what) {
+        bad_input(path, what, "make the file again with pith tokenize");
+    };
     TokenFile file;
     file.map = MappedFile(path);
     const NpyHeader ids = parse_npy_header(file.map.data(), file.map.size(), path);
-    if (ids.type > NpyType::U8 || ids.shape.size() != 1)
-        bad_input(path,
-                  text("has no token ids as its first array (got %s of %zu dimensions, need one "
-                       "dimension of |u1, <u2, <u4 or <u8)",
-                       name_of(ids.type), ids.shape.size()),
-                  remedy);
     file.type = ids.type;
     file.num_tokens = ids.numel();
     file.tokens = file.map.data() + ids.header_bytes;
     const char* rest = file.tokens + ids.data_bytes();
     const int64_t rest_bytes = file.map.data() + file.map.size() - rest;
     const NpyHeader ends = parse_npy_header(rest, rest_bytes, path + " (document ends)");
-    if (ends.type != NpyType::U8 || ends.shape.size() != 1)
-        bad_input(path,
-                  text("has no document ends as its second array (got %s of %zu dimensions, need "
-                       "one dimension of <u8)",
-                       name_of(ends.type), ends.shape.size()),
-                  remedy);
-    const int64_t used = ends.header_bytes + ends.data_bytes();
-    if (used != rest_bytes)
-        bad_input(path,
-                  text("goes on behind its two arrays (got %lld bytes more, need none)",
-                       ll(rest_bytes - used)),
-                  remedy);
+    for (const NpyHeader* array : {&ids, &ends})
+        if (array->shape.size() != 1 || array->type > NpyType::U8 ||
+            (array == &ends && array->type != NpyType::U8))
+            refuse(text("does not hold %s (got %s of %zu dimensions, need one dimension of %s)",
+                        array == &ids ? "token ids first" : "document ends second",
+                        name_of(array->type), array->shape.size(),
+                        array == &ids ? "|u1, <u2, <u4 or <u8" : "<u8"));
+    const int64_t more = rest_bytes - ends.header_bytes - ends.data_bytes();
+    if (more != 0) refuse(text("goes on behind its two arrays (got %ld bytes more)", more));
     file.num_docs = ends.numel();
     file.ends = rest + ends.header_bytes;
-    int64_t last = 0;
+    if (file.num_docs == 0 && file.num_tokens > 0) refuse("has tokens, but no documents");
+    int64_t least = 0;
     for (int64_t doc = 0; doc < file.num_docs; doc++) {
-        const int64_t end = file.doc_end(doc);
-        if (end < last || end > file.num_tokens)
-            bad_input(
-                path,
-                text("has a corrupt end of document %lld (got %llu, need %lld to %lld)", ll(doc),
-                     static_cast<unsigned long long>(end), ll(last), ll(file.num_tokens)),
-                remedy);
-        last = end;
+        const int64_t end = file.doc_end(doc), most = file.num_tokens;
+        if (doc + 1 == file.num_docs) least = most;
+        if (end < least || end > most)
+            refuse(text("has a corrupt end of document %ld (got %lu, need %ld to %ld)", doc,
+                        static_cast<uint64_t>(end), least, most));
+        least = end;
     }
-    if (last != file.num_tokens)
-        bad_input(path,
-                  text("has tokens behind its last document (got an end of %lld, need %lld)",
-                       ll(last), ll(file.num_tokens)),
-                  remedy);
     return file;
 }
 
 std::vector<std::string> find_token_files(const std::string& path) {
-    std::error_code error;
-    if (fs::is_regular_file(path, error)) return {path};
-    if (!fs::is_directory(path, error))
-        bad_input(path, "is neither a token file nor a folder of them",
-                  "check the path, or make the files with pith tokenize");
     std::vector<fs::path> found;
-    fs::recursive_directory_iterator it(path, error), end;
-    for (; !error && it != end; it.increment(error)) {
-        const fs::path name = it->path().filename();
-        std::error_code ignored;  // of an entry that went away: it is no file then
-        if (name.native().front() == '.') {
-            it.disable_recursion_pending();
-        } else if (name.extension() == ".bin" && it->is_regular_file(ignored)) {
-            found.push_back(it->path());
+    try {
+        if (fs::is_regular_file(path)) return {path};
+        for (fs::recursive_directory_iterator it(path), end; it != end; ++it) {
+            const fs::path name = it->path().filename();
+            if (name.native().front() == '.')
+                it.disable_recursion_pending();
+            else if (name.extension() == ".bin" && it->is_regular_file())
+                found.push_back(it->path());
         }
+    } catch (const fs::filesystem_error& error) {
+        bad_input(path, "cannot be listed (" + error.code().message() + ")",
+                  "check the path, or make token files with pith tokenize");
     }
-    if (error) bad_input(path, "cannot be listed (" + error.message() + ")", "check permissions");
     if (found.empty())
         bad_input(path, "holds no token file (got 0 files that end in .bin, need 1 or more)",
                   "make them with pith tokenize");
-    std::sort(found.begin(), found.end());
+    std::ranges::sort(found);
     return {found.begin(), found.end()};
 }
 
 // ---- Dataset ------------------------------------------------------------------------------------
 
-// Adds tokens [begin, end) of a file; what follows the last piece in its file only makes it longer.
-static void append(TokenStream& stream, int file, int64_t begin, int64_t end) {
-    if (begin == end) return;
-    const bool follows =
-        !stream.pieces.empty() && stream.pieces.back().file == file &&
-        stream.pieces.back().file_offset + stream.num_tokens - stream.pieces.back().begin == begin;
-    if (!follows) stream.pieces.push_back({stream.num_tokens, begin, file});
-    stream.num_tokens += end - begin;
-}
-
-static size_t piece_at(const TokenStream& stream, int64_t position) {
-    const auto next = std::upper_bound(
-        stream.pieces.begin(), stream.pieces.end(), position,
-        [](int64_t value, const TokenStream::Piece& piece) { return value < piece.begin; });
-    return static_cast<size_t>(next - stream.pieces.begin()) - 1;
-}
-
-static int64_t piece_end(const TokenStream& stream, size_t piece) {
-    return piece + 1 < stream.pieces.size() ? stream.pieces[piece + 1].begin : stream.num_tokens;
-}
-
 Dataset::Dataset(const std::vector<std::string>& paths, const DataOptions& options)
-    : options_(options) {
-    if (options.seq_length < 1 || options.vocab_size < 1)
-        failed("Dataset", text("seq_length %lld, vocab_size %lld (need 1 or more)",
-                               ll(options.seq_length), ll(options.vocab_size)));
-    if (paths.empty())
-        bad_input("data.path", "names no token file (got 0, need 1 or more)",
-                  "make them with pith tokenize");
-    files_.resize(paths.size());
-    in_parallel(static_cast<int64_t>(paths.size()), 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; i++) files_[i] = open_token_file(paths[i]);
-    });
-    if (num_tokens() == 0)
-        bad_input(paths.front(),
-                  text("is an empty corpus (got 0 tokens in %zu files)", paths.size()),
-                  "check what was tokenised");
-    check_ids();
-    train_.resize(files_.size());
-    first_sample_ = {0};
-    for (size_t i = 0; i < files_.size(); i++) {
-        split_documents(static_cast<int>(i));
-        const int64_t samples =
-            std::max<int64_t>(train_[i].num_tokens - 1, 0) / options_.seq_length;
-        first_sample_.push_back(first_sample_.back() + samples);
+    : options_(options), train_(paths.size()), first_sample_{0} {
+    for (const std::string& path : paths) {
+        files_.push_back(open_token_file(path));
+        token_bytes_ += files_.back().num_tokens * size_of(files_.back().type);
     }
-}
-
-void Dataset::check_ids() const {
-    constexpr int64_t kWholeBytes = int64_t{1} << 30, kBlock = 4096;
-    int64_t bytes = 0;
-    for (const TokenFile& file : files_) bytes += file.num_tokens * size_of(file.type);
-    if (bytes > kWholeBytes) return;
-    for (const TokenFile& file : files_)
-        in_parallel(file.num_tokens, 1 << 20, [&](int64_t begin, int64_t end) {
-            int32_t block[kBlock];
-            for (int64_t i = begin; i < end; i += kBlock)
-                file.copy(i, std::min(kBlock, end - i), options_.vocab_size, block);
-        });
+    if (token_bytes_ == 0)
+        bad_input("data.path", text("is an empty corpus (got 0 tokens in %zu files)", paths.size()),
+                  "check what was tokenised");
+    for (size_t i = 0; i < files_.size(); i++) {
+        constexpr int64_t kChecked = int64_t{1} << 30, kBlock = 4096;
+        int32_t block[kBlock];
+        const int64_t checked = token_bytes_ <= kChecked ? files_[i].num_tokens : 0;
+        for (int64_t at = 0; at < checked; at += kBlock)
+            files_[i].copy(at, std::min(kBlock, checked - at), options.vocab_size, block);
+        split_documents(static_cast<int>(i));
+        const int64_t labels = std::max<int64_t>(train_[i].num_tokens - 1, 0);
+        first_sample_.push_back(first_sample_.back() + labels / options.seq_length);
+    }
 }
 
 void Dataset::split_documents(int index) {
     const TokenFile& file = files_[index];
-    const double fraction = options_.heldout_fraction;
-    if (fraction <= 0 || fraction >= 1) {
-        append(fraction <= 0 ? train_[index] : heldout_, index, 0, file.num_tokens);
-        return;
-    }
     const int64_t width = size_of(file.type);
-    std::vector<char> held(static_cast<size_t>(file.num_docs));
-    in_parallel(file.num_docs, 1024, [&](int64_t first, int64_t last) {
-        int64_t begin = first == 0 ? 0 : file.doc_end(first - 1);
-        for (int64_t doc = first; doc < last; doc++) {
-            const int64_t end = file.doc_end(doc);
-            const uint64_t hash = XXH3_64bits(file.tokens + begin * width,
-                                              static_cast<size_t>((end - begin) * width));
-            held[doc] = static_cast<double>(hash >> 11) * 0x1.0p-53 < fraction;
-            begin = end;
-        }
-    });
-    int64_t begin = 0;
-    for (int64_t doc = 0; doc < file.num_docs; doc++) {
+    const double fraction = options_.heldout_fraction;
+    for (int64_t doc = 0, begin = 0; doc < file.num_docs; doc++) {
         const int64_t end = file.doc_end(doc);
-        append(held[doc] ? heldout_ : train_[index], index, begin, end);
+        if (begin == end) continue;
+        bool held = fraction >= 1;
+        if (fraction > 0 && fraction < 1) {
+            const uint64_t hash = XXH3_64bits(file.tokens + begin * width, (end - begin) * width);
+            held = static_cast<double>(hash >> 11) * 0x1.0p-53 < fraction;
+        }
+        Stream& stream = held ? heldout_ : train_[index];
+        stream.documents.push_back({stream.num_tokens, begin, index});
+        stream.num_tokens += end - begin;
         begin = end;
     }
-}
-
-int64_t Dataset::num_tokens() const {
-    int64_t sum = 0;
-    for (const TokenFile& file : files_) sum += file.num_tokens;
-    return sum;
-}
-
-int64_t Dataset::num_docs() const {
-    int64_t sum = 0;
-    for (const TokenFile& file : files_) sum += file.num_docs;
-    return sum;
 }
 
 int64_t Dataset::heldout_samples() const {
@@ -280,127 +147,84 @@ int64_t Dataset::heldout_samples() const {
 }
 
 void Dataset::require_samples(int64_t required) const {
-    const int64_t epoch = samples_per_epoch();
-    if (epoch == 0 && required > 0) {
-        int64_t longest = 0;
-        for (const TokenStream& stream : train_) longest = std::max(longest, stream.num_tokens);
-        bad_input("data.sequence_length",
-                  text("no file is long enough for one training sample (got at most %lld training "
-                       "tokens in a file, need %lld)",
-                       ll(longest), ll(options_.seq_length + 1)),
-                  "a smaller data.sequence_length or data.heldout_fraction, or files joined with "
-                  "pith tokenize --join");
-    }
-    int64_t available = 0;
-    if (__builtin_mul_overflow(epoch, options_.max_epochs, &available)) return;
-    if (required <= available) return;
-    bad_input("data.max_epochs",
-              text("the corpus is smaller than the run (got %s samples: %s an epoch, %s epochs; "
-                   "need %s)",
-                   with_commas(available).c_str(), with_commas(epoch).c_str(),
-                   with_commas(options_.max_epochs).c_str(), with_commas(required).c_str()),
-              text("data.max_epochs = %lld, fewer train.steps, or more text",
-                   ll((required + epoch - 1) / epoch)));
+    const int64_t epoch = samples_per_epoch(), epochs = options_.max_epochs;
+    const int64_t need = (required + epoch - 1) / std::max<int64_t>(epoch, 1);
+    if (epoch == 0 ? required <= 0 : need <= epochs) return;
+    bad_input(
+        epoch ? "data.max_epochs" : "data.sequence_length",
+        text("the corpus is smaller than the run (got %s samples: %s an epoch, %s epochs; need "
+             "%s)",
+             with_commas(epoch * epochs).c_str(), with_commas(epoch).c_str(),
+             with_commas(epochs).c_str(), with_commas(required).c_str()),
+        epoch ? text("data.max_epochs = %ld, fewer train.steps, or more text", need)
+              : "a shorter one, or files joined with pith tokenize --join");
 }
 
 void Dataset::require_heldout() const {
-    if (heldout_samples() > 0) return;
-    bad_input(
-        "data.heldout_fraction",
-        text("nothing is held out to evaluate on (got %lld held-out tokens of %lld documents, "
-             "need 2)",
-             ll(heldout_.num_tokens), ll(num_docs())),
-        "a larger data.heldout_fraction, or more documents");
+    if (heldout_samples() == 0)
+        bad_input("data.heldout_fraction",
+                  text("nothing is held out to evaluate on (got %ld held-out tokens, need 2)",
+                       heldout_.num_tokens),
+                  "a larger one, or more documents");
 }
 
 void Dataset::train_sample(int64_t index, const SampleRow& row) const {
     const int64_t n = samples_per_epoch();
-    if (index < 0 || n == 0 || index / n >= options_.max_epochs)
-        failed("train_sample", text("sample %lld (need less than %lld epochs of %lld)", ll(index),
-                                    ll(options_.max_epochs), ll(n)));
+    if (index < 0 || index >= n * options_.max_epochs)
+        failed("train_sample", text("sample %ld (need less than %ld)", index, n));
     int64_t sample = index % n;
     if (options_.shuffle) {
-        const uint64_t key = stream_key(options_.seed, text("data.epoch.%lld", ll(index / n)));
-        sample = static_cast<int64_t>(
-            permute_index(key, static_cast<uint64_t>(sample), static_cast<uint64_t>(n)));
+        const uint64_t key = stream_key(options_.seed, text("data.epoch.%ld", index / n));
+        sample = static_cast<int64_t>(permute_index(key, sample, n));
     }
-    const auto next = std::upper_bound(first_sample_.begin(), first_sample_.end(), sample);
-    const auto file = next - first_sample_.begin() - 1;
+    const auto file = std::ranges::upper_bound(first_sample_, sample) - first_sample_.begin() - 1;
     cut(train_[file], (sample - first_sample_[file]) * options_.seq_length, row);
 }
 
 void Dataset::heldout_sample(int64_t index, const SampleRow& row) const {
-    const int64_t begin = std::min(index, heldout_samples()) * options_.seq_length;
-    cut(heldout_, std::min(begin, heldout_.num_tokens), row);
+    cut(heldout_, std::min(index * options_.seq_length, heldout_.num_tokens), row);
     if (index >= heldout_samples()) std::fill_n(row.labels, options_.seq_length, kIgnoreLabel);
 }
 
-void Dataset::read(const TokenStream& stream, int64_t begin, int64_t count, int32_t* dst) const {
-    if (count == 0) return;
-    for (size_t p = piece_at(stream, begin); count > 0; p++) {
-        const TokenStream::Piece& piece = stream.pieces[p];
-        const int64_t n = std::min(count, piece_end(stream, p) - begin);
-        files_[piece.file].copy(piece.file_offset + begin - piece.begin, n, options_.vocab_size,
-                                dst);
-        begin += n;
-        dst += n;
-        count -= n;
-    }
-}
-
-void Dataset::cut(const TokenStream& stream, int64_t begin, const SampleRow& row) const {
+void Dataset::cut(const Stream& stream, int64_t begin, const SampleRow& row) const {
     const int64_t length = options_.seq_length;
-    const int64_t n = std::min(length, stream.num_tokens - begin);
-    read(stream, begin, n, row.tokens);
-    std::fill(row.tokens + n, row.tokens + length, 0);
-    std::copy(row.tokens + 1, row.tokens + length, row.labels);
-    std::fill(row.labels + std::max<int64_t>(n - 1, 0), row.labels + length, kIgnoreLabel);
-    if (n > 0 && begin + n < stream.num_tokens) read(stream, begin + n, 1, row.labels + n - 1);
-    if (row.doc_ends) std::fill_n(row.doc_ends, length, static_cast<int32_t>(length));
-    if (options_.document_mask && n > 0) mask_documents(stream, begin, row);
-}
-
-void Dataset::mask_documents(const TokenStream& stream, int64_t begin, const SampleRow& row) const {
-    const int64_t length = options_.seq_length;
-    const int64_t end = std::min(begin + length, stream.num_tokens);
-    int64_t at = begin;
-    for (size_t p = piece_at(stream, begin); at < end; p++) {
-        // A piece is whole documents, so each that begins in it ends in it.
-        const TokenStream::Piece& piece = stream.pieces[p];
-        const TokenFile& file = files_[piece.file];
-        const int64_t to_stream = piece.begin - piece.file_offset;
-        int64_t doc = file.doc_of(at - to_stream);
-        for (const int64_t stop = std::min(end, piece_end(stream, p)); at < stop; doc++) {
-            const int64_t doc_end = file.doc_end(doc) + to_stream - begin;  // in the row
-            const int64_t here = std::min(doc_end, length);
-            if (row.doc_ends)
-                std::fill(row.doc_ends + (at - begin), row.doc_ends + here,
-                          static_cast<int32_t>(here));
-            if (doc_end <= length) row.labels[doc_end - 1] = kIgnoreLabel;
-            at = begin + here;
-        }
+    const int64_t n = std::min(length + 1, stream.num_tokens - begin);  // with the last label
+    const bool mask = options_.document_mask;
+    std::vector<int32_t> window(length + 1), ends(length, static_cast<int32_t>(length));
+    std::fill_n(row.labels, length, kIgnoreLabel);
+    auto next = std::ranges::upper_bound(stream.documents, begin, {}, &Stream::Document::begin);
+    for (int64_t at = 0, stop; at < n; at = stop) {
+        const Stream::Document& document = next[-1];
+        const int64_t end = next == stream.documents.end() ? stream.num_tokens : next->begin;
+        stop = std::min(n, end - begin);
+        files_[document.file].copy(document.file_offset + begin + at - document.begin, stop - at,
+                                   options_.vocab_size, &window[at]);
+        // Each token is the label of the one before it, in its document or, unmasked, in any.
+        const int64_t first = mask ? at + 1 : std::max<int64_t>(at, 1);
+        std::copy(window.data() + first, window.data() + stop, row.labels + first - 1);
+        for (int64_t i = at; mask && i < std::min(stop, length); i++)
+            ends[i] = static_cast<int32_t>(std::min(stop, length));
+        next++;
     }
+    std::copy_n(window.begin(), length, row.tokens);
+    if (row.doc_ends) std::ranges::copy(ends, row.doc_ends);
 }
 
 uint64_t Dataset::fingerprint() const {
-    constexpr int64_t kWholeBytes = int64_t{64} << 20, kBlocks = 16, kBlockBytes = 4096;
+    constexpr int64_t kWhole = int64_t{64} << 20, kBlocks = 16, kBlock = 4096;
     uint64_t hash = 0;
     const auto add = [&](const void* data, int64_t bytes) {
         hash = XXH3_64bits_withSeed(data, static_cast<size_t>(bytes), hash);
     };
-    int64_t all_bytes = 0;
-    for (const TokenFile& file : files_) all_bytes += file.num_tokens * size_of(file.type);
     for (const TokenFile& file : files_) {
         const int64_t sizes[3] = {size_of(file.type), file.num_tokens, file.num_docs};
+        const int64_t bytes = file.num_tokens * size_of(file.type);
         add(sizes, sizeof sizes);
         add(file.ends, 8 * file.num_docs);
-        const int64_t bytes = file.num_tokens * size_of(file.type);
-        if (all_bytes <= kWholeBytes || bytes <= kBlocks * kBlockBytes) {
-            add(file.tokens, bytes);
-            continue;
-        }
-        for (int64_t i = 0; i < kBlocks; i++)  // the first and the last block among them
-            add(file.tokens + (bytes - kBlockBytes) * i / (kBlocks - 1), kBlockBytes);
+        const int64_t blocks = token_bytes_ <= kWhole ? 1 : kBlocks;
+        const int64_t block = blocks == 1 ? bytes : std::min(bytes, kBlock);
+        for (int64_t i = 0; i < blocks; i++)  // from the first to the last one
+            add(file.tokens + (bytes - block) * i / (kBlocks - 1), block);
     }
     return hash;
 }
@@ -418,22 +242,20 @@ void positions_from_ends(const int32_t* doc_ends, int64_t seq_length, int32_t* p
 int64_t global_sample(const BatchShape& shape, int64_t step, int dp_rank, int ep_rank,
                       int64_t row) {
     const int64_t micro = row / shape.micro_batch, sender = int64_t{dp_rank} * shape.ep + ep_rank;
-    const int64_t together = shape.micro_batch * shape.dp * shape.ep;  // rows of all ranks' micro
-    return step * shape.global_batch + micro * together + sender * shape.micro_batch +
-           row % shape.micro_batch;
+    const int64_t group = micro * shape.dp * shape.ep + sender;  // of micro_batch samples
+    return step * shape.global_batch + group * shape.micro_batch + row % shape.micro_batch;
 }
 
 ZigzagBlocks zigzag_blocks(int64_t seq_length, int cp, int cp_rank) {
     if (cp == 1) return {{0, seq_length}, {seq_length, 0}};
-    if (seq_length % (2 * cp) != 0)
+    const int64_t blocks = 2 * cp, length = seq_length / blocks;
+    if (seq_length % blocks != 0)
         bad_input("data.sequence_length",
-                  text("does not split into 2 * parallel.cp blocks (got %lld and cp = %d, need a "
-                       "multiple of %d)",
-                       ll(seq_length), cp, 2 * cp),
-                  text("data.sequence_length = %lld",
-                       ll((seq_length + 2 * cp - 1) / (2 * cp) * (2 * cp))));
-    const int64_t length = seq_length / (2 * cp);
-    return {{cp_rank * length, (2 * cp - 1 - cp_rank) * length}, {length, length}};
+                  text("does not split into 2 * parallel.cp blocks (got %ld and cp = %d, need a "
+                       "multiple of %ld)",
+                       seq_length, cp, blocks),
+                  text("data.sequence_length = %ld", (length + 1) * blocks));
+    return {{cp_rank * length, (blocks - 1 - cp_rank) * length}, {length, length}};
 }
 
 void take_zigzag(const int32_t* row, const ZigzagBlocks& blocks, int32_t* out) {
@@ -442,101 +264,55 @@ void take_zigzag(const int32_t* row, const ZigzagBlocks& blocks, int32_t* out) {
 
 // ---- The bigram model ---------------------------------------------------------------------------
 
-namespace {
-
-// Numbers of things that occurred once and twice, and the absolute discount that follows.
-struct Discount {
-    int64_t ones = 0, twos = 0;
-    void count(int64_t occurrences) {
-        ones += occurrences == 1;
-        twos += occurrences == 2;
-    }
-    double value() const {
-        if (ones == 0) return 0.5;  // no estimate; something has to be left for what was not seen
-        return static_cast<double>(ones) / static_cast<double>(ones + 2 * twos);
-    }
-};
-
-struct Bigrams {
-    explicit Bigrams(int64_t vocab)
-        : v(vocab), pairs(vocab * vocab), before(vocab), after(vocab), total(vocab) {}
-    void fit();
-    double probability(int32_t first, int32_t second) const;
-
-    int64_t v;
-    std::vector<uint32_t> pairs;         // [V, V]: times `second` followed `first`
-    std::vector<int64_t> before, after;  // distinct neighbours of each token
-    std::vector<int64_t> total;          // times each token was followed
-    int64_t kinds = 0, seen = 0;         // distinct pairs; tokens that have a `before`
-    double discount = 0, low_discount = 0;
-};
-
-void Bigrams::fit() {
-    Discount pair, low;
-    for (int64_t first = 0; first < v; first++)
-        for (int64_t second = 0; second < v; second++) {
-            const uint32_t n = pairs[first * v + second];
-            if (n == 0) continue;
-            pair.count(n);
-            total[first] += n;
-            after[first]++;
-            before[second]++;
-            kinds++;
-        }
-    for (const int64_t n : before) {
-        low.count(n);
-        seen += n > 0;
-    }
-    discount = pair.value();
-    low_discount = low.value();
+// The absolute discount that follows from how many things were counted once and twice.
+template <class Counts>
+static double discount_of(const Counts& counts) {
+    const double ones = std::ranges::count(counts, 1u), twos = std::ranges::count(counts, 2u);
+    return ones == 0 ? 0.5 : ones / (ones + 2 * twos);  // the unseen need some
 }
-
-double Bigrams::probability(int32_t first, int32_t second) const {
-    double low = 1.0 / static_cast<double>(v);
-    if (kinds > 0) {
-        const double share = low_discount * static_cast<double>(seen) * low;
-        const double kept = std::max(static_cast<double>(before[second]) - low_discount, 0.0);
-        low = (kept + share) / static_cast<double>(kinds);
-    }
-    if (total[first] == 0) return low;
-    const double kept = std::max(pairs[first * v + second] - discount, 0.0);
-    return (kept + discount * static_cast<double>(after[first]) * low) /
-           static_cast<double>(total[first]);
-}
-
-}  // namespace
 
 double bigram_nats(const Dataset& data) {
-    const int64_t v = data.options().vocab_size, length = data.options().seq_length;
+    const int64_t v = data.options_.vocab_size, length = data.options_.seq_length;
     if (v > kBigramMaxVocab)
-        bad_input("bigram model",
-                  text("the vocabulary is too large (got %lld, need at most %lld)", ll(v),
-                       ll(kBigramMaxVocab)),
-                  "compare with another run instead");
-    data.require_heldout();
+        bad_input(
+            "bigram model",
+            text("the vocabulary is too large (got %ld, need at most %ld)", v, kBigramMaxVocab),
+            "compare with another run instead");
     std::vector<int32_t> tokens(length), labels(length);
-    const SampleRow row{tokens.data(), labels.data(), nullptr};
-    const auto each_pair = [&](const TokenStream& stream, const auto& use) {
+    const auto each_pair = [&](const Dataset::Stream& stream, const auto& use) {
         for (int64_t begin = 0; begin + 1 < stream.num_tokens; begin += length) {
-            data.cut(stream, begin, row);
+            data.cut(stream, begin, {tokens.data(), labels.data()});
             for (int64_t i = 0; i < length; i++)
                 if (labels[i] != kIgnoreLabel) use(tokens[i], labels[i]);
         }
     };
-    Bigrams model(v);
-    for (const TokenStream& stream : data.train_)
-        each_pair(stream, [&](int32_t a, int32_t b) { model.pairs[a * v + b]++; });
-    model.fit();
-    double nats = 0;
-    int64_t count = 0;
-    each_pair(data.heldout_, [&](int32_t a, int32_t b) {
-        nats -= std::log(model.probability(a, b));
+    std::vector<uint32_t> pairs(v * v);                 // [first, second]: times seen
+    std::vector<double> before(v), after(v), total(v);  // distinct neighbours; times followed
+    double kinds = 0, nats = 0, count = 0;
+    for (const Dataset::Stream& stream : data.train_)
+        each_pair(stream, [&](int32_t first, int32_t second) {
+            const bool is_new = pairs[first * v + second]++ == 0;
+            before[second] += is_new;
+            after[first] += is_new;
+            kinds += is_new;
+            total[first]++;
+        });
+    const double pair_discount = discount_of(pairs), discount = discount_of(before);
+    const double seen = v - std::ranges::count(before, 0);
+    // Counts less their discount, and what that took, spread by the lower order.
+    const auto mix = [](double n, double off, double kind, double low, double all) {
+        return all == 0 ? low : (std::max(n - off, 0.0) + off * kind * low) / all;
+    };
+    each_pair(data.heldout_, [&](int32_t first, int32_t second) {
+        const double low = mix(before[second], discount, seen, 1.0 / v, kinds);
+        nats -= std::log(
+            mix(pairs[first * v + second], pair_discount, after[first], low, total[first]));
         count++;
     });
     if (count == 0)
         bad_input("data.heldout_fraction", "the held-out documents have no label (got 0)",
-                  "documents of two tokens or more");
-    return nats / static_cast<double>(count);
+                  "a larger one, or documents of two tokens or more");
+    return nats / count;
 }
 
 }  // namespace pith

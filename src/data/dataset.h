@@ -1,7 +1,7 @@
-// dataset: tokenised files, cut into samples, shuffled, and split into training and held-out
-// documents. What a sample holds depends on (files, options) alone, never on layout or history.
-// defines: DataOptions, SampleRow, TokenFile, open_token_file, find_token_files, TokenStream,
-//          Dataset, positions_from_ends, BatchShape, global_sample, ZigzagBlocks, zigzag_blocks,
+// dataset: tokenised files, split into training and held-out documents, cut into samples, shuffled.
+// What a sample holds depends on (files, options) alone, never on layout or history.
+// defines: DataOptions, SampleRow, TokenFile, open_token_file, find_token_files, Dataset,
+//          positions_from_ends, BatchShape, global_sample, ZigzagBlocks, zigzag_blocks,
 //          take_zigzag, bigram_nats
 #pragma once
 #include <string>
@@ -27,11 +27,11 @@ struct DataOptions {
 struct SampleRow {
     int32_t* tokens = nullptr;
     int32_t* labels = nullptr;    // the next token; kIgnoreLabel where there is none to predict
-    int32_t* doc_ends = nullptr;  // end (exclusive) in the row of each position's document; may be
-                                  // null. Without document_mask the row is one document: S.
+    int32_t* doc_ends = nullptr;  // end (exclusive) in the row of each position's document, or S
+                                  // without document_mask; may be null
 };
 
-// One .bin: two NPY v1 arrays back to back, token ids (u1, u2, u4 or u8) and u8 document ends
+// One .bin: two NPY arrays back to back, token ids (u1, u2, u4 or u8) and u8 document ends
 // (cumulative, the last one is the number of tokens). Mapped, never written.
 struct TokenFile {
     MappedFile map;
@@ -40,8 +40,6 @@ struct TokenFile {
     const char* tokens = nullptr;
     const char* ends = nullptr;  // may be unaligned
     int64_t doc_end(int64_t doc) const;
-    // The document that holds the token at `offset`.
-    int64_t doc_of(int64_t offset) const;
     // Copies tokens [offset, offset + count); ids >= vocab_size are exit code 2.
     void copy(int64_t offset, int64_t count, int64_t vocab_size, int32_t* dst) const;
 };
@@ -52,41 +50,22 @@ TokenFile open_token_file(const std::string& path);
 // names that begin with "." aside. Exit code 2 if there is none.
 std::vector<std::string> find_token_files(const std::string& path);
 
-// A text to cut samples from: pieces of files, end to end.
-struct TokenStream {
-    struct Piece {
-        int64_t begin;        // in the stream
-        int64_t file_offset;  // of its first token
-        int file;
-    };
-    std::vector<Piece> pieces;
-    int64_t num_tokens = 0;
-};
-
-// Samples are windows of S tokens, with the window shifted by one as labels. Training samples are
-// cut from the concatenation of a file's training documents and never cross files; a file's tail of
-// fewer than S + 1 tokens is dropped. The held-out documents of all files form one stream whose
-// last sample is padded with ignored labels. A document is held out when the XXH3 of its token
-// bytes falls below the fraction, so the split does not depend on the order or names of files.
-// Const functions may be called from many threads.
+// Samples are windows of S tokens, labelled with the window shifted by one. Training samples are
+// cut from a file's training documents end to end; a tail of fewer than S + 1 tokens is dropped.
+// The held-out documents of all files form one stream whose last sample is padded with ignored
+// labels. A document is held out when the XXH3 of its token bytes falls below the fraction, so the
+// split does not depend on the order or names of files. Const functions may be called from many
+// threads.
 class Dataset {
   public:
-    // Exit code 2: no files, a corrupt file, an empty corpus, or a token id >= vocab_size (found
-    // here for corpora up to 1 GiB, and by the sample that holds it for larger ones).
+    // Exit code 2: no files, a corrupt file, an empty corpus, or a token id >= vocab_size (in
+    // corpora above 1 GiB found by the sample that holds it).
     Dataset(const std::vector<std::string>& paths, const DataOptions& options);
 
     const DataOptions& options() const { return options_; }
-    const std::vector<TokenFile>& files() const { return files_; }
-    const TokenStream& train_stream(int file) const { return train_[file]; }
-    const TokenStream& heldout_stream() const { return heldout_; }
-    int64_t num_tokens() const;  // of all files
-    int64_t num_docs() const;    // of all files
     int64_t samples_per_epoch() const { return first_sample_.back(); }
     int64_t heldout_samples() const;  // the padded one included
-    int64_t heldout_tokens() const { return heldout_.num_tokens; }
-
-    // Exit code 2, giving both numbers and naming data.max_epochs, if a run that reads `required`
-    // training samples does not fit.
+    // Exit code 2, naming data.max_epochs, if a run cannot read `required` training samples.
     void require_samples(int64_t required) const;
     // Exit code 2, naming data.heldout_fraction, if there is no held-out sample to evaluate on.
     void require_heldout() const;
@@ -96,22 +75,28 @@ class Dataset {
     void heldout_sample(int64_t index, const SampleRow& row) const;
 
     // Identifies what the samples are cut from: XXH3 over sizes, document ends and contents (whole
-    // up to 64 MiB a corpus, else a sample of each file). Paths do not count.
+    // up to 64 MiB a corpus, else 16 blocks of each file). Paths do not count.
     uint64_t fingerprint() const;
 
   private:
-    void check_ids() const;
+    // Documents that are not empty, end to end.
+    struct Stream {
+        struct Document {
+            int64_t begin;        // in the stream
+            int64_t file_offset;  // of its first token
+            int file;
+        };
+        std::vector<Document> documents;
+        int64_t num_tokens = 0;
+    };
     void split_documents(int file);
-    // Tokens [begin, begin + count) of the stream.
-    void read(const TokenStream& stream, int64_t begin, int64_t count, int32_t* dst) const;
-    // Ends the row's documents where the stream's do: doc_ends, and no label at a document's end.
-    void mask_documents(const TokenStream& stream, int64_t begin, const SampleRow& row) const;
+    void cut(const Stream& stream, int64_t begin, const SampleRow& row) const;
     friend double bigram_nats(const Dataset& data);
-    void cut(const TokenStream& stream, int64_t begin, const SampleRow& row) const;
     DataOptions options_;
     std::vector<TokenFile> files_;
-    std::vector<TokenStream> train_;  // one a file
-    TokenStream heldout_;
+    int64_t token_bytes_ = 0;    // of all files
+    std::vector<Stream> train_;  // one a file
+    Stream heldout_;
     std::vector<int64_t> first_sample_;  // by file, then the number of samples
 };
 
@@ -126,7 +111,7 @@ struct BatchShape {
     int64_t num_micro_batches() const { return rows_per_rank() / micro_batch; }
 };
 // Training sample (or, with step 0, evaluation sample) of local row `row` in [0, rows_per_rank):
-// row % micro_batch of micro-batch row / micro_batch. The set of a step is independent of the mesh.
+// row % micro_batch of micro-batch row / micro_batch. A step's set does not depend on the mesh.
 int64_t global_sample(const BatchShape& shape, int64_t step, int dp_rank, int ep_rank, int64_t row);
 
 // Context parallelism deals a row of S tokens out in 2*cp equal blocks: rank r holds blocks r and
@@ -141,11 +126,11 @@ ZigzagBlocks zigzag_blocks(int64_t seq_length, int cp, int cp_rank);
 // Copies this rank's total() elements of a row of tokens, labels, ends or positions.
 void take_zigzag(const int32_t* row, const ZigzagBlocks& blocks, int32_t* out);
 
-// Mean nats a label of the held-out samples under an interpolated Kneser-Ney bigram model fitted on
-// the training documents (Chen & Goodman 1998, eq. 21): what a model must beat to have learned more
-// than word pairs. One discount an order, n1 / (n1 + 2 n2); continuation counts are interpolated
-// with the uniform distribution, so that every token has a probability. Takes 4*V*V bytes; exit
-// code 2 unless V <= kBigramMaxVocab and there are held-out labels.
+// Mean nats a label of the held-out samples under an interpolated Kneser-Ney bigram model of the
+// training documents (Chen & Goodman 1998, eq. 21): what a model must beat to know more than word
+// pairs. One discount an order, n1 / (n1 + 2 n2); continuation counts are interpolated with the
+// uniform distribution. Takes 4*V*V bytes; exit code 2 unless V <= kBigramMaxVocab and there are
+// held-out labels.
 constexpr int64_t kBigramMaxVocab = 8192;
 double bigram_nats(const Dataset& data);
 
