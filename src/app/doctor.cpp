@@ -2,15 +2,13 @@
 #include "app/doctor.h"
 
 #include <dlfcn.h>
-#include <fcntl.h>
-#include <gnu/libc-version.h>
 #include <sched.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
-#include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <sstream>
@@ -19,8 +17,6 @@
 #include "app/commands.h"
 #include "core/json.h"
 #include "core/log.h"
-
-extern "C" char* openblas_get_corename();
 
 namespace pith {
 
@@ -37,8 +33,7 @@ std::string slurp(const std::string& path) {
     return all.str();
 }
 
-// What follows `key` and its colon or blanks on a line of "key : value" lines; empty if there is
-// none.
+// The rest of the line that begins with `key` and a colon or blanks; empty if there is none.
 std::string value_of(const std::string& lines, const std::string& key) {
     std::istringstream in(lines);
     for (std::string line; std::getline(in, line);)
@@ -48,78 +43,34 @@ std::string value_of(const std::string& lines, const std::string& key) {
     return "";
 }
 
-// This process's folder in a cgroup hierarchy: version 2 ("0::/path"), or a controller's of version
-// 1
-// ("4:memory:/path"). In a container the path may be the host's: then the root of the mount is
-// ours.
-std::string cgroup_file(const std::string& root, const std::string& v2,
-                        const std::string& controller, const std::string& v1) {
-    std::istringstream in(slurp(root + "/proc/self/cgroup"));
-    const std::string base = root + "/sys/fs/cgroup";
-    for (std::string line; std::getline(in, line);) {
-        const size_t a = line.find(':'), b = line.find(':', a + 1);
-        if (b == std::string::npos) continue;
-        const std::string names = line.substr(a + 1, b - a - 1), path = line.substr(b + 1);
-        const bool two = names.empty();
-        if (!two && ("," + names + ",").find("," + controller + ",") == std::string::npos) continue;
-        const std::string mount = two ? base : base + "/" + controller, file = two ? v2 : v1;
-        for (const std::string& folder : {mount + path, mount})
-            if (const std::string found = slurp(folder + "/" + file); !found.empty()) return found;
-    }
-    return "";
-}
-
-void examine_build(Findings& out) {
-    std::string kind = "CPU";
-#ifdef PITH_CUDA
-    kind += " and CUDA";
-#endif
-#ifdef __SANITIZE_ADDRESS__
-    kind += ", address sanitizer";
-#endif
-#ifndef NDEBUG
-    kind += ", debug";
-#endif
-    out.push_back({Verdict::Pass, "program", kind + "; compiled by " __VERSION__});
-    const std::string built = text("%d.%d", __GLIBC__, __GLIBC_MINOR__);
-    out.push_back({Verdict::Pass, "glibc",
-                   std::string(gnu_get_libc_version()) + " (built with " + built + ")"});
+// A file of this process's cgroup (version 2). In a container the path named may be the host's:
+// then the root of the mount is ours.
+std::string cgroup_file(const std::string& root, const std::string& file) {
+    const std::string mount = root + "/sys/fs/cgroup";
+    const std::string path = value_of(slurp(root + "/proc/self/cgroup"), "0::");
+    const std::string own = slurp(mount + path + "/" + file);
+    return own.empty() ? slurp(mount + "/" + file) : own;
 }
 
 void examine_cpu(const std::string& root, Findings& out) {
     const std::string model = value_of(slurp(root + "/proc/cpuinfo"), "model name");
-    std::string missing;
-    if (!__builtin_cpu_supports("avx2")) missing += " AVX2";
-    if (!__builtin_cpu_supports("fma")) missing += " FMA";
-    if (!__builtin_cpu_supports("bmi2")) missing += " BMI2";
-    Finding cpu{Verdict::Pass, "cpu", model.empty() ? "of unknown model" : model};
-    cpu.value += missing.empty() ? "; AVX2, FMA" : "; without" + missing;
-    if (!missing.empty())
-        cpu = {Verdict::Fail, cpu.name, cpu.value, "an x86-64-v3 CPU (Haswell on)"};
-    out.push_back(cpu);
-
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        out.push_back({Verdict::Pass, "cpu", model + "; AVX2, FMA"});
+    else
+        out.push_back({Verdict::Fail, "cpu", model + "; without AVX2 or FMA",
+                       "an x86-64-v3 CPU (Haswell on)"});
     cpu_set_t set;
     const int cores = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
-    double quota = 0, period = 0;
-    std::istringstream two(cgroup_file(root, "cpu.max", "cpu", "cpu.cfs_quota_us"));
-    two >> quota;
-    if (!(two >> period))
-        std::istringstream(cgroup_file(root, "", "cpu", "cpu.cfs_period_us")) >> period;
     Finding found{Verdict::Pass, "cores", text("%d usable", cores)};
-    if (quota > 0 && period > 0)
+    double quota = 0, period = 1;  // "max 100000" without a limit
+    if (sscanf(cgroup_file(root, "cpu.max").c_str(), "%lf %lf", &quota, &period) == 2) {
         found.value += text(", limited to %.1f by the cgroup", quota / period);
-    if (quota > 0 && period > 0 && quota / period < cores - 0.5 && !getenv("OMP_NUM_THREADS")) {
-        found.verdict = Verdict::Warn;
-        found.remedy = text("OMP_NUM_THREADS=%.0f", std::max(1.0, std::floor(quota / period)));
+        if (quota / period < cores - 0.5 && !getenv("OMP_NUM_THREADS")) {
+            found.verdict = Verdict::Warn;
+            found.remedy = text("OMP_NUM_THREADS=%.0f", std::max(1.0, quota / period));
+        }
     }
     out.push_back(found);
-
-    const char* kernels = openblas_get_corename();
-    Finding blas{Verdict::Pass, "openblas", std::string("kernels for ") + kernels};
-    for (const char* slow : {"Prescott", "Core2", "Nehalem", "Sandybridge", "Generic"})
-        if (missing.empty() && !strcasecmp(kernels, slow))
-            blas = {Verdict::Warn, blas.name, blas.value, "OPENBLAS_CORETYPE=Haswell"};
-    out.push_back(blas);
 }
 
 void examine_memory(const std::string& root, Findings& out) {
@@ -127,14 +78,11 @@ void examine_memory(const std::string& root, Findings& out) {
     const double total = 1024 * atof(value_of(info, "MemTotal").c_str());
     double usable = 1024 * atof(value_of(info, "MemAvailable").c_str());
     std::string limited;
-    const double limit =
-        atof(cgroup_file(root, "memory.max", "memory", "memory.limit_in_bytes").c_str());
-    if (limit > 0 && limit < total) {  // "max" reads as 0, and version 1 has a huge number for none
-        const std::string stat = cgroup_file(root, "memory.stat", "memory", "memory.stat");
-        const double cached = atof(value_of(stat, "inactive_file").c_str()) +
-                              atof(value_of(stat, "active_file").c_str());
-        const double used =
-            atof(cgroup_file(root, "memory.current", "memory", "memory.usage_in_bytes").c_str());
+    const double limit = atof(cgroup_file(root, "memory.max").c_str());
+    if (limit > 0) {  // "max" reads as 0
+        const double cached =
+            atof(value_of(cgroup_file(root, "memory.stat"), "inactive_file").c_str());
+        const double used = atof(cgroup_file(root, "memory.current").c_str());
         usable = std::min(usable, limit - used + cached);
         limited = ", limited to " + bytes_text(limit) + " by the cgroup";
     }
@@ -149,132 +97,94 @@ void examine_memory(const std::string& root, Findings& out) {
 
 // Writes 64 MiB and flushes them, under no name that could be left behind.
 void examine_disk(const std::string& folder, Findings& out) {
-    Finding found{Verdict::Pass, "disk"};
-    const std::string path = folder + text("/.pith-doctor-%d", static_cast<int>(getpid()));
-    struct statvfs info;
-    const int fd = open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-    if (fd < 0 || statvfs(folder.c_str(), &info) != 0) {
-        out.push_back({Verdict::Fail, "disk",
-                       folder + ": cannot be written (" + strerror(errno) + ")",
-                       "--folder with the folder of your runs"});
-        if (fd >= 0) close(fd);
-        return;
+    std::string path = folder + "/.pith-doctor-XXXXXX";
+    const int fd = mkstemp(path.data());
+    if (fd >= 0) {
+        unlink(path.c_str());
+        errno = ENOSPC;  // if a write is short
     }
-    unlink(path.c_str());
-    const double free = static_cast<double>(info.f_bavail) * static_cast<double>(info.f_frsize);
-    const std::vector<char> block(4 << 20, 'x');
+    const std::vector<char> block(64 << 20, 'x');
+    struct statvfs info = {};
     const double start = now_s();
-    bool good = true;
-    for (int i = 0; i < 16 && good; i++)
-        good = write(fd, block.data(), block.size()) == static_cast<ssize_t>(block.size());
-    good = good && fsync(fd) == 0;
-    const double rate = 16.0 * static_cast<double>(block.size()) / (now_s() - start);
-    const double flush = now_s();
-    good = good && pwrite(fd, "y", 1, 0) == 1 && fsync(fd) == 0;
-    found.value = folder + ": " + bytes_text(free) + " free";
-    if (!good) {
-        found = {Verdict::Fail, "disk",
-                 found.value + text(", cannot be written (%s)", strerror(errno)),
-                 "free space, or --folder with another folder"};
-    } else {
-        found.value +=
-            ", writes " + bytes_text(rate) + text("/s, fsync %.1f ms", 1e3 * (now_s() - flush));
-        if (free < 5 * kGiB || rate < 50e6)
-            found = {Verdict::Warn, "disk", found.value, "another disk for the checkpoints"};
-    }
-    close(fd);
-    out.push_back(found);
+    const bool good = fd >= 0 && fstatvfs(fd, &info) == 0 &&
+                      write(fd, block.data(), block.size()) == ssize_t(block.size()) &&
+                      fsync(fd) == 0;
+    const double rate = static_cast<double>(block.size()) / (now_s() - start);
+    const std::string reason = strerror(errno);
+    if (fd >= 0) close(fd);
+    const double free = static_cast<double>(info.f_bavail) * static_cast<double>(info.f_frsize);
+    if (!good)
+        out.push_back({Verdict::Fail, "disk", folder + ": cannot be written (" + reason + ")",
+                       "free space, or --folder with the folder of your runs"});
+    else
+        out.push_back(
+            {free < 5 * kGiB || rate < 50e6 ? Verdict::Warn : Verdict::Pass, "disk",
+             folder + ": " + bytes_text(free) + " free, writes " + bytes_text(rate) + "/s",
+             "another disk for the checkpoints"});
 }
 
-// A function of a shared library, or null.
+// A function of the first of the shared libraries that there is, or null.
 template <class F>
-F* symbol(void* library, const char* name) {
-    return reinterpret_cast<F*>(library ? dlsym(library, name) : nullptr);
-}
-
-void* open_library(std::initializer_list<const char*> names) {
-    for (const char* name : names)
-        if (void* library = dlopen(name, RTLD_NOW | RTLD_LOCAL)) return library;
+F* symbol(std::initializer_list<const char*> libraries, const char* name) {
+    for (const char* library : libraries)
+        if (void* handle = dlopen(library, RTLD_NOW | RTLD_LOCAL))
+            return reinterpret_cast<F*>(dlsym(handle, name));
     return nullptr;
 }
 
-// The driver's own interface (cuda.h), so that nothing of CUDA need be installed. Names hold "MIG"
-// for a slice of a GPU.
-int examine_devices(void* cuda, Findings& out) {
-    const auto init = symbol<int(unsigned)>(cuda, "cuInit");
-    const auto count_of = symbol<int(int*)>(cuda, "cuDeviceGetCount");
-    const auto get = symbol<int(int*, int)>(cuda, "cuDeviceGet");
-    const auto name_of_device = symbol<int(char*, int, int)>(cuda, "cuDeviceGetName");
-    const auto attribute = symbol<int(int*, int, int)>(cuda, "cuDeviceGetAttribute");
-    const auto memory = symbol<int(size_t*, int)>(cuda, "cuDeviceTotalMem_v2");
-    const auto error_name = symbol<int(int, const char**)>(cuda, "cuGetErrorName");
-    if (!init || !count_of || !get || !name_of_device || !attribute || !memory || !error_name) {
-        out.push_back({Verdict::Warn, "gpu", "libcuda.so.1 lacks functions", "a newer driver"});
-        return 0;
-    }
-    int count = 0, status = init(0);
-    if (status == 0) status = count_of(&count);
-    if (status != 0 || count == 0) {
-        const char* why = "no device";
-        if (status != 0) error_name(status, &why);
-        out.push_back({Verdict::Warn, "gpu", std::string("cannot be used: ") + why,
-                       "CUDA_VISIBLE_DEVICES, and the container's GPU option"});
-        return 0;
-    }
-    for (int i = 0; i < count; i++) {
-        char name[256] = "";
-        int device = 0, major = 0, minor = 0;
-        size_t bytes = 0;
-        if (get(&device, i) || name_of_device(name, sizeof name, device) ||
-            attribute(&major, 75, device) || attribute(&minor, 76, device) ||
-            memory(&bytes, device)) {
-            out.push_back({Verdict::Warn, text("gpu %d", i), "does not answer", "nvidia-smi"});
-            continue;
-        }
-        out.push_back({Verdict::Pass, text("gpu %d", i),
-                       text("%s, compute capability %d.%d, ", name, major, minor) +
-                           bytes_text(static_cast<double>(bytes)) +
-                           (strstr(name, "MIG") ? ", a MIG slice" : "")});
-    }
-    return count;
-}
-
-// Libraries are looked for as a CUDA program would; versions in the makers' own numbering.
-void examine_cuda_libraries(bool needed, Findings& out) {
-    const auto add = [&](const char* name, int64_t version) {
-        if (version > 0)
-            out.push_back(
-                {Verdict::Pass, name, text("version %lld", static_cast<long long>(version))});
-        else if (needed)
-            out.push_back({Verdict::Warn, name, "not found", "LD_LIBRARY_PATH with its folder"});
-    };
-    const auto lt = open_library({"libcublasLt.so.13", "libcublasLt.so.12"});
-    const auto cudnn = open_library({"libcudnn.so.9"}), nccl = open_library({"libnccl.so.2"});
-    const auto lt_version = symbol<size_t()>(lt, "cublasLtGetVersion");
-    const auto cudnn_version = symbol<size_t()>(cudnn, "cudnnGetVersion");
-    const auto nccl_version = symbol<int(int*)>(nccl, "ncclGetVersion");
-    add("cublasLt", lt_version ? static_cast<int64_t>(lt_version()) : 0);
-    add("cudnn", cudnn_version ? static_cast<int64_t>(cudnn_version()) : 0);
-    int version = 0;
-    add("nccl", nccl_version && nccl_version(&version) == 0 ? version : 0);
-}
-
+// Asks the driver's own interface (cuda.h), so that nothing of CUDA need be installed. Names hold
+// "MIG" for a slice of a GPU.
 void examine_gpu(const std::string& root, Findings& out) {
     const std::string driver =
         value_of(slurp(root + "/proc/driver/nvidia/version"), "NVRM version");
-    void* cuda = open_library({"libcuda.so.1"});
-    int devices = 0;
     if (!driver.empty()) out.push_back({Verdict::Pass, "gpu driver", driver});
-    if (cuda)
-        devices = examine_devices(cuda, out);
-    else if (!driver.empty())
-        out.push_back({Verdict::Warn, "gpu", "libcuda.so.1 is missing",
-                       "the driver's user libraries; in a container, its GPU option"});
-    else
-        out.push_back({Verdict::Pass, "gpu", "none: training runs on the CPU"});
-    examine_cuda_libraries(devices > 0, out);
-    if (const char* visible = getenv("CUDA_VISIBLE_DEVICES"))
-        out.push_back({Verdict::Pass, "CUDA_VISIBLE_DEVICES", text("\"%s\"", visible)});
+    const char* visible = getenv("CUDA_VISIBLE_DEVICES");
+    if (visible) out.push_back({Verdict::Pass, "CUDA_VISIBLE_DEVICES", text("\"%s\"", visible)});
+    const auto cuda = {"libcuda.so.1"};
+    const auto init = symbol<int(unsigned)>(cuda, "cuInit");
+    const auto count_devices = symbol<int(int*)>(cuda, "cuDeviceGetCount");
+    const auto name_device = symbol<int(char*, int, int)>(cuda, "cuDeviceGetName");
+    const auto attribute = symbol<int(int*, int, int)>(cuda, "cuDeviceGetAttribute");
+    const auto memory = symbol<int(size_t*, int)>(cuda, "cuDeviceTotalMem_v2");
+    if (!init || !count_devices || !name_device || !attribute || !memory) {
+        const bool none = driver.empty();
+        out.push_back({none ? Verdict::Pass : Verdict::Warn, "gpu",
+                       none ? "none: training runs on the CPU" : "libcuda.so.1 cannot be used",
+                       none ? "" : "the driver's user libraries; in a container, its GPU option"});
+        return;
+    }
+    int count = 0, status = init(0);
+    if (status == 0) status = count_devices(&count);
+    if (count == 0) {
+        out.push_back({Verdict::Warn, "gpu",
+                       status ? text("cannot be used (CUDA error %d)", status) : "no device",
+                       "CUDA_VISIBLE_DEVICES, and the container's GPU option"});
+        return;
+    }
+    for (int i = 0; i < count; i++) {
+        char name[256] = "";
+        int major = 0, minor = 0;
+        size_t bytes = 0;
+        const bool good = !name_device(name, sizeof name, i) && !attribute(&major, 75, i) &&
+                          !attribute(&minor, 76, i) && !memory(&bytes, i);
+        out.push_back({good ? Verdict::Pass : Verdict::Warn, text("gpu %d", i),
+                       text("%s, compute capability %d.%d, ", name, major, minor) +
+                           bytes_text(static_cast<double>(bytes)),
+                       "nvidia-smi"});
+    }
+    int64_t lt = 0, cudnn = 0;
+    int nccl = 0;
+    if (const auto get =
+            symbol<size_t()>({"libcublasLt.so.13", "libcublasLt.so.12"}, "cublasLtGetVersion"))
+        lt = static_cast<int64_t>(get());
+    if (const auto get = symbol<size_t()>({"libcudnn.so.9"}, "cudnnGetVersion"))
+        cudnn = static_cast<int64_t>(get());
+    if (const auto get = symbol<int(int*)>({"libnccl.so.2"}, "ncclGetVersion")) get(&nccl);
+    for (const auto& [name, version] :
+         {std::pair{"cublasLt", lt}, {"cudnn", cudnn}, {"nccl", int64_t{nccl}}})
+        out.push_back({version ? Verdict::Pass : Verdict::Warn, name,
+                       version ? "version " + std::to_string(version) : "not found",
+                       "LD_LIBRARY_PATH with its folder"});
 }
 
 const char* word_of(Verdict verdict) {
@@ -283,12 +193,13 @@ const char* word_of(Verdict verdict) {
 }  // namespace
 
 std::vector<Finding> examine_machine(const std::string& root, const std::string& folder) {
-    Findings out;
-    examine_build(out);
+    Findings out = {{Verdict::Pass, "program", "compiled by " __VERSION__}};
     examine_cpu(root, out);
     examine_memory(root, out);
     if (!folder.empty()) examine_disk(folder, out);
     examine_gpu(root, out);
+    for (Finding& f : out)
+        if (f.verdict == Verdict::Pass) f.remedy.clear();
     return out;
 }
 

@@ -12,8 +12,7 @@ struct RoutingSlot {
     std::vector<std::vector<int64_t>> tokens;  // [micro-batch][local token]: index in the step
 };
 
-// I32 ids [T, k] to force on layer `layer` of a micro-batch, or an undefined tensor where
-// nothing is forced.
+// I32 ids [T, k] to force on layer `layer` of a micro-batch; undefined where nothing is forced.
 Tensor forced_ids(Rank& rank, const RoutingSlot& slot, int layer, int micro_batch,
                   At at = At::here());
 // Copies a layer's routing into the step, where it is traced. Ranks write disjoint tokens.
