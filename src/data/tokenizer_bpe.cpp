@@ -1,4 +1,5 @@
 #define XXH_INLINE_ALL
+#include <emmintrin.h>
 #include <xxhash.h>
 
 #include <algorithm>
@@ -58,67 +59,87 @@ uint32_t StringIds::find(std::string_view key) const {
 
 // ---- merges ----
 
-static uint64_t pair_key(uint32_t left, uint32_t right) { return uint64_t{left} << 32 | right; }
+// A merge is packed into 64 bits, so that a look-up mostly touches one cache line.
+static constexpr uint64_t kNoPair = UINT64_MAX;
+static uint64_t pair_key(uint32_t left, uint32_t right) {
+    return uint64_t{left} << kIdBits | right;
+}
+static size_t pair_slot(uint64_t key, size_t slots) {
+    return (key * 0x9e3779b97f4a7c15 >> 32) & (slots - 1);
+}
 
 Bpe::Bpe(const std::vector<Merge>& merges, const StringIds& ids,
          const std::vector<std::string_view>& bytes, bool ignore_merges)
-    : pairs_(power_of_two_above(2 * merges.size())), ids_(&ids), whole_(bytes.size()) {
-    for (uint32_t rank = 0; rank < merges.size(); rank++) {
-        const Merge& merge = merges[rank];
+    : pairs_(power_of_two_above(2 * merges.size()), kNoPair),
+      byte_ranks_(256 * 256),
+      ids_(&ids),
+      whole_(bytes.size()) {
+    joined_.reserve(merges.size());
+    for (const Merge& merge : merges) {
         const uint64_t key = pair_key(merge.left, merge.right);
-        size_t at = mix(key, 0) & (pairs_.size() - 1);
-        while (pairs_[at].key != UINT64_MAX && pairs_[at].key != key)
+        size_t at = pair_slot(key, pairs_.size());
+        while (pairs_[at] != kNoPair && pairs_[at] >> kRankBits != key)
             at = (at + 1) & (pairs_.size() - 1);
-        pairs_[at] = {key, rank, merge.joined};  // of equal pairs the last one counts
+        pairs_[at] = key << kRankBits | joined_.size();  // of equal pairs the last one counts
+        joined_.push_back(merge.joined);
     }
     for (int byte = 0; byte < 256; byte++) {
-        const char text = static_cast<char>(byte);
-        byte_ids_[static_cast<size_t>(byte)] = ids.find({&text, 1});
+        const char character = static_cast<char>(byte);
+        byte_ids_[static_cast<size_t>(byte)] = ids.find({&character, 1});
+    }
+    for (size_t i = 0; i < byte_ranks_.size(); i++) {
+        const uint32_t left = byte_ids_[i >> 8], right = byte_ids_[i & 255];
+        byte_ranks_[i] = left == kNoId || right == kNoId ? kNoId : rank_of(left, right);
     }
     EncodeScratch::State scratch(0);
     for (uint32_t id = 0; id < bytes.size(); id++)
         whole_[id] = ignore_merges || (merge_word(bytes[id], scratch) == 1 && scratch.ids[0] == id);
 }
 
-Bpe::Pair Bpe::find_pair(uint32_t left, uint32_t right) const {
+uint32_t Bpe::rank_of(uint32_t left, uint32_t right) const {
     const uint64_t key = pair_key(left, right);
-    for (size_t at = mix(key, 0) & (pairs_.size() - 1);; at = (at + 1) & (pairs_.size() - 1))
-        if (pairs_[at].key == key || pairs_[at].key == UINT64_MAX) return pairs_[at];
+    for (size_t at = pair_slot(key, pairs_.size());; at = (at + 1) & (pairs_.size() - 1)) {
+        const uint64_t pair = pairs_[at];
+        if (pair >> kRankBits == key) return static_cast<uint32_t>(pair & ((1u << kRankBits) - 1));
+        if (pair == kNoPair) return kNoId;
+    }
 }
 
 // Merges as byte-pair encoding does: the pair of the lowest rank, of equal ones the leftmost, until
 // none is left. The ids are left in scratch.ids; returns their number.
 size_t Bpe::merge_word(std::string_view word, EncodeScratch::State& scratch) const {
     constexpr size_t kLong = 96;
-    scratch.ids.clear();
+    scratch.ids.resize(word.size());
+    scratch.ranks.resize(word.size());
+    uint32_t *ids = scratch.ids.data(), *ranks = scratch.ranks.data();
+    size_t size = 0, before = 0;
     for (const char c : word) {
-        const uint32_t id = byte_ids_[static_cast<uint8_t>(c)];
-        if (id != kNoId) scratch.ids.push_back(id);  // a byte without a token is dropped
+        const auto byte = static_cast<uint8_t>(c);
+        if (byte_ids_[byte] == kNoId) continue;  // a byte without a token is dropped
+        if (size) ranks[size - 1] = byte_ranks_[before << 8 | byte];
+        ids[size++] = byte_ids_[byte];
+        before = byte;
     }
-    size_t size = scratch.ids.size();
-    if (size > kLong) return merge_long(scratch.ids);
-    scratch.joined.resize(kLong);
-    scratch.ranks.resize(kLong);
-    uint32_t *ids = scratch.ids.data(), *joined = scratch.joined.data();
-    uint32_t* ranks = scratch.ranks.data();
-    const auto look_up = [&](size_t i) {
-        const Pair pair = find_pair(ids[i], ids[i + 1]);
-        ranks[i] = pair.rank;
-        joined[i] = pair.joined;
-    };
-    for (size_t i = 0; i + 1 < size; i++) look_up(i);
+    if (size > kLong) {
+        scratch.ids.resize(size);
+        return merge_long(scratch.ids);
+    }
     while (size > 1) {
-        const size_t best = static_cast<size_t>(std::min_element(ranks, ranks + size - 1) - ranks);
-        if (ranks[best] == kNoId) break;
-        ids[best] = joined[best];
-        size--;
-        std::copy(ids + best + 2, ids + size + 1, ids + best + 1);
-        if (best + 1 < size) {
-            std::copy(ranks + best + 2, ranks + size, ranks + best + 1);
-            std::copy(joined + best + 2, joined + size, joined + best + 1);
-            look_up(best);
+        size_t best = 0;
+        uint32_t lowest = ranks[0];
+        for (size_t i = 1; i < size - 1; i++) {
+            best = ranks[i] < lowest ? i : best;
+            lowest = std::min(lowest, ranks[i]);
         }
-        if (best > 0) look_up(best - 1);
+        if (lowest == kNoId) break;
+        ids[best] = joined_[lowest];
+        size--;
+        for (size_t i = best + 1; i < size; i++) {
+            ids[i] = ids[i + 1];
+            ranks[i - 1] = ranks[i];
+        }
+        if (best + 1 < size) ranks[best] = rank_of(ids[best], ids[best + 1]);
+        if (best > 0) ranks[best - 1] = rank_of(ids[best - 1], ids[best]);
     }
     return size;
 }
@@ -126,13 +147,12 @@ size_t Bpe::merge_word(std::string_view word, EncodeScratch::State& scratch) con
 // The same for long words, with a heap and links, in O(n log n).
 size_t Bpe::merge_long(std::vector<uint32_t>& ids) const {
     const auto size = static_cast<uint32_t>(ids.size());
-    std::vector<uint32_t> previous(size), next(size);
-    std::vector<Pair> pairs(size);
+    std::vector<uint32_t> previous(size), next(size), ranks(size, kNoId);
     using Candidate = std::pair<uint32_t, uint32_t>;  // rank, position
     std::priority_queue<Candidate, std::vector<Candidate>, std::greater<>> heap;
     const auto look_up = [&](uint32_t i) {
-        pairs[i] = next[i] < size ? find_pair(ids[i], ids[next[i]]) : Pair{};
-        if (pairs[i].rank != kNoId) heap.emplace(pairs[i].rank, i);
+        ranks[i] = next[i] < size ? rank_of(ids[i], ids[next[i]]) : kNoId;
+        if (ranks[i] != kNoId) heap.emplace(ranks[i], i);
     };
     for (uint32_t i = 0; i < size; i++) {
         previous[i] = i - 1;
@@ -142,12 +162,12 @@ size_t Bpe::merge_long(std::vector<uint32_t>& ids) const {
     while (!heap.empty()) {
         const auto [rank, i] = heap.top();
         heap.pop();
-        if (pairs[i].rank != rank) continue;  // one of the two has been merged since
+        if (ranks[i] != rank) continue;  // one of the two has been merged since
         const uint32_t right = next[i];
-        ids[i] = pairs[i].joined;
+        ids[i] = joined_[rank];
         next[i] = next[right];
         if (next[i] < size) previous[next[i]] = i;
-        pairs[right] = Pair{};
+        ranks[right] = kNoId;
         look_up(i);
         if (i > 0) look_up(previous[i]);
     }
@@ -177,14 +197,16 @@ void EncodeScratch::State::clear() {
 
 static uint64_t long_high(size_t size) { return uint64_t{0xff} << 56 | size; }
 
-const EncodeScratch::State::Entry* EncodeScratch::State::find_long(std::string_view word,
-                                                                   uint64_t hash) const {
-    const uint64_t high = long_high(word.size());
-    for (size_t at = hash & (table.size() - 1); table[at].high; at = (at + 1) & (table.size() - 1))
-        if (table[at].low == hash && table[at].high == high &&
-            !memcmp(&store[table[at].ids[0] + table[at].count], word.data(), word.size()))
-            return &table[at];
-    return nullptr;
+const EncodeScratch::State::Entry* EncodeScratch::State::find(std::string_view word, uint64_t low,
+                                                              uint64_t high, uint64_t hash) const {
+    for (size_t at = hash & (table.size() - 1);; at = (at + 1) & (table.size() - 1)) {
+        const Entry& entry = table[at];
+        if (entry.low == low && entry.high == high &&
+            (word.size() <= kShort ||
+             !memcmp(&store[entry.ids[0] + entry.count], word.data(), word.size())))
+            return &entry;
+        if (!entry.high) return nullptr;
+    }
 }
 
 void EncodeScratch::State::insert(std::string_view word, uint64_t low, uint64_t high, uint64_t hash,
@@ -231,39 +253,67 @@ size_t Bpe::encode_word(std::string_view word, EncodeScratch::State& scratch) co
     return 1;
 }
 
+// The key of a short word; `readable` is the end of what may be read.
+static __m128i short_key(std::string_view word, const char* readable) {
+    static constexpr char kMask[32] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+    __m128i bytes = _mm_setzero_si128();
+    if (readable - word.data() >= 16) {
+        const char* mask = kMask + kShort - word.size();
+        bytes = _mm_and_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(word.data())),
+                              _mm_loadu_si128(reinterpret_cast<const __m128i*>(mask)));
+    } else {
+        memcpy(&bytes, word.data(), word.size());
+    }
+    return bytes;
+}
+
 void Bpe::encode(const std::string_view* words, size_t count, EncodeScratch::State& scratch,
                  std::vector<uint32_t>& out) const {
-    for (size_t i = 0; i < count; i++) {
-        const std::string_view word = words[i];
-        uint64_t key[2] = {0, 0}, hash = 0;
-        const EncodeScratch::State::Entry* entry = nullptr;
-        if (word.size() <= kShort) {
-            memcpy(key, word.data(), word.size());
-            key[1] |= uint64_t{word.size()} << 56;
-            hash = mix(key[0], key[1]);
-            const size_t mask = scratch.table.size() - 1;
-            for (size_t at = hash & mask; scratch.table[at].high; at = (at + 1) & mask)
-                if (scratch.table[at].low == key[0] && scratch.table[at].high == key[1]) {
-                    entry = &scratch.table[at];
-                    break;
-                }
-        } else if (word.size() <= kLongestCached) {
-            key[0] = hash = XXH3_64bits(word.data(), word.size());
-            key[1] = long_high(word.size());
-            entry = scratch.find_long(word, hash);
+    constexpr size_t kBatch = 64;
+    struct {
+        uint64_t low, high, hash;
+    } keys[kBatch];
+    uint32_t ids[3 * kBatch + 3];
+    for (; count > 0; words += kBatch, count -= std::min(count, kBatch)) {
+        const size_t batch = std::min(count, kBatch);
+        const char* readable = words[batch - 1].data() + words[batch - 1].size();
+        for (size_t i = 0; i < batch; i++) {
+            const std::string_view word = words[i];
+            auto& key = keys[i];
+            if (word.size() <= kShort) {
+                const __m128i bytes = short_key(word, readable);
+                memcpy(&key.low, &bytes, 16);
+                key.high |= uint64_t{word.size()} << 56;
+                key.hash = mix(key.low, key.high);
+            } else if (word.size() <= kLongestCached) {
+                key.low = key.hash = XXH3_64bits(word.data(), word.size());
+                key.high = long_high(word.size());
+            } else {
+                key.high = 0;
+                continue;
+            }
+            __builtin_prefetch(&scratch.table[key.hash & (scratch.table.size() - 1)]);
         }
-        if (entry) {
-            const uint32_t* ids = word.size() > kShort || entry->count > 3
-                                      ? &scratch.store[entry->ids[0]]
-                                      : entry->ids;
-            out.insert(out.end(), ids, ids + entry->count);
-            continue;
+        size_t filled = 0;
+        for (size_t i = 0; i < batch; i++) {
+            const auto& key = keys[i];
+            const EncodeScratch::State::Entry* entry =
+                key.high ? scratch.find(words[i], key.low, key.high, key.hash) : nullptr;
+            if (entry && entry->count <= 3 && words[i].size() <= kShort) {
+                memcpy(ids + filled, entry->ids, sizeof entry->ids);
+                filled += entry->count;
+                continue;
+            }
+            out.insert(out.end(), ids, ids + filled);
+            filled = 0;
+            const uint32_t* found = entry ? &scratch.store[entry->ids[0]] : nullptr;
+            size_t size = entry ? entry->count : encode_word(words[i], scratch);
+            if (!entry) found = scratch.ids.data();
+            out.insert(out.end(), found, found + size);
+            if (!entry && key.high)
+                scratch.insert(words[i], key.low, key.high, key.hash, found, size);
         }
-        const size_t size = encode_word(word, scratch);
-        out.insert(out.end(), scratch.ids.begin(),
-                   scratch.ids.begin() + static_cast<int64_t>(size));
-        if (word.size() <= kLongestCached)
-            scratch.insert(word, key[0], key[1], hash, scratch.ids.data(), size);
+        out.insert(out.end(), ids, ids + filled);
     }
 }
 

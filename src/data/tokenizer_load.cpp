@@ -16,7 +16,7 @@ namespace pith {
 
 static const char* const kRefetch = "fetch the file again";
 static const char* const kOther = "a byte-level BPE tokenizer, as Qwen, DeepSeek and GPT-OSS have";
-static constexpr uint32_t kMostIds = 1u << 24;
+static constexpr uint32_t kMostIds = 1u << kIdBits, kMostMerges = 1u << kRankBits;
 
 // The byte that one of GPT-2's characters stands for, or -1. Visible Latin-1 stands for itself, the
 // other bytes follow in order from U+0100 on.
@@ -134,6 +134,9 @@ void Loader::read_vocabulary(const Value& vocabulary) {
 
 std::vector<Bpe::Merge> Loader::read_merges(const Value& merges) {
     std::vector<Bpe::Merge> out;
+    if (merges.Size() >= kMostMerges)
+        bad_input(place("model.merges"),
+                  text("are too many (got %u, need < %u)", merges.Size(), kMostMerges), kOther);
     out.reserve(merges.Size());
     std::string joined;
     for (rapidjson::SizeType i = 0; i < merges.Size(); i++) {

@@ -201,6 +201,7 @@ void cut_at_tokens(const AddedTokens& tokens, const CharTable& chars, std::strin
 // ---- tokenizer_bpe.cpp ----
 
 constexpr uint32_t kNoId = UINT32_MAX;
+constexpr int kIdBits = 21, kRankBits = 64 - 2 * kIdBits;  // of a packed merge
 
 // Ids by string; the strings are kept by whoever made them.
 class StringIds {
@@ -236,16 +237,14 @@ class Bpe {
                 std::vector<uint32_t>& out) const;
 
   private:
-    struct Pair {
-        uint64_t key = UINT64_MAX;  // left << 32 | right
-        uint32_t rank = kNoId, joined = kNoId;
-    };
-    Pair find_pair(uint32_t left, uint32_t right) const;
+    uint32_t rank_of(uint32_t left, uint32_t right) const;
     size_t merge_word(std::string_view word, EncodeScratch::State& scratch) const;
     size_t merge_long(std::vector<uint32_t>& ids) const;
     size_t encode_word(std::string_view word, EncodeScratch::State& scratch) const;
 
-    std::vector<Pair> pairs_;  // open addressing, a power of two
+    std::vector<uint64_t> pairs_;       // left, right and rank; open addressing, a power of two
+    std::vector<uint32_t> byte_ranks_;  // (256, 256) of pairs of bytes
+    std::vector<uint32_t> joined_;      // by rank
     std::array<uint32_t, 256> byte_ids_{};
     const StringIds* ids_ = nullptr;
     std::vector<bool> whole_;  // by id: the token's bytes encode to the token itself
@@ -264,7 +263,7 @@ struct EncodeScratch::State {
         uint32_t ids[3] = {0, 0, 0};
         uint32_t count = 0;
     };
-    const Entry* find_long(std::string_view word, uint64_t hash) const;
+    const Entry* find(std::string_view word, uint64_t low, uint64_t high, uint64_t hash) const;
     void insert(std::string_view word, uint64_t low, uint64_t high, uint64_t hash,
                 const uint32_t* ids, size_t count);
     void clear();
@@ -274,7 +273,7 @@ struct EncodeScratch::State {
     std::vector<Entry> table;          // open addressing, a power of two
     size_t used = 0;
     std::vector<uint32_t> store;
-    std::vector<uint32_t> ids, joined, ranks, batch;  // of the word or words at hand
+    std::vector<uint32_t> ids, ranks;  // of the word at hand
     SplitBuffers split;
     std::string normalized, normalized_next;
 };
