@@ -8,104 +8,67 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <filesystem>
 
 #include "core/check.h"
 
 namespace pith {
 
-[[noreturn]] static void failed_call(const std::string& path, const char* what) {
-    const int error = errno;
-    const char* remedy = error == ENOSPC || error == EDQUOT ? "free space on that disk"
-                         : error == EACCES || error == EPERM || error == EROFS
-                             ? "check the permissions of the folder"
-                             : "check the path and the disk";
-    failed(path, std::string(what) + " (" + strerror(error) + ")", remedy);
+namespace fs = std::filesystem;
+
+[[noreturn]] static void failed_call(const std::string& path, const char* what, int error) {
+    failed(path, std::string(what) + " (" + strerror(error) + ")",
+           error == ENOSPC || error == EDQUOT ? "free space on that disk"
+                                              : "check the path and its permissions");
 }
 
 MappedFile::MappedFile(const std::string& path) : path_(path) {
-    const auto refuse = [&](const char* what) {
-        bad_input(path, text("%s (%s)", what, strerror(errno)), "check the path");
-    };
     const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-    if (fd < 0) refuse("cannot be opened");
-    struct stat info;
-    void* map = MAP_FAILED;
+    if (fd < 0) bad_input(path, text("cannot be opened (%s)", strerror(errno)), "check the path");
+    struct stat info = {};
+    void* map = nullptr;
     const bool is_file = fstat(fd, &info) == 0 && S_ISREG(info.st_mode);
     if (is_file && info.st_size > 0)
         map = mmap(nullptr, static_cast<size_t>(info.st_size), PROT_READ, MAP_SHARED, fd, 0);
-    const int error = errno;
     close(fd);
-    errno = error;
     if (!is_file) bad_input(path, "is not a file (got a folder or device)", "name a file");
-    if (info.st_size > 0 && map == MAP_FAILED) refuse("cannot be mapped");
+    if (map == MAP_FAILED) bad_input(path, "cannot be mapped", "check the memory limits");
     size_ = info.st_size;
-    if (size_ > 0) data_ = static_cast<const char*>(map);
-    refs_ = new int(1);
-}
-MappedFile::MappedFile(const MappedFile& o)
-    : path_(o.path_), data_(o.data_), size_(o.size_), refs_(o.refs_) {
-    if (refs_) __atomic_add_fetch(refs_, 1, __ATOMIC_RELAXED);
-}
-MappedFile::MappedFile(MappedFile&& o) noexcept
-    : path_(std::move(o.path_)), data_(o.data_), size_(o.size_), refs_(o.refs_) {
-    o.refs_ = nullptr;
-}
-MappedFile& MappedFile::operator=(MappedFile o) noexcept {
-    path_.swap(o.path_);
-    std::swap(data_, o.data_);
-    std::swap(size_, o.size_);
-    std::swap(refs_, o.refs_);
-    return *this;
-}
-MappedFile::~MappedFile() {
-    if (!refs_ || __atomic_sub_fetch(refs_, 1, __ATOMIC_ACQ_REL) > 0) return;
-    if (data_) munmap(const_cast<char*>(data_), static_cast<size_t>(size_));
-    delete refs_;
+    if (map)
+        map_ = {static_cast<const char*>(map), [map, size = info.st_size](const char*) {
+                    munmap(map, static_cast<size_t>(size));
+                }};
 }
 
 DurableFile::DurableFile(const std::string& path) : path_(path), temporary_(path + ".tmp") {
     fd_ = open(temporary_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-    if (fd_ < 0) failed_call(temporary_, "cannot be created");
+    if (fd_ < 0) failed_call(temporary_, "cannot be created", errno);
 }
-DurableFile::DurableFile(DurableFile&& o) noexcept
-    : path_(std::move(o.path_)), temporary_(std::move(o.temporary_)), fd_(o.fd_), size_(o.size_) {
-    o.fd_ = -1;
-}
+
 DurableFile::~DurableFile() {
     if (fd_ < 0) return;
     close(fd_);
     unlink(temporary_.c_str());
 }
 
-void DurableFile::write(const void* bytes, int64_t size) { write_at(size_, bytes, size); }
-
-void DurableFile::write_at(int64_t offset, const void* bytes, int64_t size) {
-    if (fd_ < 0) failed(path_, "was finished before the last write");
+void DurableFile::write(const void* bytes, int64_t size) {
     const char* next = static_cast<const char*>(bytes);
-    size_ = std::max(size_, offset + size);
-    while (size > 0) {
+    for (const char* end = next + size; next < end;) {
         // Linux writes at most 2^31 - 4096 bytes a call.
-        const size_t piece = static_cast<size_t>(std::min<int64_t>(size, 1 << 30));
-        const ssize_t n = pwrite(fd_, next, piece, offset);
+        const ssize_t n = ::write(fd_, next, std::min<size_t>(end - next, 1 << 30));
         if (n < 0 && errno == EINTR) continue;
-        if (n < 0) failed_call(temporary_, "cannot be written");
+        if (n < 0) failed_call(temporary_, "cannot be written", errno);
         next += n;
-        offset += n;
-        size -= n;
+        size_ += n;
     }
 }
 
 void DurableFile::finish() {
-    if (fd_ < 0) failed(path_, "was finished twice");
-    if (fsync(fd_) != 0) failed_call(temporary_, "cannot be flushed to disk");
-    const int fd = fd_;
+    if (fsync(fd_) != 0) failed_call(temporary_, "cannot be flushed to disk", errno);
+    if (rename(temporary_.c_str(), path_.c_str()) != 0)
+        failed_call(path_, "cannot be put in place", errno);
+    close(fd_);
     fd_ = -1;
-    if (close(fd) != 0 || rename(temporary_.c_str(), path_.c_str()) != 0) {
-        const int error = errno;
-        unlink(temporary_.c_str());
-        errno = error;
-        failed_call(path_, "cannot be put in place");
-    }
     sync_folder(folder_of(path_));
 }
 
@@ -116,35 +79,23 @@ void write_file_durably(const std::string& path, const std::string& bytes) {
 }
 
 std::string folder_of(const std::string& path) {
-    const size_t slash = path.rfind('/');
-    if (slash == std::string::npos) return ".";
-    return slash == 0 ? "/" : path.substr(0, slash);
+    const fs::path folder = fs::path(path).parent_path();
+    return folder.empty() ? "." : folder.string();
 }
 
 void make_folders(const std::string& path) {
-    for (size_t at = path.find('/', 1);; at = path.find('/', at + 1)) {
-        const std::string part = path.substr(0, at);
-        if (mkdir(part.c_str(), 0777) != 0 && errno != EEXIST)
-            failed_call(part, "cannot be created");
-        if (at == std::string::npos) break;
-    }
-    struct stat info;
-    if (stat(path.c_str(), &info) != 0) failed_call(path, "cannot be created");
-    if (!S_ISDIR(info.st_mode)) {
-        errno = ENOTDIR;
-        failed_call(path, "cannot be created");
-    }
+    std::error_code error;
+    fs::create_directories(path, error);
+    if (error) failed_call(path, "cannot be created", error.value());
 }
 
 void sync_folder(const std::string& path) {
     const int fd = open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (fd < 0) failed_call(path, "cannot be opened");
+    if (fd < 0) failed_call(path, "cannot be opened", errno);
     // Some network file systems cannot sync a folder; there the rename is as durable as it gets.
-    const bool done = fsync(fd) == 0 || errno == EINVAL || errno == ENOTSUP;
-    const int error = errno;
+    const int error = fsync(fd) == 0 || errno == EINVAL || errno == ENOTSUP ? 0 : errno;
     close(fd);
-    errno = error;
-    if (!done) failed_call(path, "cannot be flushed to disk");
+    if (error) failed_call(path, "cannot be flushed to disk", error);
 }
 
 }  // namespace pith

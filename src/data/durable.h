@@ -1,7 +1,8 @@
 // durable: files that are whole or absent, and files mapped for reading.
-// defines: MappedFile, DurableFile, write_file_durably, make_folders, sync_folder
+// defines: MappedFile, DurableFile, write_file_durably, make_folders, sync_folder, folder_of
 #pragma once
 #include <cstdint>
+#include <memory>
 #include <string>
 
 namespace pith {
@@ -12,20 +13,14 @@ class MappedFile {
     MappedFile() = default;
     // Exit code 2, naming the path, if it is missing, a folder, or unreadable.
     explicit MappedFile(const std::string& path);
-    MappedFile(const MappedFile& o);
-    MappedFile(MappedFile&& o) noexcept;
-    MappedFile& operator=(MappedFile o) noexcept;
-    ~MappedFile();
-
     const std::string& path() const { return path_; }
-    const char* data() const { return data_; }  // null when empty
+    const char* data() const { return map_.get(); }  // null when empty
     int64_t size() const { return size_; }
 
   private:
     std::string path_;
-    const char* data_ = nullptr;
     int64_t size_ = 0;
-    int* refs_ = nullptr;
+    std::shared_ptr<const char> map_;
 };
 
 // A file written under PATH.tmp and moved to PATH by finish(), after its bytes are on disk. Until
@@ -36,11 +31,9 @@ class DurableFile {
     explicit DurableFile(const std::string& path);
     DurableFile(const DurableFile&) = delete;
     DurableFile& operator=(const DurableFile&) = delete;
-    DurableFile(DurableFile&& o) noexcept;
     ~DurableFile();
 
-    void write(const void* bytes, int64_t size);                     // appends
-    void write_at(int64_t offset, const void* bytes, int64_t size);  // overwrites what was written
+    void write(const void* bytes, int64_t size);  // appends
     int64_t size() const { return size_; }
     const std::string& path() const { return path_; }
     // fsync, rename, fsync of the folder.

@@ -1,5 +1,5 @@
-// npy: NumPy's array files (format versions 1.0 and 2.0; numpy.lib.format), little endian, C order.
-// defines: NpyType, NpyHeader, parse_npy_header, write_npy, NpyArray, read_npy, NpyAppender
+// npy: NumPy's array files (numpy.lib.format), little endian, C order.
+// defines: NpyType, NpyHeader, parse_npy_header, npy_header, write_npy, NpyArray, read_npy
 #pragma once
 #include <vector>
 
@@ -19,13 +19,12 @@ struct NpyHeader {
     int64_t data_bytes() const { return numel() * size_of(type); }
 };
 
-// The header at `data`, of which `size` bytes may be read, with the array's data behind it. Exit
-// code 2 naming `place` if it is not an NPY header, is cut short, has another dtype, is big endian
-// or in Fortran order, or if the data behind it are cut short.
+// The header (of format 1, 2 or 3) at `data`, of which `size` bytes may be read, with the array's
+// data behind it. Exit code 2 naming `place` if it is no NPY header, is cut short, has another
+// dtype, is big endian or in Fortran order, or if the data behind it are cut short.
 NpyHeader parse_npy_header(const char* data, int64_t size, const std::string& place);
 
-// A version 1.0 header, padded with spaces to `bytes` (a multiple of 64 holding up to three
-// dimensions by default).
+// A header of format 1, padded with spaces to `bytes`, a multiple of 64; 128 hold three dimensions.
 std::string npy_header(NpyType type, const std::vector<int64_t>& shape, int64_t bytes = 128);
 
 // Writes a whole array durably.
@@ -39,24 +38,5 @@ struct NpyArray {
     const char* data = nullptr;
 };
 NpyArray read_npy(const std::string& path);
-
-// Appends a 1-D array of yet unknown length to a durable file: the header is written first, and
-// corrected by end(). Several arrays may follow each other in one file:
-//   DurableFile file(path);
-//   NpyAppender tokens(file, NpyType::U2);  tokens.append(ids, n); ...  tokens.end();
-//   NpyAppender ends(file, NpyType::U8);    ends.append(ends, m);       ends.end();
-//   file.finish();
-class NpyAppender {
-  public:
-    NpyAppender(DurableFile& file, NpyType type);
-    void append(const void* elements, int64_t count);
-    void end();
-    int64_t count() const { return count_; }
-
-  private:
-    DurableFile& file_;
-    NpyType type_;
-    int64_t begin_, count_ = 0;
-};
 
 }  // namespace pith

@@ -29,14 +29,12 @@ std::string put_corpus(const char* name) {
             ids.push_back(static_cast<uint16_t>(uniform_at(2, ids.size()) * 5000));
         ends.push_back(ids.size());
     }
-    DurableFile file(folder + "/a.bin");
-    NpyAppender tokens(file, NpyType::U2);
-    tokens.append(ids.data(), static_cast<int64_t>(ids.size()));
-    tokens.end();
-    NpyAppender splits(file, NpyType::U8);
-    splits.append(ends.data(), static_cast<int64_t>(ends.size()));
-    splits.end();
-    file.finish();
+    const auto array = [](NpyType type, const auto& values) {
+        const auto* data = reinterpret_cast<const char*>(values.data());
+        return npy_header(type, {static_cast<int64_t>(values.size())})
+            .append(data, values.size() * sizeof(values[0]));
+    };
+    write_file_durably(folder + "/a.bin", array(NpyType::U2, ids) + array(NpyType::U8, ends));
     return folder + "/a.bin";
 }
 

@@ -50,14 +50,13 @@ inline RunConfig small_run(const SmallModel& m = {}) {
         tokens.push_back(0);
         ends.push_back(tokens.size());
     }
-    DurableFile file(folder / "corpus.bin");
-    NpyAppender ids(file, NpyType::U2);
-    ids.append(tokens.data(), static_cast<int64_t>(tokens.size()));
-    ids.end();
-    NpyAppender splits(file, NpyType::U8);
-    splits.append(ends.data(), static_cast<int64_t>(ends.size()));
-    splits.end();
-    file.finish();
+    const auto array = [](NpyType type, const auto& values) {
+        const auto* data = reinterpret_cast<const char*>(values.data());
+        return npy_header(type, {static_cast<int64_t>(values.size())})
+            .append(data, values.size() * sizeof(values[0]));
+    };
+    write_file_durably(folder / "corpus.bin",
+                       array(NpyType::U2, tokens) + array(NpyType::U8, ends));
     RunConfig c;
     c.run.folder = folder / "run";
     c.model.config = folder / "config.json";
