@@ -4,33 +4,22 @@
 // defines: FileDType, TensorEntry, SafetensorsReader, TensorDecl, SafetensorsWriter, ShardedWriter,
 //          to_f32, f32_to_bf16
 #pragma once
-#include <string_view>
+#include <map>
+#include <optional>
 #include <vector>
 
 #include "data/durable.h"
 
 namespace pith {
 
+// clang-format off
 enum class FileDType : uint8_t {
-    F32,
-    F64,
-    F16,
-    BF16,
-    F8_E4M3,
-    F8_E5M2,
-    I64,
-    I32,
-    I16,
-    I8,
-    U64,
-    U32,
-    U16,
-    U8,
-    BOOL
+    F32, F64, F16, BF16, F8_E4M3, F8_E5M2, I64, I32, I16, I8, U64, U32, U16, U8, BOOL
 };
+// clang-format on
 int64_t size_of(FileDType dtype);      // bytes of one element
 const char* name_of(FileDType dtype);  // "BF16", as in the header
-bool is_float(FileDType dtype);
+bool is_float(FileDType dtype);        // to_f32() takes it
 
 // A tensor inside a mapped file. `data` may be unaligned (files of others need not pad).
 struct TensorEntry {
@@ -56,7 +45,6 @@ class SafetensorsReader {
     // All tensors: file by file, within a file by offset.
     const std::vector<TensorEntry>& tensors() const { return tensors_; }
     const std::vector<MappedFile>& files() const { return files_; }
-    const TensorEntry* find(std::string_view name) const;  // null if absent
     const TensorEntry& at(const std::string& name) const;  // exit code 2 if absent
     // "DIR/model.safetensors: NAME": the place for an error about a tensor.
     std::string place(const TensorEntry& tensor) const;
@@ -65,13 +53,12 @@ class SafetensorsReader {
 
   private:
     void open_file(const std::string& path);
-    void open_index(const std::string& folder, const std::string& index_path);
-    void index_names();
+    void open_index(const std::string& index_path);
     std::string path_;
     std::vector<MappedFile> files_;
     std::vector<TensorEntry> tensors_;
-    std::vector<int> by_name_;  // indices of tensors_, sorted by name
-    std::vector<std::pair<std::string, std::string>> metadata_;
+    std::map<std::string, size_t> by_name_;  // indices of tensors_
+    std::map<std::string, std::string> metadata_;
 };
 
 struct TensorDecl {
@@ -82,15 +69,13 @@ struct TensorDecl {
 };
 
 // Streams one file in constant memory: all tensors are declared, then their bytes are written in
-// declared order, in pieces of any size. Durable, see DurableFile. Metadata gets {"format": "pt"},
-// which transformers asks for, and `metadata`.
+// declared order, in pieces of any size. Durable, see DurableFile. Its metadata is {"format":
+// "pt"}, which transformers asks for.
 class SafetensorsWriter {
   public:
-    using Metadata = std::vector<std::pair<std::string, std::string>>;
-    SafetensorsWriter(const std::string& path, const std::vector<TensorDecl>& tensors,
-                      const Metadata& metadata = {});
+    SafetensorsWriter(const std::string& path, const std::vector<TensorDecl>& tensors);
     void write(const void* bytes, int64_t size);
-    // Throws (exit code 1) unless exactly the declared bytes were written.
+    // Exit code 1 unless exactly the declared bytes were written.
     void finish();
     int64_t bytes_left() const { return total_bytes_ - file_.size(); }
     int64_t size() const { return file_.size(); }  // bytes written, the header's included
@@ -114,21 +99,18 @@ class ShardedWriter {
     ~ShardedWriter();
     void write(const void* bytes, int64_t size);
     void finish();
-    int num_shards() const { return static_cast<int>(first_.size()) - 1; }
+    int num_shards() const { return static_cast<int>(shards_.size()); }
 
   private:
-    std::string shard_name(int shard) const;
+    std::string shard_path(size_t shard) const;
     void open_next();
-    void write_index() const;
     std::string folder_;
-    std::vector<TensorDecl> tensors_;
-    std::vector<int> first_;  // first tensor of each shard, then the number of tensors
-    int shard_ = -1;          // being written
-    SafetensorsWriter* writer_ = nullptr;
-    bool finished_ = false;
+    std::vector<std::vector<TensorDecl>> shards_;
+    size_t begun_ = 0;  // shards; the last of them is being written
+    std::optional<SafetensorsWriter> writer_;
 };
 
-// n elements of a float dtype widened or rounded to F32; src may be unaligned. Throws for integers.
+// n elements of F32, F64, BF16 or F16 as F32; src may be unaligned. Exit code 1 for other dtypes.
 void to_f32(FileDType dtype, const void* src, float* dst, int64_t n);
 // Round to nearest, ties to even; NaN stays NaN.
 void f32_to_bf16(const float* src, uint16_t* dst, int64_t n);

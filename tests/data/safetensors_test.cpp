@@ -60,14 +60,14 @@ TEST(Safetensors, RoundTripsInAnyChunking) {
     std::string all;
     for (size_t i = 0; i < kTensors.size(); i++) all += pattern(kTensors[i].bytes(), int(i));
     for (const size_t chunk : {size_t{1}, size_t{7}, all.size()}) {
-        SafetensorsWriter writer(path, kTensors, {{"step", "3"}});
+        SafetensorsWriter writer(path, kTensors);
         for (size_t at = 0; at < all.size(); at += chunk)
             writer.write(all.data() + at, int64_t(std::min(chunk, all.size() - at)));
         writer.finish();
         const SafetensorsReader reader(path);
         ASSERT_EQ(reader.tensors().size(), kTensors.size());
         EXPECT_EQ(reader.metadata("format"), "pt");
-        EXPECT_EQ(reader.metadata("step"), "3");
+        EXPECT_EQ(reader.metadata("step"), "");
         for (size_t i = 0; i < kTensors.size(); i++) {
             const TensorEntry& got = reader.at(kTensors[i].name);
             EXPECT_EQ(got.dtype, kTensors[i].dtype);
@@ -75,7 +75,6 @@ TEST(Safetensors, RoundTripsInAnyChunking) {
             EXPECT_EQ(std::string(got.data, size_t(got.bytes)),
                       pattern(kTensors[i].bytes(), int(i)));
         }
-        EXPECT_EQ(reader.find("none"), nullptr);
         EXPECT_EQ(reader.place(reader.at("scalar")), path + ": scalar");
     }
     expect_part(error_of(kExitBadInput, [&] { SafetensorsReader(path).at("none"); }),
@@ -238,12 +237,11 @@ TEST(Safetensors, IndexAndShardsMustAgree) {
                        }),
                 "/model-00001-of-00005.safetensors: layers.1: is not where the index says "
                 "(got this shard, need none)");
-    expect_part(broken("st_moved",
-                       [&](const std::string& f) {
-                           edit(f + index, "\"layers.1\": \"model-00001",
-                                "\"layers.1\": \"model-00002");
-                       }),
-                "layers.1: is not where the index says (got this shard, need model-00002");
+    const std::string moved = broken("st_moved", [&](const std::string& f) {
+        edit(f + index, "\"layers.1\": \"model-00001", "\"layers.1\": \"model-00002");
+    });
+    expect_part(moved, "layers.1: is not where the index says (got this shard, need /");
+    expect_part(moved, "/model-00002-of-00005.safetensors)");
     expect_part(broken("st_lost",
                        [&](const std::string& f) {
                            edit(f + index, "\"layers.1\"",
@@ -270,12 +268,7 @@ TEST(Safetensors, ConvertsFloats) {
         {FileDType::F16, 0x7bff, 65504},      {FileDType::F16, 0x0001, 0x1p-24f},
         {FileDType::F16, 0x03ff, 0x3ffp-24f}, {FileDType::F16, 0x0400, 0x1p-14f},
         {FileDType::F16, 0x7c00, INFINITY},   {FileDType::F16, 0xfc00, -INFINITY},
-        {FileDType::F16, 0x7e00, NAN},        {FileDType::F8_E4M3, 0x38, 1},
-        {FileDType::F8_E4M3, 0x7e, 448},      {FileDType::F8_E4M3, 0x01, 0x1p-9f},
-        {FileDType::F8_E4M3, 0x08, 0x1p-6f},  {FileDType::F8_E4M3, 0xff, NAN},
-        {FileDType::F8_E5M2, 0x3c, 1},        {FileDType::F8_E5M2, 0x7b, 57344},
-        {FileDType::F8_E5M2, 0x01, 0x1p-16f}, {FileDType::F8_E5M2, 0xfc, -INFINITY},
-        {FileDType::F8_E5M2, 0x7d, NAN},      {FileDType::F64, 0x3ff8000000000000, 1.5},
+        {FileDType::F16, 0x7e00, NAN},        {FileDType::F64, 0x3ff8000000000000, 1.5},
         {FileDType::F32, 0xbf800000, -1},
     };
     for (const auto& c : cases) {
@@ -289,7 +282,10 @@ TEST(Safetensors, ConvertsFloats) {
             EXPECT_EQ(got, c.value) << name_of(c.dtype) << " " << c.bits;
     }
     float out;
-    EXPECT_THROW(to_f32(FileDType::I32, &out, &out, 1), Error);
+    for (const FileDType other : {FileDType::I32, FileDType::F8_E4M3, FileDType::F8_E5M2}) {
+        EXPECT_FALSE(is_float(other));
+        EXPECT_THROW(to_f32(other, &out, &out, 1), Error);
+    }
 }
 
 TEST(Safetensors, RoundsToNearestEvenBf16) {
