@@ -9,216 +9,165 @@
 //          cp > 1: another order than the rank's chunks, a bias or mask tensor, S != Z
 //   bitwise run-to-run: yes, for any number of threads
 #include <algorithm>
-#include <cstring>
 
-#include "ops/cpu.h"
-#include "ops/cpu_rows.h"
+#include "ops/layer_parts.h"
 #include "ops/ring_attention.h"
 
 namespace pith {
 namespace {
 
-// Row 0: row coordinates of the positions, `first` and up unless the mask has an order; with
-// documents, rows 1 to B: the ends of the positions' documents.  I32 [1 or 1+B, count]
-Tensor mask_table(Rank& rank, const AttentionMask& mask, int64_t first, int64_t count, At at) {
-    const int64_t documents = mask.doc_ends.defined() ? mask.doc_ends.dim[0] : 0;
-    Tensor table = empty(rank, {1 + documents, count}, DType::I32, at);
-    for (int64_t i = 0; i < count; i++)
-        table.i32()[i] = mask.order.defined() ? mask.order.i32()[i] : first + i;
-    if (documents > 0 && count > 0)
-        std::memcpy(table.i32() + count, mask.doc_ends.data, mask.doc_ends.bytes());
-    return table;
+// What a node keeps. In the packed form q, k and v are all qkv.
+enum Keep { kQ, kK, kV, kOut, kLse, kTable, kBias, kVisible };
+
+// The numbers of a call. Packed: the heads and the batch of qkv; else heads.size = 0.
+struct Numbers {
+    double scale;
+    bool causal;
+    int window;
+    Heads heads = {};
+    int64_t batch = 0;
+    bool packed() const { return heads.size > 0; }
+};
+
+// Views of q, k and v in `data`: of three tensors or, packed, three times of one.
+AttentionGrads head_views(const AttentionCore& core, bool packed, const Tensor (&data)[3]) {
+    const int sizes[] = {core.size, core.size, core.v_size};
+    const int64_t counts[] = {core.query.count, core.key.count, core.key.count};
+    const int64_t widths[] = {core.heads * sizes[0], core.kv_heads * sizes[1],
+                              core.kv_heads * sizes[2]};
+    HeadView views[3];
+    int64_t first = 0;
+    for (int i = 0; i < 3; i++) {
+        const int64_t width = packed ? widths[0] + widths[1] + widths[2] : widths[i];
+        if (data[i].data)
+            views[i] = {data[i].data + first * size_of(core.dtype), counts[i] * width, width,
+                        sizes[i]};
+        if (packed) first += widths[i];
+    }
+    return {views[0], views[1], views[2], {}};
+}
+HeadView out_view(const AttentionCore& core, const Tensor& out) {
+    const int64_t width = core.heads * core.v_size;
+    return {out.data, core.query.count * width, width, core.v_size};
+}
+HeadView score_view(const Tensor& t) {  // of [1|B, 1|H, S, Z]
+    const int64_t head = t.dim[2] * t.dim[3];
+    return {t.data, t.dim[0] > 1 ? t.dim[1] * head : 0, t.dim[3], t.dim[1] > 1 ? head : 0};
 }
 
-// The positions [begin, begin + count) of a mask table.
-Positions positions_of(const Tensor& table, int64_t begin, int64_t count) {
-    const int32_t* ends = table.dim[0] > 1 ? table.i32() + table.dim[1] + begin : nullptr;
-    return {count, table.i32() + begin, ends, table.dim[1]};
+AttentionCore core_of(const TensorList& t, const Numbers& c) {
+    const Tensor &q = t[kQ], &k = t[kK], &v = t[kV], &table = t[kTable];
+    const Heads& h = c.heads;
+    const int64_t S = c.packed() ? table.dim[1] : q.dim[1], Z = c.packed() ? S : k.dim[1];
+    AttentionCore core{q.dtype, c.batch, h.query, h.kv, h.size, h.size};
+    if (!c.packed())
+        core = {q.dtype, q.dim[0], int(q.dim[2]), int(k.dim[2]), int(q.dim[3]), int(v.dim[3])};
+    core.scale = c.scale;
+    core.causal = c.causal;
+    core.window = c.window;
+    // Queries and keys end together; the table covers the longer of them.
+    core.query = positions_of(table, table.dim[1] - S, S);
+    core.key = positions_of(table, table.dim[1] - Z, Z);
+    const AttentionGrads views = head_views(core, c.packed(), {q, k, v});
+    core.q = views.q;
+    core.k = views.k;
+    core.v = views.v;
+    core.bias = score_view(t[kBias]);
+    core.visible = score_view(t[kVisible]);
+    return core;
+}
+
+void attention_bx(Rank& rank, Node& node) {
+    const TensorList& t = node.bx_keep;
+    const int64_t* i = node.i;
+    const Numbers numbers{node.f[0], i[0] != 0, int(i[1]), {int(i[2]), int(i[3]), int(i[4])}, i[5]};
+    const AttentionCore core = core_of(t, numbers);
+    const bool packed = numbers.packed();
+    Tensor d[3];
+    for (int k = 0; k < 3; k++) d[k] = packed && k > 0 ? d[0] : zeroed(rank, node, k);
+    AttentionGrads grads = head_views(core, packed, d);
+    if (!packed) grads.bias = score_view(zeroed(rank, node, 3));
+    ring_backward(rank, core, out_view(core, t[kOut]), t[kLse], out_view(core, node.grad[0]), grads,
+                  node.at);
+}
+
+// Both forms, once checked. `dims`: of out; `in`: where gradients go.
+Tensor attend(Rank& rank, const Tensor (&x)[3], const Numbers& c, const Tensor& table,
+              const AttentionBias& bias, Dims dims, std::initializer_list<Tensor> in, At at) {
+    Tensor out = empty(rank, dims, x[0].dtype, at);
+    TensorList all = {x[0], x[1], x[2], out, {}, table, bias.bias, bias.visible};
+    const AttentionCore core = core_of(all, c);
+    all[kLse] = empty(rank, {core.batch, core.heads, core.query.count}, out.dtype, at);
+    ring_forward(rank, core, out_view(core, out), all[kLse], at);
+    if (Node* node = record(rank, "attention", at, in, {&out})) {
+        const int64_t numbers[] = {c.causal,   c.window,     c.heads.query,
+                                   c.heads.kv, c.heads.size, c.batch};
+        std::copy(std::begin(numbers), std::end(numbers), node->i);
+        node->f[0] = c.scale;
+        node->bx_keep = all;
+        node->bx = attention_bx;
+    }
+    return out;
 }
 
 bool rows_ascend(const Tensor& x) {
     bool good = true;
-    for (int64_t r = 0; r < x.rows(); r++)
+    for (int64_t r = 0; x.defined() && r < x.rows(); r++)
         good &= std::is_sorted(x.i32() + r * x.cols(), x.i32() + (r + 1) * x.cols());
     return good;
 }
 
-void check_mask(const Rank& rank, At at, const AttentionMask& mask, int64_t batch,
-                int64_t queries) {
+// Checks the mask and makes a table of max(queries, keys) positions: their row coordinates, which
+// end with the last key's, and with documents, the ends of these by row of the batch.
+Tensor mask_table(Rank& rank, const AttentionMask& mask, int64_t batch, int64_t queries,
+                  int64_t keys, At at) {
     const Tensor &order = mask.order, &ends = mask.doc_ends;
-    if (order.defined())
-        check(rank, "attention", at,
-              {{"mask.order i32 [S]", order.dtype == DType::I32 && order.dim == Dims{queries}}},
-              {&order});
-    if (ends.defined())
-        check(rank, "attention", at,
-              {{"mask.doc_ends i32 [B, S]",
-                ends.dtype == DType::I32 && ends.dim == Dims{batch, queries}}},
-              {&ends});
+    const auto fits = [](const Tensor& t, Dims dims) {
+        return !t.defined() || (t.dtype == DType::I32 && t.dim == dims);
+    };
     check(rank, "attention", at,
-          {{"mask.window >= 0", mask.window >= 0},
-           {"mask.order that ascends", !order.defined() || rows_ascend(order)},
-           {"mask.doc_ends that ascend in a row", !ends.defined() || rows_ascend(ends)},
+          {{"mask.order i32 [S]", fits(order, {queries})},
+           {"mask.doc_ends i32 [B, S]", fits(ends, {batch, queries})},
+           {"S == Z where mask.order or mask.doc_ends is given",
+            queries == keys || !(order.defined() || ends.defined())},
+           {"mask.window >= 0", mask.window >= 0}},
+          {&order, &ends});
+    check(rank, "attention", at,
+          {{"mask.order that ascends", rows_ascend(order)},
+           {"mask.doc_ends that ascend in a row", rows_ascend(ends)},
            {"mask.order of this rank's chunks r and 2*cp-1-r of the row",
             rank.mesh.cp == 1 || (order.defined() && is_zigzag_part(rank, order.i32(), queries))}},
           {&order, &ends});
-}
-
-template <class T>
-HeadView<T> view_of(const Tensor& t) {  // of [B, S, H, N]
-    return {t.as<T>(), t.dim[1] * t.dim[2] * t.dim[3], t.dim[2] * t.dim[3], t.dim[3]};
-}
-template <class T>
-HeadView<T> score_view(const Tensor& t) {  // of [1|B, 1|H, S, Z]
-    if (!t.defined()) return {};
-    const int64_t head = t.dim[2] * t.dim[3];
-    return {t.as<T>(), t.dim[0] > 1 ? t.dim[1] * head : 0, t.dim[3], t.dim[1] > 1 ? head : 0};
-}
-template <class T>
-HeadView<const T> read_only(HeadView<T> v) {
-    return {v.data, v.batch, v.position, v.head};
-}
-
-// ---- Packed form.
-// --------------------------------------------------------------------------------
-
-// Views of the heads of q, k and v in `data`, which is laid out like the projection.
-template <class T>
-AttentionGrads<T> packed_views(T* data, Heads heads, int64_t positions) {
-    const int64_t N = heads.size, width = N * (heads.query + 2 * heads.kv);
-    if (!data) return {};
-    T *k = data + N * heads.query, *v = k + N * heads.kv;
-    const int64_t batch = positions * width;
-    return {{data, batch, width, N}, {k, batch, width, N}, {v, batch, width, N}, {}};
-}
-
-template <class T>
-AttentionCore<T> packed_core(const Tensor& qkv, Heads heads, int64_t batch, bool causal, int window,
-                             const Tensor& table) {
-    const int64_t S = table.dim[1];
-    const auto views = packed_views(qkv.as<T>(), heads, S);
-    AttentionCore<T> core{batch, heads.query, heads.kv, heads.size, heads.size};
-    core.scale = 1 / std::sqrt(static_cast<double>(heads.size));
-    core.causal = causal;
-    core.window = window;
-    core.query = core.key = positions_of(table, 0, S);
-    core.q = read_only(views.q);
-    core.k = read_only(views.k);
-    core.v = read_only(views.v);
-    return core;
-}
-
-// The view of out [B*S, H*N] and its gradient.
-template <class T>
-HeadView<T> packed_out(const Tensor& out, Heads heads, int64_t positions) {
-    const int64_t width = heads.query * heads.size;
-    return {out.as<T>(), positions * width, width, heads.size};
-}
-
-enum PackedKeep { kQkv, kPackedOut, kPackedLse, kPackedTable };
-
-void packed_bx(Rank& rank, Node& node) {
-    const TensorList& kept = node.bx_keep;
-    const Heads heads{int(node.i[0]), int(node.i[1]), int(node.i[2])};
-    const Tensor& table = kept[kPackedTable];
-    const int64_t S = table.dim[1];
-    float_kernel(rank, node.op, node.at, kept[kQkv], [&]<class T>(T*) {
-        const auto core =
-            packed_core<T>(kept[kQkv], heads, node.i[3], node.i[4], int(node.i[5]), table);
-        const auto grads = packed_views(zeroed<T>(rank, node.in[0], node.at), heads, S);
-        ring_backward(rank, core, read_only(packed_out<T>(kept[kPackedOut], heads, S)),
-                      kept[kPackedLse].as<T>(), read_only(packed_out<T>(node.grad[0], heads, S)),
-                      grads, node.at);
-    });
+    const int64_t count = std::max(queries, keys), first = std::min<int64_t>(0, keys - queries);
+    Tensor table = empty(rank, {1 + (ends.defined() ? batch : 0), count}, DType::I32, at);
+    for (int64_t i = 0; i < count; i++)
+        table.i32()[i] = order.defined() ? order.i32()[i] : first + i;
+    if (ends.defined()) std::copy_n(ends.i32(), ends.numel(), table.i32() + count);
+    return table;
 }
 
 }  // namespace
 
 Tensor attention(Rank& rank, Tensor qkv, Heads heads, int64_t batch, AttentionMask mask, At at) {
-    const int64_t width = int64_t{heads.size} * (heads.query + 2 * heads.kv);
+    const int64_t N = heads.size, width = N * (heads.query + 2 * int64_t{heads.kv});
     check(rank, "attention", at,
           {{"heads.query a multiple of heads.kv >= 1",
             heads.kv >= 1 && heads.query >= 1 && heads.query % heads.kv == 0},
-           {"heads.size >= 1", heads.size >= 1},
+           {"heads.size >= 1", N >= 1},
            {"qkv [B*S, (H+2K)*N]", qkv.dim.rank == 2 && qkv.dim[1] == width},
            {"batch that divides qkv.dim[0]",
             batch > 0 ? qkv.dim[0] % batch == 0 : batch == 0 && qkv.dim[0] == 0}},
           {&qkv});
     const int64_t S = batch ? qkv.dim[0] / batch : 0;
-    check_mask(rank, at, mask, batch, S);
-    const Tensor table = mask_table(rank, mask, 0, S, at);
-    Tensor out = empty(rank, {qkv.dim[0], int64_t{heads.query} * heads.size}, qkv.dtype, at);
-    Tensor lse = empty(rank, {batch, heads.query, S}, qkv.dtype, at);
-    float_kernel(rank, "attention", at, qkv, [&]<class T>(T*) {
-        ring_forward(rank, packed_core<T>(qkv, heads, batch, mask.causal, mask.window, table),
-                     packed_out<T>(out, heads, S), lse.as<T>(), at);
-    });
-    if (Node* node = record(rank, "attention", at, {qkv}, {&out})) {
-        node->bx_keep = {qkv, out, lse, table};
-        const int64_t numbers[] = {heads.query, heads.kv,    heads.size,
-                                   batch,       mask.causal, mask.window};
-        std::copy(std::begin(numbers), std::end(numbers), node->i);
-        node->bx = packed_bx;
-    }
-    return out;
+    const Tensor table = mask_table(rank, mask, batch, S, S, at);
+    const Numbers numbers{1 / std::sqrt(double(N)), mask.causal, mask.window, heads, batch};
+    return attend(rank, {qkv, qkv, qkv}, numbers, table, {}, {qkv.dim[0], heads.query * N}, {qkv},
+                  at);
 }
 
-// ---- General form.
-// -------------------------------------------------------------------------------
-
-namespace {
-
-enum GeneralKeep { kQ, kK, kV, kOut, kLse, kTable, kBias, kVisible };
-
-// `t` holds q, k and v and, under their numbers, the mask table, bias and visible.
-template <class T>
-AttentionCore<T> general_core(const TensorList& t, double scale, bool causal, int window) {
-    const Tensor &q = t[kQ], &k = t[kK], &v = t[kV], &table = t[kTable];
-    const int64_t S = q.dim[1], Z = k.dim[1];
-    AttentionCore<T> core{q.dim[0], int(q.dim[2]), int(k.dim[2]), int(q.dim[3]), int(v.dim[3])};
-    core.scale = scale;
-    core.causal = causal;
-    core.window = window;
-    // Queries and keys end together; the table covers the longer of them.
-    core.query = positions_of(table, table.dim[1] - S, S);
-    core.key = positions_of(table, table.dim[1] - Z, Z);
-    core.q = view_of<const T>(q);
-    core.k = view_of<const T>(k);
-    core.v = view_of<const T>(v);
-    core.bias = score_view<const T>(t[kBias]);
-    core.visible = score_view<const uint8_t>(t[kVisible]);
-    return core;
-}
-
-// The view of an input's gradient, or none if it is not wanted.
-template <class T>
-HeadView<T> grad_view(Rank& rank, const Tensor& t, At at, HeadView<T> (*view)(const Tensor&)) {
-    if (!t.needs_grad()) return {};
-    HeadView<T> grad = view(t);
-    grad.data = zeroed<T>(rank, t, at);
-    return grad;
-}
-
-void general_bx(Rank& rank, Node& node) {
-    const TensorList& kept = node.bx_keep;
-    float_kernel(rank, node.op, node.at, kept[kQ], [&]<class T>(T*) {
-        const auto core = general_core<T>(kept, node.f[0], node.i[0], int(node.i[1]));
-        const AttentionGrads<T> grads{grad_view<T>(rank, node.in[0], node.at, view_of),
-                                      grad_view<T>(rank, node.in[1], node.at, view_of),
-                                      grad_view<T>(rank, node.in[2], node.at, view_of),
-                                      grad_view<T>(rank, node.in[3], node.at, score_view)};
-        ring_backward(rank, core, view_of<const T>(kept[kOut]), kept[kLse].as<T>(),
-                      view_of<const T>(node.grad[0]), grads, node.at);
-    });
-}
-
-bool fits_scores(const Tensor& t, const Tensor& q, const Tensor& k) {
-    return t.dim.rank == 4 && (t.dim[0] == 1 || t.dim[0] == q.dim[0]) &&
-           (t.dim[1] == 1 || t.dim[1] == q.dim[2]) && t.dim[2] == q.dim[1] && t.dim[3] == k.dim[1];
-}
-
-void check_general(const Rank& rank, At at, const Tensor& q, const Tensor& k, const Tensor& v,
-                   const AttentionMask& mask, const AttentionBias& bias) {
+Tensor attention(Rank& rank, Tensor q, Tensor k, Tensor v, double scale, AttentionMask mask,
+                 AttentionBias bias, At at) {
+    const Tensor &extra = bias.bias, &visible = bias.visible;
     check(rank, "attention", at,
           {{"q, k and v of rank 4", q.dim.rank == 4 && k.dim.rank == 4 && v.dim.rank == 4},
            {"k [B,Z,K,N] for q [B,S,H,N]", k.dim[0] == q.dim[0] && k.dim[3] == q.dim[3]},
@@ -226,50 +175,23 @@ void check_general(const Rank& rank, At at, const Tensor& q, const Tensor& k, co
             v.dim[0] == k.dim[0] && v.dim[1] == k.dim[1] && v.dim[2] == k.dim[2]},
            {"heads of q a multiple of those of k",
             k.dim[2] >= 1 && q.dim[2] >= 1 && q.dim[2] % k.dim[2] == 0},
-           {"equal dtypes", q.dtype == k.dtype && q.dtype == v.dtype},
-           {"S == Z where mask.order or mask.doc_ends is given",
-            q.dim[1] == k.dim[1] || !(mask.order.defined() || mask.doc_ends.defined())}},
+           {"equal dtypes", q.dtype == k.dtype && q.dtype == v.dtype}},
           {&q, &k, &v});
-    if (bias.bias.defined())
-        check(rank, "attention", at,
-              {{"bias [1|B, 1|H, S, Z]", fits_scores(bias.bias, q, k)},
-               {"bias of q's dtype", bias.bias.dtype == q.dtype}},
-              {&bias.bias, &q, &k});
-    if (bias.visible.defined())
-        check(rank, "attention", at,
-              {{"visible u8 [1|B, 1|H, S, Z]",
-                bias.visible.dtype == DType::U8 && fits_scores(bias.visible, q, k)}},
-              {&bias.visible, &q, &k});
-    const bool extra = bias.bias.defined() || bias.visible.defined();
-    check(rank, "attention", at,
-          {{"no bias, no visible and S == Z where cp > 1",
-            rank.mesh.cp == 1 || (!extra && q.dim[1] == k.dim[1])}},
-          {&q, &k, &bias.bias, &bias.visible});
-    check_mask(rank, at, mask, q.dim[0], q.dim[1]);
-}
-
-}  // namespace
-
-Tensor attention(Rank& rank, Tensor q, Tensor k, Tensor v, double scale, AttentionMask mask,
-                 AttentionBias bias, At at) {
-    check_general(rank, at, q, k, v, mask, bias);
     const int64_t B = q.dim[0], S = q.dim[1], H = q.dim[2], Z = k.dim[1];
-    const Tensor table = mask_table(rank, mask, std::min<int64_t>(0, Z - S), std::max(S, Z), at);
-    Tensor out = empty(rank, {B, S, H, v.dim[3]}, q.dtype, at);
-    Tensor lse = empty(rank, {B, H, S}, q.dtype, at);
-    const TensorList all = {q, k, v, out, lse, table, bias.bias, bias.visible};
-    float_kernel(rank, "attention", at, q, [&]<class T>(T*) {
-        ring_forward(rank, general_core<T>(all, scale, mask.causal, mask.window), view_of<T>(out),
-                     lse.as<T>(), at);
-    });
-    if (Node* node = record(rank, "attention", at, {q, k, v, bias.bias}, {&out})) {
-        node->bx_keep = all;
-        node->f[0] = scale;
-        node->i[0] = mask.causal;
-        node->i[1] = mask.window;
-        node->bx = general_bx;
-    }
-    return out;
+    const auto fits = [&](const Tensor& t, DType dtype) {
+        return !t.defined() ||
+               (t.dtype == dtype && (t.dim == Dims{t.dim[0], t.dim[1], S, Z}) &&
+                (t.dim[0] == 1 || t.dim[0] == B) && (t.dim[1] == 1 || t.dim[1] == H));
+    };
+    check(rank, "attention", at,
+          {{"bias [1|B, 1|H, S, Z] of q's dtype", fits(extra, q.dtype)},
+           {"visible u8 [1|B, 1|H, S, Z]", fits(visible, DType::U8)},
+           {"no bias, no visible and S == Z where cp > 1",
+            rank.mesh.cp == 1 || (!extra.defined() && !visible.defined() && S == Z)}},
+          {&q, &k, &extra, &visible});
+    const Tensor table = mask_table(rank, mask, B, S, Z, at);
+    return attend(rank, {q, k, v}, {scale, mask.causal, mask.window}, table, bias,
+                  {B, S, H, v.dim[3]}, {q, k, v, extra}, at);
 }
 
 }  // namespace pith

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <vector>
 
 #include "ops/cpu.h"
@@ -14,156 +13,158 @@ namespace {
 // Queries a block: few enough that their scores against every key stay in a core's cache.
 constexpr int64_t kBlockRows = 64;
 
-// Queries [first, first + rows) of a batch row and the keys that any of them sees.
-struct QueryBlock {
-    int64_t b = 0, first = 0, rows = 0;
-    KeyRange range[kBlockRows];
-    KeyRange hull;
-    int64_t keys() const { return hull.count(); }
+template <class T>
+constexpr T kHidden = -std::numeric_limits<T>::infinity();
+
+// Queries [first, first + rows) of head h of batch row b, kv its key head; the keys that each sees,
+// and `hull`, those that any of them sees.
+struct Block {
+    int64_t b, first, rows, h = 0, kv = 0;
+    KeyRange seen[kBlockRows] = {}, hull = {};
+    Block(const AttentionCore& core, int64_t row, int64_t begin)
+        : b(row), first(begin), rows(std::min(kBlockRows, core.query.count - begin)) {
+        for (int64_t r = 0; r < rows; r++) hull.cover(seen[r] = visible_keys(core, b, first + r));
+    }
+    void take_head(const AttentionCore& core, int64_t head) {
+        h = head;
+        kv = head / (core.heads / core.kv_heads);
+    }
 };
 
+// s [rows, hull] = scale q k^T + bias, -inf where a query sees no key.
 template <class T>
-QueryBlock query_block(const AttentionCore<T>& core, int64_t b, int64_t first) {
-    QueryBlock block{b, first, std::min(kBlockRows, core.query.count - first), {}, {}};
-    for (int64_t r = 0; r < block.rows; r++) {
-        block.range[r] = visible_keys(core, b, first + r);
-        block.hull.cover(block.range[r]);
-    }
-    return block;
-}
-
-// s [rows, keys] = scale q k^T + bias, -inf where `visible` hides; outside a row's range arbitrary.
-template <class T>
-void block_scores(const AttentionCore<T>& core, const QueryBlock& block, int64_t h, T* s) {
-    const int64_t n = block.keys(), kv = h / (core.heads / core.kv_heads);
-    gemm<T>(block.rows, n, core.size, {core.q.at(block.b, h, block.first), core.q.position},
-            {core.k.at(block.b, kv, block.hull.begin), core.k.position, Layout::Transposed}, 0, s,
-            n, core.scale);
-    for (int64_t r = 0; core.bias.data && r < block.rows; r++) {
-        const T* bias = core.bias.at(block.b, h, block.first + r) + block.hull.begin;
-        for (int64_t j = 0; j < n; j++) s[r * n + j] += bias[j];
-    }
-    for (int64_t r = 0; core.visible.data && r < block.rows; r++) {
-        const uint8_t* seen = core.visible.at(block.b, h, block.first + r) + block.hull.begin;
-        for (int64_t j = 0; j < n; j++)
-            s[r * n + j] = seen[j] ? s[r * n + j] : -std::numeric_limits<T>::infinity();
+void block_scores(const AttentionCore& core, const Block& x, T* s) {
+    const int64_t n = x.hull.count(), begin = x.hull.begin;
+    gemm<T>(x.rows, n, core.size, {core.q.at<T>(x.b, x.h, x.first), core.q.position},
+            {core.k.at<T>(x.b, x.kv, begin), core.k.position, Layout::Transposed}, 0, s, n,
+            static_cast<T>(core.scale));
+    for (int64_t r = 0; r < x.rows; r++, s += n) {
+        const int64_t i = x.first + r;
+        if (core.bias.data) {
+            const T* bias = core.bias.at<T>(x.b, x.h, i) + begin;
+            for (int64_t j = 0; j < n; j++) s[j] += bias[j];
+        }
+        if (core.visible.data) {
+            const uint8_t* seen = core.visible.at<uint8_t>(x.b, x.h, i) + begin;
+            for (int64_t j = 0; j < n; j++) s[j] = seen[j] ? s[j] : kHidden<T>;
+        }
+        const int64_t keys = x.seen[r].count(), from = keys ? x.seen[r].begin - begin : n;
+        std::fill(s, s + from, kHidden<T>);
+        std::fill(s + from + keys, s + n, kHidden<T>);
     }
 }
 
-// Zeroes a row of a block outside what its query sees, and gives that part.
 template <class T>
-struct SeenPart {
-    T* data;
-    int64_t n;
-};
-template <class T>
-SeenPart<T> clear_unseen(const QueryBlock& block, int64_t r, T* row) {
-    const KeyRange seen = block.range[r];
-    const int64_t n = block.keys();
-    if (seen.empty()) {
-        std::fill(row, row + n, T(0));
-        return {row, 0};
+void forward_block(const AttentionCore& core, const Block& x, T* s, HeadView out, T* lse) {
+    const int64_t n = x.hull.count();
+    T scale[kBlockRows];
+    block_scores(core, x, s);
+    for (int64_t r = 0; r < x.rows; r++) {
+        // A row whose scores are all hidden has the sum 0; one of NaNs, which `top` does not show,
+        // has a NaN.
+        const T top = max_of(s + r * n, n), shift = top == kHidden<T> ? 0 : top;
+        const T sum = exp_sum(s + r * n, n, shift);
+        scale[r] = sum == 0 ? 0 : 1 / sum;
+        lse[r] = shift + std::log(sum);
     }
-    T* begin = row + seen.begin - block.hull.begin;
-    T* end = row + seen.end - block.hull.begin;
-    std::fill(row, begin, T(0));
-    std::fill(end, row + n, T(0));
-    return {begin, end - begin};
+    T* y = out.at<T>(x.b, x.h, x.first);
+    gemm<T>(x.rows, core.v_size, n, {s, n},
+            {core.v.at<T>(x.b, x.kv, x.hull.begin), core.v.position}, 0, y, out.position);
+    for (int64_t r = 0; r < x.rows; r++)
+        for (int64_t j = 0; j < core.v_size; j++) y[r * out.position + j] *= scale[r];
 }
 
-// Whether every score is -inf; a NaN, which `top` does not show, must not pass for one.
+// dp = the gradients of a block's scores, s = their probabilities.
 template <class T>
-bool nothing_seen(const T* s, int64_t n, T top) {
-    constexpr T hidden = -std::numeric_limits<T>::infinity();
-    return top == hidden && std::all_of(s, s + n, [](T x) { return x == hidden; });
-}
-
-template <class T>
-void forward_block(const AttentionCore<T>& core, int64_t h, const QueryBlock& block, T* s,
-                   HeadView<T> out, T* lse) {
-    const int64_t n = block.keys(), kv = h / (core.heads / core.kv_heads);
-    T* y = out.at(block.b, h, block.first);
-    if (n == 0) {
-        for (int64_t r = 0; r < block.rows; r++)
-            std::fill_n(y + r * out.position, core.v_size, T(0));
-        std::fill_n(lse, block.rows, -std::numeric_limits<T>::infinity());
-        return;
-    }
-    T inverse[kBlockRows];
-    block_scores(core, block, h, s);
-    for (int64_t r = 0; r < block.rows; r++) {
-        const auto seen = clear_unseen(block, r, s + r * n);
-        const T top = max_of(seen.data, seen.n);
-        const bool none = nothing_seen(seen.data, seen.n, top);
-        const T sum = none ? 0 : exp_sum(seen.data, seen.n, top);
-        if (none) std::fill(seen.data, seen.data + seen.n, T(0));
-        inverse[r] = none ? 0 : 1 / sum;
-        lse[r] = none ? top : top + std::log(sum);
-    }
-    gemm<T>(block.rows, core.v_size, n, {s, n},
-            {core.v.at(block.b, kv, block.hull.begin), core.v.position}, 0, y, out.position);
-    for (int64_t r = 0; r < block.rows; r++)
-        for (int64_t j = 0; j < core.v_size; j++) y[r * out.position + j] *= inverse[r];
-}
-
-template <class T>
-struct BackwardInputs {
-    HeadView<const T> out, dout;
-    const T* lse;
-};
-
-// From scores s and dp = dout v^T: s becomes the probabilities and dp the scores' gradients.
-template <class T>
-void score_grads(const AttentionCore<T>& core, int64_t h, const QueryBlock& block,
-                 const BackwardInputs<T>& in, T* s, T* dp) {
-    const int64_t n = block.keys();
-    for (int64_t r = 0; r < block.rows; r++) {
-        const int64_t i = block.first + r;
-        const T lse = in.lse[(block.b * core.heads + h) * core.query.count + i];
-        const auto seen = clear_unseen(block, r, s + r * n);
-        const auto dseen = clear_unseen(block, r, dp + r * n);
-        if (lse == -std::numeric_limits<T>::infinity())
-            std::fill(seen.data, seen.data + seen.n, T(0));
+void score_grads(const AttentionCore& core, const Block& x, HeadView out, const T* lse,
+                 HeadView dout, T* s, T* dp) {
+    const int64_t n = x.hull.count();
+    block_scores(core, x, s);
+    gemm<T>(x.rows, n, core.v_size, {dout.at<T>(x.b, x.h, x.first), dout.position},
+            {core.v.at<T>(x.b, x.kv, x.hull.begin), core.v.position, Layout::Transposed}, 0, dp, n);
+    for (int64_t r = 0; r < x.rows; r++, s += n, dp += n) {
+        const int64_t i = x.first + r;
+        if (lse[r] == kHidden<T>)
+            std::fill_n(s, n, T(0));
         else
-            exp_sum(seen.data, seen.n, lse);
-        const T* dy = in.dout.at(block.b, h, i);
-        const T mean = dot(dy, in.out.at(block.b, h, i), core.v_size);
-        for (int64_t j = 0; j < seen.n; j++) dseen.data[j] = seen.data[j] * (dseen.data[j] - mean);
+            exp_sum(s, n, lse[r]);
+        const T mean = dot(dout.at<T>(x.b, x.h, i), out.at<T>(x.b, x.h, i), core.v_size);
+        for (int64_t j = 0; j < n; j++) dp[j] = s[j] * (dp[j] - mean);
     }
 }
 
+// Adds what a block's probabilities p and its scores' gradients ds give.
 template <class T>
-void backward_block(const AttentionCore<T>& core, int64_t h, const QueryBlock& block,
-                    const BackwardInputs<T>& in, const AttentionGrads<T>& grads, T* s, T* dp) {
-    const int64_t n = block.keys(), kv = h / (core.heads / core.kv_heads);
-    const int64_t b = block.b, i = block.first, j = block.hull.begin;
-    const Matrix<T> dout{in.dout.at(b, h, i), in.dout.position};
-    const Matrix<T> q{core.q.at(b, h, i), core.q.position};
-    const Matrix<T> k{core.k.at(b, kv, j), core.k.position};
-    const Matrix<T> v{core.v.at(b, kv, j), core.v.position, Layout::Transposed};
-    block_scores(core, block, h, s);
-    gemm<T>(block.rows, n, core.v_size, dout, v, 0, dp, n);
-    score_grads(core, h, block, in, s, dp);
-    const Matrix<T> ds{dp, n}, ds_transposed{dp, n, Layout::Transposed};
+void add_grads(const AttentionCore& core, const Block& x, HeadView dout, const T* p, const T* ds,
+               const AttentionGrads& grads) {
+    const int64_t n = x.hull.count(), i = x.first, j = x.hull.begin;
+    const T scale = static_cast<T>(core.scale);
     if (grads.v.data)
-        gemm<T>(n, core.v_size, block.rows, {s, n, Layout::Transposed}, dout, 1,
-                grads.v.at(b, kv, j), grads.v.position);
+        gemm<T>(n, core.v_size, x.rows, {p, n, Layout::Transposed},
+                {dout.at<T>(x.b, x.h, i), dout.position}, 1, grads.v.at<T>(x.b, x.kv, j),
+                grads.v.position);
     if (grads.q.data)
-        gemm<T>(block.rows, core.size, n, ds, k, 1, grads.q.at(b, h, i), grads.q.position,
-                core.scale);
+        gemm<T>(x.rows, core.size, n, {ds, n}, {core.k.at<T>(x.b, x.kv, j), core.k.position}, 1,
+                grads.q.at<T>(x.b, x.h, i), grads.q.position, scale);
     if (grads.k.data)
-        gemm<T>(n, core.size, block.rows, ds_transposed, q, 1, grads.k.at(b, kv, j),
-                grads.k.position, core.scale);
-    for (int64_t r = 0; grads.bias.data && r < block.rows; r++) {
-        T* dbias = grads.bias.at(b, h, i + r) + j;
-        for (int64_t c = 0; c < n; c++) dbias[c] += dp[r * n + c];
+        gemm<T>(n, core.size, x.rows, {ds, n, Layout::Transposed},
+                {core.q.at<T>(x.b, x.h, i), core.q.position}, 1, grads.k.at<T>(x.b, x.kv, j),
+                grads.k.position, scale);
+    for (int64_t r = 0; grads.bias.data && r < x.rows; r++) {
+        T* dbias = grads.bias.at<T>(x.b, x.h, i + r) + j;
+        for (int64_t c = 0; c < n; c++) dbias[c] += ds[r * n + c];
+    }
+}
+
+bool worth_threads(const AttentionCore& core) {
+    return core.batch * core.heads * core.query.count * core.key.count * (core.size + core.v_size) >
+           kParallelProduct;
+}
+
+template <class T>
+void forward_cpu(const AttentionCore& core, HeadView out, T* lse) {
+    const int64_t blocks = (core.query.count + kBlockRows - 1) / kBlockRows;
+#pragma omp parallel if (worth_threads(core))
+    {
+        std::vector<T> s(kBlockRows * core.key.count);
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < core.batch * blocks * core.heads; task++) {
+            const int64_t h = task % core.heads, b = task / core.heads / blocks;
+            Block x(core, b, task / core.heads % blocks * kBlockRows);
+            x.take_head(core, h);
+            forward_block(core, x, s.data(), out,
+                          lse + (b * core.heads + h) * core.query.count + x.first);
+        }
+    }
+}
+
+// One task writes all gradients of one key/value head. Only a bias's may be shared between tasks.
+template <class T>
+void backward_cpu(const AttentionCore& core, HeadView out, const T* lse, HeadView dout,
+                  const AttentionGrads& grads) {
+    const int64_t S = core.query.count, group = core.kv_heads ? core.heads / core.kv_heads : 0;
+#pragma omp parallel if (!grads.bias.data && worth_threads(core))
+    {
+        std::vector<T> s(kBlockRows * core.key.count), dp(s.size());
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < core.batch * core.kv_heads; task++) {
+            const int64_t b = task / core.kv_heads, kv = task % core.kv_heads;
+            for (int64_t first = 0; first < S; first += kBlockRows) {
+                Block x(core, b, first);
+                for (int64_t h = kv * group; h < (kv + 1) * group; h++) {
+                    x.take_head(core, h);
+                    score_grads(core, x, out, lse + (b * core.heads + h) * S + first, dout,
+                                s.data(), dp.data());
+                    add_grads(core, x, dout, s.data(), dp.data(), grads);
+                }
+            }
+        }
     }
 }
 
 }  // namespace
 
-template <class T>
-KeyRange visible_keys(const AttentionCore<T>& core, int64_t b, int64_t i) {
+KeyRange visible_keys(const AttentionCore& core, int64_t b, int64_t i) {
     const int32_t at = core.query.coord[i];
     const int32_t *first = core.key.coord, *last = first + core.key.count;
     KeyRange seen{0, core.key.count};
@@ -179,59 +180,16 @@ KeyRange visible_keys(const AttentionCore<T>& core, int64_t b, int64_t i) {
     return seen;
 }
 
-// A score costs a few elementary operations, its products included.
-template <class T>
-static bool worth_threads(const AttentionCore<T>& core) {
-    return 4 * core.batch * core.heads * core.query.count * core.key.count > kParallelWork;
+void attention_forward(Rank& rank, const AttentionCore& core, HeadView out, const Tensor& lse,
+                       At at) {
+    float_kernel(rank, "attention", at, lse,
+                 [&]<class T>(T*) { forward_cpu(core, out, lse.as<T>()); });
 }
 
-template <class T>
-void attention_forward(const AttentionCore<T>& core, HeadView<T> out, T* lse) {
-    const int64_t blocks = (core.query.count + kBlockRows - 1) / kBlockRows;
-#pragma omp parallel if (worth_threads(core))
-    {
-        std::vector<T> scores(kBlockRows * core.key.count);
-#pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < core.batch * blocks * core.heads; task++) {
-            const int64_t h = task % core.heads, b = task / core.heads / blocks;
-            const auto block = query_block(core, b, task / core.heads % blocks * kBlockRows);
-            T* block_lse = lse + (b * core.heads + h) * core.query.count + block.first;
-            forward_block(core, h, block, scores.data(), out, block_lse);
-        }
-    }
+void attention_backward(Rank& rank, const AttentionCore& core, HeadView out, const Tensor& lse,
+                        HeadView dout, const AttentionGrads& grads, At at) {
+    float_kernel(rank, "attention", at, lse,
+                 [&]<class T>(T*) { backward_cpu(core, out, lse.as<T>(), dout, grads); });
 }
-
-template <class T>
-void attention_backward(const AttentionCore<T>& core, HeadView<const T> out, const T* lse,
-                        HeadView<const T> dout, const AttentionGrads<T>& grads) {
-    const int64_t group = core.kv_heads ? core.heads / core.kv_heads : 0;
-    const BackwardInputs<T> in{out, dout, lse};
-    // One task writes all gradients of one key/value head. Only a bias's may be shared between
-    // tasks.
-#pragma omp parallel if (!grads.bias.data && worth_threads(core))
-    {
-        std::vector<T> scores(kBlockRows * core.key.count), dp(scores.size());
-#pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < core.batch * core.kv_heads; task++) {
-            const int64_t b = task / core.kv_heads, kv = task % core.kv_heads;
-            for (int64_t first = 0; first < core.query.count; first += kBlockRows) {
-                const auto block = query_block(core, b, first);
-                if (block.keys() == 0) continue;
-                for (int64_t h = kv * group; h < (kv + 1) * group; h++)
-                    backward_block(core, h, block, in, grads, scores.data(), dp.data());
-            }
-        }
-    }
-}
-
-template KeyRange visible_keys(const AttentionCore<float>&, int64_t, int64_t);
-template KeyRange visible_keys(const AttentionCore<double>&, int64_t, int64_t);
-template void attention_forward(const AttentionCore<float>&, HeadView<float>, float*);
-template void attention_forward(const AttentionCore<double>&, HeadView<double>, double*);
-template void attention_backward(const AttentionCore<float>&, HeadView<const float>, const float*,
-                                 HeadView<const float>, const AttentionGrads<float>&);
-template void attention_backward(const AttentionCore<double>&, HeadView<const double>,
-                                 const double*, HeadView<const double>,
-                                 const AttentionGrads<double>&);
 
 }  // namespace pith

@@ -1,6 +1,6 @@
-// cpu: what the CPU implementations of the ops share: the choice of element type, loops over rows,
-// and matrix products. Results never depend on the number of threads: only outputs are divided
-// among them, in pieces of fixed size. defines: float_kernel, need_cpu, parallel_rows, Matrix, gemm
+// cpu: what the CPU implementations of the ops share. Results never depend on the number of
+// threads: only outputs are divided among them, in pieces of fixed size. defines: float_kernel,
+// need_cpu, parallel_rows, parallel_products, Matrix, gemm
 #pragma once
 #include <cstdint>
 
@@ -30,14 +30,22 @@ void float_kernel(const Rank& rank, const char* op, At at, const Tensor& x, F&& 
         f(static_cast<float*>(nullptr));
 }
 
-// Below this many elementary operations a loop is not worth a second thread.
-constexpr int64_t kParallelWork = 1 << 15;
+// Below this many elementary operations, or multiply-adds of a product, a second thread costs more
+// time than it saves.
+constexpr int64_t kParallelWork = 1 << 16, kParallelProduct = 1 << 20;
 
 // f(i) for i in [0, rows), on all threads when rows * work_per_row pays. f must write to places of
 // its own row only, and must not throw.
 template <class F>
 void parallel_rows(int64_t rows, int64_t work_per_row, F&& f) {
 #pragma omp parallel for schedule(static) if (rows > 1 && rows * work_per_row > kParallelWork)
+    for (int64_t i = 0; i < rows; i++) f(i);
+}
+
+// The same where f computes products of that many multiply-adds a row, on average.
+template <class F>
+void parallel_products(int64_t rows, int64_t per_row, F&& f) {
+#pragma omp parallel for schedule(dynamic) if (rows > 1 && rows * per_row > kParallelProduct)
     for (int64_t i = 0; i < rows; i++) f(i);
 }
 

@@ -1,6 +1,6 @@
 // cpu_rows: loops over the elements of a row that the compiler turns into vector instructions, with
 // one order of summation whatever the vector width. defines: exp_negative, logistic, lane_sum, dot,
-// max_of, exp_sum, writable, zeroed
+// max_of, exp_sum, Slot
 #pragma once
 #include <bit>
 #include <cmath>
@@ -16,7 +16,7 @@ inline float exp_negative(float x) {
     const float z = x < low ? low : x;
     const float n = (z * 1.44269504f + rounder) - rounder;
     const float r = (z - n * 0.693359375f) + n * 2.12194440e-4f;  // z - n ln 2
-    float p = 1.0f / 5040;                                         // the series of e^r
+    float p = 1.0f / 5040;                                        // the series of e^r
     p = p * r + 1.0f / 720;
     p = p * r + 1.0f / 120;
     p = p * r + 1.0f / 24;
@@ -82,18 +82,5 @@ struct Slot {
     bool add = false;
     void put(int64_t i, T value) const { data[i] = add ? data[i] + value : value; }
 };
-template <class T>
-Slot<T> writable(Rank& rank, const Tensor& t, At at) {
-    const GradSlot slot = grad_slot(rank, t, at);
-    return {slot.grad.as<T>(), slot.add};
-}
-// The same for ops that only add: a fresh gradient begins as zeros.
-template <class T>
-T* zeroed(Rank& rank, const Tensor& t, At at) {
-    const Slot<T> slot = writable<T>(rank, t, at);
-    if (slot.data && !slot.add)
-        for (int64_t i = 0, n = t.numel(); i < n; i++) slot.data[i] = 0;
-    return slot.data;
-}
 
 }  // namespace pith

@@ -6,7 +6,6 @@
 //   errors shapes; a label outside [0, V); dtypes differ
 //   bitwise run-to-run: yes, for any number of threads
 #include <algorithm>
-#include <cmath>
 
 #include "ops/layer_parts.h"
 #include "ops/ops.h"
@@ -33,28 +32,26 @@ static double row_loss(T* logits, int64_t V, int32_t label, T scale, bool grad) 
     return std::log(static_cast<double>(sum)) + static_cast<double>(top - at_label);
 }
 
-// dx.data and dw.data may be null. `logits` has room for a chunk, `losses` for each row.
+// dx and dw.data may be undefined. `logits` has room for a chunk, `losses` for each of its rows.
 template <class T>
-static double cross_entropy_cpu(const Tensor& x, const Tensor& w, const Tensor& labels,
-                                double scale, T* logits, double* losses, Slot<T> dx, Slot<T> dw) {
-    const int64_t tokens = x.dim[0], D = x.dim[1], V = w.dim[0];
-    const bool grad = dx.data || dw.data;
+static double cross_entropy_cpu(const Tensor& x, const Tensor& w, const Tensor& labels, T scale,
+                                const Tensor& logits, double* losses, const Tensor& dx,
+                                Slot<T> dw) {
+    const int64_t tokens = x.dim[0], V = w.dim[0];
+    const bool grad = dx.defined() || dw.data;
     double sum = 0;
     for (int64_t first = 0; first < tokens; first += kChunkRows) {
         const int64_t rows = std::min(kChunkRows, tokens - first);
-        const T* part = x.as<T>() + first * D;
-        gemm<T>(rows, V, D, {part, D}, {w.as<T>(), D, Layout::Transposed}, 0, logits, V);
+        const Tensor part = x.slice_rows(first, first + rows), d = logits.slice_rows(0, rows);
+        linear_y<T>(part, w, {d.as<T>()});
         parallel_rows(rows, V * 8, [&](int64_t r) {
-            losses[r] =
-                row_loss(logits + r * V, V, labels.i32()[first + r], static_cast<T>(scale), grad);
+            losses[r] = row_loss(d.as<T>() + r * V, V, labels.i32()[first + r], scale, grad);
         });
         for (int64_t r = 0; r < rows; r++) sum += losses[r];
-        if (dx.data) gemm<T>(rows, D, V, {logits, V}, {w.as<T>(), D}, 0, dx.data + first * D, D);
-        if (dw.data)
-            gemm<T>(V, D, rows, {logits, V, Layout::Transposed}, {part, D},
-                    dw.add || first > 0 ? 1 : 0, dw.data, D);
+        if (dx.defined()) linear_dx<T>(d, w, {dx.as<T>() + first * x.dim[1]});
+        linear_dw<T>(d, part, {dw.data, dw.add || first > 0});
     }
-    if (dw.data && !dw.add && tokens == 0) std::fill_n(dw.data, V * D, T(0));
+    if (dw.data && !dw.add && tokens == 0) std::fill_n(dw.data, w.numel(), T(0));
     return sum;
 }
 
@@ -73,9 +70,10 @@ Tensor lm_head_cross_entropy(Rank& rank, Tensor x, Tensor w, Tensor labels, doub
     const Tensor dx = needs_dx ? empty(rank, x.dim, x.dtype, at) : Tensor{};
     float_kernel(rank, op, at, x, [&]<class T>(T*) {
         check_ids(rank, op, at, "labels", labels, w.dim[0], kIgnoreLabel);
-        const Slot<T> dw = rank.tape ? writable<T>(rank, w, at) : Slot<T>{};
-        loss.as<T>()[0] = static_cast<T>(cross_entropy_cpu<T>(
-            x, w, labels, scale, logits.as<T>(), losses.as<double>(), {dx.as<T>()}, dw));
+        const GradSlot dw = rank.tape ? grad_slot(rank, w, at) : GradSlot{};
+        loss.as<T>()[0] = static_cast<T>(cross_entropy_cpu<T>(x, w, labels, static_cast<T>(scale),
+                                                              logits, losses.as<double>(), dx,
+                                                              {dw.grad.as<T>(), dw.add}));
     });
     if (Node* n = record(rank, op, at, {x, w}, {&loss})) {
         n->bx_keep = {dx};

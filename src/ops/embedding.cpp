@@ -21,11 +21,9 @@ static void embedding_cpu(const Tensor& ids, const Tensor& w, const Tensor& y) {
 // Threads divide the columns: a row of dw may be met many times, and in one order.
 template <class T>
 static void embedding_bw_cpu(const Tensor& dy, const Tensor& ids, T* dw) {
-    constexpr int64_t kColumns = 64;
     const int64_t D = dy.cols(), tokens = ids.numel();
     if (!dw) return;
-    parallel_rows((D + kColumns - 1) / kColumns, tokens * kColumns, [&](int64_t block) {
-        const int64_t first = block * kColumns, n = std::min(kColumns, D - first);
+    column_blocks(tokens, D, [&](int64_t first, int64_t n) {
         for (int64_t i = 0; i < tokens; i++) {
             T* to = dw + ids.i32()[i] * D + first;
             const T* from = dy.as<T>() + i * D + first;
@@ -34,13 +32,10 @@ static void embedding_bw_cpu(const Tensor& dy, const Tensor& ids, T* dw) {
     });
 }
 
-static void embedding_bw(Rank& rank, Node* const* nodes, int n) {
-    for (int i = 0; i < n; i++) {
-        const Node& node = *nodes[i];
-        float_kernel(rank, node.op, node.at, node.grad[0], [&]<class T>(T*) {
-            embedding_bw_cpu(node.grad[0], node.bw_keep[0], zeroed<T>(rank, node.in[0], node.at));
-        });
-    }
+static void embedding_bw(Rank& rank, Node& node) {
+    float_kernel(rank, node, [&]<class T>(T*) {
+        embedding_bw_cpu(node.grad[0], node.bw_keep[0], zeroed(rank, node, 0).as<T>());
+    });
 }
 
 Tensor embedding(Rank& rank, Tensor ids, Tensor w, At at) {

@@ -13,14 +13,13 @@
 //   errors shapes; dtypes differ; offsets, row_of, pair_of or row_begin that do not fit
 //   bitwise run-to-run: yes, for any number of threads
 #include <algorithm>
-#include <vector>
 
 #include "ops/layer_parts.h"
 #include "ops/ops.h"
 
 namespace pith {
 
-// ---- Rows to pairs and back ---------------------------------------------------------------------
+// ---- Rows to pairs and back. --------------------------------------------------------------------
 
 template <class T>
 static void rows_to_pairs(const Tensor& rows, const Tensor& row_of, Slot<T> pairs) {
@@ -49,23 +48,21 @@ static void pairs_to_rows(const Tensor& pairs, const Tensor& pair_of, const Tens
 }
 
 static bool ascends(const Tensor& t, int64_t last) {
-    const int32_t* v = t.i32();
-    const int64_t n = t.numel();
-    for (int64_t i = 1; i < n; i++)
-        if (v[i] < v[i - 1]) return false;
-    return n > 0 && v[0] == 0 && v[n - 1] == last;
+    const int32_t *begin = t.i32(), *end = begin + t.numel();
+    return begin != end && *begin == 0 && end[-1] == last && std::is_sorted(begin, end);
 }
 
-static void check_pairs(const Rank& rank, const char* op, At at, const Tensor& x,
-                        const Dispatched& d) {
+// x is rows [R, D] (`need` says so) or pairs [P, D], `count` being R or P.
+static void check_pairs(const Rank& rank, const char* op, At at, const Tensor& x, const char* need,
+                        int64_t count, const Dispatched& d) {
     const int64_t P = d.row_of.dim[0], R = d.row_begin.dim[0] - 1;
     const bool i32 = d.row_of.dtype == DType::I32 && d.pair_of.dtype == DType::I32 &&
                      d.row_begin.dtype == DType::I32;
     check(rank, op, at,
           {{"row_of I32 [P], pair_of I32 [P] and row_begin I32 [R+1]",
-            i32 && d.row_of.dim.rank == 1 && d.pair_of.dim == d.row_of.dim &&
-                d.row_begin.dim.rank == 1},
-           {"rows [R, D] or pairs [P, D]", x.dim.rank == 2}},
+            i32 && d.row_of.dim == Dims{P} && d.pair_of.dim == Dims{P} &&
+                d.row_begin.dim == Dims{R + 1}},
+           {need, x.dim.rank == 2 && x.dim[0] == count}},
           {&x, &d.row_of, &d.pair_of, &d.row_begin});
     need_cpu(op, at, x);
     check(rank, op, at, {{"row_begin ascending from 0 to P", ascends(d.row_begin, P)}},
@@ -74,25 +71,20 @@ static void check_pairs(const Rank& rank, const char* op, At at, const Tensor& x
     check_ids(rank, op, at, "pair_of", d.pair_of, P);
 }
 
-// bx_keep: pair_of, row_begin.
 static void expand_rows_bx(Rank& rank, Node& node) {
-    float_kernel(rank, node.op, node.at, node.grad[0], [&]<class T>(T*) {
-        pairs_to_rows(node.grad[0], node.bx_keep[0], node.bx_keep[1],
-                      writable<T>(rank, node.in[0], node.at));
+    float_kernel(rank, node, [&]<class T>(T*) {
+        pairs_to_rows(node.grad[0], node.bx_keep[0], node.bx_keep[1], writable<T>(rank, node, 0));
     });
 }
 
-// bx_keep: row_of.
 static void reduce_pairs_bx(Rank& rank, Node& node) {
-    float_kernel(rank, node.op, node.at, node.grad[0], [&]<class T>(T*) {
-        rows_to_pairs(node.grad[0], node.bx_keep[0], writable<T>(rank, node.in[0], node.at));
+    float_kernel(rank, node, [&]<class T>(T*) {
+        rows_to_pairs(node.grad[0], node.bx_keep[0], writable<T>(rank, node, 0));
     });
 }
 
 Tensor expand_rows(Rank& rank, const Dispatched& d, At at) {
-    check_pairs(rank, "expand_rows", at, d.rows, d);
-    check(rank, "expand_rows", at, {{"rows [R, D]", d.rows.dim[0] + 1 == d.row_begin.dim[0]}},
-          {&d.rows, &d.row_begin});
+    check_pairs(rank, "expand_rows", at, d.rows, "rows [R, D]", d.row_begin.dim[0] - 1, d);
     Tensor y = empty(rank, {d.row_of.dim[0], d.rows.dim[1]}, d.rows.dtype, at);
     float_kernel(rank, "expand_rows", at, y,
                  [&]<class T>(T*) { rows_to_pairs<T>(d.rows, d.row_of, {y.as<T>()}); });
@@ -104,8 +96,7 @@ Tensor expand_rows(Rank& rank, const Dispatched& d, At at) {
 }
 
 Tensor reduce_pairs(Rank& rank, Tensor y, const Dispatched& d, At at) {
-    check_pairs(rank, "reduce_pairs", at, y, d);
-    check(rank, "reduce_pairs", at, {{"y [P, D]", y.dim[0] == d.row_of.dim[0]}}, {&y, &d.row_of});
+    check_pairs(rank, "reduce_pairs", at, y, "y [P, D]", d.row_of.dim[0], d);
     Tensor rows = empty(rank, {d.row_begin.dim[0] - 1, y.dim[1]}, y.dtype, at);
     float_kernel(rank, "reduce_pairs", at, y,
                  [&]<class T>(T*) { pairs_to_rows<T>(y, d.pair_of, d.row_begin, {rows.as<T>()}); });
@@ -116,90 +107,64 @@ Tensor reduce_pairs(Rank& rank, Tensor y, const Dispatched& d, At at) {
     return rows;
 }
 
-// ---- Products by expert -------------------------------------------------------------------------
+// ---- Products by expert. ------------------------------------------------------------------------
 
-namespace {
-
-// Part of one expert's product; one thread's work. The sizes are those of gemm's own tiles.
-constexpr int64_t kTileRows = 192, kTileCols = 384;
-struct Tile {
-    int64_t expert, row, rows, col, cols;
-};
-
-void add_tiles(int64_t expert, int64_t begin, int64_t end, int64_t width,
-               std::vector<Tile>& tiles) {
-    for (int64_t row = begin; row < end; row += kTileRows)
-        for (int64_t col = 0; col < width; col += kTileCols)
-            tiles.push_back({expert, row, std::min(kTileRows, end - row), col,
-                             std::min(kTileCols, width - col)});
+// f(e, begin, rows, col, cols) for each expert, its rows, and blocks of `width` columns, on all
+// threads. `work`: multiply-adds in all.
+template <class F>
+static void expert_columns(const Tensor& offsets, int64_t width, int64_t work, F&& f) {
+    constexpr int64_t kCols = 384;  // those of gemm's own tiles
+    const int64_t blocks = (width + kCols - 1) / kCols, tasks = (offsets.dim[0] - 1) * blocks;
+    parallel_products(tasks, work / std::max<int64_t>(1, tasks), [&](int64_t task) {
+        const int64_t e = task / blocks, col = task % blocks * kCols;
+        const int64_t begin = offsets.i32()[e], end = offsets.i32()[e + 1];
+        f(e, begin, end - begin, col, std::min(kCols, width - col));
+    });
 }
-
-// The tiles of a result [P, width] whose rows lie by expert.
-std::vector<Tile> row_tiles(const Tensor& offsets, int64_t width) {
-    std::vector<Tile> tiles;
-    for (int64_t e = 0; e + 1 < offsets.dim[0]; e++)
-        add_tiles(e, offsets.i32()[e], offsets.i32()[e + 1], width, tiles);
-    return tiles;
-}
-
-}  // namespace
 
 // y rows of expert e = or += x rows times w[e], stored [width, depth] if Transposed else
 // [depth, width].
 template <class T>
-static void grouped_product(const Tensor& x, const Tensor& w, Layout layout, const Tensor& offsets,
-                            int64_t width, Slot<T> y) {
-    const int64_t depth = x.dim[1];
+static void grouped_product_cpu(const Tensor& x, const Tensor& w, Layout layout,
+                                const Tensor& offsets, int64_t width, Slot<T> y) {
+    const int64_t depth = x.dim[1], work = x.dim[0] * width * depth;
+    const bool transposed = layout == Layout::Transposed;
     if (!y.data) return;
-    const std::vector<Tile> tiles = row_tiles(offsets, width);
-    const int64_t ld = layout == Layout::Transposed ? depth : width;
-    const auto count = static_cast<int64_t>(tiles.size());
-    parallel_rows(count, x.dim[0] * width * depth / std::max<int64_t>(1, count), [&](int64_t i) {
-        const Tile& t = tiles[i];
-        const T* part = w.as<T>() + t.expert * width * depth +
-                        t.col * (layout == Layout::Transposed ? depth : 1);
-        gemm<T>(t.rows, t.cols, depth, {x.as<T>() + t.row * depth, depth}, {part, ld, layout},
-                y.add ? 1 : 0, y.data + t.row * width + t.col, width);
-    });
+    expert_columns(offsets, width, work,
+                   [&](int64_t e, int64_t begin, int64_t rows, int64_t col, int64_t cols) {
+                       const T* part =
+                           w.as<T>() + e * width * depth + col * (transposed ? depth : 1);
+                       gemm<T>(rows, cols, depth, {x.as<T>() + begin * depth, depth},
+                               {part, transposed ? depth : width, layout}, y.add,
+                               y.data + begin * width + col, width);
+                   });
 }
 
 template <class T>
 static void grouped_linear_bw_cpu(const Tensor& dy, const Tensor& x, const Tensor& offsets,
                                   Slot<T> dw) {
-    const int64_t out = dy.dim[1], in = x.dim[1];
+    const int64_t out = dy.dim[1], in = x.dim[1], work = x.dim[0] * out * in;
     if (!dw.data) return;
-    const int32_t* first = offsets.i32();
-    std::vector<Tile> tiles;
-    for (int64_t e = 0; e + 1 < offsets.dim[0]; e++)
-        if (!dw.add || first[e] < first[e + 1]) add_tiles(e, 0, out, in, tiles);
-    const auto count = static_cast<int64_t>(tiles.size());
-    parallel_rows(count, x.dim[0] * out * in / std::max<int64_t>(1, count), [&](int64_t i) {
-        const Tile& t = tiles[i];
-        const int64_t begin = first[t.expert], rows = first[t.expert + 1] - begin;
-        gemm<T>(t.rows, t.cols, rows, {dy.as<T>() + begin * out + t.row, out, Layout::Transposed},
-                {x.as<T>() + begin * in + t.col, in}, dw.add ? 1 : 0,
-                dw.data + (t.expert * out + t.row) * in + t.col, in);
-    });
-}
-
-// bx_keep: w, offsets.
-static void grouped_linear_bx(Rank& rank, Node& node) {
-    float_kernel(rank, node.op, node.at, node.grad[0], [&]<class T>(T*) {
-        const Tensor& w = node.bx_keep[0];
-        grouped_product(node.grad[0], w, Layout::Normal, node.bx_keep[1], w.dim[2],
-                        writable<T>(rank, node.in[0], node.at));
-    });
-}
-
-// bw_keep: x, offsets.
-static void grouped_linear_bw(Rank& rank, Node* const* nodes, int n) {
-    for (int i = 0; i < n; i++) {
-        const Node& node = *nodes[i];
-        float_kernel(rank, node.op, node.at, node.grad[0], [&]<class T>(T*) {
-            grouped_linear_bw_cpu(node.grad[0], node.bw_keep[0], node.bw_keep[1],
-                                  writable<T>(rank, node.in[1], node.at));
+    expert_columns(
+        offsets, in, work, [&](int64_t e, int64_t begin, int64_t rows, int64_t col, int64_t cols) {
+            gemm<T>(out, cols, rows, {dy.as<T>() + begin * out, out, Layout::Transposed},
+                    {x.as<T>() + begin * in + col, in}, dw.add, dw.data + e * out * in + col, in);
         });
-    }
+}
+
+static void grouped_linear_bx(Rank& rank, Node& node) {
+    const Tensor& w = node.bx_keep[0];
+    float_kernel(rank, node, [&]<class T>(T*) {
+        grouped_product_cpu(node.grad[0], w, Layout::Normal, node.bx_keep[1], w.dim[2],
+                            writable<T>(rank, node, 0));
+    });
+}
+
+static void grouped_linear_bw(Rank& rank, Node& node) {
+    float_kernel(rank, node, [&]<class T>(T*) {
+        grouped_linear_bw_cpu(node.grad[0], node.bw_keep[0], node.bw_keep[1],
+                              writable<T>(rank, node, 1));
+    });
 }
 
 Tensor grouped_linear(Rank& rank, Tensor x, Tensor w, Tensor offsets, At at) {
@@ -213,7 +178,7 @@ Tensor grouped_linear(Rank& rank, Tensor x, Tensor w, Tensor offsets, At at) {
     float_kernel(rank, "grouped_linear", at, x, [&]<class T>(T*) {
         check(rank, "grouped_linear", at,
               {{"offsets ascending from 0 to P", ascends(offsets, x.dim[0])}}, {&offsets, &x});
-        grouped_product<T>(x, w, Layout::Transposed, offsets, w.dim[1], {y.as<T>()});
+        grouped_product_cpu<T>(x, w, Layout::Transposed, offsets, w.dim[1], {y.as<T>()});
     });
     if (Node* n = record(rank, "grouped_linear", at, {x, w}, {&y})) {
         n->bx_keep = {w, offsets};
@@ -223,7 +188,7 @@ Tensor grouped_linear(Rank& rank, Tensor x, Tensor w, Tensor offsets, At at) {
     return y;
 }
 
-// ---- Activation ---------------------------------------------------------------------------------
+// ---- Activation. --------------------------------------------------------------------------------
 
 template <class T>
 static void swiglu_cpu(const Tensor& gate_up, const Tensor& weights, const Tensor& y) {
@@ -265,12 +230,10 @@ static void swiglu_bx_cpu(const Tensor& dy, const Tensor& gate_up, const Tensor&
     });
 }
 
-// bx_keep: gate_up, weights.
 static void swiglu_bx(Rank& rank, Node& node) {
-    float_kernel(rank, node.op, node.at, node.grad[0], [&]<class T>(T*) {
-        swiglu_bx_cpu(node.grad[0], node.bx_keep[0], node.bx_keep[1],
-                      writable<T>(rank, node.in[0], node.at),
-                      writable<T>(rank, node.in[1], node.at));
+    float_kernel(rank, node, [&]<class T>(T*) {
+        swiglu_bx_cpu(node.grad[0], node.bx_keep[0], node.bx_keep[1], writable<T>(rank, node, 0),
+                      writable<T>(rank, node, 1));
     });
 }
 

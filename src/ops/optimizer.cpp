@@ -27,40 +27,18 @@ static void parallel_blocks(int64_t n, int64_t work, F&& f) {
                   [&](int64_t b) { f(b * kBlock, std::min(n, (b + 1) * kBlock)); });
 }
 
-namespace {
-
-// A step's constants.
 template <class T>
-struct AdamwStep {
-    T scale, b1, c1, b2, c2, eps, keep, rate, root;
-};
-
-}  // namespace
-
-template <class T>
-static AdamwStep<T> adamw_constants(const AdamW& o) {
+static void adamw_block(const AdamW& o, int64_t n, const T* g, T* w, T* m, T* v) {
     const auto step = static_cast<double>(o.step);
-    const double rate = o.lr / (1 - std::pow(o.beta1, step));
-    const double root = 1 / std::sqrt(1 - std::pow(o.beta2, step));
-    return {T(o.grad_scale),
-            T(o.beta1),
-            T(1 - o.beta1),
-            T(o.beta2),
-            T(1 - o.beta2),
-            T(o.eps),
-            T(1 - o.lr * o.weight_decay),
-            T(rate),
-            T(root)};
-}
-
-// Constants by value: seen through a reference, they might change with each store.
-template <class T>
-static void adamw_block(int64_t n, const T* g, T* w, T* m, T* v, AdamwStep<T> c) {
+    const T b1 = T(o.beta1), c1 = T(1 - o.beta1), b2 = T(o.beta2), c2 = T(1 - o.beta2);
+    const T scale = T(o.grad_scale), eps = T(o.eps), keep = T(1 - o.lr * o.weight_decay);
+    const T rate = T(o.lr / (1 - std::pow(o.beta1, step)));
+    const T root = T(1 / std::sqrt(1 - std::pow(o.beta2, step)));
     for (int64_t i = 0; i < n; i++) {
-        const T grad = g[i] * c.scale;
-        m[i] = m[i] * c.b1 + grad * c.c1;
-        v[i] = v[i] * c.b2 + grad * grad * c.c2;
-        w[i] = w[i] * c.keep - c.rate * (m[i] / (std::sqrt(v[i]) * c.root + c.eps));
+        const T grad = g[i] * scale;
+        m[i] = m[i] * b1 + grad * c1;
+        v[i] = v[i] * b2 + grad * grad * c2;
+        w[i] = w[i] * keep - rate * (m[i] / (std::sqrt(v[i]) * root + eps));
     }
 }
 
@@ -71,10 +49,9 @@ void adamw_step(Rank& rank, Tensor w, Tensor g, Tensor m, Tensor v, const AdamW&
            {"step >= 1", options.step >= 1}},
           {&w, &g, &m, &v});
     float_kernel(rank, "adamw_step", at, w, [&]<class T>(T*) {
-        const AdamwStep<T> constants = adamw_constants<T>(options);
         parallel_blocks(w.numel(), 16, [&](int64_t i, int64_t end) {
-            adamw_block(end - i, g.as<T>() + i, w.as<T>() + i, m.as<T>() + i, v.as<T>() + i,
-                        constants);
+            adamw_block(options, end - i, g.as<T>() + i, w.as<T>() + i, m.as<T>() + i,
+                        v.as<T>() + i);
         });
     });
 }

@@ -4,21 +4,17 @@
 //
 // At step s member r computes with the keys of member r-s, which come straight from their owner:
 // handed from neighbour to neighbour, a chunk would have to pass members that have no use for it.
-// So only keys travel that a query there sees: under a causal mask the first chunk alone goes to
-// higher members, and with a sliding window only the keys just before another's chunks. Parts of a
-// softmax are merged by their lse (Liu et al. 2023, arXiv:2310.01889; the sigmoid form is that of
-// Zhu, github.com/zhuzilin/ring-flash-attention):
+// So only keys travel that a query there may see, whatever the documents: under a causal mask the
+// first chunk alone goes to higher members, and with a sliding window only the keys just before
+// another's chunks. Parts of a softmax are merged by their lse (Liu et al. 2023, arXiv:2310.01889;
+// the sigmoid form is that of Zhu, github.com/zhuzilin/ring-flash-attention):
 //     out = out + sigmoid(lse' - lse) (out' - out),  lse = log(e^lse + e^lse')
 // Backward needs the final lse only; keys travel again and their gradients go back to their owner,
 // who adds them in the order of steps.
-//
-// With documents, keys are gathered whole and their gradients reduce-scattered: a document may lie
-// anywhere in the row.
 #include "ops/ring_attention.h"
 
+#include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <limits>
 #include <vector>
 
 #include "comm/communicator.h"
@@ -28,309 +24,183 @@
 namespace pith {
 namespace {
 
-// Row coordinate of local position i of a member's `count`.
-int32_t zigzag_coord(int members, int member, int64_t count, int64_t i) {
-    const int64_t half = count / 2;
-    return i < half ? member * half + i : (2 * members - 2 - member) * half + i;
-}
-
 std::vector<int32_t> zigzag_coords(int members, int member, int64_t count) {
+    const int64_t half = count / 2;
     std::vector<int32_t> coord(count);
-    for (int64_t i = 0; i < count; i++) coord[i] = zigzag_coord(members, member, count, i);
+    for (int64_t i = 0; i < count; i++)
+        coord[i] = (i < half ? member : 2 * members - 2 - member) * half + i;
     return coord;
 }
 
-// ---- Keys and values as they travel: [B, count, K*N + K*M].
-// --------------------------------------
+// Positions of `owner` that some query of `reader` may see.
+KeyRange traveling(const AttentionCore& core, int members, int owner, int reader) {
+    const int64_t count = core.key.count;
+    const auto keys = zigzag_coords(members, owner, count);
+    const auto queries = zigzag_coords(members, reader, count);
+    AttentionCore rule;
+    rule.causal = core.causal;
+    rule.window = core.window;
+    rule.query = {count, queries.data()};
+    rule.key = {count, keys.data()};
+    KeyRange all;
+    for (int64_t i = 0; i < count; i++) all.cover(visible_keys(rule, 0, i));
+    return all;
+}
 
-template <class T>
+// ---- What travels: keys and values [B, count, K*N + K*M], and a table of their positions. -------
+
+// Views of the two parts of `packed`.
 struct KeyViews {
-    HeadView<T> k, v;
+    HeadView k, v;
 };
-template <class T>
-int64_t width_of(const AttentionCore<T>& core) {
-    return int64_t{core.kv_heads} * (core.size + core.v_size);
-}
-// Of `count` positions a row in `data`.
-template <class T>
-KeyViews<T> key_views(const AttentionCore<T>& core, T* data, int64_t count) {
-    const int64_t width = width_of(core);
-    return {{data, count * width, width, core.size},
-            {data ? data + core.kv_heads * core.size : data, count * width, width, core.v_size}};
+KeyViews key_views(const AttentionCore& core, const Tensor& packed) {
+    const int64_t width = packed.dim[2], batch = packed.dim[1] * width;
+    char* const v = packed.data + core.kv_heads * core.size * size_of(core.dtype);
+    return {{packed.data, batch, width, core.size}, {v, batch, width, core.v_size}};
 }
 
-template <class T>
-constexpr DType kDType = sizeof(T) == sizeof(double) ? DType::F64 : DType::F32;
-
-template <class T>
-Tensor key_buffer(Rank& rank, const AttentionCore<T>& core, int64_t count, At at) {
-    return empty(rank, {core.batch, count, width_of(core)}, kDType<T>, at);
-}
-
-// f(k, v, b, h, i) for each head of `buffer`, which holds the local positions i of `range`.
+// f(packed elements, local elements, their number) for each head of the local positions `range`, as
+// they lie in `packed`.
 template <class T, class F>
-void each_key_head(const AttentionCore<T>& core, KeyRange range, T* buffer, F&& f) {
-    const auto views = key_views(core, buffer, range.count());
+void each_head(const AttentionCore& core, KeyRange range, const Tensor& packed, KeyViews local,
+               F&& f) {
+    T* at = packed.as<T>();
     for (int64_t b = 0; b < core.batch; b++)
-        for (int64_t i = 0; i < range.count(); i++)
-            for (int64_t h = 0; h < core.kv_heads; h++)
-                f(views.k.at(b, h, i), views.v.at(b, h, i), b, h, range.begin + i);
+        for (int64_t i = range.begin; i < range.end; i++) {
+            for (int h = 0; h < core.kv_heads; h++, at += core.size)
+                if (local.k.data) f(at, local.k.at<T>(b, h, i), core.size);
+            for (int h = 0; h < core.kv_heads; h++, at += core.v_size)
+                if (local.v.data) f(at, local.v.at<T>(b, h, i), core.v_size);
+        }
 }
 
-// Copies the local keys and values of `range`.
-template <class T>
-Tensor pack_keys(Rank& rank, const AttentionCore<T>& core, KeyRange range, At at) {
-    Tensor packed = key_buffer(rank, core, range.count(), at);
-    each_key_head(core, range, packed.as<T>(), [&](T* k, T* v, int64_t b, int64_t h, int64_t i) {
-        std::memcpy(k, core.k.at(b, h, i), core.size * sizeof(T));
-        std::memcpy(v, core.v.at(b, h, i), core.v_size * sizeof(T));
+struct Keys {
+    Tensor packed, table;
+};
+Keys empty_keys(Rank& rank, const AttentionCore& core, KeyRange range, At at) {
+    const int64_t count = range.count(), width = core.kv_heads * (core.size + core.v_size);
+    return {empty(rank, {core.batch, count, width}, core.dtype, at),
+            empty(rank, {1 + (core.key.doc_end ? core.batch : 0), count}, DType::I32, at)};
+}
+
+Keys pack_keys(Rank& rank, const AttentionCore& core, KeyRange range, At at) {
+    const Keys keys = empty_keys(rank, core, range, at);
+    float_kernel(rank, "attention", at, keys.packed, [&]<class T>(T*) {
+        each_head<T>(core, range, keys.packed, {core.k, core.v},
+                     [](T* packed, const T* local, int n) { std::copy_n(local, n, packed); });
     });
-    return packed;
+    int32_t* to = std::copy_n(core.key.coord + range.begin, range.count(), keys.table.i32());
+    for (int64_t b = 0; b + 1 < keys.table.dim[0]; b++)
+        to = std::copy_n(core.key.doc_end + b * core.key.doc_stride + range.begin, range.count(),
+                         to);
+    return keys;
 }
 
-// Adds gradients to those of the local keys and values of `range`.
-template <class T>
-void add_key_grads(const AttentionCore<T>& core, KeyRange range, const Tensor& from,
-                   const AttentionGrads<T>& grads) {
-    each_key_head(core, range, from.as<T>(), [&](T* k, T* v, int64_t b, int64_t h, int64_t i) {
-        T* dk = grads.k.data ? grads.k.at(b, h, i) : nullptr;
-        T* dv = grads.v.data ? grads.v.at(b, h, i) : nullptr;
-        for (int64_t n = 0; dk && n < core.size; n++) dk[n] += k[n];
-        for (int64_t n = 0; dv && n < core.v_size; n++) dv[n] += v[n];
-    });
-}
+// ---- The ring. ----------------------------------------------------------------------------------
 
-// The same queries against the keys and values in `packed`.
-template <class T>
-AttentionCore<T> with_keys(AttentionCore<T> core, const Tensor& packed, Positions positions) {
-    const auto views = key_views(core, packed.as<T>(), positions.count);
-    core.key = positions;
-    core.k = {views.k.data, views.k.batch, views.k.position, views.k.head};
-    core.v = {views.v.data, views.v.batch, views.v.position, views.v.head};
-    return core;
-}
+enum MessageKind { kKeys = 1, kKeyGrads, kPositions };
 
-// ---- The ring.
-// -----------------------------------------------------------------------------------
+// One step: whose keys are here, and who has this member's.
+struct Step {
+    int number, owner, reader;
+    KeyRange theirs, mine;  // positions that travel
+    Keys keys;              // the owner's
 
-enum MessageKind { kKeys = 1, kKeyGrads };
-
-template <class T>
-struct Ring {
-    Rank& rank;
-    const AttentionCore<T>& core;
-    At at;
-    int members = group_size(rank, Group::Cp), me = group_rank(rank, Group::Cp);
-
-    // Positions of the owner that some query of the reader sees.
-    KeyRange seen(int owner, int reader) const {
-        const int64_t count = core.key.count;
-        const auto keys = zigzag_coords(members, owner, count);
-        const auto queries = zigzag_coords(members, reader, count);
-        AttentionCore<T> rule;
-        rule.causal = core.causal;
-        rule.window = core.window;
-        rule.query = {count, queries.data()};
-        rule.key = {count, keys.data()};
-        KeyRange all;
-        for (int64_t i = 0; i < count; i++) all.cover(visible_keys(rule, 0, i));
-        return all;
+    Step(Rank& rank, const AttentionCore& core, int step, At at) : number(step) {
+        const int n = group_size(rank, Group::Cp), me = group_rank(rank, Group::Cp);
+        owner = (me + n - step) % n;
+        reader = (me + step) % n;
+        theirs = traveling(core, n, owner, me);
+        mine = traveling(core, n, me, reader);
+        keys = empty_keys(rank, core, theirs, at);
+        const Keys sent = pack_keys(rank, core, mine, at);
+        exchange(rank, kPositions, sent.table, reader, keys.table, owner, at);
+        exchange(rank, kKeys, sent.packed, reader, keys.packed, owner, at);
     }
-
     // Sends to one member and receives from another; an empty message is not sent.
-    void exchange(MessageKind kind, int step, const Tensor& out, int to, const Tensor& in,
-                  int from) {
-        const MessageTag tag{kind, step, 0};
+    void exchange(Rank& rank, MessageKind kind, const Tensor& out, int to, const Tensor& in,
+                  int from, At at) const {
+        const MessageTag tag{kind, number, 0};
         std::vector<Transfer> list;
         if (out.numel() > 0) list.push_back({Transfer::Send, to, out, tag});
         if (in.numel() > 0) list.push_back({Transfer::Recv, from, in, tag});
         send_recv(rank, Group::Cp, list.data(), static_cast<int>(list.size()),
-                  kind == kKeys ? "keys and values" : "gradients of keys and values", at);
+                  kind == kKeyGrads ? "gradients of keys and values" : "keys and values", at);
+    }
+    // The same queries against the owner's keys.
+    AttentionCore core_of(AttentionCore core) const {
+        const KeyViews views = key_views(core, keys.packed);
+        core.key = positions_of(keys.table, 0, theirs.count());
+        core.k = views.k;
+        core.v = views.v;
+        return core;
     }
 };
 
-// One step: whose keys are here, and who has this member's.
-template <class T>
-struct Step {
-    int owner, reader;
-    KeyRange theirs, mine;  // positions that travel
-    Tensor packed;          // the owner's
-    std::vector<int32_t> coord;
-    Positions positions() const { return {theirs.count(), coord.data() + theirs.begin}; }
-};
-
-template <class T>
-Step<T> take_step(Ring<T>& ring, int step) {
-    const int n = ring.members;
-    Step<T> s{(ring.me + n - step) % n, (ring.me + step) % n, {}, {}, {}, {}};
-    s.theirs = ring.seen(s.owner, ring.me);
-    s.mine = ring.seen(ring.me, s.reader);
-    s.coord = zigzag_coords(n, s.owner, ring.core.key.count);
-    s.packed = key_buffer(ring.rank, ring.core, s.theirs.count(), ring.at);
-    const Tensor sent = pack_keys(ring.rank, ring.core, s.mine, ring.at);
-    ring.exchange(kKeys, step, sent, s.reader, s.packed, s.owner);
-    return s;
-}
-
 // Adds a part of the softmax over other keys to out and lse.
 template <class T>
-void merge(const AttentionCore<T>& core, HeadView<T> out, T* lse, HeadView<T> part_out,
-           const T* part_lse) {
-    constexpr T nothing = -std::numeric_limits<T>::infinity();
+void merge_cpu(const AttentionCore& core, HeadView out, T* lse, HeadView part_out,
+               const T* part_lse) {
     const int64_t S = core.query.count;
     parallel_rows(core.batch * core.heads * S, core.v_size, [&](int64_t row) {
         const int64_t b = row / S / core.heads, h = row / S % core.heads, i = row % S;
         const T a = lse[row], c = part_lse[row];
-        if (c == nothing) return;
+        if (c == -std::numeric_limits<T>::infinity()) return;
         const T weight = logistic(c - a);
-        T* y = out.at(b, h, i);
-        const T* x = part_out.at(b, h, i);
+        T* y = out.at<T>(b, h, i);
+        const T* x = part_out.at<T>(b, h, i);
         for (int64_t n = 0; n < core.v_size; n++) y[n] += weight * (x[n] - y[n]);
         lse[row] = std::max(a, c) + std::log1p(std::exp(-std::abs(a - c)));
     });
 }
 
-// ---- Documents: the whole rows' keys.
-// ------------------------------------------------------------
-
-// Between [members, B, count, ...], each member's part, and [B, members * count, ...], the rows.
-enum class Direction { ToRows, ToMembers };
-void reorder(Direction direction, int members, int64_t batch, int64_t count, int64_t bytes,
-             char* by_member, char* rows) {
-    const int64_t half = count / 2, length = half * bytes;
-    for (int m = 0; m < members && length > 0; m++)
-        for (int64_t b = 0; b < batch; b++)
-            for (int side = 0; side < 2; side++) {
-                const int64_t at = zigzag_coord(members, m, count, side * half);
-                char* part = by_member + (m * batch + b) * 2 * length + side * length;
-                char* row = rows + (b * members * count + at) * bytes;
-                std::memcpy(direction == Direction::ToRows ? row : part,
-                            direction == Direction::ToRows ? part : row, length);
-            }
-}
-
-// The members' parts [B, count, ...] of a tensor as rows [B, members * count, ...].
-Tensor gather_rows(Rank& rank, const Tensor& local, const char* what, At at) {
-    const int n = group_size(rank, Group::Cp);
-    Dims flat = local.dim, whole = local.dim;
-    flat[0] *= n;
-    whole[1] *= n;
-    Tensor parts = empty(rank, flat, local.dtype, at), rows = empty(rank, whole, local.dtype, at);
-    all_gather(rank, Group::Cp, local, parts, what, nullptr, at);
-    const int64_t positions = local.dim[0] * local.dim[1];
-    reorder(Direction::ToRows, n, local.dim[0], local.dim[1],
-            positions ? local.bytes() / positions : 0, parts.data, rows.data);
-    return rows;
-}
-
-// This member's part [B, count, ...] of the sum over members of rows [B, members * count, ...].
-Tensor reduce_rows(Rank& rank, const Tensor& rows, const char* what, At at) {
-    const int n = group_size(rank, Group::Cp);
-    Dims flat = rows.dim, part = rows.dim;
-    flat[0] *= n;
-    flat[1] = part[1] = rows.dim[1] / n;
-    Tensor parts = empty(rank, flat, rows.dtype, at), local = empty(rank, part, rows.dtype, at);
-    const int64_t positions = rows.dim[0] * rows.dim[1];
-    reorder(Direction::ToMembers, n, part[0], part[1], positions ? rows.bytes() / positions : 0,
-            parts.data, rows.data);
-    reduce_scatter(rank, Group::Cp, parts, local, what, nullptr, at);
-    return local;
-}
-
-// The keys, values, coordinates and document ends of the whole rows.
+// Adds gradients to those of the local keys and values of `range`.
 template <class T>
-struct GatheredKeys {
-    Tensor keys, ends;
-    std::vector<int32_t> coord;
-    Positions positions() const {
-        const int64_t count = keys.dim[1];
-        return {count, coord.data(), ends.i32(), count};
-    }
-};
-template <class T>
-GatheredKeys<T> gather_keys(Rank& rank, const AttentionCore<T>& core, At at) {
-    const int64_t count = core.key.count;
-    Tensor ends = empty(rank, {core.batch, count}, DType::I32, at);
-    for (int64_t b = 0; b < core.batch; b++)
-        for (int64_t i = 0; i < count; i++)
-            ends.i32()[b * count + i] = core.key.doc_end[b * core.key.doc_stride + i];
-    const Tensor packed = pack_keys(rank, core, {0, count}, at);
-    GatheredKeys<T> all{gather_rows(rank, packed, "keys and values", at),
-                        gather_rows(rank, ends, "document ends", at),
-                        {}};
-    for (int64_t i = 0; i < all.keys.dim[1]; i++) all.coord.push_back(i);
-    return all;
-}
-
-template <class T>
-bool gathers(const Rank& rank, const AttentionCore<T>& core) {
-    return core.key.doc_end && group_size(rank, Group::Cp) > 1;
+void add_key_grads_cpu(const AttentionCore& core, KeyRange range, const Tensor& from,
+                       const AttentionGrads& grads) {
+    each_head<T>(core, range, from, {grads.k, grads.v}, [](const T* packed, T* local, int n) {
+        for (int j = 0; j < n; j++) local[j] += packed[j];
+    });
 }
 
 }  // namespace
 
 bool is_zigzag_part(const Rank& rank, const int32_t* coord, int64_t count) {
     const int n = group_size(rank, Group::Cp), me = group_rank(rank, Group::Cp);
-    bool good = n == 1 || count % 2 == 0;
-    for (int64_t i = 0; good && i < count; i++) good = coord[i] == zigzag_coord(n, me, count, i);
-    return good;
+    const auto want = zigzag_coords(n, me, count);
+    return (n == 1 || count % 2 == 0) && std::equal(want.begin(), want.end(), coord);
 }
 
-template <class T>
-void ring_forward(Rank& rank, const AttentionCore<T>& core, HeadView<T> out, T* lse, At at) {
-    if (gathers(rank, core)) {
-        const auto all = gather_keys(rank, core, at);
-        return attention_forward(with_keys(core, all.keys, all.positions()), out, lse);
-    }
-    attention_forward(core, out, lse);
-    Ring<T> ring{rank, core, at};
-    if (ring.members == 1) return;
+void ring_forward(Rank& rank, const AttentionCore& core, HeadView out, const Tensor& lse, At at) {
+    attention_forward(rank, core, out, lse, at);
+    const int members = group_size(rank, Group::Cp);
+    if (members == 1) return;
     const int64_t S = core.query.count, H = core.heads, M = core.v_size;
-    const Tensor part = empty(rank, {core.batch, S, H, M}, kDType<T>, at);
-    const Tensor part_lse = empty(rank, {core.batch, H, S}, kDType<T>, at);
-    const HeadView<T> part_out{part.as<T>(), S * H * M, H * M, M};
-    for (int step = 1; step < ring.members; step++) {
-        const auto s = take_step(ring, step);
-        if (s.theirs.empty()) continue;
-        attention_forward(with_keys(core, s.packed, s.positions()), part_out, part_lse.as<T>());
-        merge(core, out, lse, part_out, part_lse.as<T>());
+    const Tensor part = empty(rank, {core.batch, S, H, M}, core.dtype, at);
+    const Tensor part_lse = empty(rank, lse.dim, core.dtype, at);
+    const HeadView part_out{part.data, S * H * M, H * M, M};
+    for (int number = 1; number < members; number++) {
+        const Step step(rank, core, number, at);
+        attention_forward(rank, step.core_of(core), part_out, part_lse, at);
+        float_kernel(rank, "attention", at, lse, [&]<class T>(T*) {
+            merge_cpu(core, out, lse.as<T>(), part_out, part_lse.as<T>());
+        });
     }
 }
 
-template <class T>
-void ring_backward(Rank& rank, const AttentionCore<T>& core, HeadView<const T> out, const T* lse,
-                   HeadView<const T> dout, const AttentionGrads<T>& grads, At at) {
-    if (gathers(rank, core)) {
-        const auto all = gather_keys(rank, core, at);
-        const Tensor sums = zeros(rank, all.keys.dim, all.keys.dtype, at);
-        const auto d = key_views(core, sums.as<T>(), all.keys.dim[1]);
-        attention_backward(with_keys(core, all.keys, all.positions()), out, lse, dout,
-                           {grads.q, d.k, d.v, {}});
-        add_key_grads(core, {0, core.key.count},
-                      reduce_rows(rank, sums, "gradients of keys and values", at), grads);
-        return;
-    }
-    attention_backward(core, out, lse, dout, grads);
-    Ring<T> ring{rank, core, at};
-    for (int step = 1; step < ring.members; step++) {
-        const auto s = take_step(ring, step);
-        const Tensor theirs = zeros(rank, s.packed.dim, s.packed.dtype, at);
-        const Tensor mine = key_buffer(rank, core, s.mine.count(), at);
-        const auto d = key_views(core, theirs.as<T>(), s.theirs.count());
-        if (!s.theirs.empty())
-            attention_backward(with_keys(core, s.packed, s.positions()), out, lse, dout,
-                               {grads.q, d.k, d.v, {}});
-        ring.exchange(kKeyGrads, step, theirs, s.owner, mine, s.reader);
-        add_key_grads(core, s.mine, mine, grads);
+void ring_backward(Rank& rank, const AttentionCore& core, HeadView out, const Tensor& lse,
+                   HeadView dout, const AttentionGrads& grads, At at) {
+    attention_backward(rank, core, out, lse, dout, grads, at);
+    for (int number = 1; number < group_size(rank, Group::Cp); number++) {
+        const Step step(rank, core, number, at);
+        const Tensor theirs = zeros(rank, step.keys.packed.dim, core.dtype, at);
+        const Tensor mine = empty_keys(rank, core, step.mine, at).packed;
+        const KeyViews d = key_views(core, theirs);
+        attention_backward(rank, step.core_of(core), out, lse, dout, {grads.q, d.k, d.v, {}}, at);
+        step.exchange(rank, kKeyGrads, theirs, step.owner, mine, step.reader, at);
+        float_kernel(rank, "attention", at, lse,
+                     [&]<class T>(T*) { add_key_grads_cpu<T>(core, step.mine, mine, grads); });
     }
 }
-
-template void ring_forward(Rank&, const AttentionCore<float>&, HeadView<float>, float*, At);
-template void ring_forward(Rank&, const AttentionCore<double>&, HeadView<double>, double*, At);
-template void ring_backward(Rank&, const AttentionCore<float>&, HeadView<const float>, const float*,
-                            HeadView<const float>, const AttentionGrads<float>&, At);
-template void ring_backward(Rank&, const AttentionCore<double>&, HeadView<const double>,
-                            const double*, HeadView<const double>, const AttentionGrads<double>&,
-                            At);
 
 }  // namespace pith

@@ -13,10 +13,8 @@ bool is_zigzag_part(const Rank& rank, const int32_t* coord, int64_t count);
 // `core` holds the local queries, keys and values, which every member has as many of, without bias
 // or `visible`. A member sees what it would see if it had the whole rows: out and lse cover all
 // their keys, and a key's gradient comes from all their queries.
-template <class T>
-void ring_forward(Rank& rank, const AttentionCore<T>& core, HeadView<T> out, T* lse, At at);
-template <class T>
-void ring_backward(Rank& rank, const AttentionCore<T>& core, HeadView<const T> out, const T* lse,
-                   HeadView<const T> dout, const AttentionGrads<T>& grads, At at);
+void ring_forward(Rank& rank, const AttentionCore& core, HeadView out, const Tensor& lse, At at);
+void ring_backward(Rank& rank, const AttentionCore& core, HeadView out, const Tensor& lse,
+                   HeadView dout, const AttentionGrads& grads, At at);
 
 }  // namespace pith

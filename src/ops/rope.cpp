@@ -4,13 +4,12 @@
 //                                                                  Su et al. 2021, arXiv:2104.09864
 //   in     qkv [T, (H+2K)*N]   q_norm, k_norm [N] or both undefined   cos, sin [positions, N/2]
 //          f32|f64, one dtype    positions I32 [T]                                out  like qkv
-//   keeps  bx: qkv and the norm weights if there are any, tables, positions   bw: qkv, tables,
-//          positions; 1/rms is computed again
+//   keeps  bx: tables, positions; if there are norms, qkv and their weights
+//          bw: tables, positions, qkv; 1/rms is computed again
 //   grad   bx: dqkv +=, rotation by the opposite angle, then rms_norm's   bw: the norm weights' +=
 //   errors shapes; one norm weight without the other; a position outside the tables; dtypes differ
 //   bitwise run-to-run: yes, for any number of threads
 #include <algorithm>
-#include <cmath>
 
 #include "ops/layer_parts.h"
 #include "ops/ops.h"
@@ -19,143 +18,120 @@ namespace pith {
 
 namespace {
 
-// A packed projection and what its heads are normed and turned by. Norm weights may be null.
+// What the heads of a packed projection are normed and turned by. x and norm weights may be null.
 template <class T>
-struct RopeRows {
-    Heads heads;
-    T eps;
-    const T *x, *q_norm, *k_norm, *cos, *sin;
-    const int32_t* positions;
+struct HeadTurns {
+    // `keep`: cos, sin, positions, qkv, q_norm, k_norm.
+    HeadTurns(Heads h, double e, const TensorList& keep)
+        : heads(h),
+          eps(static_cast<T>(e)),
+          cos(keep[0].as<T>()),
+          sin(keep[1].as<T>()),
+          x(keep[3].as<T>()),
+          q_norm(keep[4].as<T>()),
+          k_norm(keep[5].as<T>()),
+          positions(keep[2].i32()) {}
+    HeadTurns(const Node& node, const TensorList& keep)
+        : HeadTurns({int(node.i[0]), int(node.i[1]), int(node.i[2])}, node.f[0], keep) {}
 
     int turned() const { return heads.query + heads.kv; }
     int64_t width() const { return int64_t{turned() + heads.kv} * heads.size; }
     const T* weight(int h) const { return h < heads.query ? q_norm : k_norm; }
-    const T* cos_of(int64_t t) const { return cos + positions[t] * int64_t{heads.size / 2}; }
-    const T* sin_of(int64_t t) const { return sin + positions[t] * int64_t{heads.size / 2}; }
-    T rstd(const T* head) const {
-        return 1 / std::sqrt(dot(head, head, heads.size) / heads.size + eps);
+    // to = from, one head of token t, turned by the token's angle times `sign`. May be in place.
+    void turn(int64_t t, T sign, const T* from, T* to) const {
+        const int half = heads.size / 2;
+        const T *c = cos + positions[t] * int64_t{half}, *s = sin + positions[t] * int64_t{half};
+#pragma GCC ivdep
+        for (int i = 0; i < half; i++) {
+            const T a = from[i], b = from[i + half], turned_by = sign * s[i];
+            to[i] = a * c[i] - b * turned_by;
+            to[i + half] = b * c[i] + a * turned_by;
+        }
     }
+    // f(t, h, first element) of each head to turn; v's elements are copied.
+    template <class F>
+    void each_head(int64_t tokens, const T* from, T* to, F&& f) const {
+        parallel_rows(tokens, width() * 8, [&](int64_t t) {
+            const int64_t first = t * width(), v = first + turned() * heads.size;
+            for (int h = 0; h < turned(); h++) f(t, h, first + h * heads.size);
+            std::copy_n(from + v, heads.kv * heads.size, to + v);
+        });
+    }
+
+    Heads heads;
+    T eps;
+    const T *cos, *sin, *x, *q_norm, *k_norm;
+    const int32_t* positions;
 };
 
 }  // namespace
 
 template <class T>
-static void turn_back(const T* dy, const T* cos, const T* sin, int half, T* u) {
-    for (int i = 0; i < half; i++) {
-        u[i] = dy[i] * cos[i] + dy[i + half] * sin[i];
-        u[i + half] = dy[i + half] * cos[i] - dy[i] * sin[i];
-    }
-}
-
-template <class T>
-static void qk_norm_rope_cpu(const RopeRows<T>& in, int64_t tokens, T* out) {
-    const int N = in.heads.size, half = N / 2;
-    parallel_rows(tokens, in.width() * 8, [&](int64_t t) {
-        const T *cos = in.cos_of(t), *sin = in.sin_of(t);
-        for (int h = 0; h < in.turned(); h++) {
-            const T* x = in.x + t * in.width() + h * N;
-            T* y = out + t * in.width() + h * N;
-            const T* w = in.weight(h);
-            const T rstd = w ? in.rstd(x) : 1;
-            for (int i = 0; i < half; i++) {
-                const T a = w ? x[i] * rstd * w[i] : x[i];
-                const T b = w ? x[i + half] * rstd * w[i + half] : x[i + half];
-                y[i] = a * cos[i] - b * sin[i];
-                y[i + half] = b * cos[i] + a * sin[i];
-            }
-        }
-        const int64_t v = t * in.width() + in.turned() * N;
-        std::copy_n(in.x + v, in.heads.kv * N, out + v);
+static void qk_norm_rope_cpu(const HeadTurns<T>& in, int64_t tokens, T* out) {
+    const int N = in.heads.size;
+    in.each_head(tokens, in.x, out, [&](int64_t t, int h, int64_t first) {
+        const T *x = in.x + first, *w = in.weight(h);
+        T* y = out + first;
+        const T scale = w ? rms_scale(x, N, in.eps) : 1;
+        for (int i = 0; w && i < N; i++) y[i] = x[i] * scale * w[i];
+        in.turn(t, 1, w ? y : x, y);
     });
 }
 
 template <class T>
-static void qk_norm_rope_bx_cpu(const RopeRows<T>& in, int64_t tokens, const T* dy, T* dx) {
+static void qk_norm_rope_bx_cpu(const HeadTurns<T>& in, int64_t tokens, const T* dy, T* dx) {
     const int N = in.heads.size;
-    parallel_rows(tokens, in.width() * 12, [&](int64_t t) {
-        for (int h = 0; h < in.turned(); h++) {
-            const int64_t first = t * in.width() + h * N;
-            const T *x = in.x + first, *w = in.weight(h);
-            T* u = dx + first;
-            turn_back(dy + first, in.cos_of(t), in.sin_of(t), N / 2, u);
-            if (!w) continue;
-            const T rstd = in.rstd(x);
-            const T along = lane_sum<T>(N, [&](int64_t i) { return u[i] * w[i] * x[i]; });
-            const T c = along * rstd * rstd * rstd / N;
-            for (int i = 0; i < N; i++) u[i] = u[i] * w[i] * rstd - x[i] * c;
-        }
-        const int64_t v = t * in.width() + in.turned() * N;
-        std::copy_n(dy + v, in.heads.kv * N, dx + v);
+    in.each_head(tokens, dy, dx, [&](int64_t t, int h, int64_t first) {
+        const T *x = in.x + first, *w = in.weight(h);
+        T* u = dx + first;
+        in.turn(t, -1, dy + first, u);
+        if (w) rms_norm_grad(N, u, w, x, rms_scale(x, N, in.eps), u);
     });
 }
 
-// Sums of u x rstd over the heads of blocks of tokens, then over the blocks, in order.
+// Sums over the heads of blocks of tokens, in sums [blocks, 3, N] (q's, k's, one head), then over
+// the blocks, in order.
 template <class T>
-static void qk_norm_rope_bw_cpu(Rank& rank, const RopeRows<T>& in, int64_t tokens, const Tensor& dy,
-                                Slot<T> dq_norm, Slot<T> dk_norm) {
-    constexpr int64_t kTokens = 64;
+static void qk_norm_rope_bw_cpu(const HeadTurns<T>& in, int64_t tokens, const T* dy,
+                                const Tensor& sums, Slot<T> dq_norm, Slot<T> dk_norm) {
     const int N = in.heads.size;
-    const int64_t blocks = (tokens + kTokens - 1) / kTokens;
-    const Tensor scratch = zeros(rank, {blocks, 3, N}, dy.dtype);
-    T* const sums = scratch.as<T>();
-    parallel_rows(blocks, kTokens * in.width() * 8, [&](int64_t block) {
-        T* sum = sums + block * 3 * N;
+    const int64_t blocks = sums.dim[0], size = (tokens + blocks - 1) / blocks;
+    parallel_rows(blocks, size * in.width() * 8, [&](int64_t block) {
+        T* sum = sums.as<T>() + block * 3 * N;
         T* u = sum + 2 * N;
-        for (int64_t t = block * kTokens; t < std::min(tokens, (block + 1) * kTokens); t++)
+        for (int64_t t = block * size; t < std::min(tokens, (block + 1) * size); t++)
             for (int h = 0; h < in.turned(); h++) {
                 const int64_t first = t * in.width() + h * N;
                 const T* x = in.x + first;
                 T* to = h < in.heads.query ? sum : sum + N;
-                turn_back(dy.as<T>() + first, in.cos_of(t), in.sin_of(t), N / 2, u);
-                const T rstd = in.rstd(x);
-                for (int i = 0; i < N; i++) to[i] += u[i] * (x[i] * rstd);
+                in.turn(t, -1, dy + first, u);
+                const T scale = rms_scale(x, N, in.eps);
+                for (int i = 0; i < N; i++) to[i] += u[i] * (x[i] * scale);
             }
     });
-    if (dq_norm.data)
-        add_columns(blocks, N, dq_norm, [=](int64_t b, int64_t i) { return sums[b * 3 * N + i]; });
-    if (dk_norm.data)
-        add_columns(blocks, N, dk_norm,
-                    [=](int64_t b, int64_t i) { return sums[(b * 3 + 1) * N + i]; });
+    const T* sum = sums.as<T>();
+    add_columns(blocks, N, dq_norm, [=](int64_t b, int64_t i) { return sum[b * 3 * N + i]; });
+    add_columns(blocks, N, dk_norm, [=](int64_t b, int64_t i) { return sum[(b * 3 + 1) * N + i]; });
 }
 
-// `x` and the norm weights may be undefined.
-template <class T>
-static RopeRows<T> rope_rows(Heads heads, double eps, const Tensor& x, const Tensor& q_norm,
-                             const Tensor& k_norm, const Rope& rope, const Tensor& positions) {
-    return {heads,          static_cast<T>(eps), x.as<T>(),        q_norm.as<T>(),
-            k_norm.as<T>(), rope.cos.as<T>(),    rope.sin.as<T>(), positions.i32()};
-}
-
-static Heads heads_of(const Node& node) {
-    return {static_cast<int>(node.i[0]), static_cast<int>(node.i[1]), static_cast<int>(node.i[2])};
-}
-
-// bx_keep: cos, sin, positions; with norms also qkv and their weights.
 static void qk_norm_rope_bx(Rank& rank, Node& node) {
-    const TensorList& keep = node.bx_keep;
     const Tensor& dy = node.grad[0];
     const Tensor dx = empty(rank, dy.dim, dy.dtype, node.at);
-    float_kernel(rank, node.op, node.at, dy, [&]<class T>(T*) {
-        const RopeRows<T> in = rope_rows<T>(heads_of(node), node.f[0], keep[3], keep[4], keep[5],
-                                            {keep[0], keep[1]}, keep[2]);
-        qk_norm_rope_bx_cpu<T>(in, dy.rows(), dy.as<T>(), dx.as<T>());
+    float_kernel(rank, node, [&]<class T>(T*) {
+        qk_norm_rope_bx_cpu<T>({node, node.bx_keep}, dy.rows(), dy.as<T>(), dx.as<T>());
     });
     add_grad(rank, node.in[0], dx);
 }
 
-static void qk_norm_rope_bw(Rank& rank, Node* const* nodes, int n) {
-    for (int i = 0; i < n; i++) {
-        const Node& node = *nodes[i];
-        const TensorList& keep = node.bw_keep;
-        float_kernel(rank, node.op, node.at, node.grad[0], [&]<class T>(T*) {
-            const RopeRows<T> in = rope_rows<T>(heads_of(node), node.f[0], keep[3], {}, {},
-                                                {keep[0], keep[1]}, keep[2]);
-            // In this order: one weight may serve both, and the first writer assigns.
-            const Slot<T> dq_norm = writable<T>(rank, node.in[1], node.at);
-            const Slot<T> dk_norm = writable<T>(rank, node.in[2], node.at);
-            qk_norm_rope_bw_cpu(rank, in, node.grad[0].rows(), node.grad[0], dq_norm, dk_norm);
-        });
-    }
+static void qk_norm_rope_bw(Rank& rank, Node& node) {
+    const Tensor& dy = node.grad[0];
+    const int64_t blocks = std::max<int64_t>(1, dy.rows() / 64);
+    const Tensor sums = zeros(rank, {blocks, 3, node.i[2]}, dy.dtype);
+    float_kernel(rank, node, [&]<class T>(T*) {
+        // In this order: one weight may serve both, and the first writer assigns.
+        const Slot<T> dq_norm = writable<T>(rank, node, 1), dk_norm = writable<T>(rank, node, 2);
+        qk_norm_rope_bw_cpu<T>({node, node.bw_keep}, dy.rows(), dy.as<T>(), sums, dq_norm, dk_norm);
+    });
 }
 
 Rope rope_tables(Rank& rank, int64_t positions, int size, double theta, At at) {
@@ -184,6 +160,7 @@ Tensor qk_norm_rope(Rank& rank, Tensor qkv, Heads heads, Tensor q_norm, Tensor k
     const char* op = "qk_norm_rope";
     const int64_t N = heads.size, width = (heads.query + 2 * int64_t{heads.kv}) * N;
     const bool normed = q_norm.defined();
+    const auto alike = [&](const Tensor& t) { return !t.defined() || t.dtype == qkv.dtype; };
     check(
         rank, op, at,
         {{"qkv [T, (H+2K)*N] with an even N",
@@ -193,24 +170,23 @@ Tensor qk_norm_rope(Rank& rank, Tensor qkv, Heads heads, Tensor q_norm, Tensor k
           normed ? q_norm.dim == Dims{N} && k_norm.dim == Dims{N} : !k_norm.defined()},
          {"tables [positions, N/2]",
           rope.cos.dim.rank == 2 && rope.cos.dim[1] == N / 2 && rope.sin.dim == rope.cos.dim},
-         {"one dtype", rope.cos.dtype == qkv.dtype && rope.sin.dtype == qkv.dtype &&
-                           (!normed || (q_norm.dtype == qkv.dtype && k_norm.dtype == qkv.dtype))}},
+         {"one dtype", alike(rope.cos) && alike(rope.sin) && alike(q_norm) && alike(k_norm)}},
         {&qkv, &q_norm, &k_norm, &rope.cos, &positions});
     Tensor y = empty(rank, qkv.dim, qkv.dtype, at);
+    const TensorList all = {rope.cos, rope.sin, positions, qkv, q_norm, k_norm};
     float_kernel(rank, op, at, qkv, [&]<class T>(T*) {
         check_ids(rank, op, at, "positions", positions, rope.cos.dim[0]);
-        const auto in = rope_rows<T>(heads, eps, qkv, q_norm, k_norm, rope, positions);
-        qk_norm_rope_cpu<T>(in, qkv.dim[0], y.as<T>());
+        qk_norm_rope_cpu<T>({heads, eps, all}, qkv.dim[0], y.as<T>());
     });
     if (Node* n = record(rank, op, at, {qkv, q_norm, k_norm}, {&y})) {
         n->f[0] = eps;
         n->i[0] = heads.query;
         n->i[1] = heads.kv;
-        n->i[2] = heads.size;
+        n->i[2] = N;
         n->bx_keep = {rope.cos, rope.sin, positions};
         n->bx = qk_norm_rope_bx;
         if (normed) {
-            for (const Tensor& t : {qkv, q_norm, k_norm}) n->bx_keep.push(t);
+            n->bx_keep = all;
             n->bw_keep = {rope.cos, rope.sin, positions, qkv};
             set_backward<qk_norm_rope_bx, qk_norm_rope_bw>(*n, {1, 2});
         }

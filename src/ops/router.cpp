@@ -28,12 +28,6 @@ static void choose_largest(const T* p, int64_t E, int k, int32_t* ids) {
 }
 
 template <class T>
-static void softmax_row(T* row, int64_t n) {
-    const T scale = 1 / exp_sum(row, n, max_of(row, n));
-    for (int64_t j = 0; j < n; j++) row[j] *= scale;
-}
-
-template <class T>
 static T sum_at(const T* p, const int32_t* ids, int k) {
     T sum = 0;
     for (int j = 0; j < k; j++) sum += p[ids[j]];
@@ -43,15 +37,15 @@ static T sum_at(const T* p, const int32_t* ids, int k) {
 template <class T>
 static void router_cpu(const Tensor& x, const Tensor& w, const RouterOptions& o,
                        const Routing& out) {
-    const int64_t tokens = x.dim[0], D = x.dim[1], E = w.dim[0];
+    const int64_t E = w.dim[0];
     const int k = o.top_k;
-    gemm<T>(tokens, E, D, {x.as<T>(), D}, {w.as<T>(), D, Layout::Transposed}, 0, out.probs.as<T>(),
-            E);
-    parallel_rows(tokens, E * 8, [&](int64_t t) {
+    linear_y<T>(x, w, {out.probs.as<T>()});
+    parallel_rows(x.dim[0], E * 8, [&](int64_t t) {
         T* p = out.probs.as<T>() + t * E;
         T* weights = out.weights.as<T>() + t * k;
         int32_t* ids = out.ids.i32() + t * k;
-        softmax_row(p, E);
+        const T scale = 1 / exp_sum(p, E, max_of(p, E));
+        for (int64_t e = 0; e < E; e++) p[e] *= scale;
         if (o.forced_ids.defined())
             std::copy_n(o.forced_ids.i32() + t * k, k, ids);
         else if (o.force_balanced)
@@ -89,48 +83,38 @@ static void router_logits_grad(const Tensor& dweights, const Tensor& dprobs, con
 
 static void router_bx(Rank& rank, Node& node) {
     const Tensor &w = node.bx_keep[0], &probs = node.bx_keep[1], &ids = node.bx_keep[2];
-    const int64_t tokens = probs.dim[0], E = probs.dim[1], D = w.dim[1];
     const Tensor d = empty(rank, probs.dim, probs.dtype, node.at);
-    float_kernel(rank, node.op, node.at, probs, [&]<class T>(T*) {
+    float_kernel(rank, node, [&]<class T>(T*) {
         router_logits_grad<T>(node.grad[0], node.grad[1], probs, ids, node.i[0], d.as<T>());
-        const Slot<T> dx = writable<T>(rank, node.in[0], node.at);
-        if (dx.data)
-            gemm<T>(tokens, D, E, {d.as<T>(), E}, {w.as<T>(), D}, dx.add ? 1 : 0, dx.data, D);
+        linear_dx(d, w, writable<T>(rank, node, 0));
     });
     node.bw_keep.push(d);
 }
 
-static void router_bw(Rank& rank, Node* const* nodes, int n) {
-    for (int i = 0; i < n; i++) {
-        const Node& node = *nodes[i];
-        const Tensor &x = node.bw_keep[0], &d = node.bw_keep[1];
-        const int64_t tokens = x.dim[0], E = d.dim[1], D = x.dim[1];
-        float_kernel(rank, node.op, node.at, x, [&]<class T>(T*) {
-            const Slot<T> dw = writable<T>(rank, node.in[1], node.at);
-            if (dw.data)
-                gemm<T>(E, D, tokens, {d.as<T>(), E, Layout::Transposed}, {x.as<T>(), D},
-                        dw.add ? 1 : 0, dw.data, D);
-        });
-    }
+static void router_bw(Rank& rank, Node& node) {
+    float_kernel(rank, node, [&]<class T>(T*) {
+        linear_dw(node.bw_keep[1], node.bw_keep[0], writable<T>(rank, node, 1));
+    });
 }
 
 Routing router(Rank& rank, Tensor x, Tensor w, RouterOptions options, At at) {
     const Tensor& forced = options.forced_ids;
     const int64_t k = options.top_k;
+    const int64_t T = x.dim[0], E = w.dim[0];
     check(
         rank, "router", at,
         {{"x [T, D] and w [E, D]", x.dim.rank == 2 && w.dim.rank == 2 && x.dim[1] == w.dim[1]},
          {"one dtype", x.dtype == w.dtype},
-         {"top_k in [1, E]", k >= 1 && k <= w.dim[0]},
+         {"top_k in [1, E]", k >= 1 && k <= E},
          {"forced_ids I32 [T, k] or undefined",
-          !forced.defined() || (forced.dtype == DType::I32 && forced.dim == Dims{x.dim[0], k})},
+          !forced.defined() || (forced.dtype == DType::I32 && forced.dim == Dims{T, k})},
          {"forced_ids or force_balanced, not both", !forced.defined() || !options.force_balanced}},
         {&x, &w, &forced});
-    Routing out{empty(rank, {x.dim[0], k}, DType::I32, at), empty(rank, {x.dim[0], k}, x.dtype, at),
-                empty(rank, {x.dim[0], w.dim[0]}, x.dtype, at)};
-    float_kernel(rank, "router", at, x, [&]<class T>(T*) {
-        if (forced.defined()) check_ids(rank, "router", at, "forced_ids", forced, w.dim[0]);
-        router_cpu<T>(x, w, options, out);
+    Routing out{empty(rank, {T, k}, DType::I32, at), empty(rank, {T, k}, x.dtype, at),
+                empty(rank, {T, E}, x.dtype, at)};
+    float_kernel(rank, "router", at, x, [&]<class F>(F*) {
+        if (forced.defined()) check_ids(rank, "router", at, "forced_ids", forced, E);
+        router_cpu<F>(x, w, options, out);
     });
     if (Node* n = record(rank, "router", at, {x, w}, {&out.weights, &out.probs})) {
         n->bx_keep = {w, out.probs, out.ids};
