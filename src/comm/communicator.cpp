@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <numeric>
 
 #include "comm/world.h"
 
@@ -10,37 +11,22 @@ namespace pith {
 
 namespace {
 
-// Up to this size a member's input is copied where it outlives the call, which saves the second
-// meeting; longer ones are read in place.
-constexpr int64_t kStagedBytes = 32 * 1024;
-
-[[noreturn]] void stop(const World& world) {
-    throw Error(kExitFailed, text("stopped, because rank %d failed", world.failed_rank));
-}
-
-std::string place_of(const Call& call) {
-    return text("%s:%d: %s", call.at.file, call.at.line, call.op);
-}
-
-// Leaves a call after a failure, once nobody reads this rank's memory any more.
-[[noreturn]] void leave_failed(World& world, GroupState& g, std::unique_lock<std::mutex>& lock) {
-    g.changed.notify_all();
-    g.changed.wait(lock, [&] { return g.copying == 0; });
-    stop(world);
+[[noreturn]] void fail_call(const Call& call, const std::string& what) {
+    throw Error(kExitFailed,
+                text("%s:%d: %s \"%s\"", call.at.file, call.at.line, call.op, call.what) + what);
 }
 
 std::string names_of(const std::vector<int>& ranks) {
-    std::string names;
-    for (size_t i = 0; i < ranks.size(); i++)
-        names += text("%s%d", i == 0 ? (ranks.size() > 1 ? "ranks " : "rank ") : ", ", ranks[i]);
+    std::string names = ranks.size() > 1 ? "ranks" : "rank";
+    for (size_t i = 0; i < ranks.size(); i++) names += text("%s %d", i ? "," : "", ranks[i]);
     return names;
 }
 
 // The one place where the host waits for other ranks. Three exits: ready() holds; another rank
 // failed; the time limit, which is this rank's failure, as is a rank that has ended without coming.
-// missing() lists the ranks that are waited for. Returns whether ready() holds and nobody failed.
+// missing() lists the ranks that are waited for.
 template <class Ready, class Missing>
-bool wait_for_others(Rank& rank, GroupState& g, std::unique_lock<std::mutex>& lock,
+void wait_for_others(Rank& rank, GroupState& g, std::unique_lock<std::mutex>& lock,
                      const Call& call, Ready ready, Missing missing) {
     World& world = *rank.comm->world;
     RankState& mine = world.ranks[rank.id];
@@ -49,125 +35,82 @@ bool wait_for_others(Rank& rank, GroupState& g, std::unique_lock<std::mutex>& lo
     mine.waits = true;
     mine.call = call;
     rank.status->waiting = call.what;
-    while (!ready() && world.failed_rank < 0) {
+    bool timed_out = false;
+    while (world.failed_rank < 0 && !ready()) {
         const std::vector<int> late = missing();
-        const bool ended =
-            std::any_of(late.begin(), late.end(), [&](int r) { return world.ranks[r].finished; });
-        const bool timed_out =
-            !ended && g.changed.wait_until(lock, deadline) == std::cv_status::timeout;
-        if (world.failed_rank >= 0 || ready() || !(ended || timed_out)) continue;
-        const std::string names = names_of(missing());
-        fail_world(
-            world, rank.id, kExitFailed,
-            place_of(call) + (ended ? text(" \"%s\" waits for %s, of which one has ended",
-                                           call.what, names.c_str())
-                                    : text(" \"%s\" waited %g s for %s (%s group)", call.what,
-                                           limit_s, names.c_str(), name_of(call.group))));
+        if (std::any_of(late.begin(), late.end(), [&](int r) { return world.ranks[r].finished; }))
+            fail_call(call, " waits for " + names_of(late) + ", of which one has ended");
+        if (timed_out)
+            fail_call(call, text(" waited %g s for %s (%s group)", limit_s, names_of(late).c_str(),
+                                 name_of(call.group)));
+        timed_out = g.changed.wait_until(lock, deadline) == std::cv_status::timeout;
     }
+    if (world.failed_rank >= 0)
+        throw Error(kExitFailed, text("stopped, because rank %d failed", world.failed_rank));
     mine.waits = false;
     rank.status->waiting = "";
-    return world.failed_rank < 0;
 }
 
-// A collective under way: the members' slots may be read until close().
+// A collective under way. Its slots stay as they are until the caller has entered the next one.
 struct Meeting {
-    Rank& rank;
     GroupState& g;
     Call call;
     int me, n;
-    std::vector<Slot>& slots;
-    bool direct = false;  // some slot is read in place
+    const std::vector<Slot>& slots;
 };
 
-enum class Pass : uint8_t { Open, Middle, Close };
-
-// All members pass together.
-void meet(Meeting& m, Pass pass) {
-    World& world = *m.rank.comm->world;
-    std::unique_lock lock(world.mutex);
-    if (pass == Pass::Close) m.g.copying--;
-    if (world.failed_rank >= 0) {
-        if (pass == Pass::Middle) m.g.copying--;
-        leave_failed(world, m.g, lock);
-    }
-    const int64_t round = m.g.round;
-    m.g.here[m.me] = 1;
-    if (++m.g.arrived == m.n) {
-        m.g.arrived = 0;
-        std::fill(m.g.here.begin(), m.g.here.end(), 0);
-        m.g.round++;
-        m.g.changed.notify_all();
-    }
-    const bool passed = wait_for_others(
-        m.rank, m.g, lock, m.call, [&] { return m.g.round != round; },
-        [&] {
-            std::vector<int> late;
-            for (int i = 0; i < m.n; i++)
-                if (!m.g.here[i]) late.push_back(m.g.members[i]);
-            return late;
-        });
-    if (!passed) {
-        if (pass == Pass::Middle) m.g.copying--;
-        leave_failed(world, m.g, lock);
-    }
-    if (pass != Pass::Open) return;
-    for (const Slot& slot : m.slots) m.direct = m.direct || slot.direct;
-    m.g.copying += m.direct;
-}
-
-// Ends the call with an error of this rank's.
-[[noreturn]] void fail_call(Meeting& m, const std::string& what) {
-    World& world = *m.rank.comm->world;
-    std::unique_lock lock(world.mutex);
-    fail_world(world, m.rank.id, kExitFailed,
-               place_of(m.call) + text(" \"%s\": ", m.call.what) + what);
-    m.g.copying -= m.direct;
-    leave_failed(world, m.g, lock);
-}
-
-// Every member publishes `data` and meets the others, who must be in the same call.
-Meeting open(Rank& rank, const Call& call, const void* data, int64_t bytes, DType dtype,
+// Every member brings a copy of `data` and waits for the others, who must be in the same call.
+Meeting meet(Rank& rank, const Call& call, const void* data, int64_t bytes, DType dtype,
              int detail = 0, const int64_t* counts = nullptr) {
     Comm& comm = *rank.comm;
-    const int index = static_cast<int>(call.group);
+    const int index = static_cast<int>(call.group), me = comm.place[index];
     GroupState& g = *comm.group[index];
     const int n = static_cast<int>(g.members.size());
-    Meeting m{rank, g, call, comm.place[index], n, g.slots[comm.calls[index]++ & 1]};
-    Slot& mine = m.slots[m.me];
+    std::vector<Slot>& slots = g.slots[comm.calls[index]++ & 1];
+    Slot& mine = slots[me];
+    const char* from = static_cast<const char*>(data);
     mine.call = call;
     mine.dtype = dtype;
     mine.detail = detail;
-    mine.bytes = bytes;
-    mine.direct = bytes > kStagedBytes;
-    mine.data = static_cast<const char*>(data);
-    if (!mine.direct) {
-        mine.staged.assign(mine.data, mine.data + bytes);
-        mine.data = mine.staged.data();
-    }
+    mine.data.assign(from, from + bytes);
     mine.counts.assign(counts, counts ? counts + n : counts);
-    meet(m, Pass::Open);
-    for (int i = 0; i < n; i++) {
-        const Slot& other = m.slots[i];
-        const bool same = std::strcmp(other.call.op, call.op) == 0 && other.dtype == dtype &&
-                          other.detail == detail && other.counts.empty() == mine.counts.empty();
-        if (same) continue;
-        fail_call(
-            m, text("the members' calls differ: rank %d is in %s \"%s\" of %s, detail %d, "
-                    "called at %s:%d (this one: %s, detail %d)",
-                    g.members[i], other.call.op, other.call.what, name_of(other.dtype),
-                    other.detail, other.call.at.file, other.call.at.line, name_of(dtype), detail));
+    std::unique_lock lock(comm.world->mutex);
+    const int64_t round = g.round;
+    g.here[me] = 1;
+    if (std::count(g.here.begin(), g.here.end(), 1) == n) {
+        g.here.assign(n, 0);
+        g.round++;
+        g.changed.notify_all();
     }
-    return m;
+    const auto missing = [&] {
+        std::vector<int> late;
+        for (int i = 0; i < n; i++)
+            if (!g.here[i]) late.push_back(g.members[i]);
+        return late;
+    };
+    wait_for_others(
+        rank, g, lock, call, [&] { return g.round != round; }, missing);
+    for (int i = 0; i < n; i++) {
+        const Slot& other = slots[i];
+        if (std::strcmp(other.call.op, call.op) == 0 && other.dtype == dtype &&
+            other.detail == detail && other.counts.empty() == mine.counts.empty())
+            continue;
+        fail_call(call, text(": the members' calls differ: rank %d is in %s \"%s\" of %s, detail "
+                             "%d, called at %s:%d (this one: %s, detail %d)",
+                             g.members[i], other.call.op, other.call.what, name_of(other.dtype),
+                             other.detail, other.call.at.file, other.call.at.line, name_of(dtype),
+                             detail));
+    }
+    return {g, call, me, n, slots};
 }
 
-void close(Meeting& m) {
-    if (m.direct) meet(m, Pass::Close);
-}
-
-void need_bytes(Meeting& m, int member, int64_t want) {
-    if (m.slots[member].bytes == want) return;
-    fail_call(m, text("rank %d brings %lld bytes (need %lld)", m.g.members[member],
-                      static_cast<long long>(m.slots[member].bytes), static_cast<long long>(want)));
+// What a member brought, `want` bytes.
+const char* brought(const Meeting& m, int member, int64_t want) {
+    const std::vector<char>& data = m.slots[member].data;
+    if (static_cast<int64_t>(data.size()) != want)
+        fail_call(m.call, text(": rank %d brings %zu bytes (need %lld)", m.g.members[member],
+                               data.size(), static_cast<long long>(want)));
+    return data.data();
 }
 
 int64_t row_bytes(const Tensor& t) {
@@ -188,60 +131,40 @@ void copy(char* to, const char* from, int64_t bytes) {
     if (bytes > 0 && to != from) std::memmove(to, from, bytes);
 }
 
-// out[i] = reduction over members, in their order, of element `begin + i` of what they brought. A
-// block at a time goes through a buffer, so that `out` may be a part of the caller's own input.
+// to [bytes] = reduction over members, in their order, of what they brought from byte `begin` on,
+// of `all` bytes.
 template <class T>
-void reduce_as(const Meeting& m, T* out, int64_t begin, int64_t count, Reduce reduce) {
-    constexpr int64_t kBlock = 2048;
-    T sum[kBlock];
-    for (int64_t at = 0; at < count; at += kBlock) {
-        const int64_t len = std::min(kBlock, count - at);
-        for (int i = 0; i < m.n; i++) {
-            const T* x = reinterpret_cast<const T*>(m.slots[i].data) + begin + at;
-            if (i == 0) {
-                std::copy(x, x + len, sum);
-            } else if (reduce == Reduce::Sum) {
-                for (int64_t k = 0; k < len; k++) sum[k] += x[k];
-            } else {  // a NaN stays
-                for (int64_t k = 0; k < len; k++)
-                    sum[k] = sum[k] >= x[k] || sum[k] != sum[k] ? sum[k] : x[k];
-            }
+void reduce_as(const Meeting& m, char* to, int64_t begin, int64_t bytes, int64_t all,
+               Reduce reduce) {
+    T* out = reinterpret_cast<T*>(to);
+    copy(to, brought(m, 0, all) + begin, bytes);
+    for (int i = 1; i < m.n; i++) {
+        const T* x = reinterpret_cast<const T*>(brought(m, i, all) + begin);
+        for (int64_t k = 0, count = bytes / int64_t{sizeof(T)}; k < count; k++) {
+            if (reduce == Reduce::Sum)
+                out[k] += x[k];
+            else if (!(out[k] >= x[k]) && out[k] == out[k])  // a NaN stays
+                out[k] = x[k];
         }
-        std::copy(sum, sum + len, out + at);
     }
 }
 
-void reduce_part(const Meeting& m, DType dtype, char* out, int64_t begin_bytes, int64_t bytes,
-                 Reduce reduce) {
-    const int64_t size = size_of(dtype), begin = begin_bytes / size, count = bytes / size;
-    switch (dtype) {
-        case DType::F32: return reduce_as(m, reinterpret_cast<float*>(out), begin, count, reduce);
-        case DType::F64: return reduce_as(m, reinterpret_cast<double*>(out), begin, count, reduce);
-        default: return reduce_as(m, reinterpret_cast<int32_t*>(out), begin, count, reduce);
-    }
+void reduce_members(const Meeting& m, DType dtype, char* to, int64_t begin, int64_t bytes,
+                    int64_t all, Reduce reduce) {
+    if (dtype == DType::F32) return reduce_as<float>(m, to, begin, bytes, all, reduce);
+    if (dtype == DType::F64) return reduce_as<double>(m, to, begin, bytes, all, reduce);
+    reduce_as<int32_t>(m, to, begin, bytes, all, reduce);
 }
 
 bool reducible(DType dtype) {
     return dtype == DType::F32 || dtype == DType::F64 || dtype == DType::I32;
 }
 
-void all_reduce_raw(Rank& rank, const Call& call, char* data, int64_t bytes, DType dtype,
-                    Reduce reduce) {
+void all_reduce_bytes(Rank& rank, const Call& call, void* data, int64_t bytes, DType dtype,
+                      Reduce reduce) {
     if (group_size(rank, call.group) == 1) return;
-    Meeting m = open(rank, call, data, bytes, dtype, static_cast<int>(reduce));
-    for (int i = 0; i < m.n; i++) need_bytes(m, i, bytes);
-    if (!m.direct) {
-        reduce_part(m, dtype, data, 0, bytes, reduce);
-        return;
-    }
-    // Each member reduces one part in place, which no other reads; then all collect the parts.
-    const int64_t size = size_of(dtype), elements = bytes / size;
-    auto part = [&](int i) { return elements * i / m.n * size; };
-    reduce_part(m, dtype, data + part(m.me), part(m.me), part(m.me + 1) - part(m.me), reduce);
-    meet(m, Pass::Middle);
-    for (int i = 0; i < m.n; i++)
-        copy(data + part(i), m.slots[i].data + part(i), part(i + 1) - part(i));
-    close(m);
+    const Meeting m = meet(rank, call, data, bytes, dtype, static_cast<int>(reduce));
+    reduce_members(m, dtype, static_cast<char*>(data), 0, bytes, bytes, reduce);
 }
 
 }  // namespace
@@ -274,11 +197,11 @@ void all_gather(Rank& rank, Group group, const Tensor& in, const Tensor& out, co
           {&in, &out});
     copy(out.data + offset[me], in.data, in.bytes());
     if (n == 1) return;
-    Meeting m = open(rank, {"all_gather", what, group, at}, in.data, in.bytes(), in.dtype);
-    for (int i = 0; i < n; i++) need_bytes(m, i, offset[i + 1] - offset[i]);
-    for (int i = 0; i < n; i++)
-        if (i != me) copy(out.data + offset[i], m.slots[i].data, m.slots[i].bytes);
-    close(m);
+    const Meeting m = meet(rank, {"all_gather", what, group, at}, in.data, in.bytes(), in.dtype);
+    for (int i = 0; i < n; i++) {
+        const int64_t bytes = offset[i + 1] - offset[i];
+        copy(out.data + offset[i], brought(m, i, bytes), bytes);
+    }
 }
 
 void reduce_scatter(Rank& rank, Group group, const Tensor& in, const Tensor& out, const char* what,
@@ -293,10 +216,9 @@ void reduce_scatter(Rank& rank, Group group, const Tensor& in, const Tensor& out
            {"in's rows are all parts", in.bytes() == offset[n]}},
           {&in, &out});
     if (n == 1) return copy(out.data, in.data, in.bytes());
-    Meeting m = open(rank, {"reduce_scatter", what, group, at}, in.data, in.bytes(), in.dtype);
-    for (int i = 0; i < n; i++) need_bytes(m, i, in.bytes());
-    reduce_part(m, in.dtype, out.data, offset[me], out.bytes(), Reduce::Sum);
-    close(m);
+    const Meeting m =
+        meet(rank, {"reduce_scatter", what, group, at}, in.data, in.bytes(), in.dtype);
+    reduce_members(m, in.dtype, out.data, offset[me], out.bytes(), in.bytes(), Reduce::Sum);
 }
 
 void all_reduce(Rank& rank, Group group, const Tensor& t, Reduce reduce, const char* what, At at) {
@@ -304,13 +226,13 @@ void all_reduce(Rank& rank, Group group, const Tensor& t, Reduce reduce, const c
           {{"t on the cpu", t.device == Device::CPU},
            {"dtype is f32, f64 or i32", reducible(t.dtype)}},
           {&t});
-    all_reduce_raw(rank, {"all_reduce", what, group, at}, t.data, t.bytes(), t.dtype, reduce);
+    all_reduce_bytes(rank, {"all_reduce", what, group, at}, t.data, t.bytes(), t.dtype, reduce);
 }
 
 void all_reduce(Rank& rank, Group group, double* values, int n, Reduce reduce, const char* what,
                 At at) {
-    all_reduce_raw(rank, {"all_reduce", what, group, at}, reinterpret_cast<char*>(values),
-                   n * int64_t{sizeof(double)}, DType::F64, reduce);
+    all_reduce_bytes(rank, {"all_reduce", what, group, at}, values, n * int64_t{sizeof(double)},
+                     DType::F64, reduce);
 }
 
 void all_to_all(Rank& rank, Group group, const Tensor& in, const int64_t* send_rows,
@@ -331,20 +253,19 @@ void all_to_all(Rank& rank, Group group, const Tensor& in, const int64_t* send_r
     if (n == 1) return copy(out.data, in.data, from[1]);
     std::vector<int64_t> sizes(n);
     for (int i = 0; i < n; i++) sizes[i] = from[i + 1] - from[i];
-    Meeting m =
-        open(rank, {"all_to_all", what, group, at}, in.data, from[n], in.dtype, 0, sizes.data());
+    const Meeting m =
+        meet(rank, {"all_to_all", what, group, at}, in.data, from[n], in.dtype, 0, sizes.data());
     for (int i = 0; i < n; i++) {
         const std::vector<int64_t>& sent = m.slots[i].counts;
         const int64_t want = to[i + 1] - to[i];
         if (sent[me] != want)
-            fail_call(m, text("rank %d sends %lld bytes to rank %d (need %lld, of %lld-byte rows)",
-                              m.g.members[i], static_cast<long long>(sent[me]), rank.id,
-                              static_cast<long long>(want), static_cast<long long>(row)));
-        int64_t begin = 0;
-        for (int k = 0; k < me; k++) begin += sent[k];
-        copy(out.data + to[i], m.slots[i].data + begin, want);
+            fail_call(m.call,
+                      text(": rank %d sends %lld bytes to rank %d (need %lld, of %lld-byte rows)",
+                           m.g.members[i], static_cast<long long>(sent[me]), rank.id,
+                           static_cast<long long>(want), static_cast<long long>(row)));
+        const int64_t begin = std::accumulate(sent.begin(), sent.begin() + me, int64_t{0});
+        copy(out.data + to[i], m.slots[i].data.data() + begin, want);
     }
-    close(m);
 }
 
 void broadcast(Rank& rank, Group group, const Tensor& t, int root, const char* what, At at) {
@@ -355,18 +276,15 @@ void broadcast(Rank& rank, Group group, const Tensor& t, int root, const char* w
           {&t});
     if (n == 1) return;
     const bool is_root = group_rank(rank, group) == root;
-    Meeting m =
-        open(rank, {"broadcast", what, group, at}, t.data, is_root ? t.bytes() : 0, t.dtype, root);
-    need_bytes(m, root, t.bytes());
-    copy(t.data, m.slots[root].data, t.bytes());
-    close(m);
+    const Meeting m =
+        meet(rank, {"broadcast", what, group, at}, t.data, is_root ? t.bytes() : 0, t.dtype, root);
+    copy(t.data, brought(m, root, t.bytes()), t.bytes());
 }
 
 void barrier(Rank& rank, Group group, const char* what, At at) {
     check(rank, "barrier", at, {}, {});
-    if (group_size(rank, group) == 1) return;
-    Meeting m = open(rank, {"barrier", what, group, at}, nullptr, 0, DType::U8);
-    close(m);
+    if (group_size(rank, group) > 1)
+        meet(rank, {"barrier", what, group, at}, nullptr, 0, DType::U8);
 }
 
 namespace {
@@ -376,136 +294,99 @@ std::string tag_text(const Transfer& t) {
                 describe(t.tensor).c_str());
 }
 
-bool same_message(const Transfer& a, const Transfer& b) {
-    return a.tag == b.tag && a.tensor.dtype == b.tensor.dtype &&
-           a.tensor.bytes() == b.tensor.bytes();
+// Receives `sent` into `t`.
+void deliver(const Call& call, int from_rank, const Posted& sent, const Transfer& t) {
+    const Tensor& tensor = sent.transfer.tensor;
+    if (sent.transfer.tag != t.tag || tensor.dtype != t.tensor.dtype ||
+        tensor.bytes() != t.tensor.bytes())
+        fail_call(call,
+                  text(": message from rank %d is not the one expected (got %s, sent by "
+                       "\"%s\"; need %s)",
+                       from_rank, tag_text(sent.transfer).c_str(), sent.what, tag_text(t).c_str()));
+    copy(t.tensor.data, tensor.data, tensor.bytes());
 }
 
 // One rank's group call of sends and receives.
 struct Exchange {
     Rank& rank;
-    World& world;
     GroupState& g;
     Call call;
     int me, n;
-    std::vector<PostedSend> sends;
     std::vector<const Transfer*> recvs;  // still to come, in posted order
 
-    std::vector<PostedSend*>& channel(int from, int to) { return g.sends[from * n + to]; }
+    std::vector<Posted>& channel(int from, int to) { return g.sends[from * n + to]; }
+    int& unreceived(int member) { return rank.comm->world->ranks[g.members[member]].unreceived; }
 
-    // The first receive that has a message, or null. Only the first of each peer may take one.
-    const Transfer* takeable() {
-        for (size_t i = 0; i < recvs.size(); i++) {
-            const int peer = recvs[i]->peer;
-            bool first = true;
-            for (size_t k = 0; k < i; k++) first = first && recvs[k]->peer != peer;
-            if (first && !channel(peer, me).empty()) return recvs[i];
-        }
-        return nullptr;
+    // The first receive that has a message, or the end. Only the first of each peer may take one.
+    auto takeable() {
+        return std::find_if(recvs.begin(), recvs.end(), [&](const Transfer* t) {
+            const auto first = std::find_if(recvs.begin(), recvs.end(), [&](const Transfer* other) {
+                return other->peer == t->peer;
+            });
+            return *first == t && !channel(t->peer, me).empty();
+        });
     }
 
-    bool done() const {
-        return recvs.empty() && std::all_of(sends.begin(), sends.end(), [](const PostedSend& s) {
-                   return s.state == PostedSend::Done;
-               });
-    }
-
-    std::vector<int> missing() const {
+    std::vector<int> missing() {
         std::vector<int> ranks;
-        for (const PostedSend& s : sends)
-            if (s.state != PostedSend::Done) ranks.push_back(g.members[s.transfer->peer]);
-        for (const Transfer* t : recvs) ranks.push_back(g.members[t->peer]);
-        std::sort(ranks.begin(), ranks.end());
-        ranks.erase(std::unique(ranks.begin(), ranks.end()), ranks.end());
+        for (int peer = 0; peer < n; peer++)
+            if (!channel(me, peer).empty() ||
+                std::any_of(recvs.begin(), recvs.end(),
+                            [&](const Transfer* t) { return t->peer == peer; }))
+                ranks.push_back(g.members[peer]);
         return ranks;
     }
 
-    // Copies the message for `t` from its sender.
-    void take(const Transfer* t, std::unique_lock<std::mutex>& lock) {
-        std::vector<PostedSend*>& queue = channel(t->peer, me);
-        PostedSend* sent = queue.front();
-        if (!same_message(*sent->transfer, *t)) {
-            fail_world(world, rank.id, kExitFailed,
-                       place_of(call) +
-                           text(" \"%s\": message from rank %d is not the one expected "
-                                "(got %s, sent by \"%s\"; need %s)",
-                                call.what, g.members[t->peer], tag_text(*sent->transfer).c_str(),
-                                sent->call.what, tag_text(*t).c_str()));
-            return;
-        }
-        queue.erase(queue.begin());
-        sent->state = PostedSend::Copying;
-        lock.unlock();
-        copy(t->tensor.data, sent->transfer->tensor.data, t->tensor.bytes());
-        lock.lock();
-        sent->state = PostedSend::Done;
-        recvs.erase(std::find(recvs.begin(), recvs.end(), t));
+    void run(const std::vector<const Transfer*>& sends) {
+        std::unique_lock lock(rank.comm->world->mutex);
+        g.sends.resize(static_cast<size_t>(n) * n);
+        for (const Transfer* t : sends) channel(me, t->peer).push_back({*t, call.what});
+        unreceived(me) = static_cast<int>(sends.size());
         g.changed.notify_all();
-    }
-
-    void run() {
-        std::unique_lock lock(world.mutex);
-        if (g.sends.empty()) g.sends.resize(static_cast<size_t>(n) * n);
-        for (PostedSend& s : sends) channel(me, s.transfer->peer).push_back(&s);
-        if (!sends.empty()) g.changed.notify_all();
-        while (world.failed_rank < 0 && !done()) {
-            if (const Transfer* t = takeable())
-                take(t, lock);
-            else
-                wait_for_others(
-                    rank, g, lock, call, [&] { return done() || takeable(); },
-                    [&] { return missing(); });
+        while (!recvs.empty() || unreceived(me) > 0) {
+            wait_for_others(
+                rank, g, lock, call,
+                [&] { return takeable() != recvs.end() || (recvs.empty() && unreceived(me) == 0); },
+                [&] { return missing(); });
+            if (recvs.empty()) break;
+            const auto taken = takeable();
+            const Transfer& t = **taken;
+            recvs.erase(taken);
+            std::vector<Posted>& queue = channel(t.peer, me);
+            const Posted sent = std::move(queue.front());
+            queue.erase(queue.begin());
+            lock.unlock();
+            deliver(call, g.members[t.peer], sent, t);
+            lock.lock();
+            unreceived(t.peer)--;
+            g.changed.notify_all();
         }
-        if (world.failed_rank >= 0) leave(lock);
-    }
-
-    // Withdraws what nobody has taken; what is being copied is waited for.
-    [[noreturn]] void leave(std::unique_lock<std::mutex>& lock) {
-        for (PostedSend& s : sends) std::erase(channel(me, s.transfer->peer), &s);
-        g.changed.wait(lock, [&] {
-            return std::none_of(sends.begin(), sends.end(),
-                                [](const PostedSend& s) { return s.state == PostedSend::Copying; });
-        });
-        stop(world);
     }
 };
-
-// Messages to oneself: each send goes to the receive of the same place.
-void send_to_self(Rank& rank, const Call& call, const std::vector<const Transfer*>& sends,
-                  const std::vector<const Transfer*>& recvs) {
-    for (size_t i = 0; i < std::max(sends.size(), recvs.size()); i++) {
-        if (i >= sends.size() || i >= recvs.size() || !same_message(*sends[i], *recvs[i]))
-            failed(place_of(call), text("\"%s\": rank %d's messages to itself do not match in one "
-                                        "call",
-                                        call.what, rank.id));
-        copy(recvs[i]->tensor.data, sends[i]->tensor.data, sends[i]->tensor.bytes());
-    }
-}
 
 }  // namespace
 
 void send_recv(Rank& rank, Group group, const Transfer* list, int n, const char* what, At at) {
     const int size = group_size(rank, group), me = group_rank(rank, group);
     const Call call{"send_recv", what, group, at};
-    std::vector<const Transfer*> self_sends, self_recvs, recvs;
-    std::vector<PostedSend> sends;
+    std::vector<const Transfer*> sends, recvs, own_sends, own_recvs;
     for (const Transfer* t = list; t < list + n; t++) {
         check(rank, "send_recv", at,
               {{"tensor on the cpu", t->tensor.device == Device::CPU},
                {"peer is a member of the group", t->peer >= 0 && t->peer < size}},
               {&t->tensor});
-        const bool is_send = t->kind == Transfer::Send;
-        if (t->peer == me)
-            (is_send ? self_sends : self_recvs).push_back(t);
-        else if (is_send)
-            sends.push_back({t, call});
+        if (t->kind == Transfer::Send)
+            (t->peer == me ? own_sends : sends).push_back(t);
         else
-            recvs.push_back(t);
+            (t->peer == me ? own_recvs : recvs).push_back(t);
     }
-    send_to_self(rank, call, self_sends, self_recvs);
+    if (own_sends.size() != own_recvs.size())
+        fail_call(call, text(": rank %d's messages to itself do not match in one call", rank.id));
+    for (size_t i = 0; i < own_sends.size(); i++)
+        deliver(call, rank.id, {*own_sends[i], what}, *own_recvs[i]);
     if (sends.empty() && recvs.empty()) return;
     GroupState& g = *rank.comm->group[static_cast<int>(group)];
-    Exchange{rank, *rank.comm->world, g, call, me, size, std::move(sends), std::move(recvs)}.run();
+    Exchange{rank, g, call, me, size, std::move(recvs)}.run(sends);
 }
 
 }  // namespace pith

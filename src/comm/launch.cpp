@@ -9,8 +9,8 @@
 #include "core/allocator.h"
 #include "core/process.h"
 
-// Present when the program is linked with OpenBLAS, whose threads are global to the process, and with
-// OpenMP, whose number of threads is each thread's own.
+// Present when the program is linked with OpenBLAS, whose threads are global to the process, and
+// with OpenMP, whose number of threads is each thread's own.
 extern "C" [[gnu::weak]] void openblas_set_num_threads(int);
 extern "C" [[gnu::weak]] void omp_set_num_threads(int);
 extern "C" [[gnu::weak]] int omp_get_max_threads();
@@ -35,22 +35,22 @@ static std::string state_of(const World& world, int rank) {
     const RankState& state = world.ranks[rank];
     if (state.finished) return text("rank %d has ended", rank);
     const Status s = read_board(*state.board);
-    std::string doing;
+    std::string doing = text("rank %d runs, no op yet", rank);
     if (state.waits)
         doing = text("rank %d waits in %s \"%s\" (%s group) called at %s:%d", rank, state.call.op,
                      state.call.what, name_of(state.call.group), state.call.at.file,
                      state.call.at.line);
     else if (s.op[0])
         doing = text("rank %d runs, last op %s called at %s:%d", rank, s.op, s.file, s.line);
-    else
-        doing = text("rank %d runs, no op yet", rank);
     doing += text("; step %d", s.step);
     if (s.layer >= 0) doing += text(", layer %d, stage %d", s.layer, s.stage);
     if (s.micro_batch >= 0) doing += text(", micro-batch %d", s.micro_batch);
     return doing;
 }
 
-void fail_world(World& world, int rank, int exit_code, const std::string& what) {
+// Records that `rank` failed, unless another did before, with what every rank was doing, and wakes
+// all who wait. The caller holds world.mutex.
+static void fail_world(World& world, int rank, int exit_code, const std::string& what) {
     if (world.failed_rank >= 0) return;
     world.failed_rank = rank;
     world.exit_code = exit_code;
@@ -66,16 +66,14 @@ static void connect(World& world, std::vector<Comm>& comms) {
     for (int kind = 0; kind < kGroups; kind++)
         for (int rank = 0; rank < world.mesh.world(); rank++) {
             if (comms[rank].group[kind]) continue;
-            auto state = std::make_unique<GroupState>();
-            state->members = group_members(world.mesh, static_cast<Group>(kind), rank);
-            const size_t n = state->members.size();
-            state->here.assign(n, 0);
-            for (auto& slots : state->slots) slots.resize(n);
-            for (size_t i = 0; i < n; i++) {
-                comms[state->members[i]].group[kind] = state.get();
-                comms[state->members[i]].place[kind] = static_cast<int>(i);
+            GroupState& g = *world.groups.emplace_back(std::make_unique<GroupState>());
+            g.members = group_members(world.mesh, static_cast<Group>(kind), rank);
+            g.here.assign(g.members.size(), 0);
+            for (auto& slots : g.slots) slots.resize(g.members.size());
+            for (size_t i = 0; i < g.members.size(); i++) {
+                comms[g.members[i]].group[kind] = &g;
+                comms[g.members[i]].place[kind] = static_cast<int>(i);
             }
-            world.groups.push_back(std::move(state));
         }
 }
 
@@ -115,12 +113,12 @@ void run_rank_threads(const Mesh& mesh, Device device, const LaunchOptions& opti
         bad_input("ranks", text("too many in one process (got %d, need at most %d)", n, kMaxRanks),
                   "fewer ranks");
     if (n > 1 && openblas_set_num_threads) openblas_set_num_threads(1);
+    std::vector<Allocator> allocators(n);  // outlive the messages that nobody received
     World world;
     world.mesh = mesh;
     world.ranks.resize(n);
     std::vector<Comm> comms(n);
     connect(world, comms);
-    std::vector<Allocator> allocators(n);
     std::vector<Rank> ranks(n);
     for (int id = 0; id < n; id++) {
         comms[id].world = &world;

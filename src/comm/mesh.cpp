@@ -19,11 +19,10 @@ Mesh make_mesh(int world, int pp, int cp, int ep, int dp_replicate) {
         if (axis.size < 1)
             bad_input("mesh", text("size of %s (got %d, need at least 1)", axis.name, axis.size),
                       text("%s = 1", axis.name));
-    const int64_t fixed = int64_t{pp} * cp * ep;
-    if (world % fixed != 0) {
-        const int64_t below = world / fixed * fixed;
-        std::string counts = text("%lld ranks", static_cast<long long>(below + fixed));
-        if (below > 0) counts = text("%lld or ", static_cast<long long>(below)) + counts;
+    const int64_t fixed = int64_t{pp} * cp * ep, below = world / fixed * fixed;
+    if (below != world) {
+        std::string counts = std::to_string(below + fixed) + " ranks";
+        if (below > 0) counts = std::to_string(below) + " or " + counts;
         bad_input(
             "mesh",
             text("ranks do not split over pp * cp * ep (got %d ranks and %d * %d * %d = %lld, "
@@ -85,12 +84,11 @@ std::vector<int> group_members(const Mesh& mesh, Group group, int rank) {
     std::vector<int> members;
     for (int other = 0; other < mesh.world(); other++) {
         const MeshCoord c = coord_of(mesh, other);
-        const bool belongs = (axes.pp || c.pp_rank == mine.pp_rank) &&
-                             (axes.dp_replicate || c.dp_rank / shard == mine.dp_rank / shard) &&
-                             (axes.dp_shard || c.dp_rank % shard == mine.dp_rank % shard) &&
-                             (axes.cp || c.cp_rank == mine.cp_rank) &&
-                             (axes.ep || c.ep_rank == mine.ep_rank);
-        if (belongs) members.push_back(other);
+        if ((axes.pp || c.pp_rank == mine.pp_rank) &&
+            (axes.dp_replicate || c.dp_rank / shard == mine.dp_rank / shard) &&
+            (axes.dp_shard || c.dp_rank % shard == mine.dp_rank % shard) &&
+            (axes.cp || c.cp_rank == mine.cp_rank) && (axes.ep || c.ep_rank == mine.ep_rank))
+            members.push_back(other);
     }
     return members;
 }

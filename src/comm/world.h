@@ -1,6 +1,6 @@
 // world: what the ranks of a process share: the groups' meeting places, who waits where, and the
 // first failure. Included by communicator.cpp and launch.cpp only.
-// defines: World, Comm, GroupState, fail_world
+// defines: World, Comm, GroupState
 #pragma once
 #include <condition_variable>
 #include <memory>
@@ -20,42 +20,36 @@ struct Call {
     At at;
 };
 
-// What a member brings to a collective. There are two a member, used in turn, so that a member may
-// enter the next call while others still read this one.
+// What a member brings to a collective, copied. There are two a member, used in turn, so that a
+// member may enter the next call while others still read this one.
 struct Slot {
     Call call;
     DType dtype = DType::F32;
-    int detail = 0;       // Reduce, or the root
-    bool direct = false;  // `data` is the caller's memory, else `staged`
-    const char* data = nullptr;
-    int64_t bytes = 0;
-    std::vector<int64_t> counts;  // all_to_all: rows by destination
-    std::vector<char> staged;
+    int detail = 0;  // Reduce, or the root
+    std::vector<char> data;
+    std::vector<int64_t> counts;  // all_to_all: bytes by destination
 };
 
-// A send that waits to be received. It lives on the sender's stack.
-struct PostedSend {
-    enum State : uint8_t { Waiting, Copying, Done };
-    const Transfer* transfer = nullptr;
-    Call call;
-    State state = Waiting;
+// A message on its way; it keeps the sent tensor's memory.
+struct Posted {
+    Transfer transfer;
+    const char* what = "";
 };
 
 // One set of ranks that communicate. Everything but what slots hold is guarded by World::mutex.
 struct GroupState {
     std::vector<int> members;
     std::condition_variable changed;
-    int64_t round = 0;  // meetings that are over
-    int arrived = 0;
+    int64_t round = 0;       // meetings that are over
     std::vector<char> here;  // members at the current meeting
-    int copying = 0;         // members that read others' memory
     std::vector<Slot> slots[2];
-    std::vector<std::vector<PostedSend*>> sends;  // by source * n + destination, in posted order
+    std::vector<std::vector<Posted>> sends;  // by source * n + destination, in posted order
 };
 
 struct RankState {
     bool waits = false, finished = false;
-    Call call;  // while it waits
+    Call call;           // while it waits
+    int unreceived = 0;  // messages it has sent that were not copied yet
     const Status* board = nullptr;
 };
 
@@ -80,9 +74,5 @@ struct Comm {
     double limit_s = 0;           // longest wait
     double limit_after_startup_s = 0;
 };
-
-// Records that `rank` failed, unless another did before, with what every rank was doing, and wakes
-// all who wait. The caller holds world.mutex.
-void fail_world(World& world, int rank, int exit_code, const std::string& what);
 
 }  // namespace pith
