@@ -2,12 +2,12 @@
 
 #include <toml++/toml.h>
 #include <algorithm>
+#include <cfloat>
 #include <charconv>
-#include <cmath>
 #include <filesystem>
-#include <limits>
 #include <numeric>
 #include <sstream>
+#include <utility>
 #include <variant>
 
 #include "core/json.h"
@@ -19,314 +19,222 @@ namespace fs = std::filesystem;
 
 namespace {
 
-constexpr double kNoLimit = std::numeric_limits<double>::infinity();
-constexpr double kMaxInt = std::numeric_limits<int32_t>::max();
-
+// The numbers allowed, or, in quotes, the texts.
 struct Range {
-    double least = -kNoLimit, most = kNoLimit;
-    bool above = false;  // more than `least`, not `least` itself
-    bool below = false;  // less than `most`
+    double least, most;
+    const char* need;
 };
-const Range kAny = {}, kCount = {1, kMaxInt}, kCountOrNone = {0, kMaxInt};
-const Range kPositive = {.least = 0, .above = true}, kNotNegative = {.least = 0};
-const Range kShare = {0, 1}, kShareBelowOne = {.least = 0, .most = 1, .below = true};
+constexpr Range kAny = {-DBL_MAX, DBL_MAX, ""};
+constexpr Range kCount = {1, INT32_MAX, "1 or more, at most 2147483647"};
+constexpr Range kCountOrNone = {0, INT32_MAX, "0 or more, at most 2147483647"};
+constexpr Range kPositive = {DBL_TRUE_MIN, DBL_MAX, "more than 0"};
+constexpr Range kNotNegative = {0, DBL_MAX, "0 or more"};
+constexpr Range kShare = {0, 1, "0 or more, at most 1"};
+constexpr Range kShareBelowOne = {0, 1 - DBL_EPSILON / 2, "0 or more, less than 1"};
+constexpr Range one_of(const char* texts) { return {0, 0, texts}; }
 
 enum Flag : unsigned {
     kPlain = 0,
-    kRequired = 1,   // no default
-    kPath = 2,       // of a file or folder
-    kMayChange = 4,  // when a run is resumed
+    kRequired = 1,  // no default
+    kPath = 2,      // of a file or folder
+    kKept = 4,      // by a resumed run
 };
 
 using Slot = std::variant<std::string*, bool*, int*, int64_t*, uint64_t*, double*>;
+constexpr const char* kTypes[] = {"text in quotes", "true or false",  "a whole number",
+                                  "a whole number", "a whole number", "a number"};
 
 struct Key {
-    const char* name;
+    std::string name;
     Slot slot;
     unsigned flags = kPlain;
     Range range = kAny;
-    std::vector<const char*> choices = {};
 };
+
+std::string section_of(const std::string& name) { return name.substr(0, name.find('.')); }
+std::string leaf_of(const std::string& name) { return name.substr(name.rfind('.') + 1); }
 
 // Every key there is.
 std::vector<Key> keys_of(RunConfig& c) {
+    auto& lr = c.lr_schedule;
     return {
-        {"run.folder", &c.run.folder, kRequired | kPath | kMayChange},
-        {"model.config", &c.model.config, kRequired | kPath | kMayChange},
-        {"model.init_from", &c.model.init_from, kPath},
-        {"model.init_std", &c.model.init_std, kPlain, kNotNegative},
-        {"data.path", &c.data.path, kRequired | kPath | kMayChange},
-        {"data.sequence_length", &c.data.sequence_length, kRequired, kCount},
-        {"data.seed", &c.data.seed},
-        {"data.shuffle", &c.data.shuffle},
-        {"data.max_epochs", &c.data.max_epochs, kMayChange, kCount},
-        {"data.heldout_fraction", &c.data.heldout_fraction, kPlain, kShareBelowOne},
-        {"data.document_mask", &c.data.document_mask},
-        {"train.steps", &c.train.steps, kRequired | kMayChange, kCount},
-        {"train.global_batch_size", &c.train.global_batch_size, kRequired, kCount},
-        {"train.micro_batch_size", &c.train.micro_batch_size, kMayChange, kCount},
-        {"train.precision", &c.train.precision, kPlain, kAny, {"auto", "fp32", "bf16"}},
-        {"train.on_nonfinite", &c.train.on_nonfinite, kMayChange, kAny, {"stop", "skip"}},
-        {"train.eval_interval", &c.train.eval_interval, kMayChange, kCountOrNone},
-        {"train.eval_batches", &c.train.eval_batches, kMayChange, kCountOrNone},
-        {"train.log_interval", &c.train.log_interval, kMayChange, kCount},
-        {"optimizer.lr", &c.optimizer.lr, kRequired | kMayChange, kPositive},
-        {"optimizer.beta1", &c.optimizer.beta1, kPlain, kShareBelowOne},
-        {"optimizer.beta2", &c.optimizer.beta2, kPlain, kShareBelowOne},
-        {"optimizer.eps", &c.optimizer.eps, kPlain, kPositive},
-        {"optimizer.weight_decay", &c.optimizer.weight_decay, kPlain, kNotNegative},
-        {"optimizer.max_grad_norm", &c.optimizer.max_grad_norm, kPlain, kNotNegative},
-        {"lr_schedule.kind", &c.lr_schedule.kind, kMayChange, kAny, {"constant", "cosine", "wsd"}},
-        {"lr_schedule.warmup_ratio", &c.lr_schedule.warmup_ratio, kMayChange, kShare},
-        {"lr_schedule.decay_ratio", &c.lr_schedule.decay_ratio, kMayChange, kShare},
-        {"lr_schedule.decay_shape",
-         &c.lr_schedule.decay_shape,
-         kMayChange,
-         kAny,
-         {"cosine", "linear"}},
-        {"lr_schedule.start_lr", &c.lr_schedule.start_lr, kMayChange, kNotNegative},
-        {"lr_schedule.final_lr", &c.lr_schedule.final_lr, kMayChange, kNotNegative},
-        {"router.balance_loss",
-         &c.router.balance_loss,
-         kPlain,
-         kAny,
-         {"none", "micro-batch", "sequence", "global-batch"}},
-        {"router.balance_coefficient", &c.router.balance_coefficient, kPlain, kNotNegative},
-        {"router.force", &c.router.force, kPlain, kAny, {"none", "balanced"}},
-        {"parallel.schedule",
-         &c.parallel.schedule,
-         kMayChange,
-         kAny,
-         {"auto", "1f1b", "dualpipev"}},
-        {"parallel.pp", &c.parallel.pp, kMayChange, kCount},
-        {"parallel.cp", &c.parallel.cp, kMayChange, kCount},
-        {"parallel.ep", &c.parallel.ep, kMayChange, kCount},
-        {"parallel.dp_replicate", &c.parallel.dp_replicate, kMayChange, kCount},
-        {"parallel.gather", &c.parallel.gather, kMayChange, kAny, {"step", "layer"}},
-        {"parallel.timeout_s", &c.parallel.timeout_s, kMayChange, kPositive},
-        {"parallel.startup_timeout_s", &c.parallel.startup_timeout_s, kMayChange, kPositive},
-        {"checkpoint.interval", &c.checkpoint.interval, kMayChange, kCountOrNone},
-        {"checkpoint.keep", &c.checkpoint.keep, kMayChange, kCountOrNone},
+        {"run.folder", &c.run.folder, kRequired | kPath},
+        {"model.config", &c.model.config, kRequired | kPath},
+        {"model.init_from", &c.model.init_from, kPath | kKept},
+        {"model.init_std", &c.model.init_std, kKept, kNotNegative},
+        {"data.path", &c.data.path, kRequired | kPath},
+        {"data.sequence_length", &c.data.sequence_length, kRequired | kKept, kCount},
+        {"data.seed", &c.data.seed, kKept},
+        {"data.shuffle", &c.data.shuffle, kKept},
+        {"data.max_epochs", &c.data.max_epochs, kPlain, kCount},
+        {"data.heldout_fraction", &c.data.heldout_fraction, kKept, kShareBelowOne},
+        {"data.document_mask", &c.data.document_mask, kKept},
+        {"train.steps", &c.train.steps, kRequired, kCount},
+        {"train.global_batch_size", &c.train.global_batch_size, kRequired | kKept, kCount},
+        {"train.micro_batch_size", &c.train.micro_batch_size, kPlain, kCount},
+        {"train.precision", &c.train.precision, kKept, one_of(R"("auto", "fp32", "bf16")")},
+        {"train.on_nonfinite", &c.train.on_nonfinite, kPlain, one_of(R"("stop", "skip")")},
+        {"train.eval_interval", &c.train.eval_interval, kPlain, kCountOrNone},
+        {"train.eval_batches", &c.train.eval_batches, kPlain, kCountOrNone},
+        {"train.log_interval", &c.train.log_interval, kPlain, kCount},
+        {"optimizer.lr", &c.optimizer.lr, kRequired, kPositive},
+        {"optimizer.beta1", &c.optimizer.beta1, kKept, kShareBelowOne},
+        {"optimizer.beta2", &c.optimizer.beta2, kKept, kShareBelowOne},
+        {"optimizer.eps", &c.optimizer.eps, kKept, kPositive},
+        {"optimizer.weight_decay", &c.optimizer.weight_decay, kKept, kNotNegative},
+        {"optimizer.max_grad_norm", &c.optimizer.max_grad_norm, kKept, kNotNegative},
+        {"lr_schedule.kind", &lr.kind, kPlain, one_of(R"("constant", "cosine", "wsd")")},
+        {"lr_schedule.warmup_ratio", &lr.warmup_ratio, kPlain, kShare},
+        {"lr_schedule.decay_ratio", &lr.decay_ratio, kPlain, kShare},
+        {"lr_schedule.decay_shape", &lr.decay_shape, kPlain, one_of(R"("cosine", "linear")")},
+        {"lr_schedule.start_lr", &lr.start_lr, kPlain, kNotNegative},
+        {"lr_schedule.final_lr", &lr.final_lr, kPlain, kNotNegative},
+        {"router.balance_loss", &c.router.balance_loss, kKept,
+         one_of(R"("none", "micro-batch", "sequence", "global-batch")")},
+        {"router.balance_coefficient", &c.router.balance_coefficient, kKept, kNotNegative},
+        {"router.force", &c.router.force, kKept, one_of(R"("none", "balanced")")},
+        {"parallel.schedule", &c.parallel.schedule, kPlain,
+         one_of(R"("auto", "1f1b", "dualpipev")")},
+        {"parallel.pp", &c.parallel.pp, kPlain, kCount},
+        {"parallel.cp", &c.parallel.cp, kPlain, kCount},
+        {"parallel.ep", &c.parallel.ep, kPlain, kCount},
+        {"parallel.dp_replicate", &c.parallel.dp_replicate, kPlain, kCount},
+        {"parallel.gather", &c.parallel.gather, kPlain, one_of(R"("step", "layer")")},
+        {"parallel.timeout_s", &c.parallel.timeout_s, kPlain, kPositive},
+        {"parallel.startup_timeout_s", &c.parallel.startup_timeout_s, kPlain, kPositive},
+        {"checkpoint.interval", &c.checkpoint.interval, kPlain, kCountOrNone},
+        {"checkpoint.keep", &c.checkpoint.keep, kPlain, kCountOrNone},
     };
 }
 
-// ---- Values as text -----------------------------------------------------------------------------
-
-std::string toml_string(const std::string& value) {
-    std::string out = "\"";
-    for (const char c : value) {
-        if (c == '"' || c == '\\') out += '\\';
-        if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f)
-            out += text("\\u%04x", static_cast<unsigned>(c));
-        else
-            out += c;
+std::string text_of(const toml::node& node) {
+    if (node.is_table()) return "a section";
+    if (node.is_array()) return "a list";
+    if (const auto number = node.value_exact<double>()) {
+        char digits[32];  // the shortest that read back the same
+        const std::string out(digits, std::to_chars(digits, digits + sizeof digits, *number).ptr);
+        return out.find_first_of(".en") == std::string::npos ? out + ".0" : out;
     }
-    return out + '"';
-}
-
-std::string number_text(double value) {
-    char digits[32];
-    const auto end = std::to_chars(digits, digits + sizeof digits, value).ptr;
-    std::string out(digits, end);
-    if (out.find_first_of(".en") == std::string::npos) out += ".0";  // TOML's mark of a float
-    return out;
-}
-
-std::string value_text(const Slot& slot) {
-    return std::visit(
-        [](const auto* value) -> std::string {
-            using T = std::remove_cvref_t<decltype(*value)>;
-            if constexpr (std::is_same_v<T, std::string>)
-                return toml_string(*value);
-            else if constexpr (std::is_same_v<T, bool>)
-                return *value ? "true" : "false";
-            else if constexpr (std::is_same_v<T, double>)
-                return number_text(*value);
-            else
-                return std::to_string(*value);
-        },
-        slot);
-}
-
-const char* need_of(const Slot& slot) {
-    if (std::holds_alternative<std::string*>(slot)) return "text in quotes";
-    if (std::holds_alternative<bool*>(slot)) return "true or false";
-    return std::holds_alternative<double*>(slot) ? "a number" : "a whole number";
-}
-
-std::string range_text(const Range& range) {
-    std::string low = text(range.above ? "more than %.15g" : "%.15g or more", range.least);
-    if (range.most == kNoLimit) return low;
-    return low + text(range.below ? ", less than %.15g" : ", at most %.15g", range.most);
-}
-
-// ---- Names --------------------------------------------------------------------------------------
-
-// Insertions, deletions and replacements that make `a` of `b` (Levenshtein).
-int edit_distance(std::string_view a, std::string_view b) {
-    std::vector<int> row(b.size() + 1);
-    std::iota(row.begin(), row.end(), 0);
-    for (size_t i = 1; i <= a.size(); i++) {
-        int diagonal = row[0];
-        row[0] = static_cast<int>(i);
-        for (size_t j = 1; j <= b.size(); j++) {
-            const int replaced = diagonal + (a[i - 1] != b[j - 1]);
-            diagonal = row[j];
-            row[j] = std::min({row[j] + 1, row[j - 1] + 1, replaced});
-        }
-    }
-    return row.back();
-}
-
-std::string_view leaf_of(std::string_view name) { return name.substr(name.rfind('.') + 1); }
-
-// Edits per letter, so that short names are not near everything.
-double distance(std::string_view a, std::string_view b) {
-    return static_cast<double>(edit_distance(a, b)) /
-           static_cast<double>(std::max(a.size(), b.size()));
-}
-
-// The key, or the section, that `name` may have been meant to be.
-std::string nearest(const std::vector<Key>& keys, const std::string& name, bool section) {
-    constexpr double kWrongSection = 0.1;
-    std::string best;
-    double least = 2;
-    for (const Key& key : keys) {
-        const std::string full = key.name, head = full.substr(0, full.find('.'));
-        const double d = section ? distance(name, head)
-                                 : std::min(distance(name, full),
-                                            distance(leaf_of(name), leaf_of(full)) + kWrongSection);
-        if (d >= least) continue;
-        least = d;
-        best = section ? "[" + head + "]" : full;
-    }
-    return best;
-}
-
-const Key* find_key(const std::vector<Key>& keys, const std::string& name) {
-    for (const Key& key : keys)
-        if (name == key.name) return &key;
-    return nullptr;
-}
-
-bool is_section(const std::vector<Key>& keys, const std::string& name) {
-    return std::any_of(keys.begin(), keys.end(), [&](const Key& key) {
-        return std::string_view(key.name).starts_with(name + ".");
-    });
-}
-
-[[noreturn]] void unknown_key(const std::vector<Key>& keys, const std::string& place,
-                              const std::string& name, bool section) {
-    bad_input(place, std::string("is an unknown ") + (section ? "section" : "key"),
-              nearest(keys, name, section));
-}
-
-// ---- Reading ------------------------------------------------------------------------------------
-
-std::string describe(const toml::node& node) {
     std::ostringstream out;
-    if (node.is_table())
-        out << "a section";
-    else if (node.is_array())
-        out << "a list";
-    else
-        node.visit([&](const auto& value) { out << value; });
+    out << toml::toml_formatter(node, toml::format_flags::allow_unicode_strings);
     return out.str();
 }
 
-void check_value(const Key& key, const std::string& place) {
-    double number = 0;
-    if (const auto* choice = std::get_if<std::string*>(&key.slot)) {
-        std::string list;
-        for (const char* c : key.choices) {
-            if (**choice == c) return;
-            list += (list.empty() ? "" : ", ") + toml_string(c);
-        }
-        if (key.choices.empty()) return;
-        bad_input(place,
-                  "has an unknown value (got " + toml_string(**choice) + ", need " + list + ")",
-                  "one of these");
-    }
-    std::visit(
-        [&](const auto* value) {
-            if constexpr (std::is_arithmetic_v<std::remove_cvref_t<decltype(*value)>>)
-                number = static_cast<double>(*value);
-        },
-        key.slot);
-    const Range& r = key.range;
-    const bool inside = std::isfinite(number) && number >= r.least && number <= r.most &&
-                        !(r.above && number == r.least) && !(r.below && number == r.most);
-    if (!inside)
-        bad_input(place,
-                  "is out of range (got " + value_text(key.slot) + ", need " +
-                      (r.least == -kNoLimit ? "a finite number" : range_text(r)) + ")",
-                  "a value in this range");
+std::string value_text(const Slot& slot) {
+    const auto print = [](const auto* value) {
+        using T = std::remove_cvref_t<decltype(*value)>;
+        if constexpr (std::is_integral_v<T> && !std::is_same_v<T, bool>)
+            return text_of(toml::value(static_cast<int64_t>(*value)));
+        else
+            return text_of(toml::value(*value));
+    };
+    return std::visit(print, slot);
 }
 
-std::string absolute_path(const fs::path& base, const std::string& path) {
-    if (path.empty()) return path;
-    std::string out = fs::absolute(base / path).lexically_normal().string();
-    while (out.size() > 1 && out.back() == '/') out.pop_back();
-    return out;
+// Insertions, deletions and replacements that make `a` of `b` (Levenshtein), per letter, so that
+// short names are not near everything.
+double distance(std::string_view a, std::string_view b) {
+    std::vector<int> row(b.size() + 1);
+    std::iota(row.begin(), row.end(), 0);
+    for (size_t i = 1; i <= a.size(); i++) {
+        int diagonal = std::exchange(row[0], static_cast<int>(i));
+        for (size_t j = 1; j <= b.size(); j++) {
+            const int replaced = diagonal + (a[i - 1] != b[j - 1]);
+            diagonal = std::exchange(row[j], std::min({row[j] + 1, row[j - 1] + 1, replaced}));
+        }
+    }
+    return row.back() / static_cast<double>(std::max(a.size(), b.size()));
+}
+
+// Suggests the key whose name or last word is nearest, or the section.
+[[noreturn]] void unknown_key(const std::vector<Key>& keys, const std::string& place,
+                              const std::string& name) {
+    std::string best;
+    double least = 2;
+    const auto consider = [&](double d, const std::string& meant) {
+        if (d >= least) return;
+        least = d;
+        best = meant;
+    };
+    for (const Key& key : keys) {
+        consider(distance(name, key.name), key.name);
+        consider(distance(leaf_of(name), leaf_of(key.name)), key.name);
+        consider(distance(name, section_of(key.name)), "[" + section_of(key.name) + "]");
+    }
+    bad_input(place, "is an unknown key", best);
+}
+
+const Key* find_key(const std::vector<Key>& keys, const std::string& name) {
+    const auto found = std::ranges::find(keys, name, &Key::name);
+    return found == keys.end() ? nullptr : &*found;
+}
+
+void check_value(const Key& key, const std::string& place) {
+    const std::string got = value_text(key.slot), need = key.range.need;
+    const auto good = [&](const auto* value) {
+        if constexpr (std::is_arithmetic_v<std::remove_cvref_t<decltype(*value)>>)
+            return *value >= key.range.least && *value <= key.range.most;
+        else
+            return need.empty() || need.find(got) != std::string::npos;
+    };
+    if (!std::visit(good, key.slot))
+        bad_input(place, "is out of range (got " + got + ", need " + need + ")", "one of these");
 }
 
 // Whether the node has the slot's type and fits into it.
 bool take(const Slot& slot, const toml::node& node) {
-    return std::visit(
-        [&](auto* to) {
-            using T = std::remove_reference_t<decltype(*to)>;
-            if constexpr (std::is_same_v<T, double>) {
-                const auto whole = node.value_exact<int64_t>();
-                const auto number = node.value_exact<double>();
-                if (number) *to = *number;
-                if (whole) *to = static_cast<double>(*whole);
-                return number || whole;
-            } else if constexpr (std::is_same_v<T, bool> || std::is_same_v<T, std::string>) {
-                const auto value = node.value_exact<T>();
-                if (value) *to = *value;
-                return value.has_value();
-            } else {
-                const auto value = node.value_exact<int64_t>();
-                if (!value || !std::in_range<T>(*value)) return false;
-                *to = static_cast<T>(*value);
-                return true;
-            }
-        },
-        slot);
+    const auto store = [&](auto* to) {
+        using T = std::remove_reference_t<decltype(*to)>;
+        constexpr bool whole = std::is_integral_v<T> && !std::is_same_v<T, bool>;
+        auto value = node.value_exact<std::conditional_t<whole, int64_t, T>>();
+        if constexpr (whole)
+            if (value && !std::in_range<T>(*value)) value.reset();
+        if constexpr (std::is_same_v<T, double>)
+            if (node.is_integer()) value = node.value<double>();
+        if (value) *to = static_cast<T>(*value);
+        return value.has_value();
+    };
+    return std::visit(store, slot);
 }
 
 [[noreturn]] void wrong_type(const Key& key, const std::string& place, const std::string& got) {
-    bad_input(place, "has the wrong type or size (got " + got + ", need " + need_of(key.slot) + ")",
-              std::string(leaf_of(key.name)) + " = " + value_text(key.slot));
+    bad_input(place,
+              "has the wrong type or size (got " + got + ", need " + kTypes[key.slot.index()] + ")",
+              leaf_of(key.name) + " = " + value_text(key.slot));
 }
 
-// `base` is what a relative path is relative to.
-void assign(const Key& key, const toml::node& node, const std::string& place,
-            const fs::path& base) {
-    if (!take(key.slot, node)) wrong_type(key, place, describe(node));
-    if (key.flags & kPath) {
-        std::string& path = *std::get<std::string*>(key.slot);
-        path = absolute_path(base, path);
-    }
+void assign(const Key& key, const toml::node& node, const std::string& place) {
+    if (!take(key.slot, node)) wrong_type(key, place, text_of(node));
     check_value(key, place);
+}
+
+// A path that is relative to `base`; none stays none.
+void rebase(const Key& key, const fs::path& base) {
+    if (!(key.flags & kPath)) return;
+    std::string& path = *std::get<std::string*>(key.slot);
+    if (path.empty()) return;
+    path = fs::absolute(base / path).lexically_normal().string();
+    while (path.size() > 1 && path.back() == '/') path.pop_back();
 }
 
 void read_table(const std::vector<Key>& keys, const toml::table& table, const std::string& prefix,
                 const std::string& file) {
-    for (const auto& [name, node] : table) {
-        const std::string full = prefix + std::string(name.str());
+    for (const auto& [word, node] : table) {
+        const std::string name = prefix + std::string(word.str());
         const std::string place =
-            text("%s:%u: %s", file.c_str(), static_cast<unsigned>(node.source().begin.line),
-                 full.c_str());
-        if (const Key* key = find_key(keys, full)) {
-            assign(*key, node, place, folder_of(file));
-        } else if (!is_section(keys, full)) {
-            unknown_key(keys, place, full, prefix.empty() && node.is_table());
+            text("%s:%u: %s", file.c_str(), unsigned{node.source().begin.line}, name.c_str());
+        const bool is_section =
+            std::ranges::any_of(keys, [&](const Key& key) { return section_of(key.name) == name; });
+        if (const Key* key = find_key(keys, name)) {
+            assign(*key, node, place);
+            rebase(*key, folder_of(file));
+        } else if (!is_section) {
+            unknown_key(keys, place, name);
         } else if (const toml::table* section = node.as_table()) {
-            read_table(keys, *section, full + ".", file);
+            read_table(keys, *section, name + ".", file);
         } else {
-            bad_input(place, "is a section (got " + describe(node) + ", need keys below it)",
-                      "[" + full + "] on a line of its own");
+            bad_input(place, "is a section (got " + text_of(node) + ", need keys below it)",
+                      "[" + name + "] on a line of its own");
         }
     }
 }
@@ -337,21 +245,19 @@ void read_override(const std::vector<Key>& keys, const std::string& argument) {
     if (equals == std::string::npos)
         bad_input(place, "has no value (got " + argument + ", need key=value)", name + "=...");
     const Key* key = find_key(keys, name);
-    if (!key) unknown_key(keys, place, name, false);
+    if (!key) unknown_key(keys, place, name);
     const std::string value = argument.substr(equals + 1);
-    const bool quotes = !value.empty() && (value[0] == '"' || value[0] == '\'');
+    const bool quoted = value.starts_with('"') || value.starts_with('\'');
     toml::table parsed;
-    if (std::holds_alternative<std::string*>(key->slot) && !quotes) {
-        parsed.insert("value", value);
-    } else {
-        try {
+    try {
+        if (std::holds_alternative<std::string*>(key->slot) && !quoted)
+            parsed.insert("value", value);
+        else
             parsed = toml::parse("value = " + value);
-        } catch (const toml::parse_error&) {
-            parsed.clear();
-        }
-        if (parsed.size() != 1) wrong_type(*key, place, value);
+    } catch (const toml::parse_error&) {
     }
-    assign(*key, *parsed.get("value"), place, fs::current_path());
+    if (parsed.size() != 1) wrong_type(*key, place, value);
+    assign(*key, *parsed.get("value"), place);
 }
 
 }  // namespace
@@ -364,17 +270,12 @@ RunConfig load_run_config(const std::string& path, const std::vector<std::string
         read_table(keys, toml::parse(source, path), "", path);
     } catch (const toml::parse_error& error) {
         const auto at = error.source().begin;
-        bad_input(text("%s:%u:%u", path.c_str(), static_cast<unsigned>(at.line),
-                       static_cast<unsigned>(at.column)),
+        bad_input(text("%s:%u:%u", path.c_str(), unsigned{at.line}, unsigned{at.column}),
                   "is not valid TOML: " + std::string(error.description()),
                   "correct it there; text is written in quotes, sections as [train]");
     }
     for (const std::string& argument : overrides) read_override(keys, argument);
-    for (const Key& key : keys)
-        if (key.flags & kPath) {
-            std::string& value = *std::get<std::string*>(key.slot);
-            value = absolute_path(fs::current_path(), value);
-        }
+    for (const Key& key : keys) rebase(key, fs::current_path());
     validate(config);
     return config;
 }
@@ -385,7 +286,7 @@ void validate(const RunConfig& config) {
         const std::string value = value_text(key.slot);
         if ((key.flags & kRequired) && (value == "\"\"" || value == "0" || value == "0.0"))
             bad_input(key.name, "is required and not set (got " + value + ")",
-                      "set it in the file, or with --set " + std::string(key.name) + "=...");
+                      "set it in the file, or with --set " + key.name + "=...");
         check_value(key, key.name);
     }
     const LrSchedule& lr = c.lr_schedule;
@@ -396,9 +297,8 @@ void validate(const RunConfig& config) {
                   "a smaller lr_schedule.warmup_ratio or decay_ratio");
     if (c.train.global_batch_size % c.train.micro_batch_size != 0)
         bad_input("train.global_batch_size",
-                  text("is no multiple of train.micro_batch_size (got %lld and %lld)",
-                       static_cast<long long>(c.train.global_batch_size),
-                       static_cast<long long>(c.train.micro_batch_size)),
+                  text("is no multiple of train.micro_batch_size (got %ld and %ld)",
+                       c.train.global_batch_size, c.train.micro_batch_size),
                   "train.micro_batch_size = 1");
     zigzag_blocks(c.data.sequence_length, c.parallel.cp, 0);
     if (c.train.eval_interval > 0 && c.data.heldout_fraction == 0)
@@ -416,31 +316,18 @@ std::string to_toml(const RunConfig& config) {
     RunConfig c = config;
     std::string out, section;
     for (const Key& key : keys_of(c)) {
-        const std::string name = key.name, here = name.substr(0, name.find('.'));
+        const std::string here = section_of(key.name);
         if (here != section) out += (out.empty() ? "[" : "\n[") + here + "]\n";
         section = here;
-        out += std::string(leaf_of(name)) + " = " + value_text(key.slot) + "\n";
+        out += leaf_of(key.name) + " = " + value_text(key.slot) + "\n";
     }
     return out;
 }
 
-std::vector<ConfigDifference> differences(const RunConfig& before, const RunConfig& after) {
-    RunConfig a = before, b = after;
-    const std::vector<Key> old_keys = keys_of(a), new_keys = keys_of(b);
-    std::vector<ConfigDifference> found;
-    for (size_t i = 0; i < old_keys.size(); i++) {
-        const std::string was = value_text(old_keys[i].slot), is = value_text(new_keys[i].slot);
-        if (was != is) found.push_back({old_keys[i].name, was, is});
-    }
-    return found;
-}
-
 bool may_change_on_resume(const std::string& name) {
     RunConfig c;
-    const std::vector<Key> keys = keys_of(c);
-    const Key* key = find_key(keys, name);
-    if (!key) failed("may_change_on_resume", "unknown key " + name);
-    return key->flags & kMayChange;
+    return std::ranges::any_of(
+        keys_of(c), [&](const Key& key) { return key.name == name && !(key.flags & kKept); });
 }
 
 }  // namespace pith

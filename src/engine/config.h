@@ -1,8 +1,7 @@
 // config: a run, as a TOML file and --set overrides fill it. Every key, its unit and default are
 // here; an unknown key is refused with the nearest known one. Device and number of ranks are
 // options of the command, not of the run.
-// defines: RunConfig, load_run_config, validate, to_toml, ConfigDifference, differences,
-//          may_change_on_resume
+// defines: RunConfig, load_run_config, validate, to_toml, may_change_on_resume
 #pragma once
 #include <string>
 #include <vector>
@@ -76,14 +75,8 @@ RunConfig load_run_config(const std::string& path, const std::vector<std::string
 void validate(const RunConfig& config);
 // The resolved configuration as TOML; reading it back gives the same.
 std::string to_toml(const RunConfig& config);
-// Keys whose values differ, with both as TOML writes them: "train.steps", "10", "20".
-struct ConfigDifference {
-    std::string key, before, after;
-};
-std::vector<ConfigDifference> differences(const RunConfig& before, const RunConfig& after);
-// Whether a resumed run may change the key: steps and epochs, learning rate, intervals, layout,
-// time limits, where files lie (their contents are compared apart), and what to do with a step that
-// is not finite.
+// Whether a resumed run may change the key: what does not change the training itself, how long it
+// takes, its learning rate, and where files lie (their contents are compared apart).
 bool may_change_on_resume(const std::string& key);
 
 }  // namespace pith

@@ -129,11 +129,12 @@ TEST(Config, RefusesBadFiles) {
         {"bata1 = 1", {"optimizer.bata1: is an unknown key", "Try: optimizer.beta1"}},
         {"[train2]\nsteps = 1", {"run.toml:11: train2: ", "Try: [train]"}},
         {"[parallel]\nlr = 1", {"run.toml:12: parallel.lr: ", "Try: optimizer.lr"}},
+        {"[lr_schedule]\nlr = 1", {"run.toml:12: lr_schedule.lr: ", "Try: optimizer.lr"}},
         {"[checkpoint]\nintervall = 1", {"Try: checkpoint.interval"}},
         {"steps = 3", {"optimizer.steps: ", "Try: train.steps"}},
         {"[lr_schedule.warmup]\nratio = 1", {"lr_schedule.warmup: ", "lr_schedule.warmup_ratio"}},
         {"[run.folder]\na = 1", {"run.folder: has the wrong type", "got a section"}},
-        {"beta1 = '0.9'", {"got '0.9', need a number", "Try: beta1 = 0.9"}},
+        {"beta1 = '0.9'", {"got \"0.9\", need a number", "Try: beta1 = 0.9"}},
         {"[checkpoint]\nkeep = 1.0", {"checkpoint.keep: ", "got 1.0, need a whole number"}},
         {"[checkpoint]\nkeep = true", {"got true, need a whole number"}},
         {"[checkpoint]\nkeep = [1]", {"got a list, need a whole number"}},
@@ -196,6 +197,7 @@ TEST(Config, RefusesBadOverrides) {
         std::vector<std::string> parts;
     } cases[] = {
         {"train.stps=3", {"--set train.stps: is an unknown key", "Try: train.steps"}},
+        {"lr=3", {"--set lr: is an unknown key", "Try: optimizer.lr"}},
         {"steps=3", {"--set steps: is an unknown key", "Try: train.steps"}},
         {"train=3", {"--set train: is an unknown key"}},
         {"train.steps", {"--set train.steps: has no value"}},
@@ -230,30 +232,9 @@ TEST(Config, TextReadsBackTheSame) {
     const std::string toml = to_toml(c);
     fs::create_directories(folder + "/elsewhere");
     const RunConfig again = load_text(folder + "/elsewhere/b.toml", toml);
-    EXPECT_TRUE(differences(c, again).empty());
     EXPECT_EQ(to_toml(again), toml);
     EXPECT_EQ(again.optimizer.eps, 1.2345678901234567e-8);
     EXPECT_EQ(again.run.folder, fs::current_path().string() + "/a \"b\"\\\t\x01z");
-}
-
-TEST(Config, DifferencesNameKeysAndValues) {
-    RunConfig a;
-    a.train.steps = 10;
-    a.data.path = "x";
-    RunConfig b = a;
-    EXPECT_TRUE(differences(a, b).empty());
-    b.train.steps = 20;
-    b.data.path = "y";
-    b.optimizer.beta1 = 0.5;
-    b.data.document_mask = true;
-    const std::vector<ConfigDifference> found = differences(a, b);
-    std::string all;
-    for (const auto& d : found) all += d.key + ": " + d.before + " -> " + d.after + "\n";
-    EXPECT_EQ(all,
-              "data.path: \"x\" -> \"y\"\n"
-              "data.document_mask: false -> true\n"
-              "train.steps: 10 -> 20\n"
-              "optimizer.beta1: 0.9 -> 0.5\n");
 }
 
 // What a resumed run may not change: everything else may.
