@@ -11,34 +11,26 @@ std::string text(const char* format, ...) {
     va_list args, again;
     va_start(args, format);
     va_copy(again, args);
-    const int n = vsnprintf(nullptr, 0, format, args);
+    std::string out(vsnprintf(nullptr, 0, format, args), '\0');
     va_end(args);
-    std::string out(n > 0 ? n : 0, '\0');
     vsnprintf(out.data(), out.size() + 1, format, again);
     va_end(again);
     return out;
 }
 
-static std::string compose(const std::string& place, const std::string& what,
-                           const std::string& remedy) {
-    std::string message = place + ": " + what;
-    if (!remedy.empty()) message += ". Try: " + remedy;
-    return message;
-}
-
 void bad_input(const std::string& place, const std::string& what, const std::string& remedy) {
-    throw Error(kExitBadInput, compose(place, what, remedy));
+    throw Error(kExitBadInput, place + ": " + what + ". Try: " + remedy);
 }
 
 void failed(const std::string& place, const std::string& what, const std::string& remedy) {
-    throw Error(kExitFailed, compose(place, what, remedy));
+    throw Error(kExitFailed, place + ": " + what + (remedy.empty() ? "" : ". Try: " + remedy));
 }
 
 std::string describe(const Tensor& t) {
     if (!t.defined()) return "undefined tensor";
     std::string s = "[";
     for (int i = 0; i < t.dim.rank; i++)
-        s += (i ? "," : "") + std::to_string(static_cast<long long>(t.dim[i]));
+        s += (i ? "," : "") + std::to_string(t.dim[i]);
     s += text("] %s %s, ", name_of(t.dtype), name_of(t.device));
     if (t.name[0]) return s + t.name;
     return s + text("made at %s:%d", t.made.file, t.made.line);

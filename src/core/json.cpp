@@ -1,6 +1,5 @@
 #include "core/json.h"
 
-#include <algorithm>
 #include <cerrno>
 #include <charconv>
 #include <cmath>
@@ -13,15 +12,9 @@ namespace pith {
 
 using Value = nlohmann::json;
 
-struct JsonDocument {
-    Value root;
-    std::string name;
-    int refs = 0;
-};
-
-static const Value& value_of(const void* node) {
+static const Value& value_of(const std::shared_ptr<const void>& node) {
     static const Value null;
-    return node ? *static_cast<const Value*>(node) : null;
+    return node ? *static_cast<const Value*>(node.get()) : null;
 }
 
 std::string read_text_file(const std::string& path) {
@@ -36,41 +29,6 @@ std::string read_text_file(const std::string& path) {
     fclose(file);
     if (error) bad_input(path, text("cannot be read (%s)", strerror(error)), remedy);
     return all;
-}
-
-Json::Json(JsonDocument* document, const void* node, std::string place)
-    : document_(document), node_(node), place_(std::move(place)) {
-    if (document_) __atomic_add_fetch(&document_->refs, 1, __ATOMIC_RELAXED);
-}
-Json::Json(const Json& o) : Json(o.document_, o.node_, o.place_) {}
-Json::Json(Json&& o) noexcept
-    : document_(o.document_), node_(o.node_), place_(std::move(o.place_)) {
-    o.document_ = nullptr;
-    o.node_ = nullptr;
-}
-Json& Json::operator=(Json o) noexcept {
-    std::swap(document_, o.document_);
-    std::swap(node_, o.node_);
-    place_.swap(o.place_);
-    return *this;
-}
-Json::~Json() {
-    if (document_ && __atomic_sub_fetch(&document_->refs, 1, __ATOMIC_ACQ_REL) == 0)
-        delete document_;
-}
-
-[[noreturn]] static void malformed(const std::string& text_in, const std::string& place,
-                                   const Value::parse_error& error) {
-    const size_t at = std::min(error.byte > 0 ? error.byte - 1 : 0, text_in.size());
-    const size_t line = 1 + std::count(text_in.begin(), text_in.begin() + at, '\n');
-    const size_t line_begin = at == 0 ? 0 : text_in.rfind('\n', at - 1) + 1;
-    std::string why = error.what();  // "[json.exception...] parse error at line 1, column 2: ..."
-    if (const size_t colon = why.find(": "); colon != std::string::npos) why.erase(0, colon + 2);
-    bad_input(place,
-              text("is not valid JSON at line %zu, column %zu, byte %zu: %s", line,
-                   at - line_begin + 1, at, why.c_str()),
-              at >= text_in.size() ? "the file seems cut short: fetch or write it again"
-                                   : "correct it there, or fetch the file again");
 }
 
 Json Json::parse(const std::string& text_in, const std::string& place) {
@@ -88,16 +46,16 @@ Json Json::parse(const std::string& text_in, const std::string& place) {
         }
         return true;
     };
-    Json document(new JsonDocument, nullptr, place);
-    document.document_->name = place;
+    Json document;
+    document.place_ = place;
+    document.top_ = true;
     try {
-        document.document_->root = Value::parse(text_in, refuse_duplicates);
-    } catch (const Value::parse_error& error) {
-        malformed(text_in, place, error);
-    } catch (const Value::out_of_range& error) {  // a number beyond double's range
-        bad_input(place, std::string("is not valid JSON: ") + error.what(), "correct the number");
+        document.node_ = std::make_shared<const Value>(Value::parse(text_in, refuse_duplicates));
+    } catch (const Value::exception& error) {  // "[json.exception...] parse error at line 1, ..."
+        const std::string why = error.what();
+        bad_input(place, "is not valid JSON: " + why.substr(why.find("] ") + 2),
+                  "correct it there; if the file was cut short, fetch or write it again");
     }
-    document.node_ = &document.document_->root;
     return document;
 }
 
@@ -126,14 +84,20 @@ bool Json::has(const std::string& key) const {
     return v.is_object() && v.contains(key);
 }
 
+Json Json::child(const void* node, std::string place) const {
+    Json value;
+    value.node_ = {node_, node};
+    value.place_ = std::move(place);
+    return value;
+}
+
 Json Json::operator[](const std::string& key) const {
     const Value& v = value_of(node_);
     if (!v.is_object()) wrong_type("an object");
-    const bool top = document_ && node_ == &document_->root;
-    std::string place = place_ + (top ? ": " : ".") + key;
+    const std::string place = place_ + (top_ ? ": " : ".") + key;
     const auto found = v.find(key);
     if (found == v.end()) bad_input(place, "is missing", "add the key");
-    return Json(document_, &*found, std::move(place));
+    return child(&*found, place);
 }
 
 Json Json::operator[](int64_t index) const {
@@ -144,8 +108,7 @@ Json Json::operator[](int64_t index) const {
                   text("has too few elements (got %lld, need element %lld)",
                        static_cast<long long>(size()), static_cast<long long>(index)),
                   "add the element");
-    return Json(document_, &v[static_cast<size_t>(index)],
-                place_ + text("[%lld]", static_cast<long long>(index)));
+    return child(&v[static_cast<size_t>(index)], place_ + "[" + std::to_string(index) + "]");
 }
 
 int64_t Json::size() const {
@@ -162,17 +125,12 @@ std::vector<std::string> Json::keys() const {
 
 int64_t Json::as_int(int64_t min, int64_t max) const {
     const Value& v = value_of(node_);
-    int64_t number = 0;
     if (v.is_number_unsigned() && v.get<uint64_t>() > static_cast<uint64_t>(INT64_MAX))
         wrong_type("a whole number below 2^63");
-    if (v.is_number_integer()) {
-        number = v.get<int64_t>();
-    } else if (v.is_number_float() && std::fabs(v.get<double>()) <= 9007199254740992.0 &&
-               v.get<double>() == std::floor(v.get<double>())) {
-        number = static_cast<int64_t>(v.get<double>());
-    } else {
-        wrong_type("a whole number");
-    }
+    const bool whole_float = v.is_number_float() && std::fabs(v.get<double>()) <= 0x1p53 &&
+                             v.get<double>() == std::floor(v.get<double>());
+    if (!v.is_number_integer() && !whole_float) wrong_type("a whole number");
+    const int64_t number = v.get<int64_t>();
     if (number < min || number > max) {
         std::string need = min == INT64_MIN ? "" : "at least " + std::to_string(min);
         if (min != INT64_MIN && max != INT64_MAX) need += " and ";
@@ -207,35 +165,42 @@ std::vector<int64_t> Json::as_ints() const {
     return all;
 }
 
-static bool given(const Json& object, const std::string& key) {
-    return object.has(key) && !object[key].is_null();
+// The member, or null where it is absent.
+static Json member(const Json& object, const std::string& key) {
+    return object.has(key) ? object[key] : Json();
 }
 int64_t Json::int_or(const std::string& key, int64_t value) const {
-    return given(*this, key) ? (*this)[key].as_int() : value;
+    const Json found = member(*this, key);
+    return found.is_null() ? value : found.as_int();
 }
 double Json::double_or(const std::string& key, double value) const {
-    return given(*this, key) ? (*this)[key].as_double() : value;
+    const Json found = member(*this, key);
+    return found.is_null() ? value : found.as_double();
 }
 std::string Json::string_or(const std::string& key, const std::string& value) const {
-    return given(*this, key) ? (*this)[key].as_string() : value;
+    const Json found = member(*this, key);
+    return found.is_null() ? value : found.as_string();
 }
 bool Json::bool_or(const std::string& key, bool value) const {
-    return given(*this, key) ? (*this)[key].as_bool() : value;
+    const Json found = member(*this, key);
+    return found.is_null() ? value : found.as_bool();
 }
 
 std::string Json::dump(int indent) const {
     return value_of(node_).dump(indent, ' ', false, Value::error_handler_t::replace);
 }
 
+// Before a value: a comma and a new line where they are due.
 void JsonWriter::separate() {
-    if (after_key_) {
-        after_key_ = false;
-        return;
+    if (!after_key_) {
+        if (!first_) out_ += indent_ < 0 ? ", " : ",";
+        if (!closers_.empty()) new_line();
     }
-    if (!first_) out_ += indent_ < 0 ? ", " : ",";
-    if (indent_ >= 0 && !closers_.empty())
-        out_ += '\n' + std::string(closers_.size() * indent_, ' ');
-    first_ = false;
+    first_ = after_key_ = false;
+}
+
+void JsonWriter::new_line() {
+    if (indent_ >= 0) out_ += '\n' + std::string(closers_.size() * indent_, ' ');
 }
 
 JsonWriter& JsonWriter::open(char begin, char end) {
@@ -247,17 +212,16 @@ JsonWriter& JsonWriter::open(char begin, char end) {
 }
 
 JsonWriter& JsonWriter::end() {
-    if (closers_.empty() || after_key_) failed("JsonWriter", "end() without an open value");
     const char closer = closers_.back();
     closers_.pop_back();
-    if (indent_ >= 0 && !first_) out_ += '\n' + std::string(closers_.size() * indent_, ' ');
+    if (!first_) new_line();
     out_ += closer;
     first_ = false;
     return *this;
 }
 
 JsonWriter& JsonWriter::key(const std::string& name) {
-    if (closers_.empty() || closers_.back() != '}' || after_key_)
+    if (closers_.empty() || closers_.back() != '}')
         failed("JsonWriter", "a key outside an object: " + name);
     value(name);
     out_ += ": ";

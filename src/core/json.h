@@ -3,6 +3,7 @@
 // defines: Json, JsonWriter, read_text_file
 #pragma once
 #include <concepts>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -16,17 +17,10 @@ std::string read_text_file(const std::string& path);
 // A value inside a parsed document. Copies are cheap and share the document, which lives as long as
 // any of them. Every error names the file and the full key: "config.json: rope_scaling.factor: is a
 // string (got "x", need a number)". A default Json is null. All errors have exit code 2.
-struct JsonDocument;
 class Json {
   public:
-    Json() = default;
-    Json(const Json& o);
-    Json(Json&& o) noexcept;
-    Json& operator=(Json o) noexcept;
-    ~Json();
-
-    // `place` is the file's name in errors. Malformed or truncated text (with line, column and
-    // byte), a key that occurs twice in one object, and trailing text are refused.
+    // `place` is the file's name in errors. Malformed or truncated text (with line and column), a
+    // key that occurs twice in one object, and trailing text are refused.
     static Json parse(const std::string& text, const std::string& place);
     static Json parse_file(const std::string& path);
 
@@ -64,11 +58,11 @@ class Json {
     const std::string& place() const { return place_; }
 
   private:
-    Json(JsonDocument* document, const void* node, std::string place);
+    Json child(const void* node, std::string place) const;
     [[noreturn]] void wrong_type(const char* need) const;
-    JsonDocument* document_ = nullptr;
-    const void* node_ = nullptr;
+    std::shared_ptr<const void> node_;  // in the JSON library's form; keeps the document
     std::string place_;
+    bool top_ = false;  // of the document
 };
 
 // Writes JSON text piece by piece, keys in the order given:
@@ -96,6 +90,7 @@ class JsonWriter {
   private:
     JsonWriter& open(char begin, char end);
     void separate();
+    void new_line();
     std::string out_, closers_;
     int indent_;
     bool first_ = true, after_key_ = false;

@@ -29,12 +29,12 @@ static void log_line(const char* level, const char* format, va_list args) {
     localtime_r(&now, &parts);
     char stamp[32];
     strftime(stamp, sizeof stamp, "%Y-%m-%d %H:%M:%S", &parts);
+    const std::string line = text("%s | %s | ", stamp, level) + message + "\n";
     std::lock_guard lock(sink_mutex);
-    if (progress_drawn) fprintf(stderr, "\r\033[K");
+    fprintf(stderr, "%s%s", progress_drawn ? "\r\033[K" : "", line.c_str());
     progress_drawn = false;
-    fprintf(stderr, "%s | %s | %s\n", stamp, level, message.c_str());
     if (!sink_file) return;
-    fprintf(sink_file, "%s | %s | %s\n", stamp, level, message.c_str());
+    fputs(line.c_str(), sink_file);
     fflush(sink_file);
 }
 
@@ -83,7 +83,7 @@ void Progress::update(double done, const std::string& extra) {
     if (!terminal_) return log_info("%s", line.c_str());
     std::lock_guard lock(sink_mutex);
     fprintf(stderr, "\r\033[K%s", line.c_str());
-    progress_drawn = drawn_ = true;
+    progress_drawn = true;
 }
 
 void Progress::finish(const std::string& summary) { log_info("%s", summary.c_str()); }

@@ -26,7 +26,7 @@ class Progress {
   private:
     std::string what_, unit_;
     double total_, start_s_, last_s_;
-    bool terminal_, drawn_ = false;
+    bool terminal_;
 };
 
 // "1,234,567"; "3 min 20 s"; "1.50 GiB".

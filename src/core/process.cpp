@@ -4,6 +4,7 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -15,26 +16,21 @@ namespace pith {
 // are plain words, preallocated.
 static Status boards[kMaxRanks];
 static pthread_t board_thread[kMaxRanks];
-static bool board_has_thread[kMaxRanks];
 static int boards_used = 0;
 static volatile sig_atomic_t stop_signal_number = 0;
+
+int status_boards() { return __atomic_load_n(&boards_used, __ATOMIC_RELAXED); }
 
 Status& status_board(int id) {
     if (id < 0 || id >= kMaxRanks)
         failed("status_board", text("rank %d (need < %d)", id, kMaxRanks));
-    int used = __atomic_load_n(&boards_used, __ATOMIC_RELAXED);
-    while (used <= id && !__atomic_compare_exchange_n(&boards_used, &used, id + 1, false,
-                                                      __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-    }
+    if (id >= status_boards()) __atomic_store_n(&boards_used, id + 1, __ATOMIC_RELAXED);
     boards[id].rank = id;
     return boards[id];
 }
 
-int status_boards() { return __atomic_load_n(&boards_used, __ATOMIC_RELAXED); }
-
 void set_thread_status(Status* status) {
     board_thread[status->rank] = pthread_self();
-    board_has_thread[status->rank] = true;
 }
 
 bool stop_requested() { return stop_signal_number != 0; }
@@ -50,20 +46,18 @@ static void on_stop(int signal_number) {
 
 // snprintf is not async-signal-safe by the letter, but allocates nothing for these formats; a crash
 // report that can fail is better than none.
-static void print_board(const Status& s, const char* mark) {
-    char line[512];
-    const int n = snprintf(line, sizeof line,
-                           "  rank %d%s: step %d, layer %d, stage %d, micro-batch %d, last op %s "
-                           "called at %s:%d%s%s\n",
-                           s.rank, mark, s.step, s.layer, s.stage, s.micro_batch, s.op, s.file,
-                           s.line, s.waiting[0] ? ", waiting in " : "", s.waiting);
-    if (n > 0 && write(2, line, n) < 0) return;
-}
-
 static void print_boards() {
     for (int i = 0; i < status_boards(); i++) {
-        const bool mine = board_has_thread[i] && pthread_equal(board_thread[i], pthread_self());
-        print_board(boards[i], mine ? " (crashed here)" : "");
+        const Status& s = boards[i];
+        const bool mine = pthread_equal(board_thread[i], pthread_self());
+        char line[512];
+        const int n = snprintf(line, sizeof line,
+                               "  rank %d%s: step %d, layer %d, stage %d, micro-batch %d, last op "
+                               "%s called at %s:%d%s%s\n",
+                               s.rank, mine ? " (crashed here)" : "", s.step, s.layer, s.stage,
+                               s.micro_batch, s.op, s.file, s.line,
+                               s.waiting[0] ? ", waiting in " : "", s.waiting);
+        if (n > 0 && write(2, line, std::min<size_t>(n, sizeof line - 1)) < 0) return;
     }
 }
 

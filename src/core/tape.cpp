@@ -105,26 +105,23 @@ GradSlot grad_slot(Rank& rank, const Tensor& t, At at) {
     return {slot, false};
 }
 
-// Says on the status board that a node's backward runs.
-static void stand_at(Rank& rank, const Node& node) {
-    if (!rank.status) return;
-    rank.status->op = node.op;
-    rank.status->file = node.at.file;
-    rank.status->line = node.at.line;
-    rank.status->layer = node.layer;
-    rank.status->stage = node.stage;
-}
-
-// Weights may have moved since the forward.
-static void refresh(TensorList& list) {
-    for (int i = 0; i < list.count; i++) list[i].refresh();
+// The backward of a node begins: says so on the status board, and follows weights that may have
+// moved since the forward.
+static void begin_backward(Rank& rank, Node& node, TensorList& kept) {
+    if (rank.status) {
+        rank.status->op = node.op;
+        rank.status->file = node.at.file;
+        rank.status->line = node.at.line;
+        rank.status->layer = node.layer;
+        rank.status->stage = node.stage;
+    }
+    for (TensorList* list : {&node.in, &kept})
+        for (int i = 0; i < list->count; i++) (*list)[i].refresh();
 }
 
 static void run_weight_grads(Rank& rank, Node& node) {
     Node* one = &node;
-    stand_at(rank, node);
-    refresh(node.in);
-    refresh(node.bw_keep);
+    begin_backward(rank, node, node.bw_keep);
     node.bw(rank, &one, 1);
     node.bw_done = true;
     node.bw_keep.clear();
@@ -141,9 +138,7 @@ void backward(Rank& rank, int begin, int end, bool defer_weights) {
             any |= node.grad[o].defined();
         }
         if (any) {
-            stand_at(rank, node);
-            refresh(node.in);
-            refresh(node.bx_keep);
+            begin_backward(rank, node, node.bx_keep);
             if (node.bx) node.bx(rank, node);
             if (rank.debug)
                 for (int k = 0; k < node.in.count; k++)

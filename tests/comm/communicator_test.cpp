@@ -36,8 +36,8 @@ Tensor filled(Rank& rank, int64_t rows, int64_t cols, int64_t first_index, int o
 
 LaunchOptions quick() { return {.startup_limit_s = 60, .limit_s = 60}; }
 
-// Rows of each member under pattern `p`: equal, one holds all, the first empty, skewed, none, and
-// long enough that inputs are read in place rather than staged.
+// Rows of each member under pattern `p`: equal, one holds all, the first empty, skewed, none,
+// and many.
 constexpr int kPatterns = 6;
 std::vector<int64_t> rows_of(int pattern, int n) {
     std::vector<int64_t> rows(n, 3);
@@ -395,7 +395,7 @@ TEST(Failure, TheFirstExceptionWakesAllAndTellsWhatEachDid) {
 }
 
 TEST(Failure, AnExceptionInEveryPlaceOfALongRunIsSurvived) {
-    // Ranks fail at different moments of a mix of calls, with inputs read in place under way.
+    // Ranks fail at different moments of a mix of calls.
     for (int bad_call = 0; bad_call < 12; bad_call++) {
         const std::string message = failure_of(5, quick(), [bad_call](Rank& rank) {
             int calls = 0;

@@ -99,13 +99,14 @@ TEST(Json, MalformedTextIsLocated) {
     } cases[] = {
         {"", "config.json: is empty"},
         {" \n", "config.json: is empty"},
-        {"{\n \"a\": 1,\n \"b\": }", "is not valid JSON at line 3, column 7, byte 17"},
-        {"{\"a\": [1, 2", "the file seems cut short"},
-        {"{\"a\": 1} x", "is not valid JSON at line 1, column 10"},
+        {"{\n \"a\": 1,\n \"b\": }", "is not valid JSON: parse error at line 3, column 7: "},
+        {"{\"a\": [1, 2",
+         "line 1, column 12: syntax error while parsing array - unexpected end of input"},
+        {"{\"a\": 1} x", "is not valid JSON: parse error at line 1, column 10"},
         {"{\"a\": {\"b\": 1, \"b\": 2}}", "config.json: b: occurs twice in one object"},
         {"{\"a\": 1e999}", "is not valid JSON"},
-        {"{\"a\": \"\xff\"}", "is not valid JSON at line 1"},
-        {"{\"a\": NaN}", "is not valid JSON at line 1, column 7"},
+        {"{\"a\": \"\xff\"}", "is not valid JSON: parse error at line 1"},
+        {"{\"a\": NaN}", "is not valid JSON: parse error at line 1, column"},
     };
     for (const auto& c : cases) expect_error(c.json, c.error, [](const Json&) {});
     EXPECT_EQ(Json::parse(R"([{"a": 1}, {"a": 2}])", "p").size(), 2);  // no duplicate
