@@ -4,19 +4,40 @@
 
 namespace pith {
 
-[[noreturn]] static void refuse(const char* key, const std::string& what, const std::string& remedy) {
-    bad_input(key, what, remedy);
-}
-
 static DType compute_type(const RunConfig& config, Device device) {
     const std::string& precision = config.train.precision;
-    if (device == Device::CPU) {
-        if (precision == "bf16")
-            refuse("train.precision", "the CPU computes in FP32 (got \"bf16\", need \"fp32\")",
-                   "train.precision = \"auto\"");
-        return DType::F32;
-    }
-    return precision == "fp32" ? DType::F32 : DType::BF16;
+    if (device == Device::CPU && precision == "bf16")
+        bad_input("train.precision", "the CPU computes in FP32 (got \"bf16\", need \"fp32\")",
+                  "train.precision = \"auto\"");
+    return device == Device::CPU || precision == "fp32" ? DType::F32 : DType::BF16;
+}
+
+static void check_model(const RunPlan& plan) {
+    const int64_t length = plan.config.data.sequence_length, most = plan.shape.max_positions;
+    if (plan.shape.num_experts % plan.mesh.ep != 0)
+        bad_input("parallel.ep",
+                  text("does not divide the experts (got ep = %d and %d experts, need a divisor)",
+                       plan.mesh.ep, plan.shape.num_experts),
+                  "parallel.ep = 1");
+    if (most > 0 && length > most)
+        bad_input("data.sequence_length",
+                  text("is beyond the model's positions (got %ld, need at most "
+                       "max_position_embeddings = %ld)",
+                       length, most),
+                  "a shorter sequence, or a larger max_position_embeddings in config.json");
+}
+
+static BatchShape plan_batch(const RunConfig& config, const Mesh& mesh) {
+    const BatchShape batch{config.train.global_batch_size, config.train.micro_batch_size, mesh.dp,
+                           mesh.ep};
+    const int64_t unit = batch.micro_batch * mesh.dp * mesh.ep;
+    if (batch.global_batch % unit != 0)
+        bad_input("train.global_batch_size",
+                  text("does not split into micro-batches over the mesh (got %ld sequences, need a "
+                       "multiple of micro-batch %ld * dp %d * ep %d = %ld)",
+                       batch.global_batch, batch.micro_batch, mesh.dp, mesh.ep, unit),
+                  std::to_string((batch.global_batch / unit + 1) * unit));
+    return batch;
 }
 
 static ScheduleOptions plan_schedule(const RunPlan& plan) {
@@ -27,57 +48,16 @@ static ScheduleOptions plan_schedule(const RunPlan& plan) {
     s.micro_batches = static_cast<int>(plan.batch.num_micro_batches());
     s.gather_step = parallel.gather == "step";
     const int least = min_micro_batches(s);
-    if (s.micro_batches < least) {
-        const int64_t lanes = int64_t{plan.mesh.dp} * plan.mesh.ep;
-        refuse("train.global_batch_size",
-               text("gives too few micro-batches for the schedule %s at pp = %d (got %lld sequences "
-                    "/ (micro-batch %lld * dp %d * ep %d) = %d, need at least %d)",
-                    name_of(s.kind), s.pp, static_cast<long long>(plan.batch.global_batch),
-                    static_cast<long long>(plan.batch.micro_batch), plan.mesh.dp, plan.mesh.ep,
-                    s.micro_batches, least),
-               text("train.global_batch_size = %lld, or parallel.schedule = \"1f1b\"",
-                    static_cast<long long>(least * plan.batch.micro_batch * lanes)));
-    }
+    const int64_t unit = plan.batch.global_batch / s.micro_batches;
+    if (s.micro_batches < least)
+        bad_input(
+            "train.global_batch_size",
+            text("gives too few micro-batches for the schedule %s at pp = %d (got %ld sequences "
+                 "/ (micro-batch %ld * dp %d * ep %d) = %d, need at least %d)",
+                 name_of(s.kind), s.pp, plan.batch.global_batch, plan.batch.micro_batch,
+                 plan.mesh.dp, plan.mesh.ep, s.micro_batches, least),
+            text("train.global_batch_size = %ld, or parallel.schedule = \"1f1b\"", least * unit));
     return s;
-}
-
-static BatchShape plan_batch(const RunConfig& config, const Mesh& mesh) {
-    const BatchShape batch{config.train.global_batch_size, config.train.micro_batch_size, mesh.dp,
-                           mesh.ep};
-    const int64_t unit = batch.micro_batch * mesh.dp * mesh.ep;
-    if (batch.global_batch % unit != 0)
-        refuse("train.global_batch_size",
-               text("does not split into micro-batches over the mesh (got %lld sequences, need a "
-                    "multiple of micro-batch %lld * dp %d * ep %d = %lld)",
-                    static_cast<long long>(batch.global_batch),
-                    static_cast<long long>(batch.micro_batch), mesh.dp, mesh.ep,
-                    static_cast<long long>(unit)),
-               text("%lld", static_cast<long long>((batch.global_batch / unit + 1) * unit)));
-    return batch;
-}
-
-static void check_model(const RunPlan& plan) {
-    const int ep = plan.mesh.ep;
-    const int64_t length = plan.config.data.sequence_length;
-    if (plan.shape.num_experts % ep != 0)
-        refuse("parallel.ep",
-               text("does not divide the experts (got ep = %d and %d experts, need a divisor)", ep,
-                    plan.shape.num_experts),
-               "parallel.ep = 1");
-    if (length % (2 * plan.mesh.cp) != 0 && plan.mesh.cp > 1)
-        refuse("data.sequence_length",
-               text("does not split into 2 * cp equal blocks (got %lld and cp = %d, need a multiple "
-                    "of %d)",
-                    static_cast<long long>(length), plan.mesh.cp, 2 * plan.mesh.cp),
-               text("data.sequence_length = %lld",
-                    static_cast<long long>((length / (2 * plan.mesh.cp) + 1) * 2 * plan.mesh.cp)));
-    if (plan.shape.max_positions > 0 && length > plan.shape.max_positions)
-        refuse("data.sequence_length",
-               text("is beyond the model's positions (got %lld, need at most "
-                    "max_position_embeddings = %lld)",
-                    static_cast<long long>(length),
-                    static_cast<long long>(plan.shape.max_positions)),
-               "a shorter sequence, or a larger max_position_embeddings in config.json");
 }
 
 RunPlan plan_run(const RunConfig& config, Device device, int ranks) {
@@ -115,10 +95,8 @@ DataOptions data_options(const RunPlan& plan) {
 ParameterCounts parameter_counts(const RunPlan& plan) {
     ParameterCounts n;
     for (const Parameter& p : whole_table(plan.model)) {
-        const int64_t all = p.dims.numel();
-        const int64_t used = p.unit == UnitKind::Experts
-                                 ? all / plan.shape.num_experts * plan.shape.top_k
-                                 : all;
+        const int64_t all = p.dims.numel(), experts = plan.shape.num_experts;
+        const int64_t used = p.unit == UnitKind::Experts ? all / experts * plan.shape.top_k : all;
         n.total += all;
         n.active += used;
         if (p.dims.rank > 1 && p.unit != UnitKind::Embedding) n.matmul += used;
@@ -127,41 +105,30 @@ ParameterCounts parameter_counts(const RunPlan& plan) {
 }
 
 double flops_per_token(const RunPlan& plan) {
-    const double attention = 3.0 * static_cast<double>(plan.config.data.sequence_length) *
-                             static_cast<double>(plan.shape.attention_width);
-    return 6.0 * static_cast<double>(parameter_counts(plan).matmul) +
-           attention * plan.shape.num_layers;
-}
-
-// Elements a token leaves on the tape in one layer, and the bytes of a chunk of logits.
-static int64_t layer_elements(const RunPlan& plan, int64_t expert_width) {
     const ModelShape& s = plan.shape;
-    const int64_t attention = 5 * s.hidden + 3 * s.attention_width;
-    const int64_t experts = s.top_k * (2 * s.hidden + 3 * expert_width) + 2 * s.num_experts;
-    return attention + experts;
+    const double attention = 3.0 * plan.config.data.sequence_length * s.attention_width;
+    return 6.0 * parameter_counts(plan).matmul + attention * s.num_layers;
 }
 
 // The rank's tables, as make_pipeline() lays them out.
-static Parameters rank_layout(const RunPlan& plan, int rank, const ParameterTable& whole) {
-    const MeshCoord at = coord_of(plan.mesh, rank);
-    const int local = plan.shape.num_experts / plan.mesh.ep;
+static Parameters rank_layout(const RunPlan& plan, int rank, const ParameterTable& whole,
+                              const std::vector<ChunkLayers>& chunks) {
     ParameterTable table;
     std::vector<int> sizes;
-    for (const ChunkLayers& c : chunk_layers(plan.schedule.kind, plan.mesh.pp, at.pp_rank,
-                                             plan.shape.num_layers)) {
+    for (const ChunkLayers& c : chunks) {
         const size_t before = table.size();
         for (Parameter p : whole) {
+            const bool edge = p.unit == UnitKind::Embedding ? c.prolog : c.epilog;
             const bool layer = p.layer >= c.first && p.layer < c.first + c.count;
-            const bool edge = p.layer < 0 && (p.unit == UnitKind::Embedding ? c.prolog : c.epilog);
-            if (!layer && !edge) continue;
-            if (p.unit == UnitKind::Experts) p.dims[0] = local;
+            if (p.layer < 0 ? !edge : !layer) continue;
+            if (p.unit == UnitKind::Experts) p.dims[0] = plan.shape.num_experts / plan.mesh.ep;
             table.push_back(std::move(p));
         }
         sizes.push_back(static_cast<int>(table.size() - before));
     }
     const auto place = [&](Group g) {
         const std::vector<int> members = group_members(plan.mesh, g, rank);
-        const auto me = std::find(members.begin(), members.end(), rank) - members.begin();
+        const auto me = std::ranges::find(members, rank) - members.begin();
         return ShardPlace{static_cast<int>(members.size()), static_cast<int>(me)};
     };
     return layout_parameters(std::move(table), sizes, plan.pipeline.gather_layer,
@@ -169,34 +136,34 @@ static Parameters rank_layout(const RunPlan& plan, int rank, const ParameterTabl
 }
 
 std::vector<RankMemory> rank_memory(const RunPlan& plan) {
+    const ModelShape& s = plan.shape;
     const ParameterTable whole = whole_table(plan.model);
     int64_t expert_width = 0;
     for (const Parameter& p : whole)
         if (p.unit == UnitKind::Experts && p.dims.rank == 3)
             expert_width = std::max(expert_width, std::min(p.dims[1], p.dims[2]));
+    // What a token leaves on the tape in one layer.
+    const int64_t attention = 5 * s.hidden + 3 * s.attention_width;
+    const int64_t experts = s.top_k * (2 * s.hidden + 3 * expert_width) + 2 * s.num_experts;
     const int64_t tokens = plan.batch.micro_batch * plan.config.data.sequence_length / plan.mesh.cp;
-    const ScheduleCheck live = check_schedule(plan.schedule, make_schedules(plan.schedule));
     const int64_t value = size_of(plan.compute);
+    const ScheduleCheck live = check_schedule(plan.schedule, make_schedules(plan.schedule));
     std::vector<RankMemory> ranks;
     for (int rank = 0; rank < plan.mesh.world(); rank++) {
-        const Parameters layout = rank_layout(plan, rank, whole);
-        const ParameterBytes bytes = parameter_bytes(layout, plan.compute);
-        int64_t layers = 0, chunks = 0;
-        for (const ChunkLayers& c : chunk_layers(plan.schedule.kind, plan.mesh.pp,
-                                                 coord_of(plan.mesh, rank).pp_rank,
-                                                 plan.shape.num_layers)) {
-            layers += c.count;
-            chunks++;
-        }
-        const int64_t in_flight = tokens * layer_elements(plan, expert_width) * value * layers /
-                                  std::max<int64_t>(chunks, 1) * live.peak_live;
-        const int64_t largest = tokens * plan.shape.top_k * expert_width * 2 * value;
+        const std::vector<ChunkLayers> chunks = chunk_layers(
+            plan.schedule.kind, plan.mesh.pp, coord_of(plan.mesh, rank).pp_rank, s.num_layers);
+        int64_t layers = 0;
+        for (const ChunkLayers& c : chunks) layers += c.count;
+        const int64_t per_chunk =
+            tokens * (attention + experts) * value * layers / static_cast<int64_t>(chunks.size());
+        const ParameterBytes bytes =
+            parameter_bytes(rank_layout(plan, rank, whole, chunks), plan.compute);
         ranks.push_back({.weights = bytes.master,
                          .compute_copy = bytes.weights,
                          .gradients = bytes.gradients,
                          .optimizer = bytes.moments,
-                         .activations = in_flight,
-                         .workspace = 2 * largest});
+                         .activations = per_chunk * live.peak_live,
+                         .workspace = 4 * tokens * s.top_k * expert_width * value});
     }
     return ranks;
 }
