@@ -293,10 +293,8 @@ void Loader::read_split(const Json& json) {
     SplitStep step;
     step.behavior = static_cast<SplitBehavior>(at - std::begin(kBehaviors));
     step.invert = json["invert"].as_bool();
-    const std::string pattern = read_pattern(json);
-    step.regex.emplace_back(pattern, json["pattern"].place());
-    for (const char c : pattern)
-        step.pattern += c == '\n' ? "\\n" : c == '\r' ? "\\r" : std::string(1, c);
+    step.pattern = read_pattern(json);
+    step.place = json["pattern"].place();
     d_.steps.push_back(std::move(step));
 }
 
@@ -309,7 +307,7 @@ void Loader::read_byte_level(const Json& json) {
     if (!json.bool_or("use_regex", true)) return;
     d_.steps.emplace_back();
     d_.steps.back().pattern = kGpt2Pattern;
-    d_.steps.back().regex.emplace_back(kGpt2Pattern, json.place());
+    d_.steps.back().place = json.place();
 }
 
 void Loader::read_pre_tokenizer(const Json& json) {
@@ -431,7 +429,7 @@ void Loader::load() {
     read_pre_tokenizer(part("pre_tokenizer"));
     if (!byte_level_)
         bad_input(place("pre_tokenizer"), "has no ByteLevel, so is no byte-level BPE", kOther);
-    use_fast_patterns(d_.steps);
+    prepare(d_.steps);
     if (json.has("added_tokens")) read_added(json["added_tokens"]);
     d_.special.resize(d_.texts.size());
     read_post_processor(part("post_processor"));

@@ -34,7 +34,9 @@ enum CharFlag : uint16_t {
     kCjk = 128,            // DeepSeek's [U+4E00-U+9FA5 U+3040-U+30FF]
     kDeepSeekWord = 256,   // L M outside of kCjk
     kDeepSeekPunct = 512,  // P S outside of kCjk
-    kUnstable = 1024,      // NFC may change it, move it, or join it to what is before it
+    kCjkWord = 1024,       // L M in kCjk
+    kCjkPunct = 2048,      // P S in kCjk
+    kUnstable = 4096,      // NFC may change it, move it, or join it to what is before it
 };
 
 class CharTable {
@@ -64,9 +66,8 @@ inline Char decode_char(const char* p) {
 void append_char(std::string& out, uint32_t code);
 // Bytes of the valid UTF-8 at the front of `bytes`: its size if all of it is valid.
 size_t valid_utf8_prefix(std::string_view bytes);
-// Unicode general category as two letters ("Lu"), of Unicode 16.0 at least.
-const char* category_of(uint32_t code);
-// Ranges of code points with a category, which PCRE2's older Unicode lacks.
+// Ranges of code points with their general category ("Lu"), which libraries older than Unicode 16
+// lack.
 struct CategoryRange {
     uint32_t first, last;
     const char* category;
@@ -118,12 +119,12 @@ struct SplitStep {
     SplitBehavior behavior = SplitBehavior::Isolated;
     bool invert = false;
     FastPattern fast = FastPattern::None;
-    std::string pattern;       // canonical text, to recognise fast patterns
-    std::vector<Regex> regex;  // one, of a Pattern
+    std::string pattern, place;  // of a Pattern: the regular expression, and where it is from
+    std::vector<Regex> regex;    // one, of a Pattern that is not fast
 };
 
-// Recognises patterns, and sequences of them, that have fast forms.
-void use_fast_patterns(std::vector<SplitStep>& steps);
+// Gives patterns, and sequences of them, their fast forms, and compiles the others.
+void prepare(std::vector<SplitStep>& steps, bool use_fast = true);
 // The steps of `ByteLevel` with its own regular expression.
 extern const char* const kGpt2Pattern;
 // Words from `p` on, at most `capacity`, into `words`; returns their number and moves `p`.

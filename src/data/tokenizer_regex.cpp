@@ -11,47 +11,24 @@ namespace pith {
 
 // ---- Oniguruma's patterns as PCRE2's ----
 
-// Oniguruma has Unicode 16; PCRE2's own tables may be older, and its \s, \w and \d differ. So
-// properties and these escapes are written out as members of a class.
+// Oniguruma has Unicode 16; PCRE2's own tables may be older, and its \s and \w differ. So
+// properties and these escapes become members of a class.
 
 namespace {
-enum class Kind : uint8_t { Property, Space, Word };
+constexpr const char* kSpaces =
+    "\\x{9}-\\x{d}\\x{20}\\x{85}\\x{a0}\\x{1680}\\x{2000}-\\x{200a}\\x{2028}\\x{2029}\\x{202f}"
+    "\\x{205f}\\x{3000}";
+// What \w has besides letters, marks and numbers: some of Latin-1, and letters in circles.
+constexpr const char* kMoreOfWords =
+    "\\x{b2}\\x{b3}\\x{b9}\\x{bc}-\\x{be}\\x{24b6}-\\x{24e9}\\x{1f130}-\\x{1f149}\\x{1f150}-"
+    "\\x{1f169}\\x{1f170}-\\x{1f189}";
 
-bool in_property(const char* property, const char* category) {
-    return !strncmp(category, property, strlen(property));
-}
-
-bool is_space(uint32_t code) {
-    return (code >= 9 && code <= 13) || code == 0x85 || category_of(code)[0] == 'Z';
-}
-
-bool is_word(uint32_t code) {
-    const char* category = category_of(code);
-    for (const char* property : {"L", "M", "Nd", "Nl", "Pc"})
-        if (in_property(property, category)) return true;
-    for (const uint32_t more : {0xb2, 0xb3, 0xb9, 0xbc, 0xbd, 0xbe})
-        if (code == more) return true;
-    return (code >= 0x24b6 && code <= 0x24e9) || (code >= 0x1f130 && code <= 0x1f149) ||
-           (code >= 0x1f150 && code <= 0x1f169) || (code >= 0x1f170 && code <= 0x1f189);
-}
-
-std::string range_text(uint32_t first, uint32_t last) {
-    return text(first == last ? "\\x{%x}" : "\\x{%x}-\\x{%x}", first, last);
-}
-
-// The code points for which `in` is `wanted`, as ranges.
-std::string ranges(auto&& in, bool wanted) {
-    std::string out;
-    int64_t first = -1;
-    for (uint32_t code = 0; code <= 0x110000; code++) {
-        const bool surrogate = code >= 0xd800 && code < 0xe000;
-        const bool inside = code < 0x110000 && !surrogate && in(code) == wanted;
-        if (inside && first < 0) first = code;
-        if (!inside && first >= 0) {
-            out += range_text(static_cast<uint32_t>(first), code - 1);
-            first = -1;
-        }
-    }
+// Members of a class: what has a general category that starts with `category`.
+std::string in_category(const std::string& category) {
+    std::string out = "\\p{" + category + "}";
+    for (const CategoryRange& range : newer_code_points())
+        if (!strncmp(range.category, category.c_str(), category.size()))
+            out += text("\\x{%x}-\\x{%x}", range.first, range.last);
     return out;
 }
 
@@ -122,6 +99,7 @@ class Translator {
     }
 
     void members(const std::string& inside, bool negated) {
+        if (in_class_ && negated) refuse("\\S, \\W, \\D or \\P inside a class");
         out_ += in_class_ ? inside : (negated ? "[^" : "[") + inside + "]";
     }
 
@@ -135,44 +113,34 @@ class Translator {
             name = pattern_.substr(at_ + 3, end - at_ - 3);
             size = end + 1 - at_;
         }
-        static const char* const kMinors[][2] = {{"L", "ultmo"},   {"M", "nce"},  {"N", "dlo"},
-                                                 {"P", "cdseifo"}, {"S", "mcko"}, {"Z", "slp"}};
+        static const char* const kMinors[] = {"Lultmo",   "Mnce",  "Ndlo",
+                                              "Pcdseifo", "Smcko", "Zslp"};
         bool known = false;
-        for (const auto& [major, minors] : kMinors)
-            known |= name.substr(0, 1) == major &&
-                     (name.size() == 1 || (name.size() == 2 && strchr(minors, name[1])));
+        for (const char* minors : kMinors)
+            known |= minors[0] == name[0] &&
+                     (name.size() == 1 || (name.size() == 2 && strchr(minors + 1, name[1])));
         if (!known) refuse("\\p{" + name + "}");
-        if (in_class_ && negated) {
-            out_ += ranges(
-                [&](uint32_t code) { return in_property(name.c_str(), category_of(code)); }, false);
-        } else {
-            std::string inside = "\\p{" + name + "}";
-            for (const CategoryRange& range : newer_code_points())
-                if (in_property(name.c_str(), range.category))
-                    inside += range_text(range.first, range.last);
-            members(inside, negated);
-        }
+        members(in_category(name), negated);
         at_ += size;
     }
 
     void escape() {
         if (at_ + 1 == pattern_.size()) refuse("a \\ at the end");
         const char c = pattern_[at_ + 1];
-        const bool negated = isupper(static_cast<unsigned char>(c));
         if (c == 'p' || c == 'P') return property();
-        if (strchr("sSwWdD", c)) {
-            const auto in = [&](uint32_t code) {
-                return c == 's' || c == 'S'   ? is_space(code)
-                       : c == 'w' || c == 'W' ? is_word(code)
-                                              : !strcmp(category_of(code), "Nd");
-            };
-            members(ranges(in, !(in_class_ && negated)), negated);
-            at_ += 2;
-        } else if (isalnum(static_cast<unsigned char>(c)) && !strchr("rntfvaexAz", c)) {
-            refuse(std::string("\\") + c);
-        } else {
-            keep(2);
+        const bool is_class = strchr("sSdDwW", c) != nullptr;
+        if (!is_class) {
+            if (isalnum(static_cast<unsigned char>(c)) && !strchr("rntfaexAz", c))
+                refuse(std::string("\\") + c);
+            return keep(2);
         }
+        const char lower = static_cast<char>(c | 0x20);
+        std::string inside = lower == 's' ? kSpaces : in_category("Nd");
+        if (lower == 'w') inside += kMoreOfWords;
+        for (const char* category : {"L", "M", "Nl", "Pc"})
+            if (lower == 'w') inside += in_category(category);
+        members(inside, c != lower);
+        at_ += 2;
     }
 
     const std::string& pattern_;

@@ -164,34 +164,35 @@ struct Splitter {
         return others > q ? newlines(others, true) : spaces(p, true);
     }
 
-    // \p{N}{1,3}, then [U+4E00-U+9FA5 U+3040-U+30FF]+, then in what is between them
+    // \p{N}{1,3}, then [U+4E00-U+9FA5 U+3040-U+30FF]+, then in each of the pieces
     // [!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|
     // ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+   and what none of them matches
     const char* deepseek_v3(const char* p) const {
         const At c = at(p);
         if (c.flags & kNumber) return digits(p, 3);
-        if (c.flags & kCjk) return run(p, kCjk);
-        if (c.flags & kDeepSeekWord) return letters(p + c.size, kDeepSeekWord);
-        const char* word = p + c.size;
-        if (c.flags & kDeepSeekPunct) {
-            if (c.size == 1 && word < end && static_cast<uint8_t>((*word | 0x20) - 'a') < 26) {
-                while (word < end && static_cast<uint8_t>((*word | 0x20) - 'a') < 26) word++;
-                return word;
-            }
-        } else if (!is_newline(p) && (at(word).flags & kDeepSeekWord)) {
-            return letters(word, kDeepSeekWord);
+        const uint32_t cjk = c.flags & kCjk;
+        const uint32_t letter = cjk ? kCjkWord : kDeepSeekWord;
+        const uint32_t punct = cjk ? kCjkPunct : kDeepSeekPunct;
+        const char* second = p + c.size;
+        const bool follows = (at(second).flags & letter) != 0;
+        if (c.flags & letter) return cjk ? run(second, letter) : letters(second, letter);
+        if (c.flags & punct) {
+            const char* q = second;
+            while (c.size == 1 && q < end && static_cast<uint8_t>((*q | 0x20) - 'a') < 26) q++;
+            if (q > second) return q;
+        } else if (follows && !is_newline(p)) {
+            return cjk ? run(second, letter) : letters(second, letter);
         }
         const char* q = p + (*p == ' ');
-        const char* punct = run(q, kDeepSeekPunct);
-        if (punct > q) return newlines(punct);
+        const char* others = run(q, punct);
+        if (others > q) return cjk ? others : newlines(others);
         if (c.flags & kSpace) return spaces(p, true, kNumber | kCjk);
         for (;;) {
-            const At next = at(word);
-            if (next.size == 0 ||
-                next.flags & (kNumber | kCjk | kDeepSeekWord | kDeepSeekPunct | kSpace) ||
-                at(word + next.size).flags & kDeepSeekWord)
-                return word;
-            word += next.size;
+            const At next = at(second);
+            if (next.size == 0 || next.flags & (kNumber | letter | punct | kSpace) ||
+                (next.flags & kCjk) != cjk || at(second + next.size).flags & letter)
+                return second;
+            second += next.size;
         }
     }
 
@@ -271,7 +272,14 @@ static const std::string kDeepSeekV3[] = {
     "[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\\r\\n]*" +
         kSpaces};
 
-void use_fast_patterns(std::vector<SplitStep>& steps) {
+// A pattern with \r and \n written in one way.
+static std::string canonical(const std::string& pattern) {
+    std::string out;
+    for (const char c : pattern) out += c == '\r' ? "\\r" : c == '\n' ? "\\n" : std::string(1, c);
+    return out;
+}
+
+static void use_fast_patterns(std::vector<SplitStep>& steps) {
     const auto isolates = [](const SplitStep& step) {
         return step.kind == SplitStep::Pattern && step.behavior == SplitBehavior::Isolated;
     };
@@ -279,18 +287,26 @@ void use_fast_patterns(std::vector<SplitStep>& steps) {
         // Patterns that match every character leave nothing to remove between matches.
         const bool keeps_all = step.kind == SplitStep::Pattern && step.invert &&
                                step.behavior == SplitBehavior::Removed;
-        if (isolates(step) || keeps_all) step.fast = known_pattern(step.pattern);
+        if (isolates(step) || keeps_all) step.fast = known_pattern(canonical(step.pattern));
     }
     const size_t count = std::size(kDeepSeekV3);
     for (size_t i = 0; i + count <= steps.size(); i++) {
         bool same = true;
         for (size_t j = 0; j < count; j++)
-            same = same && isolates(steps[i + j]) && steps[i + j].pattern == kDeepSeekV3[j];
+            same =
+                same && isolates(steps[i + j]) && canonical(steps[i + j].pattern) == kDeepSeekV3[j];
         if (!same) continue;
         steps[i].fast = FastPattern::DeepSeekV3;
         steps.erase(steps.begin() + static_cast<int64_t>(i) + 1,
                     steps.begin() + static_cast<int64_t>(i + count));
     }
+}
+
+void prepare(std::vector<SplitStep>& steps, bool use_fast) {
+    if (use_fast) use_fast_patterns(steps);
+    for (SplitStep& step : steps)
+        if (step.kind == SplitStep::Pattern && step.fast == FastPattern::None)
+            step.regex.emplace_back(step.pattern, step.place);
 }
 
 // ---- any steps ----

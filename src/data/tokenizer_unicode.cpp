@@ -69,6 +69,11 @@ static constexpr CategoryRange kUnknownToNfc[] = {
     {0x1e2ec, 0x1e2ef},
 };
 
+// By utf8proc_category_t.
+static constexpr const char* kCategories[] = {
+    "Cn", "Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "No", "Pc", "Pd", "Ps",
+    "Pe", "Pi", "Pf", "Po", "Sm", "Sc", "Sk", "So", "Zs", "Zl", "Zp", "Cc", "Cf", "Cs", "Co"};
+
 static constexpr uint32_t kCodes = 0x110000;
 
 std::span<const CategoryRange> newer_code_points() { return kNewer; }
@@ -80,38 +85,33 @@ static const CategoryRange* range_of(std::span<const CategoryRange> ranges, uint
     return at != ranges.end() && at->first <= code ? &*at : nullptr;
 }
 
-const char* category_of(uint32_t code) {
-    const CategoryRange* newer = range_of(kNewer, code);
-    return newer ? newer->category : utf8proc_category_string(static_cast<int32_t>(code));
-}
-
 static bool unknown_to_nfc(uint32_t code) {
     return range_of(kUnknownToNfc, code) || range_of(kNewer, code);
 }
 
-static uint16_t flags_of(uint32_t code, const char* category) {
+static uint16_t flags_of(uint32_t code) {
+    const int known = utf8proc_category(static_cast<int32_t>(code));
+    const CategoryRange* newer = known ? nullptr : range_of(kNewer, code);
+    const char* category = newer ? newer->category : kCategories[known];
     const char major = category[0], minor = category[1];
-    const bool letter = major == 'L', mark = major == 'M';
-    const bool both = mark || (letter && (minor == 'm' || minor == 'o'));
+    const bool word = major == 'L' || major == 'M', punct = major == 'P' || major == 'S';
+    const bool uncased = major == 'M' || (major == 'L' && (minor == 'm' || minor == 'o'));
     const bool cjk = (code >= 0x4e00 && code <= 0x9fa5) || (code >= 0x3040 && code <= 0x30ff);
-    const bool circled =
-        (code >= 0x24b6 && code <= 0x24e9) || (code >= 0x1f130 && code <= 0x1f149) ||
-        (code >= 0x1f150 && code <= 0x1f169) || (code >= 0x1f170 && code <= 0x1f189);
-    const bool space = major == 'Z' || (code >= 9 && code <= 13) || code == 0x85;
-    const bool joiner = code == 0x200c || code == 0x200d;
-    uint16_t flags = 0;
-    if (letter) flags |= kLetter;
-    if (mark) flags |= kMark;
+    const bool circled = code >= 0x24b6 && code <= 0x1f189 && major == 'S' &&
+                         (code <= 0x24e9 || (code >= 0x1f130 && code <= 0x1f149) ||
+                          (code >= 0x1f150 && code <= 0x1f169) || code >= 0x1f170);
+    uint16_t flags = cjk ? kCjk : 0;
+    if (major == 'L') flags |= kLetter;
+    if (major == 'M') flags |= kMark;
     if (major == 'N') flags |= kNumber;
-    if (space) flags |= kSpace;
-    if (both || (letter && (minor == 'u' || minor == 't'))) flags |= kUpper;
-    if (both || (letter && minor == 'l')) flags |= kLower;
-    if (letter || mark || !strcmp(category, "Nd") || !strcmp(category, "Nl") ||
-        !strcmp(category, "Pc") || circled || joiner)
+    if (major == 'Z' || (code >= 9 && code <= 13) || code == 0x85) flags |= kSpace;
+    if (uncased || (major == 'L' && minor != 'l')) flags |= kUpper;
+    if (uncased || (major == 'L' && minor == 'l')) flags |= kLower;
+    if (word || (major == 'N' && minor != 'o') || (major == 'P' && minor == 'c') || circled ||
+        code == 0x200c || code == 0x200d)
         flags |= kWordChar;
-    if (cjk) flags |= kCjk;
-    if ((letter || mark) && !cjk) flags |= kDeepSeekWord;
-    if ((major == 'P' || major == 'S') && !cjk) flags |= kDeepSeekPunct;
+    if (word) flags |= cjk ? kCjkWord : kDeepSeekWord;
+    if (punct) flags |= cjk ? kCjkPunct : kDeepSeekPunct;
     return flags;
 }
 
@@ -166,20 +166,23 @@ static void mark_unstable(auto&& at) {
     for (uint32_t code = 0x11a8; code <= 0x11c2; code++) at(code) |= kUnstable;  // and finals
 }
 
-CharTable::CharTable() {
-    std::vector<uint16_t> all(kCodes);
-    for (uint32_t code = 0; code < kCodes; code++) {
-        if (code == 0x40000) code = 0xe0000;  // the planes between have no characters
-        all[code] = flags_of(code, category_of(code));
-    }
+CharTable::CharTable() : block_(kCodes / 128) {
+    constexpr uint32_t kLast = 0x40000;  // no character from here to U+E0000 has a flag
+    std::vector<uint16_t> all(kLast);
+    for (uint32_t code = 0; code < kLast; code++) all[code] = flags_of(code);
     mark_unstable([&](uint32_t code) -> uint16_t& { return all[code]; });
+    all.resize(kLast + 512);
+    for (uint32_t i = 0; i < 512; i++) all[kLast + i] = flags_of(0xe0000 + i);
     std::map<std::vector<uint16_t>, uint16_t> known;
-    for (uint32_t code = 0; code < kCodes; code += 128) {
-        const std::vector<uint16_t> block(all.begin() + code, all.begin() + code + 128);
+    for (uint32_t begin = 0; begin < all.size(); begin += 128) {
+        const std::vector<uint16_t> block(all.begin() + begin, all.begin() + begin + 128);
         const auto [at, is_new] = known.emplace(block, static_cast<uint16_t>(known.size()));
         if (is_new) flags_.insert(flags_.end(), block.begin(), block.end());
-        block_.push_back(at->second);
+        block_[(begin < kLast ? begin : begin - kLast + 0xe0000) / 128] = at->second;
     }
+    const uint16_t none = known.at(std::vector<uint16_t>(128));
+    for (uint32_t code = kLast; code < kCodes; code += 128)
+        if (code < 0xe0000 || code >= 0xe0000 + 512) block_[code / 128] = none;
 }
 
 // The first byte from `p` on that is not below `limit`, or `end`.

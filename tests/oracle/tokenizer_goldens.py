@@ -1,0 +1,165 @@
+"""Writes tests/golden/tokenizer/: a small byte-level BPE model, tokenizers that use it in every
+supported way, and Hugging Face's ids and decoded text for each.
+
+    python tests/oracle/tokenizer_goldens.py
+
+    model.json      {"vocab", "merges"}: 700 entries, trained on the texts
+    texts.json      the texts
+    variants.json   a list of {"name", "tokenizer": all of a tokenizer.json but the model,
+                    "model": the model's other members, "ids", "ids_as_text" (special tokens' text
+                    as text, none added), "decoded", "decoded_skip": a list each, by text}
+
+The versions are those of requirements.txt; the texts are generated, so the result is always the same.
+"""
+
+import json
+import random
+
+import tokenizer_texts
+import tokenizer_vocabularies as vocabularies
+import tokenizers
+from tokenizers import models, pre_tokenizers, trainers
+
+OUTPUT = vocabularies.ROOT / "tests/golden/tokenizer"
+ENTRIES = 700
+BYTE_LEVEL = vocabularies.byte_level()
+GPT2 = vocabularies.byte_level(use_regex=True)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<think>", "<\uff5cUser\uff5c>",
+           "<\uff5cend\u2581of\u2581sentence\uff5c>"]
+DEEPSEEK_V3 = ["\\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+               "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?"
+               "[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|" + vocabularies.SPACES.replace(
+                   "\\r", "\r").replace("\\n", "\n")]
+SENTENCES = [
+    "", " ", "a", "Hello, world! It's 12345 o'clock; they'LL say 'tis WE'VE. I'm here\u2019s.",
+    "    indented = [x**2 for x in range(10)]\n\n\n\tif not foo_bar:\r\n        return  None  \n",
+    "The quick brown fox\u00a0jumps over the lazy dog.   \n  Twice.", "\ufeffBOM first\r\nCRLF\r\n",
+    "cafe\u0301 \u00e9 \u212b \u2126 \u1e9b\u0323 \u0958 \U0001d15e \u2adc\u0651 A\u0323\u0307 A\u0307\u0323",
+    "\u4e2d\u6587\u5b57\u7b26\u3002\u65e5\u672c\u8a9e\u306e\u30c6\u30ad\u30b9\u30c8\u3099\ud55c\uad6d\uc5b4 \u1112\u1161\u11ab 123\u56fd456",
+    "\u0627\u0644\u0639\u064e\u0631\u064e\u0628\u0650\u064a\u0651\u0629 \u0939\u093f\u0928\u094d\u0926\u0940 \u0e20\u0e32\u0e29\u0e32\u0e44\u0e17\u0e22",
+    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467\u2764\ufe0f\U0001f1fa\U0001f1f3 \x00\x01\u0378\ue000\ufffd\U0010ffff",
+    "text<|endoftext|>more <|endoftext|>\n<think>hm</think> <|im_start|><|im_sta<\uff5cUser\uff5c>",
+    "foo<mask>bar <mask> baz<strip>  <strip>\n x <left>\t<left>y  <right>  <right>z <word>a <word> b<word>",
+    "HTTPServerError parseJSON fooBar ABCdef \u01c5ABC \u4e2dABC \u02b0AB/CD//\n/x http://a.b/c?d=e&f#g",
+    "1 12 123 1234 12345 \u0663\u0664 \u216b\u2460\u00b2\u00bd \u0be7\u0be8\u0be9", "a" * 300, "ab" * 80 + " " * 60,
+    "x\u200b\u200by \u200b\x00z \x07\x07 \x07a", "don't DON'T don\u2019t '\u017f 's'S 'lL'l 'r 're", "a_b-c.d,e;f:g",
+]
+
+
+def added(token, number, **flags):
+    return {**vocabularies.added(token, number), **flags}
+
+
+def sequence(*steps):
+    return {"type": "Sequence", "pretokenizers": list(steps)}
+
+
+def split(pattern, behavior="Isolated", invert=False, kind="Regex"):
+    return {"type": "Split", "pattern": {kind: pattern}, "behavior": behavior, "invert": invert}
+
+
+def variants():
+    """Name, members of tokenizer.json, members of its model."""
+    special = [added(token, ENTRIES + i, special=i != 2) for i, token in enumerate(SPECIAL)]
+    normalized = [added(t["content"], t["id"], normalized=True, special=t["special"])
+                  for t in special]
+    flags = [added("<mask>", ENTRIES, normalized=True, special=True),
+             added("<strip>", ENTRIES + 1, lstrip=True, rstrip=True),
+             added("<left>", ENTRIES + 2, lstrip=True, special=False),
+             added("<right>", ENTRIES + 3, rstrip=True),
+             added("<word>", ENTRIES + 4, single_word=True, special=False, normalized=True),
+             added("<word", ENTRIES + 5), added("fox", ENTRIES + 6, special=False, normalized=True),
+             added("quick brown", ENTRIES + 7, single_word=True)]
+    template = {"type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}},
+                           {"Sequence": {"id": "A", "type_id": 0}},
+                           {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}],
+                "pair": [{"Sequence": {"id": "A", "type_id": 0}},
+                         {"Sequence": {"id": "B", "type_id": 1}}],
+                "special_tokens": {t["content"]: {"id": t["content"], "ids": [t["id"]],
+                                                  "tokens": [t["content"]]} for t in special[:2]}}
+    nfc = {"type": "NFC"}
+    replace = {"type": "Sequence", "normalizers": [
+        {"type": "Replace", "pattern": {"String": "o"}, "content": "0"},
+        {"type": "Replace", "pattern": {"Regex": "\\s{3,}"}, "content": " "},
+        {"type": "Prepend", "prepend": "> "}, nfc]}
+    for name, pattern in (("qwen2", vocabularies.QWEN2), ("cl100k", vocabularies.CL100K),
+                          ("qwen3.5", vocabularies.QWEN35), ("o200k", vocabularies.O200K)):
+        steps = sequence(split(pattern), BYTE_LEVEL)
+        yield name, {"pre_tokenizer": steps, "added_tokens": special,
+                     "normalizer": nfc if name.startswith("qwen") else None}, {
+                         "ignore_merges": name == "o200k"}
+    yield "gpt2", {"pre_tokenizer": GPT2, "added_tokens": special}, {"string_merges": True}
+    yield "gpt2-prefix", {"pre_tokenizer": vocabularies.byte_level(
+        use_regex=True, add_prefix_space=True), "added_tokens": special}, {}
+    yield "deepseek-v3", {"pre_tokenizer": sequence(*map(split, DEEPSEEK_V3), BYTE_LEVEL),
+                          "added_tokens": normalized}, {}
+    yield "flags", {"pre_tokenizer": GPT2, "added_tokens": flags, "normalizer": replace}, {}
+    yield "template", {"pre_tokenizer": GPT2, "added_tokens": special, "decoder": None,
+                       "post_processor": {"type": "Sequence",
+                                          "processors": [BYTE_LEVEL, template]}}, {}
+    yield "digits", {"pre_tokenizer": sequence(
+        {"type": "Digits", "individual_digits": False}, split("\\w+|[^\\w\\s]"),
+        vocabularies.byte_level(add_prefix_space=True))}, {}
+    yield "digit-each", {"pre_tokenizer": sequence(
+        {"type": "Digits", "individual_digits": True}, BYTE_LEVEL)}, {}
+    for behavior in ("Removed", "Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous"):
+        for invert in (False, True):
+            yield f"{behavior}{invert:d}", {"pre_tokenizer": sequence(
+                split("\\s|o", behavior, invert), split("e", behavior, invert, "String"),
+                BYTE_LEVEL)}, {}
+    yield "dropped-bytes", {"pre_tokenizer": GPT2}, {"without": ["e", "\u0120", "\u00c3"]}
+    yield "whole-text", {"pre_tokenizer": BYTE_LEVEL, "added_tokens": special}, {}
+    yield "lines", {"pre_tokenizer": sequence(
+        split("^\\s*\\S+|(?i:THE )|[\\t ]+$|\\d{2,}|(?<=o)[^\\p{Ll}\\s]|\\P{L}(?=a)"), BYTE_LEVEL)}, {}
+
+
+def main():
+    rng = random.Random(5)
+    texts = SENTENCES + [tokenizer_texts.random_text(rng)[:60] for _ in range(60)]
+    trainer_texts = texts + [tokenizer_texts.random_words(rng, *each)[:200] for each in
+                             tokenizer_texts.SCRIPTS.values()]
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.train_from_iterator(trainer_texts * 3, trainers.BpeTrainer(
+        vocab_size=ENTRIES, show_progress=False, min_frequency=2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    trained = json.loads(tokenizer.to_str())["model"]
+    model = {"vocab": trained["vocab"], "merges": trained["merges"]}
+    assert len(model["vocab"]) == ENTRIES
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    out = []
+    for name, members, changes in variants():
+        parts = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
+                 "normalizer": None, "post_processor": BYTE_LEVEL, "decoder": BYTE_LEVEL, **members}
+        full = {"type": "BPE", "dropout": None, "unk_token": None,
+                "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False,
+                "byte_fallback": False, "ignore_merges": changes.get("ignore_merges", False)}
+        without = changes.get("without", [])
+        used = {"vocab": {k: v for k, v in model["vocab"].items()
+                          if not any(c in k for c in without)},
+                "merges": [m for m in model["merges"] if not any(c in "".join(m) for c in without)]}
+        if changes.get("string_merges"):
+            used["merges"] = [" ".join(m) for m in used["merges"]]
+        tok = tokenizers.Tokenizer.from_str(json.dumps({**parts, "model": {**full, **used}}))
+        ids = [tok.encode(text).ids for text in texts]
+        tok.encode_special_tokens = True
+        as_text = [tok.encode(text, add_special_tokens=False).ids for text in texts]
+        out.append({"name": name, "tokenizer": parts, "model": full, "without": without,
+                    "string_merges": bool(changes.get("string_merges")), "ids": ids,
+                    "ids_as_text": as_text,
+                    "decoded": [tok.decode(each, skip_special_tokens=False) for each in ids],
+                    "decoded_skip": [tok.decode(each) for each in ids]})
+    write = lambda name, value: (OUTPUT / name).write_text(
+        json.dumps(value, ensure_ascii=True, separators=(",", ":")) + "\n")
+    write("model.json", model)
+    write("texts.json", texts)
+    (OUTPUT / "variants.json").write_text(
+        "[\n" + ",\n".join(json.dumps(each, separators=(",", ":")) for each in out) + "\n]\n")
+    print({each.name: each.stat().st_size for each in OUTPUT.iterdir()}, len(out), "variants",
+          sum(len(i) for each in out for i in each["ids"]), "ids; tokenizers",
+          tokenizers.__version__)
+
+
+if __name__ == "__main__":
+    main()
