@@ -228,13 +228,10 @@ void read_table(const std::vector<Key>& keys, const toml::table& table, const st
         if (const Key* key = find_key(keys, name)) {
             assign(*key, node, place);
             rebase(*key, folder_of(file));
-        } else if (!is_section) {
-            unknown_key(keys, place, name);
-        } else if (const toml::table* section = node.as_table()) {
-            read_table(keys, *section, name + ".", file);
+        } else if (is_section && node.is_table()) {
+            read_table(keys, *node.as_table(), name + ".", file);
         } else {
-            bad_input(place, "is a section (got " + text_of(node) + ", need keys below it)",
-                      "[" + name + "] on a line of its own");
+            unknown_key(keys, place, name);
         }
     }
 }
@@ -307,8 +304,7 @@ void validate(const RunConfig& config) {
                   "data.heldout_fraction = 0.01, or train.eval_interval = 0");
     if (c.router.balance_loss == "none" && c.router.balance_coefficient != 0)
         bad_input("router.balance_coefficient",
-                  text("has no balance loss to scale (got %g and router.balance_loss = \"none\")",
-                       c.router.balance_coefficient),
+                  "has no balance loss to scale (got router.balance_loss = \"none\")",
                   "router.balance_loss = \"global-batch\"");
 }
 

@@ -169,7 +169,7 @@ TEST(Config, RefusesBadFiles) {
         EXPECT_NE(got.find("Try: "), std::string::npos) << got;
     }
     expect_error(error_of([&] { load_text(path, "train = 3\n"); }),
-                 {"run.toml:1: train: is a section (got 3"});
+                 {"run.toml:1: train: is an unknown key", "Try: [train]"});
     expect_error(error_of([&] { load_run_config(path + ".none", {}); }), {path + ".none: "});
 }
 
