@@ -1,27 +1,17 @@
 // matmul: c = a b over the last two dimensions, leading ones repeated where 1.
 //   in     a [..., M, K]   b [..., K, N]   f32|f64            out    [..., M, N]
-//   keeps  a and b         grad  bx: da += dc b^T, db += a^T dc, each summed over repeated products
+//   keeps  a and b         grad  da += dc b^T, db += a^T dc, each summed over repeated products
 //   errors inner sizes differ; leading sizes differ and neither is 1; dtypes differ
 //   bitwise run-to-run: yes, for any number of threads
-#include <algorithm>
-
 #include <cblas.h>
+
+#include <algorithm>
+#include <type_traits>
 
 #include "ops/general.h"
 #include "ops/ops.h"
 
 namespace pith {
-
-static void blas(CBLAS_TRANSPOSE ta, CBLAS_TRANSPOSE tb, int64_t m, int64_t n, int64_t k,
-                 float alpha, const float* a, int64_t lda, const float* b, int64_t ldb, float beta,
-                 float* c, int64_t ldc) {
-    cblas_sgemm(CblasRowMajor, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
-}
-static void blas(CBLAS_TRANSPOSE ta, CBLAS_TRANSPOSE tb, int64_t m, int64_t n, int64_t k,
-                 double alpha, const double* a, int64_t lda, const double* b, int64_t ldb,
-                 double beta, double* c, int64_t ldc) {
-    cblas_dgemm(CblasRowMajor, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
-}
 
 // OpenBLAS computes a tile on the calling thread; the tiles are ours, and of one size, so that the
 // order of every sum is the same for any number of threads.
@@ -35,10 +25,16 @@ void gemm(int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, T beta, T* 
     const int64_t across = (n + kTileN - 1) / kTileN, down = (m + kTileM - 1) / kTileM;
     parallel_rows(across * down, std::min(m, kTileM) * std::min(n, kTileN) * k, [&](int64_t tile) {
         const int64_t i = tile / across * kTileM, j = tile % across * kTileN;
+        const auto blas = [](auto... x) {
+            if constexpr (std::is_same_v<T, float>)
+                cblas_sgemm(CblasRowMajor, x...);
+            else
+                cblas_dgemm(CblasRowMajor, x...);
+        };
         blas(at ? CblasTrans : CblasNoTrans, bt ? CblasTrans : CblasNoTrans,
              std::min(kTileM, m - i), std::min(kTileN, n - j), k, alpha,
              a.data + i * (at ? 1 : a.ld), std::max<int64_t>(1, a.ld), b.data + j * (bt ? b.ld : 1),
-             std::max<int64_t>(1, b.ld), beta, c + i * ldc + j, std::max<int64_t>(1, ldc));
+             std::max<int64_t>(1, b.ld), beta, c + i * ldc + j, ldc);
     });
 }
 template void gemm<float>(int64_t, int64_t, int64_t, Matrix<float>, Matrix<float>, float, float*,
@@ -46,100 +42,43 @@ template void gemm<float>(int64_t, int64_t, int64_t, Matrix<float>, Matrix<float
 template void gemm<double>(int64_t, int64_t, int64_t, Matrix<double>, Matrix<double>, double,
                            double*, int64_t, double);
 
-// ---- The op
-// --------------------------------------------------------------------------------------
-
 namespace {
 
-// The products [m, k] x [k, n] of a batched matmul, over the leading dimensions of the result.
-struct Products {
-    Dims lead;
-    Steps a, b;  // matrices from one product to the next; 0 where an operand is repeated
-    int64_t m = 0, n = 0, k = 0;
-    int64_t count() const { return lead.numel(); }
-    int64_t of(const Steps& steps, int64_t p) const {
-        int64_t at = 0;
-        for (int d = lead.rank - 1; d >= 0; p /= lead[d--]) at += p % lead[d] * steps.dim[d];
-        return at;
-    }
-    template <class T>
-    const T* a_of(const Tensor& t, int64_t p) const {
-        return t.as<T>() + of(a, p) * m * k;
-    }
-    template <class T>
-    const T* b_of(const Tensor& t, int64_t p) const {
-        return t.as<T>() + of(b, p) * k * n;
-    }
-};
+constexpr Layout kNormal = Layout::Normal, kTransposed = Layout::Transposed;
 
-Tensor leading(const Tensor& x) {
-    Tensor lead = x.meta();
-    lead.dim.rank -= 2;
-    if (lead.dim.rank == 0) lead.dim = {1};
-    return lead;
+// x with only its leading dimensions.
+Tensor leading(Tensor x) {
+    x.dim.rank -= 2;
+    return x;
 }
 
-Products products_of(const Rank& rank, At at, const Tensor& a, const Tensor& b) {
-    const Tensor lead_a = leading(a), lead_b = leading(b);
-    Products s{broadcast(rank, "matmul", at, {&lead_a, &lead_b})};
-    s.a = steps_of(lead_a.dim, s.lead);
-    s.b = steps_of(lead_b.dim, s.lead);
-    s.m = a.dim[a.dim.rank - 2];
-    s.k = a.cols();
-    s.n = b.cols();
-    if (lead_b.numel() == 1) {  // one matrix b for all: one product of all rows
-        s.m = a.rows();
-        s.lead = {1};
-    }
-    return s;
-}
-
-// f(p) for each product: on all threads where products are small and `apart` (write to different
-// places), else one after another, each divided by gemm.
-template <class F>
-void each_product(const Products& s, bool apart, F&& f) {
-    const int64_t work = s.m * s.n * s.k;
-    parallel_rows(s.count(), apart && work < int64_t{1} << 21 ? work : 0, f);
-}
-
-void matmul_cpu(const Rank& rank, At at, Tensor a, Tensor b, const Products& s, Tensor c) {
-    float_kernel(rank, "matmul", at, a, [&]<class T>(T*) {
-        each_product(s, true, [&](int64_t p) {
-            gemm<T>(s.m, s.n, s.k, {s.a_of<T>(a, p), s.k}, {s.b_of<T>(b, p), s.n}, 0,
-                    c.as<T>() + p * s.m * s.n, s.n);
-        });
+// c = or += a b for each index of `lead`, to which all their leading dimensions broadcast. Products
+// go to different threads where they are written to different places.
+template <class T>
+void products_cpu(const Dims& lead, const Tensor& a, Layout a_layout, const Tensor& b,
+                  Layout b_layout, const Tensor& c, bool add) {
+    const int64_t m = c.dim[c.dim.rank - 2], n = c.cols();
+    const int64_t k = a_layout == kNormal ? a.cols() : a.dim[a.dim.rank - 2];
+    const View va = view_of(leading(a), lead), vb = view_of(leading(b), lead),
+               vc = view_of(leading(c), lead);
+    const bool apart = vc.x.numel() == lead.numel();
+    const Walk walk(lead, {vc, va, vb});
+    parallel_rows(lead.numel(), apart ? m * n * k : 0, [&](int64_t p) {
+        int64_t at[Walk::kViews];
+        walk.locate(p / walk.inner(), p % walk.inner(), at);
+        gemm<T>(m, n, k, {a.as<T>() + at[1] * m * k, a.cols(), a_layout},
+                {b.as<T>() + at[2] * k * n, b.cols(), b_layout}, add, c.as<T>() + at[0] * m * n, n);
     });
 }
 
-// da += dc b^T
-void left_grad_cpu(const Rank& rank, At at, Tensor dc, Tensor b, const Products& s, Tensor da) {
-    float_kernel(rank, "matmul", at, dc, [&]<class T>(T*) {
-        each_product(s, da.numel() == s.count() * s.m * s.k, [&](int64_t p) {
-            gemm<T>(s.m, s.k, s.n, {dc.as<T>() + p * s.m * s.n, s.n},
-                    {s.b_of<T>(b, p), s.n, Layout::Transposed}, 1,
-                    da.as<T>() + s.of(s.a, p) * s.m * s.k, s.k);
-        });
+void matmul_bx(Rank& rank, Node& node) {
+    const Tensor &dc = node.grad[0], &a = node.bx_keep[0], &b = node.bx_keep[1];
+    const Dims lead = leading(dc).dim;
+    const Tensor da = zeroed(rank, node, 0), db = zeroed(rank, node, 1);
+    float_kernel(rank, node, [&]<class T>(T*) {
+        if (da.defined()) products_cpu<T>(lead, dc, kNormal, b, kTransposed, da, true);
+        if (db.defined()) products_cpu<T>(lead, a, kTransposed, dc, kNormal, db, true);
     });
-}
-
-// db += a^T dc
-void right_grad_cpu(const Rank& rank, At at, Tensor dc, Tensor a, const Products& s, Tensor db) {
-    float_kernel(rank, "matmul", at, dc, [&]<class T>(T*) {
-        each_product(s, db.numel() == s.count() * s.k * s.n, [&](int64_t p) {
-            gemm<T>(s.k, s.n, s.m, {s.a_of<T>(a, p), s.k, Layout::Transposed},
-                    {dc.as<T>() + p * s.m * s.n, s.n}, 1, db.as<T>() + s.of(s.b, p) * s.k * s.n,
-                    s.n);
-        });
-    });
-}
-
-void matmul_grad(const Pass& pass) {
-    const At at = pass.node.at;
-    const Products s = products_of(pass.rank, at, pass.node.in[0], pass.node.in[1]);
-    if (const Tensor da = pass.zeroed_slot(0); da.defined())
-        left_grad_cpu(pass.rank, at, pass.dy(), pass.kept[1], s, da);
-    if (const Tensor db = pass.zeroed_slot(1); db.defined())
-        right_grad_cpu(pass.rank, at, pass.dy(), pass.kept[0], s, db);
 }
 
 }  // namespace
@@ -148,19 +87,26 @@ Tensor matmul(Rank& rank, Tensor a, Tensor b, At at) {
     check_alike(rank, "matmul", at, {&a, &b});
     check(rank, "matmul", at, {{"two dimensions or more", a.dim.rank > 1 && b.dim.rank > 1}},
           {&a, &b});
+    const int64_t m = a.dim[a.dim.rank - 2], k = a.cols(), n = b.cols();
     check(rank, "matmul", at,
-          {{"a.dim[-1] == b.dim[-2]  (a [..., M, K] x b [..., K, N])",
-            a.cols() == b.dim[b.dim.rank - 2]}},
+          {{"a.dim[-1] == b.dim[-2]  (a [..., M, K] x b [..., K, N])", k == b.dim[b.dim.rank - 2]}},
           {&a, &b});
     const Tensor lead_a = leading(a), lead_b = leading(b);
     Dims dims = broadcast(rank, "matmul", at, {&lead_a, &lead_b});
-    if (a.dim.rank == 2 && b.dim.rank == 2) dims.rank = 0;
-    dims[dims.rank++] = a.dim[a.dim.rank - 2];
-    dims[dims.rank++] = b.cols();
-    Tensor c = empty(rank, dims, a.dtype, at);
-    matmul_cpu(rank, at, a, b, products_of(rank, at, a, b), c);
-    record_grad<matmul_grad>(rank, "matmul", at, {a, b}, c, {{a, 2}, {b, 1}});
-    return c;
+    dims[dims.rank++] = m;
+    dims[dims.rank++] = n;
+    Dims products = dims;
+    if (lead_b.dim.rank == 0 || lead_b.numel() == 1) {  // one b for all: one product of all rows
+        products = {1, a.rows(), n};
+        a = a.view({1, a.rows(), k});
+        b = b.view({1, k, n});
+    }
+    Tensor c = empty(rank, products, a.dtype, at);
+    float_kernel(rank, "matmul", at, a, [&]<class T>(T*) {
+        products_cpu<T>(leading(c).dim, a, kNormal, b, kNormal, c, false);
+    });
+    record_op(rank, "matmul", at, {a, b}, c, matmul_bx, {{a, 2}, {b, 1}});
+    return c.view(dims, at);
 }
 
 }  // namespace pith

@@ -1,9 +1,9 @@
-// reduce: sum, mean, max, running sum and softmax over one dimension.
-//   in     x f32|f64, dim (negative: from the end)
-//   out    like x, with size 1 in dim (sum, mean, max) or of x's shape (cumsum, softmax)
-//   keeps  max: i32 index of the first maximum; softmax: y   grad  += dy/n, dy at that index, the
-//          running sum from the end, y * (dy - <dy, y>)
-//   errors no such dimension; mean or max over an empty one
+// reduce: sum, mean, max, the k largest, running sum and softmax over one dimension.
+//   in     x f32|f64, dim (negative: from the end; top_k: the last)
+//   keeps  max, top_k: ids i32; softmax: y
+//   grad   sum: += dy; max, top_k: += dy at the ids; cumsum: += the running sum from the end;
+//          softmax: += y * (dy - <dy, y>)
+//   errors no such dimension; mean or max over an empty one; k outside [1, size]
 //   bitwise run-to-run: yes, for any number of threads
 #include <algorithm>
 
@@ -13,179 +13,162 @@
 namespace pith {
 namespace {
 
-Tensor reduced(Rank& rank, const Tensor& x, int dim, At at) {
-    Dims dims = x.dim;
-    dims[dim] = 1;
-    return empty(rank, dims, x.dtype, at);
+int filled_dim(const Rank& rank, const char* op, At at, const Tensor& x, int dim) {
+    const int d = dim_of(rank, op, at, x, dim);
+    check(rank, op, at, {{"elements in the dimension", x.dim[d] > 0}}, {&x});
+    return d;
 }
 
-template <class R>
-void reduce_cpu(const Rank& rank, const char* op, At at, Tensor x, int dim, double divisor,
-                Tensor y) {
-    float_kernel(rank, op, at, x, [&]<class T>(T*) {
-        reduce<R>(extent_of(x.dim, dim), x.as<T>(), Slot<T>{y.as<T>()}, static_cast<T>(divisor));
-    });
+// f, which works on the last dimension, on dimension d: the two are exchanged, and back.
+template <class F>
+Tensor over_last(Rank& rank, const Tensor& x, int d, At at, F f) {
+    if (d == x.dim.rank - 1) return f(x);
+    Dims order;
+    for (; order.rank < x.dim.rank; order.rank++) order[order.rank] = order.rank;
+    std::swap(order[d], order[order.rank - 1]);
+    return permute(rank, f(permute(rank, x, order, at)), order, at);
 }
 
-void sum_grad_cpu(const Rank& rank, const Node& node, Tensor dy, GradSlot dx) {
-    float_kernel(rank, node.op, node.at, dy, [&]<class T>(T*) {
-        const Dims& dims = node.in[0].dim;
-        const T divisor = static_cast<T>(node.f[0]);
-        elementwise(
-            Walk(dims, {steps_of(dims, dims), steps_of(dy.dim, dims)}), slot_of<T>(dx),
-            [=](T g) { return g / divisor; }, dy.as<T>());
-    });
+void sum_bx(Rank& rank, Node& node) {
+    const GradSlot dx = grad_slot(rank, node.in[0], node.at);
+    const Dims& dims = dx.grad.dim;
+    copy_elements(rank, node.op, node.at, dims, view_of(node.grad[0], dims), view_of(dx.grad, dims),
+                  dx.add);
 }
 
-void sum_grad(const Pass& pass) {
-    const GradSlot dx = pass.slot(0);
-    if (dx.grad.defined()) sum_grad_cpu(pass.rank, pass.node, pass.dy(), dx);
-}
-
-// sum, or mean where divisor is not 1.
-Tensor sum_over(Rank& rank, const char* op, At at, const Tensor& x, int dim, double divisor) {
-    Tensor y = reduced(rank, x, dim, at);
-    reduce_cpu<SumOf>(rank, op, at, x, dim, divisor, y);
-    if (Node* node = record_grad<sum_grad>(rank, op, at, {x}, y)) node->f[0] = divisor;
-    return y;
-}
-
-// The first index in dim at which x equals its maximum y; 0 where there is none (NaN).
-void first_index_cpu(const Rank& rank, At at, Tensor x, Tensor y, int dim, Tensor first) {
-    float_kernel(rank, "max", at, x, [&]<class T>(T*) {
-        const Extent e = extent_of(x.dim, dim);
-        parallel_rows(e.outer, e.n * e.inner, [&](int64_t o) {
-            const T *xs = x.as<T>() + o * e.n * e.inner, *top = y.as<T>() + o * e.inner;
-            int32_t* to = first.i32() + o * e.inner;
-            std::fill(to, to + e.inner, 0);
-            for (int64_t j = e.n - 1; j >= 0; j--)
-                for (int64_t i = 0; i < e.inner; i++)
-                    if (xs[j * e.inner + i] == top[i]) to[i] = static_cast<int32_t>(j);
-        });
-    });
-}
-
-void max_grad_cpu(const Rank& rank, const Node& node, Tensor dy, Tensor first, Tensor dx) {
-    float_kernel(rank, "max", node.at, dy, [&]<class T>(T*) {
-        const Extent e = extent_of(node.in[0].dim, static_cast<int>(node.i[0]));
-        for (int64_t r = 0; r < dy.numel(); r++) {
-            const int64_t o = r / e.inner, i = r % e.inner;
-            dx.as<T>()[(o * e.n + first.i32()[r]) * e.inner + i] += dy.as<T>()[r];
-        }
-    });
-}
-
-void max_grad(const Pass& pass) {
-    const Tensor dx = pass.zeroed_slot(0);
-    if (dx.defined()) max_grad_cpu(pass.rank, pass.node, pass.dy(), pass.kept[0], dx);
-}
-
-// to [outer, n, inner] = the running sum of x over n, from the end if `reverse`.
+// Over the last dimension, from its end if `reverse`.
 template <class T>
-void running_sum(const Extent& e, const T* x, Slot<T> to, bool reverse) {
-    const int64_t blocks = (e.inner + kColumns - 1) / kColumns;
-    parallel_rows(e.outer * blocks, e.n * std::min(e.inner, kColumns), [&](int64_t task) {
-        const int64_t first = task % blocks * kColumns;
-        const int64_t width = std::min(kColumns, e.inner - first);
-        T sum[kColumns] = {};
-        for (int64_t step = 0; step < e.n; step++) {
-            const int64_t j = reverse ? e.n - 1 - step : step;
-            const int64_t at = (task / blocks * e.n + j) * e.inner + first;
-            for (int64_t c = 0; c < width; c++) {
-                sum[c] += x[at + c];
-                to.put(at + c, sum[c]);
-            }
+void cumsum_cpu(const Tensor& x, Slot<T> to, bool reverse) {
+    const int64_t n = x.cols();
+    parallel_rows(x.rows(), n, [&](int64_t r) {
+        T sum = 0;
+        for (int64_t i = 0; i < n; i++) {
+            const int64_t at = r * n + (reverse ? n - 1 - i : i);
+            to.put(at, sum += x.as<T>()[at]);
         }
     });
 }
 
-void cumsum_cpu(const Rank& rank, At at, Tensor x, int dim, GradSlot y, bool reverse) {
-    float_kernel(rank, "cumsum", at, x, [&]<class T>(T*) {
-        running_sum(extent_of(x.dim, dim), x.as<T>(), slot_of<T>(y), reverse);
+void cumsum_bx(Rank& rank, Node& node) {
+    float_kernel(rank, node,
+                 [&]<class T>(T*) { cumsum_cpu(node.grad[0], writable<T>(rank, node, 0), true); });
+}
+
+template <class T>
+void softmax_cpu(const Tensor& x, const Tensor& y) {
+    const int64_t n = x.cols();
+    parallel_rows(x.rows(), n * 4, [&](int64_t r) {
+        const T* row = x.as<T>() + r * n;
+        T* to = y.as<T>() + r * n;
+        std::copy(row, row + n, to);
+        const T sum = exp_sum(to, n, max_of(row, n));
+        for (int64_t i = 0; i < n; i++) to[i] /= sum;
     });
 }
 
-void cumsum_grad(const Pass& pass) {
-    const GradSlot dx = pass.slot(0);
-    if (!dx.grad.defined()) return;
-    cumsum_cpu(pass.rank, pass.node.at, pass.dy(), static_cast<int>(pass.node.i[0]), dx, true);
-}
-
-// Over the last dimension.
-void softmax_cpu(const Rank& rank, At at, Tensor x, Tensor y) {
-    float_kernel(rank, "softmax", at, x, [&]<class T>(T*) {
-        const int64_t n = x.cols();
-        parallel_rows(x.rows(), n * 4, [&](int64_t r) {
-            const T* row = x.as<T>() + r * n;
-            T* to = y.as<T>() + r * n;
-            std::copy(row, row + n, to);
-            const T sum = exp_sum(to, n, max_of(row, n));
-            for (int64_t i = 0; i < n; i++) to[i] /= sum;
-        });
+template <class T>
+void softmax_bx_cpu(const Tensor& dy, const Tensor& y, Slot<T> dx) {
+    const int64_t n = y.cols();
+    parallel_rows(y.rows(), n * 2, [&](int64_t r) {
+        const T *g = dy.as<T>() + r * n, *p = y.as<T>() + r * n;
+        const T mean = dot(g, p, n);
+        for (int64_t i = 0; i < n; i++) dx.put(r * n + i, p[i] * (g[i] - mean));
     });
 }
 
-void softmax_grad_cpu(const Rank& rank, const Node& node, Tensor dy, Tensor y, GradSlot dx) {
-    float_kernel(rank, "softmax", node.at, dy, [&]<class T>(T*) {
-        const int64_t n = y.cols();
-        const Slot<T> to = slot_of<T>(dx);
-        parallel_rows(y.rows(), n * 2, [&](int64_t r) {
-            const T *g = dy.as<T>() + r * n, *p = y.as<T>() + r * n;
-            const T mean = dot(g, p, n);
-            for (int64_t i = 0; i < n; i++) to.put(r * n + i, p[i] * (g[i] - mean));
-        });
+void softmax_bx(Rank& rank, Node& node) {
+    float_kernel(rank, node, [&]<class T>(T*) {
+        softmax_bx_cpu(node.grad[0], node.bx_keep[0], writable<T>(rank, node, 0));
     });
 }
 
-void softmax_grad(const Pass& pass) {
-    const GradSlot dx = pass.slot(0);
-    if (dx.grad.defined()) softmax_grad_cpu(pass.rank, pass.node, pass.dy(), pass.kept[0], dx);
+// NaN is above all numbers; each is inserted behind those that are not smaller, so that ties keep
+// their order.
+template <class T>
+void top_k_cpu(const Tensor& x, const TopK& y) {
+    const auto above = [](T a, T b) { return a > b || (a != a && b == b); };
+    const int64_t n = x.cols(), k = y.ids.cols();
+    parallel_rows(x.rows(), n * 2, [&](int64_t r) {
+        const T* row = x.as<T>() + r * n;
+        T* values = y.values.as<T>() + r * k;
+        int32_t* ids = y.ids.i32() + r * k;
+        for (int64_t i = 0; i < n; i++) {
+            int64_t at = std::min(i, k);
+            for (; at > 0 && above(row[i], values[at - 1]); at--) {
+                if (at == k) continue;
+                values[at] = values[at - 1];
+                ids[at] = ids[at - 1];
+            }
+            if (at == k) continue;
+            values[at] = row[i];
+            ids[at] = static_cast<int32_t>(i);
+        }
+    });
+}
+
+template <class T>
+void top_k_bx_cpu(const Tensor& dy, const Tensor& ids, const Tensor& dx) {
+    const int64_t n = dx.cols(), k = ids.cols();
+    for (int64_t i = 0; i < ids.numel(); i++) dx.as<T>()[i / k * n + ids.i32()[i]] += dy.as<T>()[i];
+}
+
+void top_k_bx(Rank& rank, Node& node) {
+    const Tensor dx = zeroed(rank, node, 0);
+    float_kernel(rank, node,
+                 [&]<class T>(T*) { top_k_bx_cpu<T>(node.grad[0], node.bx_keep[0], dx); });
 }
 
 }  // namespace
 
 Tensor sum(Rank& rank, Tensor x, int dim, At at) {
-    return sum_over(rank, "sum", at, x, dim_of(rank, "sum", at, x, dim), 1);
+    const int d = dim_of(rank, "sum", at, x, dim);
+    Dims dims = x.dim;
+    dims[d] = 1;
+    Tensor y = empty(rank, dims, x.dtype, at);
+    sum_to(rank, "sum", at, x, {y});
+    record_op(rank, "sum", at, {x}, y, sum_bx);
+    return y;
 }
 
 Tensor mean(Rank& rank, Tensor x, int dim, At at) {
-    const int d = dim_of(rank, "mean", at, x, dim);
-    check(rank, "mean", at, {{"elements in the dimension", x.dim[d] > 0}}, {&x});
-    return sum_over(rank, "mean", at, x, d, static_cast<double>(x.dim[d]));
+    const int d = filled_dim(rank, "mean", at, x, dim);
+    return mul(rank, sum(rank, x, d, at), 1 / static_cast<double>(x.dim[d]), at);
 }
 
 Tensor max(Rank& rank, Tensor x, int dim, At at) {
-    const int d = dim_of(rank, "max", at, x, dim);
-    check(rank, "max", at, {{"elements in the dimension", x.dim[d] > 0}}, {&x});
-    Tensor y = reduced(rank, x, d, at), first;
-    reduce_cpu<MaxOf>(rank, "max", at, x, d, 1, y);
-    if (rank.tape && x.needs_grad()) {
-        first = empty(rank, y.dim, DType::I32, at);
-        first_index_cpu(rank, at, x, y, d, first);
-    }
-    if (Node* node = record_grad<max_grad>(rank, "max", at, {x}, y, {{first}})) node->i[0] = d;
+    const int d = filled_dim(rank, "max", at, x, dim);
+    return over_last(rank, x, d, at, [&](Tensor t) { return top_k(rank, t, 1, at).values; });
+}
+
+TopK top_k(Rank& rank, Tensor x, int k, At at) {
+    check_alike(rank, "top_k", at, {&x});
+    const std::string need = text("1 <= k <= size of the last dimension for k = %d", k);
+    check(rank, "top_k", at, {{need.c_str(), k >= 1 && k <= x.cols()}}, {&x});
+    Dims dims = x.dim;
+    dims[dims.rank - 1] = k;
+    TopK y{empty(rank, dims, x.dtype, at), empty(rank, dims, DType::I32, at)};
+    float_kernel(rank, "top_k", at, x, [&]<class T>(T*) { top_k_cpu<T>(x, y); });
+    record_op(rank, "top_k", at, {x}, y.values, top_k_bx, {{y.ids}});
     return y;
 }
 
 Tensor cumsum(Rank& rank, Tensor x, int dim, At at) {
-    const int d = dim_of(rank, "cumsum", at, x, dim);
-    Tensor y = empty(rank, x.dim, x.dtype, at);
-    cumsum_cpu(rank, at, x, d, {y}, false);
-    if (Node* node = record_grad<cumsum_grad>(rank, "cumsum", at, {x}, y)) node->i[0] = d;
-    return y;
+    return over_last(rank, x, dim_of(rank, "cumsum", at, x, dim), at, [&](Tensor t) {
+        Tensor y = empty(rank, t.dim, t.dtype, at);
+        float_kernel(rank, "cumsum", at, t,
+                     [&]<class T>(T*) { cumsum_cpu<T>(t, {y.as<T>()}, false); });
+        record_op(rank, "cumsum", at, {t}, y, cumsum_bx);
+        return y;
+    });
 }
 
 Tensor softmax(Rank& rank, Tensor x, int dim, At at) {
-    const int d = dim_of(rank, "softmax", at, x, dim), last = x.dim.rank - 1;
-    if (d != last) {  // exchanged with the last dimension, and back
-        Dims order;
-        for (int i = 0; i <= last; i++) order[order.rank++] = i == d ? last : i == last ? d : i;
-        return permute(rank, softmax(rank, permute(rank, x, order, at), -1, at), order, at);
-    }
-    Tensor y = empty(rank, x.dim, x.dtype, at);
-    softmax_cpu(rank, at, x, y);
-    record_grad<softmax_grad>(rank, "softmax", at, {x}, y, {{y}});
-    return y;
+    return over_last(rank, x, dim_of(rank, "softmax", at, x, dim), at, [&](Tensor t) {
+        Tensor y = empty(rank, t.dim, t.dtype, at);
+        float_kernel(rank, "softmax", at, t, [&]<class T>(T*) { softmax_cpu<T>(t, y); });
+        record_op(rank, "softmax", at, {t}, y, softmax_bx, {{y}});
+        return y;
+    });
 }
 
 }  // namespace pith

@@ -1,112 +1,89 @@
 // shape: the same elements in another order, another shape, or another tensor.
-//   in     f32|f64; reshape any dtype
+//   in     f32|f64; reshape any dtype; ids i32 [n]
 //   out    as ops.h says; a copy, but for reshape, which shares its input's storage and gradient
-//   keeps  nothing         grad  += the elements' gradients, moved back; repeat: summed over copies
-//   errors sizes, ranges or dimensions that do not fit; dtypes or devices differ
+//   keeps  ids             grad  += the elements' gradients, moved back; repeat: summed over copies
+//   errors sizes, ranges, ids or dimensions that do not fit; dtypes or devices differ
 //   bitwise run-to-run: yes, for any number of threads
+#include <algorithm>
+
 #include "ops/general.h"
 #include "ops/ops.h"
 
 namespace pith {
 namespace {
 
-// Where a part of a tensor begins, and its steps through the part's index space.
-struct Part {
-    int64_t offset = 0;
-    Steps steps;
-};
-Part whole_of(const Dims& dims) { return {0, steps_of(dims, dims)}; }
-Part part_of(const Dims& dims, int dim, int64_t begin) {
-    Part part = whole_of(dims);
-    part.offset = begin * part.steps.dim[dim];
+// x from index `begin` of a dimension on.
+View part_of(const Tensor& x, int dim, int64_t begin) {
+    View part = view_of(x, x.dim);
+    part.offset = begin * part.step[dim];
     return part;
 }
 
-// to (+)= from, two parts of one index space.
-void copy_cpu(const Rank& rank, const char* op, At at, const Dims& space, const Tensor& from,
-              const Part& source, GradSlot to, const Part& target) {
-    float_kernel(rank, op, at, from, [&]<class T>(T*) {
-        elementwise(
-            Walk(space, {target.steps, source.steps}),
-            Slot<T>{to.grad.as<T>() + target.offset, to.add}, [](T x) { return x; },
-            from.as<T>() + source.offset);
-    });
+// i: the view's steps and offset.
+void taken_bx(Rank& rank, Node& node) {
+    const Tensor& dy = node.grad[0];
+    View part{zeroed(rank, node, 0), node.i[kMaxDims]};
+    std::copy(node.i, node.i + kMaxDims, part.step);
+    copy_elements(rank, node.op, node.at, dy.dim, view_of(dy, dy.dim), part, true);
 }
 
-// Dimension i of the result is order[i] of x.
-Part permuted(const Dims& dims, const Dims& order) {
-    const Part flat = whole_of(dims);
-    Part part;
-    for (int i = 0; i < order.rank; i++) part.steps.dim[i] = flat.steps.dim[order[i]];
-    return part;
-}
-
-void permute_grad(const Pass& pass) {
-    const GradSlot dx = pass.slot(0);
-    if (!dx.grad.defined()) return;
-    Dims order;
-    for (; order.rank < pass.dy().dim.rank; order.rank++)
-        order[order.rank] = pass.node.i[order.rank];
-    const Dims& space = pass.dy().dim;
-    copy_cpu(pass.rank, "permute", pass.node.at, space, pass.dy(), whole_of(space), dx,
-             permuted(dx.grad.dim, order));
-}
-
-// i: dim, begin.
-void slice_grad(const Pass& pass) {
-    const Tensor dx = pass.zeroed_slot(0);
-    if (!dx.defined()) return;
-    const Dims& space = pass.dy().dim;
-    copy_cpu(pass.rank, pass.node.op, pass.node.at, space, pass.dy(), whole_of(space), {dx, true},
-             part_of(dx.dim, static_cast<int>(pass.node.i[0]), pass.node.i[1]));
-}
-
-// Elements [begin, end) of dimension dim, for slice and split.
-Tensor piece(Rank& rank, const char* op, At at, const Tensor& x, int dim, int64_t begin,
-             int64_t end) {
-    Dims dims = x.dim;
-    dims[dim] = end - begin;
-    Tensor y = empty(rank, dims, x.dtype, at);
-    copy_cpu(rank, op, at, dims, x, part_of(x.dim, dim, begin), {y}, whole_of(dims));
-    if (Node* node = record_grad<slice_grad>(rank, op, at, {x}, y)) {
-        node->i[0] = dim;
-        node->i[1] = begin;
+// The elements that a view, of each at most once, has in the index space `dims`.
+Tensor taken(Rank& rank, const char* op, At at, const View& part, const Dims& dims) {
+    Tensor y = empty(rank, dims, part.x.dtype, at);
+    copy_elements(rank, op, at, dims, part, view_of(y, dims), false);
+    if (Node* node = record_op(rank, op, at, {part.x}, y, taken_bx)) {
+        std::copy(part.step, part.step + kMaxDims, node->i);
+        node->i[kMaxDims] = part.offset;
     }
     return y;
 }
 
-// i[0]: dim.
-void concat_grad(const Pass& pass) {
-    const int dim = static_cast<int>(pass.node.i[0]);
+// i: the dimension.
+void concat_bx(Rank& rank, Node& node) {
+    const int dim = static_cast<int>(node.i[0]);
     int64_t begin = 0;
-    for (int k = 0; k < pass.node.in.count && pass.node.in[k].defined(); k++) {
-        const Dims& dims = pass.node.in[k].dim;
-        const GradSlot dx = pass.slot(k);
+    for (int k = 0; k < node.in.count && node.in[k].defined(); k++) {
+        const Dims& dims = node.in[k].dim;
+        const GradSlot dx = grad_slot(rank, node.in[k], node.at);
         if (dx.grad.defined())
-            copy_cpu(pass.rank, "concat", pass.node.at, dims, pass.dy(),
-                     part_of(pass.dy().dim, dim, begin), dx, whole_of(dims));
+            copy_elements(rank, node.op, node.at, dims, part_of(node.grad[0], dim, begin),
+                          view_of(dx.grad, dims), dx.add);
         begin += dims[dim];
     }
 }
 
-// x [outer, n, inner] -> y [outer, times, n, inner].
-void repeat_cpu(const Rank& rank, At at, Tensor x, Extent e, int64_t times, Tensor y) {
-    const Dims space{e.outer, times, e.n * e.inner};
-    copy_cpu(rank, "repeat", at, space, x, {0, steps_of({e.outer, 1, e.n * e.inner}, space)}, {y},
-             whole_of(space));
+void check_rows(const Rank& rank, const char* op, At at, const Tensor& x, const Tensor& ids,
+                int64_t rows) {
+    check(rank, op, at,
+          {{"a defined tensor", x.defined()},
+           {"ids of dtype i32 and one dimension", ids.dtype == DType::I32 && ids.dim.rank == 1},
+           {"tensors on one device", x.device == ids.device}},
+          {&x, &ids});
+    need_cpu(op, at, ids);
+    check_ids(rank, op, at, "ids", ids, rows);
 }
 
-void repeat_grad_cpu(const Rank& rank, At at, Tensor dy, Extent e, int64_t times, GradSlot dx) {
-    float_kernel(rank, "repeat", at, dy, [&]<class T>(T*) {
-        reduce<SumOf>({e.outer, times, e.n * e.inner}, dy.as<T>(), slot_of<T>(dx));
+// Row i of `to` (+)= row ids[i] of x or, if not `take`, row ids[i] of `to` (+)= row i of x, in the
+// order of i; columns are divided among the threads.
+template <class T>
+void move_rows_cpu(const Tensor& x, const Tensor& ids, Slot<T> to, bool take) {
+    const int64_t n = extent_of(x.dim, 0).inner;
+    column_blocks(ids.numel(), n, [&](int64_t first, int64_t count) {
+        for (int64_t i = 0; i < ids.numel(); i++) {
+            const int64_t id = ids.i32()[i];
+            const T* from = x.as<T>() + (take ? id : i) * n + first;
+            const int64_t at = (take ? i : id) * n + first;
+            for (int64_t j = 0; j < count; j++) to.put(at + j, from[j]);
+        }
     });
 }
 
-void repeat_grad(const Pass& pass) {
-    const GradSlot dx = pass.slot(0);
-    if (!dx.grad.defined()) return;
-    const Extent e = extent_of(pass.node.in[0].dim, static_cast<int>(pass.node.i[0]));
-    repeat_grad_cpu(pass.rank, pass.node.at, pass.dy(), e, pass.node.i[1], dx);
+template <bool take>
+void move_rows_bx(Rank& rank, Node& node) {
+    const Tensor dx = zeroed(rank, node, 0);
+    float_kernel(rank, node, [&]<class T>(T*) {
+        move_rows_cpu<T>(node.grad[0], node.bx_keep[0], {dx.as<T>(), true}, take);
+    });
 }
 
 }  // namespace
@@ -115,61 +92,50 @@ Tensor permute(Rank& rank, Tensor x, Dims order, At at) {
     check_alike(rank, "permute", at, {&x});
     check(rank, "permute", at, {{"one entry of order a dimension", order.rank == x.dim.rank}},
           {&x});
-    bool seen[kMaxDims] = {};
+    const View whole = view_of(x, x.dim);
+    View part{x};
     Dims dims = order;
+    unsigned seen = 0;
     for (int i = 0; i < order.rank; i++) {
-        const bool fits = order[i] >= 0 && order[i] < order.rank && !seen[order[i]];
+        const bool fits = order[i] >= 0 && order[i] < order.rank && !(seen >> order[i] & 1);
         check(rank, "permute", at, {{"each dimension once in order", fits}}, {&x});
-        seen[order[i]] = true;
-        dims[i] = x.dim[static_cast<int>(order[i])];
+        seen |= 1u << order[i];
+        dims[i] = x.dim.size[order[i]];
+        part.step[i] = whole.step[order[i]];
     }
-    Tensor y = empty(rank, dims, x.dtype, at);
-    copy_cpu(rank, "permute", at, dims, x, permuted(x.dim, order), {y}, whole_of(dims));
-    if (Node* node = record_grad<permute_grad>(rank, "permute", at, {x}, y))
-        for (int i = 0; i < order.rank; i++) node->i[i] = order[i];
-    return y;
+    return taken(rank, "permute", at, part, dims);
 }
 
 Tensor reshape(Rank& rank, Tensor x, Dims dims, At at) {
-    int open = 0;
-    bool sizes = dims.rank > 0;
-    for (int i = 0; i < dims.rank; i++) {
-        open += dims[i] == -1;
-        sizes = sizes && dims[i] >= -1;
-    }
+    int64_t* end = dims.size + dims.rank;
+    const bool sizes = dims.rank > 0 && *std::min_element(dims.size, end) >= -1;
     check(rank, "reshape", at,
           {{"a defined tensor", x.defined()},
-           {"sizes >= 0, at most one of them -1", sizes && open <= 1}},
+           {"sizes >= 0, at most one of them -1", sizes && std::count(dims.size, end, -1) <= 1}},
           {&x});
     return x.view(dims, at);
 }
 
 Tensor slice(Rank& rank, Tensor x, int dim, int64_t begin, int64_t end, At at) {
     const int d = dim_of(rank, "slice", at, x, dim);
-    if (begin < 0 || begin > end || end > x.dim[d]) {
-        const std::string need = text("0 <= begin <= end <= size for [%ld,%ld) of dimension %d",
-                                      long(begin), long(end), d);
-        check(rank, "slice", at, {{need.c_str(), false}}, {&x});
-    }
-    return piece(rank, "slice", at, x, d, begin, end);
+    const std::string need =
+        text("0 <= begin <= end <= size for [%ld,%ld) of dimension %d", long(begin), long(end), d);
+    check(rank, "slice", at, {{need.c_str(), begin >= 0 && begin <= end && end <= x.dim[d]}}, {&x});
+    Dims dims = x.dim;
+    dims[d] = end - begin;
+    return taken(rank, "slice", at, part_of(x, d, begin), dims);
 }
 
 TensorList split(Rank& rank, Tensor x, int dim, Dims sizes, At at) {
     const int d = dim_of(rank, "split", at, x, dim);
     int64_t total = 0;
-    bool positive = true;
-    for (int i = 0; i < sizes.rank; i++) {
-        total += sizes[i];
-        positive = positive && sizes[i] >= 0;
-    }
+    for (int i = 0; i < sizes.rank; i++) total += sizes[i];
     check(rank, "split", at,
-          {{"sizes >= 0", positive},
-           {"sizes that sum to the dimension's", sizes.rank > 0 && total == x.dim[d]}},
-          {&x});
+          {{"sizes that sum to the dimension's", sizes.rank > 0 && total == x.dim[d]}}, {&x});
     TensorList ys;
     int64_t begin = 0;
     for (int i = 0; i < sizes.rank; begin += sizes[i++])
-        ys.push(piece(rank, "split", at, x, d, begin, begin + sizes[i]));
+        ys.push(slice(rank, x, d, begin, begin + sizes[i], at));
     return ys;
 }
 
@@ -180,19 +146,18 @@ Tensor concat(Rank& rank, TensorList xs, int dim, At at) {
     dims[d] = 0;
     for (int k = 0; k < xs.count; k++) {
         check_alike(rank, "concat", at, {&xs[0], &xs[k]});
-        bool fits = xs[k].dim.rank == dims.rank;
-        for (int i = 0; i < dims.rank; i++) fits = fits && (i == d || xs[k].dim[i] == dims[i]);
-        check(rank, "concat", at, {{"equal sizes but for the one dimension", fits}},
+        Dims others = xs[k].dim;
+        others[d] = xs[0].dim[d];
+        check(rank, "concat", at, {{"equal sizes but for the one dimension", others == xs[0].dim}},
               {&xs[0], &xs[k]});
         dims[d] += xs[k].dim[d];
     }
     Tensor y = empty(rank, dims, xs[0].dtype, at);
-    int64_t begin = 0;
-    for (int k = 0; k < xs.count; begin += xs[k++].dim[d])
-        copy_cpu(rank, "concat", at, xs[k].dim, xs[k], whole_of(xs[k].dim), {y},
-                 part_of(dims, d, begin));
-    Node* node = record_grad<concat_grad>(
-        rank, "concat", at, {xs[0], xs[1], xs[2], xs[3], xs[4], xs[5], xs[6], xs[7]}, y);
+    for (int64_t k = 0, begin = 0; k < xs.count; begin += xs[k++].dim[d])
+        copy_elements(rank, "concat", at, xs[k].dim, view_of(xs[k], xs[k].dim),
+                      part_of(y, d, begin), false);
+    Node* node = record_op(rank, "concat", at,
+                           {xs[0], xs[1], xs[2], xs[3], xs[4], xs[5], xs[6], xs[7]}, y, concat_bx);
     if (node) node->i[0] = d;
     return y;
 }
@@ -202,12 +167,36 @@ Tensor repeat(Rank& rank, Tensor x, int dim, int64_t times, At at) {
     check(rank, "repeat", at, {{"times >= 0", times >= 0}}, {&x});
     Dims dims = x.dim;
     dims[d] *= times;
+    // Broadcast, of a choice that is never the zero.
+    const Extent e = extent_of(x.dim, d);
+    const Tensor never = zeros(rank, {1, times, 1}, DType::U8, at);
+    const Tensor zero = zeros(rank, {1}, x.dtype, at);
+    return where(rank, never, zero, x.view({e.outer, 1, e.n * e.inner}), at).view(dims, at);
+}
+
+Tensor index_select(Rank& rank, Tensor x, Tensor ids, At at) {
+    check_rows(rank, "index_select", at, x, ids, x.dim[0]);
+    Dims dims = x.dim;
+    dims[0] = ids.numel();
     Tensor y = empty(rank, dims, x.dtype, at);
-    repeat_cpu(rank, at, x, extent_of(x.dim, d), times, y);
-    if (Node* node = record_grad<repeat_grad>(rank, "repeat", at, {x}, y)) {
-        node->i[0] = d;
-        node->i[1] = times;
-    }
+    float_kernel(rank, "index_select", at, x,
+                 [&]<class T>(T*) { move_rows_cpu<T>(x, ids, {y.as<T>()}, true); });
+    record_op(rank, "index_select", at, {x}, y, move_rows_bx<false>, {{ids}});
+    return y;
+}
+
+Tensor scatter_add(Rank& rank, Tensor src, Tensor ids, int64_t rows, At at) {
+    check_rows(rank, "scatter_add", at, src, ids, rows);
+    check(rank, "scatter_add", at,
+          {{"rows >= 0", rows >= 0}, {"an id a row of src", ids.numel() == src.dim[0]}},
+          {&src, &ids});
+    Dims dims = src.dim;
+    dims[0] = rows;
+    Tensor y = zeros(rank, dims, src.dtype, at);
+    float_kernel(rank, "scatter_add", at, src, [&]<class T>(T*) {
+        move_rows_cpu<T>(src, ids, {y.as<T>(), true}, false);
+    });
+    record_op(rank, "scatter_add", at, {src}, y, move_rows_bx<true>, {{ids}});
     return y;
 }
 
