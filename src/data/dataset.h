@@ -31,8 +31,8 @@ struct SampleRow {
                                   // without document_mask; may be null
 };
 
-// One .bin: two NPY arrays back to back, token ids (u1, u2, u4 or u8) and u8 document ends
-// (cumulative, the last one is the number of tokens). Mapped, never written.
+// One .bin, mapped: two NPY arrays back to back, token ids (u1, u2, u4 or u8) and u8 document ends
+// (cumulative; the last one is the number of tokens).
 struct TokenFile {
     MappedFile map;
     NpyType type = NpyType::U2;
@@ -74,8 +74,8 @@ class Dataset {
     // Held-out sample `index` in corpus order; all labels are ignored from heldout_samples() on.
     void heldout_sample(int64_t index, const SampleRow& row) const;
 
-    // Identifies what the samples are cut from: XXH3 over sizes, document ends and contents (whole
-    // up to 64 MiB a corpus, else 16 blocks of each file). Paths do not count.
+    // XXH3 over what the samples are cut from: sizes, document ends and contents (of corpora above
+    // 64 MiB, 16 blocks a file). Paths do not count.
     uint64_t fingerprint() const;
 
   private:
@@ -114,9 +114,9 @@ struct BatchShape {
 // row % micro_batch of micro-batch row / micro_batch. A step's set does not depend on the mesh.
 int64_t global_sample(const BatchShape& shape, int64_t step, int dp_rank, int ep_rank, int64_t row);
 
-// Context parallelism deals a row of S tokens out in 2*cp equal blocks: rank r holds blocks r and
-// 2*cp-1-r, in this order. With cp = 1 the first block is the whole row and the second is empty;
-// otherwise exit code 2, naming data.sequence_length, unless S % (2*cp) == 0.
+// Context parallelism cuts a row of S tokens into 2*cp equal blocks: rank r holds blocks r and
+// 2*cp-1-r, in this order; cp = 1 holds the row and an empty block. Exit code 2, naming
+// data.sequence_length, unless 2*cp divides S or cp = 1.
 struct ZigzagBlocks {
     int64_t begin[2];
     int64_t length[2];
