@@ -31,20 +31,17 @@ struct Numbers {
 
 // Views of q, k and v in `data`: of three tensors or, packed, three times of one.
 AttentionGrads head_views(const AttentionCore& core, bool packed, const Tensor (&data)[3]) {
-    const int sizes[] = {core.size, core.size, core.v_size};
-    const int64_t counts[] = {core.query.count, core.key.count, core.key.count};
-    const int64_t widths[] = {core.heads * sizes[0], core.kv_heads * sizes[1],
-                              core.kv_heads * sizes[2]};
-    HeadView views[3];
-    int64_t first = 0;
-    for (int i = 0; i < 3; i++) {
-        const int64_t width = packed ? widths[0] + widths[1] + widths[2] : widths[i];
-        if (data[i].data)
-            views[i] = {data[i].data + first * size_of(core.dtype), counts[i] * width, width,
-                        sizes[i]};
-        if (packed) first += widths[i];
-    }
-    return {views[0], views[1], views[2], {}};
+    const int64_t S = core.query.count, Z = core.key.count, q = core.heads * core.size;
+    const int64_t k = core.kv_heads * core.size, v = core.kv_heads * core.v_size;
+    const auto view = [&](const Tensor& t, int64_t count, int64_t first, int64_t own, int size) {
+        const int64_t width = packed ? q + k + v : own;
+        char* from = t.data + (packed ? first : 0) * size_of(core.dtype);
+        return HeadView{t.data ? from : nullptr, count * width, width, size};
+    };
+    return {view(data[0], S, 0, q, core.size),
+            view(data[1], Z, q, k, core.size),
+            view(data[2], Z, q + k, v, core.v_size),
+            {}};
 }
 HeadView out_view(const AttentionCore& core, const Tensor& out) {
     const int64_t width = core.heads * core.v_size;

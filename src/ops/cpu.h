@@ -59,13 +59,8 @@ struct Matrix {
 };
 
 // c [m, n] = alpha * a [m, k] b [k, n] + beta * c, where a Transposed factor is stored [k, m] or
-// [n, k]. beta = 0 never reads c; any size may be 0. For float and double.
+// [n, k]. beta = 0 never reads c; any size may be 0. For float and double (matmul.cpp).
 template <class T>
 void gemm(int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, T beta, T* c, int64_t ldc,
           T alpha = 1);
-extern template void gemm<float>(int64_t, int64_t, int64_t, Matrix<float>, Matrix<float>, float,
-                                 float*, int64_t, float);
-extern template void gemm<double>(int64_t, int64_t, int64_t, Matrix<double>, Matrix<double>, double,
-                                  double*, int64_t, double);
-
 }  // namespace pith

@@ -1,6 +1,6 @@
 // cpu_rows: loops over the elements of a row that the compiler turns into vector instructions, with
-// one order of summation whatever the vector width. defines: exp_negative, logistic, lane_sum, dot,
-// max_of, exp_sum, Slot
+// one order of summation whatever the vector width. defines: exp_negative, logistic, lane_fold,
+// lane_sum, dot, max_of, exp_sum, Slot
 #pragma once
 #include <bit>
 #include <cmath>
@@ -38,17 +38,23 @@ T logistic(T x) {
 
 constexpr int kLanes = 16;
 
-// The sum of f(i) for i in [0, n): sixteen interleaved sums, then these.
-template <class T, class F>
-T lane_sum(int64_t n, F&& f) {
-    T lane[kLanes] = {};
+// start joined with f(i) for i in [0, n): in sixteen interleaved lanes, then these.
+template <class T, class F, class Join>
+T lane_fold(int64_t n, T start, F&& f, Join&& join) {
+    T lane[kLanes];
+    for (T& x : lane) x = start;
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes)
-        for (int j = 0; j < kLanes; j++) lane[j] += f(i + j);
-    for (int j = 0; i < n; i++, j++) lane[j] += f(i);
+        for (int j = 0; j < kLanes; j++) lane[j] = join(lane[j], f(i + j));
+    for (int j = 0; i < n; i++, j++) lane[j] = join(lane[j], f(i));
     for (int half = kLanes / 2; half; half /= 2)
-        for (int j = 0; j < half; j++) lane[j] += lane[j + half];
+        for (int j = 0; j < half; j++) lane[j] = join(lane[j], lane[j + half]);
     return lane[0];
+}
+
+template <class T, class F>
+T lane_sum(int64_t n, F&& f) {
+    return lane_fold(n, T(0), f, [](T a, T b) { return a + b; });
 }
 
 template <class T>
@@ -56,17 +62,12 @@ T dot(const T* a, const T* b, int64_t n) {
     return lane_sum<T>(n, [&](int64_t i) { return a[i] * b[i]; });
 }
 
-// The largest of x, -inf when n = 0.
+// The largest of x, -inf when n = 0; NaNs are passed over.
 template <class T>
 T max_of(const T* x, int64_t n) {
-    T lane[kLanes];
-    for (T& m : lane) m = -std::numeric_limits<T>::infinity();
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes)
-        for (int j = 0; j < kLanes; j++) lane[j] = x[i + j] > lane[j] ? x[i + j] : lane[j];
-    for (int j = 0; i < n; i++, j++) lane[j] = x[i] > lane[j] ? x[i] : lane[j];
-    for (int j = 1; j < kLanes; j++) lane[0] = lane[j] > lane[0] ? lane[j] : lane[0];
-    return lane[0];
+    return lane_fold(
+        n, -std::numeric_limits<T>::infinity(), [x](int64_t i) { return x[i]; },
+        [](T a, T b) { return b > a ? b : a; });
 }
 
 // x = e^(x - shift), shift >= every x up to rounding; the sum.

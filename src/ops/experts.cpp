@@ -21,27 +21,19 @@ namespace pith {
 
 // ---- Rows to pairs and back. --------------------------------------------------------------------
 
+// y[r] = or += the sum of x[index[i]] over i in [begin[r], begin[r+1]), or of x[index[r]] where
+// begin is undefined.
 template <class T>
-static void rows_to_pairs(const Tensor& rows, const Tensor& row_of, Slot<T> pairs) {
-    const int64_t D = rows.dim[1];
-    if (!pairs.data) return;
-    parallel_rows(row_of.dim[0], D, [&](int64_t p) {
-        const T* from = rows.as<T>() + row_of.i32()[p] * D;
-        const Slot<T> to{pairs.data + p * D, pairs.add};
-        for (int64_t j = 0; j < D; j++) to.put(j, from[j]);
-    });
-}
-
-template <class T>
-static void pairs_to_rows(const Tensor& pairs, const Tensor& pair_of, const Tensor& row_begin,
-                          Slot<T> rows) {
-    const int64_t D = pairs.dim[1], R = row_begin.dim[0] - 1;
-    if (!rows.data) return;
-    parallel_rows(R, D * (1 + pairs.dim[0] / std::max<int64_t>(1, R)), [&](int64_t r) {
-        T* to = rows.data + r * D;
-        if (!rows.add) std::fill_n(to, D, T(0));
-        for (int32_t i = row_begin.i32()[r]; i < row_begin.i32()[r + 1]; i++) {
-            const T* from = pairs.as<T>() + pair_of.i32()[i] * D;
+static void sum_rows_cpu(const Tensor& x, const Tensor& index, const Tensor& begin, Slot<T> y) {
+    const int64_t D = x.dim[1], rows = begin.defined() ? begin.dim[0] - 1 : index.dim[0];
+    if (!y.data) return;
+    parallel_rows(rows, D * (1 + index.dim[0] / std::max<int64_t>(1, rows)), [&](int64_t r) {
+        const int64_t first = begin.defined() ? begin.i32()[r] : r;
+        const int64_t end = begin.defined() ? begin.i32()[r + 1] : r + 1;
+        T* to = y.data + r * D;
+        if (!y.add) std::fill_n(to, D, T(0));
+        for (int64_t i = first; i < end; i++) {
+            const T* from = x.as<T>() + index.i32()[i] * D;
             for (int64_t j = 0; j < D; j++) to[j] += from[j];
         }
     });
@@ -52,9 +44,15 @@ static bool ascends(const Tensor& t, int64_t last) {
     return begin != end && *begin == 0 && end[-1] == last && std::is_sorted(begin, end);
 }
 
-// x is rows [R, D] (`need` says so) or pairs [P, D], `count` being R or P.
-static void check_pairs(const Rank& rank, const char* op, At at, const Tensor& x, const char* need,
-                        int64_t count, const Dispatched& d) {
+static void move_rows_bx(Rank& rank, Node& node) {
+    float_kernel(rank, node, [&]<class T>(T*) {
+        sum_rows_cpu(node.grad[0], node.bx_keep[0], node.bx_keep[1], writable<T>(rank, node, 0));
+    });
+}
+
+// Both ops. `need` tells x's shape.
+static Tensor move_rows(Rank& rank, const char* op, bool to_pairs, const char* need,
+                        const Tensor& x, const Dispatched& d, At at) {
     const int64_t P = d.row_of.dim[0], R = d.row_begin.dim[0] - 1;
     const bool i32 = d.row_of.dtype == DType::I32 && d.pair_of.dtype == DType::I32 &&
                      d.row_begin.dtype == DType::I32;
@@ -62,49 +60,31 @@ static void check_pairs(const Rank& rank, const char* op, At at, const Tensor& x
           {{"row_of I32 [P], pair_of I32 [P] and row_begin I32 [R+1]",
             i32 && d.row_of.dim == Dims{P} && d.pair_of.dim == Dims{P} &&
                 d.row_begin.dim == Dims{R + 1}},
-           {need, x.dim.rank == 2 && x.dim[0] == count}},
+           {need, x.dim.rank == 2 && x.dim[0] == (to_pairs ? R : P)}},
           {&x, &d.row_of, &d.pair_of, &d.row_begin});
-    need_cpu(op, at, x);
-    check(rank, op, at, {{"row_begin ascending from 0 to P", ascends(d.row_begin, P)}},
-          {&d.row_begin, &d.row_of});
-    check_ids(rank, op, at, "row_of", d.row_of, R);
-    check_ids(rank, op, at, "pair_of", d.pair_of, P);
-}
-
-static void expand_rows_bx(Rank& rank, Node& node) {
-    float_kernel(rank, node, [&]<class T>(T*) {
-        pairs_to_rows(node.grad[0], node.bx_keep[0], node.bx_keep[1], writable<T>(rank, node, 0));
+    Tensor y = empty(rank, {to_pairs ? P : R, x.dim[1]}, x.dtype, at);
+    const TensorList pairs = {d.row_of, {}}, rows = {d.pair_of, d.row_begin};
+    const TensorList &index = to_pairs ? pairs : rows, &back = to_pairs ? rows : pairs;
+    float_kernel(rank, op, at, x, [&]<class T>(T*) {
+        check(rank, op, at, {{"row_begin ascending from 0 to P", ascends(d.row_begin, P)}},
+              {&d.row_begin, &d.row_of});
+        check_ids(rank, op, at, "row_of", d.row_of, R);
+        check_ids(rank, op, at, "pair_of", d.pair_of, P);
+        sum_rows_cpu<T>(x, index[0], index[1], {y.as<T>()});
     });
-}
-
-static void reduce_pairs_bx(Rank& rank, Node& node) {
-    float_kernel(rank, node, [&]<class T>(T*) {
-        rows_to_pairs(node.grad[0], node.bx_keep[0], writable<T>(rank, node, 0));
-    });
-}
-
-Tensor expand_rows(Rank& rank, const Dispatched& d, At at) {
-    check_pairs(rank, "expand_rows", at, d.rows, "rows [R, D]", d.row_begin.dim[0] - 1, d);
-    Tensor y = empty(rank, {d.row_of.dim[0], d.rows.dim[1]}, d.rows.dtype, at);
-    float_kernel(rank, "expand_rows", at, y,
-                 [&]<class T>(T*) { rows_to_pairs<T>(d.rows, d.row_of, {y.as<T>()}); });
-    if (Node* n = record(rank, "expand_rows", at, {d.rows}, {&y})) {
-        n->bx_keep = {d.pair_of, d.row_begin};
-        n->bx = expand_rows_bx;
+    if (Node* n = record(rank, op, at, {x}, {&y})) {
+        n->bx_keep = back;
+        n->bx = move_rows_bx;
     }
     return y;
 }
 
+Tensor expand_rows(Rank& rank, const Dispatched& d, At at) {
+    return move_rows(rank, "expand_rows", true, "rows [R, D]", d.rows, d, at);
+}
+
 Tensor reduce_pairs(Rank& rank, Tensor y, const Dispatched& d, At at) {
-    check_pairs(rank, "reduce_pairs", at, y, "y [P, D]", d.row_of.dim[0], d);
-    Tensor rows = empty(rank, {d.row_begin.dim[0] - 1, y.dim[1]}, y.dtype, at);
-    float_kernel(rank, "reduce_pairs", at, y,
-                 [&]<class T>(T*) { pairs_to_rows<T>(y, d.pair_of, d.row_begin, {rows.as<T>()}); });
-    if (Node* n = record(rank, "reduce_pairs", at, {y}, {&rows})) {
-        n->bx_keep = {d.row_of};
-        n->bx = reduce_pairs_bx;
-    }
-    return rows;
+    return move_rows(rank, "reduce_pairs", false, "y [P, D]", y, d, at);
 }
 
 // ---- Products by expert. ------------------------------------------------------------------------

@@ -36,14 +36,14 @@ Tensor clamp(Rank& rank, Tensor x, double low, double high, At at = At::here());
 Tensor where(Rank& rank, Tensor mask, Tensor a, Tensor b, At at = At::here());
 
 // ---- Reductions over one dimension (negative: from the end), which stays with size 1 so that the
-// result broadcasts back; view() drops it. Over an empty dimension sum is 0; mean and max throw. ----
+// result broadcasts back; view() drops it. Over an empty dimension sum is 0; mean and max throw.
 Tensor sum(Rank& rank, Tensor x, int dim, At at = At::here());
 Tensor mean(Rank& rank, Tensor x, int dim, At at = At::here());
 Tensor max(Rank& rank, Tensor x, int dim, At at = At::here());  // gradient to the first maximum
 Tensor cumsum(Rank& rank, Tensor x, int dim, At at = At::here());
 Tensor softmax(Rank& rank, Tensor x, int dim, At at = At::here());
 
-// ---- Products and shapes. ------------------------------------------------------------------------
+// ---- Products and shapes. -----------------------------------------------------------------------
 // a [..., M, K] x b [..., K, N] -> [..., M, N]; leading dimensions equal, or 1 in one of the two.
 Tensor matmul(Rank& rank, Tensor a, Tensor b, At at = At::here());
 // Dimension i of the result is dimension order[i] of x.
@@ -68,7 +68,7 @@ struct TopK {
 };
 TopK top_k(Rank& rank, Tensor x, int k, At at = At::here());
 
-// ---- Layers. -------------------------------------------------------------------------------------
+// ---- Layers. ------------------------------------------------------------------------------------
 // y = x w^T + bias.  x [..., in], w [out, in], bias [out] or undefined -> [..., out]
 Tensor linear(Rank& rank, Tensor x, Tensor w, Tensor bias = {}, At at = At::here());
 // Rows of w [V, D] at ids I32 [...] -> [..., D]. The weight gradient sums rows in the order of ids.
@@ -103,19 +103,19 @@ Tensor qk_norm_rope(Rank& rank, Tensor qkv, Heads heads, Tensor q_norm, Tensor k
 
 // Which keys a query sees. Row coordinates: position within the sequence of its row of the batch.
 struct AttentionMask {
-    bool causal = true;   // key coordinate <= query coordinate
-    int window = 0;       // > 0: also query - key < window
-    Tensor order;         // I32 [S]: row coordinate of each local position; undefined: 0..S-1
-    Tensor doc_ends;      // I32 [B, S]: exclusive end of the position's document, in row
-                          // coordinates; a query sees its own document only. Undefined: one document
+    bool causal = true;  // key coordinate <= query coordinate
+    int window = 0;      // > 0: also query - key < window
+    Tensor order;        // I32 [S]: row coordinate of each local position; undefined: 0..S-1
+    Tensor doc_ends;     // I32 [B, S]: exclusive end of the position's document, in row
+                         // coordinates; a query sees its own document only. Undefined: one document
 };
 // Softmax attention on a packed projection, scores scaled by 1/sqrt(N); grouped queries share keys.
 // With mesh.cp > 1, a ring over the cp group (order then says which part of the row is here).
 //   qkv [B*S, (H+2K)*N] -> [B*S, H*N]
 Tensor attention(Rank& rank, Tensor qkv, Heads heads, int64_t batch, AttentionMask mask,
                  At at = At::here());
-// The general form: separate q [B,S,H,N], k [B,Z,K,N], v [B,Z,K,M], any scale, an additive bias or a
-// boolean mask (U8, 1 = visible), each [1|B, 1|H, S, Z]; the bias has a gradient. With S != Z a
+// The general form: separate q [B,S,H,N], k [B,Z,K,N], v [B,Z,K,M], any scale, an additive bias or
+// a boolean mask (U8, 1 = visible), each [1|B, 1|H, S, Z]; the bias has a gradient. With S != Z a
 // causal mask is aligned at the end (the last query sees the last key); a query that sees nothing
 // gives zeros. -> [B,S,H,M]
 struct AttentionBias {
@@ -124,7 +124,7 @@ struct AttentionBias {
 Tensor attention(Rank& rank, Tensor q, Tensor k, Tensor v, double scale, AttentionMask mask,
                  AttentionBias bias = {}, At at = At::here());
 
-// ---- Mixture of experts. -------------------------------------------------------------------------
+// ---- Mixture of experts. ------------------------------------------------------------------------
 struct RouterOptions {
     int top_k = 1;
     bool normalize = false;       // weights of a token divided by their sum
@@ -141,28 +141,28 @@ struct Routing {
 //   x [T, D]   w [E, D]. weights and probs are F64 when x is.
 Routing router(Rank& rank, Tensor x, Tensor w, RouterOptions options, At at = At::here());
 
-// The expert side of a dispatch: R token rows and the P (row, local expert) pairs to compute, sorted
-// by expert and within an expert by row.
+// The expert side of a dispatch: R token rows and the P (row, local expert) pairs to compute,
+// sorted by expert and within an expert by row.
 struct Dispatched {
-    Tensor rows;     // [R, D]; differentiable
-    Tensor weights;  // F32 [P]: routing weight of each pair; differentiable
-    Tensor row_of;   // I32 [P]: row of each pair
-    Tensor offsets;  // I32 [E+1]: first pair of each local expert
-    Tensor pair_of;  // I32 [P]: pairs of row 0, then of row 1, ...; inverse of row_of
+    Tensor rows;       // [R, D]; differentiable
+    Tensor weights;    // F32 [P]: routing weight of each pair; differentiable
+    Tensor row_of;     // I32 [P]: row of each pair
+    Tensor offsets;    // I32 [E+1]: first pair of each local expert
+    Tensor pair_of;    // I32 [P]: pairs of row 0, then of row 1, ...; inverse of row_of
     Tensor row_begin;  // I32 [R+1]: where a row's pairs begin in pair_of
 };
 // [P, D]: row d.row_of[p] for each pair. Gradient: each row sums its pairs in the order of pair_of.
 Tensor expand_rows(Rank& rank, const Dispatched& d, At at = At::here());
 // [R, D]: each row sums its pairs of y [P, D] in the order of pair_of, in F32.
 Tensor reduce_pairs(Rank& rank, Tensor y, const Dispatched& d, At at = At::here());
-// Rows [offsets[e], offsets[e+1]) of x times w[e]^T.  x [P, in], w [E, out, in] -> [P, out]. Experts
-// without rows are ordinary: their weight gradient gets nothing added.
+// Rows [offsets[e], offsets[e+1]) of x times w[e]^T.  x [P, in], w [E, out, in] -> [P, out].
+// Experts without rows are ordinary: their weight gradient gets nothing added.
 Tensor grouped_linear(Rank& rank, Tensor x, Tensor w, Tensor offsets, At at = At::here());
 // silu(gate) * up * weight a row.  gate_up [P, 2F] = gate | up; weights [P] or undefined (1)
 // -> [P, F].  Shazeer 2020, arXiv:2002.05202
 Tensor swiglu(Rank& rank, Tensor gate_up, Tensor weights = {}, At at = At::here());
 
-// ---- Loss. ---------------------------------------------------------------------------------------
+// ---- Loss. --------------------------------------------------------------------------------------
 
 // Sum over tokens of -log softmax(x w^T)[label], labels I32 [T]; kIgnoreLabel counts nothing.
 // Logits are made in chunks of rows, never whole. A terminal op: its gradient is taken to be
@@ -172,7 +172,7 @@ Tensor swiglu(Rank& rank, Tensor gate_up, Tensor weights = {}, At at = At::here(
 Tensor lm_head_cross_entropy(Rank& rank, Tensor x, Tensor w, Tensor labels, double scale,
                              At at = At::here());
 
-// ---- Outside the tape: optimiser and initialisation, on flat buffers. ----------------------------
+// ---- Outside the tape: optimiser and initialisation, on flat buffers. ---------------------------
 struct AdamW {
     double lr = 0, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 0.1;
     double grad_scale = 1;  // gradients are multiplied by this first (clipping)

@@ -47,47 +47,36 @@ KeyRange traveling(const AttentionCore& core, int members, int owner, int reader
     return all;
 }
 
-// ---- What travels: keys and values [B, count, K*N + K*M], and a table of their positions. -------
-
-// Views of the two parts of `packed`.
-struct KeyViews {
-    HeadView k, v;
-};
-KeyViews key_views(const AttentionCore& core, const Tensor& packed) {
-    const int64_t width = packed.dim[2], batch = packed.dim[1] * width;
-    char* const v = packed.data + core.kv_heads * core.size * size_of(core.dtype);
-    return {{packed.data, batch, width, core.size}, {v, batch, width, core.v_size}};
-}
-
-// f(packed elements, local elements, their number) for each head of the local positions `range`, as
-// they lie in `packed`.
-template <class T, class F>
-void each_head(const AttentionCore& core, KeyRange range, const Tensor& packed, KeyViews local,
-               F&& f) {
-    T* at = packed.as<T>();
-    for (int64_t b = 0; b < core.batch; b++)
-        for (int64_t i = range.begin; i < range.end; i++) {
-            for (int h = 0; h < core.kv_heads; h++, at += core.size)
-                if (local.k.data) f(at, local.k.at<T>(b, h, i), core.size);
-            for (int h = 0; h < core.kv_heads; h++, at += core.v_size)
-                if (local.v.data) f(at, local.v.at<T>(b, h, i), core.v_size);
-        }
-}
-
+// Keys and values [B, count, K*N] and [B, count, K*M], and a table of their positions.
 struct Keys {
-    Tensor packed, table;
+    Tensor k, v, table;
 };
 Keys empty_keys(Rank& rank, const AttentionCore& core, KeyRange range, At at) {
-    const int64_t count = range.count(), width = core.kv_heads * (core.size + core.v_size);
-    return {empty(rank, {core.batch, count, width}, core.dtype, at),
-            empty(rank, {1 + (core.key.doc_end ? core.batch : 0), count}, DType::I32, at)};
+    const int64_t count = range.count(), tables = 1 + (core.key.doc_end ? core.batch : 0);
+    return {empty(rank, {core.batch, count, core.kv_heads * core.size}, core.dtype, at),
+            empty(rank, {core.batch, count, core.kv_heads * core.v_size}, core.dtype, at),
+            empty(rank, {tables, count}, DType::I32, at)};
+}
+HeadView view_of(const Tensor& keys, int size) {
+    return {keys.data, keys.dim[1] * keys.dim[2], keys.dim[2], size};
+}
+
+// f(from `part`, local, n) for the n elements of each of the local positions `range`, which `part`
+// [B, count, n] holds.
+template <class T, class F>
+void each_position(const Tensor& part, HeadView local, KeyRange range, F&& f) {
+    const int64_t n = part.dim[2];
+    T* at = part.as<T>();
+    for (int64_t b = 0; local.data && b < part.dim[0]; b++)
+        for (int64_t i = range.begin; i < range.end; i++, at += n) f(at, local.at<T>(b, 0, i), n);
 }
 
 Keys pack_keys(Rank& rank, const AttentionCore& core, KeyRange range, At at) {
     const Keys keys = empty_keys(rank, core, range, at);
-    float_kernel(rank, "attention", at, keys.packed, [&]<class T>(T*) {
-        each_head<T>(core, range, keys.packed, {core.k, core.v},
-                     [](T* packed, const T* local, int n) { std::copy_n(local, n, packed); });
+    float_kernel(rank, "attention", at, keys.k, [&]<class T>(T*) {
+        const auto copy = [](T* to, const T* local, int64_t n) { std::copy_n(local, n, to); };
+        each_position<T>(keys.k, core.k, range, copy);
+        each_position<T>(keys.v, core.v, range, copy);
     });
     int32_t* to = std::copy_n(core.key.coord + range.begin, range.count(), keys.table.i32());
     for (int64_t b = 0; b + 1 < keys.table.dim[0]; b++)
@@ -96,46 +85,39 @@ Keys pack_keys(Rank& rank, const AttentionCore& core, KeyRange range, At at) {
     return keys;
 }
 
-// ---- The ring. ----------------------------------------------------------------------------------
-
-enum MessageKind { kKeys = 1, kKeyGrads, kPositions };
-
 // One step: whose keys are here, and who has this member's.
 struct Step {
     int number, owner, reader;
-    KeyRange theirs, mine;  // positions that travel
-    Keys keys;              // the owner's
-
-    Step(Rank& rank, const AttentionCore& core, int step, At at) : number(step) {
-        const int n = group_size(rank, Group::Cp), me = group_rank(rank, Group::Cp);
-        owner = (me + n - step) % n;
-        reader = (me + step) % n;
-        theirs = traveling(core, n, owner, me);
-        mine = traveling(core, n, me, reader);
-        keys = empty_keys(rank, core, theirs, at);
-        const Keys sent = pack_keys(rank, core, mine, at);
-        exchange(rank, kPositions, sent.table, reader, keys.table, owner, at);
-        exchange(rank, kKeys, sent.packed, reader, keys.packed, owner, at);
-    }
-    // Sends to one member and receives from another; an empty message is not sent.
-    void exchange(Rank& rank, MessageKind kind, const Tensor& out, int to, const Tensor& in,
-                  int from, At at) const {
-        const MessageTag tag{kind, number, 0};
-        std::vector<Transfer> list;
-        if (out.numel() > 0) list.push_back({Transfer::Send, to, out, tag});
-        if (in.numel() > 0) list.push_back({Transfer::Recv, from, in, tag});
-        send_recv(rank, Group::Cp, list.data(), static_cast<int>(list.size()),
-                  kind == kKeyGrads ? "gradients of keys and values" : "keys and values", at);
-    }
-    // The same queries against the owner's keys.
-    AttentionCore core_of(AttentionCore core) const {
-        const KeyViews views = key_views(core, keys.packed);
-        core.key = positions_of(keys.table, 0, theirs.count());
-        core.k = views.k;
-        core.v = views.v;
-        return core;
-    }
+    KeyRange mine;       // positions that the reader has
+    Keys keys;           // the owner's
+    AttentionCore core;  // the queries of before against them
 };
+
+// Sends to one member and receives from another; an empty message is not sent.
+void exchange(Rank& rank, const char* what, int step, const TensorList& out, int to,
+              const TensorList& in, int from, At at) {
+    std::vector<Transfer> list;
+    for (int i = 0; i < out.count; i++) {
+        const MessageTag tag{i, step, 0};
+        if (out[i].numel() > 0) list.push_back({Transfer::Send, to, out[i], tag});
+        if (in[i].numel() > 0) list.push_back({Transfer::Recv, from, in[i], tag});
+    }
+    send_recv(rank, Group::Cp, list.data(), static_cast<int>(list.size()), what, at);
+}
+
+Step take_step(Rank& rank, const AttentionCore& core, int number, At at) {
+    const int n = group_size(rank, Group::Cp), me = group_rank(rank, Group::Cp);
+    const int owner = (me + n - number) % n, reader = (me + number) % n;
+    const KeyRange theirs = traveling(core, n, owner, me), mine = traveling(core, n, me, reader);
+    Step step{number, owner, reader, mine, empty_keys(rank, core, theirs, at), core};
+    const Keys sent = pack_keys(rank, core, mine, at);
+    exchange(rank, "keys and values", number, {sent.k, sent.v, sent.table}, reader,
+             {step.keys.k, step.keys.v, step.keys.table}, owner, at);
+    step.core.key = positions_of(step.keys.table, 0, theirs.count());
+    step.core.k = view_of(step.keys.k, core.size);
+    step.core.v = view_of(step.keys.v, core.v_size);
+    return step;
+}
 
 // Adds a part of the softmax over other keys to out and lse.
 template <class T>
@@ -151,15 +133,6 @@ void merge_cpu(const AttentionCore& core, HeadView out, T* lse, HeadView part_ou
         const T* x = part_out.at<T>(b, h, i);
         for (int64_t n = 0; n < core.v_size; n++) y[n] += weight * (x[n] - y[n]);
         lse[row] = std::max(a, c) + std::log1p(std::exp(-std::abs(a - c)));
-    });
-}
-
-// Adds gradients to those of the local keys and values of `range`.
-template <class T>
-void add_key_grads_cpu(const AttentionCore& core, KeyRange range, const Tensor& from,
-                       const AttentionGrads& grads) {
-    each_head<T>(core, range, from, {grads.k, grads.v}, [](const T* packed, T* local, int n) {
-        for (int j = 0; j < n; j++) local[j] += packed[j];
     });
 }
 
@@ -180,8 +153,8 @@ void ring_forward(Rank& rank, const AttentionCore& core, HeadView out, const Ten
     const Tensor part_lse = empty(rank, lse.dim, core.dtype, at);
     const HeadView part_out{part.data, S * H * M, H * M, M};
     for (int number = 1; number < members; number++) {
-        const Step step(rank, core, number, at);
-        attention_forward(rank, step.core_of(core), part_out, part_lse, at);
+        const Step step = take_step(rank, core, number, at);
+        attention_forward(rank, step.core, part_out, part_lse, at);
         float_kernel(rank, "attention", at, lse, [&]<class T>(T*) {
             merge_cpu(core, out, lse.as<T>(), part_out, part_lse.as<T>());
         });
@@ -192,14 +165,21 @@ void ring_backward(Rank& rank, const AttentionCore& core, HeadView out, const Te
                    HeadView dout, const AttentionGrads& grads, At at) {
     attention_backward(rank, core, out, lse, dout, grads, at);
     for (int number = 1; number < group_size(rank, Group::Cp); number++) {
-        const Step step(rank, core, number, at);
-        const Tensor theirs = zeros(rank, step.keys.packed.dim, core.dtype, at);
-        const Tensor mine = empty_keys(rank, core, step.mine, at).packed;
-        const KeyViews d = key_views(core, theirs);
-        attention_backward(rank, step.core_of(core), out, lse, dout, {grads.q, d.k, d.v, {}}, at);
-        step.exchange(rank, kKeyGrads, theirs, step.owner, mine, step.reader, at);
-        float_kernel(rank, "attention", at, lse,
-                     [&]<class T>(T*) { add_key_grads_cpu<T>(core, step.mine, mine, grads); });
+        const Step step = take_step(rank, core, number, at);
+        const Tensor dk = zeros(rank, step.keys.k.dim, core.dtype, at);
+        const Tensor dv = zeros(rank, step.keys.v.dim, core.dtype, at);
+        attention_backward(rank, step.core, out, lse, dout,
+                           {grads.q, view_of(dk, core.size), view_of(dv, core.v_size), {}}, at);
+        const Keys mine = empty_keys(rank, core, step.mine, at);
+        exchange(rank, "gradients of keys and values", number, {dk, dv}, step.owner,
+                 {mine.k, mine.v}, step.reader, at);
+        float_kernel(rank, "attention", at, lse, [&]<class T>(T*) {
+            const auto add = [](const T* from, T* local, int64_t n) {
+                for (int64_t j = 0; j < n; j++) local[j] += from[j];
+            };
+            each_position<T>(mine.k, grads.k, step.mine, add);
+            each_position<T>(mine.v, grads.v, step.mine, add);
+        });
     }
 }
 

@@ -4,8 +4,8 @@
 //                                                                  Su et al. 2021, arXiv:2104.09864
 //   in     qkv [T, (H+2K)*N]   q_norm, k_norm [N] or both undefined   cos, sin [positions, N/2]
 //          f32|f64, one dtype    positions I32 [T]                                out  like qkv
-//   keeps  bx: tables, positions; if there are norms, qkv and their weights
-//          bw: tables, positions, qkv; 1/rms is computed again
+//   keeps  bx: tables, positions; if there are norms, qkv, their weights and rstd [T, H+K] = 1/rms
+//          bw: all but the weights
 //   grad   bx: dqkv +=, rotation by the opposite angle, then rms_norm's   bw: the norm weights' +=
 //   errors shapes; one norm weight without the other; a position outside the tables; dtypes differ
 //   bitwise run-to-run: yes, for any number of threads
@@ -18,34 +18,27 @@ namespace pith {
 
 namespace {
 
-// What the heads of a packed projection are normed and turned by. x and norm weights may be null.
+// What the heads of a packed projection are normed and turned by.
 template <class T>
 struct HeadTurns {
-    // `keep`: cos, sin, positions, qkv, q_norm, k_norm.
-    HeadTurns(Heads h, double e, const TensorList& keep)
-        : heads(h),
-          eps(static_cast<T>(e)),
-          cos(keep[0].as<T>()),
-          sin(keep[1].as<T>()),
-          x(keep[3].as<T>()),
-          q_norm(keep[4].as<T>()),
-          k_norm(keep[5].as<T>()),
-          positions(keep[2].i32()) {}
-    HeadTurns(const Node& node, const TensorList& keep)
-        : HeadTurns({int(node.i[0]), int(node.i[1]), int(node.i[2])}, node.f[0], keep) {}
+    Heads heads;
+    const TensorList&
+        keep;  // cos, sin, positions, qkv, rstd, q_norm, k_norm; norms undefined: none
 
     int turned() const { return heads.query + heads.kv; }
     int64_t width() const { return int64_t{turned() + heads.kv} * heads.size; }
-    const T* weight(int h) const { return h < heads.query ? q_norm : k_norm; }
+    const T* x() const { return keep[3].as<T>(); }
+    T& rstd(int64_t t, int h) const { return keep[4].as<T>()[t * turned() + h]; }
+    const T* weight(int h) const { return keep[h < heads.query ? 5 : 6].as<T>(); }
     // to = from, one head of token t, turned by the token's angle times `sign`. May be in place.
     void turn(int64_t t, T sign, const T* from, T* to) const {
-        const int half = heads.size / 2;
-        const T *c = cos + positions[t] * int64_t{half}, *s = sin + positions[t] * int64_t{half};
+        const int64_t half = heads.size / 2, row = keep[2].i32()[t] * half;
+        const T *cos = keep[0].as<T>() + row, *sin = keep[1].as<T>() + row;
 #pragma GCC ivdep
-        for (int i = 0; i < half; i++) {
-            const T a = from[i], b = from[i + half], turned_by = sign * s[i];
-            to[i] = a * c[i] - b * turned_by;
-            to[i + half] = b * c[i] + a * turned_by;
+        for (int64_t i = 0; i < half; i++) {
+            const T a = from[i], b = from[i + half], s = sign * sin[i];
+            to[i] = a * cos[i] - b * s;
+            to[i + half] = b * cos[i] + a * s;
         }
     }
     // f(t, h, first element) of each head to turn; v's elements are copied.
@@ -57,80 +50,69 @@ struct HeadTurns {
             std::copy_n(from + v, heads.kv * heads.size, to + v);
         });
     }
-
-    Heads heads;
-    T eps;
-    const T *cos, *sin, *x, *q_norm, *k_norm;
-    const int32_t* positions;
 };
+Heads heads_of(const Node& node) {
+    return {static_cast<int>(node.i[0]), static_cast<int>(node.i[1]), static_cast<int>(node.i[2])};
+}
 
 }  // namespace
 
 template <class T>
-static void qk_norm_rope_cpu(const HeadTurns<T>& in, int64_t tokens, T* out) {
+static void qk_norm_rope_cpu(const HeadTurns<T>& in, int64_t tokens, T eps, T* out) {
     const int N = in.heads.size;
-    in.each_head(tokens, in.x, out, [&](int64_t t, int h, int64_t first) {
-        const T *x = in.x + first, *w = in.weight(h);
+    in.each_head(tokens, in.x(), out, [&](int64_t t, int h, int64_t first) {
+        const T *x = in.x() + first, *w = in.weight(h);
         T* y = out + first;
-        const T scale = w ? rms_scale(x, N, in.eps) : 1;
-        for (int i = 0; w && i < N; i++) y[i] = x[i] * scale * w[i];
+        if (w) {
+            const T scale = in.rstd(t, h) = rms_scale(x, N, eps);
+            for (int i = 0; i < N; i++) y[i] = x[i] * scale * w[i];
+        }
         in.turn(t, 1, w ? y : x, y);
     });
 }
 
 template <class T>
 static void qk_norm_rope_bx_cpu(const HeadTurns<T>& in, int64_t tokens, const T* dy, T* dx) {
-    const int N = in.heads.size;
     in.each_head(tokens, dy, dx, [&](int64_t t, int h, int64_t first) {
-        const T *x = in.x + first, *w = in.weight(h);
         T* u = dx + first;
         in.turn(t, -1, dy + first, u);
-        if (w) rms_norm_grad(N, u, w, x, rms_scale(x, N, in.eps), u);
+        if (const T* w = in.weight(h))
+            rms_norm_grad(in.heads.size, u, w, in.x() + first, in.rstd(t, h), u);
     });
 }
 
-// Sums over the heads of blocks of tokens, in sums [blocks, 3, N] (q's, k's, one head), then over
-// the blocks, in order.
+// u: the gradients of the normed heads. dw += those of heads [first, end) times these without w.
 template <class T>
-static void qk_norm_rope_bw_cpu(const HeadTurns<T>& in, int64_t tokens, const T* dy,
-                                const Tensor& sums, Slot<T> dq_norm, Slot<T> dk_norm) {
-    const int N = in.heads.size;
-    const int64_t blocks = sums.dim[0], size = (tokens + blocks - 1) / blocks;
-    parallel_rows(blocks, size * in.width() * 8, [&](int64_t block) {
-        T* sum = sums.as<T>() + block * 3 * N;
-        T* u = sum + 2 * N;
-        for (int64_t t = block * size; t < std::min(tokens, (block + 1) * size); t++)
-            for (int h = 0; h < in.turned(); h++) {
-                const int64_t first = t * in.width() + h * N;
-                const T* x = in.x + first;
-                T* to = h < in.heads.query ? sum : sum + N;
-                in.turn(t, -1, dy + first, u);
-                const T scale = rms_scale(x, N, in.eps);
-                for (int i = 0; i < N; i++) to[i] += u[i] * (x[i] * scale);
-            }
+static void qk_norm_rope_bw_cpu(const HeadTurns<T>& in, int64_t tokens, const T* u, int first,
+                                int end, Slot<T> dw) {
+    const int64_t N = in.heads.size, count = end - first;
+    add_columns(tokens * count, N, dw, [&](int64_t row, int64_t i) {
+        const int64_t t = row / count, h = first + row % count, at = t * in.width() + h * N + i;
+        return u[at] * (in.x()[at] * in.rstd(t, h));
     });
-    const T* sum = sums.as<T>();
-    add_columns(blocks, N, dq_norm, [=](int64_t b, int64_t i) { return sum[b * 3 * N + i]; });
-    add_columns(blocks, N, dk_norm, [=](int64_t b, int64_t i) { return sum[(b * 3 + 1) * N + i]; });
 }
 
 static void qk_norm_rope_bx(Rank& rank, Node& node) {
     const Tensor& dy = node.grad[0];
     const Tensor dx = empty(rank, dy.dim, dy.dtype, node.at);
     float_kernel(rank, node, [&]<class T>(T*) {
-        qk_norm_rope_bx_cpu<T>({node, node.bx_keep}, dy.rows(), dy.as<T>(), dx.as<T>());
+        qk_norm_rope_bx_cpu<T>({heads_of(node), node.bx_keep}, dy.rows(), dy.as<T>(), dx.as<T>());
     });
     add_grad(rank, node.in[0], dx);
 }
 
 static void qk_norm_rope_bw(Rank& rank, Node& node) {
     const Tensor& dy = node.grad[0];
-    const int64_t blocks = std::max<int64_t>(1, dy.rows() / 64);
-    const Tensor sums = zeros(rank, {blocks, 3, node.i[2]}, dy.dtype);
+    const Heads heads = heads_of(node);
+    const int64_t tokens = dy.rows();
+    const Tensor turned = empty(rank, dy.dim, dy.dtype, node.at);
     float_kernel(rank, node, [&]<class T>(T*) {
-        // In this order: one weight may serve both, and the first writer assigns.
-        const Slot<T> dq_norm = writable<T>(rank, node, 1), dk_norm = writable<T>(rank, node, 2);
-        qk_norm_rope_bw_cpu<T>({node, node.bw_keep}, dy.rows(), dy.as<T>(), sums, dq_norm, dk_norm);
+        const HeadTurns<T> in{heads, node.bw_keep};  // without weights: turns only
+        const T* u = turned.as<T>();
+        qk_norm_rope_bx_cpu<T>(in, tokens, dy.as<T>(), turned.as<T>());
+        // One after the other: one weight may serve both, and the first writer assigns.
+        qk_norm_rope_bw_cpu<T>(in, tokens, u, 0, heads.query, writable<T>(rank, node, 1));
+        qk_norm_rope_bw_cpu<T>(in, tokens, u, heads.query, in.turned(), writable<T>(rank, node, 2));
     });
 }
 
@@ -173,13 +155,14 @@ Tensor qk_norm_rope(Rank& rank, Tensor qkv, Heads heads, Tensor q_norm, Tensor k
          {"one dtype", alike(rope.cos) && alike(rope.sin) && alike(q_norm) && alike(k_norm)}},
         {&qkv, &q_norm, &k_norm, &rope.cos, &positions});
     Tensor y = empty(rank, qkv.dim, qkv.dtype, at);
-    const TensorList all = {rope.cos, rope.sin, positions, qkv, q_norm, k_norm};
+    const Tensor rstd =
+        normed ? empty(rank, {qkv.dim[0], heads.query + heads.kv}, qkv.dtype, at) : Tensor{};
+    const TensorList all = {rope.cos, rope.sin, positions, qkv, rstd, q_norm, k_norm};
     float_kernel(rank, op, at, qkv, [&]<class T>(T*) {
         check_ids(rank, op, at, "positions", positions, rope.cos.dim[0]);
-        qk_norm_rope_cpu<T>({heads, eps, all}, qkv.dim[0], y.as<T>());
+        qk_norm_rope_cpu<T>({heads, all}, qkv.dim[0], static_cast<T>(eps), y.as<T>());
     });
     if (Node* n = record(rank, op, at, {qkv, q_norm, k_norm}, {&y})) {
-        n->f[0] = eps;
         n->i[0] = heads.query;
         n->i[1] = heads.kv;
         n->i[2] = N;
@@ -187,7 +170,7 @@ Tensor qk_norm_rope(Rank& rank, Tensor qkv, Heads heads, Tensor q_norm, Tensor k
         n->bx = qk_norm_rope_bx;
         if (normed) {
             n->bx_keep = all;
-            n->bw_keep = {rope.cos, rope.sin, positions, qkv};
+            n->bw_keep = {rope.cos, rope.sin, positions, qkv, rstd};
             set_backward<qk_norm_rope_bx, qk_norm_rope_bw>(*n, {1, 2});
         }
     }
