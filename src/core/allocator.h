@@ -9,8 +9,8 @@ namespace pith {
 constexpr int kMemoryKinds = 5;
 const char* name_of(MemoryKind kind);
 
-// One a rank. On the CPU a block is 64-byte aligned malloc memory; blocks may be released by another
-// thread than the one that took them.
+// One a rank. On the CPU a block is 64-byte aligned malloc memory; blocks may be released by
+// another thread than the one that took them.
 struct Allocator {
     Device device = Device::CPU;
     MemoryKind kind = MemoryKind::Activations;  // what the next allocations are counted as

@@ -29,8 +29,7 @@ void failed(const std::string& place, const std::string& what, const std::string
 std::string describe(const Tensor& t) {
     if (!t.defined()) return "undefined tensor";
     std::string s = "[";
-    for (int i = 0; i < t.dim.rank; i++)
-        s += (i ? "," : "") + std::to_string(t.dim[i]);
+    for (int i = 0; i < t.dim.rank; i++) s += (i ? "," : "") + std::to_string(t.dim[i]);
     s += text("] %s %s, ", name_of(t.dtype), name_of(t.device));
     if (t.name[0]) return s + t.name;
     return s + text("made at %s:%d", t.made.file, t.made.line);

@@ -57,8 +57,8 @@ struct Need {
 };
 
 // Throws Error (exit code 1) unless every need holds. The message names the caller's file:line, the
-// op, the need, each tensor's shape, dtype, device and where it was made, and the rank, layer, stage
-// and micro-batch.
+// op, the need, each tensor's shape, dtype, device and where it was made, and the rank, layer,
+// stage and micro-batch.
 void check(const Rank& rank, const char* op, At at, std::initializer_list<Need> needs,
            std::initializer_list<const Tensor*> tensors);
 

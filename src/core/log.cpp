@@ -7,16 +7,11 @@
 #include <cstdarg>
 #include <cstdio>
 #include <ctime>
-#include <mutex>
 
 #include "core/check.h"
+#include "core/process.h"
 
 namespace pith {
-
-// The log sink: one a process, because every rank's thread writes to it.
-static std::mutex sink_mutex;
-static FILE* sink_file = nullptr;
-static bool progress_drawn = false;
 
 static void log_line(const char* level, const char* format, va_list args) {
     va_list again;
@@ -30,12 +25,13 @@ static void log_line(const char* level, const char* format, va_list args) {
     char stamp[32];
     strftime(stamp, sizeof stamp, "%Y-%m-%d %H:%M:%S", &parts);
     const std::string line = text("%s | %s | ", stamp, level) + message + "\n";
-    std::lock_guard lock(sink_mutex);
-    fprintf(stderr, "%s%s", progress_drawn ? "\r\033[K" : "", line.c_str());
-    progress_drawn = false;
-    if (!sink_file) return;
-    fputs(line.c_str(), sink_file);
-    fflush(sink_file);
+    LogSink& sink = log_sink();
+    const std::lock_guard lock(sink.mutex);
+    fprintf(stderr, "%s%s", sink.progress_drawn ? "\r\033[K" : "", line.c_str());
+    sink.progress_drawn = false;
+    if (!sink.file) return;
+    fputs(line.c_str(), sink.file);
+    fflush(sink.file);
 }
 
 void log_info(const char* format, ...) {
@@ -53,12 +49,12 @@ void log_warning(const char* format, ...) {
 }
 
 void log_to_file(const std::string& path) {
-    std::lock_guard lock(sink_mutex);
-    if (sink_file) fclose(sink_file);
-    sink_file = nullptr;
-    if (path.empty()) return;
-    sink_file = fopen(path.c_str(), "a");
-    if (!sink_file) failed(path, "cannot be opened for the log", "a folder that can be written to");
+    LogSink& sink = log_sink();
+    const std::lock_guard lock(sink.mutex);
+    if (sink.file) fclose(sink.file);
+    sink.file = path.empty() ? nullptr : fopen(path.c_str(), "a");
+    if (!sink.file && !path.empty())
+        failed(path, "cannot be opened for the log", "a folder that can be written to");
 }
 
 double now_s() {
@@ -67,8 +63,12 @@ double now_s() {
 }
 
 Progress::Progress(std::string what, double total, std::string unit)
-    : what_(std::move(what)), unit_(std::move(unit)), total_(total), start_s_(now_s()),
-      last_s_(start_s_), terminal_(isatty(2)) {}
+    : what_(std::move(what)),
+      unit_(std::move(unit)),
+      total_(total),
+      start_s_(now_s()),
+      last_s_(start_s_),
+      terminal_(isatty(2)) {}
 
 void Progress::update(double done, const std::string& extra) {
     const double now = now_s();
@@ -81,9 +81,10 @@ void Progress::update(double done, const std::string& extra) {
     if (total_ > done && rate > 0) line += ", " + duration_text((total_ - done) / rate) + " left";
     line += ")" + (extra.empty() ? "" : " " + extra);
     if (!terminal_) return log_info("%s", line.c_str());
-    std::lock_guard lock(sink_mutex);
+    LogSink& sink = log_sink();
+    const std::lock_guard lock(sink.mutex);
     fprintf(stderr, "\r\033[K%s", line.c_str());
-    progress_drawn = true;
+    sink.progress_drawn = true;
 }
 
 void Progress::finish(const std::string& summary) { log_info("%s", summary.c_str()); }

@@ -8,8 +8,8 @@ namespace pith {
 [[gnu::format(printf, 1, 2)]] void log_info(const char* format, ...);
 [[gnu::format(printf, 1, 2)]] void log_warning(const char* format, ...);
 
-// Appends all later lines to `path` too; an empty path closes the file. Throws Error if it cannot be
-// opened.
+// Appends all later lines to `path` too; an empty path closes the file. Throws Error if it cannot
+// be opened.
 void log_to_file(const std::string& path);
 
 // Seconds of a monotonic clock.

@@ -12,12 +12,15 @@
 
 namespace pith {
 
-// The globals of this file are the program's only ones; handlers may run at any instruction, so all
-// are plain words, preallocated.
+// The globals of this file are the program's only ones; handlers may run at any instruction, so
+// what they use is plain words, preallocated.
 static Status boards[kMaxRanks];
 static pthread_t board_thread[kMaxRanks];
 static int boards_used = 0;
 static volatile sig_atomic_t stop_signal_number = 0;
+static LogSink sink;
+
+LogSink& log_sink() { return sink; }
 
 int status_boards() { return __atomic_load_n(&boards_used, __ATOMIC_RELAXED); }
 
@@ -29,9 +32,7 @@ Status& status_board(int id) {
     return boards[id];
 }
 
-void set_thread_status(Status* status) {
-    board_thread[status->rank] = pthread_self();
-}
+void set_thread_status(Status* status) { board_thread[status->rank] = pthread_self(); }
 
 bool stop_requested() { return stop_signal_number != 0; }
 int stop_signal() { return stop_signal_number; }
@@ -51,12 +52,12 @@ static void print_boards() {
         const Status& s = boards[i];
         const bool mine = pthread_equal(board_thread[i], pthread_self());
         char line[512];
-        const int n = snprintf(line, sizeof line,
-                               "  rank %d%s: step %d, layer %d, stage %d, micro-batch %d, last op "
-                               "%s called at %s:%d%s%s\n",
-                               s.rank, mine ? " (crashed here)" : "", s.step, s.layer, s.stage,
-                               s.micro_batch, s.op, s.file, s.line,
-                               s.waiting[0] ? ", waiting in " : "", s.waiting);
+        const int n =
+            snprintf(line, sizeof line,
+                     "  rank %d%s: step %d, layer %d, stage %d, micro-batch %d, last op "
+                     "%s called at %s:%d%s%s\n",
+                     s.rank, mine ? " (crashed here)" : "", s.step, s.layer, s.stage, s.micro_batch,
+                     s.op, s.file, s.line, s.waiting[0] ? ", waiting in " : "", s.waiting);
         if (n > 0 && write(2, line, std::min<size_t>(n, sizeof line - 1)) < 0) return;
     }
 }

@@ -14,10 +14,9 @@ PhiloxBlock philox(uint64_t key, uint64_t counter) {
     uint32_t c[4] = {static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), 0, 0};
     for (int round = 0; round < 10; round++) {
         const uint64_t a = 0xD2511F53ull * c[0], b = 0xCD9E8D57ull * c[2];
-        const uint32_t next[4] = {static_cast<uint32_t>(b >> 32) ^ c[1] ^ k0,
-                                  static_cast<uint32_t>(b),
-                                  static_cast<uint32_t>(a >> 32) ^ c[3] ^ k1,
-                                  static_cast<uint32_t>(a)};
+        const uint32_t next[4] = {
+            static_cast<uint32_t>(b >> 32) ^ c[1] ^ k0, static_cast<uint32_t>(b),
+            static_cast<uint32_t>(a >> 32) ^ c[3] ^ k1, static_cast<uint32_t>(a)};
         for (int i = 0; i < 4; i++) c[i] = next[i];
         k0 += 0x9E3779B9u;
         k1 += 0xBB67AE85u;

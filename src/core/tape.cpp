@@ -69,8 +69,10 @@ void add_into(Rank& rank, const Tensor& to, const Tensor& from, At at) {
           {{"equal element counts", to.numel() == from.numel()},
            {"equal dtypes", to.dtype == from.dtype}},
           {&to, &from});
-    if (to.dtype == DType::F64) add_elements(to.as<double>(), from.as<double>(), to.numel());
-    else add_elements(to.as<float>(), from.as<float>(), to.numel());
+    if (to.dtype == DType::F64)
+        add_elements(to.as<double>(), from.as<double>(), to.numel());
+    else
+        add_elements(to.as<float>(), from.as<float>(), to.numel());
 }
 
 // A weight's accumulator as a tensor.
@@ -88,8 +90,10 @@ void add_grad(Rank& rank, const Tensor& t, Tensor g) {
     if (t.is_weight()) return add_into(rank, accumulator(t), g, g.made);
     if (t.var < 0) return;
     Tensor& slot = rank.tape->grads[t.var];
-    if (!slot.defined()) slot = std::move(g);
-    else add_into(rank, slot, g, g.made);
+    if (!slot.defined())
+        slot = std::move(g);
+    else
+        add_into(rank, slot, g, g.made);
 }
 
 GradSlot grad_slot(Rank& rank, const Tensor& t, At at) {

@@ -1,10 +1,10 @@
 // tape: reverse-mode differentiation over a visible list of plain nodes.
 //
-// An op runs its forward and pushes one Node. bx computes input gradients, bw weight gradients; both
-// are captureless functions, so what a node keeps alive is exactly its two lists. Gradients live in
-// the tape with the activation's dtype: the first writer assigns, later ones add, and they are freed
-// once the producer's bx has run. There is one tape per (chunk, micro-batch).
-// defines: TensorList, Node, Tape, record, add_grad, grad_slot, backward, weight_grads
+// An op runs its forward and pushes one Node. bx computes input gradients, bw weight gradients;
+// both are captureless functions, so what a node keeps alive is exactly its two lists. Gradients
+// live in the tape with the activation's dtype: the first writer assigns, later ones add, and they
+// are freed once the producer's bx has run. There is one tape per (chunk, micro-batch). defines:
+// TensorList, Node, Tape, record, add_grad, grad_slot, backward, weight_grads
 #pragma once
 #include <vector>
 
@@ -32,8 +32,8 @@ struct TensorList {
 
 struct Node {
     const char* op = "";
-    At at;               // the caller's line
-    int layer = -1;      // where the rank stood when it was recorded
+    At at;           // the caller's line
+    int layer = -1;  // where the rank stood when it was recorded
     int stage = 0;
     TensorList in;       // inputs, as meta: where gradients go
     TensorList out;      // outputs, as meta
@@ -73,9 +73,9 @@ void make_leaf(Rank& rank, Tensor& t);
 // The gradient that has arrived for `t`, or an undefined tensor.
 Tensor grad_of(const Tape& tape, const Tensor& t);
 
-// Adds `g` (t's shape and dtype) to the gradient of `t`: assigned if it is the first (g's storage is
-// taken over, so the caller must not write to it again), summed into a weight's accumulator if `t`
-// is a weight, ignored if no gradient flows to `t`.
+// Adds `g` (t's shape and dtype) to the gradient of `t`: assigned if it is the first (g's storage
+// is taken over, so the caller must not write to it again), summed into a weight's accumulator if
+// `t` is a weight, ignored if no gradient flows to `t`.
 void add_grad(Rank& rank, const Tensor& t, Tensor g);
 // to += from; equal element counts and dtypes (F32 or F64).
 void add_into(Rank& rank, const Tensor& to, const Tensor& from, At at = At::here());

@@ -58,8 +58,10 @@ Tensor Tensor::view(Dims dims, At at) const {
     int64_t known = 1;
     int open = -1;
     for (int i = 0; i < dims.rank; i++) {
-        if (dims[i] == -1) open = i;
-        else known *= dims[i];
+        if (dims[i] == -1)
+            open = i;
+        else
+            known *= dims[i];
     }
     if (open >= 0) dims[open] = known ? numel() / known : 0;
     Tensor t = *this;

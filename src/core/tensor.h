@@ -12,9 +12,9 @@ namespace pith {
 enum class DType : uint8_t { F32, F64, BF16, F8, I32, U8 };
 enum class Device : uint8_t { CPU, CUDA };
 
-int64_t size_of(DType dtype);          // bytes of one element
-const char* name_of(DType dtype);      // "f32", "bf16", ...
-const char* name_of(Device device);    // "cpu", "cuda"
+int64_t size_of(DType dtype);        // bytes of one element
+const char* name_of(DType dtype);    // "f32", "bf16", ...
+const char* name_of(Device device);  // "cpu", "cuda"
 inline bool is_float(DType d) { return d != DType::I32 && d != DType::U8; }
 
 // One allocation. It returns to its allocator when the last StorageRef goes.
@@ -73,18 +73,18 @@ struct Dims {
 // Row-major, contiguous. A Tensor is a value: copies share storage. A default Tensor is undefined.
 struct Tensor {
     StorageRef storage;
-    char* data = nullptr;    // first element; null in a meta tensor or an empty one
-    char* grad = nullptr;    // weights only: accumulator of this shape, F32 (F64 when dtype is F64)
+    char* data = nullptr;  // first element; null in a meta tensor or an empty one
+    char* grad = nullptr;  // weights only: accumulator of this shape, F32 (F64 when dtype is F64)
     Dims dim;
     DType dtype = DType::F32;
     Device device = Device::CPU;
-    int32_t var = -1;        // variable on the tape that recorded it; -1: no gradient flows
-    const char* name = "";   // weights: a Hugging Face name; else empty
+    int32_t var = -1;       // variable on the tape that recorded it; -1: no gradient flows
+    const char* name = "";  // weights: a Hugging Face name; else empty
     // Weights: the bound tensor this one is a view of, `home_offset` elements in. Its memory may be
     // freed after the forward and be elsewhere in the backward; refresh() follows it.
     const Tensor* home = nullptr;
     int64_t home_offset = 0;
-    At made;                 // the caller's line that made it
+    At made;  // the caller's line that made it
 
     bool defined() const { return dim.rank > 0; }
     // Its accumulator may be away (layer-wise sharding frees it between uses).
@@ -92,8 +92,8 @@ struct Tensor {
     bool needs_grad() const { return var >= 0 || is_weight(); }
     int64_t numel() const { return dim.numel(); }
     int64_t bytes() const { return numel() * size_of(dtype); }
-    int64_t cols() const { return dim[dim.rank - 1]; }             // size of the last dimension
-    int64_t rows() const;                                          // product of all the others
+    int64_t cols() const { return dim[dim.rank - 1]; }  // size of the last dimension
+    int64_t rows() const;                               // product of all the others
     template <class T>
     T* as() const {
         return reinterpret_cast<T*>(data);
@@ -104,11 +104,11 @@ struct Tensor {
     // The same elements under another shape; same variable, so its gradient is shared. At most one
     // dimension may be -1. Throws when numel differs.
     Tensor view(Dims dims, At at = At::here()) const;
-    // Rows [begin, end) of the first dimension. A weight's gradient is sliced along; an activation's
-    // slice has no variable (use ops.h slice() inside a model).
+    // Rows [begin, end) of the first dimension. A weight's gradient is sliced along; an
+    // activation's slice has no variable (use ops.h slice() inside a model).
     Tensor slice_rows(int64_t begin, int64_t end, At at = At::here()) const;
-    // Shape, dtype, variable and gradient pointer without the storage: what a tape node remembers of
-    // a tensor whose values it does not need.
+    // Shape, dtype, variable and gradient pointer without the storage: what a tape node remembers
+    // of a tensor whose values it does not need.
     Tensor meta() const;
     void refresh();
 };
