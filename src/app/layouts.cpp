@@ -25,11 +25,12 @@ void print_line(const Layout& layout, const LayoutResult& r, double seconds, boo
         w.key("seconds").value(seconds).key("why").value(r.why).end();
         printf("%s\n", w.str().c_str());
     } else {
-        printf("%-4s  %-28s %2d ranks  gradient %.1e  norm %.1e  loss %.1e  balance %.1e  weights "
-               "%.1e  experts %lld  %.1f s%s%s\n",
-               r.pass ? "PASS" : "FAIL", name.c_str(), layout.ranks(), r.gradient, r.norm, r.loss,
-               r.balance, r.weights, static_cast<long long>(r.routed_otherwise), seconds,
-               r.pass ? "" : "  ", r.why.c_str());
+        printf(
+            "%-4s  %-28s %2d ranks  gradient %.1e  norm %.1e  loss %.1e  balance %.1e  weights "
+            "%.1e  experts %lld  %.1f s%s%s\n",
+            r.pass ? "PASS" : "FAIL", name.c_str(), layout.ranks(), r.gradient, r.norm, r.loss,
+            r.balance, r.weights, static_cast<long long>(r.routed_otherwise), seconds,
+            r.pass ? "" : "  ", r.why.c_str());
     }
     fflush(stdout);
 }
@@ -62,7 +63,6 @@ int run_layouts(int argc, char** argv) {
     if (layouts.empty())
         bad_input("pith layouts", "no layout is given", "--all, or --layout pp2-ep2");
     RunConfig config = load_run_config(file, set);
-    config.train.log_interval = INT64_MAX;
     config.train.steps = std::max(config.train.steps, steps);
     // Only the balance loss of micro-batches depends on their size.
     const bool by_size = config.router.balance_loss == "micro-batch";

@@ -4,8 +4,8 @@
 // gradient of step 1 before clipping and the gradient norm (the sharp test: Adam hides scale errors
 // from the loss), losses, experts chosen, and the weights at the end. Longer curves diverge by
 // chaos, not by error.
-// defines: Layout, layout_text, parse_layout, all_layouts, LayoutLimits, LayoutResult, run_layout,
-//          compare_layouts
+// defines: Layout, layout_text, parse_layout, all_layouts, LayoutLimits, LayoutResult, plan_layout,
+//          run_layout, compare_layouts
 #pragma once
 #include "engine/trainer.h"
 
@@ -29,21 +29,24 @@ std::vector<Layout> all_layouts(int max_ranks);
 struct LayoutLimits {
     double gradient = 1e-5;  // a tensor's, in L2
     double norm = 1e-5, loss = 1e-5, balance = 1e-5;
-    double weights = 1e-3;   // a tensor's, in L2, after the last step
-    double logit_gap = 1e-5;  // of a token whose experts differ
+    double weights = 1e-3;    // a tensor's, in L2, after the last step
+    double logit_gap = 1e-5;  // of the first tokens whose experts differ
 };
 
 struct LayoutResult {
     double gradient = 0, norm = 0, loss = 0, balance = 0, weights = 0;  // worst relative errors
-    std::string gradient_of, weights_of;  // the tensors
-    int64_t routed_otherwise = 0;         // (layer, token, step) triples with other experts
-    double logit_gap = 0;                 // largest among them
+    std::string gradient_of, weights_of;                                // the tensors
+    int64_t routed_otherwise = 0;  // (layer, token, step) triples with other experts
+    double logit_gap = 0;          // largest in the first step and layer that has any
     bool pass = false;
     std::string why;  // what is beyond its limit; empty if it passes
 };
 
-// Runs `probe.steps` steps of `config` under the layout on CPU ranks. Nothing is written.
-void run_layout(const RunConfig& config, const Layout& layout, Probe& probe);
+RunPlan plan_layout(const RunConfig& config, const Layout& layout);
+// Runs `probe.steps` steps of `config` under the layout on CPU ranks, with the experts of a folder
+// of traces if one is named. Nothing is written.
+void run_layout(const RunConfig& config, const Layout& layout, Probe& probe,
+                const std::string& routing_replay = "");
 LayoutResult compare_layouts(const Probe& reference, const Probe& probe,
                              const LayoutLimits& limits = {});
 

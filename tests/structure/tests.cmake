@@ -8,6 +8,8 @@ foreach(name arrows budget documents format install map mentions planted shell w
 endforeach()
 if(TARGET pith)
   structure_test(static_link $<TARGET_FILE:pith>)
+  structure_test(verify_layouts $<TARGET_FILE:pith>)
+  set_tests_properties(structure.verify_layouts PROPERTIES LABELS "structure;slow")
   foreach(name document_blocks)
     structure_test(${name})
     set_tests_properties(structure.${name} PROPERTIES LABELS "structure;slow" TIMEOUT 1500
