@@ -99,6 +99,7 @@ std::vector<Key> keys_of(RunConfig& c) {
         {"parallel.cp", &c.parallel.cp, kPlain, kCount},
         {"parallel.ep", &c.parallel.ep, kPlain, kCount},
         {"parallel.dp_replicate", &c.parallel.dp_replicate, kPlain, kCount},
+        {"parallel.weight_grad_batch", &c.parallel.weight_grad_batch, kPlain, kCount},
         {"parallel.gather", &c.parallel.gather, kPlain, one_of(R"("step", "layer")")},
         {"parallel.timeout_s", &c.parallel.timeout_s, kPlain, kPositive},
         {"parallel.startup_timeout_s", &c.parallel.startup_timeout_s, kPlain, kPositive},

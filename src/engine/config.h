@@ -55,6 +55,7 @@ struct RunConfig {
         std::string schedule = "auto";   // "1f1b", "dualpipev"; auto: 1f1b at pp = ep = 1
         int pp = 1, cp = 1, ep = 1;      // dp is what is left of the ranks
         int dp_replicate = 1;            // > 1: weights replicated over so many parts of dp (hsdp)
+        int weight_grad_batch = 1;       // micro-batches whose weight gradients are taken together
         std::string gather = "step";     // or "layer": free weights after each use
         double timeout_s = 120;          // longest wait for another rank after step 1, seconds
         double startup_timeout_s = 600;  // and before

@@ -46,6 +46,7 @@ static ScheduleOptions plan_schedule(const RunPlan& plan) {
     s.kind = schedule_kind(parallel.schedule, parallel.pp, parallel.ep);
     s.pp = parallel.pp;
     s.micro_batches = static_cast<int>(plan.batch.num_micro_batches());
+    s.weight_grad_batch = parallel.weight_grad_batch;
     s.gather_step = parallel.gather == "step";
     const int least = min_micro_batches(s);
     const int64_t unit = plan.batch.global_batch / s.micro_batches;

@@ -60,8 +60,8 @@ std::string described(const Layout& l, const LayoutResult& r) {
 }
 
 void expect_whole(const Probe& p, const SmallModel& model) {
-    ASSERT_EQ(p.loss.size(), 8u);
-    ASSERT_EQ(p.routing.size(), 8u);
+    ASSERT_EQ(p.loss.size(), size_t(p.steps));
+    ASSERT_EQ(p.routing.size(), size_t(p.steps));
     ASSERT_EQ(p.gradients.size(), 3u + model.layers * (9 + 3 * model.experts));
     for (const auto& [name, values] : p.gradients)
         for (const float v : values) ASSERT_TRUE(std::isfinite(v)) << name;
@@ -76,13 +76,15 @@ double smallest_gap(const Probe& p) {
 
 // The reference is one rank with the given micro-batch size.
 void expect_equal(const RunConfig& config, const std::vector<Layout>& layouts,
-                  const SmallModel& model = {}, int64_t micro_batch = 1) {
+                  const SmallModel& model = {}, int64_t micro_batch = 1, int64_t steps = 8) {
     Probe reference;
+    reference.steps = steps;
     run_layout(config, {.micro_batch = micro_batch}, reference);
     ASSERT_NO_FATAL_FAILURE(expect_whole(reference, model));
     ASSERT_GT(smallest_gap(reference), kClosest) << "take another seed";
     for (const Layout& layout : layouts) {
         Probe probe;
+        probe.steps = steps;
         run_layout(config, layout, probe);
         const LayoutResult r = compare_layouts(reference, probe);
         EXPECT_TRUE(r.pass) << described(layout, r);
@@ -102,6 +104,14 @@ TEST(SlowLayouts, Replicated16) { expect_equal(seeded_run(kSeed), layouts_of(16,
 TEST(SlowLayouts, ByLayer1To4) { expect_equal(seeded_run(kSeed), layouts_of(1, 4, by_layer)); }
 TEST(SlowLayouts, ByLayer8) { expect_equal(seeded_run(kSeed), layouts_of(8, 8, by_layer)); }
 TEST(SlowLayouts, ByLayer16) { expect_equal(seeded_run(kSeed), layouts_of(16, 16, by_layer)); }
+
+// Few and small enough for the sanitizers, which run them too (scripts/threads.sh).
+TEST(Layouts, AFewOfASmallerModel) {
+    const SmallModel model{.layers = 4, .length = 16, .global_batch = 16, .documents = 100};
+    expect_equal(seeded_run(kSeed, model),
+                 parse_all({"pp2-ep2", "dp2-cp2-ep2-layer", "pp2-dp2-cp2-hsdp", "ep4-dp2-mb2"}),
+                 model, 1, 2);
+}
 
 TEST(Layouts, TheFullProduct) {
     EXPECT_EQ(layouts_of(1, 16, as_is).size(), 31u);
@@ -158,6 +168,7 @@ TEST(SlowLayouts, UnevenStages) {
         RunConfig c = seeded_run(layers == 9 ? 5 : 13, model);
         expect_equal(c, parse_all({"pp4", "pp4-dp2-ep2", "pp4-cp2-layer-mb2"}), model);
         c.parallel.schedule = "1f1b";
+        c.parallel.weight_grad_batch = 3;
         expect_equal(c, parse_all({"pp4", "pp4-ep2-layer"}), model);
     }
 }
