@@ -188,8 +188,7 @@ struct Gatherer {
     }
     // The head's gradient is formed with the loss, in the forward.
     bool adds_gradients(const Step& s) const {
-        return s.part == Part::Weights ||
-               (s.part == Part::Epilog && !s.backward && !forward_only);
+        return s.part == Part::Weights || (s.part == Part::Epilog && !s.backward && !forward_only);
     }
     void reduce(const Step& use) {
         Step s = use;
