@@ -19,7 +19,8 @@ Tokenizer::~Tokenizer() = default;
 static void replace(const Regex& regex, std::string_view text, const std::string& replacement,
                     std::string& out) {
     std::vector<Match> matches;
-    regex.matches(text, matches);
+    MatchData data;
+    regex.matches(text, data, matches);
     out.clear();
     for (const Match& m : matches)
         out += m.is_match ? std::string_view(replacement) : text.substr(m.begin, m.end - m.begin);

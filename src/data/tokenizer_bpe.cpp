@@ -25,27 +25,29 @@ static size_t power_of_two_above(size_t count) {
 
 // ---- ids by string ----
 
-void StringIds::reserve(size_t count) { slots_.resize(power_of_two_above(2 * count)); }
-
 static uint32_t hash_string(std::string_view key) {
     return static_cast<uint32_t>(XXH3_64bits(key.data(), key.size()));
 }
 
+void StringIds::reserve(size_t count) {
+    std::vector<Slot> slots(power_of_two_above(2 * count));
+    std::vector<std::string_view> keys(slots.size());
+    slots.swap(slots_);
+    keys.swap(keys_);
+    used_ = 0;
+    for (size_t i = 0; i < slots.size(); i++)
+        if (slots[i].id != kNoId) set(keys[i], slots[i].id);
+}
+
 void StringIds::set(std::string_view key, uint32_t id) {
-    if (2 * (used_ + 1) > slots_.size()) {
-        std::vector<Slot> old;
-        old.swap(slots_);
-        slots_.resize(power_of_two_above(2 * old.size()));
-        used_ = 0;
-        for (const Slot& slot : old)
-            if (slot.id != kNoId) set(slot.key, slot.id);
-    }
+    if (2 * (used_ + 1) > slots_.size()) reserve(2 * (used_ + 1));
     const uint32_t hash = hash_string(key);
     size_t at = hash & (slots_.size() - 1);
     for (; slots_[at].id != kNoId; at = (at + 1) & (slots_.size() - 1))
-        if (slots_[at].hash == hash && slots_[at].key == key) break;
+        if (slots_[at].hash == hash && keys_[at] == key) break;
     used_ += slots_[at].id == kNoId;
-    slots_[at] = {key, hash, id};
+    slots_[at] = {hash, id};
+    keys_[at] = key;
 }
 
 uint32_t StringIds::find(std::string_view key) const {
@@ -53,7 +55,7 @@ uint32_t StringIds::find(std::string_view key) const {
     const uint32_t hash = hash_string(key);
     for (size_t at = hash & (slots_.size() - 1); slots_[at].id != kNoId;
          at = (at + 1) & (slots_.size() - 1))
-        if (slots_[at].hash == hash && slots_[at].key == key) return slots_[at].id;
+        if (slots_[at].hash == hash && keys_[at] == key) return slots_[at].id;
     return kNoId;
 }
 

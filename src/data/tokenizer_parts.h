@@ -83,20 +83,37 @@ struct Match {
     bool is_match;
 };
 
+// Room for matching, of one thread.
+struct MatchData {
+    void* data = nullptr;  // pcre2_match_data
+    MatchData() = default;
+    MatchData(const MatchData&) = delete;
+    MatchData& operator=(const MatchData&) = delete;
+    ~MatchData();
+};
+
 // A regular expression in Oniguruma's Ruby syntax, as Hugging Face compiles it.
 class Regex {
   public:
     // Throws bad_input at `place` for what is malformed or what PCRE2 would read in another way.
     Regex(const std::string& pattern, const std::string& place);
     Regex(Regex&& o) noexcept;
-    Regex& operator=(Regex&& o) noexcept;
+    Regex& operator=(Regex&&) = delete;
     ~Regex();
     // Cuts `text` into matches and what is between them, into `out`.
-    void matches(std::string_view text, std::vector<Match>& out) const;
+    void matches(std::string_view text, MatchData& scratch, std::vector<Match>& out) const;
+    // False only if there is no match.
+    bool may_match(std::string_view text) const {
+        for (const char c : text)
+            if (starts_[static_cast<uint8_t>(c)]) return true;
+        return false;
+    }
 
   private:
     void* code_ = nullptr;  // pcre2_code
     std::string place_;
+    bool jit_ = false;
+    std::array<bool, 256> starts_{};  // bytes that a match may start with
 };
 std::string escape_regex(const std::string& literal);
 
@@ -110,8 +127,18 @@ enum class SplitBehavior : uint8_t {
     Contiguous
 };
 
-// Patterns split by hand-written code; all of them isolate their matches.
-enum class FastPattern : uint8_t { None, Gpt2, Qwen2, Cl100k, Qwen35, O200k, DeepSeekV3 };
+// Patterns split by hand-written code; all of them isolate their matches. DeepSeekV2 marks the
+// first of six steps, which stay: they are for lines that are not plain ASCII.
+enum class FastPattern : uint8_t {
+    None,
+    Gpt2,
+    Qwen2,
+    Cl100k,
+    Qwen35,
+    O200k,
+    DeepSeekV3,
+    DeepSeekV2
+};
 
 // One step of the pre-tokenizer: cuts every piece of text into smaller ones.
 struct SplitStep {
@@ -131,9 +158,10 @@ extern const char* const kGpt2Pattern;
 size_t fast_split(FastPattern pattern, const CharTable& chars, const char*& p, const char* end,
                   std::string_view* words, size_t capacity);
 struct SplitBuffers {
-    std::vector<std::string_view> pieces, next;
+    std::vector<std::string_view> pieces, next, words;
     std::vector<Match> matches, merged;
     std::string text;
+    MatchData match_data;
 };
 // All words of `text`, into buffers.pieces; they lie in `text` or in buffers.text.
 void split(const std::vector<SplitStep>& steps, const CharTable& chars, std::string_view text,
@@ -215,10 +243,10 @@ class StringIds {
 
   private:
     struct Slot {
-        std::string_view key;
         uint32_t hash = 0, id = kNoId;
     };
-    std::vector<Slot> slots_;
+    std::vector<Slot> slots_;             // open addressing, a power of two
+    std::vector<std::string_view> keys_;  // of the slots: apart, as most look-ups find nothing
     size_t used_ = 0;
 };
 

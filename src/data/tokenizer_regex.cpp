@@ -182,28 +182,34 @@ Regex::Regex(const std::string& pattern, const std::string& place) : place_(plac
     if (!code_)
         bad_input(place, "has a malformed regular expression: " + pcre2_message(error),
                   "fetch the file again");
-    pcre2_jit_compile(static_cast<pcre2_code*>(code_), PCRE2_JIT_COMPLETE);
+    auto* code = static_cast<pcre2_code*>(code_);
+    jit_ = pcre2_jit_compile(code, PCRE2_JIT_COMPLETE) == 0;
+    const uint8_t* bitmap = nullptr;
+    pcre2_pattern_info(code, PCRE2_INFO_FIRSTBITMAP, &bitmap);
+    for (size_t byte = 0; byte < starts_.size(); byte++)
+        starts_[byte] = !bitmap || (bitmap[byte / 8] >> byte % 8 & 1);
 }
 
-Regex::Regex(Regex&& o) noexcept : code_(std::exchange(o.code_, nullptr)), place_(o.place_) {}
-Regex& Regex::operator=(Regex&& o) noexcept {
-    std::swap(code_, o.code_);
-    std::swap(place_, o.place_);
-    return *this;
-}
+Regex::Regex(Regex&& o) noexcept
+    : code_(std::exchange(o.code_, nullptr)), place_(o.place_), jit_(o.jit_), starts_(o.starts_) {}
 Regex::~Regex() { pcre2_code_free(static_cast<pcre2_code*>(code_)); }
 
-void Regex::matches(std::string_view text, std::vector<Match>& out) const {
+MatchData::~MatchData() { pcre2_match_data_free(static_cast<pcre2_match_data*>(data)); }
+
+void Regex::matches(std::string_view text, MatchData& scratch, std::vector<Match>& out) const {
     out.clear();
     const auto* code = static_cast<const pcre2_code*>(code_);
     const auto* subject = reinterpret_cast<PCRE2_SPTR>(text.data());
-    pcre2_match_data* data = pcre2_match_data_create_from_pattern(code, nullptr);
+    if (!scratch.data) scratch.data = pcre2_match_data_create(1, nullptr);
+    auto* data = static_cast<pcre2_match_data*>(scratch.data);
     const PCRE2_SIZE* found = pcre2_get_ovector_pointer(data);
     size_t from = 0, done = 0;
     bool any = false;
     int result = 0;
     while (from <= text.size()) {
-        result = pcre2_match(code, subject, text.size(), from, PCRE2_NO_UTF_CHECK, data, nullptr);
+        while (from < text.size() && !starts_[subject[from]]) from++;
+        result = PCRE2_ERROR_JIT_STACKLIMIT;
+        if (jit_) result = pcre2_jit_match(code, subject, text.size(), from, 0, data, nullptr);
         if (result == PCRE2_ERROR_JIT_STACKLIMIT)
             result = pcre2_match(code, subject, text.size(), from,
                                  PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT, data, nullptr);
@@ -219,7 +225,6 @@ void Regex::matches(std::string_view text, std::vector<Match>& out) const {
         from = done = end;
         any = true;
     }
-    pcre2_match_data_free(data);
     if (result < 0 && result != PCRE2_ERROR_NOMATCH)
         failed(place_, "the regular expression could not be matched: " + pcre2_message(result));
     if (done < text.size()) out.push_back({done, text.size(), false});

@@ -1,4 +1,6 @@
+#define XXH_INLINE_ALL
 #include <emmintrin.h>
+#include <xxhash.h>
 
 #include <algorithm>
 
@@ -217,7 +219,8 @@ size_t fast_split(FastPattern pattern, const CharTable& chars, const char*& p, c
     const Splitter s{chars, end};
     const auto fill = [&](auto&& next) { return s.fill(p, words, capacity, next); };
     switch (pattern) {
-        case FastPattern::None: break;
+        case FastPattern::None:
+        case FastPattern::DeepSeekV2: break;
         case FastPattern::Gpt2: return fill([&](const char* q) { return s.gpt2(q); });
         case FastPattern::Qwen2:
             return fill([&](const char* q) { return s.cl100k<kLetter, 1>(q); });
@@ -302,11 +305,23 @@ static void use_fast_patterns(std::vector<SplitStep>& steps) {
     }
 }
 
+// [\r\n], then letters of some scripts, ASCII and full-width punctuation, \s+$, CJK, single digits.
+// The pattern of the letters is long, so all of them are recognised by their hash.
+static bool is_deepseek_v2(const std::vector<SplitStep>& steps) {
+    std::string patterns;
+    for (const SplitStep& step : steps)
+        if (step.behavior != SplitBehavior::Isolated || step.invert) return false;
+    for (const SplitStep& step : steps) patterns += canonical(step.pattern) + '\0';
+    return steps.size() == 6 && steps.back().kind == SplitStep::Digits &&
+           XXH3_64bits(patterns.data(), patterns.size()) == 0xc11ed6c5b8b22b9f;
+}
+
 void prepare(std::vector<SplitStep>& steps, bool use_fast) {
     if (use_fast) use_fast_patterns(steps);
     for (SplitStep& step : steps)
         if (step.kind == SplitStep::Pattern && step.fast == FastPattern::None)
             step.regex.emplace_back(step.pattern, step.place);
+    if (use_fast && is_deepseek_v2(steps)) steps[0].fast = FastPattern::DeepSeekV2;
 }
 
 // ---- any steps ----
@@ -357,15 +372,23 @@ static void split_piece(const SplitStep& step, const CharTable& chars, std::stri
         }
         return;
     }
-    if (step.kind == SplitStep::Digits)
+    const bool isolated = step.behavior == SplitBehavior::Isolated;
+    if (step.kind == SplitStep::Digits) {
         find_digits(chars, piece, buffers.matches);
-    else
-        step.regex[0].matches(piece, buffers.matches);
+    } else if (isolated && !step.regex[0].may_match(piece)) {
+        buffers.next.push_back(piece);
+        return;
+    } else {
+        step.regex[0].matches(piece, buffers.match_data, buffers.matches);
+    }
     if (step.invert)
         for (Match& m : buffers.matches) m.is_match = !m.is_match;
-    apply(step.behavior, buffers.matches, buffers.merged);
-    for (const Match& m : buffers.merged)
-        if (!m.is_match && m.begin < m.end)
+    if (!isolated) {
+        apply(step.behavior, buffers.matches, buffers.merged);
+        buffers.matches.swap(buffers.merged);
+    }
+    for (const Match& m : buffers.matches)
+        if ((isolated || !m.is_match) && m.begin < m.end)
             buffers.next.push_back(piece.substr(m.begin, m.end - m.begin));
 }
 
@@ -384,18 +407,80 @@ static void prefix_spaces(SplitBuffers& buffers) {
     }
 }
 
-void split(const std::vector<SplitStep>& steps, const CharTable& chars, std::string_view text,
-           SplitBuffers& buffers) {
-    buffers.pieces.assign(1, text);
-    for (const SplitStep& step : steps) {
+// Cuts buffers.pieces by the steps from `first` on.
+static void apply_steps(const std::vector<SplitStep>& steps, size_t first, const CharTable& chars,
+                        SplitBuffers& buffers) {
+    for (size_t i = first; i < steps.size(); i++) {
         buffers.next.clear();
-        if (step.kind == SplitStep::PrefixSpace)
+        if (steps[i].kind == SplitStep::PrefixSpace)
             prefix_spaces(buffers);
         else
             for (const std::string_view piece : buffers.pieces)
-                split_piece(step, chars, piece, buffers);
+                split_piece(steps[i], chars, piece, buffers);
         buffers.pieces.swap(buffers.next);
     }
+}
+
+// What DeepSeek-V2's steps come to in a line of printable ASCII and white space: \s?[A-Za-z]+, \s?
+// and a run of other characters, single digits, and what white space is left over.
+static void split_ascii_line(const CharTable& chars, std::string_view line,
+                             std::vector<std::string_view>& words) {
+    enum Class : uint8_t { Space, Letter, Digit, Other };
+    const auto class_at = [&](size_t i) {
+        const uint16_t flags = chars.ascii(static_cast<uint8_t>(line[i]));
+        return flags & kSpace ? Space : flags & kLetter ? Letter : flags & kNumber ? Digit : Other;
+    };
+    const auto run_end = [&](size_t i) {
+        const Class first = class_at(i);
+        do i++;
+        while (i < line.size() && class_at(i) == first);
+        return i;
+    };
+    for (size_t begin = 0; begin < line.size();) {
+        size_t word = class_at(begin) == Space ? run_end(begin) : begin;
+        const bool joins = word < line.size() && class_at(word) != Digit;
+        if (word > begin && (!joins || word - begin > 1)) {
+            words.push_back(line.substr(begin, word - begin - joins));
+            begin = word - joins;
+            continue;
+        }
+        word = class_at(word) == Digit ? word + 1 : run_end(word);
+        words.push_back(line.substr(begin, word - begin));
+        begin = word;
+    }
+}
+
+static void split_lines(const std::vector<SplitStep>& steps, const CharTable& chars,
+                        std::string_view text, SplitBuffers& buffers) {
+    buffers.words.clear();
+    for (size_t begin = 0; begin < text.size();) {
+        size_t end = begin;
+        bool plain = true;
+        for (; end < text.size() && text[end] != '\n' && text[end] != '\r'; end++) {
+            const auto byte = static_cast<uint8_t>(text[end]);
+            plain &= (byte >= 0x20 && byte < 0x7f) || byte == '\t';
+        }
+        if (end == begin) {
+            buffers.words.push_back(text.substr(begin, 1));
+            end = begin + 1;
+        } else if (plain) {
+            split_ascii_line(chars, text.substr(begin, end - begin), buffers.words);
+        } else {
+            buffers.pieces.assign(1, text.substr(begin, end - begin));
+            apply_steps(steps, 1, chars, buffers);
+            buffers.words.insert(buffers.words.end(), buffers.pieces.begin(), buffers.pieces.end());
+        }
+        begin = end;
+    }
+    buffers.pieces.swap(buffers.words);
+}
+
+void split(const std::vector<SplitStep>& steps, const CharTable& chars, std::string_view text,
+           SplitBuffers& buffers) {
+    if (!steps.empty() && steps[0].fast == FastPattern::DeepSeekV2)
+        return split_lines(steps, chars, text, buffers);
+    buffers.pieces.assign(1, text);
+    apply_steps(steps, 0, chars, buffers);
 }
 
 }  // namespace pith
