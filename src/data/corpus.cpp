@@ -7,7 +7,6 @@
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
-#include <xxhash.h>
 
 #include <algorithm>
 #include <condition_variable>
@@ -363,14 +362,24 @@ std::string settings_json(const CorpusSettings& s) {
     return w.str() + "\n";
 }
 
+struct FileLock {
+    FileLock(const std::string& p, int operation)
+        : path(p), fd(open(p.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666)) {
+        if (fd < 0 || flock(fd, operation) != 0) failed(path, "cannot be locked");
+    }
+    FileLock(const FileLock&) = delete;
+    ~FileLock() { close(fd); }
+    std::string path;
+    int fd;
+};
+
 // Writes corpus.json and tokenizer.json, or finds that they say the same; under a lock, because
-// several processes may begin at once.
-void open_folder(const CorpusSettings& s) {
-    const std::string& folder = s.options.output;
+// several processes may begin at once. The result marks the folder as not whole: each run holds it
+// while at work, and one that does not end well leaves it behind.
+FileLock open_folder(const CorpusSettings& s) {
+    const std::string &folder = s.options.output, path = folder + "/corpus.json";
     make_folders(folder + "/.pith");
-    const std::string lock_path = folder + "/.pith/lock", path = folder + "/corpus.json";
-    const int fd = open(lock_path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
-    if (fd < 0 || flock(fd, LOCK_EX) != 0) failed(lock_path, "cannot be locked");
+    const FileLock lock(hidden_path(s.options, ".lock"), LOCK_EX);
     if (exists(path)) {
         const Json old = Json::parse_file(path), mine = Json::parse(settings_json(s), "this run");
         for (const char* key : {"tokenizer_xxh3", "eos_id", "dtype", "key", "special_as_text"})
@@ -383,7 +392,13 @@ void open_folder(const CorpusSettings& s) {
         write_file_durably(folder + "/tokenizer.json", read_text_file(s.tokenizer_path));
         write_file_durably(path, settings_json(s));
     }
-    close(fd);
+    return FileLock(hidden_path(s.options, ".run"), LOCK_SH);
+}
+
+// The last of several runs at work takes the mark away.
+void close_folder(const CorpusOptions& o, const FileLock& mark) {
+    const FileLock lock(hidden_path(o, ".lock"), LOCK_EX);
+    if (flock(mark.fd, LOCK_EX | LOCK_NB) == 0) unlink(mark.path.c_str());
 }
 
 }  // namespace
@@ -392,25 +407,20 @@ CorpusReport tokenize_corpus(const CorpusOptions& o) {
     const std::vector<CorpusUnit> units = plan_corpus(o);
     const CorpusSettings settings = load_settings(o);
     int64_t bytes_to_do = 0;
-    std::string all;
     for (const CorpusUnit& unit : units) {
         if (exists(final_path(o, unit)))
             check_finished(o, unit);
         else
             bytes_to_do += unit.bytes;
-        all += unit.name + hex(unit.identity());
     }
-    open_folder(settings);
-    // Stays behind where the run does not end well, so that a half-made corpus can be told.
-    const std::string mark = hidden_path(o, hex(XXH3_64bits(all.data(), all.size())) + ".run");
-    close(open(mark.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0666));
+    const FileLock mark = open_folder(settings);
     const int cores = std::max(1u, std::thread::hardware_concurrency());
     CorpusReport report =
         CorpusRun(settings, units, o.threads > 0 ? o.threads : cores, bytes_to_do).run();
     if (report.stopped) return report;
     if (report.files + report.files_done_before == 0)
         bad_input("--input", "no file holds a document that can be used", "other inputs or --key");
-    unlink(mark.c_str());
+    close_folder(o, mark);
     return report;
 }
 

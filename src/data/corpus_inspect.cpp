@@ -22,14 +22,12 @@ static std::vector<uint32_t> read_ids(const TokenFile& file, int64_t begin, int6
     return ids;
 }
 
-// Files under way, and marks of runs that did not come to their end.
+// Files under way, and the mark of runs that did not come to their end.
 static int64_t count_unfinished(const std::string& folder) {
     int64_t unfinished = 0;
     std::error_code error;
-    for (const auto& entry : fs::recursive_directory_iterator(folder + "/.pith", error)) {
-        const fs::path suffix = entry.path().extension();
-        unfinished += suffix == ".part" || suffix == ".run";
-    }
+    for (const auto& entry : fs::recursive_directory_iterator(folder + "/.pith", error))
+        unfinished += entry.path().extension() == ".part" || entry.path().filename() == ".run";
     return unfinished;
 }
 
