@@ -18,6 +18,13 @@ namespace {
 constexpr int kFaulty = 2;
 constexpr double kLimit = 2;  // seconds
 
+// Returns when all other ranks wait for another, as they must: what they need is not sent.
+[[gnu::no_sanitize("thread")]] void until_others_wait(const Rank& rank) {
+    for (int id = 0; id < rank.world; id++)
+        while (id != rank.id && !*__atomic_load_n(&status_board(id).waiting, __ATOMIC_RELAXED))
+            usleep(100);
+}
+
 // Ranks of a pp2-dp1-cp1-ep2 mesh run a step; rank kFaulty runs a part of it, then fails.
 void run_step(const std::string& how) {
     const SmallModel model{.layers = 4, .global_batch = 16, .documents = 60};
@@ -38,6 +45,7 @@ void run_step(const std::string& how) {
         if (rank.id == kFaulty) actions.resize(actions.size() / 2);
         run_actions(rank, instance, io, plan.schedule, actions);
         if (rank.id == kFaulty) {
+            until_others_wait(rank);
             if (how == "throw") failed("optimizer", "planted");
             if (how == "crash") raise(SIGSEGV);
             while (how == "hang") pause();

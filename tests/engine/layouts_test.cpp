@@ -109,8 +109,8 @@ TEST(SlowLayouts, ByLayer16) { expect_equal(seeded_run(kSeed), layouts_of(16, 16
 TEST(Layouts, AFewOfASmallerModel) {
     const SmallModel model{.layers = 4, .length = 16, .global_batch = 16, .documents = 100};
     expect_equal(seeded_run(kSeed, model),
-                 parse_all({"pp2-ep2", "dp2-cp2-ep2-layer", "pp2-dp2-cp2-hsdp", "ep4-dp2-mb2"}),
-                 model, 1, 2);
+                 parse_all({"pp2-ep2", "dp2-cp2-ep2-layer", "pp2-dp2-cp2-hsdp", "ep4-mb2"}), model,
+                 1, 2);
 }
 
 TEST(Layouts, TheFullProduct) {
