@@ -22,7 +22,7 @@ static const Command kCommands[] = {
     {"eval", run_eval, "loss, perplexity and bits per byte of a checkpoint or exported model"},
     {"generate", run_generate, "continues a text"},
     {"convert", run_convert, "to and from Hugging Face folders"},
-    {"checkpoint", run_checkpoint, "lists and verifies checkpoints"},
+    {"checkpoint", run_checkpoint, "lists, verifies and compares checkpoints"},
     {"plan", run_plan, "memory, and the timeline of a pipeline schedule, without training"},
     {"layouts", run_layouts, "proves that parallel layouts train the same model"},
     {"doctor", run_doctor, "what this machine offers"},

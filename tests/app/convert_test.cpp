@@ -317,5 +317,40 @@ TEST(CheckpointCommand, ListsAndVerifies) {
                 "there is no such checkpoint");
 }
 
+TEST(CheckpointCommand, ComparesWeights) {
+    const std::string run = fresh_folder("checkpoint_diff"), a = run + "/a", b = run + "/b";
+    Model m = make_model(FileDType::F32);
+    for (const std::string& folder : {a, b}) {
+        fs::create_directories(folder);
+        write_model(folder, m);
+        for (float& x : m.values[4]) x *= 1.001f;
+    }
+    const std::string name = m.tensors[4].name;
+    EXPECT_EQ(convert({"import-hf", a, run + "/step-00000000"}), kExitDone);
+    const Json same = output_of({"diff", a, run, "--limit", "0"}, kExitDone);
+    EXPECT_EQ(same.size(), static_cast<int64_t>(m.tensors.size()));
+    EXPECT_EQ(same[0]["difference"].as_double(), 0);
+    for (const std::string& folder : {a, run, run + "/step-00000000"}) {
+        const Json worst = output_of({"diff", folder, b, "--limit", "9e-4"}, kExitFailed);
+        EXPECT_EQ(worst[0]["name"].as_string(), name);
+        EXPECT_NEAR(worst[0]["difference"].as_double(), 1e-3, 1e-6);
+        EXPECT_EQ(worst[1]["difference"].as_double(), 0);
+        output_of({"diff", folder, b, "--limit", "1.1e-3"}, kExitDone);
+    }
+    // Another model is refused, as are words that make no sense.
+    m = make_model(FileDType::F32);
+    m.tensors.pop_back();
+    m.values.pop_back();
+    fs::create_directories(run + "/c");
+    write_model(run + "/c", m);
+    const std::vector<std::pair<std::vector<std::string>, std::string>> rows = {
+        {{"checkpoint", "diff", a, run + "/c"}, "1 missing"},
+        {{"checkpoint", "diff", a}, "needs two folders"},
+        {{"checkpoint", "verify", run, a}, "takes one folder"},
+        {{"checkpoint", "list", run, "--limit", "1"}, "takes one folder"}};
+    for (const auto& [words, part] : rows)
+        expect_part(error_of(kExitBadInput, [&] { call(run_checkpoint, words); }), part);
+}
+
 }  // namespace
 }  // namespace pith
