@@ -1,10 +1,10 @@
 // corpus: pith corpus inspect.
+#include "data/corpus.h"
 #include "app/arguments.h"
 #include "app/commands.h"
 #include "core/check.h"
 #include "core/json.h"
 #include "core/log.h"
-#include "data/corpus.h"
 
 namespace pith {
 
