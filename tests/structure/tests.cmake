@@ -7,6 +7,7 @@ foreach(name arrows budget documents format install map mentions planted shell w
   structure_test(${name})
 endforeach()
 if(TARGET pith)
+  structure_test(get $<TARGET_FILE:pith>)
   structure_test(static_link $<TARGET_FILE:pith>)
   structure_test(verify_layouts $<TARGET_FILE:pith>)
   set_tests_properties(structure.verify_layouts PROPERTIES LABELS "structure;slow")
