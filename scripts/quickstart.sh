@@ -8,6 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 if [ $# -gt 1 ]; then die scripts/quickstart.sh "too many arguments (got $#, need at most one folder)" "scripts/quickstart.sh DIR"; fi
 if [ $# = 1 ] && [ ! -d "$1" ]; then die "$1" "is not a folder" "scripts/quickstart.sh DIR, with a folder of text files"; fi
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}  # other work on the machine does not stall the threads
 ensure_packages
 build cpu pith
 if [ -e /proc/driver/nvidia/version ]; then
