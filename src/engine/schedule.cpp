@@ -28,8 +28,6 @@ int rank_of_stage(ScheduleKind kind, int pp, int stage) {
     return stage < pp ? stage : stages_of(kind, pp) - 1 - stage;
 }
 
-int chunk_of_stage(ScheduleKind, int pp, int stage) { return stage < pp ? 0 : 1; }
-
 std::vector<int> layer_partition(int layers, int stages) {
     if (layers < stages)
         bad_input("layers",
@@ -37,14 +35,8 @@ std::vector<int> layer_partition(int layers, int stages) {
                        stages),
                   "a smaller parallel.pp, or parallel.schedule = \"1f1b\"");
     std::vector<int> count(stages, layers / stages);
-    const int fewest = layers / stages;
-    for (int extra = layers % stages; extra > 0; extra--) {
-        int to = 0;
-        for (int s = stages - 2; s >= 1; s--)
-            if (count[s] == fewest) to = s;
-        if (count[to] != fewest) to = stages - 1;
-        count[to]++;
-    }
+    const int extra = layers % stages, interior = std::max(stages - 2, 0);
+    for (int i = 0; i < extra; i++) count[i < interior ? i + 1 : 0]++;
     return count;
 }
 
@@ -67,6 +59,12 @@ int message_stage(const ScheduleOptions& o, int rank, const Action& transfer) {
     return transfer.payload == Payload::Activation ? stage - 1 : stage + 1;
 }
 
+int rank_beside(const ScheduleOptions& o, int rank, int chunk, int step) {
+    const int stage = stage_of(o.kind, o.pp, rank, chunk) + step;
+    const bool exists = stage >= 0 && stage < stages_of(o.kind, o.pp);
+    return exists ? rank_of_stage(o.kind, o.pp, stage) : -1;
+}
+
 int min_micro_batches(const ScheduleOptions& o) {
     return o.kind == ScheduleKind::DualPipeV && !o.forward_only ? 2 * o.pp : 1;
 }
@@ -86,16 +84,9 @@ struct Builder {
     bool zero_bubble = false;  // weight gradients wait for the schedule's own W
 
     int stage(int chunk) const { return stage_of(o.kind, o.pp, rank, chunk); }
-    // The rank of the stage `step` behind chunk's, or -1: there is none, or it is this rank.
-    int neighbour(int chunk, int step) const {
-        const int other = stage(chunk) + step;
-        if (other < 0 || other >= stages_of(o.kind, o.pp)) return -1;
-        const int peer = rank_of_stage(o.kind, o.pp, other);
-        return peer == rank ? -1 : peer;
-    }
     void message(Do what, int chunk, int mb, Payload payload, int step) {
-        const int peer = neighbour(chunk, step);
-        if (peer < 0) return;
+        const int peer = rank_beside(o, rank, chunk, step);
+        if (peer < 0 || peer == rank) return;
         queue.push_back({.what = what, .chunk = chunk, .mb = mb, .payload = payload, .peer = peer});
     }
     void receive_activation(int chunk) {
@@ -267,11 +258,8 @@ void build_forward(Builder& s) {
     s.finish();
 }
 
-bool is_message(const Action& a) { return a.what == Do::Send || a.what == Do::Recv; }
-
 bool gives_weight_grads(const Action& a, int chunk) {
-    if (a.what == Do::FB) return !a.defer && a.chunk2 == chunk;
-    return a.chunk == chunk && (a.what == Do::W || (a.what == Do::B && !a.defer));
+    return a.backward_chunk() == chunk && (a.what == Do::W || (a.has_backward() && !a.defer));
 }
 
 // Gathers stand before the first message, where ranks but the first wait anyhow; the first rank
@@ -282,15 +270,14 @@ void add_gathers(const ScheduleOptions& o, int rank, ActionList& list) {
     for (int chunk = 0; chunk < chunks && !o.forward_only; chunk++) {
         size_t at = list.size();
         while (!gives_weight_grads(list[at - 1], chunk)) at--;
-        while (at < list.size() && is_message(list[at])) at++;
+        while (at < list.size() && list[at].is_message()) at++;
         list.insert(list.begin() + at, {.what = Do::Reduce, .chunk = chunk});
     }
-    size_t second = 0;
-    if (rank == 0)
-        second = std::find_if(list.begin() + 1, list.end(),
-                              [](const Action& a) { return !is_message(a); }) -
-                 list.begin();
-    if (chunks == 2) list.insert(list.begin() + second, {.what = Do::Gather, .chunk = 1});
+    if (chunks == 2) {
+        size_t at = rank == 0;
+        while (rank == 0 && list[at].is_message()) at++;
+        list.insert(list.begin() + at, {.what = Do::Gather, .chunk = 1});
+    }
     list.insert(list.begin(), {.what = Do::Gather, .chunk = 0});
 }
 

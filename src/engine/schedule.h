@@ -1,6 +1,6 @@
 // schedule: the pipeline as data. A plain list of actions a rank, which the executor runs, the
-// checker proves, the timeline draws and the memory and time estimates read.
-// defines: Action, ScheduleOptions, make_schedule, check_schedule, simulate, Step, steps_of
+// checker proves and times, the timeline draws and the memory estimate reads.
+// defines: Action, ScheduleOptions, make_schedule, check_schedule, Step, steps_of
 #pragma once
 #include <cstdint>
 #include <string>
@@ -26,7 +26,6 @@ int chunks_of(ScheduleKind kind);  // stages a rank holds: 2 or 1
 inline int stages_of(ScheduleKind kind, int pp) { return pp * chunks_of(kind); }
 int stage_of(ScheduleKind kind, int pp, int rank, int chunk);
 int rank_of_stage(ScheduleKind kind, int pp, int stage);
-int chunk_of_stage(ScheduleKind kind, int pp, int stage);
 
 // Layers of each stage, in stage order, summing to `layers`: as equal as can be, extra layers to
 // the first interior stages. Throws bad_input when there are fewer layers than stages.
@@ -56,6 +55,13 @@ struct Action {
     Payload payload = Payload::Activation;  // Send, Recv
     int peer = -1;                          // Send, Recv: pipeline rank at the other end
     bool operator==(const Action&) const = default;
+
+    bool is_message() const { return what == Do::Send || what == Do::Recv; }
+    bool is_collective() const { return what == Do::Gather || what == Do::Reduce; }
+    bool has_forward() const { return what == Do::F || what == Do::FB; }
+    bool has_backward() const { return what == Do::B || what == Do::FB; }
+    int backward_chunk() const { return what == Do::FB ? chunk2 : chunk; }
+    int backward_mb() const { return what == Do::FB ? mb2 : mb; }
 };
 using ActionList = std::vector<Action>;  // of one rank
 
@@ -78,11 +84,9 @@ std::vector<ActionList> make_schedules(const ScheduleOptions& options);  // of a
 
 // Stage whose output the message carries: the one that made it.
 int message_stage(const ScheduleOptions& options, int rank, const Action& transfer);
+// Rank of the stage `step` behind chunk's (before it, if negative), or -1 where there is none.
+int rank_beside(const ScheduleOptions& options, int rank, int chunk, int step);
 
-// What a list does over time under given costs, receives and sends taking none.
-struct ActionCosts {
-    double forward = 1, backward_input = 1, weight_grad = 1;
-};
 struct ActionTime {
     double begin = 0, end = 0;
 };
@@ -98,15 +102,16 @@ struct ScheduleCheck {
     double makespan = 0, busy = 0;  // time of all; sum over ranks of the compute times
     double bubble() const { return makespan > 0 ? 1 - busy / (makespan * ranks) : 0; }
     int ranks = 0;
-    std::vector<std::vector<ActionTime>> times;  // by rank and action
+    // By rank and action; a forward, the gradient of its input and its weight gradients take 1
+    // each, everything else nothing.
+    std::vector<std::vector<ActionTime>> times;
 };
 
 // Proves the lists of all pp ranks: every F, B and W exactly once and after what it needs, every
 // message of the right kind, stage and micro-batch in untagged posted order, no deadlock when every
 // group call blocks until all of it is matched, and live micro-batches bounded (2*pp + 1 for
-// DualPipeV, pp - rank for OneF1B). Simulates them under `costs` on the way.
-ScheduleCheck check_schedule(const ScheduleOptions& options, const std::vector<ActionList>& lists,
-                             const ActionCosts& costs = {});
+// DualPipeV, pp - rank for OneF1B). Times them on the way.
+ScheduleCheck check_schedule(const ScheduleOptions& options, const std::vector<ActionList>& lists);
 
 // One line an action ("F0.3", "B1.2+" deferred, "W1.2-4", "F0.5|B1.3", "send F0.3 > 1",
 // "recv B1.2 < 1", "gather 0", "reduce 1"); parsing is its inverse and throws bad_input(place).
@@ -149,7 +154,8 @@ std::vector<ChunkLayers> chunk_layers(ScheduleKind kind, int pp, int rank, int l
 // The steps of a compute action, in the one order in which they and their collectives are issued;
 // in FB the two micro-batches' stages interleave so that the one's dispatch and combine run beside
 // the other's compute. Empty for Send, Recv, Gather and Reduce. `gather_layer` adds the Gather,
-// Release and Reduce steps of layer-wise sharding.
+// Release and Reduce steps of layer-wise sharding. Dense layers have the steps of others, which
+// find no experts.
 std::vector<Step> steps_of(const Action& action, const std::vector<ChunkLayers>& chunks,
                            bool forward_only, bool gather_layer);
 

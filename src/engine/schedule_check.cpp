@@ -1,6 +1,8 @@
 // Proofs of lists: first each rank's own order, then all ranks together, as they would run when
 // every group call and every collective blocks until all of it is there.
 #include <algorithm>
+#include <array>
+#include <map>
 
 #include "engine/schedule.h"
 
@@ -8,7 +10,10 @@ namespace pith {
 
 namespace {
 
-bool is_message(const Action& a) { return a.what == Do::Send || a.what == Do::Recv; }
+struct Fault {
+    int rank, action;
+    std::string why;
+};
 
 // "rank 2, action 17 (F0.8)"
 std::string where(int rank, const ActionList& list, int action) {
@@ -18,550 +23,381 @@ std::string where(int rank, const ActionList& list, int action) {
 
 // ---- One rank's list ----
 
-enum Done : uint8_t {
-    kReceived = 1,
-    kForward = 2,
-    kSent = 4,
-    kGradReceived = 8,
-    kBackward = 16,
-    kDeferred = 32,
-    kWeights = 64,
-    kGradSent = 128,
-};
+// What has run of a chunk and micro-batch; Gather and Reduce stand with micro-batch 0.
+enum Fact : uint8_t { kRecvF, kF, kSendF, kRecvB, kB, kDeferred, kW, kSendB, kGather, kReduce };
+constexpr const char* kFacts[] = {"recv F%d.%d", "F%d.%d",   "send F%d.%d", "recv B%d.%d",
+                                  "B%d.%d",      "B%d.%d+",  "W%d.%d",      "send B%d.%d",
+                                  "gather %d",   "reduce %d"};
 
-// Walks a list and stops at the first action that is wrong: `why` says so.
+// Walks a list; throws the reason at the first action that is wrong.
 struct ListWalk {
     const ScheduleOptions& o;
-    int rank;  // of the pipeline
-    std::vector<uint8_t> state = std::vector<uint8_t>(2 * o.micro_batches, 0);
-    bool gathered[2] = {}, reduced[2] = {};
+    int rank;                                                                     // of the pipeline
+    std::vector<uint16_t> facts = std::vector<uint16_t>(2 * o.micro_batches, 0);  // bits
     int live = 0, peak_live = 0, deferred = 0, peak_deferred = 0;
-    std::string why = {};
 
-    uint8_t& at(int chunk, int mb) { return state[chunk * o.micro_batches + mb]; }
-    bool has(int chunk, int mb, Done what) { return at(chunk, mb) & what; }
-    bool in_range(int chunk, int mb) const {
-        return chunk >= 0 && chunk < chunks_of(o.kind) && mb >= 0 && mb < o.micro_batches;
+    bool has(int chunk, int mb, Fact f) const {
+        return facts[chunk * o.micro_batches + mb] >> f & 1;
     }
-    // The rank of the stage before or behind chunk's (step -1, 1); -1: there is none.
-    int rank_beside(int chunk, int step) const {
-        const int stage = stage_of(o.kind, o.pp, rank, chunk) + step;
-        const bool exists = stage >= 0 && stage < stages_of(o.kind, o.pp);
-        return exists ? rank_of_stage(o.kind, o.pp, stage) : -1;
+    void need(int chunk, int mb, Fact f, bool run = true) const {
+        if (has(chunk, mb, f) != run)
+            throw text(kFacts[f], chunk, mb) + (run ? " has not run" : " has run already");
     }
-    bool need(bool holds, const std::string& otherwise) {
-        if (!holds && why.empty()) why = otherwise;
-        return why.empty();
+    void record(int chunk, int mb, Fact f) {
+        need(chunk, mb, f, false);
+        facts[chunk * o.micro_batches + mb] |= 1 << f;
     }
-    std::string name(char what, int chunk, int mb) const {
-        return text("%c%d.%d", what, chunk, mb);
+    void need_range(int chunk, int first, int count = 1) const {
+        if (chunk < 0 || chunk >= chunks_of(o.kind) || first < 0 || count < 1 ||
+            first + count > o.micro_batches)
+            throw std::string("names no chunk and micro-batch of this rank");
+    }
+    // The rank where (chunk, mb) comes from or goes to; -1: there is none, or it is this one.
+    int peer(int chunk, int step) const {
+        const int other = rank_beside(o, rank, chunk, step);
+        return other == rank ? -1 : other;
+    }
+    // What (chunk, mb) computes on: received, or made here by the stage at `step`.
+    void need_input(int chunk, int mb, int step) const {
+        if (peer(chunk, step) >= 0) need(chunk, mb, step < 0 ? kRecvF : kRecvB);
+        if (rank_beside(o, rank, chunk, step) == rank) need(1 - chunk, mb, step < 0 ? kF : kB);
     }
 
-    // What the F or B of (chunk, mb) computes on: received, or made here by the stage at `step`.
-    bool ready(int chunk, int mb, int step, Done received, Done made) {
-        const int from = rank_beside(chunk, step);
-        const char* what = received == kReceived ? "input" : "output's gradient";
-        if (from < 0) return true;
-        if (from != rank)
-            return need(has(chunk, mb, received),
-                        text("the %s of %s has not been received", what,
-                             name(received == kReceived ? 'F' : 'B', chunk, mb).c_str()));
-        return need(has(1 - chunk, mb, made),
-                    text("needs %s, which has not run",
-                         name(made == kForward ? 'F' : 'B', 1 - chunk, mb).c_str()));
-    }
-    bool check_forward(int chunk, int mb) {
-        return need(in_range(chunk, mb), "names no chunk and micro-batch of this rank") &&
-               need(!has(chunk, mb, kForward), name('F', chunk, mb) + " has run already") &&
-               need(!o.gather_step || gathered[chunk],
-                    text("the weights of chunk %d have not been gathered", chunk)) &&
-               ready(chunk, mb, -1, kReceived, kForward);
-    }
-    bool check_backward(int chunk, int mb) {
-        return need(in_range(chunk, mb), "names no chunk and micro-batch of this rank") &&
-               need(!o.forward_only, "a forward-only list has no backward") &&
-               need(has(chunk, mb, kForward), name('F', chunk, mb) + " has not run") &&
-               need(!has(chunk, mb, kBackward), name('B', chunk, mb) + " has run already") &&
-               need(!reduced[chunk],
-                    text("the gradients of chunk %d have been reduced already", chunk)) &&
-               ready(chunk, mb, 1, kGradReceived, kBackward);
-    }
-    std::string oldest_live() {
-        for (int i = 0; i < 2 * o.micro_batches; i++)
-            if ((state[i] & (kForward | kBackward)) == kForward)
-                return name('B', i / o.micro_batches, i % o.micro_batches);
-        return "";
-    }
     void forward(int chunk, int mb) {
-        at(chunk, mb) |= kForward;
+        need_range(chunk, mb);
+        if (o.gather_step) need(chunk, 0, kGather);
+        need_input(chunk, mb, -1);
+        record(chunk, mb, kF);
         peak_live = std::max(peak_live, ++live);
-        const int limit = o.kind == ScheduleKind::DualPipeV ? 2 * o.pp + 1 : o.pp - rank;
-        if (!o.forward_only && live > limit)
-            need(false, text("activations of too many micro-batches are held (got %d, need at most "
-                             "%d); %s has not run",
-                             live, limit, oldest_live().c_str()));
-        if (o.forward_only && rank_beside(chunk, 1) < 0) live--;
-        if (o.forward_only && rank_beside(chunk, -1) == rank) live--;
+        if (o.forward_only) {  // an output stays until it is sent or has become an input
+            live -= rank_beside(o, rank, chunk, 1) < 0;
+            live -= rank_beside(o, rank, chunk, -1) == rank;
+        }
     }
     void backward(int chunk, int mb, bool defer) {
-        at(chunk, mb) |= kBackward | (defer ? kDeferred : kWeights);
+        need_range(chunk, mb);
+        need(chunk, mb, kF);
+        need(chunk, 0, kReduce, false);
+        need_input(chunk, mb, 1);
+        record(chunk, mb, kB);
+        record(chunk, mb, defer ? kDeferred : kW);
         live--;
         deferred += defer;
         peak_deferred = std::max(peak_deferred, deferred);
     }
+    void bound_live() const {
+        const int limit = o.kind == ScheduleKind::DualPipeV ? 2 * o.pp + 1 : o.pp - rank;
+        if (peak_live <= limit || o.forward_only) return;
+        const auto oldest =
+            std::ranges::find_if(facts, [](uint16_t f) { return (f >> kF & 1) && !(f >> kB & 1); });
+        const int i = static_cast<int>(oldest - facts.begin());
+        throw text(
+            "activations of too many micro-batches are held (got %d, need at most %d); "
+            "B%d.%d has not run",
+            peak_live, limit, i / o.micro_batches, i % o.micro_batches);
+    }
     void weight_grads(const Action& a) {
-        if (!need(a.count >= 1 && in_range(a.chunk, a.mb) && in_range(a.chunk, a.mb + a.count - 1),
-                  "names no chunk and micro-batches of this rank"))
-            return;
+        need_range(a.chunk, a.mb, a.count);
+        need(a.chunk, 0, kReduce, false);
         for (int mb = a.mb; mb < a.mb + a.count; mb++) {
-            const int before = rank_beside(a.chunk, -1);
-            need(has(a.chunk, mb, kDeferred), text("%s has not left its weight gradients for later",
-                                                   name('B', a.chunk, mb).c_str()));
-            need(!has(a.chunk, mb, kWeights), name('W', a.chunk, mb) + " has run already");
-            need(before < 0 || before == rank || has(a.chunk, mb, kGradSent),
-                 name('B', a.chunk, mb) + "'s gradient would be freed before it is sent");
-            need(!reduced[a.chunk],
-                 text("the gradients of chunk %d have been reduced already", a.chunk));
-            at(a.chunk, mb) |= kWeights;
-            deferred--;
+            need(a.chunk, mb, kDeferred);
+            if (peer(a.chunk, -1) >= 0) need(a.chunk, mb, kSendB);  // W frees what is sent
+            record(a.chunk, mb, kW);
         }
+        deferred -= a.count;
     }
     void message(const Action& a) {
         const bool send = a.what == Do::Send, activation = a.payload == Payload::Activation;
-        if (!need(in_range(a.chunk, a.mb), "names no chunk and micro-batch of this rank") ||
-            !need(activation || !o.forward_only, "a forward-only list has no gradients"))
-            return;
-        const int peer = rank_beside(a.chunk, send == activation ? 1 : -1);
-        const Done what =
-            send ? (activation ? kSent : kGradSent) : (activation ? kReceived : kGradReceived);
-        if (!need(peer >= 0 && peer != rank, send ? "there is no rank to send this to"
-                                                  : "there is no rank to receive this from") ||
-            !need(a.peer == peer, text("goes to the wrong rank (got %d, need %d)", a.peer, peer)) ||
-            !need(!has(a.chunk, a.mb, what),
-                  send ? "has been sent already" : "has been received already"))
-            return;
-        if (send)
-            need(has(a.chunk, a.mb, activation ? kForward : kBackward),
-                 name(activation ? 'F' : 'B', a.chunk, a.mb) + " has not run");
-        else if (!activation)
-            need(has(a.chunk, a.mb, kForward),
-                 name('F', a.chunk, a.mb) + " has not run, so nobody can have its gradient");
-        at(a.chunk, a.mb) |= what;
+        need_range(a.chunk, a.mb);
+        const int other = peer(a.chunk, send == activation ? 1 : -1);
+        if (a.peer != other || other < 0)
+            throw text("goes to the wrong rank (got %d, need %s)", a.peer,
+                       other < 0 ? "none" : std::to_string(other).c_str());
+        if (send || !activation) need(a.chunk, a.mb, send && !activation ? kB : kF);
+        record(a.chunk, a.mb, activation ? (send ? kSendF : kRecvF) : (send ? kSendB : kRecvB));
         live -= o.forward_only && send;
     }
     void collective(const Action& a) {
-        bool* done = a.what == Do::Gather ? gathered : reduced;
-        if (!need(in_range(a.chunk, 0), "names no chunk of this rank") ||
-            !need(o.gather_step, "weights are not gathered for the whole step") ||
-            !need(!done[a.chunk], "has run already"))
-            return;
-        done[a.chunk] = true;
-        for (int mb = 0; mb < o.micro_batches && a.what == Do::Reduce; mb++)
-            need(has(a.chunk, mb, kWeights),
-                 name(has(a.chunk, mb, kBackward) ? 'W' : 'B', a.chunk, mb) +
-                     " has not run; its gradients would be lost");
+        need_range(a.chunk, 0);
+        if (!o.gather_step) throw std::string("weights are not gathered for the whole step");
+        for (int mb = 0; mb < o.micro_batches && a.what == Do::Reduce; mb++) {
+            need(a.chunk, mb, kB);
+            need(a.chunk, mb, kW);
+        }
+        record(a.chunk, 0, a.what == Do::Gather ? kGather : kReduce);
     }
     void step(const Action& a) {
-        switch (a.what) {
-            case Do::F:
-                if (check_forward(a.chunk, a.mb)) forward(a.chunk, a.mb);
-                break;
-            case Do::B:
-                if (check_backward(a.chunk, a.mb)) backward(a.chunk, a.mb, a.defer);
-                break;
-            case Do::FB:
-                if (!check_forward(a.chunk, a.mb) || !check_backward(a.chunk2, a.mb2)) break;
-                forward(a.chunk, a.mb);
-                backward(a.chunk2, a.mb2, a.defer);
-                break;
-            case Do::W: weight_grads(a); break;
-            case Do::Gather:
-            case Do::Reduce: collective(a); break;
-            default: message(a);
-        }
+        if (o.forward_only && (a.has_backward() || a.what == Do::W || a.what == Do::Reduce ||
+                               a.payload == Payload::Gradient))
+            throw std::string("a forward-only list has no backward");
+        if (a.is_message()) message(a);
+        if (a.is_collective()) collective(a);
+        if (a.what == Do::W) weight_grads(a);
+        if (a.has_forward()) forward(a.chunk, a.mb);
+        if (a.has_backward()) backward(a.backward_chunk(), a.backward_mb(), a.defer);
+        bound_live();
     }
     // What a complete list has done.
-    void end() {
+    void end() const {
         for (int chunk = 0; chunk < chunks_of(o.kind); chunk++) {
-            const auto leaves = [&](int step) {
-                const int peer = rank_beside(chunk, step);
-                return peer >= 0 && peer != rank;
-            };
             for (int mb = 0; mb < o.micro_batches; mb++) {
-                const auto missing = [&](Done what, const char* form) {
-                    if (!has(chunk, mb, what)) need(false, text(form, chunk, mb));
-                };
-                missing(kForward, "F%d.%d is missing");
-                if (leaves(1)) missing(kSent, "the output of F%d.%d has not been sent");
+                need(chunk, mb, kF);
+                if (peer(chunk, 1) >= 0) need(chunk, mb, kSendF);
                 if (o.forward_only) continue;
-                missing(kBackward, "B%d.%d is missing");
-                missing(kWeights, "W%d.%d is missing");
-                if (leaves(-1)) missing(kGradSent, "the gradient of B%d.%d has not been sent");
+                need(chunk, mb, kB);
+                need(chunk, mb, kW);
+                if (peer(chunk, -1) >= 0) need(chunk, mb, kSendB);
             }
-            if (!o.gather_step) continue;
-            need(gathered[chunk], text("gather %d is missing", chunk));
-            need(o.forward_only || reduced[chunk], text("reduce %d is missing", chunk));
+            if (o.gather_step) need(chunk, 0, kGather);
+            if (o.gather_step && !o.forward_only) need(chunk, 0, kReduce);
         }
     }
 };
 
-// Checks the list of one rank by itself; `rank` is its number in messages.
-bool check_list(const ScheduleOptions& o, int pp_rank, int rank, const ActionList& list,
-                ScheduleCheck& result) {
-    ListWalk walk{o, pp_rank};
+void walk_list(const ScheduleOptions& o, const Mesh& mesh, int rank, const ActionList& list,
+               ScheduleCheck& result) {
+    ListWalk walk{o, coord_of(mesh, rank).pp_rank};
     int i = 0;
-    for (; i < static_cast<int>(list.size()) && walk.why.empty(); i++) walk.step(list[i]);
-    if (walk.why.empty())
+    try {
+        for (; i < static_cast<int>(list.size()); i++) walk.step(list[i]);
         walk.end();
-    else
-        i--;
+    } catch (const std::string& why) {
+        throw Fault{rank, i, why};
+    }
     result.peak_live = std::max(result.peak_live, walk.peak_live);
     result.peak_deferred = std::max(result.peak_deferred, walk.peak_deferred);
-    if (walk.why.empty()) return true;
-    result.rank = rank;
-    result.action = i;
-    result.why = where(rank, list, i) + ": " + walk.why;
-    return false;
 }
 
 // ---- All ranks together ----
 
-// A collective: members of a group must come to it with equal labels.
-struct Label {
-    Part part = Part::Gather;
-    bool backward = false;
-    int chunk = 0, mb = 0, layer = -1;
-    UnitKind unit = UnitKind::Layer;
-    bool operator==(const Label&) const = default;
+// A rank in a collective, or at one end of a message. The n-th visits of all members of a place
+// are one meeting, which ends when all are there.
+struct Place;
+struct Visit {
+    Place* place;
+    int seat;  // the rank's index among the members
+    int rank, action;
+    Step what;  // in which all members must agree; of a message: direction, stage, micro-batch
+    size_t turn = 0;  // visits before this one
+    double time = 0;
+};
+struct Place {
+    std::vector<int> members;                            // ranks; sender and receiver
+    std::vector<std::vector<const Visit*>> visits = {};  // by seat
 };
 
-std::string to_text(const Label& l) {
-    static const char* const parts[] = {"prolog",  "attention", "dispatch", "experts",
-                                        "combine", "residual",  "epilog",   "weights",
-                                        "gather",  "release",   "reduce"};
-    static const char* const units[] = {"embedding", "layer", "experts", "head"};
-    const char* part = parts[static_cast<int>(l.part)];
-    if (l.part == Part::Gather || l.part == Part::Reduce)
-        return text("%s of chunk %d, layer %d, %s", part, l.chunk, l.layer,
-                    units[static_cast<int>(l.unit)]);
-    return text("%s%s of chunk %d, layer %d, micro-batch %d", part, l.backward ? " (backward)" : "",
-                l.chunk, l.layer, l.mb);
-}
-
-// What a rank does next: computes for a while, then stands in a collective (group >= 0), or in the
-// group call of actions [action, end).
+// What a rank does next: computes for a while, then stands in a collective or in the messages of
+// one group call, which begins with `action`.
 struct Event {
-    int action = 0, end = 0;
+    int action = 0;
     double duration = 0;
-    int group = -1;
-    Label label = {};
+    std::vector<Visit> visits = {};
 };
 
-double duration(const Action& a, const ActionCosts& c) {
-    const double b = c.backward_input + (a.defer ? 0 : c.weight_grad);
-    switch (a.what) {
-        case Do::F: return c.forward;
-        case Do::B: return b;
-        case Do::FB: return c.forward + b;
-        case Do::W: return c.weight_grad * a.count;
-        default: return 0;
-    }
+std::string collective_text(const Step& s) {
+    constexpr const char* parts[] = {"prolog",  "attention", "dispatch", "experts",
+                                     "combine", "residual",  "epilog",   "weights",
+                                     "gather",  "release",   "reduce"};
+    constexpr const char* units[] = {"embedding", "layer", "experts", "head"};
+    const bool sharding = s.part == Part::Gather || s.part == Part::Reduce;
+    return text("%s%s of chunk %d, layer %d, ", parts[static_cast<int>(s.part)],
+                s.backward ? " (backward)" : "", s.chunk, s.layer) +
+           (sharding ? units[static_cast<int>(s.unit)] : text("micro-batch %d", s.mb));
 }
 
-struct Simulation {
-    struct Post {
-        int rank, action;
-        double time;
-    };
-    struct Channel {  // from one rank to another: posts that wait for their other end
-        std::vector<Post> sends = {}, recvs = {};
-        size_t sent = 0, received = 0;
-    };
+struct Replay {
     struct RankState {
-        size_t next = 0;  // event
-        bool waits = false;
-        int open = 0;  // messages of the group call that are not matched
-        double time = 0, ready = 0;
-    };
-    struct Meeting {
-        std::vector<int> members = {}, here = {};
+        std::vector<Event> events = {};
+        size_t next = 0;
+        bool inside = false;  // of the next event
         double time = 0;
+        bool ended() const { return next == events.size(); }
+        const Event& event() const { return events[next]; }
     };
 
     const ScheduleOptions& o;
-    const std::vector<ActionList>& lists;
-    int world_pp_stride;  // ranks of one pipeline: rank % stride is equal
+    const Mesh& mesh;
+    const std::vector<ActionList>& lists;  // by global rank
     ScheduleCheck& result;
-    std::vector<std::vector<Event>> events = {};
-    std::vector<Meeting> meetings = {};
-    std::vector<RankState> ranks = {};
-    std::vector<Channel> channels = {};
+    std::vector<RankState> ranks = std::vector<RankState>(lists.size());
+    std::map<std::array<int, 3>, Place> places = {};  // by group, first member, receiver
 
-    int pp_rank(int rank) const { return rank / world_pp_stride; }
-    int peer_of(int rank, const Action& a) const {
-        return a.peer * world_pp_stride + rank % world_pp_stride;
-    }
-    Channel& channel(int from, int to) { return channels[pp_rank(from) * ranks.size() + to]; }
-    const Event& event(int rank) const { return events[rank][ranks[rank].next]; }
-    void fault(int rank, int action, const std::string& why) {
-        if (!result.ok()) return;
-        result.rank = rank;
-        result.action = action;
-        result.why = where(rank, lists[rank], action) + ": " + why;
-    }
+    // ---- What a rank does ----
 
-    // The heads of a channel meet: message and expectation must be the same.
-    void match(Channel& c) {
-        while (c.sent < c.sends.size() && c.received < c.recvs.size()) {
-            const Post& s = c.sends[c.sent++];
-            const Post& r = c.recvs[c.received++];
-            const Action& sent = lists[s.rank][s.action];
-            const Action& wanted = lists[r.rank][r.action];
-            if (sent.payload != wanted.payload || sent.mb != wanted.mb ||
-                message_stage(o, pp_rank(s.rank), sent) !=
-                    message_stage(o, pp_rank(r.rank), wanted))
-                fault(r.rank, r.action,
-                      "gets another message: the next one on this way is of " +
-                          where(s.rank, lists[s.rank], s.action));
-            for (const Post& end : {s, r}) {
-                RankState& rank = ranks[end.rank];
-                rank.ready = std::max({rank.ready, s.time, r.time});
-                rank.open--;
+    Visit message(int rank, int action) {
+        const Action& a = lists[rank][action];
+        const bool send = a.what == Do::Send;
+        MeshCoord coord = coord_of(mesh, rank);
+        const int stage = message_stage(o, coord.pp_rank, a);
+        coord.pp_rank = a.peer;
+        const int peer = rank_of(mesh, coord), from = send ? rank : peer, to = send ? peer : rank;
+        Place& place = places[{static_cast<int>(Group::Pp), from, to}];
+        place.members = {from, to};
+        const Step what{.backward = a.payload == Payload::Gradient, .mb = a.mb, .layer = stage};
+        return {&place, send ? 0 : 1, rank, action, what};
+    }
+    void add_collective(int rank, int action, Step s) {
+        const bool experts = s.unit == UnitKind::Experts;
+        Group group = experts ? Group::ExpertShard : Group::DenseShard;
+        if (s.part == Part::Dispatch || s.part == Part::Combine)
+            group = Group::Ep;
+        else if (s.part == Part::Attention)
+            group = Group::Cp;
+        else if (s.part == Part::Gather || s.part == Part::Reduce)
+            s.mb = s.backward = 0;  // a unit's, whatever micro-batch it is for
+        else
+            return;
+        const std::vector<int> members = group_members(mesh, group, rank);
+        if (members.size() == 1) return;
+        Place& place = places[{static_cast<int>(group), members[0], 0}];
+        place.members = members;
+        const auto seat = std::ranges::find(members, rank) - members.begin();
+        ranks[rank].events.push_back(
+            {.action = action, .visits = {{&place, static_cast<int>(seat), rank, action, s}}});
+    }
+    // Gather and Reduce actions: all units of the chunk, in order or in reverse.
+    void add_units(int rank, int action, const ChunkLayers& c) {
+        const Action& a = lists[rank][action];
+        std::vector<Step> units;
+        const auto add = [&](UnitKind unit, int layer) {
+            const Part part = a.what == Do::Gather ? Part::Gather : Part::Reduce;
+            units.push_back({.part = part, .chunk = a.chunk, .layer = layer, .unit = unit});
+        };
+        if (c.prolog) add(UnitKind::Embedding, -1);
+        for (int layer = c.first; layer < c.first + c.count; layer++) {
+            add(UnitKind::Layer, layer);
+            add(UnitKind::Experts, layer);
+        }
+        if (c.epilog) add(UnitKind::Head, -1);
+        if (a.what == Do::Reduce) std::ranges::reverse(units);
+        for (const Step& s : units) add_collective(rank, action, s);
+    }
+    // Messages and times alone; with `layers` > 0, collectives too.
+    void add_events(int rank, int layers, bool gather_layer) {
+        const ActionList& list = lists[rank];
+        std::vector<ChunkLayers> chunks;
+        if (layers) chunks = chunk_layers(o.kind, o.pp, coord_of(mesh, rank).pp_rank, layers);
+        for (int i = 0; i < static_cast<int>(list.size()); i++) {
+            const Action& a = list[i];
+            std::vector<Event>& events = ranks[rank].events;
+            if (!a.is_message() || i == 0 || !list[i - 1].is_message()) {
+                const int backward = a.has_backward() ? (a.defer ? 1 : 2) : 0;
+                const int weights = a.what == Do::W ? a.count : 0;
+                events.push_back({i, static_cast<double>(a.has_forward() + backward + weights)});
             }
+            if (a.is_message()) events.back().visits.push_back(message(rank, i));
+            if (!layers) continue;
+            if (a.is_collective()) add_units(rank, i, chunks[a.chunk]);
+            for (const Step& s : steps_of(a, chunks, o.forward_only, gather_layer))
+                add_collective(rank, i, s);
         }
-    }
-    void post(int rank, const Event& e) {
-        for (int i = e.action; i < e.end; i++) {
-            const Action& a = lists[rank][i];
-            const int peer = peer_of(rank, a);
-            ranks[rank].open++;
-            Channel& c = a.what == Do::Send ? channel(rank, peer) : channel(peer, rank);
-            (a.what == Do::Send ? c.sends : c.recvs).push_back({rank, i, ranks[rank].time});
-        }
-        for (int i = e.action; i < e.end; i++) {
-            const Action& a = lists[rank][i];
-            const int peer = peer_of(rank, a);
-            match(a.what == Do::Send ? channel(rank, peer) : channel(peer, rank));
-        }
-    }
-    void meet(int rank, const Event& e) {
-        Meeting& m = meetings[e.group];
-        m.time = std::max(m.time, ranks[rank].time);
-        if (!m.here.empty() && !(event(m.here[0]).label == e.label))
-            fault(rank, e.action,
-                  text("comes to the %s, while ", to_text(e.label).c_str()) +
-                      where(m.here[0], lists[m.here[0]], event(m.here[0]).action) +
-                      text(" is in the %s", to_text(event(m.here[0]).label).c_str()));
-        m.here.push_back(rank);
-        if (m.here.size() < m.members.size()) return;
-        for (const int member : m.here) {
-            ranks[member].ready = m.time;
-            ranks[member].open = 0;
-        }
-        m.here.clear();
-        m.time = 0;
     }
 
-    // Begins the rank's next event, or ends the one it waits in. Whether anything happened.
+    // ---- All of them ----
+
+    void come(Visit& v, double time) {
+        auto& visits = v.place->visits;
+        visits.resize(v.place->members.size());
+        v.turn = visits[v.seat].size();
+        v.time = time;
+        visits[v.seat].push_back(&v);
+        for (const auto& others : visits) {
+            if (others.size() <= v.turn || others[v.turn]->what == v.what) continue;
+            const Visit& other = *others[v.turn];
+            std::string why =
+                "does not match " + where(other.rank, lists[other.rank], other.action);
+            if (!lists[v.rank][v.action].is_message())
+                why += ": " + collective_text(v.what) + " against " + collective_text(other.what);
+            throw Fault{v.rank, v.action, why};
+        }
+    }
+    // Who has not come to what the rank stands in; -1: nobody.
+    int missing(int rank) const {
+        for (const Visit& v : ranks[rank].event().visits)
+            for (size_t seat = 0; seat < v.place->members.size(); seat++)
+                if (v.place->visits[seat].size() <= v.turn) return v.place->members[seat];
+        return -1;
+    }
+    // Begins the rank's next event, and ends it unless someone is missing. Whether it ended.
     bool advance(int rank) {
         RankState& r = ranks[rank];
-        if (r.next == events[rank].size()) return false;
-        const Event& e = event(rank);
-        if (!r.waits) {
-            for (int i = e.action; i < std::max(e.end, e.action + 1); i++)
-                if (result.times[rank][i].begin < 0) result.times[rank][i].begin = r.time;
+        std::vector<ActionTime>& times = result.times[rank];
+        if (r.ended()) return false;
+        Event& e = r.events[r.next];
+        if (!r.inside) {
+            if (times[e.action].begin < 0) times[e.action].begin = r.time;
             r.time += e.duration;
             result.busy += e.duration;
-            r.ready = r.time;
-            r.waits = true;
-            if (e.group >= 0) {
-                r.open = 1;
-                meet(rank, e);
-            } else {
-                post(rank, e);
-            }
+            for (Visit& v : e.visits) come(v, r.time);
+            r.inside = true;
         }
-        if (r.open > 0) return false;
-        r.time = r.ready;
-        r.waits = false;
-        for (int i = e.action; i < std::max(e.end, e.action + 1); i++)
-            result.times[rank][i].end = r.time;
+        if (missing(rank) >= 0) return false;
+        for (const Visit& v : e.visits)
+            for (const auto& others : v.place->visits)
+                r.time = std::max(r.time, others[v.turn]->time);
+        times[e.action].end = r.time;
+        for (const Visit& v : e.visits)
+            if (v.action != e.action) times[v.action] = times[e.action];
+        r.inside = false;
         r.next++;
         return true;
     }
-
-    // Who the rank waits for, in the event where it stands.
-    int waits_for(int rank) const {
-        const Event& e = event(rank);
-        if (e.group >= 0) {
-            const Meeting& m = meetings[e.group];
-            for (const int member : m.members)
-                if (std::find(m.here.begin(), m.here.end(), member) == m.here.end()) return member;
-        }
-        for (const auto& c : channels) {
-            for (size_t i = c.sent; i < c.sends.size(); i++)
-                if (c.sends[i].rank == rank) return peer_of(rank, lists[rank][c.sends[i].action]);
-            for (size_t i = c.received; i < c.recvs.size(); i++)
-                if (c.recvs[i].rank == rank) return peer_of(rank, lists[rank][c.recvs[i].action]);
-        }
-        return rank;
-    }
-    void report_deadlock(int rank) {
-        std::vector<char> seen(ranks.size(), 0);
-        while (!seen[rank] && ranks[rank].next < events[rank].size()) {
-            seen[rank] = 1;
-            const int other = waits_for(rank);
-            if (ranks[other].next == events[other].size()) break;
-            rank = other;
-        }
-        const int first = rank;
-        std::string chain;
+    [[noreturn]] void deadlock(int rank) const {
+        for (size_t i = 0; i < ranks.size(); i++)  // into the circle, or to who waits in vain
+            if (!ranks[missing(rank)].ended()) rank = missing(rank);
+        std::string chain = "deadlock: waits";
+        int at = rank;
         do {
-            const int other = waits_for(rank);
-            const bool ended = ranks[other].next == events[other].size();
-            chain += text("%s rank %d, which ", chain.empty() ? "waits for" : " for", other);
-            if (ended) {
-                chain += "has ended";
-                break;
-            }
-            chain += "waits in " + where(other, lists[other], event(other).action);
-            rank = other;
-        } while (rank != first);
-        fault(first, event(first).action, "deadlock: " + chain);
+            at = missing(at);
+            chain += text(" for rank %d, which ", at);
+            chain += ranks[at].ended()
+                         ? "has ended"
+                         : "waits in " + where(at, lists[at], ranks[at].event().action);
+        } while (at != rank && !ranks[at].ended());
+        throw Fault{rank, ranks[rank].event().action, chain};
     }
-
     void run() {
-        ranks.resize(events.size());
-        result.ranks = static_cast<int>(events.size());
         for (const ActionList& list : lists)
             result.times.emplace_back(list.size(), ActionTime{-1, -1});
-        channels.resize(ranks.size() * (ranks.size() / world_pp_stride));
-        for (bool moved = true; moved && result.ok();) {
+        const int count = static_cast<int>(ranks.size());
+        for (bool moved = true; moved;) {
             moved = false;
-            for (size_t r = 0; r < ranks.size(); r++)
-                while (advance(static_cast<int>(r)) && result.ok()) moved = true;
+            for (int r = 0; r < count; r++)
+                while (advance(r)) moved = true;
         }
-        for (size_t r = 0; r < ranks.size(); r++) {
+        for (int r = 0; r < count; r++) {
+            if (!ranks[r].ended()) deadlock(r);
             result.makespan = std::max(result.makespan, ranks[r].time);
-            if (result.ok() && ranks[r].next < events[r].size())
-                report_deadlock(static_cast<int>(r));
-        }
-    }
-};
-// Adds the events of an action, or of the group call that begins with it; returns the action
-// behind.
-int add_events(const ActionList& list, int i, const ActionCosts& costs,
-               std::vector<Event>& events) {
-    int end = i;
-    while (end < static_cast<int>(list.size()) && is_message(list[end])) end++;
-    events.push_back({.action = i, .end = end, .duration = duration(list[i], costs)});
-    return std::max(end, i + 1);
-}
-
-bool check_each_list(const ScheduleOptions& o, int world, const std::vector<ActionList>& lists,
-                     ScheduleCheck& result) {
-    const int count = static_cast<int>(lists.size());
-    if (count != world) {
-        result.rank = result.action = 0;
-        result.why = text("lists of %d ranks (need %d)", count, world);
-    }
-    for (int rank = 0; rank < count && result.ok(); rank++)
-        check_list(o, rank / (world / o.pp), rank, lists[rank], result);
-    return result.ok();
-}
-
-// The collectives of a rank's actions, as the executor issues them.
-struct CollectiveEvents {
-    const Mesh& mesh;
-    int rank;
-    bool forward_only, gather_layer;
-    std::vector<ChunkLayers> chunks;
-    std::vector<Simulation::Meeting>& meetings;
-    std::vector<int>& meeting_of;  // [group kind, first member]: index of its meeting, or -1
-    std::vector<Event> events = {};
-
-    void add(int action, Group group, const Label& label) {
-        const std::vector<int> members = group_members(mesh, group, rank);
-        if (members.size() == 1) return;
-        int& index = meeting_of[static_cast<int>(group) * mesh.world() + members[0]];
-        if (index < 0) {
-            index = static_cast<int>(meetings.size());
-            meetings.push_back({members});
-        }
-        events.push_back({.action = action, .end = action, .group = index, .label = label});
-    }
-    void add_unit(int action, Part part, int chunk, int layer, UnitKind unit) {
-        add(action, unit == UnitKind::Experts ? Group::ExpertShard : Group::DenseShard,
-            {.part = part, .chunk = chunk, .layer = layer, .unit = unit});
-    }
-    // Gather and Reduce actions: all units of the chunk, in order or in reverse.
-    void add_chunk(int action, const Action& a) {
-        const ChunkLayers& c = chunks[a.chunk];
-        const bool gather = a.what == Do::Gather;
-        const Part part = gather ? Part::Gather : Part::Reduce;
-        if (gather ? c.prolog : c.epilog)
-            add_unit(action, part, a.chunk, -1, gather ? UnitKind::Embedding : UnitKind::Head);
-        for (int i = 0; i < c.count; i++) {
-            const int layer = c.first + (gather ? i : c.count - 1 - i);
-            add_unit(action, part, a.chunk, layer, gather ? UnitKind::Layer : UnitKind::Experts);
-            add_unit(action, part, a.chunk, layer, gather ? UnitKind::Experts : UnitKind::Layer);
-        }
-        if (gather ? c.epilog : c.prolog)
-            add_unit(action, part, a.chunk, -1, gather ? UnitKind::Head : UnitKind::Embedding);
-    }
-    void add_steps(int action, const Action& a) {
-        for (const Step& s : steps_of(a, chunks, forward_only, gather_layer)) {
-            const Label label{s.part, s.backward, s.chunk, s.mb, s.layer, s.unit};
-            if (s.part == Part::Dispatch || s.part == Part::Combine) add(action, Group::Ep, label);
-            if (s.part == Part::Attention) add(action, Group::Cp, label);
-            if (s.part == Part::Gather || s.part == Part::Reduce)
-                add_unit(action, s.part, s.chunk, s.layer, s.unit);
         }
     }
 };
 
 }  // namespace
 
-ScheduleCheck check_schedule(const ScheduleOptions& o, const std::vector<ActionList>& lists,
-                             const ActionCosts& costs) {
-    ScheduleCheck result;
-    if (!check_each_list(o, o.pp, lists, result)) return result;
-    Simulation s{o, lists, 1, result};
-    for (const ActionList& list : lists) {
-        std::vector<Event>& events = s.events.emplace_back();
-        for (int i = 0; i < static_cast<int>(list.size());) i = add_events(list, i, costs, events);
-    }
-    s.run();
-    return result;
-}
-
 ScheduleCheck check_collectives(const ScheduleOptions& o, const Mesh& mesh, int layers,
                                 bool gather_layer, const std::vector<ActionList>& lists) {
     ScheduleCheck result;
-    if (!check_each_list(o, mesh.world(), lists, result)) return result;
-    Simulation s{o, lists, mesh.world() / mesh.pp, result};
-    std::vector<int> meeting_of(kGroups * mesh.world(), -1);
-    for (int rank = 0; rank < mesh.world(); rank++) {
-        CollectiveEvents c{mesh,
-                           rank,
-                           o.forward_only,
-                           gather_layer,
-                           chunk_layers(o.kind, o.pp, s.pp_rank(rank), layers),
-                           s.meetings,
-                           meeting_of};
-        const ActionList& list = lists[rank];
-        for (int i = 0; i < static_cast<int>(list.size());) {
-            const int action = i;
-            i = add_events(list, i, {}, c.events);
-            if (list[action].what == Do::Gather || list[action].what == Do::Reduce)
-                c.add_chunk(action, list[action]);
-            else
-                c.add_steps(action, list[action]);
-        }
-        s.events.push_back(std::move(c.events));
+    result.ranks = static_cast<int>(lists.size());
+    if (result.ranks != mesh.world()) {
+        result.rank = result.action = 0;
+        result.why = text("lists of %d ranks (need %d)", result.ranks, mesh.world());
+        return result;
     }
-    s.run();
+    try {
+        for (int r = 0; r < result.ranks; r++) walk_list(o, mesh, r, lists[r], result);
+        Replay replay{o, mesh, lists, result};
+        for (int r = 0; r < result.ranks; r++) replay.add_events(r, layers, gather_layer);
+        replay.run();
+    } catch (const Fault& fault) {
+        result.rank = fault.rank;
+        result.action = fault.action;
+        result.why = where(fault.rank, lists[fault.rank], fault.action) + ": " + fault.why;
+    }
     return result;
+}
+
+ScheduleCheck check_schedule(const ScheduleOptions& o, const std::vector<ActionList>& lists) {
+    return check_collectives(o, Mesh{.pp = o.pp}, 0, false, lists);
 }
 
 }  // namespace pith

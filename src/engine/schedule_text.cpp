@@ -1,6 +1,4 @@
 // Actions as text, one a line, and back.
-#include <cstring>
-
 #include "engine/schedule.h"
 
 namespace pith {
@@ -11,8 +9,8 @@ std::string to_text(const Action& a) {
         case Do::F: return text("F%d.%d", a.chunk, a.mb);
         case Do::B: return text("B%d.%d%s", a.chunk, a.mb, plus);
         case Do::W:
-            return a.count == 1 ? text("W%d.%d", a.chunk, a.mb)
-                                : text("W%d.%d-%d", a.chunk, a.mb, a.mb + a.count - 1);
+            return text("W%d.%d", a.chunk, a.mb) +
+                   (a.count == 1 ? "" : text("-%d", a.mb + a.count - 1));
         case Do::FB: return text("F%d.%d|B%d.%d%s", a.chunk, a.mb, a.chunk2, a.mb2, plus);
         case Do::Gather: return text("gather %d", a.chunk);
         case Do::Reduce: return text("reduce %d", a.chunk);
@@ -23,82 +21,40 @@ std::string to_text(const Action& a) {
     }
 }
 
-namespace {
-
-struct Reader {
-    const char* at;
-    bool ok = true;
-
-    bool skip(const char* word) {
-        const size_t n = std::strlen(word);
-        if (std::strncmp(at, word, n) != 0) return false;
-        at += n;
-        return true;
-    }
-    void expect(const char* word) { ok = skip(word) && ok; }
-    int number() {
-        if (*at < '0' || *at > '9') ok = false;
-        int value = 0;
-        for (; *at >= '0' && *at <= '9' && value < 1000000; at++) value = 10 * value + (*at - '0');
-        return value;
-    }
-    void pair(int& chunk, int& mb) {
-        chunk = number();
-        ok = ok && chunk <= 1;
-        expect(".");
-        mb = number();
-    }
-};
-
-Action read_transfer(Reader& r, Do what) {
-    Action a{.what = what};
-    a.payload = r.skip("F") ? Payload::Activation : Payload::Gradient;
-    if (a.payload == Payload::Gradient) r.expect("B");
-    r.pair(a.chunk, a.mb);
-    r.expect(what == Do::Send ? " > " : " < ");
-    a.peer = r.number();
-    return a;
-}
-
-Action read_action(Reader& r) {
-    Action a;
-    if (r.skip("send ")) return read_transfer(r, Do::Send);
-    if (r.skip("recv ")) return read_transfer(r, Do::Recv);
-    if (const bool gather = r.skip("gather "); gather || r.skip("reduce ")) {
-        a.what = gather ? Do::Gather : Do::Reduce;
-        a.chunk = r.number();
-        r.ok = r.ok && a.chunk <= 1;
-    } else if (r.skip("F")) {
-        r.pair(a.chunk, a.mb);
-        if (!r.skip("|B")) return a;
-        a.what = Do::FB;
-        r.pair(a.chunk2, a.mb2);
-        a.defer = r.skip("+");
-    } else if (r.skip("B")) {
-        a.what = Do::B;
-        r.pair(a.chunk, a.mb);
-        a.defer = r.skip("+");
-    } else {
-        r.expect("W");
-        a.what = Do::W;
-        r.pair(a.chunk, a.mb);
-        if (r.skip("-")) a.count = r.number() - a.mb + 1;
-        r.ok = r.ok && a.count >= 1;
-    }
-    return a;
-}
-
-}  // namespace
-
+// Reads generously, and takes only what prints as the same line.
 Action parse_action(const std::string& line, const std::string& place) {
-    Reader r{line.c_str()};
-    const Action a = read_action(r);
-    if (!r.ok || *r.at != 0)
+    const char* s = line.c_str();
+    Action a{.defer = line.ends_with('+')};
+    char payload = 'F';
+    int last = 0;
+    if (sscanf(s, "send %c%d.%d > %d", &payload, &a.chunk, &a.mb, &a.peer) == 4) {
+        a.what = Do::Send;
+    } else if (sscanf(s, "recv %c%d.%d < %d", &payload, &a.chunk, &a.mb, &a.peer) == 4) {
+        a.what = Do::Recv;
+    } else if (sscanf(s, "gather %d", &a.chunk) == 1) {
+        a.what = Do::Gather;
+    } else if (sscanf(s, "reduce %d", &a.chunk) == 1) {
+        a.what = Do::Reduce;
+    } else if (sscanf(s, "F%d.%d|B%d.%d", &a.chunk, &a.mb, &a.chunk2, &a.mb2) == 4) {
+        a.what = Do::FB;
+    } else if (sscanf(s, "B%d.%d", &a.chunk, &a.mb) == 2) {
+        a.what = Do::B;
+    } else if (const int n = sscanf(s, "W%d.%d-%d", &a.chunk, &a.mb, &last); n >= 2) {
+        a.what = Do::W;
+        a.count = n == 3 ? static_cast<int>(int64_t{last} - a.mb + 1) : 1;
+    } else {
+        sscanf(s, "F%d.%d", &a.chunk, &a.mb);
+    }
+    if (payload != 'F') a.payload = Payload::Gradient;
+    const auto in = [](int number, int end) { return number >= 0 && number < end; };
+    const bool sane = in(a.chunk, 2) && in(a.chunk2, 2) && in(a.mb, 1000000) &&
+                      in(a.mb2, 1000000) && in(a.count - 1, 1000000);
+    if (!sane || to_text(a) != line)
         bad_input(place,
                   text("is not an action (got \"%s\", need one such as F0.3, B1.2 or B1.2+, "
                        "W1.2 or W1.2-4, F0.5|B1.3, send F0.3 > 1, recv B1.2 < 1, gather 0, "
                        "reduce 1)",
-                       line.c_str()),
+                       s),
                   "the form that pith plan --schedule --lists prints");
     return a;
 }

@@ -155,13 +155,13 @@ TEST(Plan, FaultyListsAreNamed) {
          "\nrank 1\nrecv F0.0 < 0\nF0.0\nsend B0.0 > 0\nB0.0\n",
          ":11: rank 1, action 2 (send B0.0 > 0): B0.0 has not run. Try: pith plan --schedule"},
         {"rank 0\nF0.0\nsend F0.0 > 1\nrecv B0.0 < 1\nB0.0\nrank 1\nrecv F0.0 < 0\nF0.0\nB0.0\n",
-         ":9: rank 1, at the end: the gradient of B0.0 has not been sent"},
+         ":9: rank 1, at the end: send B0.0 has not run"},
         {"rank 0\nF0.0\nB0.1\n", ":3: rank 0, action 1 (B0.1): F0.1 has not run"},
         {"rank 0\nF0.0\nrank 2\n", ":3: begins another rank (got \"rank 2\", need \"rank 1\")"},
         {"F0.0\n", ":1: stands before the first rank (got \"F0.0\"). Try: \"rank 0\" as"},
         {"rank 0\nF0.x\n", ":2: is not an action (got \"F0.x\", need one such as F0.3,"},
         {"\n# nothing\n", ": holds no list. Try: pith plan --schedule --lists"},
-        {"rank 0\n", ":1: rank 0, at the end: F0.0 is missing"},
+        {"rank 0\n", ":1: rank 0, at the end: F0.0 has not run"},
     };
     for (const auto& c : cases) {
         const std::string path = write("faulty.txt", c.lists);
