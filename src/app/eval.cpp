@@ -43,9 +43,10 @@ DataOptions complete(EvalArguments& a, const Json& config) {
 }  // namespace
 
 int run_eval(int argc, char** argv) {
-    Arguments args("pith eval",
-                   "Loss of a model on held-out text: a run folder, a checkpoint, or a Hugging Face "
-                   "folder.");
+    Arguments args(
+        "pith eval",
+        "Loss of a model on held-out text: a run folder, a checkpoint, or a Hugging Face "
+        "folder.");
     EvalArguments a;
     args.positional("model", a.model, "run folder, step-NNNNNNNN, or Hugging Face folder");
     args.option("--data", a.data, "token files; default: those of the model's run");
@@ -62,6 +63,7 @@ int run_eval(int argc, char** argv) {
     const Json config = model_config(weights);
     const DataOptions options = complete(a, config);
     const Dataset data(find_token_files(a.data), options);
+    data.require_heldout();
     check_weights(weights, whole_table(config));
     const HeldOutText held =
         held_out_text(data, a.tokenizer.empty() ? find_tokenizer(a.data) : a.tokenizer);
@@ -70,8 +72,8 @@ int run_eval(int argc, char** argv) {
         Instance model = make_instance(rank, config, {.length = options.seq_length});
         load_weights(rank, *model.parameters, weights);
         const BatchShape shape{a.batch, a.batch, 1, 1};
-        result = evaluate(rank, model, data, shape, {.kind = ScheduleKind::OneF1B,
-                                                     .gather_step = true}, a.batches);
+        result = evaluate(rank, model, data, shape,
+                          {.kind = ScheduleKind::OneF1B, .gather_step = true}, a.batches);
     });
     const double bits = bits_per_byte(result.loss, held);
     if (a.json) {
@@ -83,8 +85,7 @@ int run_eval(int argc, char** argv) {
         printf("%s\n", w.str().c_str());
     } else {
         printf("loss %.4f nats a token, perplexity %.2f%s, over %s tokens\n", result.loss,
-               std::exp(result.loss),
-               bits > 0 ? text(", %.4f bits a byte", bits).c_str() : "",
+               std::exp(result.loss), bits > 0 ? text(", %.4f bits a byte", bits).c_str() : "",
                with_commas(result.labels).c_str());
     }
     return kExitDone;

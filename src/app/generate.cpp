@@ -54,9 +54,10 @@ int run_generate(int argc, char** argv) {
     const Tokenizer tokenizer = Tokenizer::load(tokenizer_of(model, tokenizer_path));
     const ModelShape shape = model_shape(config);
     if (static_cast<int64_t>(tokenizer.vocab_size()) > shape.vocab)
-        bad_input(model, text("has a smaller vocabulary than the tokenizer (got %lld, need at least "
-                              "%u)",
-                              static_cast<long long>(shape.vocab), tokenizer.vocab_size()),
+        bad_input(model,
+                  text("has a smaller vocabulary than the tokenizer (got %lld, need at least "
+                       "%u)",
+                       static_cast<long long>(shape.vocab), tokenizer.vocab_size()),
                   "the tokenizer that the model was trained with");
     if (window == 0) {
         const std::optional<RunConfig> run = run_config_of(model);
@@ -88,7 +89,7 @@ int run_generate(int argc, char** argv) {
     });
     printer.print(tokenizer.decode(printer.ids, SpecialTokens::Keep), true);
     printf("\n");
-    return kExitDone;
+    return stop_requested() ? kExitStopped : kExitDone;
 }
 
 }  // namespace pith

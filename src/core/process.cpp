@@ -98,7 +98,9 @@ void install_signal_handlers() {
     crash.sa_flags = SA_ONSTACK;
     for (const int s : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT}) sigaction(s, &crash, nullptr);
     std::set_terminate(on_terminate);
+    // Writes that fail say so by errno: a file at the size limit as well as a closed pipe.
     signal(SIGPIPE, SIG_IGN);
+    signal(SIGXFSZ, SIG_IGN);
 }
 
 }  // namespace pith

@@ -170,6 +170,7 @@ void finish_routing(Rank& rank, Run& run, const RankState& state) {
     const std::string where = text("step %lld", static_cast<long long>(state.step + 1));
     const std::string what =
         text("loss or gradient is not finite (got loss %g, gradient norm %g)", loss, norm);
+    const char* remedy = "a lower optimizer.lr, or train.on_nonfinite = \"skip\"";
     if (rank.id == 0) log_warning("%s: %s: looking for the op", where.c_str(), what.c_str());
     try {
         rank.debug = true;
@@ -177,9 +178,9 @@ void finish_routing(Rank& rank, Run& run, const RankState& state) {
         prepare_routing(rank, run, state);
         compute_gradients(rank, run, state, loaded);
     } catch (const Error& e) {
-        throw Error(kExitFailed, where + ": " + what + ": " + e.what());
+        failed(where, what + ": " + e.what(), remedy);
     }
-    failed(where, what, "a lower optimizer.lr, or train.on_nonfinite = \"skip\"");
+    failed(where, what, remedy);
 }
 
 void publish(Run& run, const StepMetrics& m) {
@@ -214,8 +215,10 @@ StepMetrics train_step(Rank& rank, Run& run, RankState& state, CheckpointSaver* 
     m.learning_rate =
         learning_rate(config.lr_schedule, config.optimizer.lr, state.step, config.train.steps);
     const bool finite = std::isfinite(m.loss) && std::isfinite(m.gradient_norm);
-    if (!finite && config.train.on_nonfinite == "stop")
+    if (!finite && config.train.on_nonfinite == "stop") {
+        if (saver) saver->finish(rank);  // the last good state
         explain_nonfinite(rank, run, state, m.loss, m.gradient_norm);
+    }
     m.skipped = !finite;
     if (saver) saver->poll(rank);
     if (finite) {
@@ -286,8 +289,7 @@ void train_rank(Rank& rank, Run& run) {
                 probe->balance.push_back(m.mean_balance_loss());
             }
         }
-        if (saver && (last || due(config.checkpoint.interval, state.step) ||
-                      (saver->last_failed() && due(config.checkpoint.interval, state.step)))) {
+        if (saver && (last || due(config.checkpoint.interval, state.step))) {
             if (rank.id == 0 && run.metrics) run.metrics->sync();
             saver->begin(rank, state_of(run, state));
             saved = state.step;
@@ -332,17 +334,18 @@ TrainResult train(const RunPlan& plan, const TrainOptions& options) {
                     .config = to_toml(config),
                     .model = plan.model.dump(2)};
     run.flops_per_token = flops_per_token(plan);
+    if (config.train.eval_interval > 0 && !options.probe) run.data.require_heldout();
+    // Before anything is written.
+    if (!config.model.init_from.empty() && list_checkpoints(config.run.folder).empty()) {
+        run.init_from = open_weights(config.model.init_from);
+        check_weights(*run.init_from, whole_table(plan.model));
+    }
     std::optional<RunLock> lock;
     if (!options.probe) {
         lock.emplace(config.run.folder);
         log_to_file(config.run.folder + "/log.txt");
         open_run(run);
     }
-    if (!run.resume_from && !config.model.init_from.empty()) {
-        run.init_from = open_weights(config.model.init_from);
-        check_weights(*run.init_from, whole_table(plan.model));
-    }
-    if (config.train.eval_interval > 0 && !options.probe) run.data.require_heldout();
     const LaunchOptions launch{.startup_limit_s = config.parallel.startup_timeout_s,
                                .limit_s = config.parallel.timeout_s,
                                .exit_on_failure = options.exit_on_failure,
