@@ -2,13 +2,7 @@
 # Runs every block fenced as ```sh of README.md and AGENTS.md, in order, in a clean copy of the tree.
 # document_blocks.sh [ROOT]
 source "$(dirname "$0")/lib.sh"
-copy=$(mktemp -d)
-trap 'rm -rf "$copy"' EXIT
-if git rev-parse --git-dir > /dev/null 2>&1; then
-    git ls-files -coz --exclude-standard | { while IFS= read -r -d '' f; do [ ! -e "$f" ] || printf '%s\0' "$f"; done; }
-else
-    find . \( -path ./build -o -path ./runs \) -prune -o -type f -print0
-fi | tar -cf - --null -T - | tar -xf - -C "$copy"
+copy_tree
 
 # Compiling again what was just compiled elsewhere comes from the cache.
 export CCACHE_BASEDIR=$copy CCACHE_NOHASHDIR=1 PITH_IN_DOCUMENT=1

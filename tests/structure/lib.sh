@@ -28,3 +28,15 @@ sources() {
 stripped() {
     sources src | xargs awk -f "$here/strip.awk"
 }
+
+# copy_tree: a copy of the repository's files at $copy, removed at the end.
+copy_tree() {
+    copy=$(mktemp -d)
+    trap 'rm -rf "$copy"' EXIT
+    if git rev-parse --git-dir > /dev/null 2>&1; then
+        git ls-files -coz --exclude-standard |
+            { while IFS= read -r -d '' f; do [ ! -e "$f" ] || printf '%s\0' "$f"; done; }
+    else
+        find . \( -path ./build -o -path ./runs \) -prune -o -type f -print0
+    fi | tar -cf - --null -T - | tar -xf - -C "$copy"
+}
