@@ -128,8 +128,7 @@ void check_model(const std::string& name, bool documents) {
         io.loss_scale = 1.0 / double(count_labels(labels));
         io.want_logits = true;
         RoutingStep routing;
-        begin_trace(routing, m.model.shape.num_layers, int64_t(tokens.size()),
-                    m.model.shape.top_k);
+        begin_trace(routing, m.model.shape.num_layers, int64_t(tokens.size()), m.model.shape.top_k);
         RoutingSlot slot{&routing, {{}}};
         for (size_t i = 0; i < tokens.size(); i++) slot.tokens[0].push_back(int64_t(i));
         io.routing = &slot;
@@ -154,7 +153,7 @@ TEST(Golden, NormalisedWeights) { check_model("normed", false); }
 TEST(Golden, RawWeights) { check_model("raw", false); }
 TEST(Golden, PackedDocuments) { check_model("normed", true); }
 
-// ---- Training ------------------------------------------------------------------------------------
+// ---- Training ---------------------------------------------------------------------------------
 
 constexpr int64_t kRows = 8, kLength = 32, kMicro = 2;
 const LrSchedule kShort{.kind = "wsd", .warmup_ratio = 0.25, .decay_ratio = 0.5, .final_lr = 1e-4};
@@ -164,7 +163,8 @@ void check_training(const std::string& name, BalanceKind kind) {
         const Golden want(golden("train/" + name + ".safetensors"));
         const std::vector<int32_t> tokens = want.ints("tokens"), labels = want.ints("labels");
         Loaded m(rank, golden("train/init"), kLength, kRows / kMicro);
-        BalanceState balance{.kind = kind, .coefficient = kind == BalanceKind::None ? 0 : 0.3,
+        BalanceState balance{.kind = kind,
+                             .coefficient = kind == BalanceKind::None ? 0 : 0.3,
                              .num_experts = m.model.shape.num_experts,
                              .num_layers = m.model.shape.num_layers};
         for (int64_t step = 0; step < 8; step++) {
@@ -174,8 +174,8 @@ void check_training(const std::string& name, BalanceKind kind) {
                 io.batches.push_back(make_batch(rank, kMicro, kLength,
                                                 tokens.data() + first + row * kLength,
                                                 labels.data() + first + row * kLength, nullptr));
-            const double n = double(count_labels(
-                {labels.begin() + first, labels.begin() + first + kRows * kLength}));
+            const double n = double(
+                count_labels({labels.begin() + first, labels.begin() + first + kRows * kLength}));
             io.loss_scale = 1 / n;
             io.balance = &balance;
             begin_step(balance, kRows * kLength);
