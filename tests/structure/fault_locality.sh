@@ -18,7 +18,8 @@ cmake --preset cpu -DPITH_TESTS=OFF > configure.log || { cat configure.log; exit
 cmake --build --preset cpu --target pith > build.log || { tail -n 30 build.log; exit 1; }
 
 # A corpus of some hundred lines, and one step of the quickstart on it.
-build/cpu/pith tokenize --tokenizer configs/quickstart/tokenizer.json --output tokens --input src/core > tokenize.log
+build/cpu/pith tokenize --tokenizer configs/quickstart/tokenizer.json --format text --join text \
+    --output tokens --input src/core > tokenize.log 2>&1 || { cat tokenize.log; exit 1; }
 run_step() {
     rm -rf run
     timeout 120 build/cpu/pith train configs/quickstart/run.toml --set run.folder=run \
