@@ -33,8 +33,8 @@ void Arguments::option(const std::string& name, int64_t& value, const std::strin
         ->check(CLI::TypeValidator<int64_t>("INT"))
         ->check(CLI::Range(min, max, ""));
 }
-void Arguments::option(const std::string& name, double& value, const std::string& about,
-                       double min, double max) {
+void Arguments::option(const std::string& name, double& value, const std::string& about, double min,
+                       double max) {
     state_->app.add_option(name, value, about)
         ->capture_default_str()
         ->check(CLI::Range(min, max, ""));

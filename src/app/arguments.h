@@ -38,8 +38,8 @@ class Arguments {
     void flag(const std::string& name, bool& value, const std::string& about);
     bool given(const std::string& name) const;
 
-    // False when --help was asked for and printed. Exit code 2, naming the command and the argument,
-    // for a wrong command line.
+    // False when --help was asked for and printed. Exit code 2, naming the command and the
+    // argument, for a wrong command line.
     bool parse(int argc, char** argv);
 
   private:

@@ -63,11 +63,12 @@ void print_plan(const RunPlan& plan, const PlanNumbers& n) {
            with_commas(n.parameters.active).c_str(), flops_per_token(plan));
     printf("ranks        %d = pp %d * dp %d * cp %d * ep %d, schedule %s\n", plan.mesh.world(),
            plan.mesh.pp, plan.mesh.dp, plan.mesh.cp, plan.mesh.ep, name_of(plan.schedule.kind));
-    printf("a step       %s sequences of %s tokens = %s tokens; %d micro-batches of %s sequences "
-           "a rank\n",
-           with_commas(b.global_batch).c_str(), with_commas(length).c_str(),
-           with_commas(b.global_batch * length).c_str(), plan.schedule.micro_batches,
-           with_commas(b.micro_batch).c_str());
+    printf(
+        "a step       %s sequences of %s tokens = %s tokens; %d micro-batches of %s sequences "
+        "a rank\n",
+        with_commas(b.global_batch).c_str(), with_commas(length).c_str(),
+        with_commas(b.global_batch * length).c_str(), plan.schedule.micro_batches,
+        with_commas(b.micro_batch).c_str());
     printf("tokens       %s needed, %s available in %s pass%s over the data\n\n",
            with_commas(n.samples_needed * length).c_str(),
            with_commas(n.samples_available * length).c_str(),
@@ -155,9 +156,9 @@ int run_train(int argc, char** argv) {
     const char* debug = getenv("PITH_DEBUG");
     a.options.debug = debug && strcmp(debug, "1") == 0;
     const ParameterCounts n = parameter_counts(plan);
-    log_info("%s: %s parameters (%s active), %d ranks on the CPU, %s", plan.shape.model_type.c_str(),
-             with_commas(n.total).c_str(), with_commas(n.active).c_str(), plan.mesh.world(),
-             name_of(plan.schedule.kind));
+    log_info("%s: %s parameters (%s active), %d ranks on the CPU, %s",
+             plan.shape.model_type.c_str(), with_commas(n.total).c_str(),
+             with_commas(n.active).c_str(), plan.mesh.world(), name_of(plan.schedule.kind));
     const TrainResult result = train(plan, a.options);
     write_report(plan);
     if (!result.stopped) return kExitDone;

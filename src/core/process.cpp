@@ -68,7 +68,7 @@ static void on_crash(int signal_number) {
     const int n = snprintf(line, sizeof line, "error: crash: signal %d (%s)\n", signal_number,
                            sigdescr_np(signal_number));
     if (n > 0 && write(2, line, n) > 0) print_boards();
-    _exit(128 + signal_number);
+    _exit(kExitFailed);
 }
 
 static void on_terminate() {

@@ -18,7 +18,7 @@ int status_boards();
 // Installs handlers: SIGINT and SIGTERM set the stop flag once (a second one leaves at once with
 // 128 + signal); SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT and std::terminate print rank, layer,
 // stage, micro-batch and the last op's caller of the thread that crashed, and the other boards, and
-// leave with 128 + signal (uncaught exception: 1).
+// leave with 1.
 void install_signal_handlers();
 // Tells the crash handler which board belongs to the calling thread.
 void set_thread_status(Status* status);

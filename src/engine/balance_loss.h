@@ -2,9 +2,10 @@
 //
 // Per MoE layer and group of tokens: E * sum_i f_i * p_i, f_i the share of the group's (token,
 // slot) pairs that chose expert i, p_i its mean router probability; f carries no gradient. 1 is
-// balance. The training loss adds coefficient * the sum over layers of the mean over groups, weighted
-// by their tokens. The group is a micro-batch (over cp), a sequence (over cp), or, for GlobalBatch,
-// f comes from the previous step's whole global batch (1/E at step 0) and p from this one's.
+// balance. The training loss adds coefficient * the sum over layers of the mean over groups,
+// weighted by their tokens. The group is a micro-batch (over cp), a sequence (over cp), or, for
+// GlobalBatch, f comes from the previous step's whole global batch (1/E at step 0) and p from this
+// one's.
 #pragma once
 #include <string>
 #include <vector>
@@ -21,10 +22,10 @@ struct BalanceState {
     BalanceKind kind = BalanceKind::None;
     double coefficient = 0;
     int num_experts = 0, num_layers = 0;
-    double token_share = 0;         // 1 / tokens of the global batch
-    std::vector<double> counts;     // [layers * E]: pairs that chose each expert this step, here
-    std::vector<double> previous;   // [layers * E]: of the whole previous global batch; empty: none
-    std::vector<double> loss;       // [layers]: this rank's share of each layer's unscaled loss
+    double token_share = 0;        // 1 / tokens of the global batch
+    std::vector<double> counts;    // [layers * E]: pairs that chose each expert this step, here
+    std::vector<double> previous;  // [layers * E]: of the whole previous global batch; empty: none
+    std::vector<double> loss;      // [layers]: this rank's share of each layer's unscaled loss
 };
 void begin_step(BalanceState& state, int64_t global_tokens);
 

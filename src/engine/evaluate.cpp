@@ -31,7 +31,7 @@ EvalResult evaluate(Rank& rank, Instance& instance, const Dataset& data, const B
     return {sums[1] > 0 ? sums[0] / sums[1] : 0, static_cast<int64_t>(sums[1])};
 }
 
-// ---- Generation ----------------------------------------------------------------------------------
+// ---- Generation -------------------------------------------------------------------------------
 
 // Logits [V] of the token after `tokens`.
 static std::vector<float> next_logits(Rank& rank, Instance& instance,
@@ -50,7 +50,8 @@ static std::vector<float> next_logits(Rank& rank, Instance& instance,
     io.batches = {batch};
     io.forward_only = true;
     io.want_logits = true;
-    const ScheduleOptions schedule{.kind = instance.options.schedule, .forward_only = true,
+    const ScheduleOptions schedule{.kind = instance.options.schedule,
+                                   .forward_only = true,
                                    .gather_step = !instance.options.gather_layer};
     run_actions(rank, instance, io, schedule, make_schedule(schedule, 0));
     const float* last = io.logits[0].f32() + (n - 1) * instance.shape.vocab;
@@ -90,8 +91,8 @@ std::vector<int32_t> generate(Rank& rank, Instance& instance, std::vector<int32_
         const size_t first = prompt.size() > static_cast<size_t>(window)
                                  ? prompt.size() - static_cast<size_t>(window)
                                  : 0;
-        const std::vector<float> logits = next_logits(
-            rank, instance, std::vector<int32_t>(prompt.begin() + first, prompt.end()));
+        const std::vector<float> logits =
+            next_logits(rank, instance, std::vector<int32_t>(prompt.begin() + first, prompt.end()));
         const int32_t token = draw(logits, options, i);
         if (token == options.stop_token) break;
         prompt.push_back(token);

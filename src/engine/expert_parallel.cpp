@@ -4,7 +4,7 @@
 
 namespace pith {
 
-// ---- Rows between ranks, with the reverse as gradient --------------------------------------------
+// ---- Rows between ranks, with the reverse as gradient -----------------------------------------
 
 static Tensor counts_tensor(Rank& rank, const std::vector<int64_t>& send,
                             const std::vector<int64_t>& recv) {
@@ -42,7 +42,7 @@ static Tensor exchange(Rank& rank, Tensor x, const std::vector<int64_t>& send,
     return y;
 }
 
-// ---- Dispatch ------------------------------------------------------------------------------------
+// ---- Dispatch ---------------------------------------------------------------------------------
 
 // One (row, expert) pair to compute: the row within its block and the expert on its rank, as sent.
 struct Pair {

@@ -1,7 +1,7 @@
 // expert_parallel: stages 2 and 4 of a layer. A token goes once to each rank that holds any of its
-// experts, with its (local expert, weight) pairs, and comes back once from each, already summed over
-// that rank's experts. Nothing is dropped; ranks and experts without tokens are ordinary. Positions
-// come from stable counting, so results repeat.
+// experts, with its (local expert, weight) pairs, and comes back once from each, already summed
+// over that rank's experts. Nothing is dropped; ranks and experts without tokens are ordinary.
+// Positions come from stable counting, so results repeat.
 #pragma once
 #include <vector>
 
@@ -20,8 +20,8 @@ struct Dispatch {
 // [r*E/ep, (r+1)*E/ep). Differentiable in hidden and routing.weights.
 Dispatch dispatch(Rank& rank, Tensor hidden, const Routing& routing, int num_experts,
                   At at = At::here());
-// Stage 4 and the first sum of stage 5: rows [R, D] go home; each token sums the ranks' rows in rank
-// order. -> [T, D]
+// Stage 4 and the first sum of stage 5: rows [R, D] go home; each token sums the ranks' rows in
+// rank order. -> [T, D]
 Tensor combine(Rank& rank, Tensor rows, const Dispatch& dispatch, At at = At::here());
 
 }  // namespace pith

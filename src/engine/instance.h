@@ -51,7 +51,7 @@ struct Instance {
     ModelType type = ModelType::Qwen3Moe;
     ModelShape shape;
     PipelineOptions options;
-    Parameters* parameters = nullptr;  // of this rank's stages; owned by the pipeline
+    Parameters* parameters = nullptr;             // of this rank's stages; owned by the pipeline
     std::shared_ptr<Qwen3MoePipeline> qwen3_moe;  // the one of `type` is set
 };
 

@@ -9,8 +9,7 @@ double learning_rate(const LrSchedule& schedule, double peak, int64_t s, int64_t
     const auto n = static_cast<double>(steps);
     const double warmup = std::nearbyint(schedule.warmup_ratio * n);
     const double x = static_cast<double>(s);
-    if (x < warmup)
-        return schedule.start_lr + (peak - schedule.start_lr) * x / warmup;
+    if (x < warmup) return schedule.start_lr + (peak - schedule.start_lr) * x / warmup;
     if (schedule.kind == "constant") return peak;
     const double decay =
         schedule.kind == "cosine" ? n - warmup : std::nearbyint(schedule.decay_ratio * n);

@@ -21,8 +21,7 @@ int64_t total_numel(const ParameterTable& table) {
 }
 
 static bool is_shared(const FlatUnit& unit) {
-    return unit.cuts.size() == 1 && unit.weights.defined() &&
-           unit.weights.data == unit.master.data;
+    return unit.cuts.size() == 1 && unit.weights.defined() && unit.weights.data == unit.master.data;
 }
 
 // Elements of each member's shard: blocks of 128, as equal as can be.
@@ -72,7 +71,9 @@ Parameters layout_parameters(ParameterTable table, const std::vector<int>& chunk
 
 Parameters make_parameters(Rank& rank, ParameterTable table, const std::vector<int>& chunk_sizes,
                            bool gather_layer) {
-    const auto place = [&](Group g) { return ShardPlace{group_size(rank, g), group_rank(rank, g)}; };
+    const auto place = [&](Group g) {
+        return ShardPlace{group_size(rank, g), group_rank(rank, g)};
+    };
     Parameters p = layout_parameters(std::move(table), chunk_sizes, gather_layer,
                                      place(Group::DenseShard), place(Group::ExpertShard));
     for (FlatUnit& unit : p.units) {
@@ -133,8 +134,10 @@ std::vector<Fragment> fragments(const Parameters& p) {
 void initialize(Rank& rank, Parameters& p, uint64_t seed) {
     for (const Fragment& f : fragments(p)) {
         const Tensor part = p.units[f.unit].master.slice_rows(f.offset, f.offset + f.count);
-        if (f.piece->init.kind == InitKind::Constant) fill_constant(rank, part, f.piece->init.value);
-        else fill_normal(rank, part, stream_key(seed, f.piece->name), f.begin, f.piece->init.value);
+        if (f.piece->init.kind == InitKind::Constant)
+            fill_constant(rank, part, f.piece->init.value);
+        else
+            fill_normal(rank, part, stream_key(seed, f.piece->name), f.begin, f.piece->init.value);
     }
 }
 
@@ -149,8 +152,8 @@ void zero_grads(Rank&, Parameters& p) {
     }
 }
 
-// Points the table's tensors at the unit's buffers. They hold no reference, so that a tape node that
-// keeps a weight does not keep the buffer.
+// Points the table's tensors at the unit's buffers. They hold no reference, so that a tape node
+// that keeps a weight does not keep the buffer.
 static void bind(Parameters& p, FlatUnit& unit) {
     for (size_t i = 0; i < unit.entries.size(); i++) {
         const Parameter& entry = p.table[unit.entries[i]];

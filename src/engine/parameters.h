@@ -2,10 +2,11 @@
 //
 // Tensors of one unit (the embedding, a layer's experts, the rest of a layer, the head) lie in one
 // flat buffer, each at a multiple of 128 elements. The buffer is cut over the unit's shard group at
-// multiples of 128 elements, anywhere in a tensor; a rank's shard may be empty. The F32 master shard
-// and optimiser moments stay; full weights are gathered and full gradients reduced, a collective a
-// unit. In a group of one with F32 compute, full weights and the master are the same memory.
-// defines: FlatUnit, Parameters, Fragment, layout_parameters, parameter_bytes, make_parameters,
+// multiples of 128 elements, anywhere in a tensor; a rank's shard may be empty. The F32 master
+// shard and optimiser moments stay; full weights are gathered and full gradients reduced, a
+// collective a unit. In a group of one with F32 compute, full weights and the master are the same
+// memory. defines: FlatUnit, Parameters, Fragment, layout_parameters, parameter_bytes,
+// make_parameters,
 //          initialize, gather, release_unit, reduce, gradient_norm
 #pragma once
 #include "comm/mesh.h"
@@ -20,12 +21,12 @@ struct FlatUnit {
     std::vector<int64_t> offsets;  // of each entry, in elements
     int64_t numel = 0;             // padded to 128
     Group group = Group::DenseShard;
-    std::vector<int64_t> cuts;     // elements of each member's shard
+    std::vector<int64_t> cuts;  // elements of each member's shard
     int64_t shard_begin = 0, shard_count = 0;
-    Tensor master, m, v;           // F32 [shard_count]; m and v: Adam's moments
-    Tensor weights;                // compute dtype [numel]; undefined while released
-    Tensor grads;                  // F32 [numel]; undefined while released
-    Tensor grad_shard;             // F32 [shard_count]: the reduced gradient
+    Tensor master, m, v;  // F32 [shard_count]; m and v: Adam's moments
+    Tensor weights;       // compute dtype [numel]; undefined while released
+    Tensor grads;         // F32 [numel]; undefined while released
+    Tensor grad_shard;    // F32 [shard_count]: the reduced gradient
 };
 
 struct Parameters {
@@ -39,7 +40,7 @@ struct Fragment {
     const Piece* piece = nullptr;
     int64_t begin = 0, count = 0;  // elements of the piece
     int unit = 0;
-    int64_t offset = 0;            // in the unit's shard
+    int64_t offset = 0;  // in the unit's shard
 };
 
 // A shard group's size and this rank's place in it.

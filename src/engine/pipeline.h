@@ -40,7 +40,7 @@ struct Pipeline {
     typename M::Config config;
     ModelShape shape;
     PipelineOptions options;
-    std::vector<M> chunks;              // the stages this rank holds
+    std::vector<M> chunks;               // the stages this rank holds
     std::vector<ChunkLayers> layers_of;  // what each chunk holds
     Parameters parameters;
     std::map<std::pair<int, int>, Flight> flights;  // by (chunk, micro-batch)
@@ -51,15 +51,16 @@ void make_pipeline(Rank& rank, Pipeline<M>& p, const Json& json, const PipelineO
     p.config = M::read_config(json);
     p.shape = M::shape(p.config);
     p.options = options;
-    p.layers_of = chunk_layers(options.schedule, rank.mesh.pp, rank.mesh.pp_rank,
-                               p.shape.num_layers);
+    p.layers_of =
+        chunk_layers(options.schedule, rank.mesh.pp, rank.mesh.pp_rank, p.shape.num_layers);
     p.chunks.resize(p.layers_of.size());
     ParameterTable table;
     std::vector<int> sizes;
     const int local = p.shape.num_experts / rank.mesh.ep;
     for (size_t i = 0; i < p.chunks.size(); i++) {
         const ChunkLayers& c = p.layers_of[i];
-        const StagePart part{c.first, c.count, c.prolog, c.epilog, rank.mesh.ep_rank * local, local};
+        const StagePart part{c.first, c.count, c.prolog, c.epilog, rank.mesh.ep_rank * local,
+                             local};
         ParameterTable own = p.chunks[i].parameters(p.config, part, options.init_std);
         sizes.push_back(static_cast<int>(own.size()));
         table.insert(table.end(), own.begin(), own.end());
@@ -74,19 +75,20 @@ ParameterTable whole_table_of(const Json& json, double init_std) {
     const typename M::Config config = M::read_config(json);
     const ModelShape shape = M::shape(config);
     M model;
-    ParameterTable table = model.parameters(
-        config, {0, shape.num_layers, true, true, 0, shape.num_experts}, init_std);
+    ParameterTable table =
+        model.parameters(config, {0, shape.num_layers, true, true, 0, shape.num_experts}, init_std);
     for (Parameter& p : table) p.target = nullptr;
     return table;
 }
 
-// ---- Steps ---------------------------------------------------------------------------------------
+// ---- Steps ------------------------------------------------------------------------------------
 
+// Null for the experts of a dense layer.
 template <Model M>
-FlatUnit& unit_of(Pipeline<M>& p, const Step& s) {
+FlatUnit* unit_of(Pipeline<M>& p, const Step& s) {
     for (FlatUnit& unit : p.parameters.units)
-        if (unit.chunk == s.chunk && unit.kind == s.unit && unit.layer == s.layer) return unit;
-    failed("pipeline", text("no unit for layer %d of chunk %d", s.layer, s.chunk));
+        if (unit.chunk == s.chunk && unit.kind == s.unit && unit.layer == s.layer) return &unit;
+    return nullptr;
 }
 
 // One step of a forward; records the nodes it pushes as the step's range.
@@ -171,9 +173,7 @@ inline void unit_weight_grads(Rank& rank, Flight& f, UnitKind unit, int local) {
         case UnitKind::Embedding: return run(f.prolog);
         case UnitKind::Head: return run(f.epilog);
         case UnitKind::Experts: return run(f.layers[local].experts);
-        case UnitKind::Layer:
-            run(f.layers[local].residual);
-            return run(f.layers[local].attention);
+        case UnitKind::Layer: run(f.layers[local].residual); return run(f.layers[local].attention);
     }
 }
 
@@ -184,10 +184,17 @@ void run_one_step(Rank& rank, Pipeline<M>& p, StepIo& io, const Step& s) {
     rank.status->stage = static_cast<int>(s.part);
     rank.status->micro_batch = s.mb;
     rank.status->chunk = s.chunk;
+    FlatUnit* unit = unit_of(p, s);
     switch (s.part) {
-        case Part::Gather: return gather(rank, p.parameters, unit_of(p, s), s.backward);
-        case Part::Release: return release_unit(p.parameters, unit_of(p, s));
-        case Part::Reduce: return reduce(rank, p.parameters, unit_of(p, s));
+        case Part::Gather:
+            if (unit) gather(rank, p.parameters, *unit, s.backward);
+            return;
+        case Part::Release:
+            if (unit) release_unit(p.parameters, *unit);
+            return;
+        case Part::Reduce:
+            if (unit) reduce(rank, p.parameters, *unit);
+            return;
         case Part::Weights:
             for (int mb = s.mb; mb < s.mb + s.count; mb++)
                 unit_weight_grads(rank, p.flights.at({s.chunk, mb}), s.unit, local);
@@ -205,9 +212,10 @@ void run_one_step(Rank& rank, Pipeline<M>& p, StepIo& io, const Step& s) {
     rank.tape = nullptr;
 }
 
-// ---- Actions -------------------------------------------------------------------------------------
+// ---- Actions ----------------------------------------------------------------------------------
 
-// A chunk's input: received, or, where the next stage is on this rank too, the other chunk's output.
+// A chunk's input: received, or, where the next stage is on this rank too, the other chunk's
+// output.
 template <Model M>
 void begin_forward(Rank& rank, Pipeline<M>& p, const StepIo& io, int chunk, int mb) {
     Flight& f = p.flights[{chunk, mb}];
@@ -262,18 +270,23 @@ void send_and_receive(Rank& rank, Pipeline<M>& p, const StepIo& io, const Action
                                        : (activation ? f.input : f.output_grad);
         if (a.what == Do::Recv)
             t = empty(rank, {io.batches[a.mb].tokens.numel(), p.shape.hidden}, rank.compute);
-        list.push_back({a.what == Do::Send ? Transfer::Send : Transfer::Recv, a.peer, t,
-                        {static_cast<int>(a.payload),
-                         message_stage(schedule, rank.mesh.pp_rank, a), a.mb}});
+        list.push_back(
+            {a.what == Do::Send ? Transfer::Send : Transfer::Recv,
+             a.peer,
+             t,
+             {static_cast<int>(a.payload), message_stage(schedule, rank.mesh.pp_rank, a), a.mb}});
     }
     send_recv(rank, Group::Pp, list.data(), static_cast<int>(list.size()), "pipeline transfer");
     for (size_t i = begin; i < end; i++) {
         const Action& a = actions[i];
         if (a.what != Do::Send) continue;
         Flight& f = p.flights.at({a.chunk, a.mb});
-        if (a.payload == Payload::Gradient) f.input_grad = {};
-        else if (io.forward_only) p.flights.erase({a.chunk, a.mb});
-        else f.x = f.x.meta();
+        if (a.payload == Payload::Gradient)
+            f.input_grad = {};
+        else if (io.forward_only)
+            p.flights.erase({a.chunk, a.mb});
+        else
+            f.x = f.x.meta();
     }
 }
 
@@ -287,8 +300,7 @@ void run_compute(Rank& rank, Pipeline<M>& p, StepIo& io, const Action& a) {
     if (has_b) begin_backward(rank, p, b_chunk, b_mb);
     for (const Step& s : steps_of(a, p.layers_of, io.forward_only, p.options.gather_layer))
         run_one_step(rank, p, io, s);
-    if (has_f && io.forward_only && p.layers_of[a.chunk].epilog)
-        p.flights.erase({a.chunk, a.mb});
+    if (has_f && io.forward_only && p.layers_of[a.chunk].epilog) p.flights.erase({a.chunk, a.mb});
     if (has_b) end_backward(rank, p, b_chunk, b_mb);
     if (has_b && !a.defer) {  // what is left of the flight waits to be sent
         Flight& f = p.flights.at({b_chunk, b_mb});

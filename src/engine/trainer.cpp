@@ -35,9 +35,7 @@ struct Run {
 
     bool tracing() const { return !options.routing_trace.empty() || options.probe; }
     bool replaying() const { return !options.routing_replay.empty(); }
-    int64_t steps() const {
-        return options.probe ? options.probe->steps : plan.config.train.steps;
-    }
+    int64_t steps() const { return options.probe ? options.probe->steps : plan.config.train.steps; }
     int64_t global_tokens() const {
         return plan.batch.global_batch * plan.config.data.sequence_length;
     }
@@ -174,7 +172,8 @@ void finish_routing(Rank& rank, Run& run, const RankState& state) {
     if (rank.id == 0) log_warning("%s: %s: looking for the op", where.c_str(), what.c_str());
     try {
         rank.debug = true;
-        LoadedBatches loaded = make_batches(rank, run.data, run.plan.batch, state.step, Split::Train);
+        LoadedBatches loaded =
+            make_batches(rank, run.data, run.plan.batch, state.step, Split::Train);
         prepare_routing(rank, run, state);
         compute_gradients(rank, run, state, loaded);
     } catch (const Error& e) {
@@ -193,8 +192,7 @@ void publish(Run& run, const StepMetrics& m) {
 }
 
 // One optimiser step. Returns what to publish.
-StepMetrics train_step(Rank& rank, Run& run, RankState& state, CheckpointSaver* saver,
-                       bool& stop) {
+StepMetrics train_step(Rank& rank, Run& run, RankState& state, CheckpointSaver* saver, bool& stop) {
     const RunConfig& config = run.plan.config;
     Parameters& parameters = *state.instance.parameters;
     const double began = now_s();

@@ -31,8 +31,9 @@ struct Piece {
     bool muon = false;  // a matrix that Muon orthogonalises
 };
 
-// One tensor of the running model: pieces that lie one after another in memory, so that weights that
-// share an input are one product. The engine binds `target` to values and gradient accumulator.
+// One tensor of the running model: pieces that lie one after another in memory, so that weights
+// that share an input are one product. The engine binds `target` to values and gradient
+// accumulator.
 struct Parameter {
     Tensor* target = nullptr;
     Dims dims;
@@ -88,12 +89,12 @@ concept Model = requires(Rank& rank, const Json& json, const typename M::Config&
     { model.parameters(config, part, scale) } -> std::same_as<ParameterTable>;
     // Tables that depend on the sequence length alone (rotary cos and sin).
     { model.prepare(rank, config, int64_t{}) } -> std::same_as<void>;
-    { stage.embed(rank, batch) } -> std::same_as<Tensor>;                            // [T, D]
+    { stage.embed(rank, batch) } -> std::same_as<Tensor>;                                // [T, D]
     { stage.attend(rank, config, layer, x, batch, routing) } -> std::same_as<MoeInput>;  // stage 1
-    { stage.experts(rank, config, layer, d) } -> std::same_as<Tensor>;               // stage 3: [R, D]
-    { stage.finish(rank, config, layer, x, in) } -> std::same_as<Tensor>;            // stage 5: [T, D]
-    { stage.loss(rank, config, x, batch, scale) } -> std::same_as<Tensor>;           // F32 [1], a sum
-    { stage.logits(rank, config, x) } -> std::same_as<Tensor>;                       // [T, V]
+    { stage.experts(rank, config, layer, d) } -> std::same_as<Tensor>;      // stage 3: [R, D]
+    { stage.finish(rank, config, layer, x, in) } -> std::same_as<Tensor>;   // stage 5: [T, D]
+    { stage.loss(rank, config, x, batch, scale) } -> std::same_as<Tensor>;  // F32 [1], a sum
+    { stage.logits(rank, config, x) } -> std::same_as<Tensor>;              // [T, V]
 };
 
 }  // namespace pith

@@ -4,26 +4,55 @@
 
 namespace pith {
 
-// ---- Configuration -------------------------------------------------------------------------------
+// ---- Configuration ----------------------------------------------------------------------------
 
 // Fields that do not change the mathematics of training.
-static const char* const kIgnoredFields[] = {
-    "architectures", "attention_dropout", "bos_token_id", "decoder_sparse_step", "dtype",
-    "eos_token_id", "hidden_act", "initializer_range", "intermediate_size", "layer_types",
-    "max_window_layers", "mlp_only_layers", "output_router_logits", "pad_token_id",
-    "quantization_config", "rope_scaling", "router_aux_loss_coef", "sliding_window",
-    "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache",
-    "use_sliding_window", "attention_bias", "partial_rotary_factor", "rope_parameters"};
-static const char* const kReadFields[] = {
-    "head_dim", "hidden_size", "max_position_embeddings", "model_type", "moe_intermediate_size",
-    "norm_topk_prob", "num_attention_heads", "num_experts", "num_experts_per_tok",
-    "num_hidden_layers", "num_key_value_heads", "num_local_experts", "rms_norm_eps", "rope_theta",
-    "vocab_size"};
+static const char* const kIgnoredFields[] = {"architectures",
+                                             "attention_dropout",
+                                             "bos_token_id",
+                                             "decoder_sparse_step",
+                                             "dtype",
+                                             "eos_token_id",
+                                             "hidden_act",
+                                             "initializer_range",
+                                             "intermediate_size",
+                                             "layer_types",
+                                             "max_window_layers",
+                                             "mlp_only_layers",
+                                             "output_router_logits",
+                                             "pad_token_id",
+                                             "quantization_config",
+                                             "rope_scaling",
+                                             "router_aux_loss_coef",
+                                             "sliding_window",
+                                             "tie_word_embeddings",
+                                             "torch_dtype",
+                                             "transformers_version",
+                                             "use_cache",
+                                             "use_sliding_window",
+                                             "attention_bias",
+                                             "partial_rotary_factor",
+                                             "rope_parameters"};
+static const char* const kReadFields[] = {"head_dim",
+                                          "hidden_size",
+                                          "max_position_embeddings",
+                                          "model_type",
+                                          "moe_intermediate_size",
+                                          "norm_topk_prob",
+                                          "num_attention_heads",
+                                          "num_experts",
+                                          "num_experts_per_tok",
+                                          "num_hidden_layers",
+                                          "num_key_value_heads",
+                                          "num_local_experts",
+                                          "rms_norm_eps",
+                                          "rope_theta",
+                                          "vocab_size"};
 
 [[noreturn]] static void refuse(const Json& json, const std::string& field, const char* need) {
     bad_input(json.place() + ": " + field,
-              text("is not implemented for qwen3_moe (got %s, need %s)",
-                   json[field].dump().c_str(), need),
+              text("is not implemented for qwen3_moe (got %s, need %s)", json[field].dump().c_str(),
+                   need),
               "a model without it; see docs/models.md for what is implemented");
 }
 
@@ -92,7 +121,8 @@ Qwen3Moe::Config Qwen3Moe::read_config(const Json& j) {
     if (c.heads.query % c.heads.kv != 0)
         bad_input(j.place(),
                   text("num_attention_heads must be a multiple of num_key_value_heads (got %d and "
-                       "%d)", c.heads.query, c.heads.kv),
+                       "%d)",
+                       c.heads.query, c.heads.kv),
                   "head counts that divide");
     if (c.heads.size < 2 || c.heads.size % 2 != 0)
         bad_input(j.place(), text("head_dim must be even (got %d)", c.heads.size),
@@ -101,13 +131,17 @@ Qwen3Moe::Config Qwen3Moe::read_config(const Json& j) {
 }
 
 ModelShape Qwen3Moe::shape(const Config& c) {
-    return {.model_type = "qwen3_moe", .hidden = c.hidden, .vocab = c.vocab,
-            .num_layers = c.num_layers, .num_experts = c.num_experts, .top_k = c.top_k,
+    return {.model_type = "qwen3_moe",
+            .hidden = c.hidden,
+            .vocab = c.vocab,
+            .num_layers = c.num_layers,
+            .num_experts = c.num_experts,
+            .top_k = c.top_k,
             .attention_width = int64_t{2} * c.heads.query * c.heads.size,
             .max_positions = c.max_positions};
 }
 
-// ---- Parameters ----------------------------------------------------------------------------------
+// ---- Parameters -------------------------------------------------------------------------------
 
 ParameterTable Qwen3Moe::parameters(const Config& c, const StagePart& part, double init_std) {
     const int64_t D = c.hidden, F = c.expert_width, V = c.vocab, N = c.heads.size;
@@ -118,7 +152,10 @@ ParameterTable Qwen3Moe::parameters(const Config& c, const StagePart& part, doub
     ParameterTable table;
     layers.assign(part.num_layers, {});
     if (part.embedding)
-        table.push_back({&embedding, {V, D}, UnitKind::Embedding, -1,
+        table.push_back({&embedding,
+                         {V, D},
+                         UnitKind::Embedding,
+                         -1,
                          {{"model.embed_tokens.weight", {V, D}, normal}}});
     for (int i = 0; i < part.num_layers; i++) {
         const int l = part.first_layer + i;
@@ -127,7 +164,10 @@ ParameterTable Qwen3Moe::parameters(const Config& c, const StagePart& part, doub
         Layer& w = layers[i];
         table.push_back(
             {&w.attn_norm, {D}, unit, l, {{layer + "input_layernorm.weight", {D}, ones}}});
-        table.push_back({&w.qkv, {q + 2 * kv, D}, unit, l,
+        table.push_back({&w.qkv,
+                         {q + 2 * kv, D},
+                         unit,
+                         l,
                          {{attn + "q_proj.weight", {q, D}, normal, true},
                           {attn + "k_proj.weight", {kv, D}, normal, true},
                           {attn + "v_proj.weight", {kv, D}, normal, true}}});
@@ -137,7 +177,10 @@ ParameterTable Qwen3Moe::parameters(const Config& c, const StagePart& part, doub
             {&w.o_proj, {D, q}, unit, l, {{attn + "o_proj.weight", {D, q}, output, true}}});
         table.push_back(
             {&w.moe_norm, {D}, unit, l, {{layer + "post_attention_layernorm.weight", {D}, ones}}});
-        table.push_back({&w.router, {c.num_experts, D}, unit, l,
+        table.push_back({&w.router,
+                         {c.num_experts, D},
+                         unit,
+                         l,
                          {{layer + "mlp.gate.weight", {c.num_experts, D}, normal}}});
         Parameter gate_up{&w.gate_up, {part.num_experts, 2 * F, D}, UnitKind::Experts, l, {}};
         Parameter down{&w.down, {part.num_experts, D, F}, UnitKind::Experts, l, {}};
@@ -151,8 +194,7 @@ ParameterTable Qwen3Moe::parameters(const Config& c, const StagePart& part, doub
         table.push_back(std::move(down));
     }
     if (part.head) {
-        table.push_back(
-            {&final_norm, {D}, UnitKind::Head, -1, {{"model.norm.weight", {D}, ones}}});
+        table.push_back({&final_norm, {D}, UnitKind::Head, -1, {{"model.norm.weight", {D}, ones}}});
         table.push_back(
             {&lm_head, {V, D}, UnitKind::Head, -1, {{"lm_head.weight", {V, D}, normal}}});
     }
@@ -163,7 +205,7 @@ void Qwen3Moe::prepare(Rank& rank, const Config& c, int64_t length) {
     rope = rope_tables(rank, length, c.heads.size, c.rope_theta);
 }
 
-// ---- Forward -------------------------------------------------------------------------------------
+// ---- Forward ----------------------------------------------------------------------------------
 
 Tensor Qwen3Moe::embed(Rank& rank, const Batch& batch) const {
     return pith::embedding(rank, batch.tokens, embedding);

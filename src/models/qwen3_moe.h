@@ -24,7 +24,7 @@ struct Qwen3Moe {
         Tensor down;            // [e, D, F]
     };
 
-    Tensor embedding;   // [V, D]
+    Tensor embedding;  // [V, D]
     std::vector<Layer> layers;
     Tensor final_norm;  // [D]
     Tensor lm_head;     // [V, D]

@@ -32,6 +32,10 @@ RunConfig tiny(int64_t vocab = 64) {
                              .documents = 60});
     c.train.steps = 4;
     c.checkpoint.interval = 1;
+    // What an earlier process of this number left.
+    for (const auto& entry : fs::directory_iterator(folder_of(c.model.config)))
+        if (entry.path() != c.model.config && entry.path() != c.data.path)
+            fs::remove_all(entry.path());
     return c;
 }
 
@@ -209,7 +213,7 @@ TEST(Program, ACrashSaysWhereEveryRankWas) {
         ASSERT_GE(threads.size(), 3u);  // the main one, rank 0, rank 1
         syscall(SYS_tgkill, pid, threads[1], signal);
         const Ran ran = wait_for(pid, output_of_test(c));
-        EXPECT_EQ(ran.exit_code, 128 + signal);
+        EXPECT_EQ(ran.exit_code, 1) << "signal " << signal;
         expect_part(ran.err, text("error: crash: signal %d (", signal));
         const std::string place =
             "step \\d+, layer -?\\d+, stage -?\\d+, micro-batch -?\\d+, last op [a-z_ ]+ called "
