@@ -7,6 +7,11 @@
 //   tokenizer_bench time TOKENIZER REPEATS FILE...   on one thread: MB/s of the text of the files,
 //       documents of 4 KB to 64 KB cut at line ends; cold is the first pass, with an empty cache,
 //       warm the best of the others; and an XXH3 of the ids
+//
+// Built beside the project, with B its build folder:
+//   g++ -std=c++20 -O2 -Isrc bench/tokenizer/tokenizer_bench.cpp $B/libpith_data.a
+//   $B/libpith_core.a
+//       -lpcre2-8 -lutf8proc -lzstd -lz -lxxhash -lpthread -o tokenizer_bench
 #include <xxhash.h>
 
 #include <algorithm>

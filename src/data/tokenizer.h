@@ -49,7 +49,7 @@ class Tokenizer {
   public:
     // Reads `path`, a tokenizer.json. Throws bad_input, naming the part, for a file that is
     // missing, damaged, or uses a model, normalizer, pre-tokenizer, post-processor, decoder or flag
-    // that is not supported.
+    // that is not supported. The file's truncation and padding are not applied.
     static Tokenizer load(const std::string& path);
     Tokenizer(Tokenizer&&) noexcept;
     Tokenizer& operator=(Tokenizer&&) noexcept;
