@@ -11,7 +11,7 @@ if(TARGET pith)
   structure_test(static_link $<TARGET_FILE:pith>)
   structure_test(verify_layouts $<TARGET_FILE:pith>)
   set_tests_properties(structure.verify_layouts PROPERTIES LABELS "structure;slow")
-  foreach(name document_blocks)
+  foreach(name document_blocks fault_locality skill_add_op skill_validate_correctness)
     structure_test(${name})
     set_tests_properties(structure.${name} PROPERTIES LABELS "structure;slow" TIMEOUT 1500
                          PROCESSORS 2)
