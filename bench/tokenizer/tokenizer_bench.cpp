@@ -28,108 +28,108 @@ namespace pith {
 
 // Processor time of this thread, which other programs on the machine do not lengthen.
 static double seconds() {
-    timespec now{};
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
-    return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+  timespec now{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
 }
 
 static bool read_block(std::vector<char>& block, size_t unit) {
-    uint32_t count = 0;
-    if (fread(&count, 4, 1, stdin) != 1) return false;
-    block.resize(count * unit);
-    if (fread(block.data(), unit, count, stdin) != count) failed("standard input", "is cut short");
-    return true;
+  uint32_t count = 0;
+  if (fread(&count, 4, 1, stdin) != 1) return false;
+  block.resize(count * unit);
+  if (fread(block.data(), unit, count, stdin) != count) failed("standard input", "is cut short");
+  return true;
 }
 
 static void write_block(const void* data, size_t count, size_t unit) {
-    const auto size = static_cast<uint32_t>(count);
-    fwrite(&size, 4, 1, stdout);
-    fwrite(data, unit, count, stdout);
+  const auto size = static_cast<uint32_t>(count);
+  fwrite(&size, 4, 1, stdout);
+  fwrite(data, unit, count, stdout);
 }
 
 static void encode(const Tokenizer& tokenizer, bool as_text) {
-    EncodeScratch scratch;
-    std::vector<char> block;
-    std::vector<uint32_t> ids;
-    while (read_block(block, 1)) {
-        ids.clear();
-        tokenizer.encode({block.data(), block.size()}, ids, {!as_text, !as_text}, scratch);
-        write_block(ids.data(), ids.size(), 4);
-    }
+  EncodeScratch scratch;
+  std::vector<char> block;
+  std::vector<uint32_t> ids;
+  while (read_block(block, 1)) {
+    ids.clear();
+    tokenizer.encode({block.data(), block.size()}, ids, {!as_text, !as_text}, scratch);
+    write_block(ids.data(), ids.size(), 4);
+  }
 }
 
 static void decode(const Tokenizer& tokenizer) {
-    std::vector<char> block;
-    while (read_block(block, 4)) {
-        const auto* ids = reinterpret_cast<const uint32_t*>(block.data());
-        const std::string text = tokenizer.decode({ids, block.size() / 4}, SpecialTokens::Keep);
-        write_block(text.data(), text.size(), 1);
-    }
+  std::vector<char> block;
+  while (read_block(block, 4)) {
+    const auto* ids = reinterpret_cast<const uint32_t*>(block.data());
+    const std::string text = tokenizer.decode({ids, block.size() / 4}, SpecialTokens::Keep);
+    write_block(text.data(), text.size(), 1);
+  }
 }
 
 static std::vector<std::string_view> documents_of(std::string_view text) {
-    std::vector<std::string_view> documents;
-    for (size_t size = 4096; !text.empty(); size = size >= 65536 ? 4096 : 2 * size) {
-        size_t end = text.size() <= size ? text.size() : text.rfind('\n', size);
-        end = end == std::string_view::npos ? text.find('\n', size) : end;
-        end = std::min(end, text.size() - 1) + 1;
-        documents.push_back(text.substr(0, end));
-        text.remove_prefix(end);
-    }
-    return documents;
+  std::vector<std::string_view> documents;
+  for (size_t size = 4096; !text.empty(); size = size >= 65536 ? 4096 : 2 * size) {
+    size_t end = text.size() <= size ? text.size() : text.rfind('\n', size);
+    end = end == std::string_view::npos ? text.find('\n', size) : end;
+    end = std::min(end, text.size() - 1) + 1;
+    documents.push_back(text.substr(0, end));
+    text.remove_prefix(end);
+  }
+  return documents;
 }
 
 static void time_files(const Tokenizer& tokenizer, int repeats, int count, char** paths) {
-    for (int i = 0; i < count; i++) {
-        const std::string text = replace_invalid_utf8(read_text_file(paths[i]));
-        const std::vector<std::string_view> documents = documents_of(text);
-        EncodeScratch scratch;
-        std::vector<uint32_t> ids;
-        double cold = 0, warm = 0;
-        size_t tokens = 0;
-        XXH3_state_t* hash = XXH3_createState();
-        XXH3_64bits_reset(hash);
-        for (int pass = 0; pass <= repeats; pass++) {
-            double spent = 0;
-            for (const std::string_view document : documents) {
-                ids.clear();
-                const double begin = seconds();
-                tokenizer.encode(document, ids, {}, scratch);
-                spent += seconds() - begin;
-                if (pass) continue;
-                tokens += ids.size();
-                XXH3_64bits_update(hash, ids.data(), 4 * ids.size());
-            }
-            const double speed = static_cast<double>(text.size()) / 1e6 / spent;
-            (pass ? warm : cold) = pass ? std::max(warm, speed) : speed;
-        }
-        printf("%-24s %9zu bytes %9zu ids  cold %6.1f  warm %6.1f MB/s  %016llx\n", paths[i],
-               text.size(), tokens, cold, warm,
-               static_cast<unsigned long long>(XXH3_64bits_digest(hash)));
-        XXH3_freeState(hash);
+  for (int i = 0; i < count; i++) {
+    const std::string text = replace_invalid_utf8(read_text_file(paths[i]));
+    const std::vector<std::string_view> documents = documents_of(text);
+    EncodeScratch scratch;
+    std::vector<uint32_t> ids;
+    double cold = 0, warm = 0;
+    size_t tokens = 0;
+    XXH3_state_t* hash = XXH3_createState();
+    XXH3_64bits_reset(hash);
+    for (int pass = 0; pass <= repeats; pass++) {
+      double spent = 0;
+      for (const std::string_view document : documents) {
+        ids.clear();
+        const double begin = seconds();
+        tokenizer.encode(document, ids, {}, scratch);
+        spent += seconds() - begin;
+        if (pass) continue;
+        tokens += ids.size();
+        XXH3_64bits_update(hash, ids.data(), 4 * ids.size());
+      }
+      const double speed = static_cast<double>(text.size()) / 1e6 / spent;
+      (pass ? warm : cold) = pass ? std::max(warm, speed) : speed;
     }
+    printf("%-24s %9zu bytes %9zu ids  cold %6.1f  warm %6.1f MB/s  %016llx\n", paths[i],
+           text.size(), tokens, cold, warm,
+           static_cast<unsigned long long>(XXH3_64bits_digest(hash)));
+    XXH3_freeState(hash);
+  }
 }
 
 static int run(int argc, char** argv) {
-    const std::string mode = argc > 2 ? argv[1] : "";
-    if (mode != "encode" && mode != "decode" && !(mode == "time" && argc > 4))
-        bad_input("tokenizer_bench", "has other arguments", "see the top of its source");
-    const double begin = seconds();
-    const Tokenizer tokenizer = Tokenizer::load(argv[2]);
-    fprintf(stderr, "loaded in %.3f s\n", seconds() - begin);
-    if (mode == "encode") encode(tokenizer, argc > 3 && !strcmp(argv[3], "text"));
-    if (mode == "decode") decode(tokenizer);
-    if (mode == "time") time_files(tokenizer, atoi(argv[3]), argc - 4, argv + 4);
-    return kExitDone;
+  const std::string mode = argc > 2 ? argv[1] : "";
+  if (mode != "encode" && mode != "decode" && !(mode == "time" && argc > 4))
+    bad_input("tokenizer_bench", "has other arguments", "see the top of its source");
+  const double begin = seconds();
+  const Tokenizer tokenizer = Tokenizer::load(argv[2]);
+  fprintf(stderr, "loaded in %.3f s\n", seconds() - begin);
+  if (mode == "encode") encode(tokenizer, argc > 3 && !strcmp(argv[3], "text"));
+  if (mode == "decode") decode(tokenizer);
+  if (mode == "time") time_files(tokenizer, atoi(argv[3]), argc - 4, argv + 4);
+  return kExitDone;
 }
 
 }  // namespace pith
 
 int main(int argc, char** argv) {
-    try {
-        return pith::run(argc, argv);
-    } catch (const pith::Error& error) {
-        fprintf(stderr, "error: %s\n", error.what());
-        return error.exit_code;
-    }
+  try {
+    return pith::run(argc, argv);
+  } catch (const pith::Error& error) {
+    fprintf(stderr, "error: %s\n", error.what());
+    return error.exit_code;
+  }
 }

@@ -9,89 +9,82 @@
 namespace pith {
 
 static void print_json(const CorpusSummary& s) {
-    JsonWriter w(2);
-    w.object().key("files").value(s.files).key("documents").value(s.documents);
-    w.key("tokens").value(s.tokens).key("unfinished").value(s.unfinished);
-    w.key("shortest").value(s.shortest).key("longest").value(s.longest);
-    w.key("mean_length").value(s.mean_length).key("distinct_tokens").value(s.distinct_tokens);
-    w.key("length_histogram").array();
-    for (size_t i = 0; i < s.length_histogram.size(); i++) {
-        w.object().key("from").value(i ? int64_t{1} << i : 0).key("below").value(int64_t{2} << i);
-        w.key("documents").value(s.length_histogram[i]).end();
-    }
-    w.end().key("frequent").array();
-    for (const auto& f : s.frequent)
-        w.object()
-            .key("id")
-            .value(f.id)
-            .key("text")
-            .value(f.text)
-            .key("count")
-            .value(f.count)
-            .end();
-    w.end().key("samples").array();
-    for (const auto& d : s.samples) {
-        w.object().key("file").value(d.file).key("document").value(d.document);
-        w.key("text").value(d.text).end();
-    }
-    printf("%s\n", w.end().end().str().c_str());
+  JsonWriter w(2);
+  w.object().key("files").value(s.files).key("documents").value(s.documents);
+  w.key("tokens").value(s.tokens).key("unfinished").value(s.unfinished);
+  w.key("shortest").value(s.shortest).key("longest").value(s.longest);
+  w.key("mean_length").value(s.mean_length).key("distinct_tokens").value(s.distinct_tokens);
+  w.key("length_histogram").array();
+  for (size_t i = 0; i < s.length_histogram.size(); i++) {
+    w.object().key("from").value(i ? int64_t{1} << i : 0).key("below").value(int64_t{2} << i);
+    w.key("documents").value(s.length_histogram[i]).end();
+  }
+  w.end().key("frequent").array();
+  for (const auto& f : s.frequent)
+    w.object().key("id").value(f.id).key("text").value(f.text).key("count").value(f.count).end();
+  w.end().key("samples").array();
+  for (const auto& d : s.samples) {
+    w.object().key("file").value(d.file).key("document").value(d.document);
+    w.key("text").value(d.text).end();
+  }
+  printf("%s\n", w.end().end().str().c_str());
 }
 
 // As a JSON string, so that white space can be seen and the terminal is left alone.
 static std::string quoted(const std::string& text) { return JsonWriter().value(text).str(); }
 
 static void print_table(const CorpusSummary& s) {
-    printf("files      %s\ndocuments  %s\ntokens     %s (%s distinct)\n",
-           with_commas(s.files).c_str(), with_commas(s.documents).c_str(),
-           with_commas(s.tokens).c_str(), with_commas(s.distinct_tokens).c_str());
-    printf("length     %s to %s tokens, mean %.1f\n\n", with_commas(s.shortest).c_str(),
-           with_commas(s.longest).c_str(), s.mean_length);
-    int64_t most = 1;
-    for (const int64_t n : s.length_histogram) most = std::max(most, n);
-    printf("tokens in a document     documents\n");
-    for (size_t i = 0; i < s.length_histogram.size(); i++) {
-        const int64_t n = s.length_histogram[i];
-        const std::string bar((n * 40 + most - 1) / most, '#');
-        printf("%10s ..%10s  %12s  %s\n", with_commas(i ? int64_t{1} << i : 0).c_str(),
-               with_commas((int64_t{2} << i) - 1).c_str(), with_commas(n).c_str(), bar.c_str());
-    }
-    printf("\n     token         count   share  text\n");
-    for (const auto& f : s.frequent)
-        printf("%10u  %12s  %5.2f%%  %s\n", f.id, with_commas(f.count).c_str(),
-               100.0 * f.count / s.tokens, quoted(f.text).c_str());
-    for (const auto& d : s.samples)
-        printf("\n%s, document %s:\n  %s\n", d.file.c_str(), with_commas(d.document).c_str(),
-               quoted(d.text).c_str());
-    if (s.unfinished)
-        log_warning(
-            "not all of it is there: a tokenize run did not finish (%s marks in .pith); "
-            "the same command completes it",
-            with_commas(s.unfinished).c_str());
+  printf("files      %s\ndocuments  %s\ntokens     %s (%s distinct)\n",
+         with_commas(s.files).c_str(), with_commas(s.documents).c_str(),
+         with_commas(s.tokens).c_str(), with_commas(s.distinct_tokens).c_str());
+  printf("length     %s to %s tokens, mean %.1f\n\n", with_commas(s.shortest).c_str(),
+         with_commas(s.longest).c_str(), s.mean_length);
+  int64_t most = 1;
+  for (const int64_t n : s.length_histogram) most = std::max(most, n);
+  printf("tokens in a document     documents\n");
+  for (size_t i = 0; i < s.length_histogram.size(); i++) {
+    const int64_t n = s.length_histogram[i];
+    const std::string bar((n * 40 + most - 1) / most, '#');
+    printf("%10s ..%10s  %12s  %s\n", with_commas(i ? int64_t{1} << i : 0).c_str(),
+           with_commas((int64_t{2} << i) - 1).c_str(), with_commas(n).c_str(), bar.c_str());
+  }
+  printf("\n     token         count   share  text\n");
+  for (const auto& f : s.frequent)
+    printf("%10u  %12s  %5.2f%%  %s\n", f.id, with_commas(f.count).c_str(),
+           100.0 * f.count / s.tokens, quoted(f.text).c_str());
+  for (const auto& d : s.samples)
+    printf("\n%s, document %s:\n  %s\n", d.file.c_str(), with_commas(d.document).c_str(),
+           quoted(d.text).c_str());
+  if (s.unfinished)
+    log_warning(
+        "not all of it is there: a tokenize run did not finish (%s marks in .pith); "
+        "the same command completes it",
+        with_commas(s.unfinished).c_str());
 }
 
 int run_corpus(int argc, char** argv) {
-    Arguments args("pith corpus", "Looks into token files: counts documents and tokens, samples.");
-    InspectOptions o;
-    std::string action;
-    int64_t top = o.top, samples = o.samples, sample_tokens = o.sample_tokens;
-    bool json = false;
-    args.choice("action", action, {"inspect"}, "inspect");
-    args.positional("folder", o.folder, "folder of token files, or one");
-    args.option("--tokenizer", o.tokenizer, "default: the tokenizer.json in the folder");
-    args.option("--top", top, "most frequent tokens to list", 0, 1000);
-    args.option("--samples", samples, "documents to decode", 0, 1000);
-    args.option("--sample-tokens", sample_tokens, "tokens of each", 1, 1 << 20);
-    args.flag("--json", json, "print it as JSON");
-    if (!args.parse(argc, argv)) return kExitDone;
-    o.top = static_cast<int>(top);
-    o.samples = static_cast<int>(samples);
-    o.sample_tokens = static_cast<int>(sample_tokens);
-    const CorpusSummary summary = inspect_corpus(o);
-    if (json)
-        print_json(summary);
-    else
-        print_table(summary);
-    return kExitDone;
+  Arguments args("pith corpus", "Looks into token files: counts documents and tokens, samples.");
+  InspectOptions o;
+  std::string action;
+  int64_t top = o.top, samples = o.samples, sample_tokens = o.sample_tokens;
+  bool json = false;
+  args.choice("action", action, {"inspect"}, "inspect");
+  args.positional("folder", o.folder, "folder of token files, or one");
+  args.option("--tokenizer", o.tokenizer, "default: the tokenizer.json in the folder");
+  args.option("--top", top, "most frequent tokens to list", 0, 1000);
+  args.option("--samples", samples, "documents to decode", 0, 1000);
+  args.option("--sample-tokens", sample_tokens, "tokens of each", 1, 1 << 20);
+  args.flag("--json", json, "print it as JSON");
+  if (!args.parse(argc, argv)) return kExitDone;
+  o.top = static_cast<int>(top);
+  o.samples = static_cast<int>(samples);
+  o.sample_tokens = static_cast<int>(sample_tokens);
+  const CorpusSummary summary = inspect_corpus(o);
+  if (json)
+    print_json(summary);
+  else
+    print_table(summary);
+  return kExitDone;
 }
 
 }  // namespace pith

@@ -10,9 +10,9 @@ namespace pith {
 enum class Verdict : uint8_t { Pass, Warn, Fail };
 
 struct Finding {
-    Verdict verdict = Verdict::Pass;
-    std::string name, value;
-    std::string remedy;  // of a warning or failure
+  Verdict verdict = Verdict::Pass;
+  std::string name, value;
+  std::string remedy;  // of a warning or failure
 };
 
 // `root` stands before /proc and /sys; empty, except in tests. The disk of `folder` is tried by

@@ -11,8 +11,8 @@ namespace pith {
 std::string find_tokenizer(const std::string& path);
 
 struct HeldOutText {
-    int64_t labels = 0;  // predicted tokens
-    int64_t bytes = 0;   // of text behind them; 0: the data has no tokenizer beside it
+  int64_t labels = 0;  // predicted tokens
+  int64_t bytes = 0;   // of text behind them; 0: the data has no tokenizer beside it
 };
 HeldOutText held_out_text(const Dataset& data, const std::string& tokenizer);
 

@@ -10,9 +10,9 @@
 namespace pith {
 
 struct Command {
-    const char* name;
-    int (*run)(int argc, char** argv);
-    const char* about;
+  const char* name;
+  int (*run)(int argc, char** argv);
+  const char* about;
 };
 
 static const Command kCommands[] = {
@@ -29,40 +29,39 @@ static const Command kCommands[] = {
 };
 
 static int usage(FILE* to) {
-    fprintf(to,
-            "pith: trains Mixture-of-Experts models.\n\nusage: pith COMMAND [ARGUMENTS]   (pith "
-            "COMMAND --help says more)\n\n");
-    for (const Command& c : kCommands) fprintf(to, "  %-11s %s\n", c.name, c.about);
-    fprintf(to,
-            "\nexit codes: 0 done; 1 failed while running; 2 bad usage, configuration or input;\n"
-            "            3 stopped by a signal, state saved\n");
-    return to == stdout ? kExitDone : kExitBadInput;
+  fprintf(to,
+          "pith: trains Mixture-of-Experts models.\n\nusage: pith COMMAND [ARGUMENTS]   (pith "
+          "COMMAND --help says more)\n\n");
+  for (const Command& c : kCommands) fprintf(to, "  %-11s %s\n", c.name, c.about);
+  fprintf(to,
+          "\nexit codes: 0 done; 1 failed while running; 2 bad usage, configuration or input;\n"
+          "            3 stopped by a signal, state saved\n");
+  return to == stdout ? kExitDone : kExitBadInput;
 }
 
 static int run(int argc, char** argv) {
-    if (argc < 2) return usage(stderr);
-    const char* name = argv[1];
-    if (!strcmp(name, "--help") || !strcmp(name, "-h") || !strcmp(name, "help"))
-        return usage(stdout);
-    for (const Command& c : kCommands)
-        if (!strcmp(name, c.name)) return c.run(argc - 1, argv + 1);
-    bad_input("pith", text("unknown command (got \"%s\")", name), "pith --help");
+  if (argc < 2) return usage(stderr);
+  const char* name = argv[1];
+  if (!strcmp(name, "--help") || !strcmp(name, "-h") || !strcmp(name, "help")) return usage(stdout);
+  for (const Command& c : kCommands)
+    if (!strcmp(name, c.name)) return c.run(argc - 1, argv + 1);
+  bad_input("pith", text("unknown command (got \"%s\")", name), "pith --help");
 }
 
 }  // namespace pith
 
 int main(int argc, char** argv) {
-    pith::install_signal_handlers();
-    try {
-        return pith::run(argc, argv);
-    } catch (const pith::Error& e) {
-        fprintf(stderr, "error: %s\n", e.what());
-        return e.exit_code;
-    } catch (const std::bad_alloc&) {
-        fprintf(stderr, "error: pith: out of memory. Try: a smaller input or batch\n");
-        return pith::kExitFailed;
-    } catch (const std::exception& e) {
-        fprintf(stderr, "error: pith: %s\n", e.what());
-        return pith::kExitFailed;
-    }
+  pith::install_signal_handlers();
+  try {
+    return pith::run(argc, argv);
+  } catch (const pith::Error& e) {
+    fprintf(stderr, "error: %s\n", e.what());
+    return e.exit_code;
+  } catch (const std::bad_alloc&) {
+    fprintf(stderr, "error: pith: out of memory. Try: a smaller input or batch\n");
+    return pith::kExitFailed;
+  } catch (const std::exception& e) {
+    fprintf(stderr, "error: pith: %s\n", e.what());
+    return pith::kExitFailed;
+  }
 }

@@ -8,27 +8,27 @@ namespace pith {
 namespace fs = std::filesystem;
 
 Json model_config(const WeightSource& weights) {
-    if (weights.config.empty())
-        bad_input(weights.folder, "has no config.json", "putting the model's config.json there");
-    return Json::parse(weights.config, weights.folder + "/config.json");
+  if (weights.config.empty())
+    bad_input(weights.folder, "has no config.json", "putting the model's config.json there");
+  return Json::parse(weights.config, weights.folder + "/config.json");
 }
 
 std::optional<RunConfig> run_config_of(const std::string& folder) {
-    const fs::path here = fs::absolute(folder);
-    for (const fs::path& at : {here, here.parent_path()})
-        if (fs::exists(at / "config.toml") && fs::exists(at / "metrics.jsonl"))
-            return load_run_config(at / "config.toml", {});
-    return {};
+  const fs::path here = fs::absolute(folder);
+  for (const fs::path& at : {here, here.parent_path()})
+    if (fs::exists(at / "config.toml") && fs::exists(at / "metrics.jsonl"))
+      return load_run_config(at / "config.toml", {});
+  return {};
 }
 
 std::string tokenizer_of(const std::string& folder, const std::string& given) {
-    std::string path = given.empty() ? folder : given;
-    if (fs::is_directory(path)) path += "/tokenizer.json";
-    if (fs::exists(path)) return path;
-    if (given.empty())
-        if (const std::optional<RunConfig> run = run_config_of(folder))
-            if (path = find_tokenizer(run->data.path); !path.empty()) return path;
-    bad_input(given.empty() ? folder : given, "has no tokenizer.json", "--tokenizer PATH");
+  std::string path = given.empty() ? folder : given;
+  if (fs::is_directory(path)) path += "/tokenizer.json";
+  if (fs::exists(path)) return path;
+  if (given.empty())
+    if (const std::optional<RunConfig> run = run_config_of(folder))
+      if (path = find_tokenizer(run->data.path); !path.empty()) return path;
+  bad_input(given.empty() ? folder : given, "has no tokenizer.json", "--tokenizer PATH");
 }
 
 }  // namespace pith

@@ -6,12 +6,12 @@
 namespace pith {
 
 struct SchedulePlan {
-    ScheduleOptions options;
-    std::string check;   // file of lists to prove in place of our own; empty: none
-    std::string svg;     // file to draw into; empty: none
-    bool lists = false;  // print the lists, in the form that `check` reads, and no timeline
-    bool json = false;
-    int64_t columns = 0;  // of the terminal's timeline; 0: as wide as the terminal, or 100
+  ScheduleOptions options;
+  std::string check;   // file of lists to prove in place of our own; empty: none
+  std::string svg;     // file to draw into; empty: none
+  bool lists = false;  // print the lists, in the form that `check` reads, and no timeline
+  bool json = false;
+  int64_t columns = 0;  // of the terminal's timeline; 0: as wide as the terminal, or 100
 };
 
 // Prints the timeline of all ranks under equal costs of forward, input gradient and weight

@@ -58,16 +58,16 @@ void barrier(Rank& rank, Group group, const char* what, At at = At::here());
 
 // What a message is, for the CPU form, which asserts that both ends agree; NCCL has no tags.
 struct MessageTag {
-    int kind = 0, stage = 0, micro_batch = 0;
-    bool operator==(const MessageTag&) const = default;
+  int kind = 0, stage = 0, micro_batch = 0;
+  bool operator==(const MessageTag&) const = default;
 };
 
 struct Transfer {
-    enum Kind : uint8_t { Send, Recv };
-    Kind kind = Send;
-    int peer = 0;   // member of the group
-    Tensor tensor;  // sent, or received into: same bytes and dtype at both ends
-    MessageTag tag;
+  enum Kind : uint8_t { Send, Recv };
+  Kind kind = Send;
+  int peer = 0;   // member of the group
+  Tensor tensor;  // sent, or received into: same bytes and dtype at both ends
+  MessageTag tag;
 };
 
 // One group call of sends and receives, all under way at once; returns when all are done. Messages

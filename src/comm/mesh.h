@@ -11,27 +11,27 @@ namespace pith {
 // into dp_replicate (outer) x dp_shard: weights are sharded over dp_shard and replicated over
 // dp_replicate ("hsdp"; dp_replicate = 1 is "fsdp").
 struct Mesh {
-    int pp = 1, dp = 1, cp = 1, ep = 1;
-    int dp_replicate = 1;
-    int dp_shard() const { return dp / dp_replicate; }
-    int world() const { return pp * dp * cp * ep; }
-    bool operator==(const Mesh&) const = default;
+  int pp = 1, dp = 1, cp = 1, ep = 1;
+  int dp_replicate = 1;
+  int dp_shard() const { return dp / dp_replicate; }
+  int world() const { return pp * dp * cp * ep; }
+  bool operator==(const Mesh&) const = default;
 };
 
 // Sets of ranks that communicate: those that differ only in the named axes, by ascending rank.
 enum class Group : uint8_t {
-    World,
-    Pp,
-    Dp,
-    Cp,
-    Ep,
-    DpCp,
-    DpEp,    // the ranks a batch is split over
-    DpCpEp,  // all ranks of one pipeline coordinate
-    CpEp,
-    ExpertShard,  // dp_shard x cp: over which a layer's experts are sharded
-    DenseShard,   // dp_shard x cp x ep: over which everything else is
-    Replicate,    // dp_replicate: holders of the same shard
+  World,
+  Pp,
+  Dp,
+  Cp,
+  Ep,
+  DpCp,
+  DpEp,    // the ranks a batch is split over
+  DpCpEp,  // all ranks of one pipeline coordinate
+  CpEp,
+  ExpertShard,  // dp_shard x cp: over which a layer's experts are sharded
+  DenseShard,   // dp_shard x cp x ep: over which everything else is
+  Replicate,    // dp_replicate: holders of the same shard
 };
 constexpr int kGroups = 12;
 const char* name_of(Group group);

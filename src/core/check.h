@@ -11,27 +11,27 @@ namespace pith {
 // A caller's source position. Every op ends in a defaulted parameter `At at = At::here()`, so that
 // its errors name the line of the model, not of the op.
 struct At {
-    const char* file = "";
-    int line = 0;
-    static constexpr At here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-        return {file, line};
-    }
+  const char* file = "";
+  int line = 0;
+  static constexpr At here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return {file, line};
+  }
 };
 
 // Exit codes of the program.
 enum ExitCode : int {
-    kExitDone = 0,      // the work was finished
-    kExitFailed = 1,    // failed while running: disk full, NaN, lost rank
-    kExitBadInput = 2,  // bad usage, configuration or input
-    kExitStopped = 3,   // stopped early by a signal, state saved
+  kExitDone = 0,      // the work was finished
+  kExitFailed = 1,    // failed while running: disk full, NaN, lost rank
+  kExitBadInput = 2,  // bad usage, configuration or input
+  kExitStopped = 3,   // stopped early by a signal, state saved
 };
 
 // An error that reached its final wording, `PLACE: WHAT (got ..., need ...). Try: ...`; main prints
 // it behind "error: " and leaves with `exit_code`.
 class Error : public std::runtime_error {
-  public:
-    Error(int code, const std::string& message) : std::runtime_error(message), exit_code(code) {}
-    int exit_code;
+ public:
+  Error(int code, const std::string& message) : std::runtime_error(message), exit_code(code) {}
+  int exit_code;
 };
 
 // printf into a std::string; the compiler checks the arguments against the format.
@@ -52,8 +52,8 @@ struct Rank;
 
 // One condition of an op's contract, with its wording: {"x.dim[1] == w.dim[1]", x.dim[1] == ...}.
 struct Need {
-    const char* what;
-    bool holds;
+  const char* what;
+  bool holds;
 };
 
 // Throws Error (exit code 1) unless every need holds. The message names the caller's file:line, the

@@ -13,50 +13,50 @@ namespace pith {
 using Value = nlohmann::json;
 
 static const Value& value_of(const std::shared_ptr<const void>& node) {
-    static const Value null;
-    return node ? *static_cast<const Value*>(node.get()) : null;
+  static const Value null;
+  return node ? *static_cast<const Value*>(node.get()) : null;
 }
 
 std::string read_text_file(const std::string& path) {
-    const char* remedy = "check the path and its permissions";
-    FILE* file = fopen(path.c_str(), "rb");
-    if (!file) bad_input(path, text("cannot be opened (%s)", strerror(errno)), remedy);
-    std::string all;
-    char block[65536];
-    size_t n;
-    while ((n = fread(block, 1, sizeof block, file)) > 0) all.append(block, n);
-    const int error = ferror(file) ? errno : 0;
-    fclose(file);
-    if (error) bad_input(path, text("cannot be read (%s)", strerror(error)), remedy);
-    return all;
+  const char* remedy = "check the path and its permissions";
+  FILE* file = fopen(path.c_str(), "rb");
+  if (!file) bad_input(path, text("cannot be opened (%s)", strerror(errno)), remedy);
+  std::string all;
+  char block[65536];
+  size_t n;
+  while ((n = fread(block, 1, sizeof block, file)) > 0) all.append(block, n);
+  const int error = ferror(file) ? errno : 0;
+  fclose(file);
+  if (error) bad_input(path, text("cannot be read (%s)", strerror(error)), remedy);
+  return all;
 }
 
 Json Json::parse(const std::string& text_in, const std::string& place) {
-    if (text_in.find_first_not_of(" \t\r\n") == std::string::npos)
-        bad_input(place, text("is empty (got %zu bytes, need JSON)", text_in.size()),
-                  "fetch or write the file again");
-    std::vector<std::set<std::string>> open_keys;
-    const auto refuse_duplicates = [&](int, Value::parse_event_t event, Value& parsed) {
-        if (event == Value::parse_event_t::object_start) open_keys.emplace_back();
-        if (event == Value::parse_event_t::object_end) open_keys.pop_back();
-        if (event == Value::parse_event_t::key) {
-            const std::string& key = parsed.get_ref<const std::string&>();
-            if (!open_keys.back().insert(key).second)
-                bad_input(place + ": " + key, "occurs twice in one object", "keep one of the two");
-        }
-        return true;
-    };
-    Json document;
-    document.place_ = place;
-    document.top_ = true;
-    try {
-        document.node_ = std::make_shared<const Value>(Value::parse(text_in, refuse_duplicates));
-    } catch (const Value::exception& error) {  // "[json.exception...] parse error at line 1, ..."
-        const std::string why = error.what();
-        bad_input(place, "is not valid JSON: " + why.substr(why.find("] ") + 2),
-                  "correct it there; if the file was cut short, fetch or write it again");
+  if (text_in.find_first_not_of(" \t\r\n") == std::string::npos)
+    bad_input(place, text("is empty (got %zu bytes, need JSON)", text_in.size()),
+              "fetch or write the file again");
+  std::vector<std::set<std::string>> open_keys;
+  const auto refuse_duplicates = [&](int, Value::parse_event_t event, Value& parsed) {
+    if (event == Value::parse_event_t::object_start) open_keys.emplace_back();
+    if (event == Value::parse_event_t::object_end) open_keys.pop_back();
+    if (event == Value::parse_event_t::key) {
+      const std::string& key = parsed.get_ref<const std::string&>();
+      if (!open_keys.back().insert(key).second)
+        bad_input(place + ": " + key, "occurs twice in one object", "keep one of the two");
     }
-    return document;
+    return true;
+  };
+  Json document;
+  document.place_ = place;
+  document.top_ = true;
+  try {
+    document.node_ = std::make_shared<const Value>(Value::parse(text_in, refuse_duplicates));
+  } catch (const Value::exception& error) {  // "[json.exception...] parse error at line 1, ..."
+    const std::string why = error.what();
+    bad_input(place, "is not valid JSON: " + why.substr(why.find("] ") + 2),
+              "correct it there; if the file was cut short, fetch or write it again");
+  }
+  return document;
 }
 
 Json Json::parse_file(const std::string& path) { return parse(read_text_file(path), path); }
@@ -70,187 +70,187 @@ bool Json::is_int() const { return value_of(node_).is_number_integer(); }
 bool Json::is_bool() const { return value_of(node_).is_boolean(); }
 
 void Json::wrong_type(const char* need) const {
-    const Value& v = value_of(node_);
-    std::string got = v.dump(-1, ' ', false, Value::error_handler_t::replace);
-    if (got.size() > 60) got = got.substr(0, 57) + "...";
-    const char* type = v.type_name();
-    const char* article = v.is_array() || v.is_object() ? "an " : v.is_null() ? "" : "a ";
-    bad_input(place_, text("is %s%s (got %s, need %s)", article, type, got.c_str(), need),
-              "correct the value");
+  const Value& v = value_of(node_);
+  std::string got = v.dump(-1, ' ', false, Value::error_handler_t::replace);
+  if (got.size() > 60) got = got.substr(0, 57) + "...";
+  const char* type = v.type_name();
+  const char* article = v.is_array() || v.is_object() ? "an " : v.is_null() ? "" : "a ";
+  bad_input(place_, text("is %s%s (got %s, need %s)", article, type, got.c_str(), need),
+            "correct the value");
 }
 
 bool Json::has(const std::string& key) const {
-    const Value& v = value_of(node_);
-    return v.is_object() && v.contains(key);
+  const Value& v = value_of(node_);
+  return v.is_object() && v.contains(key);
 }
 
 Json Json::child(const void* node, std::string place) const {
-    Json value;
-    value.node_ = {node_, node};
-    value.place_ = std::move(place);
-    return value;
+  Json value;
+  value.node_ = {node_, node};
+  value.place_ = std::move(place);
+  return value;
 }
 
 Json Json::operator[](const std::string& key) const {
-    const Value& v = value_of(node_);
-    if (!v.is_object()) wrong_type("an object");
-    const std::string place = place_ + (top_ ? ": " : ".") + key;
-    const auto found = v.find(key);
-    if (found == v.end()) bad_input(place, "is missing", "add the key");
-    return child(&*found, place);
+  const Value& v = value_of(node_);
+  if (!v.is_object()) wrong_type("an object");
+  const std::string place = place_ + (top_ ? ": " : ".") + key;
+  const auto found = v.find(key);
+  if (found == v.end()) bad_input(place, "is missing", "add the key");
+  return child(&*found, place);
 }
 
 Json Json::operator[](int64_t index) const {
-    const Value& v = value_of(node_);
-    if (!v.is_array()) wrong_type("an array");
-    if (index < 0 || index >= size())
-        bad_input(place_,
-                  text("has too few elements (got %lld, need element %lld)",
-                       static_cast<long long>(size()), static_cast<long long>(index)),
-                  "add the element");
-    return child(&v[static_cast<size_t>(index)], place_ + "[" + std::to_string(index) + "]");
+  const Value& v = value_of(node_);
+  if (!v.is_array()) wrong_type("an array");
+  if (index < 0 || index >= size())
+    bad_input(place_,
+              text("has too few elements (got %lld, need element %lld)",
+                   static_cast<long long>(size()), static_cast<long long>(index)),
+              "add the element");
+  return child(&v[static_cast<size_t>(index)], place_ + "[" + std::to_string(index) + "]");
 }
 
 int64_t Json::size() const {
-    if (!is_array() && !is_object()) wrong_type("an array or an object");
-    return static_cast<int64_t>(value_of(node_).size());
+  if (!is_array() && !is_object()) wrong_type("an array or an object");
+  return static_cast<int64_t>(value_of(node_).size());
 }
 
 std::vector<std::string> Json::keys() const {
-    if (!is_object()) wrong_type("an object");
-    std::vector<std::string> names;
-    for (const auto& member : value_of(node_).items()) names.push_back(member.key());
-    return names;
+  if (!is_object()) wrong_type("an object");
+  std::vector<std::string> names;
+  for (const auto& member : value_of(node_).items()) names.push_back(member.key());
+  return names;
 }
 
 int64_t Json::as_int(int64_t min, int64_t max) const {
-    const Value& v = value_of(node_);
-    if (v.is_number_unsigned() && v.get<uint64_t>() > static_cast<uint64_t>(INT64_MAX))
-        wrong_type("a whole number below 2^63");
-    const bool whole_float = v.is_number_float() && std::fabs(v.get<double>()) <= 0x1p53 &&
-                             v.get<double>() == std::floor(v.get<double>());
-    if (!v.is_number_integer() && !whole_float) wrong_type("a whole number");
-    const int64_t number = v.get<int64_t>();
-    if (number < min || number > max) {
-        std::string need = min == INT64_MIN ? "" : "at least " + std::to_string(min);
-        if (min != INT64_MIN && max != INT64_MAX) need += " and ";
-        if (max != INT64_MAX) need += "at most " + std::to_string(max);
-        bad_input(place_,
-                  text("is out of range (got %lld, need %s)", static_cast<long long>(number),
-                       need.c_str()),
-                  "correct the value");
-    }
-    return number;
+  const Value& v = value_of(node_);
+  if (v.is_number_unsigned() && v.get<uint64_t>() > static_cast<uint64_t>(INT64_MAX))
+    wrong_type("a whole number below 2^63");
+  const bool whole_float = v.is_number_float() && std::fabs(v.get<double>()) <= 0x1p53 &&
+                           v.get<double>() == std::floor(v.get<double>());
+  if (!v.is_number_integer() && !whole_float) wrong_type("a whole number");
+  const int64_t number = v.get<int64_t>();
+  if (number < min || number > max) {
+    std::string need = min == INT64_MIN ? "" : "at least " + std::to_string(min);
+    if (min != INT64_MIN && max != INT64_MAX) need += " and ";
+    if (max != INT64_MAX) need += "at most " + std::to_string(max);
+    bad_input(
+        place_,
+        text("is out of range (got %lld, need %s)", static_cast<long long>(number), need.c_str()),
+        "correct the value");
+  }
+  return number;
 }
 
 double Json::as_double() const {
-    if (!is_number()) wrong_type("a number");
-    return value_of(node_).get<double>();
+  if (!is_number()) wrong_type("a number");
+  return value_of(node_).get<double>();
 }
 
 std::string Json::as_string() const {
-    if (!is_string()) wrong_type("a string");
-    return value_of(node_).get<std::string>();
+  if (!is_string()) wrong_type("a string");
+  return value_of(node_).get<std::string>();
 }
 
 bool Json::as_bool() const {
-    if (!is_bool()) wrong_type("true or false");
-    return value_of(node_).get<bool>();
+  if (!is_bool()) wrong_type("true or false");
+  return value_of(node_).get<bool>();
 }
 
 std::vector<int64_t> Json::as_ints() const {
-    if (!is_array()) wrong_type("an array of whole numbers");
-    std::vector<int64_t> all;
-    for (int64_t i = 0; i < size(); i++) all.push_back((*this)[i].as_int());
-    return all;
+  if (!is_array()) wrong_type("an array of whole numbers");
+  std::vector<int64_t> all;
+  for (int64_t i = 0; i < size(); i++) all.push_back((*this)[i].as_int());
+  return all;
 }
 
 // The member, or null where it is absent.
 static Json member(const Json& object, const std::string& key) {
-    return object.has(key) ? object[key] : Json();
+  return object.has(key) ? object[key] : Json();
 }
 int64_t Json::int_or(const std::string& key, int64_t value) const {
-    const Json found = member(*this, key);
-    return found.is_null() ? value : found.as_int();
+  const Json found = member(*this, key);
+  return found.is_null() ? value : found.as_int();
 }
 double Json::double_or(const std::string& key, double value) const {
-    const Json found = member(*this, key);
-    return found.is_null() ? value : found.as_double();
+  const Json found = member(*this, key);
+  return found.is_null() ? value : found.as_double();
 }
 std::string Json::string_or(const std::string& key, const std::string& value) const {
-    const Json found = member(*this, key);
-    return found.is_null() ? value : found.as_string();
+  const Json found = member(*this, key);
+  return found.is_null() ? value : found.as_string();
 }
 bool Json::bool_or(const std::string& key, bool value) const {
-    const Json found = member(*this, key);
-    return found.is_null() ? value : found.as_bool();
+  const Json found = member(*this, key);
+  return found.is_null() ? value : found.as_bool();
 }
 
 std::string Json::dump(int indent) const {
-    return value_of(node_).dump(indent, ' ', false, Value::error_handler_t::replace);
+  return value_of(node_).dump(indent, ' ', false, Value::error_handler_t::replace);
 }
 
 // Before a value: a comma and a new line where they are due.
 void JsonWriter::separate() {
-    if (!after_key_) {
-        if (!first_) out_ += indent_ < 0 ? ", " : ",";
-        if (!closers_.empty()) new_line();
-    }
-    first_ = after_key_ = false;
+  if (!after_key_) {
+    if (!first_) out_ += indent_ < 0 ? ", " : ",";
+    if (!closers_.empty()) new_line();
+  }
+  first_ = after_key_ = false;
 }
 
 void JsonWriter::new_line() {
-    if (indent_ >= 0) out_ += '\n' + std::string(closers_.size() * indent_, ' ');
+  if (indent_ >= 0) out_ += '\n' + std::string(closers_.size() * indent_, ' ');
 }
 
 JsonWriter& JsonWriter::open(char begin, char end) {
-    separate();
-    out_ += begin;
-    closers_ += end;
-    first_ = true;
-    return *this;
+  separate();
+  out_ += begin;
+  closers_ += end;
+  first_ = true;
+  return *this;
 }
 
 JsonWriter& JsonWriter::end() {
-    const char closer = closers_.back();
-    closers_.pop_back();
-    if (!first_) new_line();
-    out_ += closer;
-    first_ = false;
-    return *this;
+  const char closer = closers_.back();
+  closers_.pop_back();
+  if (!first_) new_line();
+  out_ += closer;
+  first_ = false;
+  return *this;
 }
 
 JsonWriter& JsonWriter::key(const std::string& name) {
-    if (closers_.empty() || closers_.back() != '}')
-        failed("JsonWriter", "a key outside an object: " + name);
-    value(name);
-    out_ += ": ";
-    after_key_ = true;
-    return *this;
+  if (closers_.empty() || closers_.back() != '}')
+    failed("JsonWriter", "a key outside an object: " + name);
+  value(name);
+  out_ += ": ";
+  after_key_ = true;
+  return *this;
 }
 
 JsonWriter& JsonWriter::value(double number) {
-    if (!std::isfinite(number)) return null();
-    char digits[32];
-    const auto done = std::to_chars(digits, digits + sizeof digits, number);
-    std::string shortest(digits, done.ptr);
-    if (shortest.find_first_of(".e") == std::string::npos) shortest += ".0";
-    return raw(shortest);
+  if (!std::isfinite(number)) return null();
+  char digits[32];
+  const auto done = std::to_chars(digits, digits + sizeof digits, number);
+  std::string shortest(digits, done.ptr);
+  if (shortest.find_first_of(".e") == std::string::npos) shortest += ".0";
+  return raw(shortest);
 }
 
 JsonWriter& JsonWriter::value(const std::string& text_in) {
-    return raw(Value(text_in).dump(-1, ' ', false, Value::error_handler_t::replace));
+  return raw(Value(text_in).dump(-1, ' ', false, Value::error_handler_t::replace));
 }
 
 JsonWriter& JsonWriter::raw(const std::string& json) {
-    separate();
-    out_ += json;
-    return *this;
+  separate();
+  out_ += json;
+  return *this;
 }
 
 const std::string& JsonWriter::str() const {
-    if (!closers_.empty()) failed("JsonWriter", "str() while an object or array is open");
-    return out_;
+  if (!closers_.empty()) failed("JsonWriter", "str() while an object or array is open");
+  return out_;
 }
 
 }  // namespace pith

@@ -18,51 +18,51 @@ std::string read_text_file(const std::string& path);
 // any of them. Every error names the file and the full key: "config.json: rope_scaling.factor: is a
 // string (got "x", need a number)". A default Json is null. All errors have exit code 2.
 class Json {
-  public:
-    // `place` is the file's name in errors. Malformed or truncated text (with line and column), a
-    // key that occurs twice in one object, and trailing text are refused.
-    static Json parse(const std::string& text, const std::string& place);
-    static Json parse_file(const std::string& path);
+ public:
+  // `place` is the file's name in errors. Malformed or truncated text (with line and column), a
+  // key that occurs twice in one object, and trailing text are refused.
+  static Json parse(const std::string& text, const std::string& place);
+  static Json parse_file(const std::string& path);
 
-    bool is_null() const;
-    bool is_object() const;
-    bool is_array() const;
-    bool is_string() const;
-    bool is_number() const;
-    bool is_int() const;  // written as an integer
-    bool is_bool() const;
+  bool is_null() const;
+  bool is_object() const;
+  bool is_array() const;
+  bool is_string() const;
+  bool is_number() const;
+  bool is_int() const;  // written as an integer
+  bool is_bool() const;
 
-    // Object members and array elements. A missing one is an error; has() asks first.
-    bool has(const std::string& key) const;
-    Json operator[](const std::string& key) const;
-    Json operator[](int64_t index) const;
-    int64_t size() const;                   // of an array or object
-    std::vector<std::string> keys() const;  // of an object, sorted
+  // Object members and array elements. A missing one is an error; has() asks first.
+  bool has(const std::string& key) const;
+  Json operator[](const std::string& key) const;
+  Json operator[](int64_t index) const;
+  int64_t size() const;                   // of an array or object
+  std::vector<std::string> keys() const;  // of an object, sorted
 
-    // A number with a whole value in [min, max].
-    int64_t as_int(int64_t min = INT64_MIN, int64_t max = INT64_MAX) const;
-    double as_double() const;
-    std::string as_string() const;
-    bool as_bool() const;
-    std::vector<int64_t> as_ints() const;  // an array of whole numbers
+  // A number with a whole value in [min, max].
+  int64_t as_int(int64_t min = INT64_MIN, int64_t max = INT64_MAX) const;
+  double as_double() const;
+  std::string as_string() const;
+  bool as_bool() const;
+  std::vector<int64_t> as_ints() const;  // an array of whole numbers
 
-    // The member `key` of an object, or `value` where it is absent or null.
-    int64_t int_or(const std::string& key, int64_t value) const;
-    double double_or(const std::string& key, double value) const;
-    std::string string_or(const std::string& key, const std::string& value) const;
-    bool bool_or(const std::string& key, bool value) const;
+  // The member `key` of an object, or `value` where it is absent or null.
+  int64_t int_or(const std::string& key, int64_t value) const;
+  double double_or(const std::string& key, double value) const;
+  std::string string_or(const std::string& key, const std::string& value) const;
+  bool bool_or(const std::string& key, bool value) const;
 
-    // The value as JSON text; indent -1 is one line. Object keys are sorted.
-    std::string dump(int indent = -1) const;
-    // "config.json: rope_scaling.factor": the `place` for an error about this value.
-    const std::string& place() const { return place_; }
+  // The value as JSON text; indent -1 is one line. Object keys are sorted.
+  std::string dump(int indent = -1) const;
+  // "config.json: rope_scaling.factor": the `place` for an error about this value.
+  const std::string& place() const { return place_; }
 
-  private:
-    Json child(const void* node, std::string place) const;
-    [[noreturn]] void wrong_type(const char* need) const;
-    std::shared_ptr<const void> node_;  // in the JSON library's form; keeps the document
-    std::string place_;
-    bool top_ = false;  // of the document
+ private:
+  Json child(const void* node, std::string place) const;
+  [[noreturn]] void wrong_type(const char* need) const;
+  std::shared_ptr<const void> node_;  // in the JSON library's form; keeps the document
+  std::string place_;
+  bool top_ = false;  // of the document
 };
 
 // Writes JSON text piece by piece, keys in the order given:
@@ -71,29 +71,29 @@ class Json {
 // Doubles are the shortest text that reads back to the same bits; NaN and Inf are written as null.
 // Text that is not UTF-8 has its bad bytes replaced by U+FFFD.
 class JsonWriter {
-  public:
-    explicit JsonWriter(int indent = -1) : indent_(indent) {}
-    JsonWriter& object() { return open('{', '}'); }
-    JsonWriter& array() { return open('[', ']'); }
-    JsonWriter& end();  // of the innermost object or array
-    JsonWriter& key(const std::string& name);
-    JsonWriter& value(double number);
-    JsonWriter& value(std::integral auto number) { return raw(std::to_string(number)); }
-    JsonWriter& value(bool flag) { return raw(flag ? "true" : "false"); }
-    JsonWriter& value(const std::string& text);
-    JsonWriter& value(const char* text) { return value(std::string(text)); }
-    JsonWriter& null() { return raw("null"); }
-    JsonWriter& raw(const std::string& json);  // text that is JSON already
-    // The finished text; every object and array must have ended.
-    const std::string& str() const;
+ public:
+  explicit JsonWriter(int indent = -1) : indent_(indent) {}
+  JsonWriter& object() { return open('{', '}'); }
+  JsonWriter& array() { return open('[', ']'); }
+  JsonWriter& end();  // of the innermost object or array
+  JsonWriter& key(const std::string& name);
+  JsonWriter& value(double number);
+  JsonWriter& value(std::integral auto number) { return raw(std::to_string(number)); }
+  JsonWriter& value(bool flag) { return raw(flag ? "true" : "false"); }
+  JsonWriter& value(const std::string& text);
+  JsonWriter& value(const char* text) { return value(std::string(text)); }
+  JsonWriter& null() { return raw("null"); }
+  JsonWriter& raw(const std::string& json);  // text that is JSON already
+  // The finished text; every object and array must have ended.
+  const std::string& str() const;
 
-  private:
-    JsonWriter& open(char begin, char end);
-    void separate();
-    void new_line();
-    std::string out_, closers_;
-    int indent_;
-    bool first_ = true, after_key_ = false;
+ private:
+  JsonWriter& open(char begin, char end);
+  void separate();
+  void new_line();
+  std::string out_, closers_;
+  int indent_;
+  bool first_ = true, after_key_ = false;
 };
 
 }  // namespace pith

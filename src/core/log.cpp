@@ -14,52 +14,52 @@
 namespace pith {
 
 static void log_line(const char* level, const char* format, va_list args) {
-    va_list again;
-    va_copy(again, args);
-    std::string message(vsnprintf(nullptr, 0, format, args), '\0');
-    vsnprintf(message.data(), message.size() + 1, format, again);
-    va_end(again);
-    const time_t now = time(nullptr);
-    tm parts;
-    localtime_r(&now, &parts);
-    char stamp[32];
-    strftime(stamp, sizeof stamp, "%Y-%m-%d %H:%M:%S", &parts);
-    const std::string line = text("%s | %s | ", stamp, level) + message + "\n";
-    LogSink& sink = log_sink();
-    const std::lock_guard lock(sink.mutex);
-    fprintf(stderr, "%s%s", sink.progress_drawn ? "\r\033[K" : "", line.c_str());
-    sink.progress_drawn = false;
-    if (!sink.file) return;
-    fputs(line.c_str(), sink.file);
-    fflush(sink.file);
+  va_list again;
+  va_copy(again, args);
+  std::string message(vsnprintf(nullptr, 0, format, args), '\0');
+  vsnprintf(message.data(), message.size() + 1, format, again);
+  va_end(again);
+  const time_t now = time(nullptr);
+  tm parts;
+  localtime_r(&now, &parts);
+  char stamp[32];
+  strftime(stamp, sizeof stamp, "%Y-%m-%d %H:%M:%S", &parts);
+  const std::string line = text("%s | %s | ", stamp, level) + message + "\n";
+  LogSink& sink = log_sink();
+  const std::lock_guard lock(sink.mutex);
+  fprintf(stderr, "%s%s", sink.progress_drawn ? "\r\033[K" : "", line.c_str());
+  sink.progress_drawn = false;
+  if (!sink.file) return;
+  fputs(line.c_str(), sink.file);
+  fflush(sink.file);
 }
 
 void log_info(const char* format, ...) {
-    va_list args;
-    va_start(args, format);
-    log_line("INFO", format, args);
-    va_end(args);
+  va_list args;
+  va_start(args, format);
+  log_line("INFO", format, args);
+  va_end(args);
 }
 
 void log_warning(const char* format, ...) {
-    va_list args;
-    va_start(args, format);
-    log_line("WARNING", format, args);
-    va_end(args);
+  va_list args;
+  va_start(args, format);
+  log_line("WARNING", format, args);
+  va_end(args);
 }
 
 void log_to_file(const std::string& path) {
-    LogSink& sink = log_sink();
-    const std::lock_guard lock(sink.mutex);
-    if (sink.file) fclose(sink.file);
-    sink.file = path.empty() ? nullptr : fopen(path.c_str(), "a");
-    if (!sink.file && !path.empty())
-        failed(path, "cannot be opened for the log", "a folder that can be written to");
+  LogSink& sink = log_sink();
+  const std::lock_guard lock(sink.mutex);
+  if (sink.file) fclose(sink.file);
+  sink.file = path.empty() ? nullptr : fopen(path.c_str(), "a");
+  if (!sink.file && !path.empty())
+    failed(path, "cannot be opened for the log", "a folder that can be written to");
 }
 
 double now_s() {
-    const auto t = std::chrono::steady_clock::now().time_since_epoch();
-    return std::chrono::duration<double>(t).count();
+  const auto t = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration<double>(t).count();
 }
 
 Progress::Progress(std::string what, double total, std::string unit)
@@ -71,45 +71,45 @@ Progress::Progress(std::string what, double total, std::string unit)
       terminal_(isatty(2)) {}
 
 void Progress::update(double done, const std::string& extra) {
-    const double now = now_s();
-    if (now - last_s_ < (terminal_ ? 0.2 : 10.0)) return;
-    last_s_ = now;
-    const double rate = done / std::max(now - start_s_, 1e-9);
-    std::string line = text("%s %.1f", what_.c_str(), done);
-    if (total_ > 0) line += text("/%.1f", total_);
-    line += text(" %s (%.1f/s", unit_.c_str(), rate);
-    if (total_ > done && rate > 0) line += ", " + duration_text((total_ - done) / rate) + " left";
-    line += ")" + (extra.empty() ? "" : " " + extra);
-    if (!terminal_) return log_info("%s", line.c_str());
-    LogSink& sink = log_sink();
-    const std::lock_guard lock(sink.mutex);
-    fprintf(stderr, "\r\033[K%s", line.c_str());
-    sink.progress_drawn = true;
+  const double now = now_s();
+  if (now - last_s_ < (terminal_ ? 0.2 : 10.0)) return;
+  last_s_ = now;
+  const double rate = done / std::max(now - start_s_, 1e-9);
+  std::string line = text("%s %.1f", what_.c_str(), done);
+  if (total_ > 0) line += text("/%.1f", total_);
+  line += text(" %s (%.1f/s", unit_.c_str(), rate);
+  if (total_ > done && rate > 0) line += ", " + duration_text((total_ - done) / rate) + " left";
+  line += ")" + (extra.empty() ? "" : " " + extra);
+  if (!terminal_) return log_info("%s", line.c_str());
+  LogSink& sink = log_sink();
+  const std::lock_guard lock(sink.mutex);
+  fprintf(stderr, "\r\033[K%s", line.c_str());
+  sink.progress_drawn = true;
 }
 
 void Progress::finish(const std::string& summary) { log_info("%s", summary.c_str()); }
 
 std::string with_commas(int64_t value) {
-    std::string digits = std::to_string(value < 0 ? -value : value), out;
-    for (size_t i = 0; i < digits.size(); i++) {
-        if (i && (digits.size() - i) % 3 == 0) out += ',';
-        out += digits[i];
-    }
-    return value < 0 ? "-" + out : out;
+  std::string digits = std::to_string(value < 0 ? -value : value), out;
+  for (size_t i = 0; i < digits.size(); i++) {
+    if (i && (digits.size() - i) % 3 == 0) out += ',';
+    out += digits[i];
+  }
+  return value < 0 ? "-" + out : out;
 }
 
 std::string duration_text(double seconds) {
-    const long s = std::lround(seconds);
-    if (s < 60) return text("%ld s", s);
-    if (s < 3600) return text("%ld min %ld s", s / 60, s % 60);
-    return text("%ld h %ld min", s / 3600, s / 60 % 60);
+  const long s = std::lround(seconds);
+  if (s < 60) return text("%ld s", s);
+  if (s < 3600) return text("%ld min %ld s", s / 60, s % 60);
+  return text("%ld h %ld min", s / 3600, s / 60 % 60);
 }
 
 std::string bytes_text(double bytes) {
-    const char* unit[] = {"B", "KiB", "MiB", "GiB", "TiB"};
-    int i = 0;
-    while (bytes >= 1024 && i < 4) bytes /= 1024, i++;
-    return text(i ? "%.2f %s" : "%.0f %s", bytes, unit[i]);
+  const char* unit[] = {"B", "KiB", "MiB", "GiB", "TiB"};
+  int i = 0;
+  while (bytes >= 1024 && i < 4) bytes /= 1024, i++;
+  return text(i ? "%.2f %s" : "%.0f %s", bytes, unit[i]);
 }
 
 }  // namespace pith

@@ -18,15 +18,15 @@ double now_s();
 // Progress of long work: on a terminal one line that is redrawn, else a plain line every 10 s.
 // `done` and `total` share a unit; total 0 means unknown. finish() leaves the last state visible.
 class Progress {
-  public:
-    Progress(std::string what, double total, std::string unit);
-    void update(double done, const std::string& extra = "");
-    void finish(const std::string& summary);
+ public:
+  Progress(std::string what, double total, std::string unit);
+  void update(double done, const std::string& extra = "");
+  void finish(const std::string& summary);
 
-  private:
-    std::string what_, unit_;
-    double total_, start_s_, last_s_;
-    bool terminal_;
+ private:
+  std::string what_, unit_;
+  double total_, start_s_, last_s_;
+  bool terminal_;
 };
 
 // "1,234,567"; "3 min 20 s"; "1.50 GiB".

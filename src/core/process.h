@@ -25,9 +25,9 @@ void set_thread_status(Status* status);
 
 // Where log lines go: one a process, because every rank's thread writes to it. Guarded by `mutex`.
 struct LogSink {
-    std::mutex mutex;
-    FILE* file = nullptr;         // beside standard error, once opened
-    bool progress_drawn = false;  // the terminal's last line is to be redrawn
+  std::mutex mutex;
+  FILE* file = nullptr;         // beside standard error, once opened
+  bool progress_drawn = false;  // the terminal's last line is to be redrawn
 };
 LogSink& log_sink();
 

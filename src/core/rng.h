@@ -7,7 +7,7 @@
 namespace pith {
 
 struct PhiloxBlock {
-    uint32_t word[4];
+  uint32_t word[4];
 };
 // The 128 random bits at `counter` of stream `key`.
 PhiloxBlock philox(uint64_t key, uint64_t counter);

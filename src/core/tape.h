@@ -14,52 +14,52 @@ namespace pith {
 
 // Up to eight tensors by value.
 struct TensorList {
-    static constexpr int kMax = 8;
-    TensorList() = default;
-    TensorList(std::initializer_list<Tensor> ts) {
-        for (const Tensor& t : ts) push(t);
-    }
-    void push(const Tensor& t);
-    void clear() {
-        for (int i = 0; i < count; i++) item[i] = Tensor{};
-        count = 0;
-    }
-    Tensor& operator[](int i) { return item[i]; }
-    const Tensor& operator[](int i) const { return item[i]; }
-    Tensor item[kMax];
-    int count = 0;
+  static constexpr int kMax = 8;
+  TensorList() = default;
+  TensorList(std::initializer_list<Tensor> ts) {
+    for (const Tensor& t : ts) push(t);
+  }
+  void push(const Tensor& t);
+  void clear() {
+    for (int i = 0; i < count; i++) item[i] = Tensor{};
+    count = 0;
+  }
+  Tensor& operator[](int i) { return item[i]; }
+  const Tensor& operator[](int i) const { return item[i]; }
+  Tensor item[kMax];
+  int count = 0;
 };
 
 struct Node {
-    const char* op = "";
-    At at;           // the caller's line
-    int layer = -1;  // where the rank stood when it was recorded
-    int stage = 0;
-    TensorList in;       // inputs, as meta: where gradients go
-    TensorList out;      // outputs, as meta
-    TensorList grad;     // during bx and bw: the outputs' gradients; undefined where none arrived
-    TensorList bx_keep;  // values that bx needs; released after bx
-    TensorList bw_keep;  // values that bw needs; released after bw
-    double f[4] = {};    // scalars: eps, scale, ...
-    int64_t i[8] = {};   // integers: sizes, flags, ...
-    void (*bx)(Rank&, Node&) = nullptr;
-    // Weight gradients of n nodes that share op and weights (one a deferred micro-batch), in order.
-    void (*bw)(Rank&, Node* const* nodes, int n) = nullptr;
-    bool bw_done = false;
+  const char* op = "";
+  At at;           // the caller's line
+  int layer = -1;  // where the rank stood when it was recorded
+  int stage = 0;
+  TensorList in;       // inputs, as meta: where gradients go
+  TensorList out;      // outputs, as meta
+  TensorList grad;     // during bx and bw: the outputs' gradients; undefined where none arrived
+  TensorList bx_keep;  // values that bx needs; released after bx
+  TensorList bw_keep;  // values that bw needs; released after bw
+  double f[4] = {};    // scalars: eps, scale, ...
+  int64_t i[8] = {};   // integers: sizes, flags, ...
+  void (*bx)(Rank&, Node&) = nullptr;
+  // Weight gradients of n nodes that share op and weights (one a deferred micro-batch), in order.
+  void (*bw)(Rank&, Node* const* nodes, int n) = nullptr;
+  bool bw_done = false;
 };
 
 struct Tape {
-    std::vector<Node> nodes;
-    std::vector<Tensor> grads;  // by variable
-    int new_var() {
-        grads.emplace_back();
-        return static_cast<int>(grads.size()) - 1;
-    }
-    int size() const { return static_cast<int>(nodes.size()); }
-    void clear() {
-        nodes.clear();
-        grads.clear();
-    }
+  std::vector<Node> nodes;
+  std::vector<Tensor> grads;  // by variable
+  int new_var() {
+    grads.emplace_back();
+    return static_cast<int>(grads.size()) - 1;
+  }
+  int size() const { return static_cast<int>(nodes.size()); }
+  void clear() {
+    nodes.clear();
+    grads.clear();
+  }
 };
 
 // Records a node if the rank has a tape and an input needs a gradient: gives the outputs variables
@@ -82,8 +82,8 @@ void add_into(Rank& rank, const Tensor& to, const Tensor& from, At at = At::here
 // For ops that write a gradient in place: the buffer to write, and whether to add to it. A weight's
 // slot is its accumulator (always add). Undefined if no gradient flows to `t`.
 struct GradSlot {
-    Tensor grad;
-    bool add = false;
+  Tensor grad;
+  bool add = false;
 };
 GradSlot grad_slot(Rank& rank, const Tensor& t, At at = At::here());
 

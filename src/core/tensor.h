@@ -21,38 +21,38 @@ inline bool is_float(DType d) { return d != DType::I32 && d != DType::U8; }
 struct Allocator;
 enum class MemoryKind : uint8_t { Activations, Weights, Gradients, Optimizer, Workspace };
 struct Storage {
-    Allocator* allocator = nullptr;
-    void* data = nullptr;
-    int64_t bytes = 0;
-    int refs = 0;
-    MemoryKind kind = MemoryKind::Activations;
+  Allocator* allocator = nullptr;
+  void* data = nullptr;
+  int64_t bytes = 0;
+  int refs = 0;
+  MemoryKind kind = MemoryKind::Activations;
 };
 void release(Storage* storage);
 
 // Intrusive reference to a Storage; copies are counted, atomically.
 class StorageRef {
-  public:
-    StorageRef() = default;
-    explicit StorageRef(Storage* s) : s_(s) { add(); }
-    StorageRef(const StorageRef& o) : s_(o.s_) { add(); }
-    StorageRef(StorageRef&& o) noexcept : s_(o.s_) { o.s_ = nullptr; }
-    StorageRef& operator=(StorageRef o) noexcept {
-        Storage* mine = s_;
-        s_ = o.s_;
-        o.s_ = mine;
-        return *this;
-    }
-    ~StorageRef() {
-        if (s_ && __atomic_sub_fetch(&s_->refs, 1, __ATOMIC_ACQ_REL) == 0) release(s_);
-    }
-    Storage* get() const { return s_; }
-    int count() const { return s_ ? __atomic_load_n(&s_->refs, __ATOMIC_ACQUIRE) : 0; }
+ public:
+  StorageRef() = default;
+  explicit StorageRef(Storage* s) : s_(s) { add(); }
+  StorageRef(const StorageRef& o) : s_(o.s_) { add(); }
+  StorageRef(StorageRef&& o) noexcept : s_(o.s_) { o.s_ = nullptr; }
+  StorageRef& operator=(StorageRef o) noexcept {
+    Storage* mine = s_;
+    s_ = o.s_;
+    o.s_ = mine;
+    return *this;
+  }
+  ~StorageRef() {
+    if (s_ && __atomic_sub_fetch(&s_->refs, 1, __ATOMIC_ACQ_REL) == 0) release(s_);
+  }
+  Storage* get() const { return s_; }
+  int count() const { return s_ ? __atomic_load_n(&s_->refs, __ATOMIC_ACQUIRE) : 0; }
 
-  private:
-    void add() {
-        if (s_) __atomic_add_fetch(&s_->refs, 1, __ATOMIC_RELAXED);
-    }
-    Storage* s_ = nullptr;
+ private:
+  void add() {
+    if (s_) __atomic_add_fetch(&s_->refs, 1, __ATOMIC_RELAXED);
+  }
+  Storage* s_ = nullptr;
 };
 
 constexpr int kMaxDims = 5;
@@ -60,57 +60,57 @@ constexpr int32_t kIgnoreLabel = -100;  // a label that counts nothing in the lo
 
 // A shape of up to five dimensions.
 struct Dims {
-    Dims() = default;
-    Dims(std::initializer_list<int64_t> sizes);
-    int64_t operator[](int i) const { return size[i]; }
-    int64_t& operator[](int i) { return size[i]; }
-    bool operator==(const Dims& o) const;
-    int64_t numel() const;
-    int64_t size[kMaxDims] = {};
-    int rank = 0;
+  Dims() = default;
+  Dims(std::initializer_list<int64_t> sizes);
+  int64_t operator[](int i) const { return size[i]; }
+  int64_t& operator[](int i) { return size[i]; }
+  bool operator==(const Dims& o) const;
+  int64_t numel() const;
+  int64_t size[kMaxDims] = {};
+  int rank = 0;
 };
 
 // Row-major, contiguous. A Tensor is a value: copies share storage. A default Tensor is undefined.
 struct Tensor {
-    StorageRef storage;
-    char* data = nullptr;  // first element; null in a meta tensor or an empty one
-    char* grad = nullptr;  // weights only: accumulator of this shape, F32 (F64 when dtype is F64)
-    Dims dim;
-    DType dtype = DType::F32;
-    Device device = Device::CPU;
-    int32_t var = -1;       // variable on the tape that recorded it; -1: no gradient flows
-    const char* name = "";  // weights: a Hugging Face name; else empty
-    // Weights: the bound tensor this one is a view of, `home_offset` elements in. Its memory may be
-    // freed after the forward and be elsewhere in the backward; refresh() follows it.
-    const Tensor* home = nullptr;
-    int64_t home_offset = 0;
-    At made;  // the caller's line that made it
+  StorageRef storage;
+  char* data = nullptr;  // first element; null in a meta tensor or an empty one
+  char* grad = nullptr;  // weights only: accumulator of this shape, F32 (F64 when dtype is F64)
+  Dims dim;
+  DType dtype = DType::F32;
+  Device device = Device::CPU;
+  int32_t var = -1;       // variable on the tape that recorded it; -1: no gradient flows
+  const char* name = "";  // weights: a Hugging Face name; else empty
+  // Weights: the bound tensor this one is a view of, `home_offset` elements in. Its memory may be
+  // freed after the forward and be elsewhere in the backward; refresh() follows it.
+  const Tensor* home = nullptr;
+  int64_t home_offset = 0;
+  At made;  // the caller's line that made it
 
-    bool defined() const { return dim.rank > 0; }
-    // Its accumulator may be away (layer-wise sharding frees it between uses).
-    bool is_weight() const { return home || grad; }
-    bool needs_grad() const { return var >= 0 || is_weight(); }
-    int64_t numel() const { return dim.numel(); }
-    int64_t bytes() const { return numel() * size_of(dtype); }
-    int64_t cols() const { return dim[dim.rank - 1]; }  // size of the last dimension
-    int64_t rows() const;                               // product of all the others
-    template <class T>
-    T* as() const {
-        return reinterpret_cast<T*>(data);
-    }
-    float* f32() const { return as<float>(); }
-    int32_t* i32() const { return as<int32_t>(); }
+  bool defined() const { return dim.rank > 0; }
+  // Its accumulator may be away (layer-wise sharding frees it between uses).
+  bool is_weight() const { return home || grad; }
+  bool needs_grad() const { return var >= 0 || is_weight(); }
+  int64_t numel() const { return dim.numel(); }
+  int64_t bytes() const { return numel() * size_of(dtype); }
+  int64_t cols() const { return dim[dim.rank - 1]; }  // size of the last dimension
+  int64_t rows() const;                               // product of all the others
+  template <class T>
+  T* as() const {
+    return reinterpret_cast<T*>(data);
+  }
+  float* f32() const { return as<float>(); }
+  int32_t* i32() const { return as<int32_t>(); }
 
-    // The same elements under another shape; same variable, so its gradient is shared. At most one
-    // dimension may be -1. Throws when numel differs.
-    Tensor view(Dims dims, At at = At::here()) const;
-    // Rows [begin, end) of the first dimension. A weight's gradient is sliced along; an
-    // activation's slice has no variable (use ops.h slice() inside a model).
-    Tensor slice_rows(int64_t begin, int64_t end, At at = At::here()) const;
-    // Shape, dtype, variable and gradient pointer without the storage: what a tape node remembers
-    // of a tensor whose values it does not need.
-    Tensor meta() const;
-    void refresh();
+  // The same elements under another shape; same variable, so its gradient is shared. At most one
+  // dimension may be -1. Throws when numel differs.
+  Tensor view(Dims dims, At at = At::here()) const;
+  // Rows [begin, end) of the first dimension. A weight's gradient is sliced along; an
+  // activation's slice has no variable (use ops.h slice() inside a model).
+  Tensor slice_rows(int64_t begin, int64_t end, At at = At::here()) const;
+  // Shape, dtype, variable and gradient pointer without the storage: what a tape node remembers
+  // of a tensor whose values it does not need.
+  Tensor meta() const;
+  void refresh();
 };
 
 // "[3,16] f32 cpu, made at qwen3_moe.cpp:10" or, for a weight, its name.

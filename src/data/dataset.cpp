@@ -17,249 +17,246 @@ namespace fs = std::filesystem;
 // ---- Token files --------------------------------------------------------------------------------
 
 int64_t TokenFile::doc_end(int64_t doc) const {
-    int64_t end;
-    memcpy(&end, ends + 8 * doc, 8);
-    return end;
+  int64_t end;
+  memcpy(&end, ends + 8 * doc, 8);
+  return end;
 }
 
 void TokenFile::copy(int64_t offset, int64_t count, int64_t vocab_size, int32_t* dst) const {
-    const int64_t width = size_of(type);
-    const uint64_t mask = ~uint64_t{0} >> (64 - 8 * width), limit = vocab_size;
-    for (int64_t i = offset; i < offset + count; i++) {
-        uint64_t id;
-        memcpy(&id, tokens + i * width, 8);  // the second array lies behind the last token
-        id &= mask;
-        if (id >= limit)
-            bad_input(
-                map.path(),
+  const int64_t width = size_of(type);
+  const uint64_t mask = ~uint64_t{0} >> (64 - 8 * width), limit = vocab_size;
+  for (int64_t i = offset; i < offset + count; i++) {
+    uint64_t id;
+    memcpy(&id, tokens + i * width, 8);  // the second array lies behind the last token
+    id &= mask;
+    if (id >= limit)
+      bad_input(map.path(),
                 text("holds a token id beyond the vocabulary (got %lu at token %ld, need less "
                      "than %lu)",
                      id, i, limit),
                 "use the model's own tokenizer, or a model with a larger vocab_size");
-        *dst++ = static_cast<int32_t>(id);
-    }
+    *dst++ = static_cast<int32_t>(id);
+  }
 }
 
 TokenFile open_token_file(const std::string& path) {
-    const auto refuse = [&](const std::string& what) {
-        bad_input(path, what, "make the file again with pith tokenize");
-    };
-    TokenFile file;
-    file.map = MappedFile(path);
-    const NpyHeader ids = parse_npy_header(file.map.data(), file.map.size(), path);
-    file.type = ids.type;
-    file.num_tokens = ids.numel();
-    file.tokens = file.map.data() + ids.header_bytes;
-    const char* rest = file.tokens + ids.data_bytes();
-    const int64_t rest_bytes = file.map.data() + file.map.size() - rest;
-    const NpyHeader ends = parse_npy_header(rest, rest_bytes, path + " (document ends)");
-    for (const NpyHeader* array : {&ids, &ends})
-        if (array->shape.size() != 1 || array->type > NpyType::U8 ||
-            (array == &ends && array->type != NpyType::U8))
-            refuse(text("does not hold %s (got %s of %zu dimensions, need one dimension of %s)",
-                        array == &ids ? "token ids first" : "document ends second",
-                        name_of(array->type), array->shape.size(),
-                        array == &ids ? "|u1, <u2, <u4 or <u8" : "<u8"));
-    const int64_t more = rest_bytes - ends.header_bytes - ends.data_bytes();
-    if (more != 0) refuse(text("goes on behind its two arrays (got %ld bytes more)", more));
-    file.num_docs = ends.numel();
-    file.ends = rest + ends.header_bytes;
-    if (file.num_docs == 0 && file.num_tokens > 0) refuse("has tokens, but no documents");
-    int64_t least = 0;
-    for (int64_t doc = 0; doc < file.num_docs; doc++) {
-        const int64_t end = file.doc_end(doc), most = file.num_tokens;
-        if (doc + 1 == file.num_docs) least = most;
-        if (end < least || end > most)
-            refuse(text("has a corrupt end of document %ld (got %lu, need %ld to %ld)", doc,
-                        static_cast<uint64_t>(end), least, most));
-        least = end;
-    }
-    return file;
+  const auto refuse = [&](const std::string& what) {
+    bad_input(path, what, "make the file again with pith tokenize");
+  };
+  TokenFile file;
+  file.map = MappedFile(path);
+  const NpyHeader ids = parse_npy_header(file.map.data(), file.map.size(), path);
+  file.type = ids.type;
+  file.num_tokens = ids.numel();
+  file.tokens = file.map.data() + ids.header_bytes;
+  const char* rest = file.tokens + ids.data_bytes();
+  const int64_t rest_bytes = file.map.data() + file.map.size() - rest;
+  const NpyHeader ends = parse_npy_header(rest, rest_bytes, path + " (document ends)");
+  for (const NpyHeader* array : {&ids, &ends})
+    if (array->shape.size() != 1 || array->type > NpyType::U8 ||
+        (array == &ends && array->type != NpyType::U8))
+      refuse(text("does not hold %s (got %s of %zu dimensions, need one dimension of %s)",
+                  array == &ids ? "token ids first" : "document ends second", name_of(array->type),
+                  array->shape.size(), array == &ids ? "|u1, <u2, <u4 or <u8" : "<u8"));
+  const int64_t more = rest_bytes - ends.header_bytes - ends.data_bytes();
+  if (more != 0) refuse(text("goes on behind its two arrays (got %ld bytes more)", more));
+  file.num_docs = ends.numel();
+  file.ends = rest + ends.header_bytes;
+  if (file.num_docs == 0 && file.num_tokens > 0) refuse("has tokens, but no documents");
+  int64_t least = 0;
+  for (int64_t doc = 0; doc < file.num_docs; doc++) {
+    const int64_t end = file.doc_end(doc), most = file.num_tokens;
+    if (doc + 1 == file.num_docs) least = most;
+    if (end < least || end > most)
+      refuse(text("has a corrupt end of document %ld (got %lu, need %ld to %ld)", doc,
+                  static_cast<uint64_t>(end), least, most));
+    least = end;
+  }
+  return file;
 }
 
 std::vector<std::string> find_token_files(const std::string& path) {
-    std::vector<fs::path> found;
-    try {
-        if (fs::is_regular_file(path)) return {path};
-        for (fs::recursive_directory_iterator it(path), end; it != end; ++it) {
-            const fs::path name = it->path().filename();
-            if (name.native().front() == '.')
-                it.disable_recursion_pending();
-            else if (name.extension() == ".bin" && it->is_regular_file())
-                found.push_back(it->path());
-        }
-    } catch (const fs::filesystem_error& error) {
-        bad_input(path, "cannot be listed (" + error.code().message() + ")",
-                  "check the path, or make token files with pith tokenize");
+  std::vector<fs::path> found;
+  try {
+    if (fs::is_regular_file(path)) return {path};
+    for (fs::recursive_directory_iterator it(path), end; it != end; ++it) {
+      const fs::path name = it->path().filename();
+      if (name.native().front() == '.')
+        it.disable_recursion_pending();
+      else if (name.extension() == ".bin" && it->is_regular_file())
+        found.push_back(it->path());
     }
-    if (found.empty())
-        bad_input(path, "holds no token file (got 0 files that end in .bin, need 1 or more)",
-                  "make them with pith tokenize");
-    std::ranges::sort(found);
-    return {found.begin(), found.end()};
+  } catch (const fs::filesystem_error& error) {
+    bad_input(path, "cannot be listed (" + error.code().message() + ")",
+              "check the path, or make token files with pith tokenize");
+  }
+  if (found.empty())
+    bad_input(path, "holds no token file (got 0 files that end in .bin, need 1 or more)",
+              "make them with pith tokenize");
+  std::ranges::sort(found);
+  return {found.begin(), found.end()};
 }
 
 // ---- Dataset ------------------------------------------------------------------------------------
 
 Dataset::Dataset(const std::vector<std::string>& paths, const DataOptions& options)
     : options_(options), train_(paths.size()), first_sample_{0} {
-    for (const std::string& path : paths) {
-        files_.push_back(open_token_file(path));
-        token_bytes_ += files_.back().num_tokens * size_of(files_.back().type);
-    }
-    if (token_bytes_ == 0)
-        bad_input("data.path", text("is an empty corpus (got 0 tokens in %zu files)", paths.size()),
-                  "check what was tokenised");
-    for (size_t i = 0; i < files_.size(); i++) {
-        constexpr int64_t kChecked = int64_t{1} << 30, kBlock = 4096;
-        int32_t block[kBlock];
-        const int64_t checked = token_bytes_ <= kChecked ? files_[i].num_tokens : 0;
-        for (int64_t at = 0; at < checked; at += kBlock)
-            files_[i].copy(at, std::min(kBlock, checked - at), options.vocab_size, block);
-        split_documents(static_cast<int>(i));
-        const int64_t labels = std::max<int64_t>(train_[i].num_tokens - 1, 0);
-        first_sample_.push_back(first_sample_.back() + labels / options.seq_length);
-    }
+  for (const std::string& path : paths) {
+    files_.push_back(open_token_file(path));
+    token_bytes_ += files_.back().num_tokens * size_of(files_.back().type);
+  }
+  if (token_bytes_ == 0)
+    bad_input("data.path", text("is an empty corpus (got 0 tokens in %zu files)", paths.size()),
+              "check what was tokenised");
+  for (size_t i = 0; i < files_.size(); i++) {
+    constexpr int64_t kChecked = int64_t{1} << 30, kBlock = 4096;
+    int32_t block[kBlock];
+    const int64_t checked = token_bytes_ <= kChecked ? files_[i].num_tokens : 0;
+    for (int64_t at = 0; at < checked; at += kBlock)
+      files_[i].copy(at, std::min(kBlock, checked - at), options.vocab_size, block);
+    split_documents(static_cast<int>(i));
+    const int64_t labels = std::max<int64_t>(train_[i].num_tokens - 1, 0);
+    first_sample_.push_back(first_sample_.back() + labels / options.seq_length);
+  }
 }
 
 void Dataset::split_documents(int index) {
-    const TokenFile& file = files_[index];
-    const int64_t width = size_of(file.type);
-    const double fraction = options_.heldout_fraction;
-    for (int64_t doc = 0, begin = 0; doc < file.num_docs; doc++) {
-        const int64_t end = file.doc_end(doc);
-        if (begin == end) continue;
-        bool held = fraction >= 1;
-        if (fraction > 0 && fraction < 1) {
-            const uint64_t hash = XXH3_64bits(file.tokens + begin * width, (end - begin) * width);
-            held = static_cast<double>(hash >> 11) * 0x1.0p-53 < fraction;
-        }
-        Stream& stream = held ? heldout_ : train_[index];
-        stream.documents.push_back({stream.num_tokens, begin, index});
-        stream.num_tokens += end - begin;
-        begin = end;
+  const TokenFile& file = files_[index];
+  const int64_t width = size_of(file.type);
+  const double fraction = options_.heldout_fraction;
+  for (int64_t doc = 0, begin = 0; doc < file.num_docs; doc++) {
+    const int64_t end = file.doc_end(doc);
+    if (begin == end) continue;
+    bool held = fraction >= 1;
+    if (fraction > 0 && fraction < 1) {
+      const uint64_t hash = XXH3_64bits(file.tokens + begin * width, (end - begin) * width);
+      held = static_cast<double>(hash >> 11) * 0x1.0p-53 < fraction;
     }
+    Stream& stream = held ? heldout_ : train_[index];
+    stream.documents.push_back({stream.num_tokens, begin, index});
+    stream.num_tokens += end - begin;
+    begin = end;
+  }
 }
 
 int64_t Dataset::heldout_samples() const {
-    const int64_t labels = std::max<int64_t>(heldout_.num_tokens - 1, 0);
-    return (labels + options_.seq_length - 1) / options_.seq_length;
+  const int64_t labels = std::max<int64_t>(heldout_.num_tokens - 1, 0);
+  return (labels + options_.seq_length - 1) / options_.seq_length;
 }
 
 void Dataset::require_samples(int64_t required) const {
-    const int64_t epoch = samples_per_epoch(), epochs = options_.max_epochs;
-    const int64_t need = (required + epoch - 1) / std::max<int64_t>(epoch, 1);
-    if (epoch == 0 ? required <= 0 : need <= epochs) return;
-    bad_input(
-        epoch ? "data.max_epochs" : "data.sequence_length",
-        text("the corpus is smaller than the run (got %s samples: %s an epoch, %s epochs; need "
-             "%s)",
-             with_commas(epoch * epochs).c_str(), with_commas(epoch).c_str(),
-             with_commas(epochs).c_str(), with_commas(required).c_str()),
-        epoch ? text("data.max_epochs = %ld, fewer train.steps, or more text", need)
-              : "a shorter one, or files joined with pith tokenize --join");
+  const int64_t epoch = samples_per_epoch(), epochs = options_.max_epochs;
+  const int64_t need = (required + epoch - 1) / std::max<int64_t>(epoch, 1);
+  if (epoch == 0 ? required <= 0 : need <= epochs) return;
+  bad_input(epoch ? "data.max_epochs" : "data.sequence_length",
+            text("the corpus is smaller than the run (got %s samples: %s an epoch, %s epochs; need "
+                 "%s)",
+                 with_commas(epoch * epochs).c_str(), with_commas(epoch).c_str(),
+                 with_commas(epochs).c_str(), with_commas(required).c_str()),
+            epoch ? text("data.max_epochs = %ld, fewer train.steps, or more text", need)
+                  : "a shorter one, or files joined with pith tokenize --join");
 }
 
 void Dataset::require_heldout() const {
-    if (heldout_samples() == 0)
-        bad_input("data.heldout_fraction",
-                  text("nothing is held out to evaluate on (got %ld held-out tokens, need 2)",
-                       heldout_.num_tokens),
-                  "a larger one, or more documents");
+  if (heldout_samples() == 0)
+    bad_input("data.heldout_fraction",
+              text("nothing is held out to evaluate on (got %ld held-out tokens, need 2)",
+                   heldout_.num_tokens),
+              "a larger one, or more documents");
 }
 
 void Dataset::train_sample(int64_t index, const SampleRow& row) const {
-    const int64_t n = samples_per_epoch();
-    if (index < 0 || index >= n * options_.max_epochs)
-        failed("train_sample", text("sample %ld (need less than %ld)", index, n));
-    int64_t sample = index % n;
-    if (options_.shuffle) {
-        const uint64_t key = stream_key(options_.seed, text("data.epoch.%ld", index / n));
-        sample = static_cast<int64_t>(permute_index(key, sample, n));
-    }
-    const auto file = std::ranges::upper_bound(first_sample_, sample) - first_sample_.begin() - 1;
-    cut(train_[file], (sample - first_sample_[file]) * options_.seq_length, row);
+  const int64_t n = samples_per_epoch();
+  if (index < 0 || index >= n * options_.max_epochs)
+    failed("train_sample", text("sample %ld (need less than %ld)", index, n));
+  int64_t sample = index % n;
+  if (options_.shuffle) {
+    const uint64_t key = stream_key(options_.seed, text("data.epoch.%ld", index / n));
+    sample = static_cast<int64_t>(permute_index(key, sample, n));
+  }
+  const auto file = std::ranges::upper_bound(first_sample_, sample) - first_sample_.begin() - 1;
+  cut(train_[file], (sample - first_sample_[file]) * options_.seq_length, row);
 }
 
 void Dataset::heldout_sample(int64_t index, const SampleRow& row) const {
-    cut(heldout_, std::min(index * options_.seq_length, heldout_.num_tokens), row);
-    if (index >= heldout_samples()) std::fill_n(row.labels, options_.seq_length, kIgnoreLabel);
+  cut(heldout_, std::min(index * options_.seq_length, heldout_.num_tokens), row);
+  if (index >= heldout_samples()) std::fill_n(row.labels, options_.seq_length, kIgnoreLabel);
 }
 
 void Dataset::cut(const Stream& stream, int64_t begin, const SampleRow& row) const {
-    const int64_t length = options_.seq_length;
-    const int64_t n = std::min(length + 1, stream.num_tokens - begin);  // with the last label
-    const bool mask = options_.document_mask;
-    std::vector<int32_t> window(length + 1), ends(length, static_cast<int32_t>(length));
-    std::fill_n(row.labels, length, kIgnoreLabel);
-    auto next = std::ranges::upper_bound(stream.documents, begin, {}, &Stream::Document::begin);
-    for (int64_t at = 0, stop; at < n; at = stop) {
-        const Stream::Document& document = next[-1];
-        const int64_t end = next == stream.documents.end() ? stream.num_tokens : next->begin;
-        stop = std::min(n, end - begin);
-        files_[document.file].copy(document.file_offset + begin + at - document.begin, stop - at,
-                                   options_.vocab_size, &window[at]);
-        // Each token is the label of the one before it, in its document or, unmasked, in any.
-        const int64_t first = mask ? at + 1 : std::max<int64_t>(at, 1);
-        std::copy(window.data() + first, window.data() + stop, row.labels + first - 1);
-        for (int64_t i = at; mask && i < std::min(stop, length); i++)
-            ends[i] = static_cast<int32_t>(std::min(stop, length));
-        next++;
-    }
-    std::copy_n(window.begin(), length, row.tokens);
-    if (row.doc_ends) std::ranges::copy(ends, row.doc_ends);
+  const int64_t length = options_.seq_length;
+  const int64_t n = std::min(length + 1, stream.num_tokens - begin);  // with the last label
+  const bool mask = options_.document_mask;
+  std::vector<int32_t> window(length + 1), ends(length, static_cast<int32_t>(length));
+  std::fill_n(row.labels, length, kIgnoreLabel);
+  auto next = std::ranges::upper_bound(stream.documents, begin, {}, &Stream::Document::begin);
+  for (int64_t at = 0, stop; at < n; at = stop) {
+    const Stream::Document& document = next[-1];
+    const int64_t end = next == stream.documents.end() ? stream.num_tokens : next->begin;
+    stop = std::min(n, end - begin);
+    files_[document.file].copy(document.file_offset + begin + at - document.begin, stop - at,
+                               options_.vocab_size, &window[at]);
+    // Each token is the label of the one before it, in its document or, unmasked, in any.
+    const int64_t first = mask ? at + 1 : std::max<int64_t>(at, 1);
+    std::copy(window.data() + first, window.data() + stop, row.labels + first - 1);
+    for (int64_t i = at; mask && i < std::min(stop, length); i++)
+      ends[i] = static_cast<int32_t>(std::min(stop, length));
+    next++;
+  }
+  std::copy_n(window.begin(), length, row.tokens);
+  if (row.doc_ends) std::ranges::copy(ends, row.doc_ends);
 }
 
 uint64_t Dataset::fingerprint() const {
-    constexpr int64_t kWhole = int64_t{64} << 20, kBlocks = 16, kBlock = 4096;
-    uint64_t hash = 0;
-    const auto add = [&](const void* data, int64_t bytes) {
-        hash = XXH3_64bits_withSeed(data, static_cast<size_t>(bytes), hash);
-    };
-    for (const TokenFile& file : files_) {
-        const int64_t sizes[3] = {size_of(file.type), file.num_tokens, file.num_docs};
-        const int64_t bytes = file.num_tokens * size_of(file.type);
-        add(sizes, sizeof sizes);
-        add(file.ends, 8 * file.num_docs);
-        const int64_t blocks = token_bytes_ <= kWhole ? 1 : kBlocks;
-        const int64_t block = blocks == 1 ? bytes : std::min(bytes, kBlock);
-        for (int64_t i = 0; i < blocks; i++)  // from the first to the last one
-            add(file.tokens + (bytes - block) * i / (kBlocks - 1), block);
-    }
-    return hash;
+  constexpr int64_t kWhole = int64_t{64} << 20, kBlocks = 16, kBlock = 4096;
+  uint64_t hash = 0;
+  const auto add = [&](const void* data, int64_t bytes) {
+    hash = XXH3_64bits_withSeed(data, static_cast<size_t>(bytes), hash);
+  };
+  for (const TokenFile& file : files_) {
+    const int64_t sizes[3] = {size_of(file.type), file.num_tokens, file.num_docs};
+    const int64_t bytes = file.num_tokens * size_of(file.type);
+    add(sizes, sizeof sizes);
+    add(file.ends, 8 * file.num_docs);
+    const int64_t blocks = token_bytes_ <= kWhole ? 1 : kBlocks;
+    const int64_t block = blocks == 1 ? bytes : std::min(bytes, kBlock);
+    for (int64_t i = 0; i < blocks; i++)  // from the first to the last one
+      add(file.tokens + (bytes - block) * i / (kBlocks - 1), block);
+  }
+  return hash;
 }
 
 // ---- Rows and ranks -----------------------------------------------------------------------------
 
 void positions_from_ends(const int32_t* doc_ends, int64_t seq_length, int32_t* positions) {
-    int64_t begin = 0;
-    for (int64_t i = 0; i < seq_length; i++) {
-        if (i > 0 && i == doc_ends[i - 1]) begin = i;
-        positions[i] = static_cast<int32_t>(i - begin);
-    }
+  int64_t begin = 0;
+  for (int64_t i = 0; i < seq_length; i++) {
+    if (i > 0 && i == doc_ends[i - 1]) begin = i;
+    positions[i] = static_cast<int32_t>(i - begin);
+  }
 }
 
 int64_t global_sample(const BatchShape& shape, int64_t step, int dp_rank, int ep_rank,
                       int64_t row) {
-    const int64_t micro = row / shape.micro_batch, sender = int64_t{dp_rank} * shape.ep + ep_rank;
-    const int64_t group = micro * shape.dp * shape.ep + sender;  // of micro_batch samples
-    return step * shape.global_batch + group * shape.micro_batch + row % shape.micro_batch;
+  const int64_t micro = row / shape.micro_batch, sender = int64_t{dp_rank} * shape.ep + ep_rank;
+  const int64_t group = micro * shape.dp * shape.ep + sender;  // of micro_batch samples
+  return step * shape.global_batch + group * shape.micro_batch + row % shape.micro_batch;
 }
 
 ZigzagBlocks zigzag_blocks(int64_t seq_length, int cp, int cp_rank) {
-    if (cp == 1) return {{0, seq_length}, {seq_length, 0}};
-    const int64_t blocks = 2 * cp, length = seq_length / blocks;
-    if (seq_length % blocks != 0)
-        bad_input("data.sequence_length",
-                  text("does not split into 2 * parallel.cp blocks (got %ld and cp = %d, need a "
-                       "multiple of %ld)",
-                       seq_length, cp, blocks),
-                  text("data.sequence_length = %ld", (length + 1) * blocks));
-    return {{cp_rank * length, (blocks - 1 - cp_rank) * length}, {length, length}};
+  if (cp == 1) return {{0, seq_length}, {seq_length, 0}};
+  const int64_t blocks = 2 * cp, length = seq_length / blocks;
+  if (seq_length % blocks != 0)
+    bad_input("data.sequence_length",
+              text("does not split into 2 * parallel.cp blocks (got %ld and cp = %d, need a "
+                   "multiple of %ld)",
+                   seq_length, cp, blocks),
+              text("data.sequence_length = %ld", (length + 1) * blocks));
+  return {{cp_rank * length, (blocks - 1 - cp_rank) * length}, {length, length}};
 }
 
 void take_zigzag(const int32_t* row, const ZigzagBlocks& blocks, int32_t* out) {
-    for (int i = 0; i < 2; i++) out = std::copy_n(row + blocks.begin[i], blocks.length[i], out);
+  for (int i = 0; i < 2; i++) out = std::copy_n(row + blocks.begin[i], blocks.length[i], out);
 }
 
 // ---- The bigram model ---------------------------------------------------------------------------
@@ -267,52 +264,51 @@ void take_zigzag(const int32_t* row, const ZigzagBlocks& blocks, int32_t* out) {
 // The absolute discount that follows from how many things were counted once and twice.
 template <class Counts>
 static double discount_of(const Counts& counts) {
-    const double ones = std::ranges::count(counts, 1u), twos = std::ranges::count(counts, 2u);
-    return ones == 0 ? 0.5 : ones / (ones + 2 * twos);  // the unseen need some
+  const double ones = std::ranges::count(counts, 1u), twos = std::ranges::count(counts, 2u);
+  return ones == 0 ? 0.5 : ones / (ones + 2 * twos);  // the unseen need some
 }
 
 double bigram_nats(const Dataset& data) {
-    const int64_t v = data.options_.vocab_size, length = data.options_.seq_length;
-    if (v > kBigramMaxVocab)
-        bad_input(
-            "bigram model",
-            text("the vocabulary is too large (got %ld, need at most %ld)", v, kBigramMaxVocab),
-            "compare with another run instead");
-    std::vector<int32_t> tokens(length), labels(length);
-    const auto each_pair = [&](const Dataset::Stream& stream, const auto& use) {
-        for (int64_t begin = 0; begin + 1 < stream.num_tokens; begin += length) {
-            data.cut(stream, begin, {tokens.data(), labels.data()});
-            for (int64_t i = 0; i < length; i++)
-                if (labels[i] != kIgnoreLabel) use(tokens[i], labels[i]);
-        }
-    };
-    std::vector<uint32_t> pairs(v * v);                 // [first, second]: times seen
-    std::vector<double> before(v), after(v), total(v);  // distinct neighbours; times followed
-    double kinds = 0, nats = 0, count = 0;
-    for (const Dataset::Stream& stream : data.train_)
-        each_pair(stream, [&](int32_t first, int32_t second) {
-            const bool is_new = pairs[first * v + second]++ == 0;
-            before[second] += is_new;
-            after[first] += is_new;
-            kinds += is_new;
-            total[first]++;
-        });
-    const double pair_discount = discount_of(pairs), discount = discount_of(before);
-    const double seen = v - std::ranges::count(before, 0);
-    // Counts less their discount, and what that took, spread by the lower order.
-    const auto mix = [](double n, double off, double kind, double low, double all) {
-        return all == 0 ? low : (std::max(n - off, 0.0) + off * kind * low) / all;
-    };
-    each_pair(data.heldout_, [&](int32_t first, int32_t second) {
-        const double low = mix(before[second], discount, seen, 1.0 / v, kinds);
-        nats -= std::log(
-            mix(pairs[first * v + second], pair_discount, after[first], low, total[first]));
-        count++;
+  const int64_t v = data.options_.vocab_size, length = data.options_.seq_length;
+  if (v > kBigramMaxVocab)
+    bad_input("bigram model",
+              text("the vocabulary is too large (got %ld, need at most %ld)", v, kBigramMaxVocab),
+              "compare with another run instead");
+  std::vector<int32_t> tokens(length), labels(length);
+  const auto each_pair = [&](const Dataset::Stream& stream, const auto& use) {
+    for (int64_t begin = 0; begin + 1 < stream.num_tokens; begin += length) {
+      data.cut(stream, begin, {tokens.data(), labels.data()});
+      for (int64_t i = 0; i < length; i++)
+        if (labels[i] != kIgnoreLabel) use(tokens[i], labels[i]);
+    }
+  };
+  std::vector<uint32_t> pairs(v * v);                 // [first, second]: times seen
+  std::vector<double> before(v), after(v), total(v);  // distinct neighbours; times followed
+  double kinds = 0, nats = 0, count = 0;
+  for (const Dataset::Stream& stream : data.train_)
+    each_pair(stream, [&](int32_t first, int32_t second) {
+      const bool is_new = pairs[first * v + second]++ == 0;
+      before[second] += is_new;
+      after[first] += is_new;
+      kinds += is_new;
+      total[first]++;
     });
-    if (count == 0)
-        bad_input("data.heldout_fraction", "the held-out documents have no label (got 0)",
-                  "a larger one, or documents of two tokens or more");
-    return nats / count;
+  const double pair_discount = discount_of(pairs), discount = discount_of(before);
+  const double seen = v - std::ranges::count(before, 0);
+  // Counts less their discount, and what that took, spread by the lower order.
+  const auto mix = [](double n, double off, double kind, double low, double all) {
+    return all == 0 ? low : (std::max(n - off, 0.0) + off * kind * low) / all;
+  };
+  each_pair(data.heldout_, [&](int32_t first, int32_t second) {
+    const double low = mix(before[second], discount, seen, 1.0 / v, kinds);
+    nats -=
+        std::log(mix(pairs[first * v + second], pair_discount, after[first], low, total[first]));
+    count++;
+  });
+  if (count == 0)
+    bad_input("data.heldout_fraction", "the held-out documents have no label (got 0)",
+              "a larger one, or documents of two tokens or more");
+  return nats / count;
 }
 
 }  // namespace pith

@@ -14,34 +14,34 @@
 namespace pith {
 
 struct DataOptions {
-    int64_t seq_length = 0;       // S, tokens a sample
-    int64_t vocab_size = 0;       // token ids must be below it
-    uint64_t seed = 0;            // of the shuffle
-    bool shuffle = true;          // false: every epoch takes the samples in corpus order
-    double heldout_fraction = 0;  // of documents, by hash; 1 holds out every document
-    int64_t max_epochs = 1;       // passes over the training samples a run may take
-    bool document_mask = false;   // attention, positions and labels stay inside a document
+  int64_t seq_length = 0;       // S, tokens a sample
+  int64_t vocab_size = 0;       // token ids must be below it
+  uint64_t seed = 0;            // of the shuffle
+  bool shuffle = true;          // false: every epoch takes the samples in corpus order
+  double heldout_fraction = 0;  // of documents, by hash; 1 holds out every document
+  int64_t max_epochs = 1;       // passes over the training samples a run may take
+  bool document_mask = false;   // attention, positions and labels stay inside a document
 };
 
 // Where a sample is written: S elements each.
 struct SampleRow {
-    int32_t* tokens = nullptr;
-    int32_t* labels = nullptr;    // the next token; kIgnoreLabel where there is none to predict
-    int32_t* doc_ends = nullptr;  // end (exclusive) in the row of each position's document, or S
-                                  // without document_mask; may be null
+  int32_t* tokens = nullptr;
+  int32_t* labels = nullptr;    // the next token; kIgnoreLabel where there is none to predict
+  int32_t* doc_ends = nullptr;  // end (exclusive) in the row of each position's document, or S
+                                // without document_mask; may be null
 };
 
 // One .bin, mapped: two NPY arrays back to back, token ids (u1, u2, u4 or u8) and u8 document ends
 // (cumulative; the last one is the number of tokens).
 struct TokenFile {
-    MappedFile map;
-    NpyType type = NpyType::U2;
-    int64_t num_tokens = 0, num_docs = 0;
-    const char* tokens = nullptr;
-    const char* ends = nullptr;  // may be unaligned
-    int64_t doc_end(int64_t doc) const;
-    // Copies tokens [offset, offset + count); ids >= vocab_size are exit code 2.
-    void copy(int64_t offset, int64_t count, int64_t vocab_size, int32_t* dst) const;
+  MappedFile map;
+  NpyType type = NpyType::U2;
+  int64_t num_tokens = 0, num_docs = 0;
+  const char* tokens = nullptr;
+  const char* ends = nullptr;  // may be unaligned
+  int64_t doc_end(int64_t doc) const;
+  // Copies tokens [offset, offset + count); ids >= vocab_size are exit code 2.
+  void copy(int64_t offset, int64_t count, int64_t vocab_size, int32_t* dst) const;
 };
 // Exit code 2 naming the file for a truncated or corrupt one.
 TokenFile open_token_file(const std::string& path);
@@ -57,47 +57,47 @@ std::vector<std::string> find_token_files(const std::string& path);
 // split does not depend on the order or names of files. Const functions may be called from many
 // threads.
 class Dataset {
-  public:
-    // Exit code 2: no files, a corrupt file, an empty corpus, or a token id >= vocab_size (in
-    // corpora above 1 GiB found by the sample that holds it).
-    Dataset(const std::vector<std::string>& paths, const DataOptions& options);
+ public:
+  // Exit code 2: no files, a corrupt file, an empty corpus, or a token id >= vocab_size (in
+  // corpora above 1 GiB found by the sample that holds it).
+  Dataset(const std::vector<std::string>& paths, const DataOptions& options);
 
-    const DataOptions& options() const { return options_; }
-    int64_t samples_per_epoch() const { return first_sample_.back(); }
-    int64_t heldout_samples() const;  // the padded one included
-    // Exit code 2, naming data.max_epochs, if a run cannot read `required` training samples.
-    void require_samples(int64_t required) const;
-    // Exit code 2, naming data.heldout_fraction, if there is no held-out sample to evaluate on.
-    void require_heldout() const;
-    // Training sample `index` of the whole run: epoch index / n, each with its own permutation.
-    void train_sample(int64_t index, const SampleRow& row) const;
-    // Held-out sample `index` in corpus order; all labels are ignored from heldout_samples() on.
-    void heldout_sample(int64_t index, const SampleRow& row) const;
+  const DataOptions& options() const { return options_; }
+  int64_t samples_per_epoch() const { return first_sample_.back(); }
+  int64_t heldout_samples() const;  // the padded one included
+  // Exit code 2, naming data.max_epochs, if a run cannot read `required` training samples.
+  void require_samples(int64_t required) const;
+  // Exit code 2, naming data.heldout_fraction, if there is no held-out sample to evaluate on.
+  void require_heldout() const;
+  // Training sample `index` of the whole run: epoch index / n, each with its own permutation.
+  void train_sample(int64_t index, const SampleRow& row) const;
+  // Held-out sample `index` in corpus order; all labels are ignored from heldout_samples() on.
+  void heldout_sample(int64_t index, const SampleRow& row) const;
 
-    // XXH3 over what the samples are cut from: sizes, document ends and contents (of corpora above
-    // 64 MiB, 16 blocks a file). Paths do not count.
-    uint64_t fingerprint() const;
+  // XXH3 over what the samples are cut from: sizes, document ends and contents (of corpora above
+  // 64 MiB, 16 blocks a file). Paths do not count.
+  uint64_t fingerprint() const;
 
-  private:
-    // Documents that are not empty, end to end.
-    struct Stream {
-        struct Document {
-            int64_t begin;        // in the stream
-            int64_t file_offset;  // of its first token
-            int file;
-        };
-        std::vector<Document> documents;
-        int64_t num_tokens = 0;
+ private:
+  // Documents that are not empty, end to end.
+  struct Stream {
+    struct Document {
+      int64_t begin;        // in the stream
+      int64_t file_offset;  // of its first token
+      int file;
     };
-    void split_documents(int file);
-    void cut(const Stream& stream, int64_t begin, const SampleRow& row) const;
-    friend double bigram_nats(const Dataset& data);
-    DataOptions options_;
-    std::vector<TokenFile> files_;
-    int64_t token_bytes_ = 0;    // of all files
-    std::vector<Stream> train_;  // one a file
-    Stream heldout_;
-    std::vector<int64_t> first_sample_;  // by file, then the number of samples
+    std::vector<Document> documents;
+    int64_t num_tokens = 0;
+  };
+  void split_documents(int file);
+  void cut(const Stream& stream, int64_t begin, const SampleRow& row) const;
+  friend double bigram_nats(const Dataset& data);
+  DataOptions options_;
+  std::vector<TokenFile> files_;
+  int64_t token_bytes_ = 0;    // of all files
+  std::vector<Stream> train_;  // one a file
+  Stream heldout_;
+  std::vector<int64_t> first_sample_;  // by file, then the number of samples
 };
 
 // positions[i] = i - (begin of i's document), from a whole row's doc_ends.
@@ -105,10 +105,10 @@ void positions_from_ends(const int32_t* doc_ends, int64_t seq_length, int32_t* p
 
 // How a step's global batch is dealt out to (dp, ep) and micro-batches.
 struct BatchShape {
-    int64_t global_batch = 1, micro_batch = 1;
-    int dp = 1, ep = 1;  // sizes of the axes
-    int64_t rows_per_rank() const { return global_batch / (int64_t{dp} * ep); }
-    int64_t num_micro_batches() const { return rows_per_rank() / micro_batch; }
+  int64_t global_batch = 1, micro_batch = 1;
+  int dp = 1, ep = 1;  // sizes of the axes
+  int64_t rows_per_rank() const { return global_batch / (int64_t{dp} * ep); }
+  int64_t num_micro_batches() const { return rows_per_rank() / micro_batch; }
 };
 // Training sample (or, with step 0, evaluation sample) of local row `row` in [0, rows_per_rank):
 // row % micro_batch of micro-batch row / micro_batch. A step's set does not depend on the mesh.
@@ -118,9 +118,9 @@ int64_t global_sample(const BatchShape& shape, int64_t step, int dp_rank, int ep
 // 2*cp-1-r, in this order; cp = 1 holds the row and an empty block. Exit code 2, naming
 // data.sequence_length, unless 2*cp divides S or cp = 1.
 struct ZigzagBlocks {
-    int64_t begin[2];
-    int64_t length[2];
-    int64_t total() const { return length[0] + length[1]; }  // S / cp
+  int64_t begin[2];
+  int64_t length[2];
+  int64_t total() const { return length[0] + length[1]; }  // S / cp
 };
 ZigzagBlocks zigzag_blocks(int64_t seq_length, int cp, int cp_rank);
 // Copies this rank's total() elements of a row of tokens, labels, ends or positions.

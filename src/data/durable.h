@@ -9,40 +9,40 @@ namespace pith {
 
 // A file mapped read-only. Copies share the mapping.
 class MappedFile {
-  public:
-    MappedFile() = default;
-    // Exit code 2, naming the path, if it is missing, a folder, or unreadable.
-    explicit MappedFile(const std::string& path);
-    const std::string& path() const { return path_; }
-    const char* data() const { return map_.get(); }  // null when empty
-    int64_t size() const { return size_; }
+ public:
+  MappedFile() = default;
+  // Exit code 2, naming the path, if it is missing, a folder, or unreadable.
+  explicit MappedFile(const std::string& path);
+  const std::string& path() const { return path_; }
+  const char* data() const { return map_.get(); }  // null when empty
+  int64_t size() const { return size_; }
 
-  private:
-    std::string path_;
-    int64_t size_ = 0;
-    std::shared_ptr<const char> map_;
+ private:
+  std::string path_;
+  int64_t size_ = 0;
+  std::shared_ptr<const char> map_;
 };
 
 // A file written under PATH.tmp and moved to PATH by finish(), after its bytes are on disk. Until
 // then PATH is untouched; destroyed unfinished, the temporary is removed. Every failing system call
 // is exit code 1 with the path and the system's reason ("No space left on device").
 class DurableFile {
-  public:
-    explicit DurableFile(const std::string& path);
-    DurableFile(const DurableFile&) = delete;
-    DurableFile& operator=(const DurableFile&) = delete;
-    ~DurableFile();
+ public:
+  explicit DurableFile(const std::string& path);
+  DurableFile(const DurableFile&) = delete;
+  DurableFile& operator=(const DurableFile&) = delete;
+  ~DurableFile();
 
-    void write(const void* bytes, int64_t size);  // appends
-    int64_t size() const { return size_; }
-    const std::string& path() const { return path_; }
-    // fsync, rename, fsync of the folder.
-    void finish();
+  void write(const void* bytes, int64_t size);  // appends
+  int64_t size() const { return size_; }
+  const std::string& path() const { return path_; }
+  // fsync, rename, fsync of the folder.
+  void finish();
 
-  private:
-    std::string path_, temporary_;
-    int fd_ = -1;
-    int64_t size_ = 0;
+ private:
+  std::string path_, temporary_;
+  int fd_ = -1;
+  int64_t size_ = 0;
 };
 
 void write_file_durably(const std::string& path, const std::string& bytes);

@@ -12,11 +12,11 @@ int64_t size_of(NpyType type);      // bytes of one element
 const char* name_of(NpyType type);  // "<u2", as in the header
 
 struct NpyHeader {
-    NpyType type = NpyType::U1;
-    std::vector<int64_t> shape;  // empty: a scalar
-    int64_t header_bytes = 0;    // where the data begin, from where the header begins
-    int64_t numel() const;
-    int64_t data_bytes() const { return numel() * size_of(type); }
+  NpyType type = NpyType::U1;
+  std::vector<int64_t> shape;  // empty: a scalar
+  int64_t header_bytes = 0;    // where the data begin, from where the header begins
+  int64_t numel() const;
+  int64_t data_bytes() const { return numel() * size_of(type); }
 };
 
 // The header (of format 1, 2 or 3) at `data`, of which `size` bytes may be read, with the array's
@@ -33,9 +33,9 @@ void write_npy(const std::string& path, NpyType type, const std::vector<int64_t>
 
 // A mapped array; elements may be unaligned only in files written by others.
 struct NpyArray {
-    MappedFile file;
-    NpyHeader header;
-    const char* data = nullptr;
+  MappedFile file;
+  NpyHeader header;
+  const char* data = nullptr;
 };
 NpyArray read_npy(const std::string& path);
 

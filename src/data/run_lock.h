@@ -8,14 +8,14 @@ namespace pith {
 // Creates the folder where it is missing. Exit code 2, naming the process that holds it, if it is
 // taken.
 class RunLock {
-  public:
-    explicit RunLock(const std::string& folder);
-    RunLock(const RunLock&) = delete;
-    RunLock& operator=(const RunLock&) = delete;
-    ~RunLock();
+ public:
+  explicit RunLock(const std::string& folder);
+  RunLock(const RunLock&) = delete;
+  RunLock& operator=(const RunLock&) = delete;
+  ~RunLock();
 
-  private:
-    int fd_ = -1;
+ private:
+  int fd_ = -1;
 };
 
 }  // namespace pith

@@ -23,13 +23,13 @@ bool is_float(FileDType dtype);        // to_f32() takes it
 
 // A tensor inside a mapped file. `data` may be unaligned (files of others need not pad).
 struct TensorEntry {
-    std::string name;
-    FileDType dtype = FileDType::F32;
-    std::vector<int64_t> shape;
-    const char* data = nullptr;
-    int64_t bytes = 0;
-    int file = 0;  // index into SafetensorsReader::files()
-    int64_t numel() const { return bytes / size_of(dtype); }
+  std::string name;
+  FileDType dtype = FileDType::F32;
+  std::vector<int64_t> shape;
+  const char* data = nullptr;
+  int64_t bytes = 0;
+  int file = 0;  // index into SafetensorsReader::files()
+  int64_t numel() const { return bytes / size_of(dtype); }
 };
 // "[128,64] BF16"
 std::string describe(const TensorEntry& tensor);
@@ -40,49 +40,49 @@ std::string describe(const TensorEntry& tensor);
 // overlap, leave gaps or pass the end; missing shards, and index entries and shards that disagree.
 // Each is exit code 2 naming the file and the tensor.
 class SafetensorsReader {
-  public:
-    explicit SafetensorsReader(const std::string& path);
-    // All tensors: file by file, within a file by offset.
-    const std::vector<TensorEntry>& tensors() const { return tensors_; }
-    const std::vector<MappedFile>& files() const { return files_; }
-    const TensorEntry& at(const std::string& name) const;  // exit code 2 if absent
-    // "DIR/model.safetensors: NAME": the place for an error about a tensor.
-    std::string place(const TensorEntry& tensor) const;
-    // Entry of the header's __metadata__ (of the first file that has it), or empty.
-    std::string metadata(const std::string& key) const;
+ public:
+  explicit SafetensorsReader(const std::string& path);
+  // All tensors: file by file, within a file by offset.
+  const std::vector<TensorEntry>& tensors() const { return tensors_; }
+  const std::vector<MappedFile>& files() const { return files_; }
+  const TensorEntry& at(const std::string& name) const;  // exit code 2 if absent
+  // "DIR/model.safetensors: NAME": the place for an error about a tensor.
+  std::string place(const TensorEntry& tensor) const;
+  // Entry of the header's __metadata__ (of the first file that has it), or empty.
+  std::string metadata(const std::string& key) const;
 
-  private:
-    void open_file(const std::string& path);
-    void open_index(const std::string& index_path);
-    std::string path_;
-    std::vector<MappedFile> files_;
-    std::vector<TensorEntry> tensors_;
-    std::map<std::string, size_t> by_name_;  // indices of tensors_
-    std::map<std::string, std::string> metadata_;
+ private:
+  void open_file(const std::string& path);
+  void open_index(const std::string& index_path);
+  std::string path_;
+  std::vector<MappedFile> files_;
+  std::vector<TensorEntry> tensors_;
+  std::map<std::string, size_t> by_name_;  // indices of tensors_
+  std::map<std::string, std::string> metadata_;
 };
 
 struct TensorDecl {
-    std::string name;
-    FileDType dtype = FileDType::F32;
-    std::vector<int64_t> shape;
-    int64_t bytes() const;
+  std::string name;
+  FileDType dtype = FileDType::F32;
+  std::vector<int64_t> shape;
+  int64_t bytes() const;
 };
 
 // Streams one file in constant memory: all tensors are declared, then their bytes are written in
 // declared order, in pieces of any size. Durable, see DurableFile. Its metadata is {"format":
 // "pt"}, which transformers asks for.
 class SafetensorsWriter {
-  public:
-    SafetensorsWriter(const std::string& path, const std::vector<TensorDecl>& tensors);
-    void write(const void* bytes, int64_t size);
-    // Exit code 1 unless exactly the declared bytes were written.
-    void finish();
-    int64_t bytes_left() const { return total_bytes_ - file_.size(); }
-    int64_t size() const { return file_.size(); }  // bytes written, the header's included
+ public:
+  SafetensorsWriter(const std::string& path, const std::vector<TensorDecl>& tensors);
+  void write(const void* bytes, int64_t size);
+  // Exit code 1 unless exactly the declared bytes were written.
+  void finish();
+  int64_t bytes_left() const { return total_bytes_ - file_.size(); }
+  int64_t size() const { return file_.size(); }  // bytes written, the header's included
 
-  private:
-    DurableFile file_;
-    int64_t total_bytes_ = 0;  // of the file
+ private:
+  DurableFile file_;
+  int64_t total_bytes_ = 0;  // of the file
 };
 
 // Streams a Hugging Face folder: tensors are packed in declared order into shards of at most
@@ -90,24 +90,24 @@ class SafetensorsWriter {
 // model-00001-of-000NN.safetensors, and the index is written last; one shard alone is
 // model.safetensors without an index. Destroyed unfinished, it removes the shards it wrote.
 class ShardedWriter {
-  public:
-    static constexpr int64_t kMaxShardBytes = int64_t{5} * 1000 * 1000 * 1000;
-    ShardedWriter(const std::string& folder, std::vector<TensorDecl> tensors,
-                  int64_t max_shard_bytes = kMaxShardBytes);
-    ShardedWriter(const ShardedWriter&) = delete;
-    ShardedWriter& operator=(const ShardedWriter&) = delete;
-    ~ShardedWriter();
-    void write(const void* bytes, int64_t size);
-    void finish();
-    int num_shards() const { return static_cast<int>(shards_.size()); }
+ public:
+  static constexpr int64_t kMaxShardBytes = int64_t{5} * 1000 * 1000 * 1000;
+  ShardedWriter(const std::string& folder, std::vector<TensorDecl> tensors,
+                int64_t max_shard_bytes = kMaxShardBytes);
+  ShardedWriter(const ShardedWriter&) = delete;
+  ShardedWriter& operator=(const ShardedWriter&) = delete;
+  ~ShardedWriter();
+  void write(const void* bytes, int64_t size);
+  void finish();
+  int num_shards() const { return static_cast<int>(shards_.size()); }
 
-  private:
-    std::string shard_path(size_t shard) const;
-    void open_next();
-    std::string folder_;
-    std::vector<std::vector<TensorDecl>> shards_;
-    size_t begun_ = 0;  // shards; the last of them is being written
-    std::optional<SafetensorsWriter> writer_;
+ private:
+  std::string shard_path(size_t shard) const;
+  void open_next();
+  std::string folder_;
+  std::vector<std::vector<TensorDecl>> shards_;
+  size_t begun_ = 0;  // shards; the last of them is being written
+  std::optional<SafetensorsWriter> writer_;
 };
 
 // n elements of F32, F64, BF16 or F16 as F32; src may be unaligned. Exit code 1 for other dtypes.

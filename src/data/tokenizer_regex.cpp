@@ -25,169 +25,168 @@ constexpr const char* kMoreOfWords =
 
 // Members of a class: what has a general category that starts with `category`.
 std::string in_category(const std::string& category) {
-    std::string out = "\\p{" + category + "}";
-    for (const CategoryRange& range : newer_code_points())
-        if (!strncmp(range.category, category.c_str(), category.size()))
-            out += text("\\x{%x}-\\x{%x}", range.first, range.last);
-    return out;
+  std::string out = "\\p{" + category + "}";
+  for (const CategoryRange& range : newer_code_points())
+    if (!strncmp(range.category, category.c_str(), category.size()))
+      out += text("\\x{%x}-\\x{%x}", range.first, range.last);
+  return out;
 }
 
 class Translator {
-  public:
-    Translator(const std::string& pattern, const std::string& place)
-        : pattern_(pattern), place_(place) {}
+ public:
+  Translator(const std::string& pattern, const std::string& place)
+      : pattern_(pattern), place_(place) {}
 
-    std::string run() {
-        while (at_ < pattern_.size()) {
-            const char c = pattern_[at_];
-            if (c == '\\') {
-                escape();
-            } else if (c == '[') {
-                open_class();
-            } else if (c == ']' && in_class_) {
-                in_class_ = false;
-                keep(1);
-            } else if (in_class_) {
-                if (pattern_.compare(at_, 2, "&&") == 0) refuse("&&");
-                keep(1);
-            } else if (c == '(' && pattern_.compare(at_, 2, "(?") == 0) {
-                group();
-            } else if (c == '{') {
-                repeat();
-            } else {
-                keep(1);
-            }
-        }
-        return out_;
+  std::string run() {
+    while (at_ < pattern_.size()) {
+      const char c = pattern_[at_];
+      if (c == '\\') {
+        escape();
+      } else if (c == '[') {
+        open_class();
+      } else if (c == ']' && in_class_) {
+        in_class_ = false;
+        keep(1);
+      } else if (in_class_) {
+        if (pattern_.compare(at_, 2, "&&") == 0) refuse("&&");
+        keep(1);
+      } else if (c == '(' && pattern_.compare(at_, 2, "(?") == 0) {
+        group();
+      } else if (c == '{') {
+        repeat();
+      } else {
+        keep(1);
+      }
     }
+    return out_;
+  }
 
-  private:
-    [[noreturn]] void refuse(const std::string& what) {
-        bad_input(place_, "uses " + what + " in a regular expression, which is not supported",
-                  "another tokenizer");
+ private:
+  [[noreturn]] void refuse(const std::string& what) {
+    bad_input(place_, "uses " + what + " in a regular expression, which is not supported",
+              "another tokenizer");
+  }
+
+  void keep(size_t count) {
+    out_ += pattern_.substr(at_, count);
+    at_ += count;
+  }
+
+  void open_class() {
+    if (in_class_) refuse("a class inside a class");
+    in_class_ = true;
+    keep(pattern_.compare(at_, 2, "[^") == 0 ? 2 : 1);
+    if (at_ < pattern_.size() && pattern_[at_] == ']') refuse("a class that starts with ]");
+  }
+
+  // (?: (?= (?! (?> (?<= (?<! (?i) (?i: (?-i: and so on; (?m) and (?x) mean other things here.
+  void group() {
+    static const char* const kSame[] = {
+        "(?:", "(?=", "(?!", "(?>", "(?<=", "(?<!", "(?i)", "(?i:", "(?-i)", "(?-i:"};
+    for (const char* group : kSame)
+      if (pattern_.compare(at_, strlen(group), group) == 0) return keep(strlen(group));
+    refuse("the group " + pattern_.substr(at_, 4));
+  }
+
+  // {n}, {n,} and {n,m}, not followed by +, which Oniguruma reads as another repetition.
+  void repeat() {
+    size_t end = at_ + 1;
+    while (end < pattern_.size() && (isdigit(pattern_[end]) || pattern_[end] == ',')) end++;
+    if (end == at_ + 1 || pattern_[at_ + 1] == ',' || pattern_.compare(end, 1, "}") != 0 ||
+        pattern_.compare(end + 1, 1, "+") == 0)
+      refuse("the repetition " + pattern_.substr(at_, end + 2 - at_));
+    keep(end + 1 - at_);
+  }
+
+  void members(const std::string& inside, bool negated) {
+    if (in_class_ && negated) refuse("\\S, \\W, \\D or \\P inside a class");
+    out_ += in_class_ ? inside : (negated ? "[^" : "[") + inside + "]";
+  }
+
+  void property() {
+    const bool negated = pattern_[at_ + 1] == 'P';
+    std::string name = pattern_.substr(at_ + 2, 1);
+    size_t size = 3;
+    if (name == "{") {
+      const size_t end = pattern_.find('}', at_);
+      if (end == std::string::npos) refuse("an unclosed \\p{");
+      name = pattern_.substr(at_ + 3, end - at_ - 3);
+      size = end + 1 - at_;
     }
+    static const char* const kMinors[] = {"Lultmo", "Mnce", "Ndlo", "Pcdseifo", "Smcko", "Zslp"};
+    bool known = false;
+    for (const char* minors : kMinors)
+      known |= minors[0] == name[0] &&
+               (name.size() == 1 || (name.size() == 2 && strchr(minors + 1, name[1])));
+    if (!known) refuse("\\p{" + name + "}");
+    members(in_category(name), negated);
+    at_ += size;
+  }
 
-    void keep(size_t count) {
-        out_ += pattern_.substr(at_, count);
-        at_ += count;
+  void escape() {
+    if (at_ + 1 == pattern_.size()) refuse("a \\ at the end");
+    const char c = pattern_[at_ + 1];
+    if (c == 'p' || c == 'P') return property();
+    const bool is_class = strchr("sSdDwW", c) != nullptr;
+    if (!is_class) {
+      if (isalnum(static_cast<unsigned char>(c)) && !strchr("rntfaexAz", c))
+        refuse(std::string("\\") + c);
+      return keep(2);
     }
+    const char lower = static_cast<char>(c | 0x20);
+    std::string inside = lower == 's' ? kSpaces : in_category("Nd");
+    if (lower == 'w') inside += kMoreOfWords;
+    for (const char* category : {"L", "M", "Nl", "Pc"})
+      if (lower == 'w') inside += in_category(category);
+    members(inside, c != lower);
+    at_ += 2;
+  }
 
-    void open_class() {
-        if (in_class_) refuse("a class inside a class");
-        in_class_ = true;
-        keep(pattern_.compare(at_, 2, "[^") == 0 ? 2 : 1);
-        if (at_ < pattern_.size() && pattern_[at_] == ']') refuse("a class that starts with ]");
-    }
-
-    // (?: (?= (?! (?> (?<= (?<! (?i) (?i: (?-i: and so on; (?m) and (?x) mean other things here.
-    void group() {
-        static const char* const kSame[] = {
-            "(?:", "(?=", "(?!", "(?>", "(?<=", "(?<!", "(?i)", "(?i:", "(?-i)", "(?-i:"};
-        for (const char* group : kSame)
-            if (pattern_.compare(at_, strlen(group), group) == 0) return keep(strlen(group));
-        refuse("the group " + pattern_.substr(at_, 4));
-    }
-
-    // {n}, {n,} and {n,m}, not followed by +, which Oniguruma reads as another repetition.
-    void repeat() {
-        size_t end = at_ + 1;
-        while (end < pattern_.size() && (isdigit(pattern_[end]) || pattern_[end] == ',')) end++;
-        if (end == at_ + 1 || pattern_[at_ + 1] == ',' || pattern_.compare(end, 1, "}") != 0 ||
-            pattern_.compare(end + 1, 1, "+") == 0)
-            refuse("the repetition " + pattern_.substr(at_, end + 2 - at_));
-        keep(end + 1 - at_);
-    }
-
-    void members(const std::string& inside, bool negated) {
-        if (in_class_ && negated) refuse("\\S, \\W, \\D or \\P inside a class");
-        out_ += in_class_ ? inside : (negated ? "[^" : "[") + inside + "]";
-    }
-
-    void property() {
-        const bool negated = pattern_[at_ + 1] == 'P';
-        std::string name = pattern_.substr(at_ + 2, 1);
-        size_t size = 3;
-        if (name == "{") {
-            const size_t end = pattern_.find('}', at_);
-            if (end == std::string::npos) refuse("an unclosed \\p{");
-            name = pattern_.substr(at_ + 3, end - at_ - 3);
-            size = end + 1 - at_;
-        }
-        static const char* const kMinors[] = {"Lultmo",   "Mnce",  "Ndlo",
-                                              "Pcdseifo", "Smcko", "Zslp"};
-        bool known = false;
-        for (const char* minors : kMinors)
-            known |= minors[0] == name[0] &&
-                     (name.size() == 1 || (name.size() == 2 && strchr(minors + 1, name[1])));
-        if (!known) refuse("\\p{" + name + "}");
-        members(in_category(name), negated);
-        at_ += size;
-    }
-
-    void escape() {
-        if (at_ + 1 == pattern_.size()) refuse("a \\ at the end");
-        const char c = pattern_[at_ + 1];
-        if (c == 'p' || c == 'P') return property();
-        const bool is_class = strchr("sSdDwW", c) != nullptr;
-        if (!is_class) {
-            if (isalnum(static_cast<unsigned char>(c)) && !strchr("rntfaexAz", c))
-                refuse(std::string("\\") + c);
-            return keep(2);
-        }
-        const char lower = static_cast<char>(c | 0x20);
-        std::string inside = lower == 's' ? kSpaces : in_category("Nd");
-        if (lower == 'w') inside += kMoreOfWords;
-        for (const char* category : {"L", "M", "Nl", "Pc"})
-            if (lower == 'w') inside += in_category(category);
-        members(inside, c != lower);
-        at_ += 2;
-    }
-
-    const std::string& pattern_;
-    const std::string& place_;
-    std::string out_;
-    size_t at_ = 0;
-    bool in_class_ = false;
+  const std::string& pattern_;
+  const std::string& place_;
+  std::string out_;
+  size_t at_ = 0;
+  bool in_class_ = false;
 };
 }  // namespace
 
 std::string escape_regex(const std::string& literal) {
-    std::string out;
-    for (const char c : literal) {
-        if (strchr("\\.+*?()|[]{}^$#&-~", c) && c) out += '\\';
-        out += c;
-    }
-    return out;
+  std::string out;
+  for (const char c : literal) {
+    if (strchr("\\.+*?()|[]{}^$#&-~", c) && c) out += '\\';
+    out += c;
+  }
+  return out;
 }
 
 // ---- matching ----
 
 static std::string pcre2_message(int code) {
-    char message[256] = "";
-    pcre2_get_error_message(code, reinterpret_cast<PCRE2_UCHAR*>(message), sizeof message);
-    return message;
+  char message[256] = "";
+  pcre2_get_error_message(code, reinterpret_cast<PCRE2_UCHAR*>(message), sizeof message);
+  return message;
 }
 
 Regex::Regex(const std::string& pattern, const std::string& place) : place_(place) {
-    const std::string translated = Translator(pattern, place).run();
-    int error = 0;
-    PCRE2_SIZE offset = 0;
-    // In Ruby's syntax ^ and $ are those of lines, which only \n ends.
-    pcre2_compile_context* context = pcre2_compile_context_create(nullptr);
-    pcre2_set_newline(context, PCRE2_NEWLINE_LF);
-    code_ = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(translated.data()), translated.size(),
-                          PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NO_UTF_CHECK, &error,
-                          &offset, context);
-    pcre2_compile_context_free(context);
-    if (!code_)
-        bad_input(place, "has a malformed regular expression: " + pcre2_message(error),
-                  "fetch the file again");
-    auto* code = static_cast<pcre2_code*>(code_);
-    jit_ = pcre2_jit_compile(code, PCRE2_JIT_COMPLETE) == 0;
-    const uint8_t* bitmap = nullptr;
-    pcre2_pattern_info(code, PCRE2_INFO_FIRSTBITMAP, &bitmap);
-    for (size_t byte = 0; byte < starts_.size(); byte++)
-        starts_[byte] = !bitmap || (bitmap[byte / 8] >> byte % 8 & 1);
+  const std::string translated = Translator(pattern, place).run();
+  int error = 0;
+  PCRE2_SIZE offset = 0;
+  // In Ruby's syntax ^ and $ are those of lines, which only \n ends.
+  pcre2_compile_context* context = pcre2_compile_context_create(nullptr);
+  pcre2_set_newline(context, PCRE2_NEWLINE_LF);
+  code_ = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(translated.data()), translated.size(),
+                        PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NO_UTF_CHECK, &error,
+                        &offset, context);
+  pcre2_compile_context_free(context);
+  if (!code_)
+    bad_input(place, "has a malformed regular expression: " + pcre2_message(error),
+              "fetch the file again");
+  auto* code = static_cast<pcre2_code*>(code_);
+  jit_ = pcre2_jit_compile(code, PCRE2_JIT_COMPLETE) == 0;
+  const uint8_t* bitmap = nullptr;
+  pcre2_pattern_info(code, PCRE2_INFO_FIRSTBITMAP, &bitmap);
+  for (size_t byte = 0; byte < starts_.size(); byte++)
+    starts_[byte] = !bitmap || (bitmap[byte / 8] >> byte % 8 & 1);
 }
 
 Regex::Regex(Regex&& o) noexcept
@@ -197,37 +196,37 @@ Regex::~Regex() { pcre2_code_free(static_cast<pcre2_code*>(code_)); }
 MatchData::~MatchData() { pcre2_match_data_free(static_cast<pcre2_match_data*>(data)); }
 
 void Regex::matches(std::string_view text, MatchData& scratch, std::vector<Match>& out) const {
-    out.clear();
-    const auto* code = static_cast<const pcre2_code*>(code_);
-    const auto* subject = reinterpret_cast<PCRE2_SPTR>(text.data());
-    if (!scratch.data) scratch.data = pcre2_match_data_create(1, nullptr);
-    auto* data = static_cast<pcre2_match_data*>(scratch.data);
-    const PCRE2_SIZE* found = pcre2_get_ovector_pointer(data);
-    size_t from = 0, done = 0;
-    bool any = false;
-    int result = 0;
-    while (from <= text.size()) {
-        while (from < text.size() && !starts_[subject[from]]) from++;
-        result = PCRE2_ERROR_JIT_STACKLIMIT;
-        if (jit_) result = pcre2_jit_match(code, subject, text.size(), from, 0, data, nullptr);
-        if (result == PCRE2_ERROR_JIT_STACKLIMIT)
-            result = pcre2_match(code, subject, text.size(), from,
-                                 PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT, data, nullptr);
-        if (result < 0) break;
-        const size_t begin = found[0], end = found[1];
-        // An empty match right behind the last one does not count.
-        if (begin == end && any && end == done) {
-            from = end + (end < text.size() ? decode_char(text.data() + end).size : 1);
-            continue;
-        }
-        if (done < begin) out.push_back({done, begin, false});
-        out.push_back({begin, end, true});
-        from = done = end;
-        any = true;
+  out.clear();
+  const auto* code = static_cast<const pcre2_code*>(code_);
+  const auto* subject = reinterpret_cast<PCRE2_SPTR>(text.data());
+  if (!scratch.data) scratch.data = pcre2_match_data_create(1, nullptr);
+  auto* data = static_cast<pcre2_match_data*>(scratch.data);
+  const PCRE2_SIZE* found = pcre2_get_ovector_pointer(data);
+  size_t from = 0, done = 0;
+  bool any = false;
+  int result = 0;
+  while (from <= text.size()) {
+    while (from < text.size() && !starts_[subject[from]]) from++;
+    result = PCRE2_ERROR_JIT_STACKLIMIT;
+    if (jit_) result = pcre2_jit_match(code, subject, text.size(), from, 0, data, nullptr);
+    if (result == PCRE2_ERROR_JIT_STACKLIMIT)
+      result = pcre2_match(code, subject, text.size(), from, PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT,
+                           data, nullptr);
+    if (result < 0) break;
+    const size_t begin = found[0], end = found[1];
+    // An empty match right behind the last one does not count.
+    if (begin == end && any && end == done) {
+      from = end + (end < text.size() ? decode_char(text.data() + end).size : 1);
+      continue;
     }
-    if (result < 0 && result != PCRE2_ERROR_NOMATCH)
-        failed(place_, "the regular expression could not be matched: " + pcre2_message(result));
-    if (done < text.size()) out.push_back({done, text.size(), false});
+    if (done < begin) out.push_back({done, begin, false});
+    out.push_back({begin, end, true});
+    from = done = end;
+    any = true;
+  }
+  if (result < 0 && result != PCRE2_ERROR_NOMATCH)
+    failed(place_, "the regular expression could not be matched: " + pcre2_message(result));
+  if (done < text.size()) out.push_back({done, text.size(), false});
 }
 
 }  // namespace pith

@@ -80,39 +80,39 @@ std::span<const CategoryRange> newer_code_points() { return kNewer; }
 
 // The range of a sorted table that holds `code`, or null.
 static const CategoryRange* range_of(std::span<const CategoryRange> ranges, uint32_t code) {
-    const auto at = std::partition_point(ranges.begin(), ranges.end(),
-                                         [&](const auto& range) { return range.last < code; });
-    return at != ranges.end() && at->first <= code ? &*at : nullptr;
+  const auto at = std::partition_point(ranges.begin(), ranges.end(),
+                                       [&](const auto& range) { return range.last < code; });
+  return at != ranges.end() && at->first <= code ? &*at : nullptr;
 }
 
 static bool unknown_to_nfc(uint32_t code) {
-    return range_of(kUnknownToNfc, code) || range_of(kNewer, code);
+  return range_of(kUnknownToNfc, code) || range_of(kNewer, code);
 }
 
 static uint16_t flags_of(uint32_t code) {
-    const int known = utf8proc_category(static_cast<int32_t>(code));
-    const CategoryRange* newer = known ? nullptr : range_of(kNewer, code);
-    const char* category = newer ? newer->category : kCategories[known];
-    const char major = category[0], minor = category[1];
-    const bool word = major == 'L' || major == 'M', punct = major == 'P' || major == 'S';
-    const bool uncased = major == 'M' || (major == 'L' && (minor == 'm' || minor == 'o'));
-    const bool cjk = (code >= 0x4e00 && code <= 0x9fa5) || (code >= 0x3040 && code <= 0x30ff);
-    const bool circled = code >= 0x24b6 && code <= 0x1f189 && major == 'S' &&
-                         (code <= 0x24e9 || (code >= 0x1f130 && code <= 0x1f149) ||
-                          (code >= 0x1f150 && code <= 0x1f169) || code >= 0x1f170);
-    uint16_t flags = cjk ? kCjk : 0;
-    if (major == 'L') flags |= kLetter;
-    if (major == 'M') flags |= kMark;
-    if (major == 'N') flags |= kNumber;
-    if (major == 'Z' || (code >= 9 && code <= 13) || code == 0x85) flags |= kSpace;
-    if (uncased || (major == 'L' && minor != 'l')) flags |= kUpper;
-    if (uncased || (major == 'L' && minor == 'l')) flags |= kLower;
-    if (word || (major == 'N' && minor != 'o') || (major == 'P' && minor == 'c') || circled ||
-        code == 0x200c || code == 0x200d)
-        flags |= kWordChar;
-    if (word) flags |= cjk ? kCjkWord : kDeepSeekWord;
-    if (punct) flags |= cjk ? kCjkPunct : kDeepSeekPunct;
-    return flags;
+  const int known = utf8proc_category(static_cast<int32_t>(code));
+  const CategoryRange* newer = known ? nullptr : range_of(kNewer, code);
+  const char* category = newer ? newer->category : kCategories[known];
+  const char major = category[0], minor = category[1];
+  const bool word = major == 'L' || major == 'M', punct = major == 'P' || major == 'S';
+  const bool uncased = major == 'M' || (major == 'L' && (minor == 'm' || minor == 'o'));
+  const bool cjk = (code >= 0x4e00 && code <= 0x9fa5) || (code >= 0x3040 && code <= 0x30ff);
+  const bool circled = code >= 0x24b6 && code <= 0x1f189 && major == 'S' &&
+                       (code <= 0x24e9 || (code >= 0x1f130 && code <= 0x1f149) ||
+                        (code >= 0x1f150 && code <= 0x1f169) || code >= 0x1f170);
+  uint16_t flags = cjk ? kCjk : 0;
+  if (major == 'L') flags |= kLetter;
+  if (major == 'M') flags |= kMark;
+  if (major == 'N') flags |= kNumber;
+  if (major == 'Z' || (code >= 9 && code <= 13) || code == 0x85) flags |= kSpace;
+  if (uncased || (major == 'L' && minor != 'l')) flags |= kUpper;
+  if (uncased || (major == 'L' && minor == 'l')) flags |= kLower;
+  if (word || (major == 'N' && minor != 'o') || (major == 'P' && minor == 'c') || circled ||
+      code == 0x200c || code == 0x200d)
+    flags |= kWordChar;
+  if (word) flags |= cjk ? kCjkWord : kDeepSeekWord;
+  if (punct) flags |= cjk ? kCjkPunct : kDeepSeekPunct;
+  return flags;
 }
 
 // ---- NFC ----
@@ -120,186 +120,186 @@ static uint16_t flags_of(uint32_t code) {
 // Decomposes, orders and composes: `codes` become NFC. The order is by our own stable sort, because
 // utf8proc's takes time quadratic in the marks on one letter.
 static void compose(std::vector<int32_t>& codes) {
-    std::vector<int32_t> parts;
-    for (const int32_t code : codes) {
-        int32_t part[32];
-        const auto count =
-            utf8proc_decompose_char(code, part, std::size(part), UTF8PROC_DECOMPOSE, nullptr);
-        parts.insert(parts.end(), part, part + count);
-    }
-    const auto order = [](int32_t code) { return utf8proc_get_property(code)->combining_class; };
-    for (auto at = parts.begin(); at != parts.end();) {
-        const auto end = std::find_if(at, parts.end(), [&](int32_t c) { return order(c) == 0; });
-        std::stable_sort(at, end, [&](int32_t a, int32_t b) { return order(a) < order(b); });
-        at = end == parts.end() ? end : end + 1;
-    }
-    // "Stable" keeps what Unicode excludes from composition apart.
-    const auto options = static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE);
-    const auto size =
-        utf8proc_normalize_utf32(parts.data(), static_cast<int64_t>(parts.size()), options);
-    parts.resize(static_cast<size_t>(size));
-    codes.swap(parts);
+  std::vector<int32_t> parts;
+  for (const int32_t code : codes) {
+    int32_t part[32];
+    const auto count =
+        utf8proc_decompose_char(code, part, std::size(part), UTF8PROC_DECOMPOSE, nullptr);
+    parts.insert(parts.end(), part, part + count);
+  }
+  const auto order = [](int32_t code) { return utf8proc_get_property(code)->combining_class; };
+  for (auto at = parts.begin(); at != parts.end();) {
+    const auto end = std::find_if(at, parts.end(), [&](int32_t c) { return order(c) == 0; });
+    std::stable_sort(at, end, [&](int32_t a, int32_t b) { return order(a) < order(b); });
+    at = end == parts.end() ? end : end + 1;
+  }
+  // "Stable" keeps what Unicode excludes from composition apart.
+  const auto options = static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE);
+  const auto size =
+      utf8proc_normalize_utf32(parts.data(), static_cast<int64_t>(parts.size()), options);
+  parts.resize(static_cast<size_t>(size));
+  codes.swap(parts);
 }
 
 // Sets kUnstable on everything that NFC moves, replaces or joins to the character before it. (What
 // composes with something before it is a later part of some decomposition.)
 static void mark_unstable(auto&& at) {
-    std::vector<int32_t> codes;
-    for (uint32_t code = 0xc0; code < 0x30000; code++) {
-        if (code >= 0xac00 && code < 0xe000) continue;  // Hangul syllables, surrogates
-        const utf8proc_property_t* property = utf8proc_get_property(static_cast<int32_t>(code));
-        bool unstable = property->combining_class != 0;
-        int32_t part[32];
-        const auto count = utf8proc_decompose_char(static_cast<int32_t>(code), part,
-                                                   std::size(part), UTF8PROC_DECOMPOSE, nullptr);
-        if (count > 1 || part[0] != static_cast<int32_t>(code)) {
-            for (int64_t i = 1; i < count; i++)
-                if (!unknown_to_nfc(static_cast<uint32_t>(part[i])))
-                    at(static_cast<uint32_t>(part[i])) |= kUnstable;
-            codes.assign(1, static_cast<int32_t>(code));
-            compose(codes);
-            unstable |= codes.size() != 1 || codes[0] != static_cast<int32_t>(code);
-        }
-        if (unstable && !unknown_to_nfc(code)) at(code) |= kUnstable;
+  std::vector<int32_t> codes;
+  for (uint32_t code = 0xc0; code < 0x30000; code++) {
+    if (code >= 0xac00 && code < 0xe000) continue;  // Hangul syllables, surrogates
+    const utf8proc_property_t* property = utf8proc_get_property(static_cast<int32_t>(code));
+    bool unstable = property->combining_class != 0;
+    int32_t part[32];
+    const auto count = utf8proc_decompose_char(static_cast<int32_t>(code), part, std::size(part),
+                                               UTF8PROC_DECOMPOSE, nullptr);
+    if (count > 1 || part[0] != static_cast<int32_t>(code)) {
+      for (int64_t i = 1; i < count; i++)
+        if (!unknown_to_nfc(static_cast<uint32_t>(part[i])))
+          at(static_cast<uint32_t>(part[i])) |= kUnstable;
+      codes.assign(1, static_cast<int32_t>(code));
+      compose(codes);
+      unstable |= codes.size() != 1 || codes[0] != static_cast<int32_t>(code);
     }
-    for (uint32_t code = 0x1161; code <= 0x1175; code++) at(code) |= kUnstable;  // jamo vowels
-    for (uint32_t code = 0x11a8; code <= 0x11c2; code++) at(code) |= kUnstable;  // and finals
+    if (unstable && !unknown_to_nfc(code)) at(code) |= kUnstable;
+  }
+  for (uint32_t code = 0x1161; code <= 0x1175; code++) at(code) |= kUnstable;  // jamo vowels
+  for (uint32_t code = 0x11a8; code <= 0x11c2; code++) at(code) |= kUnstable;  // and finals
 }
 
 CharTable::CharTable() : block_(kCodes / 128) {
-    constexpr uint32_t kLast = 0x40000;  // no character from here to U+E0000 has a flag
-    std::vector<uint16_t> all(kLast);
-    for (uint32_t code = 0; code < kLast; code++) all[code] = flags_of(code);
-    mark_unstable([&](uint32_t code) -> uint16_t& { return all[code]; });
-    all.resize(kLast + 512);
-    for (uint32_t i = 0; i < 512; i++) all[kLast + i] = flags_of(0xe0000 + i);
-    std::map<std::vector<uint16_t>, uint16_t> known;
-    for (uint32_t begin = 0; begin < all.size(); begin += 128) {
-        const std::vector<uint16_t> block(all.begin() + begin, all.begin() + begin + 128);
-        const auto [at, is_new] = known.emplace(block, static_cast<uint16_t>(known.size()));
-        if (is_new) flags_.insert(flags_.end(), block.begin(), block.end());
-        block_[(begin < kLast ? begin : begin - kLast + 0xe0000) / 128] = at->second;
-    }
-    const uint16_t none = known.at(std::vector<uint16_t>(128));
-    for (uint32_t code = kLast; code < kCodes; code += 128)
-        if (code < 0xe0000 || code >= 0xe0000 + 512) block_[code / 128] = none;
+  constexpr uint32_t kLast = 0x40000;  // no character from here to U+E0000 has a flag
+  std::vector<uint16_t> all(kLast);
+  for (uint32_t code = 0; code < kLast; code++) all[code] = flags_of(code);
+  mark_unstable([&](uint32_t code) -> uint16_t& { return all[code]; });
+  all.resize(kLast + 512);
+  for (uint32_t i = 0; i < 512; i++) all[kLast + i] = flags_of(0xe0000 + i);
+  std::map<std::vector<uint16_t>, uint16_t> known;
+  for (uint32_t begin = 0; begin < all.size(); begin += 128) {
+    const std::vector<uint16_t> block(all.begin() + begin, all.begin() + begin + 128);
+    const auto [at, is_new] = known.emplace(block, static_cast<uint16_t>(known.size()));
+    if (is_new) flags_.insert(flags_.end(), block.begin(), block.end());
+    block_[(begin < kLast ? begin : begin - kLast + 0xe0000) / 128] = at->second;
+  }
+  const uint16_t none = known.at(std::vector<uint16_t>(128));
+  for (uint32_t code = kLast; code < kCodes; code += 128)
+    if (code < 0xe0000 || code >= 0xe0000 + 512) block_[code / 128] = none;
 }
 
 // The first byte from `p` on that is not below `limit`, or `end`.
 static const char* skip_below(const char* p, const char* end, uint8_t limit) {
-    const __m128i last = _mm_set1_epi8(static_cast<char>(limit - 1));
-    for (; end - p >= 16; p += 16) {
-        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-        const __m128i low = _mm_cmpeq_epi8(_mm_max_epu8(bytes, last), last);
-        const unsigned mask = static_cast<unsigned>(_mm_movemask_epi8(low)) ^ 0xffff;
-        if (mask) return p + __builtin_ctz(mask);
-    }
-    while (p < end && static_cast<uint8_t>(*p) < limit) p++;
-    return p;
+  const __m128i last = _mm_set1_epi8(static_cast<char>(limit - 1));
+  for (; end - p >= 16; p += 16) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    const __m128i low = _mm_cmpeq_epi8(_mm_max_epu8(bytes, last), last);
+    const unsigned mask = static_cast<unsigned>(_mm_movemask_epi8(low)) ^ 0xffff;
+    if (mask) return p + __builtin_ctz(mask);
+  }
+  while (p < end && static_cast<uint8_t>(*p) < limit) p++;
+  return p;
 }
 
 bool nfc(const CharTable& chars, std::string_view text, std::string& out) {
-    const char *const begin = text.data(), *const end = begin + text.size();
-    const char* done = begin;
-    bool changed = false;
-    std::vector<int32_t> codes, before;
-    // Everything below U+0300, whose first byte is 0xcc, is stable.
-    for (const char* p = skip_below(begin, end, 0xcc); p < end; p = skip_below(p, end, 0xcc)) {
-        const Char c = decode_char(p);
-        if (!(chars[c.code] & kUnstable)) {
-            p += c.size;
-            continue;
-        }
-        const char* first = p;
-        if (first > begin) {
-            do first--;
-            while ((*first & 0xc0) == 0x80);
-            if (unknown_to_nfc(decode_char(first).code)) first = p;
-        }
-        codes.clear();
-        if (first < p) codes.push_back(static_cast<int32_t>(decode_char(first).code));
-        while (p < end) {
-            const Char next = decode_char(p);
-            if (!(chars[next.code] & kUnstable)) break;
-            codes.push_back(static_cast<int32_t>(next.code));
-            p += next.size;
-        }
-        before = codes;
-        compose(codes);
-        if (codes == before) continue;
-        if (!changed) out.clear();
-        changed = true;
-        out.append(done, first);
-        for (const int32_t code : codes) append_char(out, static_cast<uint32_t>(code));
-        done = p;
+  const char *const begin = text.data(), *const end = begin + text.size();
+  const char* done = begin;
+  bool changed = false;
+  std::vector<int32_t> codes, before;
+  // Everything below U+0300, whose first byte is 0xcc, is stable.
+  for (const char* p = skip_below(begin, end, 0xcc); p < end; p = skip_below(p, end, 0xcc)) {
+    const Char c = decode_char(p);
+    if (!(chars[c.code] & kUnstable)) {
+      p += c.size;
+      continue;
     }
-    if (changed) out.append(done, end);
-    return changed;
+    const char* first = p;
+    if (first > begin) {
+      do first--;
+      while ((*first & 0xc0) == 0x80);
+      if (unknown_to_nfc(decode_char(first).code)) first = p;
+    }
+    codes.clear();
+    if (first < p) codes.push_back(static_cast<int32_t>(decode_char(first).code));
+    while (p < end) {
+      const Char next = decode_char(p);
+      if (!(chars[next.code] & kUnstable)) break;
+      codes.push_back(static_cast<int32_t>(next.code));
+      p += next.size;
+    }
+    before = codes;
+    compose(codes);
+    if (codes == before) continue;
+    if (!changed) out.clear();
+    changed = true;
+    out.append(done, first);
+    for (const int32_t code : codes) append_char(out, static_cast<uint32_t>(code));
+    done = p;
+  }
+  if (changed) out.append(done, end);
+  return changed;
 }
 
 // ---- UTF-8 ----
 
 void append_char(std::string& out, uint32_t code) {
-    uint8_t bytes[4];
-    const auto size = utf8proc_encode_char(static_cast<int32_t>(code), bytes);
-    out.append(reinterpret_cast<const char*>(bytes), static_cast<size_t>(size));
+  uint8_t bytes[4];
+  const auto size = utf8proc_encode_char(static_cast<int32_t>(code), bytes);
+  out.append(reinterpret_cast<const char*>(bytes), static_cast<size_t>(size));
 }
 
 // Bytes of the longest start of a character at `p`, and whether it is a whole one; RFC 3629.
 static size_t char_prefix(const uint8_t* p, const uint8_t* end, bool& whole) {
-    const uint8_t lead = *p;
-    const size_t size = lead < 0x80                    ? 1
-                        : lead >= 0xc2 && lead <= 0xdf ? 2
-                        : lead >= 0xe0 && lead <= 0xef ? 3
-                        : lead >= 0xf0 && lead <= 0xf4 ? 4
-                                                       : 0;
-    size_t have = size ? 1 : 0;
-    while (have < size && p + have < end) {
-        const uint8_t byte = p[have];
-        uint8_t low = 0x80, high = 0xbf;
-        if (have == 1 && lead == 0xe0) low = 0xa0;
-        if (have == 1 && lead == 0xed) high = 0x9f;
-        if (have == 1 && lead == 0xf0) low = 0x90;
-        if (have == 1 && lead == 0xf4) high = 0x8f;
-        if (byte < low || byte > high) break;
-        have++;
-    }
-    whole = size && have == size;
-    return std::max<size_t>(have, 1);
+  const uint8_t lead = *p;
+  const size_t size = lead < 0x80                    ? 1
+                      : lead >= 0xc2 && lead <= 0xdf ? 2
+                      : lead >= 0xe0 && lead <= 0xef ? 3
+                      : lead >= 0xf0 && lead <= 0xf4 ? 4
+                                                     : 0;
+  size_t have = size ? 1 : 0;
+  while (have < size && p + have < end) {
+    const uint8_t byte = p[have];
+    uint8_t low = 0x80, high = 0xbf;
+    if (have == 1 && lead == 0xe0) low = 0xa0;
+    if (have == 1 && lead == 0xed) high = 0x9f;
+    if (have == 1 && lead == 0xf0) low = 0x90;
+    if (have == 1 && lead == 0xf4) high = 0x8f;
+    if (byte < low || byte > high) break;
+    have++;
+  }
+  whole = size && have == size;
+  return std::max<size_t>(have, 1);
 }
 
 size_t valid_utf8_prefix(std::string_view bytes) {
-    const char *const begin = bytes.data(), *const end = begin + bytes.size();
-    const char* p = begin;
-    while ((p = skip_below(p, end, 0x80)) < end) {
-        const auto* b = reinterpret_cast<const uint8_t*>(p);
-        const auto trail = [&](int i) { return (b[i] & 0xc0) == 0x80; };
-        if (end - p >= 4 && b[0] >= 0xe1 && b[0] <= 0xec && trail(1) && trail(2)) {
-            p += 3;  // most of what is not ASCII
-            continue;
-        }
-        bool whole = false;
-        const size_t size = char_prefix(b, reinterpret_cast<const uint8_t*>(end), whole);
-        if (!whole) break;
-        p += size;
+  const char *const begin = bytes.data(), *const end = begin + bytes.size();
+  const char* p = begin;
+  while ((p = skip_below(p, end, 0x80)) < end) {
+    const auto* b = reinterpret_cast<const uint8_t*>(p);
+    const auto trail = [&](int i) { return (b[i] & 0xc0) == 0x80; };
+    if (end - p >= 4 && b[0] >= 0xe1 && b[0] <= 0xec && trail(1) && trail(2)) {
+      p += 3;  // most of what is not ASCII
+      continue;
     }
-    return static_cast<size_t>(p - begin);
+    bool whole = false;
+    const size_t size = char_prefix(b, reinterpret_cast<const uint8_t*>(end), whole);
+    if (!whole) break;
+    p += size;
+  }
+  return static_cast<size_t>(p - begin);
 }
 
 bool is_valid_utf8(std::string_view bytes) { return valid_utf8_prefix(bytes) == bytes.size(); }
 
 std::string replace_invalid_utf8(std::string_view bytes) {
-    std::string out;
-    for (;;) {
-        const size_t valid = valid_utf8_prefix(bytes);
-        out.append(bytes.substr(0, valid));
-        bytes.remove_prefix(valid);
-        if (bytes.empty()) return out;
-        bool whole = false;
-        const auto* b = reinterpret_cast<const uint8_t*>(bytes.data());
-        bytes.remove_prefix(char_prefix(b, b + bytes.size(), whole));
-        out += "\xef\xbf\xbd";
-    }
+  std::string out;
+  for (;;) {
+    const size_t valid = valid_utf8_prefix(bytes);
+    out.append(bytes.substr(0, valid));
+    bytes.remove_prefix(valid);
+    if (bytes.empty()) return out;
+    bool whole = false;
+    const auto* b = reinterpret_cast<const uint8_t*>(bytes.data());
+    bytes.remove_prefix(char_prefix(b, b + bytes.size(), whole));
+    out += "\xef\xbf\xbd";
+  }
 }
 
 }  // namespace pith

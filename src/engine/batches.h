@@ -14,13 +14,13 @@ namespace pith {
 enum class Split : uint8_t { Train, Heldout };
 
 struct LoadedBatches {
-    std::vector<Batch> batches;  // by micro-batch
-    int64_t labels = 0;          // that count (not kIgnoreLabel), of this rank
-    // [micro-batch][local token]: its index among the step's tokens, sequence after sequence in
-    // batch order.
-    std::vector<std::vector<int64_t>> token_index;
-    // Labels of the global batch. Collective over dp * cp * ep.
-    double global_labels(Rank& rank) const;
+  std::vector<Batch> batches;  // by micro-batch
+  int64_t labels = 0;          // that count (not kIgnoreLabel), of this rank
+  // [micro-batch][local token]: its index among the step's tokens, sequence after sequence in
+  // batch order.
+  std::vector<std::vector<int64_t>> token_index;
+  // Labels of the global batch. Collective over dp * cp * ep.
+  double global_labels(Rank& rank) const;
 };
 
 // The micro-batches of 0-based step `step`: training samples [step * G, (step + 1) * G) of the run

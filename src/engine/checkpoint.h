@@ -28,43 +28,43 @@ namespace pith {
 
 // What a run keeps besides tensors.
 struct RunState {
-    int64_t step = 0;                    // optimiser steps completed
-    int64_t updates = 0;                 // of them, those that changed weights: Adam's t
-    int64_t samples = 0;                 // training samples consumed: the data position
-    uint64_t seed = 0;                   // of initialisation and data order
-    uint64_t data_fingerprint = 0;       // Dataset::fingerprint()
-    std::string optimizer = "adamw";     // what the moments are; "none": weights alone
-    std::vector<double> balance_counts;  // BalanceState::previous
-    std::string config;                  // to_toml(RunConfig)
-    std::string model;                   // text of the model's config.json
+  int64_t step = 0;                    // optimiser steps completed
+  int64_t updates = 0;                 // of them, those that changed weights: Adam's t
+  int64_t samples = 0;                 // training samples consumed: the data position
+  uint64_t seed = 0;                   // of initialisation and data order
+  uint64_t data_fingerprint = 0;       // Dataset::fingerprint()
+  std::string optimizer = "adamw";     // what the moments are; "none": weights alone
+  std::vector<double> balance_counts;  // BalanceState::previous
+  std::string config;                  // to_toml(RunConfig)
+  std::string model;                   // text of the model's config.json
 };
 
 // Part of a stored tensor: elements [begin, begin + count) at byte `offset` of a file.
 struct StoredFragment {
-    int64_t begin = 0, count = 0;
-    int file = 0;
-    int64_t offset = 0;
-    uint64_t checksum = 0;  // XXH3 of its bytes
+  int64_t begin = 0, count = 0;
+  int file = 0;
+  int64_t offset = 0;
+  uint64_t checksum = 0;  // XXH3 of its bytes
 };
 struct StoredTensor {
-    std::string name;
-    FileDType dtype = FileDType::F32;
-    std::vector<int64_t> shape;             // of the whole tensor
-    std::vector<StoredFragment> fragments;  // by begin; they cover the tensor
-    int64_t numel() const;
+  std::string name;
+  FileDType dtype = FileDType::F32;
+  std::vector<int64_t> shape;             // of the whole tensor
+  std::vector<StoredFragment> fragments;  // by begin; they cover the tensor
+  int64_t numel() const;
 };
 struct StoredFile {
-    std::string name;  // in the folder
-    int64_t bytes = 0;
+  std::string name;  // in the folder
+  int64_t bytes = 0;
 };
 struct Checkpoint {
-    std::string folder;
-    RunState state;
-    Mesh mesh;  // it was saved under
-    std::vector<StoredFile> files;
-    std::vector<StoredTensor> tensors;                      // by name
-    std::vector<MappedFile> maps;                           // one a file
-    const StoredTensor* find(std::string_view name) const;  // null if absent
+  std::string folder;
+  RunState state;
+  Mesh mesh;  // it was saved under
+  std::vector<StoredFile> files;
+  std::vector<StoredTensor> tensors;                      // by name
+  std::vector<MappedFile> maps;                           // one a file
+  const StoredTensor* find(std::string_view name) const;  // null if absent
 };
 
 // Reads the manifest and maps the files. Exit code 2 naming what is wrong: no or a damaged
@@ -75,8 +75,8 @@ Checkpoint open_checkpoint(const std::string& folder);
 void verify(const Checkpoint& checkpoint, bool weights_only = false);
 // Sealed or not, the folders step-NNNNNNNN of a run, by step.
 struct CheckpointFolder {
-    int64_t step = 0;
-    std::string path;
+  int64_t step = 0;
+  std::string path;
 };
 std::vector<CheckpointFolder> list_checkpoints(const std::string& run_folder);
 // The newest good checkpoint of a run, verified. Warns of each newer one that is bad, saying what
@@ -95,64 +95,64 @@ void read_elements(const Checkpoint& checkpoint, const StoredTensor& tensor, int
 void load_state(Rank& rank, Parameters& parameters, const Checkpoint& checkpoint);
 
 struct SaveOptions {
-    std::string folder;  // the run's
-    int64_t keep = 3;    // newest checkpoints kept; 0: all
-    // poll() waits while a rank has more seconds than this left to write; well below the time limit
-    // of collectives, because ranks that need not wait in wait_unit() wait for it there.
-    double longest_wait_s = 20;
+  std::string folder;  // the run's
+  int64_t keep = 3;    // newest checkpoints kept; 0: all
+  // poll() waits while a rank has more seconds than this left to write; well below the time limit
+  // of collectives, because ranks that need not wait in wait_unit() wait for it there.
+  double longest_wait_s = 20;
 };
 
 // Writes this rank's shards on a thread of its own while training goes on. Calls that take a Rank
 // are collective over the world; all ranks make them in the same order. A save that fails on any
 // rank is taken back on all of them, with a warning; the caller goes on and tries again later.
 class CheckpointSaver {
-  public:
-    // `parameters` must outlive it. Rank 0 removes what killed saves left behind; the caller holds
-    // the run's lock.
-    CheckpointSaver(Rank& rank, const Parameters& parameters, const SaveOptions& options);
-    CheckpointSaver(const CheckpointSaver&) = delete;
-    CheckpointSaver& operator=(const CheckpointSaver&) = delete;
-    ~CheckpointSaver();
+ public:
+  // `parameters` must outlive it. Rank 0 removes what killed saves left behind; the caller holds
+  // the run's lock.
+  CheckpointSaver(Rank& rank, const Parameters& parameters, const SaveOptions& options);
+  CheckpointSaver(const CheckpointSaver&) = delete;
+  CheckpointSaver& operator=(const CheckpointSaver&) = delete;
+  ~CheckpointSaver();
 
-    // Starts to save the weights and moments as they are now, as step-<state.step>. Waits for a
-    // save that is still under way.
-    void begin(Rank& rank, const RunState& state);
-    // Once a step, before the optimiser pass (cheap when nothing is under way): learns what has
-    // been written everywhere, and seals. Waits while some rank is so far behind that others would
-    // run into the time limit of collectives.
-    void poll(Rank& rank);
-    // Before the optimiser writes parameters.units[unit]: waits until its shards are saved. Local.
-    void wait_unit(int unit);
-    // Waits for the save under way, if any. False if the last save failed: the run exits with 1.
-    bool finish(Rank& rank);
+  // Starts to save the weights and moments as they are now, as step-<state.step>. Waits for a
+  // save that is still under way.
+  void begin(Rank& rank, const RunState& state);
+  // Once a step, before the optimiser pass (cheap when nothing is under way): learns what has
+  // been written everywhere, and seals. Waits while some rank is so far behind that others would
+  // run into the time limit of collectives.
+  void poll(Rank& rank);
+  // Before the optimiser writes parameters.units[unit]: waits until its shards are saved. Local.
+  void wait_unit(int unit);
+  // Waits for the save under way, if any. False if the last save failed: the run exits with 1.
+  bool finish(Rank& rank);
 
-    bool under_way() const;
-    bool last_failed() const { return last_failed_; }
-    int64_t last_step() const { return last_step_; }  // of the last sealed one; -1: none yet
-    // Seconds this rank has waited for saves since the last call.
-    double take_stall();
+  bool under_way() const;
+  bool last_failed() const { return last_failed_; }
+  int64_t last_step() const { return last_step_; }  // of the last sealed one; -1: none yet
+  // Seconds this rank has waited for saves since the last call.
+  double take_stall();
 
-  private:
-    struct Job;  // what the saver thread and the rank's share
-    enum class Phase : uint8_t { Idle, Writing, Sealing };
-    double exchange(Rank& rank);
-    void settle(Rank& rank, bool failed);
-    const Parameters& parameters_;
-    SaveOptions options_;
-    Phase phase_ = Phase::Idle;
-    Job* job_ = nullptr;
-    bool last_failed_ = false;
-    int64_t last_step_ = -1;
-    double stall_s_ = 0;
+ private:
+  struct Job;  // what the saver thread and the rank's share
+  enum class Phase : uint8_t { Idle, Writing, Sealing };
+  double exchange(Rank& rank);
+  void settle(Rank& rank, bool failed);
+  const Parameters& parameters_;
+  SaveOptions options_;
+  Phase phase_ = Phase::Idle;
+  Job* job_ = nullptr;
+  bool last_failed_ = false;
+  int64_t last_step_ = -1;
+  double stall_s_ = 0;
 };
 
 // Weights alone, from a Hugging Face folder, a checkpoint, or a run folder (its newest good
 // checkpoint): what init_from, eval, generate and convert read. One of the two is there.
 struct WeightSource {
-    std::string folder;
-    std::string config;  // text of the model's config.json; empty: there is none
-    std::optional<SafetensorsReader> hugging_face;
-    std::optional<Checkpoint> checkpoint;
+  std::string folder;
+  std::string config;  // text of the model's config.json; empty: there is none
+  std::optional<SafetensorsReader> hugging_face;
+  std::optional<Checkpoint> checkpoint;
 };
 // Exit code 2 naming what is wrong; a checkpoint's weights are verified. For the main thread,
 // before ranks start, as is check_weights().

@@ -25,34 +25,34 @@ void check_coverage(const Checkpoint& checkpoint);
 
 // A fragment to be written.
 struct FragmentPlan {
-    std::string name;            // of the tensor
-    std::vector<int64_t> shape;  // of the whole tensor
-    FileDType dtype = FileDType::F32;
-    int64_t begin = 0, count = 0;
-    std::string entry() const { return name + "#" + std::to_string(begin); }
+  std::string name;            // of the tensor
+  std::vector<int64_t> shape;  // of the whole tensor
+  FileDType dtype = FileDType::F32;
+  int64_t begin = 0, count = 0;
+  std::string entry() const { return name + "#" + std::to_string(begin); }
 };
 
 // Streams planned fragments, in order, into one file of a checkpoint under way.
 class FragmentWriter {
-  public:
-    FragmentWriter(const std::string& folder, const std::string& file,
-                   std::vector<FragmentPlan> plan);
-    FragmentWriter(const FragmentWriter&) = delete;
-    FragmentWriter& operator=(const FragmentWriter&) = delete;
-    ~FragmentWriter();
-    // Bytes of the fragment at hand, in pieces that do not cross fragments.
-    void write(const void* bytes, int64_t size);
-    // Flushes; what was written, as a checkpoint of one file.
-    Checkpoint finish();
+ public:
+  FragmentWriter(const std::string& folder, const std::string& file,
+                 std::vector<FragmentPlan> plan);
+  FragmentWriter(const FragmentWriter&) = delete;
+  FragmentWriter& operator=(const FragmentWriter&) = delete;
+  ~FragmentWriter();
+  // Bytes of the fragment at hand, in pieces that do not cross fragments.
+  void write(const void* bytes, int64_t size);
+  // Flushes; what was written, as a checkpoint of one file.
+  Checkpoint finish();
 
-  private:
-    void next();
-    std::string folder_, file_;
-    std::vector<FragmentPlan> plan_;
-    SafetensorsWriter writer_;
-    Checkpoint written_;
-    void* hash_;
-    int64_t left_ = 0;  // bytes of the fragment at hand
+ private:
+  void next();
+  std::string folder_, file_;
+  std::vector<FragmentPlan> plan_;
+  SafetensorsWriter writer_;
+  Checkpoint written_;
+  void* hash_;
+  int64_t left_ = 0;  // bytes of the fragment at hand
 };
 
 // Adds the files and fragments of `part` to `all`; tensors by name and fragments by begin.
@@ -67,27 +67,27 @@ void remove_folder(const std::string& path);
 // the lowest i is thrown here.
 template <class Fn>
 void on_threads(int64_t tasks, Fn&& fn) {
-    std::atomic<int64_t> next{0};
-    std::mutex mutex;
-    std::exception_ptr first;
-    int64_t first_at = tasks;
-    auto work = [&] {
-        for (int64_t i = next++; i < tasks; i = next++) {
-            try {
-                fn(i);
-            } catch (...) {
-                const std::lock_guard lock(mutex);
-                if (i < first_at) first = std::current_exception();
-                if (i < first_at) first_at = i;
-            }
-        }
-    };
-    std::vector<std::thread> threads;
-    const int64_t most = std::min<int64_t>(tasks, std::thread::hardware_concurrency());
-    for (int64_t t = 1; t < std::min<int64_t>(most, 8); t++) threads.emplace_back(work);
-    work();
-    for (std::thread& thread : threads) thread.join();
-    if (first) std::rethrow_exception(first);
+  std::atomic<int64_t> next{0};
+  std::mutex mutex;
+  std::exception_ptr first;
+  int64_t first_at = tasks;
+  auto work = [&] {
+    for (int64_t i = next++; i < tasks; i = next++) {
+      try {
+        fn(i);
+      } catch (...) {
+        const std::lock_guard lock(mutex);
+        if (i < first_at) first = std::current_exception();
+        if (i < first_at) first_at = i;
+      }
+    }
+  };
+  std::vector<std::thread> threads;
+  const int64_t most = std::min<int64_t>(tasks, std::thread::hardware_concurrency());
+  for (int64_t t = 1; t < std::min<int64_t>(most, 8); t++) threads.emplace_back(work);
+  work();
+  for (std::thread& thread : threads) thread.join();
+  if (first) std::rethrow_exception(first);
 }
 
 }  // namespace pith

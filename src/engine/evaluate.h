@@ -7,8 +7,8 @@
 namespace pith {
 
 struct EvalResult {
-    double loss = 0;     // nats a label; 0 when there are none
-    int64_t labels = 0;  // over all ranks
+  double loss = 0;     // nats a label; 0 when there are none
+  int64_t labels = 0;  // over all ranks
 };
 
 // Mean loss over the first `batches` global batches of the held-out samples (0: all of them, the
@@ -17,11 +17,11 @@ EvalResult evaluate(Rank& rank, Instance& instance, const Dataset& data, const B
                     const ScheduleOptions& schedule, int64_t batches);
 
 struct SampleOptions {
-    int64_t max_new_tokens = 128;
-    double temperature = 0;  // 0: the most likely token
-    double top_p = 1;        // sampled from the smallest set of at least this probability
-    uint64_t seed = 0;
-    int64_t stop_token = -1;  // generation ends with it; -1: never
+  int64_t max_new_tokens = 128;
+  double temperature = 0;  // 0: the most likely token
+  double top_p = 1;        // sampled from the smallest set of at least this probability
+  uint64_t seed = 0;
+  int64_t stop_token = -1;  // generation ends with it; -1: never
 };
 // Continues `prompt` (at least one token) on a world of one rank. A model sees at most `window`
 // tokens back. `emit` is called with each token as it is chosen; false ends the text.

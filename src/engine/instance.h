@@ -25,34 +25,34 @@ ParameterTable whole_table(const Json& config, double init_std = 0.02);
 
 // How a model is spread over ranks and time.
 struct PipelineOptions {
-    ScheduleKind schedule = ScheduleKind::OneF1B;
-    bool gather_layer = false;  // free weights after each use, else gathered for the step
-    int64_t length = 0;         // of the longest whole row, for position tables
-    double init_std = 0.02;
+  ScheduleKind schedule = ScheduleKind::OneF1B;
+  bool gather_layer = false;  // free weights after each use, else gathered for the step
+  int64_t length = 0;         // of the longest whole row, for position tables
+  double init_std = 0.02;
 };
 
 // What goes into and comes out of running one list of actions.
 struct StepIo {
-    std::vector<Batch> batches;  // by micro-batch
-    double loss_scale = 1;       // of each token's gradient: 1 / labels of the global batch
-    bool forward_only = false;
-    bool force_balanced = false;
-    BalanceState* balance = nullptr;       // null: no balance loss, no counts
-    const RoutingSlot* routing = nullptr;  // trace to write or replay; null: none
-    std::vector<double> loss;    // out, by micro-batch, on ranks with the head: sum over tokens
-    std::vector<Tensor> logits;  // out, by micro-batch, if want_logits: [T, V]
-    bool want_logits = false;
+  std::vector<Batch> batches;  // by micro-batch
+  double loss_scale = 1;       // of each token's gradient: 1 / labels of the global batch
+  bool forward_only = false;
+  bool force_balanced = false;
+  BalanceState* balance = nullptr;       // null: no balance loss, no counts
+  const RoutingSlot* routing = nullptr;  // trace to write or replay; null: none
+  std::vector<double> loss;    // out, by micro-batch, on ranks with the head: sum over tokens
+  std::vector<Tensor> logits;  // out, by micro-batch, if want_logits: [T, V]
+  bool want_logits = false;
 };
 
 // Defined in engine/pipeline_<model>.cpp, the one instantiation of engine/pipeline.h for it.
 struct Qwen3MoePipeline;
 
 struct Instance {
-    ModelType type = ModelType::Qwen3Moe;
-    ModelShape shape;
-    PipelineOptions options;
-    Parameters* parameters = nullptr;             // of this rank's stages; owned by the pipeline
-    std::shared_ptr<Qwen3MoePipeline> qwen3_moe;  // the one of `type` is set
+  ModelType type = ModelType::Qwen3Moe;
+  ModelShape shape;
+  PipelineOptions options;
+  Parameters* parameters = nullptr;             // of this rank's stages; owned by the pipeline
+  std::shared_ptr<Qwen3MoePipeline> qwen3_moe;  // the one of `type` is set
 };
 
 // Lays out this rank's stages and allocates their shards; weights are zero until initialize() or a

@@ -12,12 +12,12 @@
 namespace pith {
 
 struct Layout {
-    int pp = 1, dp = 1, cp = 1, ep = 1;
-    int dp_replicate = 1;
-    bool gather_layer = false;
-    int64_t micro_batch = 1;
-    int ranks() const { return pp * dp * cp * ep; }
-    bool operator==(const Layout&) const = default;
+  int pp = 1, dp = 1, cp = 1, ep = 1;
+  int dp_replicate = 1;
+  bool gather_layer = false;
+  int64_t micro_batch = 1;
+  int ranks() const { return pp * dp * cp * ep; }
+  bool operator==(const Layout&) const = default;
 };
 // "pp2-dp2-cp1-ep4", with "-hsdp" (weights replicated over all of dp), "-layer", "-mb2" behind.
 std::string layout_text(const Layout& layout);
@@ -27,19 +27,19 @@ std::vector<Layout> all_layouts(int max_ranks);
 
 // Relative errors that still count as equal.
 struct LayoutLimits {
-    double gradient = 1e-5;  // a tensor's, in L2
-    double norm = 1e-5, loss = 1e-5, balance = 1e-5;
-    double weights = 1e-3;    // a tensor's, in L2, after the last step
-    double logit_gap = 1e-5;  // of the first tokens whose experts differ
+  double gradient = 1e-5;  // a tensor's, in L2
+  double norm = 1e-5, loss = 1e-5, balance = 1e-5;
+  double weights = 1e-3;    // a tensor's, in L2, after the last step
+  double logit_gap = 1e-5;  // of the first tokens whose experts differ
 };
 
 struct LayoutResult {
-    double gradient = 0, norm = 0, loss = 0, balance = 0, weights = 0;  // worst relative errors
-    std::string gradient_of, weights_of;                                // the tensors
-    int64_t routed_otherwise = 0;  // (layer, token, step) triples with other experts
-    double logit_gap = 0;          // largest in the first step and layer that has any
-    bool pass = false;
-    std::string why;  // what is beyond its limit; empty if it passes
+  double gradient = 0, norm = 0, loss = 0, balance = 0, weights = 0;  // worst relative errors
+  std::string gradient_of, weights_of;                                // the tensors
+  int64_t routed_otherwise = 0;  // (layer, token, step) triples with other experts
+  double logit_gap = 0;          // largest in the first step and layer that has any
+  bool pass = false;
+  std::string why;  // what is beyond its limit; empty if it passes
 };
 
 RunPlan plan_layout(const RunConfig& config, const Layout& layout);

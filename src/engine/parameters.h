@@ -15,46 +15,46 @@
 namespace pith {
 
 struct FlatUnit {
-    UnitKind kind = UnitKind::Layer;
-    int layer = -1, chunk = 0;
-    std::vector<int> entries;      // indices into Parameters::table
-    std::vector<int64_t> offsets;  // of each entry, in elements
-    int64_t numel = 0;             // padded to 128
-    Group group = Group::DenseShard;
-    std::vector<int64_t> cuts;  // elements of each member's shard
-    int64_t shard_begin = 0, shard_count = 0;
-    Tensor master, m, v;  // F32 [shard_count]; m and v: Adam's moments
-    Tensor weights;       // compute dtype [numel]; undefined while released
-    Tensor grads;         // F32 [numel]; undefined while released
-    Tensor grad_shard;    // F32 [shard_count]: the reduced gradient
+  UnitKind kind = UnitKind::Layer;
+  int layer = -1, chunk = 0;
+  std::vector<int> entries;      // indices into Parameters::table
+  std::vector<int64_t> offsets;  // of each entry, in elements
+  int64_t numel = 0;             // padded to 128
+  Group group = Group::DenseShard;
+  std::vector<int64_t> cuts;  // elements of each member's shard
+  int64_t shard_begin = 0, shard_count = 0;
+  Tensor master, m, v;  // F32 [shard_count]; m and v: Adam's moments
+  Tensor weights;       // compute dtype [numel]; undefined while released
+  Tensor grads;         // F32 [numel]; undefined while released
+  Tensor grad_shard;    // F32 [shard_count]: the reduced gradient
 };
 
 struct Parameters {
-    ParameterTable table;
-    std::vector<FlatUnit> units;  // in forward order
-    bool gather_layer = false;    // free weights and gradients of a unit after each use
+  ParameterTable table;
+  std::vector<FlatUnit> units;  // in forward order
+  bool gather_layer = false;    // free weights and gradients of a unit after each use
 };
 
 // Part of a tensor of the checkpoint that a rank's shard holds.
 struct Fragment {
-    const Piece* piece = nullptr;
-    int64_t begin = 0, count = 0;  // elements of the piece
-    int unit = 0;
-    int64_t offset = 0;  // in the unit's shard
+  const Piece* piece = nullptr;
+  int64_t begin = 0, count = 0;  // elements of the piece
+  int unit = 0;
+  int64_t offset = 0;  // in the unit's shard
 };
 
 // A shard group's size and this rank's place in it.
 struct ShardPlace {
-    int members = 1, me = 0;
+  int members = 1, me = 0;
 };
 // The layout of make_parameters() without its memory: what planning needs.
 Parameters layout_parameters(ParameterTable table, const std::vector<int>& chunk_sizes,
                              bool gather_layer, ShardPlace dense, ShardPlace experts);
 // Bytes that a rank's parameters take while training.
 struct ParameterBytes {
-    int64_t master = 0, moments = 0;  // F32 shard; Adam's two
-    int64_t weights = 0;              // gathered, in the compute dtype, where not the master itself
-    int64_t gradients = 0;            // F32: full, and the reduced shard
+  int64_t master = 0, moments = 0;  // F32 shard; Adam's two
+  int64_t weights = 0;              // gathered, in the compute dtype, where not the master itself
+  int64_t gradients = 0;            // F32: full, and the reduced shard
 };
 ParameterBytes parameter_bytes(const Parameters& parameters, DType compute);
 

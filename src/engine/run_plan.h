@@ -12,15 +12,15 @@
 namespace pith {
 
 struct RunPlan {
-    RunConfig config;
-    Json model;  // config.json
-    ModelShape shape;
-    Mesh mesh;
-    ScheduleOptions schedule;
-    BatchShape batch;
-    PipelineOptions pipeline;
-    DType compute = DType::F32;
-    Device device = Device::CPU;
+  RunConfig config;
+  Json model;  // config.json
+  ModelShape shape;
+  Mesh mesh;
+  ScheduleOptions schedule;
+  BatchShape batch;
+  PipelineOptions pipeline;
+  DType compute = DType::F32;
+  Device device = Device::CPU;
 };
 
 // Everything that can be refused is refused here, saying what to change: ranks that do not split
@@ -32,9 +32,9 @@ RunPlan plan_run(const RunConfig& config, Device device, int ranks);
 DataOptions data_options(const RunPlan& plan);
 
 struct ParameterCounts {
-    int64_t total = 0;
-    int64_t active = 0;  // that one token uses: top_k of the experts, all of the rest
-    int64_t matmul = 0;  // of the active ones, those in matrix products (embedding and norms not)
+  int64_t total = 0;
+  int64_t active = 0;  // that one token uses: top_k of the experts, all of the rest
+  int64_t matmul = 0;  // of the active ones, those in matrix products (embedding and norms not)
 };
 ParameterCounts parameter_counts(const RunPlan& plan);
 

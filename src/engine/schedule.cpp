@@ -6,67 +6,66 @@
 namespace pith {
 
 const char* name_of(ScheduleKind kind) {
-    return kind == ScheduleKind::DualPipeV ? "dualpipev" : "1f1b";
+  return kind == ScheduleKind::DualPipeV ? "dualpipev" : "1f1b";
 }
 
 ScheduleKind schedule_kind(const std::string& name, int pp, int ep) {
-    if (name == "auto") return pp == 1 && ep == 1 ? ScheduleKind::OneF1B : ScheduleKind::DualPipeV;
-    for (const ScheduleKind kind : {ScheduleKind::DualPipeV, ScheduleKind::OneF1B})
-        if (name == name_of(kind)) return kind;
-    bad_input("schedule",
-              text("is unknown (got \"%s\", need auto, dualpipev or 1f1b)", name.c_str()),
-              "schedule = \"auto\"");
+  if (name == "auto") return pp == 1 && ep == 1 ? ScheduleKind::OneF1B : ScheduleKind::DualPipeV;
+  for (const ScheduleKind kind : {ScheduleKind::DualPipeV, ScheduleKind::OneF1B})
+    if (name == name_of(kind)) return kind;
+  bad_input("schedule", text("is unknown (got \"%s\", need auto, dualpipev or 1f1b)", name.c_str()),
+            "schedule = \"auto\"");
 }
 
 int chunks_of(ScheduleKind kind) { return kind == ScheduleKind::DualPipeV ? 2 : 1; }
 
 int stage_of(ScheduleKind kind, int pp, int rank, int chunk) {
-    return chunk == 0 ? rank : stages_of(kind, pp) - 1 - rank;
+  return chunk == 0 ? rank : stages_of(kind, pp) - 1 - rank;
 }
 
 int rank_of_stage(ScheduleKind kind, int pp, int stage) {
-    return stage < pp ? stage : stages_of(kind, pp) - 1 - stage;
+  return stage < pp ? stage : stages_of(kind, pp) - 1 - stage;
 }
 
 std::vector<int> layer_partition(int layers, int stages) {
-    if (layers < stages)
-        bad_input("layers",
-                  text("are fewer than the pipeline's stages (got %d layers and %d stages)", layers,
-                       stages),
-                  "a smaller parallel.pp, or parallel.schedule = \"1f1b\"");
-    std::vector<int> count(stages, layers / stages);
-    const int extra = layers % stages, interior = std::max(stages - 2, 0);
-    for (int i = 0; i < extra; i++) count[i < interior ? i + 1 : 0]++;
-    return count;
+  if (layers < stages)
+    bad_input(
+        "layers",
+        text("are fewer than the pipeline's stages (got %d layers and %d stages)", layers, stages),
+        "a smaller parallel.pp, or parallel.schedule = \"1f1b\"");
+  std::vector<int> count(stages, layers / stages);
+  const int extra = layers % stages, interior = std::max(stages - 2, 0);
+  for (int i = 0; i < extra; i++) count[i < interior ? i + 1 : 0]++;
+  return count;
 }
 
 std::vector<ChunkLayers> chunk_layers(ScheduleKind kind, int pp, int rank, int layers) {
-    const int stages = stages_of(kind, pp);
-    const std::vector<int> count = layer_partition(layers, stages);
-    std::vector<ChunkLayers> chunks;
-    for (int chunk = 0; chunk < chunks_of(kind); chunk++) {
-        const int stage = stage_of(kind, pp, rank, chunk);
-        int first = 0;
-        for (int s = 0; s < stage; s++) first += count[s];
-        chunks.push_back({first, count[stage], stage == 0, stage == stages - 1});
-    }
-    return chunks;
+  const int stages = stages_of(kind, pp);
+  const std::vector<int> count = layer_partition(layers, stages);
+  std::vector<ChunkLayers> chunks;
+  for (int chunk = 0; chunk < chunks_of(kind); chunk++) {
+    const int stage = stage_of(kind, pp, rank, chunk);
+    int first = 0;
+    for (int s = 0; s < stage; s++) first += count[s];
+    chunks.push_back({first, count[stage], stage == 0, stage == stages - 1});
+  }
+  return chunks;
 }
 
 int message_stage(const ScheduleOptions& o, int rank, const Action& transfer) {
-    const int stage = stage_of(o.kind, o.pp, rank, transfer.chunk);
-    if (transfer.what == Do::Send) return stage;
-    return transfer.payload == Payload::Activation ? stage - 1 : stage + 1;
+  const int stage = stage_of(o.kind, o.pp, rank, transfer.chunk);
+  if (transfer.what == Do::Send) return stage;
+  return transfer.payload == Payload::Activation ? stage - 1 : stage + 1;
 }
 
 int rank_beside(const ScheduleOptions& o, int rank, int chunk, int step) {
-    const int stage = stage_of(o.kind, o.pp, rank, chunk) + step;
-    const bool exists = stage >= 0 && stage < stages_of(o.kind, o.pp);
-    return exists ? rank_of_stage(o.kind, o.pp, stage) : -1;
+  const int stage = stage_of(o.kind, o.pp, rank, chunk) + step;
+  const bool exists = stage >= 0 && stage < stages_of(o.kind, o.pp);
+  return exists ? rank_of_stage(o.kind, o.pp, stage) : -1;
 }
 
 int min_micro_batches(const ScheduleOptions& o) {
-    return o.kind == ScheduleKind::DualPipeV && !o.forward_only ? 2 * o.pp : 1;
+  return o.kind == ScheduleKind::DualPipeV && !o.forward_only ? 2 * o.pp : 1;
 }
 
 namespace {
@@ -74,238 +73,238 @@ namespace {
 // Builds one rank's list. Messages are queued, and leave as one group right before the next compute
 // action, so that what a peer waits for and what this rank waits for are under way together.
 struct Builder {
-    const ScheduleOptions& o;
-    int rank;
-    ActionList list = {};
-    ActionList queue = {};     // messages of the next group
-    ActionList due = {};       // weight gradients to run behind the next group
-    ActionList deferred = {};  // W of one micro-batch each, oldest first
-    int forwards[2] = {}, received[2] = {}, backwards[2] = {};
-    bool zero_bubble = false;  // weight gradients wait for the schedule's own W
+  const ScheduleOptions& o;
+  int rank;
+  ActionList list = {};
+  ActionList queue = {};     // messages of the next group
+  ActionList due = {};       // weight gradients to run behind the next group
+  ActionList deferred = {};  // W of one micro-batch each, oldest first
+  int forwards[2] = {}, received[2] = {}, backwards[2] = {};
+  bool zero_bubble = false;  // weight gradients wait for the schedule's own W
 
-    int stage(int chunk) const { return stage_of(o.kind, o.pp, rank, chunk); }
-    void message(Do what, int chunk, int mb, Payload payload, int step) {
-        const int peer = rank_beside(o, rank, chunk, step);
-        if (peer < 0 || peer == rank) return;
-        queue.push_back({.what = what, .chunk = chunk, .mb = mb, .payload = payload, .peer = peer});
-    }
-    void receive_activation(int chunk) {
-        message(Do::Recv, chunk, received[chunk]++, Payload::Activation, -1);
-    }
-    void receive_gradient(int chunk) {
-        message(Do::Recv, chunk, backwards[chunk], Payload::Gradient, 1);
-    }
-    void send_activation(int chunk) {
-        message(Do::Send, chunk, forwards[chunk] - 1, Payload::Activation, 1);
-    }
-    void send_gradient(int chunk) {
-        message(Do::Send, chunk, backwards[chunk] - 1, Payload::Gradient, -1);
-    }
+  int stage(int chunk) const { return stage_of(o.kind, o.pp, rank, chunk); }
+  void message(Do what, int chunk, int mb, Payload payload, int step) {
+    const int peer = rank_beside(o, rank, chunk, step);
+    if (peer < 0 || peer == rank) return;
+    queue.push_back({.what = what, .chunk = chunk, .mb = mb, .payload = payload, .peer = peer});
+  }
+  void receive_activation(int chunk) {
+    message(Do::Recv, chunk, received[chunk]++, Payload::Activation, -1);
+  }
+  void receive_gradient(int chunk) {
+    message(Do::Recv, chunk, backwards[chunk], Payload::Gradient, 1);
+  }
+  void send_activation(int chunk) {
+    message(Do::Send, chunk, forwards[chunk] - 1, Payload::Activation, 1);
+  }
+  void send_gradient(int chunk) {
+    message(Do::Send, chunk, backwards[chunk] - 1, Payload::Gradient, -1);
+  }
 
-    void commit() {
-        list.insert(list.end(), queue.begin(), queue.end());
-        list.insert(list.end(), due.begin(), due.end());
-        queue.clear();
-        due.clear();
-    }
+  void commit() {
+    list.insert(list.end(), queue.begin(), queue.end());
+    list.insert(list.end(), due.begin(), due.end());
+    queue.clear();
+    due.clear();
+  }
 
-    bool defers() const { return zero_bubble || o.weight_grad_batch > 1; }
+  bool defers() const { return zero_bubble || o.weight_grad_batch > 1; }
 
-    // The chunk's oldest deferred micro-batches, at most `most`.
-    Action take_deferred(int chunk, int most) {
-        Action batch{.what = Do::W, .chunk = chunk, .mb = -1, .count = 0};
-        std::erase_if(deferred, [&](const Action& w) {
-            if (w.chunk != chunk || batch.count == most) return false;
-            if (batch.count++ == 0) batch.mb = w.mb;
-            return true;
-        });
-        return batch;
-    }
+  // The chunk's oldest deferred micro-batches, at most `most`.
+  Action take_deferred(int chunk, int most) {
+    Action batch{.what = Do::W, .chunk = chunk, .mb = -1, .count = 0};
+    std::erase_if(deferred, [&](const Action& w) {
+      if (w.chunk != chunk || batch.count == most) return false;
+      if (batch.count++ == 0) batch.mb = w.mb;
+      return true;
+    });
+    return batch;
+  }
 
-    // Deferred batches fall due on all ranks at once, so that none waits for another's. DualPipeV
-    // is at (stage, mb) in `slot` of the steady state, on even slots with one chunk of a rank and
-    // on odd ones with the other, and they fall due half a period apart; in 1F1B the ranks come to
-    // a micro-batch within less than one of its steps.
-    void end_backward(int chunk) {
-        const int mb = backwards[chunk]++, n = o.weight_grad_batch;
-        if (!defers()) return;
-        deferred.push_back({.what = Do::W, .chunk = chunk, .mb = mb});
-        const int slot = (2 * mb + 2 * o.pp - 1 - stage(chunk)) % (2 * n);
-        const bool falls_due = o.kind == ScheduleKind::OneF1B
-                                   ? mb % n == n - 1
-                                   : slot == 2 * n - 1 || slot == (n - 1) / 2 * 2;
-        if (falls_due && !zero_bubble) due.push_back(take_deferred(chunk, n));
-    }
+  // Deferred batches fall due on all ranks at once, so that none waits for another's. DualPipeV
+  // is at (stage, mb) in `slot` of the steady state, on even slots with one chunk of a rank and
+  // on odd ones with the other, and they fall due half a period apart; in 1F1B the ranks come to
+  // a micro-batch within less than one of its steps.
+  void end_backward(int chunk) {
+    const int mb = backwards[chunk]++, n = o.weight_grad_batch;
+    if (!defers()) return;
+    deferred.push_back({.what = Do::W, .chunk = chunk, .mb = mb});
+    const int slot = (2 * mb + 2 * o.pp - 1 - stage(chunk)) % (2 * n);
+    const bool falls_due = o.kind == ScheduleKind::OneF1B
+                               ? mb % n == n - 1
+                               : slot == 2 * n - 1 || slot == (n - 1) / 2 * 2;
+    if (falls_due && !zero_bubble) due.push_back(take_deferred(chunk, n));
+  }
 
-    void compute_f(int chunk) {  // without the messages around it
-        commit();
-        list.push_back({.what = Do::F, .chunk = chunk, .mb = forwards[chunk]++});
-    }
+  void compute_f(int chunk) {  // without the messages around it
+    commit();
+    list.push_back({.what = Do::F, .chunk = chunk, .mb = forwards[chunk]++});
+  }
 
-    void f(int chunk) {
-        receive_activation(chunk);
-        compute_f(chunk);
-        send_activation(chunk);
-    }
-    void b(int chunk) {
-        receive_gradient(chunk);
-        commit();
-        list.push_back({.what = Do::B, .chunk = chunk, .mb = backwards[chunk], .defer = defers()});
-        end_backward(chunk);
-        send_gradient(chunk);
-    }
-    void fb(int f_chunk, bool receive = true) {
-        const int b_chunk = 1 - f_chunk;
-        if (receive) receive_activation(f_chunk);
-        receive_gradient(b_chunk);
-        commit();
-        list.push_back({.what = Do::FB,
-                        .chunk = f_chunk,
-                        .mb = forwards[f_chunk]++,
-                        .chunk2 = b_chunk,
-                        .mb2 = backwards[b_chunk],
-                        .defer = defers()});
-        end_backward(b_chunk);
-        send_activation(f_chunk);
-        send_gradient(b_chunk);
-    }
-    // Fills a bubble that is one micro-batch's weight gradients long.
-    void w() {
-        commit();
-        if (!deferred.empty()) list.push_back(take_deferred(deferred.front().chunk, 1));
-    }
-    void finish() {
-        commit();
-        while (!deferred.empty())
-            list.push_back(take_deferred(deferred.front().chunk, o.weight_grad_batch));
-    }
+  void f(int chunk) {
+    receive_activation(chunk);
+    compute_f(chunk);
+    send_activation(chunk);
+  }
+  void b(int chunk) {
+    receive_gradient(chunk);
+    commit();
+    list.push_back({.what = Do::B, .chunk = chunk, .mb = backwards[chunk], .defer = defers()});
+    end_backward(chunk);
+    send_gradient(chunk);
+  }
+  void fb(int f_chunk, bool receive = true) {
+    const int b_chunk = 1 - f_chunk;
+    if (receive) receive_activation(f_chunk);
+    receive_gradient(b_chunk);
+    commit();
+    list.push_back({.what = Do::FB,
+                    .chunk = f_chunk,
+                    .mb = forwards[f_chunk]++,
+                    .chunk2 = b_chunk,
+                    .mb2 = backwards[b_chunk],
+                    .defer = defers()});
+    end_backward(b_chunk);
+    send_activation(f_chunk);
+    send_gradient(b_chunk);
+  }
+  // Fills a bubble that is one micro-batch's weight gradients long.
+  void w() {
+    commit();
+    if (!deferred.empty()) list.push_back(take_deferred(deferred.front().chunk, 1));
+  }
+  void finish() {
+    commit();
+    while (!deferred.empty())
+      list.push_back(take_deferred(deferred.front().chunk, o.weight_grad_batch));
+  }
 };
 
 // The eight steps of DualPipeV.
 void build_dualpipev(Builder& s) {
-    const int pp = s.o.pp, r = s.rank;
-    const bool last = r == pp - 1;
-    for (int i = 0; i < 2 * (pp - r - 1); i++) s.f(0);  // 1: fill, down leg
+  const int pp = s.o.pp, r = s.rank;
+  const bool last = r == pp - 1;
+  for (int i = 0; i < 2 * (pp - r - 1); i++) s.f(0);  // 1: fill, down leg
+  s.receive_activation(0);
+  for (int i = 0; i <= r; i++) {  // 2: fill, both legs
+    s.compute_f(0);
     s.receive_activation(0);
-    for (int i = 0; i <= r; i++) {  // 2: fill, both legs
-        s.compute_f(0);
-        s.receive_activation(0);
-        s.receive_activation(1);
-        s.compute_f(1);
-        if (!(last && i == r)) s.send_activation(1);
-        s.send_activation(0);
+    s.receive_activation(1);
+    s.compute_f(1);
+    if (!(last && i == r)) s.send_activation(1);
+    s.send_activation(0);
+  }
+  for (int i = 0; i < pp - r - 1; i++) {  // 3: weight gradients fill the bubble
+    s.zero_bubble = true;
+    s.b(1);
+    s.zero_bubble = false;
+    s.receive_activation(1);
+    s.w();
+    s.compute_f(1);
+    s.send_activation(1);
+  }
+  for (int i = 0; i < s.o.micro_batches - 2 * pp + r + 1; i++) {  // 4: the steady state
+    if (i == 0 && last) {  // unfused, so that the turn starts its first backward sooner
+      s.compute_f(0);
+      s.send_activation(1);
+      s.b(1);
+    } else {
+      s.fb(0, i > 0);
     }
-    for (int i = 0; i < pp - r - 1; i++) {  // 3: weight gradients fill the bubble
-        s.zero_bubble = true;
-        s.b(1);
-        s.zero_bubble = false;
-        s.receive_activation(1);
-        s.w();
-        s.compute_f(1);
-        s.send_activation(1);
-    }
-    for (int i = 0; i < s.o.micro_batches - 2 * pp + r + 1; i++) {  // 4: the steady state
-        if (i == 0 && last) {  // unfused, so that the turn starts its first backward sooner
-            s.compute_f(0);
-            s.send_activation(1);
-            s.b(1);
-        } else {
-            s.fb(0, i > 0);
-        }
-        s.fb(1);
-    }
-    for (int i = 0; i < pp - r - 1; i++) {  // 5: up leg only
-        s.b(1);
-        s.fb(1);
-    }
-    for (int i = 0; i <= r; i++) {  // 6: drain; deferral begins half-way
-        if (i == (r + 1) / 2 && r % 2 == 1) s.zero_bubble = true;
-        s.b(1);
-        if (i == (r + 1) / 2 && r % 2 == 0) s.zero_bubble = true;
-        s.b(0);
-    }
-    for (int i = 0; i < pp - r - 1; i++) {  // 7: drain, down leg
-        s.w();
-        s.b(0);
-    }
-    s.finish();  // 8: what is left
+    s.fb(1);
+  }
+  for (int i = 0; i < pp - r - 1; i++) {  // 5: up leg only
+    s.b(1);
+    s.fb(1);
+  }
+  for (int i = 0; i <= r; i++) {  // 6: drain; deferral begins half-way
+    if (i == (r + 1) / 2 && r % 2 == 1) s.zero_bubble = true;
+    s.b(1);
+    if (i == (r + 1) / 2 && r % 2 == 0) s.zero_bubble = true;
+    s.b(0);
+  }
+  for (int i = 0; i < pp - r - 1; i++) {  // 7: drain, down leg
+    s.w();
+    s.b(0);
+  }
+  s.finish();  // 8: what is left
 }
 
 void build_1f1b(Builder& s) {
-    const int n = s.o.micro_batches, ahead = std::min(s.o.pp - s.rank - 1, n);
-    for (int i = 0; i < ahead; i++) s.f(0);
-    for (int i = ahead; i < n; i++) {
-        s.f(0);
-        s.b(0);
-    }
-    s.zero_bubble = s.defers();
-    for (int i = 0; i < ahead; i++) {
-        s.w();
-        s.b(0);
-    }
-    s.finish();
+  const int n = s.o.micro_batches, ahead = std::min(s.o.pp - s.rank - 1, n);
+  for (int i = 0; i < ahead; i++) s.f(0);
+  for (int i = ahead; i < n; i++) {
+    s.f(0);
+    s.b(0);
+  }
+  s.zero_bubble = s.defers();
+  for (int i = 0; i < ahead; i++) {
+    s.w();
+    s.b(0);
+  }
+  s.finish();
 }
 
 // A micro-batch enters every `chunks` slots and moves on a stage a slot, so no two meet on a rank:
 // the two stages of a DualPipeV rank have odd distance.
 void build_forward(Builder& s) {
-    const int chunks = chunks_of(s.o.kind), n = s.o.micro_batches;
-    for (int slot = 0; slot < chunks * (n - 1) + stages_of(s.o.kind, s.o.pp); slot++)
-        for (int chunk = 0; chunk < chunks; chunk++) {
-            const int age = slot - s.stage(chunk);
-            if (age >= 0 && age % chunks == 0 && age / chunks < n) s.f(chunk);
-        }
-    s.finish();
+  const int chunks = chunks_of(s.o.kind), n = s.o.micro_batches;
+  for (int slot = 0; slot < chunks * (n - 1) + stages_of(s.o.kind, s.o.pp); slot++)
+    for (int chunk = 0; chunk < chunks; chunk++) {
+      const int age = slot - s.stage(chunk);
+      if (age >= 0 && age % chunks == 0 && age / chunks < n) s.f(chunk);
+    }
+  s.finish();
 }
 
 bool gives_weight_grads(const Action& a, int chunk) {
-    return a.backward_chunk() == chunk && (a.what == Do::W || (a.has_backward() && !a.defer));
+  return a.backward_chunk() == chunk && (a.what == Do::W || (a.has_backward() && !a.defer));
 }
 
 // Gathers stand before the first message, where ranks but the first wait anyhow; the first rank
 // begins its first micro-batch before it gathers its second chunk. A Reduce stands behind the group
 // that follows its chunk's last weight gradients.
 void add_gathers(const ScheduleOptions& o, int rank, ActionList& list) {
-    const int chunks = chunks_of(o.kind);
-    for (int chunk = 0; chunk < chunks && !o.forward_only; chunk++) {
-        size_t at = list.size();
-        while (!gives_weight_grads(list[at - 1], chunk)) at--;
-        while (at < list.size() && list[at].is_message()) at++;
-        list.insert(list.begin() + at, {.what = Do::Reduce, .chunk = chunk});
-    }
-    if (chunks == 2) {
-        size_t at = rank == 0;
-        while (rank == 0 && list[at].is_message()) at++;
-        list.insert(list.begin() + at, {.what = Do::Gather, .chunk = 1});
-    }
-    list.insert(list.begin(), {.what = Do::Gather, .chunk = 0});
+  const int chunks = chunks_of(o.kind);
+  for (int chunk = 0; chunk < chunks && !o.forward_only; chunk++) {
+    size_t at = list.size();
+    while (!gives_weight_grads(list[at - 1], chunk)) at--;
+    while (at < list.size() && list[at].is_message()) at++;
+    list.insert(list.begin() + at, {.what = Do::Reduce, .chunk = chunk});
+  }
+  if (chunks == 2) {
+    size_t at = rank == 0;
+    while (rank == 0 && list[at].is_message()) at++;
+    list.insert(list.begin() + at, {.what = Do::Gather, .chunk = 1});
+  }
+  list.insert(list.begin(), {.what = Do::Gather, .chunk = 0});
 }
 
 }  // namespace
 
 ActionList make_schedule(const ScheduleOptions& o, int rank) {
-    if (o.micro_batches < min_micro_batches(o))
-        bad_input("schedule",
-                  text("%s at pp = %d gets too few micro-batches (got %d, need at least %d)",
-                       name_of(o.kind), o.pp, o.micro_batches, min_micro_batches(o)),
-                  o.kind == ScheduleKind::DualPipeV && !o.forward_only
-                      ? "more micro-batches in a step, a smaller pp, or schedule = \"1f1b\""
-                      : "one micro-batch");
-    Builder s{o, rank};
-    if (o.forward_only)
-        build_forward(s);
-    else if (o.kind == ScheduleKind::DualPipeV)
-        build_dualpipev(s);
-    else
-        build_1f1b(s);
-    if (o.gather_step) add_gathers(o, rank, s.list);
-    return std::move(s.list);
+  if (o.micro_batches < min_micro_batches(o))
+    bad_input("schedule",
+              text("%s at pp = %d gets too few micro-batches (got %d, need at least %d)",
+                   name_of(o.kind), o.pp, o.micro_batches, min_micro_batches(o)),
+              o.kind == ScheduleKind::DualPipeV && !o.forward_only
+                  ? "more micro-batches in a step, a smaller pp, or schedule = \"1f1b\""
+                  : "one micro-batch");
+  Builder s{o, rank};
+  if (o.forward_only)
+    build_forward(s);
+  else if (o.kind == ScheduleKind::DualPipeV)
+    build_dualpipev(s);
+  else
+    build_1f1b(s);
+  if (o.gather_step) add_gathers(o, rank, s.list);
+  return std::move(s.list);
 }
 
 std::vector<ActionList> make_schedules(const ScheduleOptions& o) {
-    std::vector<ActionList> lists;
-    for (int rank = 0; rank < o.pp; rank++) lists.push_back(make_schedule(o, rank));
-    return lists;
+  std::vector<ActionList> lists;
+  for (int rank = 0; rank < o.pp; rank++) lists.push_back(make_schedule(o, rank));
+  return lists;
 }
 
 }  // namespace pith

@@ -32,14 +32,14 @@ int rank_of_stage(ScheduleKind kind, int pp, int stage);
 std::vector<int> layer_partition(int layers, int stages);
 
 enum class Do : uint8_t {
-    F,       // forward of (chunk, mb)
-    B,       // backward; with `defer` its weight gradients are left to a later W
-    W,       // weight gradients of `count` micro-batches from mb on
-    FB,      // forward of (chunk, mb) overlapped with backward of (chunk2, mb2)
-    Send,    // of (chunk, mb)'s output: its activation, or its input's gradient
-    Recv,    // of (chunk, mb)'s input: its activation, or its output's gradient
-    Gather,  // all-gather the weights of chunk's units, in order
-    Reduce,  // reduce-scatter the gradients of chunk's units, in reverse order
+  F,       // forward of (chunk, mb)
+  B,       // backward; with `defer` its weight gradients are left to a later W
+  W,       // weight gradients of `count` micro-batches from mb on
+  FB,      // forward of (chunk, mb) overlapped with backward of (chunk2, mb2)
+  Send,    // of (chunk, mb)'s output: its activation, or its input's gradient
+  Recv,    // of (chunk, mb)'s input: its activation, or its output's gradient
+  Gather,  // all-gather the weights of chunk's units, in order
+  Reduce,  // reduce-scatter the gradients of chunk's units, in reverse order
 };
 enum class Payload : uint8_t { Activation, Gradient };
 
@@ -47,33 +47,33 @@ enum class Payload : uint8_t { Activation, Gradient };
 // rank to another are matched in posted order. An F, B or FB may start once the receives of its
 // inputs are complete; a rank goes on past a group no later than its sends are received.
 struct Action {
-    Do what = Do::F;
-    int chunk = 0, mb = 0;
-    int chunk2 = 0, mb2 = 0;                // FB: the backward half
-    int count = 1;                          // W: micro-batches [mb, mb + count)
-    bool defer = false;                     // B, FB
-    Payload payload = Payload::Activation;  // Send, Recv
-    int peer = -1;                          // Send, Recv: pipeline rank at the other end
-    bool operator==(const Action&) const = default;
+  Do what = Do::F;
+  int chunk = 0, mb = 0;
+  int chunk2 = 0, mb2 = 0;                // FB: the backward half
+  int count = 1;                          // W: micro-batches [mb, mb + count)
+  bool defer = false;                     // B, FB
+  Payload payload = Payload::Activation;  // Send, Recv
+  int peer = -1;                          // Send, Recv: pipeline rank at the other end
+  bool operator==(const Action&) const = default;
 
-    bool is_message() const { return what == Do::Send || what == Do::Recv; }
-    bool is_collective() const { return what == Do::Gather || what == Do::Reduce; }
-    bool has_forward() const { return what == Do::F || what == Do::FB; }
-    bool has_backward() const { return what == Do::B || what == Do::FB; }
-    int backward_chunk() const { return what == Do::FB ? chunk2 : chunk; }
-    int backward_mb() const { return what == Do::FB ? mb2 : mb; }
+  bool is_message() const { return what == Do::Send || what == Do::Recv; }
+  bool is_collective() const { return what == Do::Gather || what == Do::Reduce; }
+  bool has_forward() const { return what == Do::F || what == Do::FB; }
+  bool has_backward() const { return what == Do::B || what == Do::FB; }
+  int backward_chunk() const { return what == Do::FB ? chunk2 : chunk; }
+  int backward_mb() const { return what == Do::FB ? mb2 : mb; }
 };
 using ActionList = std::vector<Action>;  // of one rank
 
 struct ScheduleOptions {
-    ScheduleKind kind = ScheduleKind::DualPipeV;
-    int pp = 1;
-    int micro_batches = 1;
-    bool forward_only = false;  // any number of micro-batches >= 1, same placement
-    // Micro-batches whose weight gradients a W takes together, those aside that fill a bubble one
-    // at a time; 1: only the schedule's own zero-bubble deferrals.
-    int weight_grad_batch = 1;
-    bool gather_step = false;  // Gather and Reduce actions: weights gathered for the whole step
+  ScheduleKind kind = ScheduleKind::DualPipeV;
+  int pp = 1;
+  int micro_batches = 1;
+  bool forward_only = false;  // any number of micro-batches >= 1, same placement
+  // Micro-batches whose weight gradients a W takes together, those aside that fill a bubble one
+  // at a time; 1: only the schedule's own zero-bubble deferrals.
+  int weight_grad_batch = 1;
+  bool gather_step = false;  // Gather and Reduce actions: weights gathered for the whole step
 };
 // Fewest micro-batches that the options allow.
 int min_micro_batches(const ScheduleOptions& options);
@@ -88,23 +88,23 @@ int message_stage(const ScheduleOptions& options, int rank, const Action& transf
 int rank_beside(const ScheduleOptions& options, int rank, int chunk, int step);
 
 struct ActionTime {
-    double begin = 0, end = 0;
+  double begin = 0, end = 0;
 };
 
 // Where a set of lists is wrong; rank < 0: it is right, and the rest describes it.
 struct ScheduleCheck {
-    int rank = -1;
-    int action = -1;  // index in that rank's list; its size when something is missing at the end
-    std::string why;
-    bool ok() const { return rank < 0; }
-    int peak_live = 0;      // most micro-batches of activations held by one rank, both chunks
-    int peak_deferred = 0;  // most (chunk, micro-batch) pairs whose weight gradients were deferred
-    double makespan = 0, busy = 0;  // time of all; sum over ranks of the compute times
-    double bubble() const { return makespan > 0 ? 1 - busy / (makespan * ranks) : 0; }
-    int ranks = 0;
-    // By rank and action; a forward, the gradient of its input and its weight gradients take 1
-    // each, everything else nothing.
-    std::vector<std::vector<ActionTime>> times;
+  int rank = -1;
+  int action = -1;  // index in that rank's list; its size when something is missing at the end
+  std::string why;
+  bool ok() const { return rank < 0; }
+  int peak_live = 0;      // most micro-batches of activations held by one rank, both chunks
+  int peak_deferred = 0;  // most (chunk, micro-batch) pairs whose weight gradients were deferred
+  double makespan = 0, busy = 0;  // time of all; sum over ranks of the compute times
+  double bubble() const { return makespan > 0 ? 1 - busy / (makespan * ranks) : 0; }
+  int ranks = 0;
+  // By rank and action; a forward, the gradient of its input and its weight gradients take 1
+  // each, everything else nothing.
+  std::vector<std::vector<ActionTime>> times;
 };
 
 // Proves the lists of all pp ranks: every F, B and W exactly once and after what it needs, every
@@ -121,32 +121,32 @@ Action parse_action(const std::string& line, const std::string& place);
 // --- inside an action: the five stages of each layer, as data ---
 
 enum class Part : uint8_t {
-    Prolog,     // embedding (first stage)
-    Attention,  // stage 1: attention, router, shared experts
-    Dispatch,   // stage 2, started; what needs it waits for it
-    Experts,    // stage 3
-    Combine,    // stage 4, started
-    Residual,   // stage 5
-    Epilog,     // final norm, LM head, loss (last stage)
-    Weights,    // weight gradients of `unit` that are due
-    Gather,     // layer-wise sharding: all-gather `unit`'s weights; `backward`: and its gradients'
-                // memory, for the Weights to come
-    Release,    // free them
-    Reduce,     // reduce-scatter `unit`'s gradients
+  Prolog,     // embedding (first stage)
+  Attention,  // stage 1: attention, router, shared experts
+  Dispatch,   // stage 2, started; what needs it waits for it
+  Experts,    // stage 3
+  Combine,    // stage 4, started
+  Residual,   // stage 5
+  Epilog,     // final norm, LM head, loss (last stage)
+  Weights,    // weight gradients of `unit` that are due
+  Gather,     // layer-wise sharding: all-gather `unit`'s weights; `backward`: and its gradients'
+              // memory, for the Weights to come
+  Release,    // free them
+  Reduce,     // reduce-scatter `unit`'s gradients
 };
 struct Step {
-    Part part = Part::Prolog;
-    bool backward = false;
-    int chunk = 0, mb = 0;
-    int layer = -1;                   // global index; -1: prolog, epilog
-    UnitKind unit = UnitKind::Layer;  // Weights, Gather, Release, Reduce
-    int count = 1;                    // Weights: micro-batches [mb, mb + count)
-    bool operator==(const Step&) const = default;
+  Part part = Part::Prolog;
+  bool backward = false;
+  int chunk = 0, mb = 0;
+  int layer = -1;                   // global index; -1: prolog, epilog
+  UnitKind unit = UnitKind::Layer;  // Weights, Gather, Release, Reduce
+  int count = 1;                    // Weights: micro-batches [mb, mb + count)
+  bool operator==(const Step&) const = default;
 };
 
 struct ChunkLayers {
-    int first = 0, count = 0;
-    bool prolog = false, epilog = false;
+  int first = 0, count = 0;
+  bool prolog = false, epilog = false;
 };
 // The layers of each chunk of pipeline rank `rank`.
 std::vector<ChunkLayers> chunk_layers(ScheduleKind kind, int pp, int rank, int layers);

@@ -13,28 +13,28 @@ namespace pith {
 
 // What the equality of layouts is judged by; filled by all ranks of a run.
 struct Probe {
-    int64_t steps = 8;                                    // the run ends after these
-    std::mutex mutex;                                     // of the maps, which ranks fill
-    std::vector<double> loss, norm;                       // by step; loss in nats a label
-    std::vector<double> balance;                          // by step: mean over layers, unscaled
-    std::map<std::string, std::vector<float>> gradients;  // of step 1, before clipping, by tensor
-    std::map<std::string, std::vector<float>> weights;    // after the last step
-    std::vector<RoutingStep> routing;  // by step: ids, and the logit gap behind each
-    double gradient_fault = 1;         // a fault to plant: factor on the experts' gradients
+  int64_t steps = 8;                                    // the run ends after these
+  std::mutex mutex;                                     // of the maps, which ranks fill
+  std::vector<double> loss, norm;                       // by step; loss in nats a label
+  std::vector<double> balance;                          // by step: mean over layers, unscaled
+  std::map<std::string, std::vector<float>> gradients;  // of step 1, before clipping, by tensor
+  std::map<std::string, std::vector<float>> weights;    // after the last step
+  std::vector<RoutingStep> routing;  // by step: ids, and the logit gap behind each
+  double gradient_fault = 1;         // a fault to plant: factor on the experts' gradients
 };
 
 struct TrainOptions {
-    std::string routing_trace, routing_replay;  // folders; empty: off
-    Probe* probe = nullptr;                     // no run folder, no checkpoints, no evaluation
-    bool exit_on_failure = true;
-    bool debug = false;  // PITH_DEBUG=1
+  std::string routing_trace, routing_replay;  // folders; empty: off
+  Probe* probe = nullptr;                     // no run folder, no checkpoints, no evaluation
+  bool exit_on_failure = true;
+  bool debug = false;  // PITH_DEBUG=1
 };
 
 struct TrainResult {
-    int64_t step = 0;      // optimiser steps done
-    bool stopped = false;  // by a signal, with the state saved
-    double loss = 0;       // of the last step, nats a label
-    double eval_loss = 0;  // of the last evaluation; 0: none
+  int64_t step = 0;      // optimiser steps done
+  bool stopped = false;  // by a signal, with the state saved
+  double loss = 0;       // of the last step, nats a label
+  double eval_loss = 0;  // of the last evaluation; 0: none
 };
 
 // Trains from scratch, from model.init_from, or from the newest good checkpoint in run.folder,

@@ -13,127 +13,124 @@ namespace pith {
 static bool exists(const std::string& path) { return access(path.c_str(), F_OK) == 0; }
 
 WeightSource open_weights(const std::string& folder) {
-    WeightSource source;
-    source.folder = folder;
-    if (exists(folder + "/manifest.json")) {
-        source.checkpoint = open_checkpoint(folder);
-        verify(*source.checkpoint, true);
-    } else if (!list_checkpoints(folder).empty()) {
-        source.checkpoint = find_checkpoint(folder);
-    } else {
-        source.hugging_face.emplace(folder);
-        if (exists(folder + "/config.json"))
-            source.config = read_text_file(folder + "/config.json");
-    }
-    if (source.checkpoint) {
-        source.folder = source.checkpoint->folder;
-        source.config = source.checkpoint->state.model;
-    }
-    return source;
+  WeightSource source;
+  source.folder = folder;
+  if (exists(folder + "/manifest.json")) {
+    source.checkpoint = open_checkpoint(folder);
+    verify(*source.checkpoint, true);
+  } else if (!list_checkpoints(folder).empty()) {
+    source.checkpoint = find_checkpoint(folder);
+  } else {
+    source.hugging_face.emplace(folder);
+    if (exists(folder + "/config.json")) source.config = read_text_file(folder + "/config.json");
+  }
+  if (source.checkpoint) {
+    source.folder = source.checkpoint->folder;
+    source.config = source.checkpoint->state.model;
+  }
+  return source;
 }
 
 // A weight of either kind of source.
 struct FoundWeight {
-    std::vector<int64_t> shape;
-    FileDType dtype = FileDType::F32;
+  std::vector<int64_t> shape;
+  FileDType dtype = FileDType::F32;
 };
 static std::map<std::string, FoundWeight> weights_of(const WeightSource& source) {
-    std::map<std::string, FoundWeight> found;
-    if (source.checkpoint) {
-        for (const StoredTensor& t : source.checkpoint->tensors)
-            if (!is_moment(t.name)) found[t.name] = {t.shape, t.dtype};
-    } else {
-        for (const TensorEntry& t : source.hugging_face->tensors())
-            found[t.name] = {t.shape, t.dtype};
-    }
-    return found;
+  std::map<std::string, FoundWeight> found;
+  if (source.checkpoint) {
+    for (const StoredTensor& t : source.checkpoint->tensors)
+      if (!is_moment(t.name)) found[t.name] = {t.shape, t.dtype};
+  } else {
+    for (const TensorEntry& t : source.hugging_face->tensors()) found[t.name] = {t.shape, t.dtype};
+  }
+  return found;
 }
 
 static std::string describe(const FoundWeight& weight) {
-    TensorEntry entry;
-    entry.shape = weight.shape;
-    entry.dtype = weight.dtype;
-    return describe(entry);
+  TensorEntry entry;
+  entry.shape = weight.shape;
+  entry.dtype = weight.dtype;
+  return describe(entry);
 }
 
 // "3 missing: a, b, c"; at most ten are named.
 static void add_list(std::string& out, const char* what, const std::vector<std::string>& names) {
-    if (names.empty()) return;
-    out += text("%s%zu %s: ", out.empty() ? "" : "; ", names.size(), what);
-    for (size_t i = 0; i < std::min<size_t>(names.size(), 10); i++)
-        out += (i ? ", " : "") + names[i];
-    if (names.size() > 10) out += ", ...";
+  if (names.empty()) return;
+  out += text("%s%zu %s: ", out.empty() ? "" : "; ", names.size(), what);
+  for (size_t i = 0; i < std::min<size_t>(names.size(), 10); i++) out += (i ? ", " : "") + names[i];
+  if (names.size() > 10) out += ", ...";
 }
 
 static void refuse_nonfinite(const WeightSource& source, const std::vector<const Piece*>& pieces) {
-    std::vector<int64_t> bad(pieces.size());
-    on_threads(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
-        const Piece& piece = *pieces[static_cast<size_t>(i)];
-        std::vector<float> values(1 << 18);
-        const int64_t n = piece.dims.numel(), most = static_cast<int64_t>(values.size());
-        for (int64_t at = 0; at < n; at += most) {
-            const int64_t count = std::min(most, n - at);
-            read_weight(source, piece.name, at, count, values.data());
-            for (int64_t k = 0; k < count; k++)
-                bad[static_cast<size_t>(i)] += !std::isfinite(values[static_cast<size_t>(k)]);
-        }
-    });
-    std::vector<std::string> names;
-    for (size_t i = 0; i < pieces.size(); i++)
-        if (bad[i])
-            names.push_back(text("%s (%lld of %lld values)", pieces[i]->name.c_str(),
-                                 static_cast<long long>(bad[i]),
-                                 static_cast<long long>(pieces[i]->dims.numel())));
-    std::string what;
-    add_list(what, "tensors with NaN or Inf", names);
-    if (!what.empty()) bad_input(source.folder, what, "weights of a run that did not diverge");
+  std::vector<int64_t> bad(pieces.size());
+  on_threads(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
+    const Piece& piece = *pieces[static_cast<size_t>(i)];
+    std::vector<float> values(1 << 18);
+    const int64_t n = piece.dims.numel(), most = static_cast<int64_t>(values.size());
+    for (int64_t at = 0; at < n; at += most) {
+      const int64_t count = std::min(most, n - at);
+      read_weight(source, piece.name, at, count, values.data());
+      for (int64_t k = 0; k < count; k++)
+        bad[static_cast<size_t>(i)] += !std::isfinite(values[static_cast<size_t>(k)]);
+    }
+  });
+  std::vector<std::string> names;
+  for (size_t i = 0; i < pieces.size(); i++)
+    if (bad[i])
+      names.push_back(text("%s (%lld of %lld values)", pieces[i]->name.c_str(),
+                           static_cast<long long>(bad[i]),
+                           static_cast<long long>(pieces[i]->dims.numel())));
+  std::string what;
+  add_list(what, "tensors with NaN or Inf", names);
+  if (!what.empty()) bad_input(source.folder, what, "weights of a run that did not diverge");
 }
 
 void check_weights(const WeightSource& source, const ParameterTable& whole) {
-    std::map<std::string, FoundWeight> found = weights_of(source);
-    std::vector<std::string> missing, extra, misshapen;
-    std::vector<const Piece*> pieces;
-    for (const Parameter& parameter : whole)
-        for (const Piece& piece : parameter.pieces) {
-            const auto at = found.find(piece.name);
-            pieces.push_back(&piece);
-            if (at == found.end()) {
-                missing.push_back(piece.name);
-                continue;
-            }
-            const FoundWeight need{{piece.dims.size, piece.dims.size + piece.dims.rank},
-                                   is_float(at->second.dtype) ? at->second.dtype : FileDType::F32};
-            if (at->second.shape != need.shape || at->second.dtype != need.dtype)
-                misshapen.push_back(text("%s (got %s, need %s)", piece.name.c_str(),
-                                         describe(at->second).c_str(), describe(need).c_str()));
-            found.erase(at);
-        }
-    for (const auto& [name, weight] : found) extra.push_back(name + " " + describe(weight));
-    std::string what;
-    add_list(what, "missing", missing);
-    add_list(what, "not of this model", extra);
-    add_list(what, "of another shape or type", misshapen);
-    if (!what.empty())
-        bad_input(source.folder, "the tensors are not those of the model: " + what,
-                  "the config.json that belongs to these weights");
-    refuse_nonfinite(source, pieces);
+  std::map<std::string, FoundWeight> found = weights_of(source);
+  std::vector<std::string> missing, extra, misshapen;
+  std::vector<const Piece*> pieces;
+  for (const Parameter& parameter : whole)
+    for (const Piece& piece : parameter.pieces) {
+      const auto at = found.find(piece.name);
+      pieces.push_back(&piece);
+      if (at == found.end()) {
+        missing.push_back(piece.name);
+        continue;
+      }
+      const FoundWeight need{{piece.dims.size, piece.dims.size + piece.dims.rank},
+                             is_float(at->second.dtype) ? at->second.dtype : FileDType::F32};
+      if (at->second.shape != need.shape || at->second.dtype != need.dtype)
+        misshapen.push_back(text("%s (got %s, need %s)", piece.name.c_str(),
+                                 describe(at->second).c_str(), describe(need).c_str()));
+      found.erase(at);
+    }
+  for (const auto& [name, weight] : found) extra.push_back(name + " " + describe(weight));
+  std::string what;
+  add_list(what, "missing", missing);
+  add_list(what, "not of this model", extra);
+  add_list(what, "of another shape or type", misshapen);
+  if (!what.empty())
+    bad_input(source.folder, "the tensors are not those of the model: " + what,
+              "the config.json that belongs to these weights");
+  refuse_nonfinite(source, pieces);
 }
 
 void read_weight(const WeightSource& source, const std::string& name, int64_t begin, int64_t count,
                  float* out) {
-    if (source.checkpoint) {
-        const StoredTensor* tensor = source.checkpoint->find(name);
-        if (!tensor) bad_input(source.folder + ": " + name, "is missing", "check the folder");
-        return read_elements(*source.checkpoint, *tensor, begin, count, out);
-    }
-    const TensorEntry& tensor = source.hugging_face->at(name);
-    to_f32(tensor.dtype, tensor.data + begin * size_of(tensor.dtype), out, count);
+  if (source.checkpoint) {
+    const StoredTensor* tensor = source.checkpoint->find(name);
+    if (!tensor) bad_input(source.folder + ": " + name, "is missing", "check the folder");
+    return read_elements(*source.checkpoint, *tensor, begin, count, out);
+  }
+  const TensorEntry& tensor = source.hugging_face->at(name);
+  to_f32(tensor.dtype, tensor.data + begin * size_of(tensor.dtype), out, count);
 }
 
 void load_weights(Rank&, Parameters& p, const WeightSource& source) {
-    for (const Fragment& f : fragments(p))
-        read_weight(source, f.piece->name, f.begin, f.count,
-                    p.units[static_cast<size_t>(f.unit)].master.f32() + f.offset);
+  for (const Fragment& f : fragments(p))
+    read_weight(source, f.piece->name, f.begin, f.count,
+                p.units[static_cast<size_t>(f.unit)].master.f32() + f.offset);
 }
 
 }  // namespace pith

@@ -16,8 +16,8 @@ namespace pith {
 // How a tensor begins: normal with standard deviation `value`, or constant `value`.
 enum class InitKind : uint8_t { Normal, Constant };
 struct Init {
-    InitKind kind = InitKind::Constant;
-    double value = 0;
+  InitKind kind = InitKind::Constant;
+  double value = 0;
 };
 
 // Groups of tensors that are gathered, reduced and updated together (one flat buffer each).
@@ -25,54 +25,54 @@ enum class UnitKind : uint8_t { Embedding, Layer, Experts, Head };
 
 // One tensor of a Hugging Face checkpoint.
 struct Piece {
-    std::string name;  // as in the checkpoint: "model.layers.0.self_attn.q_proj.weight"
-    Dims dims;
-    Init init;
-    bool muon = false;  // a matrix that Muon orthogonalises
+  std::string name;  // as in the checkpoint: "model.layers.0.self_attn.q_proj.weight"
+  Dims dims;
+  Init init;
+  bool muon = false;  // a matrix that Muon orthogonalises
 };
 
 // One tensor of the running model: pieces that lie one after another in memory, so that weights
 // that share an input are one product. The engine binds `target` to values and gradient
 // accumulator.
 struct Parameter {
-    Tensor* target = nullptr;
-    Dims dims;
-    UnitKind unit = UnitKind::Layer;
-    int layer = -1;             // -1: outside the layers
-    std::vector<Piece> pieces;  // sizes sum to dims.numel()
+  Tensor* target = nullptr;
+  Dims dims;
+  UnitKind unit = UnitKind::Layer;
+  int layer = -1;             // -1: outside the layers
+  std::vector<Piece> pieces;  // sizes sum to dims.numel()
 };
 using ParameterTable = std::vector<Parameter>;
 
 // What of a model a pipeline stage holds, and which experts its rank does.
 struct StagePart {
-    int first_layer = 0, num_layers = 0;
-    bool embedding = true, head = true;
-    int first_expert = 0, num_experts = 0;
+  int first_layer = 0, num_layers = 0;
+  bool embedding = true, head = true;
+  int first_expert = 0, num_experts = 0;
 };
 
 // One micro-batch as a rank sees it. T = rows * length tokens, row after row.
 struct Batch {
-    int64_t rows = 0, length = 0;
-    Tensor tokens, labels;  // I32 [T]; a label may be kIgnoreLabel
-    Tensor positions;       // I32 [T]: rotary position; restarts in each document under a mask
-    AttentionMask mask;
+  int64_t rows = 0, length = 0;
+  Tensor tokens, labels;  // I32 [T]; a label may be kIgnoreLabel
+  Tensor positions;       // I32 [T]: rotary position; restarts in each document under a mask
+  AttentionMask mask;
 };
 
 // What stage 1 hands on.
 struct MoeInput {
-    Tensor hidden;    // [T, D]: the rows to dispatch
-    Tensor residual;  // [T, D]
-    Tensor shared;    // [T, D]: output of shared experts; undefined where there are none
-    Routing routing;  // ids undefined in a dense layer, where stages 2 and 4 do nothing
+  Tensor hidden;    // [T, D]: the rows to dispatch
+  Tensor residual;  // [T, D]
+  Tensor shared;    // [T, D]: output of shared experts; undefined where there are none
+  Routing routing;  // ids undefined in a dense layer, where stages 2 and 4 do nothing
 };
 
 // The numbers of a model that engine, planner and reports need, whatever its architecture.
 struct ModelShape {
-    std::string model_type;
-    int64_t hidden = 0, vocab = 0;
-    int num_layers = 0, num_experts = 0, top_k = 0;
-    int64_t attention_width = 0;  // H * (size of a query head + size of a value head), for FLOPs
-    int64_t max_positions = 0;    // of the configuration; 0: unbounded
+  std::string model_type;
+  int64_t hidden = 0, vocab = 0;
+  int num_layers = 0, num_experts = 0, top_k = 0;
+  int64_t attention_width = 0;  // H * (size of a query head + size of a value head), for FLOPs
+  int64_t max_positions = 0;    // of the configuration; 0: unbounded
 };
 
 // A model M is the weights of one pipeline stage: M::Config and M::Layer, a vector `layers` of the
@@ -82,19 +82,19 @@ concept Model = requires(Rank& rank, const Json& json, const typename M::Config&
                          const M& stage, const StagePart& part, const typename M::Layer& layer,
                          Tensor x, const Batch& batch, const RouterOptions& routing,
                          const MoeInput& in, const Dispatched& d, double scale) {
-    // Reads and validates config.json; refuses by name what it does not implement.
-    { M::read_config(json) } -> std::same_as<typename M::Config>;
-    { M::shape(config) } -> std::same_as<ModelShape>;
-    // The stage's parameter table; sizes model.layers. init_std as in the run's configuration.
-    { model.parameters(config, part, scale) } -> std::same_as<ParameterTable>;
-    // Tables that depend on the sequence length alone (rotary cos and sin).
-    { model.prepare(rank, config, int64_t{}) } -> std::same_as<void>;
-    { stage.embed(rank, batch) } -> std::same_as<Tensor>;                                // [T, D]
-    { stage.attend(rank, config, layer, x, batch, routing) } -> std::same_as<MoeInput>;  // stage 1
-    { stage.experts(rank, config, layer, d) } -> std::same_as<Tensor>;      // stage 3: [R, D]
-    { stage.finish(rank, config, layer, x, in) } -> std::same_as<Tensor>;   // stage 5: [T, D]
-    { stage.loss(rank, config, x, batch, scale) } -> std::same_as<Tensor>;  // F32 [1], a sum
-    { stage.logits(rank, config, x) } -> std::same_as<Tensor>;              // [T, V]
+  // Reads and validates config.json; refuses by name what it does not implement.
+  { M::read_config(json) } -> std::same_as<typename M::Config>;
+  { M::shape(config) } -> std::same_as<ModelShape>;
+  // The stage's parameter table; sizes model.layers. init_std as in the run's configuration.
+  { model.parameters(config, part, scale) } -> std::same_as<ParameterTable>;
+  // Tables that depend on the sequence length alone (rotary cos and sin).
+  { model.prepare(rank, config, int64_t{}) } -> std::same_as<void>;
+  { stage.embed(rank, batch) } -> std::same_as<Tensor>;                                // [T, D]
+  { stage.attend(rank, config, layer, x, batch, routing) } -> std::same_as<MoeInput>;  // stage 1
+  { stage.experts(rank, config, layer, d) } -> std::same_as<Tensor>;      // stage 3: [R, D]
+  { stage.finish(rank, config, layer, x, in) } -> std::same_as<Tensor>;   // stage 5: [T, D]
+  { stage.loss(rank, config, x, batch, scale) } -> std::same_as<Tensor>;  // F32 [1], a sum
+  { stage.logits(rank, config, x) } -> std::same_as<Tensor>;              // [T, V]
 };
 
 }  // namespace pith

@@ -9,16 +9,16 @@ namespace pith {
 
 // Bytes of one rank.
 struct RankMemory {
-    int64_t weights = 0;       // F32 master shard
-    int64_t compute_copy = 0;  // gathered weights in the compute dtype, where not the master itself
-    int64_t gradients = 0;     // full accumulators and reduced shard
-    int64_t optimizer = 0;     // moments
-    int64_t activations = 0;   // estimate: kept for the backward by all micro-batches in flight
-    int64_t workspace = 0;     // estimate: temporaries, dispatch and collective buffers
-    int64_t total() const {
-        return weights + compute_copy + gradients + optimizer + activations + workspace;
-    }
-    bool operator==(const RankMemory&) const = default;
+  int64_t weights = 0;       // F32 master shard
+  int64_t compute_copy = 0;  // gathered weights in the compute dtype, where not the master itself
+  int64_t gradients = 0;     // full accumulators and reduced shard
+  int64_t optimizer = 0;     // moments
+  int64_t activations = 0;   // estimate: kept for the backward by all micro-batches in flight
+  int64_t workspace = 0;     // estimate: temporaries, dispatch and collective buffers
+  int64_t total() const {
+    return weights + compute_copy + gradients + optimizer + activations + workspace;
+  }
+  bool operator==(const RankMemory&) const = default;
 };
 
 // A table with a line for each run of equal ranks ("0-7"); where `available` bytes a rank are

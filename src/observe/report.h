@@ -9,15 +9,15 @@
 namespace pith {
 
 struct ReportRow {
-    std::string name, value;
+  std::string name, value;
 };
 
 struct ReportInput {
-    std::string title;               // "runs/quickstart"
-    std::vector<ReportRow> summary;  // parameters, tokens, final numbers
-    std::string config;              // the resolved configuration, folded away; empty: none
-    double reference_loss = 0;       // horizontal line in the loss curve, nats; 0: none
-    std::string reference_name;      // its label: "bigram model"
+  std::string title;               // "runs/quickstart"
+  std::vector<ReportRow> summary;  // parameters, tokens, final numbers
+  std::string config;              // the resolved configuration, folded away; empty: none
+  double reference_loss = 0;       // horizontal line in the loss curve, nats; 0: none
+  std::string reference_name;      // its label: "bigram model"
 };
 
 // The page: curves (loss, learning rate, gradient norm, tokens/s), expert load of each layer over

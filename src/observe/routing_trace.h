@@ -15,13 +15,13 @@ namespace pith {
 // A step's routing over the whole global batch. One, shared by the ranks of a process, each of
 // which writes its own tokens (engine/routing_slot.h).
 struct RoutingStep {
-    int64_t layers = 0, tokens = 0, top_k = 0;
-    std::vector<int32_t> ids;    // [layers, tokens, k]
-    std::vector<float> weights;  // [layers, tokens, k]
-    std::vector<float> gaps;     // [layers, tokens]: router logit of the last expert chosen, less
-                                 // that of the best one left out; not kept in files
-    bool forced = false;         // ids were read and are to be used
-    bool traced = false;         // ids and weights are to be filled in
+  int64_t layers = 0, tokens = 0, top_k = 0;
+  std::vector<int32_t> ids;    // [layers, tokens, k]
+  std::vector<float> weights;  // [layers, tokens, k]
+  std::vector<float> gaps;     // [layers, tokens]: router logit of the last expert chosen, less
+                               // that of the best one left out; not kept in files
+  bool forced = false;         // ids were read and are to be used
+  bool traced = false;         // ids and weights are to be filled in
 };
 
 // Makes room for a step to trace: ids -1, weights 0, `traced` set.

@@ -12,104 +12,104 @@
 namespace pith {
 
 uint32_t crc32c(const std::string& bytes) {
-    uint32_t crc = ~0u;
-    for (const char byte : bytes) {
-        crc ^= static_cast<uint8_t>(byte);
-        for (int bit = 0; bit < 8; bit++) crc = crc >> 1 ^ (crc & 1 ? 0x82f63b78u : 0);
-    }
-    return ~crc;
+  uint32_t crc = ~0u;
+  for (const char byte : bytes) {
+    crc ^= static_cast<uint8_t>(byte);
+    for (int bit = 0; bit < 8; bit++) crc = crc >> 1 ^ (crc & 1 ? 0x82f63b78u : 0);
+  }
+  return ~crc;
 }
 
 // Little-endian bytes of a number: what TFRecord and the fixed wire types of protobuf use.
 template <class T>
 static std::string fixed(T value) {
-    std::string bytes(sizeof value, 0);
-    memcpy(bytes.data(), &value, sizeof value);
-    return bytes;
+  std::string bytes(sizeof value, 0);
+  memcpy(bytes.data(), &value, sizeof value);
+  return bytes;
 }
 
 static std::string varint(uint64_t value) {
-    std::string bytes;
-    for (; value >= 128; value >>= 7) bytes += static_cast<char>(value | 128);
-    return bytes + static_cast<char>(value);
+  std::string bytes;
+  for (; value >= 128; value >>= 7) bytes += static_cast<char>(value | 128);
+  return bytes + static_cast<char>(value);
 }
 
 // Protobuf fields: the tag is number << 3 | wire type (0 varint, 1 64 bits, 2 bytes, 5 32 bits).
 static std::string field(int number, const std::string& bytes) {
-    return varint(number << 3 | 2) + varint(bytes.size()) + bytes;
+  return varint(number << 3 | 2) + varint(bytes.size()) + bytes;
 }
 static std::string field(int number, int64_t value) {
-    return varint(number << 3 | 0) + varint(static_cast<uint64_t>(value));
+  return varint(number << 3 | 0) + varint(static_cast<uint64_t>(value));
 }
 static std::string field(int number, double value) {
-    return varint(number << 3 | 1) + fixed(value);
+  return varint(number << 3 | 1) + fixed(value);
 }
 static std::string field(int number, float value) { return varint(number << 3 | 5) + fixed(value); }
 
 // TFRecord: length u64, its masked CRC, the bytes, their masked CRC. A CRC over a CRC is weak,
 // hence the mask (tensorflow/core/lib/hash/crc32c.h).
 static std::string frame(const std::string& bytes) {
-    const auto masked = [](const std::string& of) {
-        const uint32_t crc = crc32c(of);
-        return fixed((crc >> 15 | crc << 17) + 0xa282ead8u);
-    };
-    const std::string length = fixed(static_cast<uint64_t>(bytes.size()));
-    return length + masked(length) + bytes + masked(bytes);
+  const auto masked = [](const std::string& of) {
+    const uint32_t crc = crc32c(of);
+    return fixed((crc >> 15 | crc << 17) + 0xa282ead8u);
+  };
+  const std::string length = fixed(static_cast<uint64_t>(bytes.size()));
+  return length + masked(length) + bytes + masked(bytes);
 }
 
 // Event: wall_time = 1, step = 2, file_version = 3, summary = 5, session_log = 7.
 // Summary: value = 1 {tag = 1, simple_value = 2}. SessionLog: status = 1 (START = 1).
 TensorBoardFile::TensorBoardFile(const std::string& folder, int64_t first_step, double wall_s) {
-    make_folders(folder);
-    char host[256] = "localhost";
-    gethostname(host, sizeof host - 1);
-    path_ = folder + text("/events.out.tfevents.%010lld.%s.%d", static_cast<long long>(wall_s),
-                          host, static_cast<int>(getpid()));
-    file_.reset(fopen(path_.c_str(), "ab"));
-    if (!file_)
-        failed(path_, text("cannot be opened (%s)", strerror(errno)),
-               "a folder that can be written to");
-    event(0, wall_s, field(3, std::string("brain.Event:2")));
-    if (first_step > 1) event(first_step, wall_s, field(7, field(1, int64_t{1})));
+  make_folders(folder);
+  char host[256] = "localhost";
+  gethostname(host, sizeof host - 1);
+  path_ = folder + text("/events.out.tfevents.%010lld.%s.%d", static_cast<long long>(wall_s), host,
+                        static_cast<int>(getpid()));
+  file_.reset(fopen(path_.c_str(), "ab"));
+  if (!file_)
+    failed(path_, text("cannot be opened (%s)", strerror(errno)),
+           "a folder that can be written to");
+  event(0, wall_s, field(3, std::string("brain.Event:2")));
+  if (first_step > 1) event(first_step, wall_s, field(7, field(1, int64_t{1})));
 }
 
 void TensorBoardFile::event(int64_t step, double wall_s, const std::string& fields) {
-    if (!file_) return;
-    const std::string bytes = frame(field(1, wall_s) + (step ? field(2, step) : "") + fields);
-    fwrite(bytes.data(), 1, bytes.size(), file_.get());
-    if (fflush(file_.get()) == 0 && !ferror(file_.get())) return;
-    // Readers stop at a torn frame, so nothing may follow it.
-    log_warning("%s: cannot be written (%s): no more events", path_.c_str(), strerror(errno));
-    file_.reset();
+  if (!file_) return;
+  const std::string bytes = frame(field(1, wall_s) + (step ? field(2, step) : "") + fields);
+  fwrite(bytes.data(), 1, bytes.size(), file_.get());
+  if (fflush(file_.get()) == 0 && !ferror(file_.get())) return;
+  // Readers stop at a torn frame, so nothing may follow it.
+  log_warning("%s: cannot be written (%s): no more events", path_.c_str(), strerror(errno));
+  file_.reset();
 }
 
 void TensorBoardFile::scalars(int64_t step, double wall_s,
                               const std::vector<std::pair<std::string, double>>& values) {
-    std::string summary;
-    for (const auto& [tag, value] : values)
-        summary += field(1, field(1, tag) + field(2, static_cast<float>(value)));
-    event(step, wall_s, field(5, summary));
+  std::string summary;
+  for (const auto& [tag, value] : values)
+    summary += field(1, field(1, tag) + field(2, static_cast<float>(value)));
+  event(step, wall_s, field(5, summary));
 }
 
 void TensorBoardFile::step(const StepMetrics& m, double wall_s) {
-    std::vector<std::pair<std::string, double>> values = {
-        {"train/cross-entropy-loss", m.loss},
-        {"train/learning-rate", m.learning_rate},
-        {"train/gradient-norm", m.gradient_norm},
-        {"infra/step-time", m.seconds},
-        {"infra/tokens-per-second", m.tokens_per_second()},
-        {"infra/peak-memory-gib", m.peak_memory_bytes / (1 << 30)}};
-    if (!m.balance_loss.empty())
-        values.emplace_back("train/load-balance-loss", m.mean_balance_loss());
-    if (m.mfu > 0) values.emplace_back("infra/mfu", m.mfu);
-    if (m.eval_loss) values.emplace_back("eval/cross-entropy-loss", *m.eval_loss);
-    for (size_t i = 0; i < m.load.size(); i++) {
-        const std::string layer = text("/layer-%03zu", i);
-        values.emplace_back("expert-load-max" + layer, m.load[i].max_over_mean);
-        values.emplace_back("expert-load-dead" + layer, m.load[i].dead_share);
-        values.emplace_back("expert-load-entropy" + layer, m.load[i].entropy);
-    }
-    scalars(m.step, wall_s, values);
+  std::vector<std::pair<std::string, double>> values = {
+      {"train/cross-entropy-loss", m.loss},
+      {"train/learning-rate", m.learning_rate},
+      {"train/gradient-norm", m.gradient_norm},
+      {"infra/step-time", m.seconds},
+      {"infra/tokens-per-second", m.tokens_per_second()},
+      {"infra/peak-memory-gib", m.peak_memory_bytes / (1 << 30)}};
+  if (!m.balance_loss.empty())
+    values.emplace_back("train/load-balance-loss", m.mean_balance_loss());
+  if (m.mfu > 0) values.emplace_back("infra/mfu", m.mfu);
+  if (m.eval_loss) values.emplace_back("eval/cross-entropy-loss", *m.eval_loss);
+  for (size_t i = 0; i < m.load.size(); i++) {
+    const std::string layer = text("/layer-%03zu", i);
+    values.emplace_back("expert-load-max" + layer, m.load[i].max_over_mean);
+    values.emplace_back("expert-load-dead" + layer, m.load[i].dead_share);
+    values.emplace_back("expert-load-entropy" + layer, m.load[i].entropy);
+  }
+  scalars(m.step, wall_s, values);
 }
 
 }  // namespace pith

@@ -19,177 +19,177 @@ constexpr T kHidden = -std::numeric_limits<T>::infinity();
 // Queries [first, first + rows) of head h of batch row b, kv its key head; the keys that each sees,
 // and `hull`, those that any of them sees.
 struct Block {
-    int64_t b, first, rows, h = 0, kv = 0;
-    KeyRange seen[kBlockRows] = {}, hull = {};
-    Block(const AttentionCore& core, int64_t row, int64_t begin)
-        : b(row), first(begin), rows(std::min(kBlockRows, core.query.count - begin)) {
-        for (int64_t r = 0; r < rows; r++) hull.cover(seen[r] = visible_keys(core, b, first + r));
-    }
-    void take_head(const AttentionCore& core, int64_t head) {
-        h = head;
-        kv = head / (core.heads / core.kv_heads);
-    }
+  int64_t b, first, rows, h = 0, kv = 0;
+  KeyRange seen[kBlockRows] = {}, hull = {};
+  Block(const AttentionCore& core, int64_t row, int64_t begin)
+      : b(row), first(begin), rows(std::min(kBlockRows, core.query.count - begin)) {
+    for (int64_t r = 0; r < rows; r++) hull.cover(seen[r] = visible_keys(core, b, first + r));
+  }
+  void take_head(const AttentionCore& core, int64_t head) {
+    h = head;
+    kv = head / (core.heads / core.kv_heads);
+  }
 };
 
 // s [rows, hull] = scale q k^T + bias, -inf where a query sees no key.
 template <class T>
 void block_scores(const AttentionCore& core, const Block& x, T* s) {
-    const int64_t n = x.hull.count(), begin = x.hull.begin;
-    gemm<T>(x.rows, n, core.size, {core.q.at<T>(x.b, x.h, x.first), core.q.position},
-            {core.k.at<T>(x.b, x.kv, begin), core.k.position, Layout::Transposed}, 0, s, n,
-            static_cast<T>(core.scale));
-    for (int64_t r = 0; r < x.rows; r++, s += n) {
-        const int64_t i = x.first + r;
-        if (core.bias.data) {
-            const T* bias = core.bias.at<T>(x.b, x.h, i) + begin;
-            for (int64_t j = 0; j < n; j++) s[j] += bias[j];
-        }
-        if (core.visible.data) {
-            const uint8_t* seen = core.visible.at<uint8_t>(x.b, x.h, i) + begin;
-            for (int64_t j = 0; j < n; j++) s[j] = seen[j] ? s[j] : kHidden<T>;
-        }
-        const int64_t keys = x.seen[r].count(), from = keys ? x.seen[r].begin - begin : n;
-        std::fill(s, s + from, kHidden<T>);
-        std::fill(s + from + keys, s + n, kHidden<T>);
+  const int64_t n = x.hull.count(), begin = x.hull.begin;
+  gemm<T>(x.rows, n, core.size, {core.q.at<T>(x.b, x.h, x.first), core.q.position},
+          {core.k.at<T>(x.b, x.kv, begin), core.k.position, Layout::Transposed}, 0, s, n,
+          static_cast<T>(core.scale));
+  for (int64_t r = 0; r < x.rows; r++, s += n) {
+    const int64_t i = x.first + r;
+    if (core.bias.data) {
+      const T* bias = core.bias.at<T>(x.b, x.h, i) + begin;
+      for (int64_t j = 0; j < n; j++) s[j] += bias[j];
     }
+    if (core.visible.data) {
+      const uint8_t* seen = core.visible.at<uint8_t>(x.b, x.h, i) + begin;
+      for (int64_t j = 0; j < n; j++) s[j] = seen[j] ? s[j] : kHidden<T>;
+    }
+    const int64_t keys = x.seen[r].count(), from = keys ? x.seen[r].begin - begin : n;
+    std::fill(s, s + from, kHidden<T>);
+    std::fill(s + from + keys, s + n, kHidden<T>);
+  }
 }
 
 template <class T>
 void forward_block(const AttentionCore& core, const Block& x, T* s, HeadView out, T* lse) {
-    const int64_t n = x.hull.count();
-    T scale[kBlockRows];
-    block_scores(core, x, s);
-    for (int64_t r = 0; r < x.rows; r++) {
-        // A row whose scores are all hidden has the sum 0; one of NaNs, which `top` does not show,
-        // has a NaN.
-        const T top = max_of(s + r * n, n), shift = top == kHidden<T> ? 0 : top;
-        const T sum = exp_sum(s + r * n, n, shift);
-        scale[r] = sum == 0 ? 0 : 1 / sum;
-        lse[r] = shift + std::log(sum);
-    }
-    T* y = out.at<T>(x.b, x.h, x.first);
-    gemm<T>(x.rows, core.v_size, n, {s, n},
-            {core.v.at<T>(x.b, x.kv, x.hull.begin), core.v.position}, 0, y, out.position);
-    for (int64_t r = 0; r < x.rows; r++)
-        for (int64_t j = 0; j < core.v_size; j++) y[r * out.position + j] *= scale[r];
+  const int64_t n = x.hull.count();
+  T scale[kBlockRows];
+  block_scores(core, x, s);
+  for (int64_t r = 0; r < x.rows; r++) {
+    // A row whose scores are all hidden has the sum 0; one of NaNs, which `top` does not show,
+    // has a NaN.
+    const T top = max_of(s + r * n, n), shift = top == kHidden<T> ? 0 : top;
+    const T sum = exp_sum(s + r * n, n, shift);
+    scale[r] = sum == 0 ? 0 : 1 / sum;
+    lse[r] = shift + std::log(sum);
+  }
+  T* y = out.at<T>(x.b, x.h, x.first);
+  gemm<T>(x.rows, core.v_size, n, {s, n}, {core.v.at<T>(x.b, x.kv, x.hull.begin), core.v.position},
+          0, y, out.position);
+  for (int64_t r = 0; r < x.rows; r++)
+    for (int64_t j = 0; j < core.v_size; j++) y[r * out.position + j] *= scale[r];
 }
 
 // dp = the gradients of a block's scores, s = their probabilities.
 template <class T>
 void score_grads(const AttentionCore& core, const Block& x, HeadView out, const T* lse,
                  HeadView dout, T* s, T* dp) {
-    const int64_t n = x.hull.count();
-    block_scores(core, x, s);
-    gemm<T>(x.rows, n, core.v_size, {dout.at<T>(x.b, x.h, x.first), dout.position},
-            {core.v.at<T>(x.b, x.kv, x.hull.begin), core.v.position, Layout::Transposed}, 0, dp, n);
-    for (int64_t r = 0; r < x.rows; r++, s += n, dp += n) {
-        const int64_t i = x.first + r;
-        if (lse[r] == kHidden<T>)
-            std::fill_n(s, n, T(0));
-        else
-            exp_sum(s, n, lse[r]);
-        const T mean = dot(dout.at<T>(x.b, x.h, i), out.at<T>(x.b, x.h, i), core.v_size);
-        for (int64_t j = 0; j < n; j++) dp[j] = s[j] * (dp[j] - mean);
-    }
+  const int64_t n = x.hull.count();
+  block_scores(core, x, s);
+  gemm<T>(x.rows, n, core.v_size, {dout.at<T>(x.b, x.h, x.first), dout.position},
+          {core.v.at<T>(x.b, x.kv, x.hull.begin), core.v.position, Layout::Transposed}, 0, dp, n);
+  for (int64_t r = 0; r < x.rows; r++, s += n, dp += n) {
+    const int64_t i = x.first + r;
+    if (lse[r] == kHidden<T>)
+      std::fill_n(s, n, T(0));
+    else
+      exp_sum(s, n, lse[r]);
+    const T mean = dot(dout.at<T>(x.b, x.h, i), out.at<T>(x.b, x.h, i), core.v_size);
+    for (int64_t j = 0; j < n; j++) dp[j] = s[j] * (dp[j] - mean);
+  }
 }
 
 // Adds what a block's probabilities p and its scores' gradients ds give.
 template <class T>
 void add_grads(const AttentionCore& core, const Block& x, HeadView dout, const T* p, const T* ds,
                const AttentionGrads& grads) {
-    const int64_t n = x.hull.count(), i = x.first, j = x.hull.begin;
-    const T scale = static_cast<T>(core.scale);
-    if (grads.v.data)
-        gemm<T>(n, core.v_size, x.rows, {p, n, Layout::Transposed},
-                {dout.at<T>(x.b, x.h, i), dout.position}, 1, grads.v.at<T>(x.b, x.kv, j),
-                grads.v.position);
-    if (grads.q.data)
-        gemm<T>(x.rows, core.size, n, {ds, n}, {core.k.at<T>(x.b, x.kv, j), core.k.position}, 1,
-                grads.q.at<T>(x.b, x.h, i), grads.q.position, scale);
-    if (grads.k.data)
-        gemm<T>(n, core.size, x.rows, {ds, n, Layout::Transposed},
-                {core.q.at<T>(x.b, x.h, i), core.q.position}, 1, grads.k.at<T>(x.b, x.kv, j),
-                grads.k.position, scale);
-    for (int64_t r = 0; grads.bias.data && r < x.rows; r++) {
-        T* dbias = grads.bias.at<T>(x.b, x.h, i + r) + j;
-        for (int64_t c = 0; c < n; c++) dbias[c] += ds[r * n + c];
-    }
+  const int64_t n = x.hull.count(), i = x.first, j = x.hull.begin;
+  const T scale = static_cast<T>(core.scale);
+  if (grads.v.data)
+    gemm<T>(n, core.v_size, x.rows, {p, n, Layout::Transposed},
+            {dout.at<T>(x.b, x.h, i), dout.position}, 1, grads.v.at<T>(x.b, x.kv, j),
+            grads.v.position);
+  if (grads.q.data)
+    gemm<T>(x.rows, core.size, n, {ds, n}, {core.k.at<T>(x.b, x.kv, j), core.k.position}, 1,
+            grads.q.at<T>(x.b, x.h, i), grads.q.position, scale);
+  if (grads.k.data)
+    gemm<T>(n, core.size, x.rows, {ds, n, Layout::Transposed},
+            {core.q.at<T>(x.b, x.h, i), core.q.position}, 1, grads.k.at<T>(x.b, x.kv, j),
+            grads.k.position, scale);
+  for (int64_t r = 0; grads.bias.data && r < x.rows; r++) {
+    T* dbias = grads.bias.at<T>(x.b, x.h, i + r) + j;
+    for (int64_t c = 0; c < n; c++) dbias[c] += ds[r * n + c];
+  }
 }
 
 bool worth_threads(const AttentionCore& core) {
-    return core.batch * core.heads * core.query.count * core.key.count * (core.size + core.v_size) >
-           kParallelProduct;
+  return core.batch * core.heads * core.query.count * core.key.count * (core.size + core.v_size) >
+         kParallelProduct;
 }
 
 template <class T>
 void forward_cpu(const AttentionCore& core, HeadView out, T* lse) {
-    const int64_t blocks = (core.query.count + kBlockRows - 1) / kBlockRows;
+  const int64_t blocks = (core.query.count + kBlockRows - 1) / kBlockRows;
 #pragma omp parallel if (worth_threads(core))
-    {
-        std::vector<T> s(kBlockRows * core.key.count);
+  {
+    std::vector<T> s(kBlockRows * core.key.count);
 #pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < core.batch * blocks * core.heads; task++) {
-            const int64_t h = task % core.heads, b = task / core.heads / blocks;
-            Block x(core, b, task / core.heads % blocks * kBlockRows);
-            x.take_head(core, h);
-            forward_block(core, x, s.data(), out,
-                          lse + (b * core.heads + h) * core.query.count + x.first);
-        }
+    for (int64_t task = 0; task < core.batch * blocks * core.heads; task++) {
+      const int64_t h = task % core.heads, b = task / core.heads / blocks;
+      Block x(core, b, task / core.heads % blocks * kBlockRows);
+      x.take_head(core, h);
+      forward_block(core, x, s.data(), out,
+                    lse + (b * core.heads + h) * core.query.count + x.first);
     }
+  }
 }
 
 // One task writes all gradients of one key/value head. Only a bias's may be shared between tasks.
 template <class T>
 void backward_cpu(const AttentionCore& core, HeadView out, const T* lse, HeadView dout,
                   const AttentionGrads& grads) {
-    const int64_t S = core.query.count, group = core.kv_heads ? core.heads / core.kv_heads : 0;
+  const int64_t S = core.query.count, group = core.kv_heads ? core.heads / core.kv_heads : 0;
 #pragma omp parallel if (!grads.bias.data && worth_threads(core))
-    {
-        std::vector<T> s(kBlockRows * core.key.count), dp(s.size());
+  {
+    std::vector<T> s(kBlockRows * core.key.count), dp(s.size());
 #pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < core.batch * core.kv_heads; task++) {
-            const int64_t b = task / core.kv_heads, kv = task % core.kv_heads;
-            for (int64_t first = 0; first < S; first += kBlockRows) {
-                Block x(core, b, first);
-                for (int64_t h = kv * group; h < (kv + 1) * group; h++) {
-                    x.take_head(core, h);
-                    score_grads(core, x, out, lse + (b * core.heads + h) * S + first, dout,
-                                s.data(), dp.data());
-                    add_grads(core, x, dout, s.data(), dp.data(), grads);
-                }
-            }
+    for (int64_t task = 0; task < core.batch * core.kv_heads; task++) {
+      const int64_t b = task / core.kv_heads, kv = task % core.kv_heads;
+      for (int64_t first = 0; first < S; first += kBlockRows) {
+        Block x(core, b, first);
+        for (int64_t h = kv * group; h < (kv + 1) * group; h++) {
+          x.take_head(core, h);
+          score_grads(core, x, out, lse + (b * core.heads + h) * S + first, dout, s.data(),
+                      dp.data());
+          add_grads(core, x, dout, s.data(), dp.data(), grads);
         }
+      }
     }
+  }
 }
 
 }  // namespace
 
 KeyRange visible_keys(const AttentionCore& core, int64_t b, int64_t i) {
-    const int32_t at = core.query.coord[i];
-    const int32_t *first = core.key.coord, *last = first + core.key.count;
-    KeyRange seen{0, core.key.count};
-    if (core.causal) seen.end = std::upper_bound(first, last, at) - first;
-    if (core.window > 0) seen.begin = std::upper_bound(first, last, at - core.window) - first;
-    if (core.query.doc_end && core.key.doc_end) {
-        const int32_t doc = core.query.doc_end[b * core.query.doc_stride + i];
-        const int32_t* ends = core.key.doc_end + b * core.key.doc_stride;
-        const auto same = std::equal_range(ends, ends + core.key.count, doc);
-        seen.begin = std::max<int64_t>(seen.begin, same.first - ends);
-        seen.end = std::min<int64_t>(seen.end, same.second - ends);
-    }
-    return seen;
+  const int32_t at = core.query.coord[i];
+  const int32_t *first = core.key.coord, *last = first + core.key.count;
+  KeyRange seen{0, core.key.count};
+  if (core.causal) seen.end = std::upper_bound(first, last, at) - first;
+  if (core.window > 0) seen.begin = std::upper_bound(first, last, at - core.window) - first;
+  if (core.query.doc_end && core.key.doc_end) {
+    const int32_t doc = core.query.doc_end[b * core.query.doc_stride + i];
+    const int32_t* ends = core.key.doc_end + b * core.key.doc_stride;
+    const auto same = std::equal_range(ends, ends + core.key.count, doc);
+    seen.begin = std::max<int64_t>(seen.begin, same.first - ends);
+    seen.end = std::min<int64_t>(seen.end, same.second - ends);
+  }
+  return seen;
 }
 
 void attention_forward(Rank& rank, const AttentionCore& core, HeadView out, const Tensor& lse,
                        At at) {
-    float_kernel(rank, "attention", at, lse,
-                 [&]<class T>(T*) { forward_cpu(core, out, lse.as<T>()); });
+  float_kernel(rank, "attention", at, lse,
+               [&]<class T>(T*) { forward_cpu(core, out, lse.as<T>()); });
 }
 
 void attention_backward(Rank& rank, const AttentionCore& core, HeadView out, const Tensor& lse,
                         HeadView dout, const AttentionGrads& grads, At at) {
-    float_kernel(rank, "attention", at, lse,
-                 [&]<class T>(T*) { backward_cpu(core, out, lse.as<T>(), dout, grads); });
+  float_kernel(rank, "attention", at, lse,
+               [&]<class T>(T*) { backward_cpu(core, out, lse.as<T>(), dout, grads); });
 }
 
 }  // namespace pith

@@ -64,7 +64,7 @@ Tensor index_select(Rank& rank, Tensor x, Tensor ids, At at = At::here());
 Tensor scatter_add(Rank& rank, Tensor src, Tensor ids, int64_t rows, At at = At::here());
 // The k largest of the last dimension, descending; ties go to the lower index. ids I32.
 struct TopK {
-    Tensor values, ids;
+  Tensor values, ids;
 };
 TopK top_k(Rank& rank, Tensor x, int k, At at = At::here());
 
@@ -79,19 +79,19 @@ Tensor embedding(Rank& rank, Tensor ids, Tensor w, At at = At::here());
 Tensor rms_norm(Rank& rank, Tensor x, Tensor w, double eps, At at = At::here());
 // sum = x + residual and normed = rms_norm(sum, w, eps), in one pass.
 struct AddRmsNorm {
-    Tensor sum, normed;
+  Tensor sum, normed;
 };
 AddRmsNorm add_rms_norm(Rank& rank, Tensor x, Tensor residual, Tensor w, double eps,
                         At at = At::here());
 
 // Heads of a packed projection: rows of q (H*N), then k (K*N), then v (K*N).
 struct Heads {
-    int query = 0, kv = 0, size = 0;
+  int query = 0, kv = 0, size = 0;
 };
 // Rotary tables: cos and sin of position times inverse frequency.  Su et al. 2021,
 // arXiv:2104.09864
 struct Rope {
-    Tensor cos, sin;  // F32 [max position + 1, N/2] (F64 in gradient checks)
+  Tensor cos, sin;  // F32 [max position + 1, N/2] (F64 in gradient checks)
 };
 // Tables for positions [0, positions), theta^(-2i/size).
 Rope rope_tables(Rank& rank, int64_t positions, int size, double theta, At at = At::here());
@@ -103,11 +103,11 @@ Tensor qk_norm_rope(Rank& rank, Tensor qkv, Heads heads, Tensor q_norm, Tensor k
 
 // Which keys a query sees. Row coordinates: position within the sequence of its row of the batch.
 struct AttentionMask {
-    bool causal = true;  // key coordinate <= query coordinate
-    int window = 0;      // > 0: also query - key < window
-    Tensor order;        // I32 [S]: row coordinate of each local position; undefined: 0..S-1
-    Tensor doc_ends;     // I32 [B, S]: exclusive end of the position's document, in row
-                         // coordinates; a query sees its own document only. Undefined: one document
+  bool causal = true;  // key coordinate <= query coordinate
+  int window = 0;      // > 0: also query - key < window
+  Tensor order;        // I32 [S]: row coordinate of each local position; undefined: 0..S-1
+  Tensor doc_ends;     // I32 [B, S]: exclusive end of the position's document, in row
+                       // coordinates; a query sees its own document only. Undefined: one document
 };
 // Softmax attention on a packed projection, scores scaled by 1/sqrt(N); grouped queries share keys.
 // With mesh.cp > 1, a ring over the cp group (order then says which part of the row is here).
@@ -119,23 +119,23 @@ Tensor attention(Rank& rank, Tensor qkv, Heads heads, int64_t batch, AttentionMa
 // causal mask is aligned at the end (the last query sees the last key); a query that sees nothing
 // gives zeros. -> [B,S,H,M]
 struct AttentionBias {
-    Tensor bias, visible;
+  Tensor bias, visible;
 };
 Tensor attention(Rank& rank, Tensor q, Tensor k, Tensor v, double scale, AttentionMask mask,
                  AttentionBias bias = {}, At at = At::here());
 
 // ---- Mixture of experts. ------------------------------------------------------------------------
 struct RouterOptions {
-    int top_k = 1;
-    bool normalize = false;       // weights of a token divided by their sum
-    bool force_balanced = false;  // token t, slot j -> expert (t + j*(E/k)) mod E (for benchmarks)
-    Tensor forced_ids;            // I32 [T, k]: these experts instead of the k largest
+  int top_k = 1;
+  bool normalize = false;       // weights of a token divided by their sum
+  bool force_balanced = false;  // token t, slot j -> expert (t + j*(E/k)) mod E (for benchmarks)
+  Tensor forced_ids;            // I32 [T, k]: these experts instead of the k largest
 };
 // Routing of a micro-batch's tokens.
 struct Routing {
-    Tensor ids;      // I32 [T, k]; descending probability unless forced
-    Tensor weights;  // F32 [T, k]; differentiable
-    Tensor probs;    // F32 [T, E]: softmax over all experts; differentiable
+  Tensor ids;      // I32 [T, k]; descending probability unless forced
+  Tensor weights;  // F32 [T, k]; differentiable
+  Tensor probs;    // F32 [T, E]: softmax over all experts; differentiable
 };
 // logits = x w^T in F32, probs = softmax(logits), the top k of probs.
 //   x [T, D]   w [E, D]. weights and probs are F64 when x is.
@@ -144,12 +144,12 @@ Routing router(Rank& rank, Tensor x, Tensor w, RouterOptions options, At at = At
 // The expert side of a dispatch: R token rows and the P (row, local expert) pairs to compute,
 // sorted by expert and within an expert by row.
 struct Dispatched {
-    Tensor rows;       // [R, D]; differentiable
-    Tensor weights;    // F32 [P]: routing weight of each pair; differentiable
-    Tensor row_of;     // I32 [P]: row of each pair
-    Tensor offsets;    // I32 [E+1]: first pair of each local expert
-    Tensor pair_of;    // I32 [P]: pairs of row 0, then of row 1, ...; inverse of row_of
-    Tensor row_begin;  // I32 [R+1]: where a row's pairs begin in pair_of
+  Tensor rows;       // [R, D]; differentiable
+  Tensor weights;    // F32 [P]: routing weight of each pair; differentiable
+  Tensor row_of;     // I32 [P]: row of each pair
+  Tensor offsets;    // I32 [E+1]: first pair of each local expert
+  Tensor pair_of;    // I32 [P]: pairs of row 0, then of row 1, ...; inverse of row_of
+  Tensor row_begin;  // I32 [R+1]: where a row's pairs begin in pair_of
 };
 // [P, D]: row d.row_of[p] for each pair. Gradient: each row sums its pairs in the order of pair_of.
 Tensor expand_rows(Rank& rank, const Dispatched& d, At at = At::here());
@@ -174,9 +174,9 @@ Tensor lm_head_cross_entropy(Rank& rank, Tensor x, Tensor w, Tensor labels, doub
 
 // ---- Outside the tape: optimiser and initialisation, on flat buffers. ---------------------------
 struct AdamW {
-    double lr = 0, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 0.1;
-    double grad_scale = 1;  // gradients are multiplied by this first (clipping)
-    int64_t step = 1;       // 1-based, for the bias corrections
+  double lr = 0, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 0.1;
+  double grad_scale = 1;  // gradients are multiplied by this first (clipping)
+  int64_t step = 1;       // 1-based, for the bias corrections
 };
 // Loshchilov & Hutter 2019, arXiv:1711.05101, Algorithm 2: w, m, v F32 of one shape, g F32.
 void adamw_step(Rank& rank, Tensor w, Tensor g, Tensor m, Tensor v, const AdamW& options,

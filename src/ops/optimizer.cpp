@@ -23,75 +23,74 @@ constexpr int64_t kBlock = 1 << 13;
 // f(begin, end) of consecutive blocks of [0, n), on all threads; `work`: operations an element.
 template <class F>
 static void parallel_blocks(int64_t n, int64_t work, F&& f) {
-    parallel_rows((n + kBlock - 1) / kBlock, kBlock * work,
-                  [&](int64_t b) { f(b * kBlock, std::min(n, (b + 1) * kBlock)); });
+  parallel_rows((n + kBlock - 1) / kBlock, kBlock * work,
+                [&](int64_t b) { f(b * kBlock, std::min(n, (b + 1) * kBlock)); });
 }
 
 template <class T>
 static void adamw_block(const AdamW& o, int64_t n, const T* g, T* w, T* m, T* v) {
-    const auto step = static_cast<double>(o.step);
-    const T b1 = T(o.beta1), c1 = T(1 - o.beta1), b2 = T(o.beta2), c2 = T(1 - o.beta2);
-    const T scale = T(o.grad_scale), eps = T(o.eps), keep = T(1 - o.lr * o.weight_decay);
-    const T rate = T(o.lr / (1 - std::pow(o.beta1, step)));
-    const T root = T(1 / std::sqrt(1 - std::pow(o.beta2, step)));
-    for (int64_t i = 0; i < n; i++) {
-        const T grad = g[i] * scale;
-        m[i] = m[i] * b1 + grad * c1;
-        v[i] = v[i] * b2 + grad * grad * c2;
-        w[i] = w[i] * keep - rate * (m[i] / (std::sqrt(v[i]) * root + eps));
-    }
+  const auto step = static_cast<double>(o.step);
+  const T b1 = T(o.beta1), c1 = T(1 - o.beta1), b2 = T(o.beta2), c2 = T(1 - o.beta2);
+  const T scale = T(o.grad_scale), eps = T(o.eps), keep = T(1 - o.lr * o.weight_decay);
+  const T rate = T(o.lr / (1 - std::pow(o.beta1, step)));
+  const T root = T(1 / std::sqrt(1 - std::pow(o.beta2, step)));
+  for (int64_t i = 0; i < n; i++) {
+    const T grad = g[i] * scale;
+    m[i] = m[i] * b1 + grad * c1;
+    v[i] = v[i] * b2 + grad * grad * c2;
+    w[i] = w[i] * keep - rate * (m[i] / (std::sqrt(v[i]) * root + eps));
+  }
 }
 
 void adamw_step(Rank& rank, Tensor w, Tensor g, Tensor m, Tensor v, const AdamW& options, At at) {
-    check(rank, "adamw_step", at,
-          {{"w, g, m and v of one shape", g.dim == w.dim && m.dim == w.dim && v.dim == w.dim},
-           {"one dtype", g.dtype == w.dtype && m.dtype == w.dtype && v.dtype == w.dtype},
-           {"step >= 1", options.step >= 1}},
-          {&w, &g, &m, &v});
-    float_kernel(rank, "adamw_step", at, w, [&]<class T>(T*) {
-        parallel_blocks(w.numel(), 16, [&](int64_t i, int64_t end) {
-            adamw_block(options, end - i, g.as<T>() + i, w.as<T>() + i, m.as<T>() + i,
-                        v.as<T>() + i);
-        });
+  check(rank, "adamw_step", at,
+        {{"w, g, m and v of one shape", g.dim == w.dim && m.dim == w.dim && v.dim == w.dim},
+         {"one dtype", g.dtype == w.dtype && m.dtype == w.dtype && v.dtype == w.dtype},
+         {"step >= 1", options.step >= 1}},
+        {&w, &g, &m, &v});
+  float_kernel(rank, "adamw_step", at, w, [&]<class T>(T*) {
+    parallel_blocks(w.numel(), 16, [&](int64_t i, int64_t end) {
+      adamw_block(options, end - i, g.as<T>() + i, w.as<T>() + i, m.as<T>() + i, v.as<T>() + i);
     });
+  });
 }
 
 template <class T>
 static double sum_squares_cpu(int64_t n, const T* x) {
-    std::vector<double> sums((n + kBlock - 1) / kBlock);
-    parallel_blocks(n, 2, [&](int64_t begin, int64_t end) {
-        sums[begin / kBlock] = lane_sum<double>(end - begin, [&](int64_t i) {
-            const double value = x[begin + i];
-            return value * value;
-        });
+  std::vector<double> sums((n + kBlock - 1) / kBlock);
+  parallel_blocks(n, 2, [&](int64_t begin, int64_t end) {
+    sums[begin / kBlock] = lane_sum<double>(end - begin, [&](int64_t i) {
+      const double value = x[begin + i];
+      return value * value;
     });
-    double total = 0;
-    for (const double sum : sums) total += sum;
-    return total;
+  });
+  double total = 0;
+  for (const double sum : sums) total += sum;
+  return total;
 }
 
 double sum_squares(Rank& rank, Tensor x, At at) {
-    double total = 0;
-    float_kernel(rank, "sum_squares", at, x,
-                 [&]<class T>(T*) { total = sum_squares_cpu(x.numel(), x.as<T>()); });
-    return total;
+  double total = 0;
+  float_kernel(rank, "sum_squares", at, x,
+               [&]<class T>(T*) { total = sum_squares_cpu(x.numel(), x.as<T>()); });
+  return total;
 }
 
 void fill_normal(Rank& rank, Tensor x, uint64_t key, uint64_t first, double std, At at) {
-    float_kernel(rank, "fill_normal", at, x, [&]<class T>(T*) {
-        parallel_blocks(x.numel(), 100, [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; i++)
-                x.as<T>()[i] = static_cast<T>(std * normal_at(key, first + i));
-        });
+  float_kernel(rank, "fill_normal", at, x, [&]<class T>(T*) {
+    parallel_blocks(x.numel(), 100, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++)
+        x.as<T>()[i] = static_cast<T>(std * normal_at(key, first + i));
     });
+  });
 }
 
 void fill_constant(Rank& rank, Tensor x, double value, At at) {
-    float_kernel(rank, "fill_constant", at, x, [&]<class T>(T*) {
-        parallel_blocks(x.numel(), 1, [&](int64_t begin, int64_t end) {
-            std::fill(x.as<T>() + begin, x.as<T>() + end, static_cast<T>(value));
-        });
+  float_kernel(rank, "fill_constant", at, x, [&]<class T>(T*) {
+    parallel_blocks(x.numel(), 1, [&](int64_t begin, int64_t end) {
+      std::fill(x.as<T>() + begin, x.as<T>() + end, static_cast<T>(value));
     });
+  });
 }
 
 }  // namespace pith

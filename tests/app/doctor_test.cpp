@@ -15,128 +15,128 @@ namespace pith {
 namespace fs = std::filesystem;
 
 static std::string fresh_folder(const char* name) {
-    const std::string path = testing::TempDir() + "pith_" + name + "_" + std::to_string(getpid());
-    fs::remove_all(path);
-    fs::create_directories(path);
-    return path;
+  const std::string path = testing::TempDir() + "pith_" + name + "_" + std::to_string(getpid());
+  fs::remove_all(path);
+  fs::create_directories(path);
+  return path;
 }
 
 static Finding finding(const std::vector<Finding>& all, const std::string& name) {
-    for (const Finding& f : all)
-        if (f.name == name) return f;
-    ADD_FAILURE() << "no finding " << name;
-    return {};
+  for (const Finding& f : all)
+    if (f.name == name) return f;
+  ADD_FAILURE() << "no finding " << name;
+  return {};
 }
 
 TEST(Doctor, ReadsTheMachine) {
-    const std::string meminfo =
-        "MemTotal:       8388608 kB\nMemFree: 1 kB\nMemAvailable:  4194304 kB\n";
-    const std::string group = "sys/fs/cgroup/";
-    struct {
-        const char* what;
-        std::vector<std::pair<std::string, std::string>> files;
-        const char* name;
-        Verdict verdict;
-        const char* value;
-    } cases[] = {
-        {"no limit", {}, "memory", Verdict::Pass, "4.00 GiB available of 8.00 GiB"},
-        {"version 2, in a container",
-         {{"proc/self/cgroup", "0::/docker/abc\n"},
-          {group + "memory.max", "3221225472\n"},
-          {group + "memory.current", "2147483648\n"}},
-         "memory",
-         Verdict::Warn,
-         "1.00 GiB available of 8.00 GiB, limited to 3.00 GiB by the cgroup"},
-        {"version 2, no limit",
-         {{"proc/self/cgroup", "0::/a\n"}, {group + "a/memory.max", "max\n"}},
-         "memory",
-         Verdict::Pass,
-         "4.00 GiB available of 8.00 GiB"},
-        {"almost full",
-         {{"proc/self/cgroup", "0::/job\n"},
-          {group + "job/memory.max", "104857600\n"},
-          {group + "job/memory.current", "94371840\n"},
-          {group + "job/memory.stat", "file 1\ninactive_file 41943040\n"}},
-         "memory",
-         Verdict::Fail,
-         "50.00 MiB available of 8.00 GiB, limited to 100.00 MiB by the"},
-        {"quota",
-         {{"proc/self/cgroup", "0::/a\n"}, {group + "a/cpu.max", "10000 100000\n"}},
-         "cores",
-         Verdict::Warn,
-         "limited to 0.1 by the cgroup"},
-        {"no quota",
-         {{"proc/self/cgroup", "0::/a\n"}, {group + "a/cpu.max", "max 100000\n"}},
-         "cores",
-         Verdict::Pass,
-         "usable"},
-        {"cpu",
-         {{"proc/cpuinfo", "processor\t: 0\nmodel name\t: Made Up 9000\n"}},
-         "cpu",
-         Verdict::Pass,
-         "Made Up 9000; AVX2, FMA"},
-        {"driver",
-         {{"proc/driver/nvidia/version",
-           "NVRM version: NVIDIA UNIX x86_64  570.1\nGCC version: x\n"}},
-         "gpu driver",
-         Verdict::Pass,
-         "NVIDIA UNIX x86_64  570.1"},
-    };
-    unsetenv("OMP_NUM_THREADS");
-    for (const auto& c : cases) {
-        const std::string root = fresh_folder("doctor_root");
-        fs::create_directories(root + "/proc");
-        std::ofstream(root + "/proc/meminfo") << meminfo;
-        for (const auto& [path, bytes] : c.files) {
-            fs::create_directories(fs::path(root + "/" + path).parent_path());
-            std::ofstream(root + "/" + path) << bytes;
-        }
-        const Finding got = finding(examine_machine(root, ""), c.name);
-        EXPECT_EQ(got.verdict, c.verdict) << c.what << ": " << got.value;
-        EXPECT_NE(got.value.find(c.value), std::string::npos) << c.what << ": " << got.value;
-        EXPECT_EQ(got.remedy.empty(), c.verdict == Verdict::Pass) << c.what;
+  const std::string meminfo =
+      "MemTotal:       8388608 kB\nMemFree: 1 kB\nMemAvailable:  4194304 kB\n";
+  const std::string group = "sys/fs/cgroup/";
+  struct {
+    const char* what;
+    std::vector<std::pair<std::string, std::string>> files;
+    const char* name;
+    Verdict verdict;
+    const char* value;
+  } cases[] = {
+      {"no limit", {}, "memory", Verdict::Pass, "4.00 GiB available of 8.00 GiB"},
+      {"version 2, in a container",
+       {{"proc/self/cgroup", "0::/docker/abc\n"},
+        {group + "memory.max", "3221225472\n"},
+        {group + "memory.current", "2147483648\n"}},
+       "memory",
+       Verdict::Warn,
+       "1.00 GiB available of 8.00 GiB, limited to 3.00 GiB by the cgroup"},
+      {"version 2, no limit",
+       {{"proc/self/cgroup", "0::/a\n"}, {group + "a/memory.max", "max\n"}},
+       "memory",
+       Verdict::Pass,
+       "4.00 GiB available of 8.00 GiB"},
+      {"almost full",
+       {{"proc/self/cgroup", "0::/job\n"},
+        {group + "job/memory.max", "104857600\n"},
+        {group + "job/memory.current", "94371840\n"},
+        {group + "job/memory.stat", "file 1\ninactive_file 41943040\n"}},
+       "memory",
+       Verdict::Fail,
+       "50.00 MiB available of 8.00 GiB, limited to 100.00 MiB by the"},
+      {"quota",
+       {{"proc/self/cgroup", "0::/a\n"}, {group + "a/cpu.max", "10000 100000\n"}},
+       "cores",
+       Verdict::Warn,
+       "limited to 0.1 by the cgroup"},
+      {"no quota",
+       {{"proc/self/cgroup", "0::/a\n"}, {group + "a/cpu.max", "max 100000\n"}},
+       "cores",
+       Verdict::Pass,
+       "usable"},
+      {"cpu",
+       {{"proc/cpuinfo", "processor\t: 0\nmodel name\t: Made Up 9000\n"}},
+       "cpu",
+       Verdict::Pass,
+       "Made Up 9000; AVX2, FMA"},
+      {"driver",
+       {{"proc/driver/nvidia/version",
+         "NVRM version: NVIDIA UNIX x86_64  570.1\nGCC version: x\n"}},
+       "gpu driver",
+       Verdict::Pass,
+       "NVIDIA UNIX x86_64  570.1"},
+  };
+  unsetenv("OMP_NUM_THREADS");
+  for (const auto& c : cases) {
+    const std::string root = fresh_folder("doctor_root");
+    fs::create_directories(root + "/proc");
+    std::ofstream(root + "/proc/meminfo") << meminfo;
+    for (const auto& [path, bytes] : c.files) {
+      fs::create_directories(fs::path(root + "/" + path).parent_path());
+      std::ofstream(root + "/" + path) << bytes;
     }
+    const Finding got = finding(examine_machine(root, ""), c.name);
+    EXPECT_EQ(got.verdict, c.verdict) << c.what << ": " << got.value;
+    EXPECT_NE(got.value.find(c.value), std::string::npos) << c.what << ": " << got.value;
+    EXPECT_EQ(got.remedy.empty(), c.verdict == Verdict::Pass) << c.what;
+  }
 }
 
 static int doctor(std::vector<const char*> words, std::string& out) {
-    words.insert(words.begin(), "doctor");
-    testing::internal::CaptureStdout();
-    int code = 0;
-    try {
-        code = run_doctor(static_cast<int>(words.size()), const_cast<char**>(words.data()));
-    } catch (const Error& error) {
-        code = error.exit_code;
-    }
-    out = testing::internal::GetCapturedStdout();
-    return code;
+  words.insert(words.begin(), "doctor");
+  testing::internal::CaptureStdout();
+  int code = 0;
+  try {
+    code = run_doctor(static_cast<int>(words.size()), const_cast<char**>(words.data()));
+  } catch (const Error& error) {
+    code = error.exit_code;
+  }
+  out = testing::internal::GetCapturedStdout();
+  return code;
 }
 
 TEST(Doctor, CommandSaysTheSameInLinesAndJson) {
-    const std::string folder = fresh_folder("doctor");
-    std::string lines, json;
-    EXPECT_EQ(doctor({"--folder", folder.c_str()}, lines), kExitDone) << lines;
-    EXPECT_EQ(doctor({"--json", "--folder", folder.c_str()}, json), kExitDone);
-    EXPECT_TRUE(fs::is_empty(folder));
-    const Json parsed = Json::parse(json, "doctor");
-    EXPECT_TRUE(parsed["works"].as_bool());
-    for (int64_t i = 0; i < parsed["findings"].size(); i++) {
-        const Json f = parsed["findings"][i];
-        EXPECT_NE(lines.find("  " + f["name"].as_string() + " "), std::string::npos) << lines;
-        EXPECT_FALSE(f["value"].as_string().empty());
-    }
-    EXPECT_GE(parsed["findings"].size(), 6);
+  const std::string folder = fresh_folder("doctor");
+  std::string lines, json;
+  EXPECT_EQ(doctor({"--folder", folder.c_str()}, lines), kExitDone) << lines;
+  EXPECT_EQ(doctor({"--json", "--folder", folder.c_str()}, json), kExitDone);
+  EXPECT_TRUE(fs::is_empty(folder));
+  const Json parsed = Json::parse(json, "doctor");
+  EXPECT_TRUE(parsed["works"].as_bool());
+  for (int64_t i = 0; i < parsed["findings"].size(); i++) {
+    const Json f = parsed["findings"][i];
+    EXPECT_NE(lines.find("  " + f["name"].as_string() + " "), std::string::npos) << lines;
+    EXPECT_FALSE(f["value"].as_string().empty());
+  }
+  EXPECT_GE(parsed["findings"].size(), 6);
 }
 
 TEST(Doctor, FailsWhereNothingCanBeWritten) {
-    std::string out;
-    EXPECT_EQ(doctor({"--folder", "/no/such/folder"}, out), kExitFailed);
-    EXPECT_NE(out.find("FAIL  disk       /no/such/folder: cannot be written (No such file or "
-                       "directory)\n"),
-              std::string::npos)
-        << out;
-    EXPECT_EQ(doctor({"--folder", "/no/such/folder", "--json"}, out), kExitFailed);
-    EXPECT_FALSE(Json::parse(out, "doctor")["works"].as_bool());
-    EXPECT_EQ(doctor({"--jsn"}, out), kExitBadInput);
+  std::string out;
+  EXPECT_EQ(doctor({"--folder", "/no/such/folder"}, out), kExitFailed);
+  EXPECT_NE(out.find("FAIL  disk       /no/such/folder: cannot be written (No such file or "
+                     "directory)\n"),
+            std::string::npos)
+      << out;
+  EXPECT_EQ(doctor({"--folder", "/no/such/folder", "--json"}, out), kExitFailed);
+  EXPECT_FALSE(Json::parse(out, "doctor")["works"].as_bool());
+  EXPECT_EQ(doctor({"--jsn"}, out), kExitBadInput);
 }
 
 }  // namespace pith

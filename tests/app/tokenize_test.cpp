@@ -20,44 +20,44 @@ namespace fs = std::filesystem;
 const std::string kTokenizer = SOURCE_DIR "/configs/quickstart/tokenizer.json";
 
 std::string fresh_folder(const std::string& name) {
-    const std::string path = testing::TempDir() + "pith_" + name + "_" + std::to_string(getpid());
-    fs::remove_all(path);
-    fs::create_directories(path);
-    return path;
+  const std::string path = testing::TempDir() + "pith_" + name + "_" + std::to_string(getpid());
+  fs::remove_all(path);
+  fs::create_directories(path);
+  return path;
 }
 
 void put(const std::string& path, const std::string& bytes) {
-    fs::create_directories(fs::path(path).parent_path());
-    std::ofstream(path, std::ios::binary) << bytes;
+  fs::create_directories(fs::path(path).parent_path());
+  std::ofstream(path, std::ios::binary) << bytes;
 }
 
 struct Output {
-    int code = -1;
-    std::string out, error, log;  // log: of standard error
+  int code = -1;
+  std::string out, error, log;  // log: of standard error
 };
 
 Output call(int (*command)(int, char**), std::vector<std::string> words) {
-    words.insert(words.begin(), "command");
-    std::vector<char*> argv;
-    for (std::string& word : words) argv.push_back(word.data());
-    Output run;
-    testing::internal::CaptureStdout();
-    testing::internal::CaptureStderr();
-    try {
-        run.code = command(static_cast<int>(argv.size()), argv.data());
-    } catch (const Error& e) {
-        run.code = e.exit_code;
-        run.error = e.what();
-    }
-    run.log = testing::internal::GetCapturedStderr();
-    run.out = testing::internal::GetCapturedStdout();
-    return run;
+  words.insert(words.begin(), "command");
+  std::vector<char*> argv;
+  for (std::string& word : words) argv.push_back(word.data());
+  Output run;
+  testing::internal::CaptureStdout();
+  testing::internal::CaptureStderr();
+  try {
+    run.code = command(static_cast<int>(argv.size()), argv.data());
+  } catch (const Error& e) {
+    run.code = e.exit_code;
+    run.error = e.what();
+  }
+  run.log = testing::internal::GetCapturedStderr();
+  run.out = testing::internal::GetCapturedStdout();
+  return run;
 }
 
 Output tokenize(std::vector<std::string> words) { return call(run_tokenize, std::move(words)); }
 
 void expect_part(const std::string& got, const std::string& part) {
-    EXPECT_NE(got.find(part), std::string::npos) << "got:  " << got << "\nneed: " << part;
+  EXPECT_NE(got.find(part), std::string::npos) << "got:  " << got << "\nneed: " << part;
 }
 
 // Texts that a terminal, a line, or a careless decoder would change.
@@ -66,177 +66,176 @@ const std::vector<std::string> kDocuments = {
     std::string("zero \0 byte\r\n", 13), "<|endoftext|> in the \"middle\" \\n"};
 
 std::string json_lines() {
-    std::string lines;
-    for (const std::string& document : kDocuments)
-        lines += JsonWriter().object().key("text").value(document).end().str() + "\n";
-    return lines;
+  std::string lines;
+  for (const std::string& document : kDocuments)
+    lines += JsonWriter().object().key("text").value(document).end().str() + "\n";
+  return lines;
 }
 
 }  // namespace
 
 TEST(Tokenize, AndBack) {
-    const std::string folder = fresh_folder("tokenize"), out = folder + "/out";
-    put(folder + "/in/a.jsonl", json_lines());
-    const std::vector<std::string> words = {"--tokenizer", kTokenizer, "--output",    out,
-                                            "--json",      "--input",  folder + "/in"};
-    const Output made = tokenize(words);
-    EXPECT_EQ(made.code, kExitDone) << made.error;
-    const Json report = Json::parse(made.out, "report");
-    EXPECT_EQ(report["files"].as_int(), 1);
-    EXPECT_EQ(report["documents"].as_int(), 5);
-    EXPECT_FALSE(report["stopped"].as_bool());
-    EXPECT_EQ(report["bad"].size(), 0);
-    expect_part(made.log, "1 of 1 files: 5 documents, ");
-    const Output again = tokenize(words);
-    EXPECT_EQ(Json::parse(again.out, "report")["files_done_before"].as_int(), 1);
-    expect_part(again.log, "1 files were there before");
+  const std::string folder = fresh_folder("tokenize"), out = folder + "/out";
+  put(folder + "/in/a.jsonl", json_lines());
+  const std::vector<std::string> words = {"--tokenizer", kTokenizer, "--output",    out,
+                                          "--json",      "--input",  folder + "/in"};
+  const Output made = tokenize(words);
+  EXPECT_EQ(made.code, kExitDone) << made.error;
+  const Json report = Json::parse(made.out, "report");
+  EXPECT_EQ(report["files"].as_int(), 1);
+  EXPECT_EQ(report["documents"].as_int(), 5);
+  EXPECT_FALSE(report["stopped"].as_bool());
+  EXPECT_EQ(report["bad"].size(), 0);
+  expect_part(made.log, "1 of 1 files: 5 documents, ");
+  const Output again = tokenize(words);
+  EXPECT_EQ(Json::parse(again.out, "report")["files_done_before"].as_int(), 1);
+  expect_part(again.log, "1 files were there before");
 
-    // Each document, and all of them, with the end-of-text that follows it.
-    const std::string file = out + "/a.bin";
-    std::string all;
-    for (size_t i = 0; i < kDocuments.size(); i++) {
-        const Output one = tokenize({"--decode", file, "--document", std::to_string(i)});
-        EXPECT_EQ(one.out, kDocuments[i] + "<|endoftext|>");
-        all += one.out;
-    }
-    EXPECT_EQ(tokenize({"--decode", file}).out, all);
+  // Each document, and all of them, with the end-of-text that follows it.
+  const std::string file = out + "/a.bin";
+  std::string all;
+  for (size_t i = 0; i < kDocuments.size(); i++) {
+    const Output one = tokenize({"--decode", file, "--document", std::to_string(i)});
+    EXPECT_EQ(one.out, kDocuments[i] + "<|endoftext|>");
+    all += one.out;
+  }
+  EXPECT_EQ(tokenize({"--decode", file}).out, all);
 
-    // JSON lines are what can be tokenised again, to the same bytes.
-    const Output lines = tokenize({"--decode", file, "--json"});
-    EXPECT_EQ(lines.out, json_lines());
-    put(folder + "/second/a.jsonl", lines.out);
-    tokenize({"--tokenizer", out, "--output", out + "2", "--input", folder + "/second"});
-    EXPECT_EQ(read_text_file(out + "2/a.bin"), read_text_file(file));
+  // JSON lines are what can be tokenised again, to the same bytes.
+  const Output lines = tokenize({"--decode", file, "--json"});
+  EXPECT_EQ(lines.out, json_lines());
+  put(folder + "/second/a.jsonl", lines.out);
+  tokenize({"--tokenizer", out, "--output", out + "2", "--input", folder + "/second"});
+  EXPECT_EQ(read_text_file(out + "2/a.bin"), read_text_file(file));
 }
 
 TEST(Tokenize, Options) {
-    const std::string folder = fresh_folder("tokenize_options"), in = folder + "/in";
-    put(in + "/a.c", "int a;\n");
-    put(in + "/b.h", "int b;<|endoftext|>\n");
-    put(in + "/c.py", "print\n");
-    const auto run = [&](const std::string& name, std::vector<std::string> words) {
-        words.insert(words.begin(), {"--tokenizer", kTokenizer, "--format", "text", "--output",
-                                     folder + "/" + name, "--input", in});
-        const Output got = tokenize(words);
-        EXPECT_EQ(got.code, kExitDone) << got.error;
-        std::string text;
-        for (int part = 0; part < 3; part++) {
-            const std::string path = folder + "/" + name + pith::text("/x-%05d.bin", part);
-            if (fs::exists(path)) text += tokenize({"--decode", path}).out + "|";
-        }
-        return text;
-    };
-    const std::string a = "int a;\n<|endoftext|>", b = "int b;<|endoftext|>\n<|endoftext|>",
-                      c = "print\n<|endoftext|>";
-    EXPECT_EQ(run("all", {"--join", "x"}), a + b + c + "|");
-    EXPECT_EQ(run("some", {"--join", "x", "--include", "*.c,*.h", "--threads", "3"}), a + b + "|");
-    EXPECT_EQ(run("parts", {"--join", "x", "--part-size", "0.02K"}), a + "|" + b + "|" + c + "|");
-    EXPECT_EQ(run("eos", {"--join", "x", "--eos", "!"}),
-              "int a;\n!int b;<|endoftext|>\n!print\n!|");
-    EXPECT_EQ(run("text", {"--join", "x", "--special-as-text"}), a + b + c + "|");
-    EXPECT_GT(fs::file_size(folder + "/text/x-00000.bin"),
-              fs::file_size(folder + "/all/x-00000.bin"));
-    put(folder + "/bad/a.jsonl", "{\"body\":\"good\"}\n{\"body\":1}\n");
-    const Output skipped = tokenize({"--tokenizer", kTokenizer, "--output", folder + "/bad-out",
-                                     "--input", folder + "/bad", "--key", "body", "--skip-bad"});
-    EXPECT_EQ(skipped.code, kExitDone) << skipped.error;
-    expect_part(skipped.log, "left out: " + folder + "/bad/a.jsonl:2: the value of \"body\"");
+  const std::string folder = fresh_folder("tokenize_options"), in = folder + "/in";
+  put(in + "/a.c", "int a;\n");
+  put(in + "/b.h", "int b;<|endoftext|>\n");
+  put(in + "/c.py", "print\n");
+  const auto run = [&](const std::string& name, std::vector<std::string> words) {
+    words.insert(words.begin(), {"--tokenizer", kTokenizer, "--format", "text", "--output",
+                                 folder + "/" + name, "--input", in});
+    const Output got = tokenize(words);
+    EXPECT_EQ(got.code, kExitDone) << got.error;
+    std::string text;
+    for (int part = 0; part < 3; part++) {
+      const std::string path = folder + "/" + name + pith::text("/x-%05d.bin", part);
+      if (fs::exists(path)) text += tokenize({"--decode", path}).out + "|";
+    }
+    return text;
+  };
+  const std::string a = "int a;\n<|endoftext|>", b = "int b;<|endoftext|>\n<|endoftext|>",
+                    c = "print\n<|endoftext|>";
+  EXPECT_EQ(run("all", {"--join", "x"}), a + b + c + "|");
+  EXPECT_EQ(run("some", {"--join", "x", "--include", "*.c,*.h", "--threads", "3"}), a + b + "|");
+  EXPECT_EQ(run("parts", {"--join", "x", "--part-size", "0.02K"}), a + "|" + b + "|" + c + "|");
+  EXPECT_EQ(run("eos", {"--join", "x", "--eos", "!"}), "int a;\n!int b;<|endoftext|>\n!print\n!|");
+  EXPECT_EQ(run("text", {"--join", "x", "--special-as-text"}), a + b + c + "|");
+  EXPECT_GT(fs::file_size(folder + "/text/x-00000.bin"),
+            fs::file_size(folder + "/all/x-00000.bin"));
+  put(folder + "/bad/a.jsonl", "{\"body\":\"good\"}\n{\"body\":1}\n");
+  const Output skipped = tokenize({"--tokenizer", kTokenizer, "--output", folder + "/bad-out",
+                                   "--input", folder + "/bad", "--key", "body", "--skip-bad"});
+  EXPECT_EQ(skipped.code, kExitDone) << skipped.error;
+  expect_part(skipped.log, "left out: " + folder + "/bad/a.jsonl:2: the value of \"body\"");
 }
 
 TEST(Tokenize, IdsAreDecoded) {
-    const Output ids = tokenize({"--tokenizer", kTokenizer, "--decode", "1,2 , 0"});
-    EXPECT_EQ(ids.out, "!\"<|endoftext|>\n");
-    EXPECT_EQ(tokenize({"--tokenizer", kTokenizer, "--decode", "34", "--json"}).out,
-              "{\"text\": \"B\"}\n");
+  const Output ids = tokenize({"--tokenizer", kTokenizer, "--decode", "1,2 , 0"});
+  EXPECT_EQ(ids.out, "!\"<|endoftext|>\n");
+  EXPECT_EQ(tokenize({"--tokenizer", kTokenizer, "--decode", "34", "--json"}).out,
+            "{\"text\": \"B\"}\n");
 }
 
 TEST(Tokenize, WrongUseIsRefused) {
-    const std::string folder = fresh_folder("tokenize_wrong"), file = folder + "/out/a.bin";
-    put(folder + "/in/a.txt", "text");
-    tokenize({"--tokenizer", kTokenizer, "--output", folder + "/out", "--input", folder + "/in"});
-    put(folder + "/alone/a.bin", read_text_file(file));
-    const std::string size = "--part-size: is \"";
-    const struct {
-        std::vector<std::string> words;
-        std::string error;
-    } cases[] = {
-        {{}, "pith tokenize: needs --tokenizer, --input and --output"},
-        {{"--tokenizer", "t", "--input", "i"}, "needs --tokenizer, --input and --output"},
-        {{"--threads", "-1"}, "--threads"},
-        {{"--format", "csv"}, "--format"},
-        {{"--no-such-option"}, "--no-such-option"},
-        {{"--decode", "5"}, "--decode: needs a tokenizer for ids"},
-        {{"--tokenizer", kTokenizer, "--decode", "5,x"}, "--decode: is neither FILE.bin nor ids"},
-        {{"--tokenizer", kTokenizer, "--decode", "-1"}, "--decode: is neither FILE.bin nor ids"},
-        {{"--tokenizer", kTokenizer, "--decode", "2048"}, "(got \"2048\", need numbers < 2048)"},
-        {{"--decode", file, "--document", "1"}, "--document: is not in the file (got 1, need < 1)"},
-        {{"--decode", folder + "/none.bin"}, "/none.bin"},
-        {{"--decode", folder + "/alone/a.bin"}, "has no tokenizer.json in its folder or above"},
-    };
-    for (const auto& c : cases) {
-        const Output run = tokenize(c.words);
-        EXPECT_EQ(run.code, kExitBadInput) << c.error;
-        expect_part(run.error, c.error);
-    }
-    for (const std::string bad : {"", "x", "0", "-1G", "1X", "1GB", "nan"}) {
-        const Output run = tokenize({"--tokenizer", kTokenizer, "--input", folder + "/in",
-                                     "--output", folder + "/o", "--part-size=" + bad});
-        EXPECT_EQ(run.code, kExitBadInput) << bad;
-        expect_part(run.error, "--part-size");
-    }
-    EXPECT_FALSE(fs::exists(folder + "/o"));
+  const std::string folder = fresh_folder("tokenize_wrong"), file = folder + "/out/a.bin";
+  put(folder + "/in/a.txt", "text");
+  tokenize({"--tokenizer", kTokenizer, "--output", folder + "/out", "--input", folder + "/in"});
+  put(folder + "/alone/a.bin", read_text_file(file));
+  const std::string size = "--part-size: is \"";
+  const struct {
+    std::vector<std::string> words;
+    std::string error;
+  } cases[] = {
+      {{}, "pith tokenize: needs --tokenizer, --input and --output"},
+      {{"--tokenizer", "t", "--input", "i"}, "needs --tokenizer, --input and --output"},
+      {{"--threads", "-1"}, "--threads"},
+      {{"--format", "csv"}, "--format"},
+      {{"--no-such-option"}, "--no-such-option"},
+      {{"--decode", "5"}, "--decode: needs a tokenizer for ids"},
+      {{"--tokenizer", kTokenizer, "--decode", "5,x"}, "--decode: is neither FILE.bin nor ids"},
+      {{"--tokenizer", kTokenizer, "--decode", "-1"}, "--decode: is neither FILE.bin nor ids"},
+      {{"--tokenizer", kTokenizer, "--decode", "2048"}, "(got \"2048\", need numbers < 2048)"},
+      {{"--decode", file, "--document", "1"}, "--document: is not in the file (got 1, need < 1)"},
+      {{"--decode", folder + "/none.bin"}, "/none.bin"},
+      {{"--decode", folder + "/alone/a.bin"}, "has no tokenizer.json in its folder or above"},
+  };
+  for (const auto& c : cases) {
+    const Output run = tokenize(c.words);
+    EXPECT_EQ(run.code, kExitBadInput) << c.error;
+    expect_part(run.error, c.error);
+  }
+  for (const std::string bad : {"", "x", "0", "-1G", "1X", "1GB", "nan"}) {
+    const Output run = tokenize({"--tokenizer", kTokenizer, "--input", folder + "/in", "--output",
+                                 folder + "/o", "--part-size=" + bad});
+    EXPECT_EQ(run.code, kExitBadInput) << bad;
+    expect_part(run.error, "--part-size");
+  }
+  EXPECT_FALSE(fs::exists(folder + "/o"));
 }
 
 // A signal ends it with exit code 3; the same command then finishes what is left.
 TEST(Tokenize, StopsAtASignalAndGoesOn) {
-    const std::string folder = fresh_folder("tokenize_stop"), out = folder + "/out";
-    std::string lines;
-    for (int i = 0; i < 4000; i++) lines += json_lines();
-    for (const char* name : {"a", "b", "c"}) put(folder + "/in/" + name + ".jsonl", lines);
-    const std::vector<std::string> words = {"--tokenizer", kTokenizer, "--output",
-                                            out,           "--input",  folder + "/in"};
-    const pid_t child = fork();
-    if (child == 0) {
-        request_stop();
-        _exit(tokenize(words).code);
-    }
-    int status = 0;
-    waitpid(child, &status, 0);
-    ASSERT_TRUE(WIFEXITED(status));
-    EXPECT_EQ(WEXITSTATUS(status), kExitStopped);
-    EXPECT_FALSE(fs::exists(out + "/c.bin"));
-    EXPECT_EQ(tokenize(words).code, kExitDone);
-    const std::string a = read_text_file(out + "/a.bin");
-    EXPECT_EQ(read_text_file(out + "/b.bin"), a);
-    EXPECT_EQ(read_text_file(out + "/c.bin"), a);
+  const std::string folder = fresh_folder("tokenize_stop"), out = folder + "/out";
+  std::string lines;
+  for (int i = 0; i < 4000; i++) lines += json_lines();
+  for (const char* name : {"a", "b", "c"}) put(folder + "/in/" + name + ".jsonl", lines);
+  const std::vector<std::string> words = {"--tokenizer", kTokenizer, "--output",
+                                          out,           "--input",  folder + "/in"};
+  const pid_t child = fork();
+  if (child == 0) {
+    request_stop();
+    _exit(tokenize(words).code);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  ASSERT_TRUE(WIFEXITED(status));
+  EXPECT_EQ(WEXITSTATUS(status), kExitStopped);
+  EXPECT_FALSE(fs::exists(out + "/c.bin"));
+  EXPECT_EQ(tokenize(words).code, kExitDone);
+  const std::string a = read_text_file(out + "/a.bin");
+  EXPECT_EQ(read_text_file(out + "/b.bin"), a);
+  EXPECT_EQ(read_text_file(out + "/c.bin"), a);
 }
 
 TEST(Tokenize, CorpusIsInspected) {
-    const std::string folder = fresh_folder("tokenize_inspect"), out = folder + "/out";
-    put(folder + "/in/a.jsonl", json_lines());
-    tokenize({"--tokenizer", kTokenizer, "--output", out, "--input", folder + "/in"});
-    const Output table = call(run_corpus, {"inspect", out, "--samples", "5", "--top", "3"});
-    EXPECT_EQ(table.code, kExitDone) << table.error;
-    expect_part(table.out, "files      1\ndocuments  5\ntokens     ");
-    expect_part(table.out, "         0 ..         1             1  ####");  // the empty document
-    expect_part(table.out, "\na.bin, document 0:\n  \"Plain words.\\n<|endoftext|>\"\n");
-    expect_part(table.out, "zero \\u0000 byte\\r\\n");
-    EXPECT_EQ(table.log.find("not all of it is there"), std::string::npos) << table.log;
-    const Json j =
-        Json::parse(call(run_corpus, {"inspect", out, "--json", "--top", "1"}).out, "inspect");
-    EXPECT_EQ(j["documents"].as_int(), 5);
-    EXPECT_EQ(j["shortest"].as_int(), 1);
-    EXPECT_EQ(j["unfinished"].as_int(), 0);
-    EXPECT_EQ(j["frequent"].size(), 1);
-    EXPECT_EQ(j["length_histogram"][0]["below"].as_int(), 2);
-    EXPECT_EQ(j["length_histogram"][0]["documents"].as_int(), 1);
+  const std::string folder = fresh_folder("tokenize_inspect"), out = folder + "/out";
+  put(folder + "/in/a.jsonl", json_lines());
+  tokenize({"--tokenizer", kTokenizer, "--output", out, "--input", folder + "/in"});
+  const Output table = call(run_corpus, {"inspect", out, "--samples", "5", "--top", "3"});
+  EXPECT_EQ(table.code, kExitDone) << table.error;
+  expect_part(table.out, "files      1\ndocuments  5\ntokens     ");
+  expect_part(table.out, "         0 ..         1             1  ####");  // the empty document
+  expect_part(table.out, "\na.bin, document 0:\n  \"Plain words.\\n<|endoftext|>\"\n");
+  expect_part(table.out, "zero \\u0000 byte\\r\\n");
+  EXPECT_EQ(table.log.find("not all of it is there"), std::string::npos) << table.log;
+  const Json j =
+      Json::parse(call(run_corpus, {"inspect", out, "--json", "--top", "1"}).out, "inspect");
+  EXPECT_EQ(j["documents"].as_int(), 5);
+  EXPECT_EQ(j["shortest"].as_int(), 1);
+  EXPECT_EQ(j["unfinished"].as_int(), 0);
+  EXPECT_EQ(j["frequent"].size(), 1);
+  EXPECT_EQ(j["length_histogram"][0]["below"].as_int(), 2);
+  EXPECT_EQ(j["length_histogram"][0]["documents"].as_int(), 1);
 
-    put(folder + "/more/b.jsonl", "{}\n");
-    tokenize({"--tokenizer", kTokenizer, "--output", out, "--input", folder + "/more"});
-    expect_part(call(run_corpus, {"inspect", out}).log, "not all of it is there");
-    const Output wrong = call(run_corpus, {"inspect", folder + "/none"});
-    EXPECT_EQ(wrong.code, kExitBadInput);
-    expect_part(wrong.error, folder + "/none");
+  put(folder + "/more/b.jsonl", "{}\n");
+  tokenize({"--tokenizer", kTokenizer, "--output", out, "--input", folder + "/more"});
+  expect_part(call(run_corpus, {"inspect", out}).log, "not all of it is there");
+  const Output wrong = call(run_corpus, {"inspect", folder + "/none"});
+  EXPECT_EQ(wrong.code, kExitBadInput);
+  expect_part(wrong.error, folder + "/none");
 }
 
 }  // namespace pith

@@ -17,182 +17,182 @@ namespace pith {
 namespace fs = std::filesystem;
 
 static std::string fresh_folder(const char* name) {
-    const std::string path = testing::TempDir() + "pith_" + name + "_" + std::to_string(getpid());
-    fs::remove_all(path);
-    fs::create_directories(path);
-    return path;
+  const std::string path = testing::TempDir() + "pith_" + name + "_" + std::to_string(getpid());
+  fs::remove_all(path);
+  fs::create_directories(path);
+  return path;
 }
 
 static std::string error_of(int exit_code, auto&& action) {
-    try {
-        action();
-    } catch (const Error& error) {
-        EXPECT_EQ(error.exit_code, exit_code) << error.what();
-        return error.what();
-    }
-    return "no error";
+  try {
+    action();
+  } catch (const Error& error) {
+    EXPECT_EQ(error.exit_code, exit_code) << error.what();
+    return error.what();
+  }
+  return "no error";
 }
 
 static std::string header_v(int version, const std::string& dict) {
-    std::string bytes = std::string("\x93NUMPY") + static_cast<char>(version) + '\0';
-    for (int i = 0; i < (version == 1 ? 2 : 4); i++)
-        bytes += static_cast<char>(dict.size() >> 8 * i & 0xff);
-    return bytes + dict;
+  std::string bytes = std::string("\x93NUMPY") + static_cast<char>(version) + '\0';
+  for (int i = 0; i < (version == 1 ? 2 : 4); i++)
+    bytes += static_cast<char>(dict.size() >> 8 * i & 0xff);
+  return bytes + dict;
 }
 
 TEST(Npy, RoundTripsEveryTypeAndRank) {
-    const std::string path = fresh_folder("npy") + "/a.npy";
-    const std::vector<int64_t> shapes[] = {{}, {0}, {5}, {3, 4}, {2, 0, 3}, {2, 3, 4}};
-    for (int type = 0; type <= static_cast<int>(NpyType::F8); type++)
-        for (const auto& shape : shapes) {
-            const NpyHeader want{static_cast<NpyType>(type), shape};
-            std::string data(static_cast<size_t>(want.data_bytes()), 0);
-            for (size_t i = 0; i < data.size(); i++) data[i] = static_cast<char>(i * 7 + type);
-            write_npy(path, want.type, shape, data.data());
-            const NpyArray got = read_npy(path);
-            EXPECT_EQ(got.header.type, want.type);
-            EXPECT_EQ(got.header.shape, shape);
-            EXPECT_EQ(got.header.header_bytes % 64, 0);
-            EXPECT_EQ(std::string(got.data, data.size()), data) << name_of(want.type);
-            EXPECT_FALSE(fs::exists(path + ".tmp"));
-        }
+  const std::string path = fresh_folder("npy") + "/a.npy";
+  const std::vector<int64_t> shapes[] = {{}, {0}, {5}, {3, 4}, {2, 0, 3}, {2, 3, 4}};
+  for (int type = 0; type <= static_cast<int>(NpyType::F8); type++)
+    for (const auto& shape : shapes) {
+      const NpyHeader want{static_cast<NpyType>(type), shape};
+      std::string data(static_cast<size_t>(want.data_bytes()), 0);
+      for (size_t i = 0; i < data.size(); i++) data[i] = static_cast<char>(i * 7 + type);
+      write_npy(path, want.type, shape, data.data());
+      const NpyArray got = read_npy(path);
+      EXPECT_EQ(got.header.type, want.type);
+      EXPECT_EQ(got.header.shape, shape);
+      EXPECT_EQ(got.header.header_bytes % 64, 0);
+      EXPECT_EQ(std::string(got.data, data.size()), data) << name_of(want.type);
+      EXPECT_FALSE(fs::exists(path + ".tmp"));
+    }
 }
 
 TEST(Npy, ReadsHeadersOfOthers) {
-    struct {
-        int version;
-        const char* dict;
-        std::vector<int64_t> shape;
-        NpyType type;
-    } cases[] = {
-        {1, "{'descr': '<u2', 'fortran_order': False, 'shape': (3,), }\n", {3}, NpyType::U2},
-        {1, "{'shape':(2,3),'fortran_order':False,'descr':'|u1'}", {2, 3}, NpyType::U1},
-        {2, "{\"descr\": \"<f8\", \"fortran_order\": False, \"shape\": ()}  \n", {}, NpyType::F8},
-        {3, "{'descr': '<i8', 'fortran_order': True, 'shape': (2,), }", {2}, NpyType::I8},
-        {1,
-         "{'descr': '<f4', 'fortran_order': False, 'shape': ( 1 , 2 , 3 ), }",
-         {1, 2, 3},
-         NpyType::F4},
-    };
-    for (const auto& c : cases) {
-        const std::string head = header_v(c.version, c.dict);
-        const std::string bytes = head + std::string(64, 'x');
-        const NpyHeader got =
-            parse_npy_header(bytes.data(), static_cast<int64_t>(bytes.size()), "f.npy");
-        EXPECT_EQ(got.shape, c.shape) << c.dict;
-        EXPECT_EQ(got.type, c.type) << c.dict;
-        EXPECT_EQ(got.header_bytes, static_cast<int64_t>(head.size())) << c.dict;
-    }
+  struct {
+    int version;
+    const char* dict;
+    std::vector<int64_t> shape;
+    NpyType type;
+  } cases[] = {
+      {1, "{'descr': '<u2', 'fortran_order': False, 'shape': (3,), }\n", {3}, NpyType::U2},
+      {1, "{'shape':(2,3),'fortran_order':False,'descr':'|u1'}", {2, 3}, NpyType::U1},
+      {2, "{\"descr\": \"<f8\", \"fortran_order\": False, \"shape\": ()}  \n", {}, NpyType::F8},
+      {3, "{'descr': '<i8', 'fortran_order': True, 'shape': (2,), }", {2}, NpyType::I8},
+      {1,
+       "{'descr': '<f4', 'fortran_order': False, 'shape': ( 1 , 2 , 3 ), }",
+       {1, 2, 3},
+       NpyType::F4},
+  };
+  for (const auto& c : cases) {
+    const std::string head = header_v(c.version, c.dict);
+    const std::string bytes = head + std::string(64, 'x');
+    const NpyHeader got =
+        parse_npy_header(bytes.data(), static_cast<int64_t>(bytes.size()), "f.npy");
+    EXPECT_EQ(got.shape, c.shape) << c.dict;
+    EXPECT_EQ(got.type, c.type) << c.dict;
+    EXPECT_EQ(got.header_bytes, static_cast<int64_t>(head.size())) << c.dict;
+  }
 }
 
 TEST(Npy, RefusesBadHeadersByName) {
-    const std::string data(64, 'x');
-    struct {
-        std::string bytes;
-        const char* error;
-    } cases[] = {
-        {"", "f.npy: is not an NPY array, or is cut short (got 0 bytes"},
-        {"not an array at all", "f.npy: is not an NPY array"},
-        {header_v(9, "{}"), "f.npy: has an unknown NPY version (got 9"},
-        {header_v(1, "{'descr': '<u2'"), "f.npy: NPY header"},
-        {header_v(1, "{'descr': '<u2', 'shape': (1,)}") + data, "fortran_order: is missing"},
-        {header_v(1, "{'descr': '>u2', 'fortran_order': False, 'shape': (1,)}") + data,
-         "has an unknown dtype (got \">u2\""},
-        {header_v(1, "{'descr': [('a', '<u2')], 'fortran_order': False, 'shape': (1,)}") + data,
-         "f.npy: NPY header: descr: is an array"},
-        {header_v(1, "{'descr': '<u2', 'fortran_order': True, 'shape': (2, 2)}") + data,
-         "is in Fortran order"},
-        {header_v(1, "{'descr': '<u2', 'fortran_order': False, 'shape': (2, -2)}") + data,
-         "shape[1]: is out of range (got -2"},
-        {header_v(1, "{'descr': '<u2', 'fortran_order': False, 'shape': (4611686018427387904, 4)}"),
-         "has a shape that is too large"},
-        {header_v(1, "{'descr': '<u8', 'fortran_order': False, 'shape': (9,)}") + data,
-         "is cut short (got 64 bytes of data, need 72)"},
-    };
-    for (const auto& c : cases) {
-        const std::string got = error_of(kExitBadInput, [&] {
-            parse_npy_header(c.bytes.data(), static_cast<int64_t>(c.bytes.size()), "f.npy");
-        });
-        EXPECT_NE(got.find(c.error), std::string::npos) << "got: " << got << "\nneed: " << c.error;
-    }
+  const std::string data(64, 'x');
+  struct {
+    std::string bytes;
+    const char* error;
+  } cases[] = {
+      {"", "f.npy: is not an NPY array, or is cut short (got 0 bytes"},
+      {"not an array at all", "f.npy: is not an NPY array"},
+      {header_v(9, "{}"), "f.npy: has an unknown NPY version (got 9"},
+      {header_v(1, "{'descr': '<u2'"), "f.npy: NPY header"},
+      {header_v(1, "{'descr': '<u2', 'shape': (1,)}") + data, "fortran_order: is missing"},
+      {header_v(1, "{'descr': '>u2', 'fortran_order': False, 'shape': (1,)}") + data,
+       "has an unknown dtype (got \">u2\""},
+      {header_v(1, "{'descr': [('a', '<u2')], 'fortran_order': False, 'shape': (1,)}") + data,
+       "f.npy: NPY header: descr: is an array"},
+      {header_v(1, "{'descr': '<u2', 'fortran_order': True, 'shape': (2, 2)}") + data,
+       "is in Fortran order"},
+      {header_v(1, "{'descr': '<u2', 'fortran_order': False, 'shape': (2, -2)}") + data,
+       "shape[1]: is out of range (got -2"},
+      {header_v(1, "{'descr': '<u2', 'fortran_order': False, 'shape': (4611686018427387904, 4)}"),
+       "has a shape that is too large"},
+      {header_v(1, "{'descr': '<u8', 'fortran_order': False, 'shape': (9,)}") + data,
+       "is cut short (got 64 bytes of data, need 72)"},
+  };
+  for (const auto& c : cases) {
+    const std::string got = error_of(kExitBadInput, [&] {
+      parse_npy_header(c.bytes.data(), static_cast<int64_t>(c.bytes.size()), "f.npy");
+    });
+    EXPECT_NE(got.find(c.error), std::string::npos) << "got: " << got << "\nneed: " << c.error;
+  }
 }
 
 TEST(Npy, EveryTruncationIsRefused) {
-    const std::string folder = fresh_folder("npy_cut"), path = folder + "/a.npy";
-    const uint16_t ids[3] = {1, 2, 3};
-    write_npy(path, NpyType::U2, {3}, ids);
-    const std::string whole = read_text_file(path);
-    for (size_t n = 0; n < whole.size(); n++) {
-        std::ofstream(path, std::ios::binary) << whole.substr(0, n);
-        const std::string got = error_of(kExitBadInput, [&] { read_npy(path); });
-        EXPECT_EQ(got.find(path + ": "), 0u) << n << " bytes: " << got;
-    }
+  const std::string folder = fresh_folder("npy_cut"), path = folder + "/a.npy";
+  const uint16_t ids[3] = {1, 2, 3};
+  write_npy(path, NpyType::U2, {3}, ids);
+  const std::string whole = read_text_file(path);
+  for (size_t n = 0; n < whole.size(); n++) {
+    std::ofstream(path, std::ios::binary) << whole.substr(0, n);
+    const std::string got = error_of(kExitBadInput, [&] { read_npy(path); });
+    EXPECT_EQ(got.find(path + ": "), 0u) << n << " bytes: " << got;
+  }
 }
 
 TEST(Npy, ArraysMayLieBackToBack) {
-    const std::string path = fresh_folder("npy_append") + "/a.bin";
-    const uint16_t ids[] = {1, 2, 3, 4, 5};
-    const uint64_t ends[] = {2, 5};
-    {
-        DurableFile file(path);
-        file.write(npy_header(NpyType::U2, {5}).data(), 128);
-        file.write(ids, 4);
-        file.write(ids + 2, 6);
-        file.write(npy_header(NpyType::U8, {2}).data(), 128);
-        file.write(ends, sizeof ends);
-        file.finish();
-    }
-    const NpyArray first = read_npy(path);
-    EXPECT_EQ(first.header.shape, std::vector<int64_t>{5});
-    EXPECT_EQ(memcmp(first.data, ids, sizeof ids), 0);
-    const char* rest = first.data + first.header.data_bytes();
-    const NpyHeader second =
-        parse_npy_header(rest, first.file.data() + first.file.size() - rest, path);
-    EXPECT_EQ(second.shape, std::vector<int64_t>{2});
-    EXPECT_EQ(memcmp(rest + second.header_bytes, ends, sizeof ends), 0);
+  const std::string path = fresh_folder("npy_append") + "/a.bin";
+  const uint16_t ids[] = {1, 2, 3, 4, 5};
+  const uint64_t ends[] = {2, 5};
+  {
+    DurableFile file(path);
+    file.write(npy_header(NpyType::U2, {5}).data(), 128);
+    file.write(ids, 4);
+    file.write(ids + 2, 6);
+    file.write(npy_header(NpyType::U8, {2}).data(), 128);
+    file.write(ends, sizeof ends);
+    file.finish();
+  }
+  const NpyArray first = read_npy(path);
+  EXPECT_EQ(first.header.shape, std::vector<int64_t>{5});
+  EXPECT_EQ(memcmp(first.data, ids, sizeof ids), 0);
+  const char* rest = first.data + first.header.data_bytes();
+  const NpyHeader second =
+      parse_npy_header(rest, first.file.data() + first.file.size() - rest, path);
+  EXPECT_EQ(second.shape, std::vector<int64_t>{2});
+  EXPECT_EQ(memcmp(rest + second.header_bytes, ends, sizeof ends), 0);
 }
 
 TEST(Durable, UnfinishedLeavesNothing) {
-    const std::string folder = fresh_folder("durable"), path = folder + "/a";
-    write_file_durably(path, "old");
-    {
-        DurableFile file(path);
-        file.write("new", 3);
-        EXPECT_TRUE(fs::exists(path + ".tmp"));
-    }
-    EXPECT_FALSE(fs::exists(path + ".tmp"));
-    EXPECT_EQ(read_text_file(path), "old");
-    write_file_durably(path, "newer");
-    EXPECT_EQ(read_text_file(path), "newer");
+  const std::string folder = fresh_folder("durable"), path = folder + "/a";
+  write_file_durably(path, "old");
+  {
+    DurableFile file(path);
+    file.write("new", 3);
+    EXPECT_TRUE(fs::exists(path + ".tmp"));
+  }
+  EXPECT_FALSE(fs::exists(path + ".tmp"));
+  EXPECT_EQ(read_text_file(path), "old");
+  write_file_durably(path, "newer");
+  EXPECT_EQ(read_text_file(path), "newer");
 }
 
 TEST(Durable, ErrorsNamePathAndReason) {
-    EXPECT_NE(error_of(kExitFailed, [] { write_file_durably("/no/such/folder/a", "x"); })
-                  .find("/no/such/folder/a.tmp: cannot be created (No such file or directory)"),
-              std::string::npos);
-    const std::string folder = fresh_folder("durable_full");
-    write_file_durably(folder + "/file", "x");
-    EXPECT_NE(error_of(kExitFailed, [&] { make_folders(folder + "/file/below"); })
-                  .find("/file/below: cannot be created (Not a directory)"),
-              std::string::npos);
-    EXPECT_NE(error_of(kExitBadInput, [&] { MappedFile map(folder); }).find("is not a file"),
-              std::string::npos);
-    EXPECT_NE(error_of(kExitBadInput, [&] { MappedFile map(folder + "/none"); })
-                  .find("/none: cannot be opened (No such file or directory)"),
-              std::string::npos);
+  EXPECT_NE(error_of(kExitFailed, [] { write_file_durably("/no/such/folder/a", "x"); })
+                .find("/no/such/folder/a.tmp: cannot be created (No such file or directory)"),
+            std::string::npos);
+  const std::string folder = fresh_folder("durable_full");
+  write_file_durably(folder + "/file", "x");
+  EXPECT_NE(error_of(kExitFailed, [&] { make_folders(folder + "/file/below"); })
+                .find("/file/below: cannot be created (Not a directory)"),
+            std::string::npos);
+  EXPECT_NE(error_of(kExitBadInput, [&] { MappedFile map(folder); }).find("is not a file"),
+            std::string::npos);
+  EXPECT_NE(error_of(kExitBadInput, [&] { MappedFile map(folder + "/none"); })
+                .find("/none: cannot be opened (No such file or directory)"),
+            std::string::npos);
 
-    // A limit on the size of files stands in for a full disk.
-    signal(SIGXFSZ, SIG_IGN);
-    rlimit old;
-    getrlimit(RLIMIT_FSIZE, &old);
-    const rlimit small{1000, old.rlim_max};
-    setrlimit(RLIMIT_FSIZE, &small);
-    const std::string got = error_of(
-        kExitFailed, [&] { write_file_durably(folder + "/file", std::string(5000, 'y')); });
-    setrlimit(RLIMIT_FSIZE, &old);
-    EXPECT_NE(got.find("/file.tmp: cannot be written (File too large)"), std::string::npos) << got;
-    EXPECT_EQ(read_text_file(folder + "/file"), "x");
-    EXPECT_FALSE(fs::exists(folder + "/file.tmp"));
+  // A limit on the size of files stands in for a full disk.
+  signal(SIGXFSZ, SIG_IGN);
+  rlimit old;
+  getrlimit(RLIMIT_FSIZE, &old);
+  const rlimit small{1000, old.rlim_max};
+  setrlimit(RLIMIT_FSIZE, &small);
+  const std::string got =
+      error_of(kExitFailed, [&] { write_file_durably(folder + "/file", std::string(5000, 'y')); });
+  setrlimit(RLIMIT_FSIZE, &old);
+  EXPECT_NE(got.find("/file.tmp: cannot be written (File too large)"), std::string::npos) << got;
+  EXPECT_EQ(read_text_file(folder + "/file"), "x");
+  EXPECT_FALSE(fs::exists(folder + "/file.tmp"));
 }
 
 }  // namespace pith

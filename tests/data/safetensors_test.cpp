@@ -16,37 +16,37 @@ namespace pith {
 namespace fs = std::filesystem;
 
 static std::string fresh_folder(const char* name) {
-    const std::string path = testing::TempDir() + "pith_" + name + "_" + std::to_string(getpid());
-    fs::remove_all(path);
-    fs::create_directories(path);
-    return path;
+  const std::string path = testing::TempDir() + "pith_" + name + "_" + std::to_string(getpid());
+  fs::remove_all(path);
+  fs::create_directories(path);
+  return path;
 }
 
 static std::string error_of(int exit_code, auto&& action) {
-    try {
-        action();
-    } catch (const Error& error) {
-        EXPECT_EQ(error.exit_code, exit_code) << error.what();
-        return error.what();
-    }
-    return "no error";
+  try {
+    action();
+  } catch (const Error& error) {
+    EXPECT_EQ(error.exit_code, exit_code) << error.what();
+    return error.what();
+  }
+  return "no error";
 }
 
 static void expect_part(const std::string& got, const std::string& part) {
-    EXPECT_NE(got.find(part), std::string::npos) << "got:  " << got << "\nneed: " << part;
+  EXPECT_NE(got.find(part), std::string::npos) << "got:  " << got << "\nneed: " << part;
 }
 
 static void write_raw(const std::string& path, const std::string& header, size_t data_bytes) {
-    const uint64_t length = header.size();
-    std::ofstream out(path, std::ios::binary);
-    out.write(reinterpret_cast<const char*>(&length), 8);
-    out << header << std::string(data_bytes, '\1');
+  const uint64_t length = header.size();
+  std::ofstream out(path, std::ios::binary);
+  out.write(reinterpret_cast<const char*>(&length), 8);
+  out << header << std::string(data_bytes, '\1');
 }
 
 static std::string pattern(int64_t bytes, int seed) {
-    std::string data(static_cast<size_t>(bytes), 0);
-    for (size_t i = 0; i < data.size(); i++) data[i] = static_cast<char>(i * 31 + 7 * seed);
-    return data;
+  std::string data(static_cast<size_t>(bytes), 0);
+  for (size_t i = 0; i < data.size(); i++) data[i] = static_cast<char>(i * 31 + 7 * seed);
+  return data;
 }
 
 static const std::vector<TensorDecl> kTensors = {
@@ -56,264 +56,262 @@ static const std::vector<TensorDecl> kTensors = {
 };
 
 TEST(Safetensors, RoundTripsInAnyChunking) {
-    const std::string path = fresh_folder("st") + "/a.safetensors";
-    std::string all;
-    for (size_t i = 0; i < kTensors.size(); i++) all += pattern(kTensors[i].bytes(), int(i));
-    for (const size_t chunk : {size_t{1}, size_t{7}, all.size()}) {
-        SafetensorsWriter writer(path, kTensors);
-        for (size_t at = 0; at < all.size(); at += chunk)
-            writer.write(all.data() + at, int64_t(std::min(chunk, all.size() - at)));
-        writer.finish();
-        const SafetensorsReader reader(path);
-        ASSERT_EQ(reader.tensors().size(), kTensors.size());
-        EXPECT_EQ(reader.metadata("format"), "pt");
-        EXPECT_EQ(reader.metadata("step"), "");
-        for (size_t i = 0; i < kTensors.size(); i++) {
-            const TensorEntry& got = reader.at(kTensors[i].name);
-            EXPECT_EQ(got.dtype, kTensors[i].dtype);
-            EXPECT_EQ(got.shape, kTensors[i].shape);
-            EXPECT_EQ(std::string(got.data, size_t(got.bytes)),
-                      pattern(kTensors[i].bytes(), int(i)));
-        }
-        EXPECT_EQ(reader.place(reader.at("scalar")), path + ": scalar");
+  const std::string path = fresh_folder("st") + "/a.safetensors";
+  std::string all;
+  for (size_t i = 0; i < kTensors.size(); i++) all += pattern(kTensors[i].bytes(), int(i));
+  for (const size_t chunk : {size_t{1}, size_t{7}, all.size()}) {
+    SafetensorsWriter writer(path, kTensors);
+    for (size_t at = 0; at < all.size(); at += chunk)
+      writer.write(all.data() + at, int64_t(std::min(chunk, all.size() - at)));
+    writer.finish();
+    const SafetensorsReader reader(path);
+    ASSERT_EQ(reader.tensors().size(), kTensors.size());
+    EXPECT_EQ(reader.metadata("format"), "pt");
+    EXPECT_EQ(reader.metadata("step"), "");
+    for (size_t i = 0; i < kTensors.size(); i++) {
+      const TensorEntry& got = reader.at(kTensors[i].name);
+      EXPECT_EQ(got.dtype, kTensors[i].dtype);
+      EXPECT_EQ(got.shape, kTensors[i].shape);
+      EXPECT_EQ(std::string(got.data, size_t(got.bytes)), pattern(kTensors[i].bytes(), int(i)));
     }
-    expect_part(error_of(kExitBadInput, [&] { SafetensorsReader(path).at("none"); }),
-                path + ": none: is missing (got 6 other tensors)");
+    EXPECT_EQ(reader.place(reader.at("scalar")), path + ": scalar");
+  }
+  expect_part(error_of(kExitBadInput, [&] { SafetensorsReader(path).at("none"); }),
+              path + ": none: is missing (got 6 other tensors)");
 }
 
 TEST(Safetensors, WriterCountsBytes) {
-    const std::string path = fresh_folder("st_count") + "/a.safetensors";
-    const char zeros[64] = {};
-    expect_part(error_of(kExitFailed,
-                         [&] {
-                             SafetensorsWriter writer(path, {{"a", FileDType::F32, {2}}});
-                             writer.write(zeros, 9);
-                         }),
-                "was given more bytes than declared (got 9, need 8)");
-    expect_part(error_of(kExitFailed,
-                         [&] {
-                             SafetensorsWriter writer(path, {{"a", FileDType::F32, {2}}});
-                             writer.write(zeros, 7);
-                             writer.finish();
-                         }),
-                "was finished 1 bytes short");
-    EXPECT_TRUE(fs::is_empty(fs::path(path).parent_path()));
+  const std::string path = fresh_folder("st_count") + "/a.safetensors";
+  const char zeros[64] = {};
+  expect_part(error_of(kExitFailed,
+                       [&] {
+                         SafetensorsWriter writer(path, {{"a", FileDType::F32, {2}}});
+                         writer.write(zeros, 9);
+                       }),
+              "was given more bytes than declared (got 9, need 8)");
+  expect_part(error_of(kExitFailed,
+                       [&] {
+                         SafetensorsWriter writer(path, {{"a", FileDType::F32, {2}}});
+                         writer.write(zeros, 7);
+                         writer.finish();
+                       }),
+              "was finished 1 bytes short");
+  EXPECT_TRUE(fs::is_empty(fs::path(path).parent_path()));
 }
 
 TEST(Safetensors, RefusesCorruptHeadersByName) {
-    const std::string path = fresh_folder("st_bad") + "/a.safetensors";
-    const std::string ok = R"("a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]})";
-    struct {
-        std::string header;
-        size_t data_bytes;
-        const char* error;
-    } cases[] = {
-        {"{" + ok + "}", 8, "no error"},
-        {"{" + ok + "}  ", 8, "no error"},
-        {"{" + ok + "}", 7,
-         "a: has bad data_offsets, or the file is cut short (got [0,8], need [begin, end] up to "
-         "7)"},
-        {"{" + ok + "}", 9, "has bytes behind its last tensor (got 9 bytes of data, need 8)"},
-        {"{" + ok + "," + ok + "}", 8, "a: occurs twice"},
-        {"{" + ok + R"(,"b":{"dtype":"U8","shape":[8],"data_offsets":[4,12]}})", 12,
-         "b: does not follow the tensor before it (got begin 4, need 8)"},
-        {"{" + ok + R"(,"b":{"dtype":"U8","shape":[8],"data_offsets":[9,17]}})", 17,
-         "b: does not follow the tensor before it (got begin 9, need 8)"},
-        {R"({"a":{"dtype":"F31","shape":[2],"data_offsets":[0,8]}})", 8,
-         "a: has an unknown dtype (got \"F31\""},
-        {R"({"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}})", 8,
-         "a: has a size that is not its shape's (got 8 bytes, need 12 for [3] F32)"},
-        {R"({"a":{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}})", 8, "a.shape[0]: is out of"},
-        {R"({"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,8]}})", 8,
-         "a: has a size that is not"},
-        {R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[8,0]}})", 8, "a: has bad data_offsets"},
-        {R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8,9]}})", 8, "bad data_offsets"},
-        {R"({"a":{"dtype":"F32","shape":[2]}})", 8, "a.data_offsets: is missing"},
-        {R"({"a":{"dtype":4,"shape":[2],"data_offsets":[0,8]}})", 8, "a.dtype: is a number"},
-        {R"([1, 2])", 8, "is an array"},
-        {R"({"a":)", 8, "is not valid JSON"},
-    };
-    for (const auto& c : cases) {
-        write_raw(path, c.header, c.data_bytes);
-        const std::string got = error_of(kExitBadInput, [&] { SafetensorsReader reader(path); });
-        expect_part(got, c.error);
-        EXPECT_TRUE(got == "no error" || got.find(path) == 0) << got;
-    }
-    for (const uint64_t length : {uint64_t{0}, uint64_t{1} << 62, ~uint64_t{0}, uint64_t{9}}) {
-        std::ofstream(path, std::ios::binary)
-            .write(reinterpret_cast<const char*>(&length), 8)
-            .write("{}      ", 8);
-        expect_part(error_of(kExitBadInput, [&] { SafetensorsReader reader(path); }),
-                    "is no safetensors file or is cut short (got 16 bytes");
-    }
+  const std::string path = fresh_folder("st_bad") + "/a.safetensors";
+  const std::string ok = R"("a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]})";
+  struct {
+    std::string header;
+    size_t data_bytes;
+    const char* error;
+  } cases[] = {
+      {"{" + ok + "}", 8, "no error"},
+      {"{" + ok + "}  ", 8, "no error"},
+      {"{" + ok + "}", 7,
+       "a: has bad data_offsets, or the file is cut short (got [0,8], need [begin, end] up to "
+       "7)"},
+      {"{" + ok + "}", 9, "has bytes behind its last tensor (got 9 bytes of data, need 8)"},
+      {"{" + ok + "," + ok + "}", 8, "a: occurs twice"},
+      {"{" + ok + R"(,"b":{"dtype":"U8","shape":[8],"data_offsets":[4,12]}})", 12,
+       "b: does not follow the tensor before it (got begin 4, need 8)"},
+      {"{" + ok + R"(,"b":{"dtype":"U8","shape":[8],"data_offsets":[9,17]}})", 17,
+       "b: does not follow the tensor before it (got begin 9, need 8)"},
+      {R"({"a":{"dtype":"F31","shape":[2],"data_offsets":[0,8]}})", 8,
+       "a: has an unknown dtype (got \"F31\""},
+      {R"({"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}})", 8,
+       "a: has a size that is not its shape's (got 8 bytes, need 12 for [3] F32)"},
+      {R"({"a":{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}})", 8, "a.shape[0]: is out of"},
+      {R"({"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,8]}})", 8,
+       "a: has a size that is not"},
+      {R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[8,0]}})", 8, "a: has bad data_offsets"},
+      {R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8,9]}})", 8, "bad data_offsets"},
+      {R"({"a":{"dtype":"F32","shape":[2]}})", 8, "a.data_offsets: is missing"},
+      {R"({"a":{"dtype":4,"shape":[2],"data_offsets":[0,8]}})", 8, "a.dtype: is a number"},
+      {R"([1, 2])", 8, "is an array"},
+      {R"({"a":)", 8, "is not valid JSON"},
+  };
+  for (const auto& c : cases) {
+    write_raw(path, c.header, c.data_bytes);
+    const std::string got = error_of(kExitBadInput, [&] { SafetensorsReader reader(path); });
+    expect_part(got, c.error);
+    EXPECT_TRUE(got == "no error" || got.find(path) == 0) << got;
+  }
+  for (const uint64_t length : {uint64_t{0}, uint64_t{1} << 62, ~uint64_t{0}, uint64_t{9}}) {
+    std::ofstream(path, std::ios::binary)
+        .write(reinterpret_cast<const char*>(&length), 8)
+        .write("{}      ", 8);
+    expect_part(error_of(kExitBadInput, [&] { SafetensorsReader reader(path); }),
+                "is no safetensors file or is cut short (got 16 bytes");
+  }
 }
 
 TEST(Safetensors, EveryTruncationIsRefused) {
-    const std::string path = fresh_folder("st_cut") + "/a.safetensors";
-    SafetensorsWriter writer(path, kTensors);
-    for (size_t i = 0; i < kTensors.size(); i++) {
-        const std::string data = pattern(kTensors[i].bytes(), 1);
-        writer.write(data.data(), int64_t(data.size()));
-    }
-    writer.finish();
-    const std::string whole = read_text_file(path);
-    for (size_t n = 0; n < whole.size(); n++) {
-        std::ofstream(path, std::ios::binary) << whole.substr(0, n);
-        const std::string got = error_of(kExitBadInput, [&] { SafetensorsReader reader(path); });
-        EXPECT_EQ(got.find(path), 0u) << n << " bytes: " << got;
-    }
+  const std::string path = fresh_folder("st_cut") + "/a.safetensors";
+  SafetensorsWriter writer(path, kTensors);
+  for (size_t i = 0; i < kTensors.size(); i++) {
+    const std::string data = pattern(kTensors[i].bytes(), 1);
+    writer.write(data.data(), int64_t(data.size()));
+  }
+  writer.finish();
+  const std::string whole = read_text_file(path);
+  for (size_t n = 0; n < whole.size(); n++) {
+    std::ofstream(path, std::ios::binary) << whole.substr(0, n);
+    const std::string got = error_of(kExitBadInput, [&] { SafetensorsReader reader(path); });
+    EXPECT_EQ(got.find(path), 0u) << n << " bytes: " << got;
+  }
 }
 
 // Eight tensors of 10 to 80 F32s.
 static std::vector<TensorDecl> eight() {
-    std::vector<TensorDecl> tensors;
-    for (int i = 1; i <= 8; i++)
-        tensors.push_back({"layers." + std::to_string(i), FileDType::F32, {10 * i}});
-    return tensors;
+  std::vector<TensorDecl> tensors;
+  for (int i = 1; i <= 8; i++)
+    tensors.push_back({"layers." + std::to_string(i), FileDType::F32, {10 * i}});
+  return tensors;
 }
 
 static void write_shards(const std::string& folder, int64_t max_bytes) {
-    ShardedWriter writer(folder, eight(), max_bytes);
-    std::string all;
-    for (int i = 1; i <= 8; i++) all += pattern(40 * i, i);
-    for (size_t at = 0; at < all.size(); at += 100)
-        writer.write(all.data() + at, int64_t(std::min<size_t>(100, all.size() - at)));
-    writer.finish();
+  ShardedWriter writer(folder, eight(), max_bytes);
+  std::string all;
+  for (int i = 1; i <= 8; i++) all += pattern(40 * i, i);
+  for (size_t at = 0; at < all.size(); at += 100)
+    writer.write(all.data() + at, int64_t(std::min<size_t>(100, all.size() - at)));
+  writer.finish();
 }
 
 TEST(Safetensors, ShardsHoldEveryTensorOnce) {
-    struct {
-        int64_t max_bytes;
-        int shards;
-    } cases[] = {{100000, 1}, {1440, 1}, {1439, 2}, {400, 5}, {1, 8}};
-    for (const auto& c : cases) {
-        const std::string folder = fresh_folder("st_shards");
-        write_shards(folder, c.max_bytes);
-        const SafetensorsReader reader(folder);
-        EXPECT_EQ(int(reader.files().size()), c.shards) << c.max_bytes;
-        EXPECT_EQ(fs::exists(folder + "/model.safetensors.index.json"), c.shards > 1);
-        for (int i = 1; i <= 8; i++) {
-            const TensorEntry& tensor = reader.at("layers." + std::to_string(i));
-            EXPECT_EQ(std::string(tensor.data, size_t(tensor.bytes)), pattern(40 * i, i));
-        }
-        if (c.shards == 1) continue;
-        const Json index = Json::parse_file(folder + "/model.safetensors.index.json");
-        EXPECT_EQ(index["metadata"]["total_size"].as_int(), 1440);
-        EXPECT_EQ(index["weight_map"]["layers.1"].as_string(),
-                  text("model-00001-of-%05d.safetensors", c.shards));
+  struct {
+    int64_t max_bytes;
+    int shards;
+  } cases[] = {{100000, 1}, {1440, 1}, {1439, 2}, {400, 5}, {1, 8}};
+  for (const auto& c : cases) {
+    const std::string folder = fresh_folder("st_shards");
+    write_shards(folder, c.max_bytes);
+    const SafetensorsReader reader(folder);
+    EXPECT_EQ(int(reader.files().size()), c.shards) << c.max_bytes;
+    EXPECT_EQ(fs::exists(folder + "/model.safetensors.index.json"), c.shards > 1);
+    for (int i = 1; i <= 8; i++) {
+      const TensorEntry& tensor = reader.at("layers." + std::to_string(i));
+      EXPECT_EQ(std::string(tensor.data, size_t(tensor.bytes)), pattern(40 * i, i));
     }
+    if (c.shards == 1) continue;
+    const Json index = Json::parse_file(folder + "/model.safetensors.index.json");
+    EXPECT_EQ(index["metadata"]["total_size"].as_int(), 1440);
+    EXPECT_EQ(index["weight_map"]["layers.1"].as_string(),
+              text("model-00001-of-%05d.safetensors", c.shards));
+  }
 }
 
 TEST(Safetensors, UnfinishedShardsAreRemoved) {
-    const std::string folder = fresh_folder("st_unfinished");
-    {
-        ShardedWriter writer(folder, eight(), 400);
-        const std::string some(1000, 'x');
-        writer.write(some.data(), 1000);
-        EXPECT_FALSE(fs::is_empty(folder));
-    }
-    EXPECT_TRUE(fs::is_empty(folder));
+  const std::string folder = fresh_folder("st_unfinished");
+  {
+    ShardedWriter writer(folder, eight(), 400);
+    const std::string some(1000, 'x');
+    writer.write(some.data(), 1000);
+    EXPECT_FALSE(fs::is_empty(folder));
+  }
+  EXPECT_TRUE(fs::is_empty(folder));
 }
 
 TEST(Safetensors, IndexAndShardsMustAgree) {
-    const auto broken = [](const char* name, auto&& breaking) {
-        const std::string folder = fresh_folder(name);
-        write_shards(folder, 400);
-        breaking(folder);
-        return error_of(kExitBadInput, [&] { SafetensorsReader reader(folder); });
-    };
-    const auto edit = [](const std::string& path, const std::string& from, const std::string& to) {
-        std::string all = read_text_file(path);
-        all.replace(all.find(from), from.size(), to);
-        std::ofstream(path, std::ios::binary) << all;
-    };
-    const std::string index = "/model.safetensors.index.json";
-    expect_part(
-        broken("st_missing",
-               [](const std::string& f) { fs::remove(f + "/model-00002-of-00005.safetensors"); }),
-        "/model-00002-of-00005.safetensors: is missing, but the index names it");
-    expect_part(broken("st_extra",
-                       [&](const std::string& f) {
-                           edit(f + index, "\"layers.1\": \"model-00001-of-00005.safetensors\",",
-                                "");
-                       }),
-                "/model-00001-of-00005.safetensors: layers.1: is not where the index says "
-                "(got this shard, need none)");
-    const std::string moved = broken("st_moved", [&](const std::string& f) {
-        edit(f + index, "\"layers.1\": \"model-00001", "\"layers.1\": \"model-00002");
-    });
-    expect_part(moved, "layers.1: is not where the index says (got this shard, need /");
-    expect_part(moved, "/model-00002-of-00005.safetensors)");
-    expect_part(broken("st_lost",
-                       [&](const std::string& f) {
-                           edit(f + index, "\"layers.1\"",
-                                "\"layers.0\": \"model-00001-of-00005"
-                                ".safetensors\", \"layers.1\"");
-                       }),
-                "/model-00001-of-00005.safetensors: layers.0: is missing, but the index says");
-    expect_part(
-        broken("st_escape",
-               [&](const std::string& f) { edit(f + index, "\"model-00001", "\"../model-00001"); }),
-        "is not a file name (got \"../model-00001");
-    expect_part(broken("st_none", [&](const std::string& f) { fs::remove(f + index); }),
-                "has no weights (need model.safetensors or");
+  const auto broken = [](const char* name, auto&& breaking) {
+    const std::string folder = fresh_folder(name);
+    write_shards(folder, 400);
+    breaking(folder);
+    return error_of(kExitBadInput, [&] { SafetensorsReader reader(folder); });
+  };
+  const auto edit = [](const std::string& path, const std::string& from, const std::string& to) {
+    std::string all = read_text_file(path);
+    all.replace(all.find(from), from.size(), to);
+    std::ofstream(path, std::ios::binary) << all;
+  };
+  const std::string index = "/model.safetensors.index.json";
+  expect_part(
+      broken("st_missing",
+             [](const std::string& f) { fs::remove(f + "/model-00002-of-00005.safetensors"); }),
+      "/model-00002-of-00005.safetensors: is missing, but the index names it");
+  expect_part(broken("st_extra",
+                     [&](const std::string& f) {
+                       edit(f + index, "\"layers.1\": \"model-00001-of-00005.safetensors\",", "");
+                     }),
+              "/model-00001-of-00005.safetensors: layers.1: is not where the index says "
+              "(got this shard, need none)");
+  const std::string moved = broken("st_moved", [&](const std::string& f) {
+    edit(f + index, "\"layers.1\": \"model-00001", "\"layers.1\": \"model-00002");
+  });
+  expect_part(moved, "layers.1: is not where the index says (got this shard, need /");
+  expect_part(moved, "/model-00002-of-00005.safetensors)");
+  expect_part(broken("st_lost",
+                     [&](const std::string& f) {
+                       edit(f + index, "\"layers.1\"",
+                            "\"layers.0\": \"model-00001-of-00005"
+                            ".safetensors\", \"layers.1\"");
+                     }),
+              "/model-00001-of-00005.safetensors: layers.0: is missing, but the index says");
+  expect_part(
+      broken("st_escape",
+             [&](const std::string& f) { edit(f + index, "\"model-00001", "\"../model-00001"); }),
+      "is not a file name (got \"../model-00001");
+  expect_part(broken("st_none", [&](const std::string& f) { fs::remove(f + index); }),
+              "has no weights (need model.safetensors or");
 }
 
 TEST(Safetensors, ConvertsFloats) {
-    struct {
-        FileDType dtype;
-        uint64_t bits;
-        float value;
-    } cases[] = {
-        {FileDType::BF16, 0x3f80, 1},         {FileDType::BF16, 0xc040, -3},
-        {FileDType::F16, 0x3c00, 1},          {FileDType::F16, 0xc500, -5},
-        {FileDType::F16, 0x7bff, 65504},      {FileDType::F16, 0x0001, 0x1p-24f},
-        {FileDType::F16, 0x03ff, 0x3ffp-24f}, {FileDType::F16, 0x0400, 0x1p-14f},
-        {FileDType::F16, 0x7c00, INFINITY},   {FileDType::F16, 0xfc00, -INFINITY},
-        {FileDType::F16, 0x7e00, NAN},        {FileDType::F64, 0x3ff8000000000000, 1.5},
-        {FileDType::F32, 0xbf800000, -1},
-    };
-    for (const auto& c : cases) {
-        char unaligned[9];
-        memcpy(unaligned + 1, &c.bits, 8);
-        float got = 0;
-        to_f32(c.dtype, unaligned + 1, &got, 1);
-        if (std::isnan(c.value))
-            EXPECT_TRUE(std::isnan(got)) << name_of(c.dtype) << " " << c.bits << " " << got;
-        else
-            EXPECT_EQ(got, c.value) << name_of(c.dtype) << " " << c.bits;
-    }
-    float out;
-    for (const FileDType other : {FileDType::I32, FileDType::F8_E4M3, FileDType::F8_E5M2}) {
-        EXPECT_FALSE(is_float(other));
-        EXPECT_THROW(to_f32(other, &out, &out, 1), Error);
-    }
+  struct {
+    FileDType dtype;
+    uint64_t bits;
+    float value;
+  } cases[] = {
+      {FileDType::BF16, 0x3f80, 1},         {FileDType::BF16, 0xc040, -3},
+      {FileDType::F16, 0x3c00, 1},          {FileDType::F16, 0xc500, -5},
+      {FileDType::F16, 0x7bff, 65504},      {FileDType::F16, 0x0001, 0x1p-24f},
+      {FileDType::F16, 0x03ff, 0x3ffp-24f}, {FileDType::F16, 0x0400, 0x1p-14f},
+      {FileDType::F16, 0x7c00, INFINITY},   {FileDType::F16, 0xfc00, -INFINITY},
+      {FileDType::F16, 0x7e00, NAN},        {FileDType::F64, 0x3ff8000000000000, 1.5},
+      {FileDType::F32, 0xbf800000, -1},
+  };
+  for (const auto& c : cases) {
+    char unaligned[9];
+    memcpy(unaligned + 1, &c.bits, 8);
+    float got = 0;
+    to_f32(c.dtype, unaligned + 1, &got, 1);
+    if (std::isnan(c.value))
+      EXPECT_TRUE(std::isnan(got)) << name_of(c.dtype) << " " << c.bits << " " << got;
+    else
+      EXPECT_EQ(got, c.value) << name_of(c.dtype) << " " << c.bits;
+  }
+  float out;
+  for (const FileDType other : {FileDType::I32, FileDType::F8_E4M3, FileDType::F8_E5M2}) {
+    EXPECT_FALSE(is_float(other));
+    EXPECT_THROW(to_f32(other, &out, &out, 1), Error);
+  }
 }
 
 TEST(Safetensors, RoundsToNearestEvenBf16) {
-    struct {
-        uint32_t bits;
-        uint16_t want;
-    } cases[] = {
-        {0x3f800000, 0x3f80}, {0x3f807fff, 0x3f80}, {0x3f808000, 0x3f80}, {0x3f808001, 0x3f81},
-        {0x3f818000, 0x3f82}, {0xbf818000, 0xbf82}, {0x7f7fffff, 0x7f80}, {0x7f800000, 0x7f80},
-        {0x00000001, 0x0000}, {0x80000000, 0x8000}, {0x7f800001, 0x7fc0}, {0xffffffff, 0xffff},
-    };
-    for (const auto& c : cases) {
-        float value;
-        memcpy(&value, &c.bits, 4);
-        uint16_t got;
-        f32_to_bf16(&value, &got, 1);
-        EXPECT_EQ(got, c.want) << std::hex << c.bits;
-    }
-    for (uint32_t i = 0; i < 65536; i++) {  // every bf16 survives
-        const uint16_t bits = uint16_t(i);
-        float wide;
-        uint16_t back;
-        to_f32(FileDType::BF16, &bits, &wide, 1);
-        f32_to_bf16(&wide, &back, 1);
-        ASSERT_TRUE(std::isnan(wide) || back == bits) << bits << " " << back;
-    }
+  struct {
+    uint32_t bits;
+    uint16_t want;
+  } cases[] = {
+      {0x3f800000, 0x3f80}, {0x3f807fff, 0x3f80}, {0x3f808000, 0x3f80}, {0x3f808001, 0x3f81},
+      {0x3f818000, 0x3f82}, {0xbf818000, 0xbf82}, {0x7f7fffff, 0x7f80}, {0x7f800000, 0x7f80},
+      {0x00000001, 0x0000}, {0x80000000, 0x8000}, {0x7f800001, 0x7fc0}, {0xffffffff, 0xffff},
+  };
+  for (const auto& c : cases) {
+    float value;
+    memcpy(&value, &c.bits, 4);
+    uint16_t got;
+    f32_to_bf16(&value, &got, 1);
+    EXPECT_EQ(got, c.want) << std::hex << c.bits;
+  }
+  for (uint32_t i = 0; i < 65536; i++) {  // every bf16 survives
+    const uint16_t bits = uint16_t(i);
+    float wide;
+    uint16_t back;
+    to_f32(FileDType::BF16, &bits, &wide, 1);
+    f32_to_bf16(&wide, &back, 1);
+    ASSERT_TRUE(std::isnan(wide) || back == bits) << bits << " " << back;
+  }
 }
 
 }  // namespace pith

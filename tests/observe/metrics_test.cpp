@@ -16,211 +16,211 @@ namespace pith {
 namespace fs = std::filesystem;
 
 static std::string fresh_file(const char* name) {
-    const std::string folder = testing::TempDir() + "pith_" + name + "_" + std::to_string(getpid());
-    fs::remove_all(folder);
-    fs::create_directories(folder);
-    return folder + "/metrics.jsonl";
+  const std::string folder = testing::TempDir() + "pith_" + name + "_" + std::to_string(getpid());
+  fs::remove_all(folder);
+  fs::create_directories(folder);
+  return folder + "/metrics.jsonl";
 }
 
 static StepMetrics sample(int64_t step) {
-    StepMetrics m;
-    m.step = step;
-    m.steps = 100;
-    m.loss = 4.12345 + static_cast<double>(step);
-    m.learning_rate = 1e-3 / 3;
-    m.gradient_norm = 0.5;
-    m.tokens = 8192;
-    m.seconds = 0.25;
-    return m;
+  StepMetrics m;
+  m.step = step;
+  m.steps = 100;
+  m.loss = 4.12345 + static_cast<double>(step);
+  m.learning_rate = 1e-3 / 3;
+  m.gradient_norm = 0.5;
+  m.tokens = 8192;
+  m.seconds = 0.25;
+  return m;
 }
 
 static StepMetrics full_sample(int64_t step) {
-    StepMetrics m = sample(step);
-    m.balance_loss = {1.5, 1.25};
-    m.clipped = m.skipped = m.forced_balanced = true;
-    m.mfu = 0.412;
-    m.peak_memory_bytes = 1.25 * (1 << 30);
-    m.checkpoint_stall_s = 0.125;
-    m.left_s = 200;
-    m.eval_loss = 4.5;
-    m.load = {{1.5, 1.25, 0.125, 0.75}, {2, 1.75, 0, 0.5}};
-    return m;
+  StepMetrics m = sample(step);
+  m.balance_loss = {1.5, 1.25};
+  m.clipped = m.skipped = m.forced_balanced = true;
+  m.mfu = 0.412;
+  m.peak_memory_bytes = 1.25 * (1 << 30);
+  m.checkpoint_stall_s = 0.125;
+  m.left_s = 200;
+  m.eval_loss = 4.5;
+  m.load = {{1.5, 1.25, 0.125, 0.75}, {2, 1.75, 0, 0.5}};
+  return m;
 }
 
 TEST(ExpertLoad, HandCounted) {
-    const double ln2 = std::log(2.0), ln4 = std::log(4.0);
-    struct {
-        std::vector<double> counts;
-        int experts;
-        std::vector<ExpertLoad> want;
-    } cases[] = {
-        {{5, 5, 5, 5}, 4, {{1, 1, 0, 1}}},            // balance
-        {{0, 8, 0, 0}, 4, {{4, 4, 0.75, 0}}},         // one expert
-        {{4, 0, 4, 0}, 4, {{2, 2, 0.5, ln2 / ln4}}},  // two of four
-        {{7}, 1, {{1, 1, 0, 1}}},                     // one there is
-        {{0, 0}, 2, {{0, 0, 0, 0}}},                  // no tokens
-        {{1, 1, 3, 1, 0, 2},
-         2,
-         {{1, 1, 0, 1},
-          {1.5, 1.5, 0, -(0.75 * std::log(0.75) + 0.25 * std::log(0.25)) / ln2},
-          {2, 2, 0.5, 0}}},
-        {{}, 3, {}},
-    };
-    for (const auto& c : cases) {
-        const std::vector<ExpertLoad> got = expert_load(c.counts, c.experts);
-        ASSERT_EQ(got.size(), c.want.size());
-        for (size_t l = 0; l < got.size(); l++) {
-            EXPECT_DOUBLE_EQ(got[l].max_over_mean, c.want[l].max_over_mean);
-            EXPECT_DOUBLE_EQ(got[l].p95_over_mean, c.want[l].p95_over_mean);
-            EXPECT_DOUBLE_EQ(got[l].dead_share, c.want[l].dead_share);
-            EXPECT_NEAR(got[l].entropy, c.want[l].entropy, 1e-15);
-        }
+  const double ln2 = std::log(2.0), ln4 = std::log(4.0);
+  struct {
+    std::vector<double> counts;
+    int experts;
+    std::vector<ExpertLoad> want;
+  } cases[] = {
+      {{5, 5, 5, 5}, 4, {{1, 1, 0, 1}}},            // balance
+      {{0, 8, 0, 0}, 4, {{4, 4, 0.75, 0}}},         // one expert
+      {{4, 0, 4, 0}, 4, {{2, 2, 0.5, ln2 / ln4}}},  // two of four
+      {{7}, 1, {{1, 1, 0, 1}}},                     // one there is
+      {{0, 0}, 2, {{0, 0, 0, 0}}},                  // no tokens
+      {{1, 1, 3, 1, 0, 2},
+       2,
+       {{1, 1, 0, 1},
+        {1.5, 1.5, 0, -(0.75 * std::log(0.75) + 0.25 * std::log(0.25)) / ln2},
+        {2, 2, 0.5, 0}}},
+      {{}, 3, {}},
+  };
+  for (const auto& c : cases) {
+    const std::vector<ExpertLoad> got = expert_load(c.counts, c.experts);
+    ASSERT_EQ(got.size(), c.want.size());
+    for (size_t l = 0; l < got.size(); l++) {
+      EXPECT_DOUBLE_EQ(got[l].max_over_mean, c.want[l].max_over_mean);
+      EXPECT_DOUBLE_EQ(got[l].p95_over_mean, c.want[l].p95_over_mean);
+      EXPECT_DOUBLE_EQ(got[l].dead_share, c.want[l].dead_share);
+      EXPECT_NEAR(got[l].entropy, c.want[l].entropy, 1e-15);
     }
-    // Of 40 experts 38 (95%) hold at most the 38th smallest count.
-    std::vector<double> counts(40, 1);
-    counts[3] = 11, counts[17] = 31, counts[20] = 21;
-    EXPECT_DOUBLE_EQ(expert_load(counts, 40)[0].p95_over_mean, 11 / 2.5);
-    EXPECT_DOUBLE_EQ(expert_load(counts, 40)[0].max_over_mean, 31 / 2.5);
+  }
+  // Of 40 experts 38 (95%) hold at most the 38th smallest count.
+  std::vector<double> counts(40, 1);
+  counts[3] = 11, counts[17] = 31, counts[20] = 21;
+  EXPECT_DOUBLE_EQ(expert_load(counts, 40)[0].p95_over_mean, 11 / 2.5);
+  EXPECT_DOUBLE_EQ(expert_load(counts, 40)[0].max_over_mean, 31 / 2.5);
 }
 
 TEST(Metrics, StepLine) {
-    StepMetrics infinite = sample(3);
-    infinite.loss = INFINITY;
-    infinite.gradient_norm = NAN;
-    infinite.seconds = 0;
-    struct {
-        StepMetrics metrics;
-        const char* line;
-    } cases[] = {
-        {sample(1),
-         "step 00000001/00000100 | step-time 0.250 sec | cross-entropy-loss 5.1235 | "
-         "learning-rate 3.333333e-04 | gradient-norm 0.5000 | tokens-per-second 32,768"},
-        {full_sample(2),
-         "step 00000002/00000100 | step-time 0.250 sec | cross-entropy-loss 6.1235 | "
-         "load-balance-loss 1.375000 | learning-rate 3.333333e-04 | gradient-norm 0.5000 | "
-         "tokens-per-second 32,768 | peak-memory 1.25 GiB | mfu 41.2% | eval-loss 4.5000 | "
-         "checkpoint-stall 0.125 sec | left 3 min 20 s | UPDATE SKIPPED: not finite | "
-         "ROUTER FORCED: balanced"},
-        {infinite,
-         "step 00000003/00000100 | step-time 0.000 sec | cross-entropy-loss inf | "
-         "learning-rate 3.333333e-04 | gradient-norm nan | tokens-per-second 0"},
-    };
-    for (const auto& c : cases) EXPECT_EQ(step_line(c.metrics), c.line);
+  StepMetrics infinite = sample(3);
+  infinite.loss = INFINITY;
+  infinite.gradient_norm = NAN;
+  infinite.seconds = 0;
+  struct {
+    StepMetrics metrics;
+    const char* line;
+  } cases[] = {
+      {sample(1),
+       "step 00000001/00000100 | step-time 0.250 sec | cross-entropy-loss 5.1235 | "
+       "learning-rate 3.333333e-04 | gradient-norm 0.5000 | tokens-per-second 32,768"},
+      {full_sample(2),
+       "step 00000002/00000100 | step-time 0.250 sec | cross-entropy-loss 6.1235 | "
+       "load-balance-loss 1.375000 | learning-rate 3.333333e-04 | gradient-norm 0.5000 | "
+       "tokens-per-second 32,768 | peak-memory 1.25 GiB | mfu 41.2% | eval-loss 4.5000 | "
+       "checkpoint-stall 0.125 sec | left 3 min 20 s | UPDATE SKIPPED: not finite | "
+       "ROUTER FORCED: balanced"},
+      {infinite,
+       "step 00000003/00000100 | step-time 0.000 sec | cross-entropy-loss inf | "
+       "learning-rate 3.333333e-04 | gradient-norm nan | tokens-per-second 0"},
+  };
+  for (const auto& c : cases) EXPECT_EQ(step_line(c.metrics), c.line);
 }
 
 TEST(Metrics, JsonFields) {
-    EXPECT_EQ(step_json(full_sample(2)),
-              R"({"step": 2, "steps": 100, "cross_entropy_loss": 6.12345, )"
-              R"("learning_rate": 0.0003333333333333333, "gradient_norm": 0.5, )"
-              R"("step_time": 0.25, "peak_memory": 1342177280.0, "checkpoint_stall": 0.125, )"
-              R"("clipped": true, "skipped": true, "tokens": 8192, )"
-              R"("tokens_per_second": 32768.0, "mfu": 0.412, "eval_loss": 4.5, )"
-              R"("router_forced": "balanced", )"
-              R"("load_balance_loss": 1.375, "load_balance_loss_per_layer": [1.5, 1.25], )"
-              R"("expert_load_max": [1.5, 2.0], "expert_load_p95": [1.25, 1.75], )"
-              R"("expert_load_dead": [0.125, 0.0], "expert_load_entropy": [0.75, 0.5]})");
-    const Json plain = Json::parse(step_json(sample(1)), "line");
-    for (const char* key :
-         {"load_balance_loss", "mfu", "eval_loss", "router_forced", "expert_load_max"})
-        EXPECT_FALSE(plain.has(key)) << key;
+  EXPECT_EQ(step_json(full_sample(2)),
+            R"({"step": 2, "steps": 100, "cross_entropy_loss": 6.12345, )"
+            R"("learning_rate": 0.0003333333333333333, "gradient_norm": 0.5, )"
+            R"("step_time": 0.25, "peak_memory": 1342177280.0, "checkpoint_stall": 0.125, )"
+            R"("clipped": true, "skipped": true, "tokens": 8192, )"
+            R"("tokens_per_second": 32768.0, "mfu": 0.412, "eval_loss": 4.5, )"
+            R"("router_forced": "balanced", )"
+            R"("load_balance_loss": 1.375, "load_balance_loss_per_layer": [1.5, 1.25], )"
+            R"("expert_load_max": [1.5, 2.0], "expert_load_p95": [1.25, 1.75], )"
+            R"("expert_load_dead": [0.125, 0.0], "expert_load_entropy": [0.75, 0.5]})");
+  const Json plain = Json::parse(step_json(sample(1)), "line");
+  for (const char* key :
+       {"load_balance_loss", "mfu", "eval_loss", "router_forced", "expert_load_max"})
+    EXPECT_FALSE(plain.has(key)) << key;
 }
 
 TEST(MetricsFile, ReadsBackWhatWasWritten) {
-    const std::string path = fresh_file("metrics");
-    StepMetrics bad = sample(2);
-    bad.loss = NAN;
-    bad.eval_loss = INFINITY;
-    {
-        MetricsFile file(path, 0);
-        for (const StepMetrics& m : {full_sample(1), bad, sample(3)}) file.append(m);
-        file.sync();
-    }
-    std::vector<StepMetrics> got = read_metrics(path);
-    ASSERT_EQ(got.size(), 3u);
-    EXPECT_TRUE(std::isnan(got[1].loss) && std::isnan(*got[1].eval_loss));
-    EXPECT_FALSE(got[2].eval_loss.has_value());
-    got[0].left_s = 200;  // not kept
-    EXPECT_EQ(step_json(got[0]), step_json(full_sample(1)));
-    EXPECT_EQ(step_line(got[0]), step_line(full_sample(1)));
-    EXPECT_EQ(step_json(got[2]), step_json(sample(3)));
+  const std::string path = fresh_file("metrics");
+  StepMetrics bad = sample(2);
+  bad.loss = NAN;
+  bad.eval_loss = INFINITY;
+  {
+    MetricsFile file(path, 0);
+    for (const StepMetrics& m : {full_sample(1), bad, sample(3)}) file.append(m);
+    file.sync();
+  }
+  std::vector<StepMetrics> got = read_metrics(path);
+  ASSERT_EQ(got.size(), 3u);
+  EXPECT_TRUE(std::isnan(got[1].loss) && std::isnan(*got[1].eval_loss));
+  EXPECT_FALSE(got[2].eval_loss.has_value());
+  got[0].left_s = 200;  // not kept
+  EXPECT_EQ(step_json(got[0]), step_json(full_sample(1)));
+  EXPECT_EQ(step_line(got[0]), step_line(full_sample(1)));
+  EXPECT_EQ(step_json(got[2]), step_json(sample(3)));
 }
 
 TEST(MetricsFile, ContinuesBehindAStep) {
-    const auto line = [](int64_t step) { return step_json(sample(step)) + "\n"; };
-    const std::string three = line(1) + line(2) + line(3), torn = line(4);
-    struct {
-        const char* what;
-        std::string before;
-        int64_t last_step;
-        std::string kept;
-    } cases[] = {
-        {"no file", "", 0, ""},
-        {"a new run", three, 0, ""},
-        {"cut back", three, 2, line(1) + line(2)},
-        {"nothing to cut", three, 3, three},
-        {"behind the end", three, 9, three},
-        {"torn last line", three + torn.substr(0, torn.size() / 2), 9, three},
-        {"without its newline", three + torn.substr(0, torn.size() - 1), 9, three},
-        {"zeroed tail", three + std::string(100, '\0'), 9, three},
-        {"torn and cut", three + torn.substr(0, 30), 1, line(1)},
-        {"damage in the middle", line(1) + "{\"step\":2,\"lo\n" + line(3), 9, line(1)},
-        {"not metrics", "hello\n" + three, 9, ""},
-        {"steps run backwards", line(2) + line(1), 9, line(2)},
-    };
-    for (const auto& c : cases) {
-        const std::string path = fresh_file("metrics_cut");
-        if (!c.before.empty()) std::ofstream(path, std::ios::binary) << c.before;
-        {
-            MetricsFile file(path, c.last_step);
-            EXPECT_EQ(read_text_file(path), c.kept) << c.what;
-            file.append(sample(50));
-        }
-        EXPECT_EQ(read_text_file(path), c.kept + line(50)) << c.what;
+  const auto line = [](int64_t step) { return step_json(sample(step)) + "\n"; };
+  const std::string three = line(1) + line(2) + line(3), torn = line(4);
+  struct {
+    const char* what;
+    std::string before;
+    int64_t last_step;
+    std::string kept;
+  } cases[] = {
+      {"no file", "", 0, ""},
+      {"a new run", three, 0, ""},
+      {"cut back", three, 2, line(1) + line(2)},
+      {"nothing to cut", three, 3, three},
+      {"behind the end", three, 9, three},
+      {"torn last line", three + torn.substr(0, torn.size() / 2), 9, three},
+      {"without its newline", three + torn.substr(0, torn.size() - 1), 9, three},
+      {"zeroed tail", three + std::string(100, '\0'), 9, three},
+      {"torn and cut", three + torn.substr(0, 30), 1, line(1)},
+      {"damage in the middle", line(1) + "{\"step\":2,\"lo\n" + line(3), 9, line(1)},
+      {"not metrics", "hello\n" + three, 9, ""},
+      {"steps run backwards", line(2) + line(1), 9, line(2)},
+  };
+  for (const auto& c : cases) {
+    const std::string path = fresh_file("metrics_cut");
+    if (!c.before.empty()) std::ofstream(path, std::ios::binary) << c.before;
+    {
+      MetricsFile file(path, c.last_step);
+      EXPECT_EQ(read_text_file(path), c.kept) << c.what;
+      file.append(sample(50));
     }
+    EXPECT_EQ(read_text_file(path), c.kept + line(50)) << c.what;
+  }
 }
 
 // The limit on a file's size stands for a full disk: the line that does not fit is taken back.
 TEST(MetricsFile, FullDiskKeepsWholeLines) {
-    const std::string path = fresh_file("metrics_full");
-    MetricsFile file(path, 0);
-    file.append(sample(1));
-    const std::string before = read_text_file(path);
-    rlimit old;
-    getrlimit(RLIMIT_FSIZE, &old);
-    const rlimit tight{before.size() + 20, old.rlim_max};
-    const auto handler = signal(SIGXFSZ, SIG_IGN);
-    setrlimit(RLIMIT_FSIZE, &tight);
-    file.append(sample(2));
-    setrlimit(RLIMIT_FSIZE, &old);
-    signal(SIGXFSZ, handler);
-    EXPECT_EQ(read_text_file(path), before);
-    file.append(sample(3));
-    EXPECT_EQ(read_metrics(path).size(), 2u);
+  const std::string path = fresh_file("metrics_full");
+  MetricsFile file(path, 0);
+  file.append(sample(1));
+  const std::string before = read_text_file(path);
+  rlimit old;
+  getrlimit(RLIMIT_FSIZE, &old);
+  const rlimit tight{before.size() + 20, old.rlim_max};
+  const auto handler = signal(SIGXFSZ, SIG_IGN);
+  setrlimit(RLIMIT_FSIZE, &tight);
+  file.append(sample(2));
+  setrlimit(RLIMIT_FSIZE, &old);
+  signal(SIGXFSZ, handler);
+  EXPECT_EQ(read_text_file(path), before);
+  file.append(sample(3));
+  EXPECT_EQ(read_metrics(path).size(), 2u);
 }
 
 TEST(MetricsFile, DamageIsRefusedByLine) {
-    const std::string whole = step_json(sample(1)) + "\n";
-    struct {
-        std::string bytes;
-        const char* error;
-    } cases[] = {
-        {whole + "{\"step\":2,\n" + whole, "metrics.jsonl: line 2: "},
-        {whole + "{\"step\":2}\n", "metrics.jsonl: line 2: "},
-        {"{\"step\":\"x\"}\n", "metrics.jsonl: line 1: step"},
-    };
-    for (const auto& c : cases) {
-        const std::string path = fresh_file("metrics_bad");
-        std::ofstream(path, std::ios::binary) << c.bytes;
-        try {
-            read_metrics(path);
-            ADD_FAILURE() << c.bytes;
-        } catch (const Error& error) {
-            EXPECT_EQ(error.exit_code, kExitBadInput);
-            EXPECT_NE(std::string(error.what()).find(c.error), std::string::npos) << error.what();
-        }
+  const std::string whole = step_json(sample(1)) + "\n";
+  struct {
+    std::string bytes;
+    const char* error;
+  } cases[] = {
+      {whole + "{\"step\":2,\n" + whole, "metrics.jsonl: line 2: "},
+      {whole + "{\"step\":2}\n", "metrics.jsonl: line 2: "},
+      {"{\"step\":\"x\"}\n", "metrics.jsonl: line 1: step"},
+  };
+  for (const auto& c : cases) {
+    const std::string path = fresh_file("metrics_bad");
+    std::ofstream(path, std::ios::binary) << c.bytes;
+    try {
+      read_metrics(path);
+      ADD_FAILURE() << c.bytes;
+    } catch (const Error& error) {
+      EXPECT_EQ(error.exit_code, kExitBadInput);
+      EXPECT_NE(std::string(error.what()).find(c.error), std::string::npos) << error.what();
     }
-    EXPECT_THROW(read_metrics("/no/such/metrics.jsonl"), Error);
-    EXPECT_THROW(MetricsFile("/no/such/metrics.jsonl", 0), Error);
+  }
+  EXPECT_THROW(read_metrics("/no/such/metrics.jsonl"), Error);
+  EXPECT_THROW(MetricsFile("/no/such/metrics.jsonl", 0), Error);
 }
 
 }  // namespace pith

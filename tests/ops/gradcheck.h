@@ -25,92 +25,92 @@ namespace pith {
 
 // A rank with a tape, on the CPU, in a world of one. Tensors must not outlive it.
 struct TestRank {
-    Allocator allocator;
-    Status status;
-    Tape tape;
-    Rank rank;
-    TestRank() {
-        rank.allocator = &allocator;
-        rank.status = &status;
-        rank.tape = &tape;
+  Allocator allocator;
+  Status status;
+  Tape tape;
+  Rank rank;
+  TestRank() {
+    rank.allocator = &allocator;
+    rank.status = &status;
+    rank.tape = &tape;
+  }
+  TestRank(const TestRank&) = delete;
+  // Normal numbers of standard deviation `std` around `mean`.
+  Tensor random(Dims dims, uint64_t seed = 1, double std = 1, double mean = 0,
+                DType dtype = DType::F64) {
+    Tensor t = empty(rank, dims, DType::F64);
+    for (int64_t i = 0; i < t.numel(); i++) t.as<double>()[i] = mean + std * normal_at(seed, i);
+    return dtype == DType::F64 ? t : cast(t, dtype);
+  }
+  // The given values (of any float dtype's worth), or all zeros when there are none.
+  Tensor floats(Dims dims, const std::vector<double>& values, DType dtype = DType::F64) {
+    Tensor t = zeros(rank, dims, DType::F64);
+    std::copy(values.begin(), values.end(), t.as<double>());
+    return cast(t, dtype);
+  }
+  Tensor ints(Dims dims, const std::vector<int32_t>& values) {
+    return tensor_from(rank, dims, DType::I32, values.data());
+  }
+  Tensor mask(Dims dims, const std::vector<uint8_t>& values) {
+    return tensor_from(rank, dims, DType::U8, values.data());
+  }
+  // A copy in this rank's memory; a float tensor becomes `dtype`.
+  Tensor cast(const Tensor& x, DType dtype) {
+    if (!x.defined()) return x;
+    if (!is_float(x.dtype)) return tensor_from(rank, x.dim, x.dtype, x.data);
+    Tensor y = empty(rank, x.dim, dtype);
+    for (int64_t i = 0; i < x.numel(); i++) {
+      const double v = x.dtype == DType::F64 ? x.as<double>()[i] : x.f32()[i];
+      if (dtype == DType::F64)
+        y.as<double>()[i] = v;
+      else
+        y.f32()[i] = static_cast<float>(v);
     }
-    TestRank(const TestRank&) = delete;
-    // Normal numbers of standard deviation `std` around `mean`.
-    Tensor random(Dims dims, uint64_t seed = 1, double std = 1, double mean = 0,
-                  DType dtype = DType::F64) {
-        Tensor t = empty(rank, dims, DType::F64);
-        for (int64_t i = 0; i < t.numel(); i++) t.as<double>()[i] = mean + std * normal_at(seed, i);
-        return dtype == DType::F64 ? t : cast(t, dtype);
-    }
-    // The given values (of any float dtype's worth), or all zeros when there are none.
-    Tensor floats(Dims dims, const std::vector<double>& values, DType dtype = DType::F64) {
-        Tensor t = zeros(rank, dims, DType::F64);
-        std::copy(values.begin(), values.end(), t.as<double>());
-        return cast(t, dtype);
-    }
-    Tensor ints(Dims dims, const std::vector<int32_t>& values) {
-        return tensor_from(rank, dims, DType::I32, values.data());
-    }
-    Tensor mask(Dims dims, const std::vector<uint8_t>& values) {
-        return tensor_from(rank, dims, DType::U8, values.data());
-    }
-    // A copy in this rank's memory; a float tensor becomes `dtype`.
-    Tensor cast(const Tensor& x, DType dtype) {
-        if (!x.defined()) return x;
-        if (!is_float(x.dtype)) return tensor_from(rank, x.dim, x.dtype, x.data);
-        Tensor y = empty(rank, x.dim, dtype);
-        for (int64_t i = 0; i < x.numel(); i++) {
-            const double v = x.dtype == DType::F64 ? x.as<double>()[i] : x.f32()[i];
-            if (dtype == DType::F64)
-                y.as<double>()[i] = v;
-            else
-                y.f32()[i] = static_cast<float>(v);
-        }
-        return y;
-    }
+    return y;
+  }
 };
 
 // The elements of any tensor; those of a weight's accumulator for `grad`.
 inline std::vector<double> values_at(const char* data, DType dtype, int64_t n) {
-    std::vector<double> v(n);
-    for (int64_t i = 0; i < n; i++) {
-        if (dtype == DType::F64)
-            v[i] = reinterpret_cast<const double*>(data)[i];
-        else if (dtype == DType::F32)
-            v[i] = reinterpret_cast<const float*>(data)[i];
-        else if (dtype == DType::I32)
-            v[i] = reinterpret_cast<const int32_t*>(data)[i];
-        else
-            v[i] = reinterpret_cast<const uint8_t*>(data)[i];
-    }
-    return v;
+  std::vector<double> v(n);
+  for (int64_t i = 0; i < n; i++) {
+    if (dtype == DType::F64)
+      v[i] = reinterpret_cast<const double*>(data)[i];
+    else if (dtype == DType::F32)
+      v[i] = reinterpret_cast<const float*>(data)[i];
+    else if (dtype == DType::I32)
+      v[i] = reinterpret_cast<const int32_t*>(data)[i];
+    else
+      v[i] = reinterpret_cast<const uint8_t*>(data)[i];
+  }
+  return v;
 }
 inline std::vector<double> values_of(const Tensor& t) {
-    return values_at(t.data, t.dtype, t.numel());
+  return values_at(t.data, t.dtype, t.numel());
 }
 
 // ||a - b|| / ||b||, or ||a - b|| where b is zero.
 inline double relative_error(const std::vector<double>& a, const std::vector<double>& b) {
-    if (a.size() != b.size()) return INFINITY;
-    double diff = 0, norm = 0;
-    for (size_t i = 0; i < a.size(); i++) {
-        diff += (a[i] - b[i]) * (a[i] - b[i]);
-        norm += b[i] * b[i];
-    }
-    return std::sqrt(norm > 0 ? diff / norm : diff);
+  if (a.size() != b.size()) return INFINITY;
+  double diff = 0, norm = 0;
+  for (size_t i = 0; i < a.size(); i++) {
+    diff += (a[i] - b[i]) * (a[i] - b[i]);
+    norm += b[i] * b[i];
+  }
+  return std::sqrt(norm > 0 ? diff / norm : diff);
 }
 inline double relative_error(const Tensor& a, const Tensor& b) {
-    return relative_error(values_of(a), values_of(b));
+  return relative_error(values_of(a), values_of(b));
 }
 
 struct GradcheckOptions {
-    double tolerance = 1e-6;      // of an element, relative to it or to its tensor's rms
-    double step = 1e-5;           // of the central difference
-    double f32_tolerance = 1e-5;  // relative L2 of F32 values and gradients; 0: no F32 run
-    int max_elements = 200;       // elements of an input that are checked, spread over it
-    unsigned constants = 0;       // bit i: input i is a float without a gradient
-    double cotangent = 0;         // != 0: every output's gradient, instead of random numbers (for
-                                  // a terminal op, which takes it as given)
+  double tolerance = 1e-6;      // of an element, relative to it or to its tensor's rms
+  double step = 1e-5;           // of the central difference
+  double f32_tolerance = 1e-5;  // relative L2 of F32 values and gradients; 0: no F32 run
+  int max_elements = 200;       // elements of an input that are checked, spread over it
+  unsigned constants = 0;       // bit i: input i is a float without a gradient
+  double cotangent = 0;         // != 0: every output's gradient, instead of random numbers (for
+                                // a terminal op, which takes it as given)
 };
 
 namespace gradcheck_detail {
@@ -119,18 +119,18 @@ using Values = std::vector<std::vector<double>>;
 
 // How the inputs are given to the function, and which outputs get a gradient.
 struct Mode {
-    DType dtype = DType::F64;
-    bool tape = true;
-    bool weights = false;   // inputs have accumulators, which start at `start`
-    bool deferred = false;  // weight gradients in a second pass
-    double start = 0;
-    int only_input = -1;   // >= 0: the others are constants
-    int only_output = -1;  // >= 0: the others get no gradient
-    int uses = 1;          // times the function is applied to the same inputs
+  DType dtype = DType::F64;
+  bool tape = true;
+  bool weights = false;   // inputs have accumulators, which start at `start`
+  bool deferred = false;  // weight gradients in a second pass
+  double start = 0;
+  int only_input = -1;   // >= 0: the others are constants
+  int only_output = -1;  // >= 0: the others get no gradient
+  int uses = 1;          // times the function is applied to the same inputs
 };
 struct Result {
-    Values outputs, grads;  // grads: one an input, empty where none arrived
-    size_t nodes = 0;
+  Values outputs, grads;  // grads: one an input, empty where none arrived
+  size_t nodes = 0;
 };
 
 inline TensorList as_list(const Tensor& t) { return {t}; }
@@ -138,163 +138,161 @@ inline TensorList as_list(const TensorList& t) { return t; }
 
 template <class F>
 struct Checker {
-    std::string name;
-    const std::vector<Tensor>& inputs;
-    F& f;
-    GradcheckOptions o;
+  std::string name;
+  const std::vector<Tensor>& inputs;
+  F& f;
+  GradcheckOptions o;
 
-    bool differentiable(int i) const {
-        return inputs[i].defined() && is_float(inputs[i].dtype) && !(o.constants >> i & 1);
-    }
-    // The gradient given to output `out`.
-    double cotangent(int out, int64_t i) const {
-        return o.cotangent != 0 ? o.cotangent : normal_at(1000 + out, i);
-    }
+  bool differentiable(int i) const {
+    return inputs[i].defined() && is_float(inputs[i].dtype) && !(o.constants >> i & 1);
+  }
+  // The gradient given to output `out`.
+  double cotangent(int out, int64_t i) const {
+    return o.cotangent != 0 ? o.cotangent : normal_at(1000 + out, i);
+  }
 
-    Result run(const Mode& mode) const {
-        TestRank t;
-        if (!mode.tape) t.rank.tape = nullptr;
-        TensorList xs;
-        std::vector<Tensor> accumulators(inputs.size());
-        for (size_t i = 0; i < inputs.size(); i++) {
-            Tensor x = t.cast(inputs[i], mode.dtype);
-            const bool wanted = mode.tape && differentiable(i) &&
-                                (mode.only_input < 0 || mode.only_input == int(i));
-            if (wanted && mode.weights) {
-                accumulators[i] =
-                    t.floats(x.dim, std::vector<double>(x.numel(), mode.start), mode.dtype);
-                x.grad = accumulators[i].data;
-                // An empty weight has no bytes, yet is a weight.
-                if (!x.grad) x.grad = reinterpret_cast<char*>(&t);
-                x.name = "weight";
-            } else if (wanted) {
-                make_leaf(t.rank, x);
-            }
-            xs.push(x);
-        }
-        Result result;
-        for (int use = 0; use < mode.uses; use++) {
-            TensorList ys = as_list(f(t.rank, xs));
-            result.outputs.clear();
-            for (int k = 0; k < ys.count; k++) {
-                result.outputs.push_back(values_of(ys[k]));
-                if (mode.tape) seed(t, ys[k], k, mode);
-            }
-        }
-        result.nodes = t.tape.nodes.size();
-        if (!mode.tape) return result;
-        backward(t.rank, 0, t.tape.size(), mode.deferred);
-        if (mode.deferred) weight_grads(t.rank, t.tape, 0, t.tape.size());
-        for (size_t i = 0; i < inputs.size(); i++) {
-            Tensor g = mode.weights ? accumulators[i] : grad_of(t.tape, xs[i]);
-            if (g.defined() && g.dim == xs[i].dim)
-                result.grads.push_back(values_of(g));
-            else
-                result.grads.emplace_back();
-        }
-        return result;
+  Result run(const Mode& mode) const {
+    TestRank t;
+    if (!mode.tape) t.rank.tape = nullptr;
+    TensorList xs;
+    std::vector<Tensor> accumulators(inputs.size());
+    for (size_t i = 0; i < inputs.size(); i++) {
+      Tensor x = t.cast(inputs[i], mode.dtype);
+      const bool wanted =
+          mode.tape && differentiable(i) && (mode.only_input < 0 || mode.only_input == int(i));
+      if (wanted && mode.weights) {
+        accumulators[i] = t.floats(x.dim, std::vector<double>(x.numel(), mode.start), mode.dtype);
+        x.grad = accumulators[i].data;
+        // An empty weight has no bytes, yet is a weight.
+        if (!x.grad) x.grad = reinterpret_cast<char*>(&t);
+        x.name = "weight";
+      } else if (wanted) {
+        make_leaf(t.rank, x);
+      }
+      xs.push(x);
     }
+    Result result;
+    for (int use = 0; use < mode.uses; use++) {
+      TensorList ys = as_list(f(t.rank, xs));
+      result.outputs.clear();
+      for (int k = 0; k < ys.count; k++) {
+        result.outputs.push_back(values_of(ys[k]));
+        if (mode.tape) seed(t, ys[k], k, mode);
+      }
+    }
+    result.nodes = t.tape.nodes.size();
+    if (!mode.tape) return result;
+    backward(t.rank, 0, t.tape.size(), mode.deferred);
+    if (mode.deferred) weight_grads(t.rank, t.tape, 0, t.tape.size());
+    for (size_t i = 0; i < inputs.size(); i++) {
+      Tensor g = mode.weights ? accumulators[i] : grad_of(t.tape, xs[i]);
+      if (g.defined() && g.dim == xs[i].dim)
+        result.grads.push_back(values_of(g));
+      else
+        result.grads.emplace_back();
+    }
+    return result;
+  }
 
-    void seed(TestRank& t, const Tensor& y, int k, const Mode& mode) const {
-        if (!is_float(y.dtype) || !y.needs_grad()) return;
-        if (mode.only_output >= 0 && mode.only_output != k) return;
-        std::vector<double> c(y.numel());
-        for (size_t i = 0; i < c.size(); i++) c[i] = cotangent(k, i);
-        add_grad(t.rank, y, t.floats(y.dim, c, y.dtype));
-    }
+  void seed(TestRank& t, const Tensor& y, int k, const Mode& mode) const {
+    if (!is_float(y.dtype) || !y.needs_grad()) return;
+    if (mode.only_output >= 0 && mode.only_output != k) return;
+    std::vector<double> c(y.numel());
+    for (size_t i = 0; i < c.size(); i++) c[i] = cotangent(k, i);
+    add_grad(t.rank, y, t.floats(y.dim, c, y.dtype));
+  }
 
-    // d(sum of cotangent * output) / d(element e of input i), from two evaluations.
-    double slope(int i, int64_t e) {
-        double* x = inputs[i].template as<double>() + e;
-        const double was = *x, h = o.step * std::max(1.0, std::fabs(was));
-        *x = was + h;
-        const Values up = run({.tape = false}).outputs;
-        const double high = *x;
-        *x = was - h;
-        const Values down = run({.tape = false}).outputs;
-        const double low = *x;
-        *x = was;
-        double sum = 0;
-        for (size_t k = 0; k < up.size(); k++)
-            for (size_t j = 0; j < up[k].size(); j++)
-                if (up[k][j] != down[k][j]) sum += cotangent(k, j) * (up[k][j] - down[k][j]);
-        return sum / (high - low);
-    }
+  // d(sum of cotangent * output) / d(element e of input i), from two evaluations.
+  double slope(int i, int64_t e) {
+    double* x = inputs[i].template as<double>() + e;
+    const double was = *x, h = o.step * std::max(1.0, std::fabs(was));
+    *x = was + h;
+    const Values up = run({.tape = false}).outputs;
+    const double high = *x;
+    *x = was - h;
+    const Values down = run({.tape = false}).outputs;
+    const double low = *x;
+    *x = was;
+    double sum = 0;
+    for (size_t k = 0; k < up.size(); k++)
+      for (size_t j = 0; j < up[k].size(); j++)
+        if (up[k][j] != down[k][j]) sum += cotangent(k, j) * (up[k][j] - down[k][j]);
+    return sum / (high - low);
+  }
 
-    void compare_slopes(int i, const std::vector<double>& got) {
-        const int64_t n = inputs[i].numel();
-        ASSERT_EQ(int64_t(got.size()), n)
-            << name << ": no gradient arrived at input " << i << " " << describe(inputs[i]);
-        double square = 0;
-        for (double g : got) square += g * g;
-        const double floor = std::max(1e-3, n ? std::sqrt(square / n) : 0);
-        const int64_t count = std::min<int64_t>(n, o.max_elements);
-        for (int64_t c = 0; c < count; c++) {
-            // First, last, and evenly between.
-            const int64_t e = count == n ? c : c * (n - 1) / std::max<int64_t>(1, count - 1);
-            const double want = slope(i, e);
-            if (std::fabs(got[e] - want) <= o.tolerance * std::max(std::fabs(want), floor))
-                continue;
-            ADD_FAILURE() << name << ": gradient of input " << i << " " << describe(inputs[i])
-                          << text(", element %ld: got %.12g, want %.12g", long(e), got[e], want);
-            return;
-        }
+  void compare_slopes(int i, const std::vector<double>& got) {
+    const int64_t n = inputs[i].numel();
+    ASSERT_EQ(int64_t(got.size()), n)
+        << name << ": no gradient arrived at input " << i << " " << describe(inputs[i]);
+    double square = 0;
+    for (double g : got) square += g * g;
+    const double floor = std::max(1e-3, n ? std::sqrt(square / n) : 0);
+    const int64_t count = std::min<int64_t>(n, o.max_elements);
+    for (int64_t c = 0; c < count; c++) {
+      // First, last, and evenly between.
+      const int64_t e = count == n ? c : c * (n - 1) / std::max<int64_t>(1, count - 1);
+      const double want = slope(i, e);
+      if (std::fabs(got[e] - want) <= o.tolerance * std::max(std::fabs(want), floor)) continue;
+      ADD_FAILURE() << name << ": gradient of input " << i << " " << describe(inputs[i])
+                    << text(", element %ld: got %.12g, want %.12g", long(e), got[e], want);
+      return;
     }
+  }
 
-    void near(const char* what, const Values& got, const Values& want, double limit) {
-        ASSERT_EQ(got.size(), want.size()) << name << ": " << what;
-        for (size_t k = 0; k < got.size(); k++) {
-            const double error = relative_error(got[k], want[k]);
-            EXPECT_LE(error, limit) << name << ": " << what << ", tensor " << k;
-        }
+  void near(const char* what, const Values& got, const Values& want, double limit) {
+    ASSERT_EQ(got.size(), want.size()) << name << ": " << what;
+    for (size_t k = 0; k < got.size(); k++) {
+      const double error = relative_error(got[k], want[k]);
+      EXPECT_LE(error, limit) << name << ": " << what << ", tensor " << k;
     }
+  }
 
-    // want * a + b, elementwise.
-    static Values scaled(Values v, double a, double b) {
-        for (auto& t : v)
-            for (double& x : t) x = x * a + b;
-        return v;
-    }
+  // want * a + b, elementwise.
+  static Values scaled(Values v, double a, double b) {
+    for (auto& t : v)
+      for (double& x : t) x = x * a + b;
+    return v;
+  }
 
-    void outputs_apart(const Result& full) {
-        Values sum;
-        for (size_t k = 0; k < full.outputs.size(); k++) {
-            const Values g = run({.only_output = int(k)}).grads;
-            if (sum.empty()) sum.resize(g.size());
-            for (size_t i = 0; i < g.size(); i++) {
-                if (sum[i].size() < g[i].size()) sum[i].resize(g[i].size());
-                for (size_t e = 0; e < g[i].size(); e++) sum[i][e] += g[i][e];
-            }
-        }
-        near("gradients, one output at a time", sum, full.grads, 1e-9);
+  void outputs_apart(const Result& full) {
+    Values sum;
+    for (size_t k = 0; k < full.outputs.size(); k++) {
+      const Values g = run({.only_output = int(k)}).grads;
+      if (sum.empty()) sum.resize(g.size());
+      for (size_t i = 0; i < g.size(); i++) {
+        if (sum[i].size() < g[i].size()) sum[i].resize(g[i].size());
+        for (size_t e = 0; e < g[i].size(); e++) sum[i][e] += g[i][e];
+      }
     }
+    near("gradients, one output at a time", sum, full.grads, 1e-9);
+  }
 
-    void check() {
-        const Result full = run({});
-        for (size_t i = 0; i < inputs.size(); i++)
-            if (differentiable(i)) compare_slopes(i, full.grads[i]);
-        const Result again = run({}), plain = run({.tape = false});
-        EXPECT_EQ(full.outputs, again.outputs) << name << ": second run";
-        EXPECT_EQ(full.grads, again.grads) << name << ": second run";
-        EXPECT_EQ(full.outputs, plain.outputs) << name << ": without a tape";
-        EXPECT_GT(full.nodes, 0u) << name << ": nothing was recorded";
-        EXPECT_EQ(plain.nodes, 0u) << name;
-        const Result weights = run({.weights = true, .start = 0.5});
-        near("accumulators that started at 0.5", weights.grads, scaled(full.grads, 1, 0.5), 1e-12);
-        EXPECT_EQ(run({.weights = true, .deferred = true, .start = 0.5}).grads, weights.grads)
-            << name << ": deferred weight gradients";
-        near("inputs used twice", run({.uses = 2}).grads, scaled(full.grads, 2, 0), 1e-12);
-        for (size_t i = 0; i < inputs.size(); i++)
-            if (differentiable(i))
-                near("gradient of one input alone", {run({.only_input = int(i)}).grads[i]},
-                     {full.grads[i]}, 1e-12);
-        if (full.outputs.size() > 1 && o.cotangent == 0) outputs_apart(full);
-        if (o.f32_tolerance > 0) {
-            const Result f32 = run({.dtype = DType::F32});
-            near("F32 values", f32.outputs, full.outputs, o.f32_tolerance);
-            near("F32 gradients", f32.grads, full.grads, o.f32_tolerance);
-        }
+  void check() {
+    const Result full = run({});
+    for (size_t i = 0; i < inputs.size(); i++)
+      if (differentiable(i)) compare_slopes(i, full.grads[i]);
+    const Result again = run({}), plain = run({.tape = false});
+    EXPECT_EQ(full.outputs, again.outputs) << name << ": second run";
+    EXPECT_EQ(full.grads, again.grads) << name << ": second run";
+    EXPECT_EQ(full.outputs, plain.outputs) << name << ": without a tape";
+    EXPECT_GT(full.nodes, 0u) << name << ": nothing was recorded";
+    EXPECT_EQ(plain.nodes, 0u) << name;
+    const Result weights = run({.weights = true, .start = 0.5});
+    near("accumulators that started at 0.5", weights.grads, scaled(full.grads, 1, 0.5), 1e-12);
+    EXPECT_EQ(run({.weights = true, .deferred = true, .start = 0.5}).grads, weights.grads)
+        << name << ": deferred weight gradients";
+    near("inputs used twice", run({.uses = 2}).grads, scaled(full.grads, 2, 0), 1e-12);
+    for (size_t i = 0; i < inputs.size(); i++)
+      if (differentiable(i))
+        near("gradient of one input alone", {run({.only_input = int(i)}).grads[i]}, {full.grads[i]},
+             1e-12);
+    if (full.outputs.size() > 1 && o.cotangent == 0) outputs_apart(full);
+    if (o.f32_tolerance > 0) {
+      const Result f32 = run({.dtype = DType::F32});
+      near("F32 values", f32.outputs, full.outputs, o.f32_tolerance);
+      near("F32 gradients", f32.grads, full.grads, o.f32_tolerance);
     }
+  }
 };
 
 }  // namespace gradcheck_detail
@@ -304,21 +302,21 @@ struct Checker {
 template <class F>
 void gradcheck(const std::string& name, const std::vector<Tensor>& inputs, F f,
                GradcheckOptions options = {}) {
-    gradcheck_detail::Checker<F>{name, inputs, f, options}.check();
+  gradcheck_detail::Checker<F>{name, inputs, f, options}.check();
 }
 
 // f() throws an Error that contains each of `parts`.
 template <class F>
 void expect_error(F f, std::initializer_list<const char*> parts) {
-    try {
-        f();
-    } catch (const Error& e) {
-        for (const char* part : parts)
-            EXPECT_NE(std::string(e.what()).find(part), std::string::npos)
-                << "no '" << part << "' in: " << e.what();
-        return;
-    }
-    ADD_FAILURE() << "no error, expected: " << *parts.begin();
+  try {
+    f();
+  } catch (const Error& e) {
+    for (const char* part : parts)
+      EXPECT_NE(std::string(e.what()).find(part), std::string::npos)
+          << "no '" << part << "' in: " << e.what();
+    return;
+  }
+  ADD_FAILURE() << "no error, expected: " << *parts.begin();
 }
 
 }  // namespace pith
