@@ -8,8 +8,8 @@
 #pragma once
 #include <cstdint>
 #include <memory>
-#include <string>
-#include <vector>
+
+#include "core/check.h"
 
 namespace pith {
 
@@ -17,26 +17,24 @@ namespace pith {
 // as the default. Lists may be repeated.
 class Arguments {
  public:
-  Arguments(const std::string& command, const std::string& about);
+  Arguments(const string& command, const string& about);
   ~Arguments();
 
-  void positional(const std::string& name, std::string& value, const std::string& about,
-                  bool required = true);
-  void option(const std::string& name, std::string& value, const std::string& about);
-  void option(const std::string& name, int64_t& value, const std::string& about,
-              int64_t min = INT64_MIN, int64_t max = INT64_MAX);
-  void option(const std::string& name, double& value, const std::string& about, double min = -1e300,
+  void positional(const string& name, string& value, const string& about, bool required = true);
+  void option(const string& name, string& value, const string& about);
+  void option(const string& name, int64_t& value, const string& about, int64_t min = INT64_MIN,
+              int64_t max = INT64_MAX);
+  void option(const string& name, double& value, const string& about, double min = -1e300,
               double max = 1e300);
   // A value at a time: "--set a=1 --set b=2"; with `separator`, also "a,b".
-  void list(const std::string& name, std::vector<std::string>& values, const std::string& about,
-            char separator = 0);
+  void list(const string& name, vector<string>& values, const string& about, char separator = 0);
   // One or more behind the name: "--input a b".
-  void many(const std::string& name, std::vector<std::string>& values, const std::string& about);
+  void many(const string& name, vector<string>& values, const string& about);
   // One of `choices`. A name without dashes is a required positional.
-  void choice(const std::string& name, std::string& value, const std::vector<std::string>& choices,
-              const std::string& about);
-  void flag(const std::string& name, bool& value, const std::string& about);
-  bool given(const std::string& name) const;
+  void choice(const string& name, string& value, const vector<string>& choices,
+              const string& about);
+  void flag(const string& name, bool& value, const string& about);
+  bool given(const string& name) const;
 
   // False when --help was asked for and printed. Exit code 2, naming the command and the
   // argument, for a wrong command line.

@@ -13,7 +13,7 @@ namespace pith {
 namespace {
 struct Examined {
   CheckpointFolder folder;
-  std::string error;  // empty: it is good
+  string error;  // empty: it is good
   int64_t bytes = 0, tensors = 0;
   Mesh mesh;
 };
@@ -26,7 +26,7 @@ Examined examine(const CheckpointFolder& folder, bool whole) {
     const Checkpoint c = open_checkpoint(folder.path);
     e.folder.step = c.state.step;
     e.mesh = c.mesh;
-    e.tensors = static_cast<int64_t>(c.tensors.size());
+    e.tensors = int64_t(c.tensors.size());
     for (const StoredFile& file : c.files) e.bytes += file.bytes;
     if (whole) verify(c);
   } catch (const Error& error) {
@@ -35,7 +35,7 @@ Examined examine(const CheckpointFolder& folder, bool whole) {
   return e;
 }
 
-void print_json(const std::vector<Examined>& list) {
+void print_json(const vector<Examined>& list) {
   JsonWriter w(2);
   w.array();
   for (const Examined& e : list) {
@@ -48,27 +48,27 @@ void print_json(const std::vector<Examined>& list) {
   printf("%s\n", w.end().str().c_str());
 }
 
-void print_lines(const std::vector<Examined>& list, const char* good) {
+void print_lines(const vector<Examined>& list, const char* good) {
   for (const Examined& e : list) {
     if (!e.error.empty())
       printf("BAD   %s\n      %s\n", e.folder.path.c_str(), e.error.c_str());
     else
       printf("%s  %s  step %s, %s in %s tensors, saved under pp %d, dp %d, cp %d, ep %d\n", good,
              e.folder.path.c_str(), with_commas(e.folder.step).c_str(),
-             bytes_text(static_cast<double>(e.bytes)).c_str(), with_commas(e.tensors).c_str(),
-             e.mesh.pp, e.mesh.dp, e.mesh.cp, e.mesh.ep);
+             bytes_text(double(e.bytes)).c_str(), with_commas(e.tensors).c_str(), e.mesh.pp,
+             e.mesh.dp, e.mesh.cp, e.mesh.ep);
   }
 }
 // ||b - a|| / ||a|| of a weight; ||b|| where a is zero.
 double relative_difference(const WeightSource& a, const WeightSource& b, const Piece& piece) {
-  std::vector<float> x(1 << 18), y(x.size());
-  const int64_t n = piece.dims.numel(), most = static_cast<int64_t>(x.size());
+  vector<float> x(1 << 18), y(x.size());
+  const int64_t n = piece.dims.numel(), most = int64_t(x.size());
   double square = 0, norm = 0;
   for (int64_t at = 0; at < n; at += most) {
     const int64_t count = std::min(most, n - at);
     read_weight(a, piece.name, at, count, x.data());
     read_weight(b, piece.name, at, count, y.data());
-    for (size_t k = 0; k < static_cast<size_t>(count); k++) {
+    for (size_t k = 0; k < size_t(count); k++) {
       square += (double{y[k]} - x[k]) * (double{y[k]} - x[k]);
       norm += double{x[k]} * x[k];
     }
@@ -77,12 +77,12 @@ double relative_difference(const WeightSource& a, const WeightSource& b, const P
 }
 
 // Compares every weight of two folders; exit code 1 if one differs by more than `limit`.
-int diff(const std::string& from, const std::string& to, double limit, bool json) {
+int diff(const string& from, const string& to, double limit, bool json) {
   const WeightSource a = open_weights(from), b = open_weights(to);
   const ParameterTable whole = whole_table(model_config(a));
   check_weights(a, whole);
   check_weights(b, whole);
-  std::vector<std::pair<double, std::string>> all;
+  vector<std::pair<double, string>> all;
   for (const Parameter& parameter : whole)
     for (const Piece& piece : parameter.pieces)
       all.emplace_back(relative_difference(a, b, piece), piece.name);
@@ -109,7 +109,7 @@ int run_checkpoint(int argc, char** argv) {
   Arguments args("pith checkpoint",
                  "Lists a run's checkpoints, reads them whole and checks every checksum, or "
                  "compares the weights of two.");
-  std::string action, folder, other;
+  string action, folder, other;
   double limit = 0;
   bool json = false;
   args.choice("action", action, {"list", "verify", "diff"},
@@ -128,9 +128,9 @@ int run_checkpoint(int argc, char** argv) {
     bad_input("pith checkpoint " + action, "takes one folder and no --limit",
               "pith checkpoint " + action + " " + folder);
   if (action == "diff") return diff(folder, other, limit, json);
-  std::vector<CheckpointFolder> folders = list_checkpoints(folder);
+  vector<CheckpointFolder> folders = list_checkpoints(folder);
   if (folders.empty()) folders.push_back({0, folder});
-  std::vector<Examined> list;
+  vector<Examined> list;
   bool good = true;
   for (const CheckpointFolder& one : folders) {
     list.push_back(examine(one, action == "verify"));

@@ -34,29 +34,29 @@ const char* const kCompanions[] = {"tokenizer.json",
                                    "generation_config.json"};
 
 struct ConvertArguments {
-  std::string action, from, to, tokenizer, dtype = "bf16", max_shard_size = "5GB";
+  string action, from, to, tokenizer, dtype = "bf16", max_shard_size = "5GB";
   bool json = false;
 };
 
 // "5GB", "500MB": decimal, as Hugging Face counts.
-int64_t shard_bytes(const std::string& size) {
+int64_t shard_bytes(const string& size) {
   size_t used = 0;
   double value = 0;
   try {
     value = std::stod(size, &used);
   } catch (const std::exception&) {
   }
-  const std::string unit = size.substr(used);
+  const string unit = size.substr(used);
   const double scale = unit == "GB" ? 1e9 : unit == "MB" ? 1e6 : unit == "KB" ? 1e3 : 0;
   if (!(value * scale >= 1))
     bad_input("--max-shard-size", "is no size (got \"" + size + "\", need one such as 5GB)", "5GB");
-  return static_cast<int64_t>(value * scale);
+  return int64_t(value * scale);
 }
 
 // The result grows under OUT.tmp and is renamed at the end, so that OUT is whole or absent.
 class OutputFolder {
  public:
-  explicit OutputFolder(const std::string& path) : path_(path), temporary_(path + ".tmp") {
+  explicit OutputFolder(const string& path) : path_(path), temporary_(path + ".tmp") {
     std::error_code error;
     if (fs::exists(path_) && !(fs::is_directory(path_) && fs::is_empty(path_, error)))
       bad_input(path_, "is there already and is not an empty folder", "a new folder");
@@ -69,7 +69,7 @@ class OutputFolder {
   ~OutputFolder() {
     if (!done_) remove_folder(temporary_);
   }
-  const std::string& folder() const { return temporary_; }
+  const string& folder() const { return temporary_; }
   void put_in_place() {
     sync_folder(temporary_);
     if (rename(temporary_.c_str(), path_.c_str()) != 0)
@@ -80,15 +80,15 @@ class OutputFolder {
   void done() { done_ = true; }
 
  private:
-  std::string path_, temporary_;
+  string path_, temporary_;
   bool done_ = false;
 };
 
 // Copies tokenizer and generation files. Returns how many.
-int copy_companions(const std::string& from, const std::string& to) {
+int copy_companions(const string& from, const string& to) {
   int copied = 0;
   for (const char* name : kCompanions) {
-    const std::string path = from + "/" + name;
+    const string path = from + "/" + name;
     if (access(path.c_str(), F_OK) != 0) continue;
     write_file_durably(to + "/" + name, read_text_file(path));
     copied++;
@@ -97,8 +97,8 @@ int copy_companions(const std::string& from, const std::string& to) {
 }
 
 // From the folder that was named, or else the one of the weights.
-int copy_companions(const ConvertArguments& a, const WeightSource& source, const std::string& to) {
-  std::string from = a.tokenizer.empty() ? source.folder : a.tokenizer;
+int copy_companions(const ConvertArguments& a, const WeightSource& source, const string& to) {
+  string from = a.tokenizer.empty() ? source.folder : a.tokenizer;
   if (fs::is_regular_file(from)) from = folder_of(from);
   const int copied = copy_companions(from, to);
   if (copied == 0 && !a.tokenizer.empty())
@@ -107,14 +107,14 @@ int copy_companions(const ConvertArguments& a, const WeightSource& source, const
 }
 
 // config.json with the dtype of the weights beside it, which loaders take as their own.
-std::string config_with_dtype(const WeightSource& source, FileDType dtype) {
+string config_with_dtype(const WeightSource& source, FileDType dtype) {
   const Json config = model_config(source);
-  const std::string name = dtype == FileDType::BF16 ? "bfloat16" : "float32";
-  const std::string key = config.has("dtype") ? "dtype" : "torch_dtype";
+  const string name = dtype == FileDType::BF16 ? "bfloat16" : "float32";
+  const string key = config.has("dtype") ? "dtype" : "torch_dtype";
   if (config.string_or(key, "") == name) return source.config;
   JsonWriter w(2);
   w.object();
-  for (const std::string& k : config.keys())
+  for (const string& k : config.keys())
     if (k != key) w.key(k).raw(config[k].dump());
   return w.key(key).value(name).end().str() + "\n";
 }
@@ -124,22 +124,22 @@ struct Converted {
   int files = 0, companions = 0;
 };
 
-std::vector<const Piece*> pieces_of(const ParameterTable& table) {
-  std::vector<const Piece*> list;
+vector<const Piece*> pieces_of(const ParameterTable& table) {
+  vector<const Piece*> list;
   for (const Parameter& parameter : table)
     for (const Piece& piece : parameter.pieces) list.push_back(&piece);
   return list;
 }
 
-std::vector<int64_t> shape_of(const Piece& piece) {
+vector<int64_t> shape_of(const Piece& piece) {
   return {piece.dims.size, piece.dims.size + piece.dims.rank};
 }
 
 // Calls write(bytes, size) with all of a weight in `dtype`, in pieces.
 template <class Write>
 void stream_weight(const WeightSource& source, const Piece& piece, FileDType dtype, Write&& write) {
-  std::vector<float> values(static_cast<size_t>(std::min(kPiece, piece.dims.numel())));
-  std::vector<char> bytes(values.size() * static_cast<size_t>(size_of(dtype)));
+  vector<float> values(size_t(std::min(kPiece, piece.dims.numel())));
+  vector<char> bytes(values.size() * size_t(size_of(dtype)));
   for (int64_t at = 0; at < piece.dims.numel(); at += kPiece) {
     if (stop_requested()) failed("pith convert", "stopped by a signal; nothing was written");
     const int64_t count = std::min(kPiece, piece.dims.numel() - at);
@@ -152,18 +152,18 @@ void stream_weight(const WeightSource& source, const Piece& piece, FileDType dty
 Converted export_hf(const ConvertArguments& a, const WeightSource& source,
                     const ParameterTable& table) {
   const FileDType dtype = a.dtype == "fp32" ? FileDType::F32 : FileDType::BF16;
-  const std::vector<const Piece*> pieces = pieces_of(table);
-  std::vector<TensorDecl> tensors;
-  Converted done{.tensors = static_cast<int64_t>(pieces.size()), .elements = total_numel(table)};
+  const vector<const Piece*> pieces = pieces_of(table);
+  vector<TensorDecl> tensors;
+  Converted done{.tensors = int64_t(pieces.size()), .elements = total_numel(table)};
   for (const Piece* piece : pieces) tensors.push_back({piece->name, dtype, shape_of(*piece)});
   OutputFolder out(a.to);
   ShardedWriter writer(out.folder(), tensors, shard_bytes(a.max_shard_size));
-  Progress progress("exporting", static_cast<double>(done.elements), "values");
+  Progress progress("exporting", double(done.elements), "values");
   int64_t elements = 0;
   for (const Piece* piece : pieces) {
     stream_weight(source, *piece, dtype,
                   [&](const char* bytes, int64_t size) { writer.write(bytes, size); });
-    progress.update(static_cast<double>(elements += piece->dims.numel()));
+    progress.update(double(elements += piece->dims.numel()));
   }
   writer.finish();
   done.files = writer.num_shards();
@@ -176,17 +176,17 @@ Converted export_hf(const ConvertArguments& a, const WeightSource& source,
 // A checkpoint of weights alone. F32 and BF16 stay as they are, others become F32.
 Converted import_hf(const ConvertArguments& a, const WeightSource& source,
                     const ParameterTable& table) {
-  const std::vector<const Piece*> pieces = pieces_of(table);
+  const vector<const Piece*> pieces = pieces_of(table);
   const int64_t most = shard_bytes(a.max_shard_size);
-  Converted done{.tensors = static_cast<int64_t>(pieces.size()), .elements = total_numel(table)};
+  Converted done{.tensors = int64_t(pieces.size()), .elements = total_numel(table)};
   OutputFolder out(a.to);
   Checkpoint all;
   all.state.optimizer = "none";
   all.state.model = source.config;
-  Progress progress("importing", static_cast<double>(done.elements), "values");
+  Progress progress("importing", double(done.elements), "values");
   int64_t elements = 0;
   for (size_t begin = 0, end = 0; begin < pieces.size(); begin = end) {
-    std::vector<FragmentPlan> plan;
+    vector<FragmentPlan> plan;
     int64_t bytes = 0;
     for (; end < pieces.size(); end++) {
       const Piece& piece = *pieces[end];
@@ -203,7 +203,7 @@ Converted import_hf(const ConvertArguments& a, const WeightSource& source,
     for (size_t i = begin; i < end; i++) {
       stream_weight(source, *pieces[i], plan[i - begin].dtype,
                     [&](const char* data, int64_t size) { writer.write(data, size); });
-      progress.update(static_cast<double>(elements += pieces[i]->dims.numel()));
+      progress.update(double(elements += pieces[i]->dims.numel()));
     }
     add_fragments(all, writer.finish());
   }

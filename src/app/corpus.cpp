@@ -31,7 +31,7 @@ static void print_json(const CorpusSummary& s) {
 }
 
 // As a JSON string, so that white space can be seen and the terminal is left alone.
-static std::string quoted(const std::string& text) { return JsonWriter().value(text).str(); }
+static string quoted(const string& text) { return JsonWriter().value(text).str(); }
 
 static void print_table(const CorpusSummary& s) {
   printf("files      %s\ndocuments  %s\ntokens     %s (%s distinct)\n",
@@ -44,7 +44,7 @@ static void print_table(const CorpusSummary& s) {
   printf("tokens in a document     documents\n");
   for (size_t i = 0; i < s.length_histogram.size(); i++) {
     const int64_t n = s.length_histogram[i];
-    const std::string bar((n * 40 + most - 1) / most, '#');
+    const string bar((n * 40 + most - 1) / most, '#');
     printf("%10s ..%10s  %12s  %s\n", with_commas(i ? int64_t{1} << i : 0).c_str(),
            with_commas((int64_t{2} << i) - 1).c_str(), with_commas(n).c_str(), bar.c_str());
   }
@@ -65,7 +65,7 @@ static void print_table(const CorpusSummary& s) {
 int run_corpus(int argc, char** argv) {
   Arguments args("pith corpus", "Looks into token files: counts documents and tokens, samples.");
   InspectOptions o;
-  std::string action;
+  string action;
   int64_t top = o.top, samples = o.samples, sample_tokens = o.sample_tokens;
   bool json = false;
   args.choice("action", action, {"inspect"}, "inspect");
@@ -76,9 +76,9 @@ int run_corpus(int argc, char** argv) {
   args.option("--sample-tokens", sample_tokens, "tokens of each", 1, 1 << 20);
   args.flag("--json", json, "print it as JSON");
   if (!args.parse(argc, argv)) return kExitDone;
-  o.top = static_cast<int>(top);
-  o.samples = static_cast<int>(samples);
-  o.sample_tokens = static_cast<int>(sample_tokens);
+  o.top = int(top);
+  o.samples = int(samples);
+  o.sample_tokens = int(sample_tokens);
   const CorpusSummary summary = inspect_corpus(o);
   if (json)
     print_json(summary);

@@ -21,12 +21,12 @@
 namespace pith {
 
 namespace {
-using Findings = std::vector<Finding>;
+using Findings = vector<Finding>;
 
 constexpr double kGiB = 1 << 30;
 
 // A file of /proc or /sys; empty if there is none.
-std::string slurp(const std::string& path) {
+string slurp(const string& path) {
   std::ifstream file(path);
   std::stringstream all;
   all << file.rdbuf();
@@ -34,9 +34,9 @@ std::string slurp(const std::string& path) {
 }
 
 // The rest of the line that begins with `key` and a colon or blanks; empty if there is none.
-std::string value_of(const std::string& lines, const std::string& key) {
+string value_of(const string& lines, const string& key) {
   std::istringstream in(lines);
-  for (std::string line; std::getline(in, line);)
+  for (string line; std::getline(in, line);)
     if (line.rfind(key, 0) == 0)
       if (const size_t at = line.find_first_not_of(" \t:", key.size()); at < line.size())
         return line.substr(at);
@@ -45,15 +45,15 @@ std::string value_of(const std::string& lines, const std::string& key) {
 
 // A file of this process's cgroup (version 2). In a container the path named may be the host's:
 // then the root of the mount is ours.
-std::string cgroup_file(const std::string& root, const std::string& file) {
-  const std::string mount = root + "/sys/fs/cgroup";
-  const std::string path = value_of(slurp(root + "/proc/self/cgroup"), "0::");
-  const std::string own = slurp(mount + path + "/" + file);
+string cgroup_file(const string& root, const string& file) {
+  const string mount = root + "/sys/fs/cgroup";
+  const string path = value_of(slurp(root + "/proc/self/cgroup"), "0::");
+  const string own = slurp(mount + path + "/" + file);
   return own.empty() ? slurp(mount + "/" + file) : own;
 }
 
-void examine_cpu(const std::string& root, Findings& out) {
-  const std::string model = value_of(slurp(root + "/proc/cpuinfo"), "model name");
+void examine_cpu(const string& root, Findings& out) {
+  const string model = value_of(slurp(root + "/proc/cpuinfo"), "model name");
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     out.push_back({Verdict::Pass, "cpu", model + "; AVX2, FMA"});
   else
@@ -73,11 +73,11 @@ void examine_cpu(const std::string& root, Findings& out) {
   out.push_back(found);
 }
 
-void examine_memory(const std::string& root, Findings& out) {
-  const std::string info = slurp(root + "/proc/meminfo");
+void examine_memory(const string& root, Findings& out) {
+  const string info = slurp(root + "/proc/meminfo");
   const double total = 1024 * atof(value_of(info, "MemTotal").c_str());
   double usable = 1024 * atof(value_of(info, "MemAvailable").c_str());
-  std::string limited;
+  string limited;
   const double limit = atof(cgroup_file(root, "memory.max").c_str());
   if (limit > 0) {  // "max" reads as 0
     const double cached = atof(value_of(cgroup_file(root, "memory.stat"), "inactive_file").c_str());
@@ -95,23 +95,23 @@ void examine_memory(const std::string& root, Findings& out) {
 }
 
 // Writes 64 MiB and flushes them, under no name that could be left behind.
-void examine_disk(const std::string& folder, Findings& out) {
-  std::string path = folder + "/.pith-doctor-XXXXXX";
+void examine_disk(const string& folder, Findings& out) {
+  string path = folder + "/.pith-doctor-XXXXXX";
   const int fd = mkstemp(path.data());
   if (fd >= 0) {
     unlink(path.c_str());
     errno = ENOSPC;  // if a write is short
   }
-  const std::vector<char> block(64 << 20, 'x');
+  const vector<char> block(64 << 20, 'x');
   struct statvfs info = {};
   const double start = now_s();
   const bool good = fd >= 0 && fstatvfs(fd, &info) == 0 &&
                     write(fd, block.data(), block.size()) == ssize_t(block.size()) &&
                     fsync(fd) == 0;
-  const double rate = static_cast<double>(block.size()) / (now_s() - start);
-  const std::string reason = strerror(errno);
+  const double rate = double(block.size()) / (now_s() - start);
+  const string reason = strerror(errno);
   if (fd >= 0) close(fd);
-  const double free = static_cast<double>(info.f_bavail) * static_cast<double>(info.f_frsize);
+  const double free = double(info.f_bavail) * double(info.f_frsize);
   if (!good)
     out.push_back({Verdict::Fail, "disk", folder + ": cannot be written (" + reason + ")",
                    "free space, or --folder with the folder of your runs"});
@@ -132,8 +132,8 @@ F* symbol(std::initializer_list<const char*> libraries, const char* name) {
 
 // Asks the driver's own interface (cuda.h), so that nothing of CUDA need be installed. Names hold
 // "MIG" for a slice of a GPU.
-void examine_gpu(const std::string& root, Findings& out) {
-  const std::string driver = value_of(slurp(root + "/proc/driver/nvidia/version"), "NVRM version");
+void examine_gpu(const string& root, Findings& out) {
+  const string driver = value_of(slurp(root + "/proc/driver/nvidia/version"), "NVRM version");
   if (!driver.empty()) out.push_back({Verdict::Pass, "gpu driver", driver});
   const char* visible = getenv("CUDA_VISIBLE_DEVICES");
   if (visible) out.push_back({Verdict::Pass, "CUDA_VISIBLE_DEVICES", text("\"%s\"", visible)});
@@ -164,18 +164,18 @@ void examine_gpu(const std::string& root, Findings& out) {
     size_t bytes = 0;
     const bool good = !name_device(name, sizeof name, i) && !attribute(&major, 75, i) &&
                       !attribute(&minor, 76, i) && !memory(&bytes, i);
-    out.push_back({good ? Verdict::Pass : Verdict::Warn, text("gpu %d", i),
-                   text("%s, compute capability %d.%d, ", name, major, minor) +
-                       bytes_text(static_cast<double>(bytes)),
-                   "nvidia-smi"});
+    out.push_back(
+        {good ? Verdict::Pass : Verdict::Warn, text("gpu %d", i),
+         text("%s, compute capability %d.%d, ", name, major, minor) + bytes_text(double(bytes)),
+         "nvidia-smi"});
   }
   int64_t lt = 0, cudnn = 0;
   int nccl = 0;
   if (const auto get =
           symbol<size_t()>({"libcublasLt.so.13", "libcublasLt.so.12"}, "cublasLtGetVersion"))
-    lt = static_cast<int64_t>(get());
+    lt = int64_t(get());
   if (const auto get = symbol<size_t()>({"libcudnn.so.9"}, "cudnnGetVersion"))
-    cudnn = static_cast<int64_t>(get());
+    cudnn = int64_t(get());
   if (const auto get = symbol<int(int*)>({"libnccl.so.2"}, "ncclGetVersion")) get(&nccl);
   for (const auto& [name, version] :
        {std::pair{"cublasLt", lt}, {"cudnn", cudnn}, {"nccl", int64_t{nccl}}})
@@ -189,7 +189,7 @@ const char* word_of(Verdict verdict) {
 }
 }  // namespace
 
-std::vector<Finding> examine_machine(const std::string& root, const std::string& folder) {
+vector<Finding> examine_machine(const string& root, const string& folder) {
   Findings out = {{Verdict::Pass, "program", "compiled by " __VERSION__}};
   examine_cpu(root, out);
   examine_memory(root, out);
@@ -201,7 +201,7 @@ std::vector<Finding> examine_machine(const std::string& root, const std::string&
 }
 
 int run_doctor(int argc, char** argv) {
-  std::string folder = ".";
+  string folder = ".";
   bool json = false;
   Arguments args("pith doctor",
                  "Says what this machine offers. Exit code 0 if training on the CPU "

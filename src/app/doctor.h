@@ -2,8 +2,8 @@
 // defines: Finding, examine_machine
 #pragma once
 #include <cstdint>
-#include <string>
-#include <vector>
+
+#include "core/check.h"
 
 namespace pith {
 
@@ -11,12 +11,12 @@ enum class Verdict : uint8_t { Pass, Warn, Fail };
 
 struct Finding {
   Verdict verdict = Verdict::Pass;
-  std::string name, value;
-  std::string remedy;  // of a warning or failure
+  string name, value;
+  string remedy;  // of a warning or failure
 };
 
 // `root` stands before /proc and /sys; empty, except in tests. The disk of `folder` is tried by
 // writing to it (empty: not). A failure means that training on the CPU will not work.
-std::vector<Finding> examine_machine(const std::string& root, const std::string& folder);
+vector<Finding> examine_machine(const string& root, const string& folder);
 
 }  // namespace pith

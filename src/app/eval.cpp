@@ -16,7 +16,7 @@ namespace pith {
 
 namespace {
 struct EvalArguments {
-  std::string model, data, tokenizer;
+  string model, data, tokenizer;
   int64_t sequence_length = 0, batch = 8, batches = 0;
   double heldout_fraction = -1;
   bool document_mask = false, json = false;

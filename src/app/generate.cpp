@@ -15,14 +15,14 @@ namespace {
 // Prints text as it grows. A character whose bytes are not all there yet waits for the next token.
 struct Printer {
   const Tokenizer& tokenizer;
-  std::vector<uint32_t> ids;
+  vector<uint32_t> ids;
   size_t printed = 0;
   void add(int32_t token) {
-    ids.push_back(static_cast<uint32_t>(token));
+    ids.push_back(uint32_t(token));
     print(tokenizer.decode(ids, SpecialTokens::Keep), false);
   }
-  void print(const std::string& all, bool end) {
-    const std::string pending = "\xEF\xBF\xBD";
+  void print(const string& all, bool end) {
+    const string pending = "\xEF\xBF\xBD";
     size_t ready = all.size();
     if (!end && all.ends_with(pending)) ready -= pending.size();
     if (ready <= printed) return;
@@ -35,7 +35,7 @@ struct Printer {
 
 int run_generate(int argc, char** argv) {
   Arguments args("pith generate", "Continues a text.");
-  std::string model, prompt, tokenizer_path;
+  string model, prompt, tokenizer_path;
   SampleOptions options;
   int64_t window = 0, seed = 0;
   args.positional("model", model, "run folder, step-NNNNNNNN, or Hugging Face folder");
@@ -48,26 +48,26 @@ int run_generate(int argc, char** argv) {
   args.option("--window", window, "tokens the model looks back on; 0: its trained length", 0,
               1 << 24);
   if (!args.parse(argc, argv)) return kExitDone;
-  options.seed = static_cast<uint64_t>(seed);
+  options.seed = uint64_t(seed);
   const WeightSource weights = open_weights(model);
   const Json config = model_config(weights);
   const Tokenizer tokenizer = Tokenizer::load(tokenizer_of(model, tokenizer_path));
   const ModelShape shape = model_shape(config);
-  if (static_cast<int64_t>(tokenizer.vocab_size()) > shape.vocab)
+  if (int64_t(tokenizer.vocab_size()) > shape.vocab)
     bad_input(model,
-              text("has a smaller vocabulary than the tokenizer (got %lld, need at least "
+              text("has a smaller vocabulary than the tokenizer (got %ld, need at least "
                    "%u)",
-                   static_cast<long long>(shape.vocab), tokenizer.vocab_size()),
+                   shape.vocab, tokenizer.vocab_size()),
               "the tokenizer that the model was trained with");
   if (window == 0) {
     const std::optional<RunConfig> run = run_config_of(model);
     window = run ? run->data.sequence_length : std::min<int64_t>(shape.max_positions, 2048);
   }
-  std::vector<uint32_t> ids;
+  vector<uint32_t> ids;
   EncodeScratch scratch;
   tokenizer.encode(prompt, ids, {}, scratch);
   if (const auto eos = tokenizer.eos_id()) {
-    options.stop_token = static_cast<int64_t>(*eos);
+    options.stop_token = int64_t(*eos);
     if (ids.empty()) ids.push_back(*eos);
   }
   if (ids.empty())

@@ -8,7 +8,7 @@
 namespace pith {
 namespace fs = std::filesystem;
 
-std::string find_tokenizer(const std::string& path) {
+string find_tokenizer(const string& path) {
   for (fs::path at = fs::absolute(path);; at = at.parent_path()) {
     if (fs::exists(at / "tokenizer.json")) return at / "tokenizer.json";
     if (at == at.parent_path()) return "";
@@ -16,8 +16,8 @@ std::string find_tokenizer(const std::string& path) {
 }
 
 // Bytes of text each id stands for: a byte-level vocabulary writes a byte as one character.
-static std::vector<int32_t> token_bytes(const Tokenizer& tokenizer) {
-  std::vector<int32_t> bytes(tokenizer.vocab_size(), 0);
+static vector<int32_t> token_bytes(const Tokenizer& tokenizer) {
+  vector<int32_t> bytes(tokenizer.vocab_size(), 0);
   for (uint32_t id = 0; id < bytes.size(); id++) {
     if (tokenizer.is_special(id)) continue;
     for (const char c : tokenizer.token_text(id)) bytes[id] += (c & 0xC0) != 0x80;
@@ -25,18 +25,18 @@ static std::vector<int32_t> token_bytes(const Tokenizer& tokenizer) {
   return bytes;
 }
 
-HeldOutText held_out_text(const Dataset& data, const std::string& tokenizer) {
+HeldOutText held_out_text(const Dataset& data, const string& tokenizer) {
   HeldOutText text;
-  const std::vector<int32_t> bytes =
-      tokenizer.empty() ? std::vector<int32_t>{} : token_bytes(Tokenizer::load(tokenizer));
+  const vector<int32_t> bytes =
+      tokenizer.empty() ? vector<int32_t>{} : token_bytes(Tokenizer::load(tokenizer));
   const int64_t length = data.options().seq_length;
-  std::vector<int32_t> tokens(length), labels(length);
+  vector<int32_t> tokens(length), labels(length);
   for (int64_t i = 0; i < data.heldout_samples(); i++) {
     data.heldout_sample(i, {tokens.data(), labels.data(), nullptr});
     for (const int32_t label : labels) {
       if (label == kIgnoreLabel) continue;
       text.labels++;
-      if (static_cast<size_t>(label) < bytes.size()) text.bytes += bytes[label];
+      if (size_t(label) < bytes.size()) text.bytes += bytes[label];
     }
   }
   return text;
@@ -44,8 +44,7 @@ HeldOutText held_out_text(const Dataset& data, const std::string& tokenizer) {
 
 double bits_per_byte(double nats, const HeldOutText& text) {
   if (text.bytes == 0) return 0;
-  return nats * static_cast<double>(text.labels) / std::numbers::ln2 /
-         static_cast<double>(text.bytes);
+  return nats * double(text.labels) / std::numbers::ln2 / double(text.bytes);
 }
 
 }  // namespace pith

@@ -13,7 +13,7 @@ namespace pith {
 
 namespace {
 void print_line(const Layout& layout, const LayoutResult& r, double seconds, bool json) {
-  const std::string name = layout_text(layout);
+  const string name = layout_text(layout);
   if (json) {
     JsonWriter w;
     w.object().key("layout").value(name).key("ranks").value(layout.ranks());
@@ -27,10 +27,9 @@ void print_line(const Layout& layout, const LayoutResult& r, double seconds, boo
   } else {
     printf(
         "%-4s  %-28s %2d ranks  gradient %.1e  norm %.1e  loss %.1e  balance %.1e  weights "
-        "%.1e  experts %lld  %.1f s%s%s\n",
+        "%.1e  experts %ld  %.1f s%s%s\n",
         r.pass ? "PASS" : "FAIL", name.c_str(), layout.ranks(), r.gradient, r.norm, r.loss,
-        r.balance, r.weights, static_cast<long long>(r.routed_otherwise), seconds,
-        r.pass ? "" : "  ", r.why.c_str());
+        r.balance, r.weights, r.routed_otherwise, seconds, r.pass ? "" : "  ", r.why.c_str());
   }
   fflush(stdout);
 }
@@ -41,8 +40,8 @@ int run_layouts(int argc, char** argv) {
                  "Proves that parallel layouts train the same model: runs each for some steps on "
                  "CPU ranks and compares gradients, losses, experts and weights with one rank. "
                  "Exit code 1 if one differs.");
-  std::string file;
-  std::vector<std::string> set, names;
+  string file;
+  vector<string> set, names;
   bool all = false, json = false;
   int64_t max_ranks = 16, steps = 8;
   double fault = 1;
@@ -56,10 +55,10 @@ int run_layouts(int argc, char** argv) {
               "plants a fault: this factor on the experts' gradients of every layout");
   args.flag("--json", json, "a JSON object a line");
   if (!args.parse(argc, argv)) return kExitDone;
-  std::vector<Layout> layouts;
-  for (const std::string& name : names) layouts.push_back(parse_layout(name));
+  vector<Layout> layouts;
+  for (const string& name : names) layouts.push_back(parse_layout(name));
   if (all)
-    for (const Layout& l : all_layouts(static_cast<int>(max_ranks))) layouts.push_back(l);
+    for (const Layout& l : all_layouts(int(max_ranks))) layouts.push_back(l);
   if (layouts.empty())
     bad_input("pith layouts", "no layout is given", "--all, or --layout pp2-ep2");
   RunConfig config = load_run_config(file, set);
@@ -87,7 +86,7 @@ int run_layouts(int argc, char** argv) {
   }
   if (!json)
     printf("%s: %d of %zu layouts equal one rank\n", failures ? "FAIL" : "PASS",
-           static_cast<int>(layouts.size()) - failures, layouts.size());
+           int(layouts.size()) - failures, layouts.size());
   return failures ? kExitFailed : kExitDone;
 }
 

@@ -13,7 +13,7 @@ Json model_config(const WeightSource& weights) {
   return Json::parse(weights.config, weights.folder + "/config.json");
 }
 
-std::optional<RunConfig> run_config_of(const std::string& folder) {
+std::optional<RunConfig> run_config_of(const string& folder) {
   const fs::path here = fs::absolute(folder);
   for (const fs::path& at : {here, here.parent_path()})
     if (fs::exists(at / "config.toml") && fs::exists(at / "metrics.jsonl"))
@@ -21,8 +21,8 @@ std::optional<RunConfig> run_config_of(const std::string& folder) {
   return {};
 }
 
-std::string tokenizer_of(const std::string& folder, const std::string& given) {
-  std::string path = given.empty() ? folder : given;
+string tokenizer_of(const string& folder, const string& given) {
+  string path = given.empty() ? folder : given;
   if (fs::is_directory(path)) path += "/tokenizer.json";
   if (fs::exists(path)) return path;
   if (given.empty())

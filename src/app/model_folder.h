@@ -14,10 +14,10 @@ Json model_config(const WeightSource& weights);
 
 // The configuration of the run that a run folder or a checkpoint in it belongs to; none for a
 // Hugging Face folder.
-std::optional<RunConfig> run_config_of(const std::string& folder);
+std::optional<RunConfig> run_config_of(const string& folder);
 
 // The tokenizer.json of a model: given, in its folder, or beside its run's data. Exit code 2 if
 // there is none.
-std::string tokenizer_of(const std::string& folder, const std::string& given);
+string tokenizer_of(const string& folder, const string& given);
 
 }  // namespace pith

@@ -8,7 +8,7 @@ namespace pith {
 int run_plan(int argc, char** argv) {
   Arguments args("pith plan", "Shows what a run would do, without running it.");
   SchedulePlan a;
-  std::string kind = "auto";
+  string kind = "auto";
   bool schedule = false;
   int64_t pp = 4, micro_batches = 0, ep = 1, batch = 1;
   args.flag("--schedule", schedule, "the timeline of a pipeline schedule");
@@ -27,10 +27,10 @@ int run_plan(int argc, char** argv) {
   if (!args.parse(argc, argv)) return kExitDone;
   if (!schedule)
     bad_input("pith plan", "does not say what to plan (need --schedule)", "--schedule");
-  a.options.pp = static_cast<int>(pp);
-  a.options.kind = schedule_kind(kind, a.options.pp, static_cast<int>(ep));
-  a.options.micro_batches = static_cast<int>(micro_batches ? micro_batches : 2 * pp + 2);
-  a.options.weight_grad_batch = static_cast<int>(batch);
+  a.options.pp = int(pp);
+  a.options.kind = schedule_kind(kind, a.options.pp, int(ep));
+  a.options.micro_batches = int(micro_batches ? micro_batches : 2 * pp + 2);
+  a.options.weight_grad_batch = int(batch);
   return plan_schedule(a);
 }
 

@@ -35,13 +35,13 @@ Paint paint_of(const Action& a) {
   return a.what == Do::W ? Paint::Weights : Paint::Forward;
 }
 
-std::string title(const ScheduleOptions& o, const ScheduleCheck& c) {
+string title(const ScheduleOptions& o, const ScheduleCheck& c) {
   return text("%s, pp = %d, %d micro-batches%s: bubble %.1f%%", name_of(o.kind), o.pp,
               o.micro_batches, o.forward_only ? ", forward only" : "", 100 * c.bubble());
 }
 
-std::string facts(const ScheduleOptions& o, const ScheduleCheck& c) {
-  std::string facts =
+string facts(const ScheduleOptions& o, const ScheduleCheck& c) {
+  string facts =
       text("%g units of time, %g of them busy on each rank", c.makespan, c.busy / c.ranks);
   if (o.forward_only) return facts;
   return facts + text(
@@ -50,7 +50,7 @@ std::string facts(const ScheduleOptions& o, const ScheduleCheck& c) {
                      c.peak_live, c.peak_deferred);
 }
 
-double idle_share(const ScheduleCheck& c, const std::vector<ActionList>& lists, int rank) {
+double idle_share(const ScheduleCheck& c, const vector<ActionList>& lists, int rank) {
   double busy = 0;
   for (size_t i = 0; i < lists[rank].size(); i++)
     if (is_compute(lists[rank][i])) busy += c.times[rank][i].end - c.times[rank][i].begin;
@@ -60,45 +60,45 @@ double idle_share(const ScheduleCheck& c, const std::vector<ActionList>& lists, 
 // ---- Terminal ----
 
 // "F3", or "f3" of chunk 1; "F5b3" where two overlap.
-std::string cell_text(const Action& a) {
+string cell_text(const Action& a) {
   const auto half = [](Paint paint, int chunk, int mb) {
-    const char letter = kPaints[static_cast<int>(paint)].letter;
-    return text("%c%d", chunk ? static_cast<char>(letter + 32) : letter, mb);
+    const char letter = kPaints[int(paint)].letter;
+    return text("%c%d", chunk ? char(letter + 32) : letter, mb);
   };
-  std::string first = half(paint_of(a), a.chunk, a.mb);
+  string first = half(paint_of(a), a.chunk, a.mb);
   if (a.count > 1) first += text("-%d", a.mb + a.count - 1);
   return a.what == Do::FB ? first + half(Paint::Backward, a.chunk2, a.mb2) : first;
 }
 
 // One rank's characters, and for each which paint and chunk it has (-1: idle).
 struct TextRow {
-  std::string characters;
-  std::vector<int> color;
+  string characters;
+  vector<int> color;
 };
 
-TextRow text_row(const ActionList& list, const std::vector<ActionTime>& times, double makespan,
+TextRow text_row(const ActionList& list, const vector<ActionTime>& times, double makespan,
                  int scale, bool colors) {
-  const auto width = static_cast<size_t>(std::lround(makespan * scale));
-  TextRow row{std::string(width, colors ? ' ' : '.'), std::vector<int>(width, -1)};
+  const auto width = size_t(std::lround(makespan * scale));
+  TextRow row{string(width, colors ? ' ' : '.'), vector<int>(width, -1)};
   for (size_t i = 0; i < list.size(); i++) {
     const Action& a = list[i];
     if (!is_compute(a)) continue;
-    const auto begin = static_cast<size_t>(std::lround(times[i].begin * scale));
-    const auto end = static_cast<size_t>(std::lround(times[i].end * scale));
-    std::string label = cell_text(a);
+    const auto begin = size_t(std::lround(times[i].begin * scale));
+    const auto end = size_t(std::lround(times[i].end * scale));
+    string label = cell_text(a);
     label.resize(end - begin, colors ? ' ' : '-');
     for (size_t x = begin; x < end; x++) {
       const bool second = a.what == Do::FB && 2 * (x - begin) >= end - begin;
       const Paint paint = second ? Paint::Backward : paint_of(a);
       row.characters[x] = label[x - begin];
-      row.color[x] = 2 * static_cast<int>(paint) + (second ? a.chunk2 : a.chunk);
+      row.color[x] = 2 * int(paint) + (second ? a.chunk2 : a.chunk);
     }
   }
   return row;
 }
 
-std::string colored(const TextRow& row, size_t begin, size_t end, bool colors) {
-  std::string out;
+string colored(const TextRow& row, size_t begin, size_t end, bool colors) {
+  string out;
   for (size_t x = begin; x < end; x++) {
     const int color = row.color[x];
     if (colors && (x == begin || color != row.color[x - 1]))
@@ -108,12 +108,12 @@ std::string colored(const TextRow& row, size_t begin, size_t end, bool colors) {
   return colors ? out + "\x1b[0m" : out;
 }
 
-std::string text_legend(const ScheduleOptions& o, bool colors) {
-  std::string out = "  ";
+string text_legend(const ScheduleOptions& o, bool colors) {
+  string out = "  ";
   for (const auto& paint : kPaints) {
-    const std::string sample = text(" %c ", paint.letter);
+    const string sample = text(" %c ", paint.letter);
     out += colors ? paint.ansi[0] + sample + "\x1b[0m " : text("%c ", paint.letter);
-    out += std::string(paint.name) + ", ";
+    out += string(paint.name) + ", ";
     if (o.forward_only) break;
   }
   if (chunks_of(o.kind) == 2)
@@ -123,8 +123,8 @@ std::string text_legend(const ScheduleOptions& o, bool colors) {
 
 }  // namespace
 
-std::string draw_text(const ScheduleOptions& o, const std::vector<ActionList>& lists,
-                      const ScheduleCheck& c, int columns, bool colors) {
+string draw_text(const ScheduleOptions& o, const vector<ActionList>& lists, const ScheduleCheck& c,
+                 int columns, bool colors) {
   constexpr int kMargin = 9 + 6;  // "rank 12 |" and "| 100%"
   const int room = std::max(columns - kMargin, 20);
   const double units = std::max(c.makespan, 1.0);
@@ -134,20 +134,20 @@ std::string draw_text(const ScheduleOptions& o, const std::vector<ActionList>& l
       const double length = c.times[r][i].end - c.times[r][i].begin;
       while (is_compute(lists[r][i]) && scale * length < cell_text(lists[r][i]).size()) scale++;
     }
-  scale = std::max(scale, std::min(static_cast<int>(room / units), 4));
+  scale = std::max(scale, std::min(int(room / units), 4));
   const size_t width = std::lround(units * scale);
-  std::vector<TextRow> rows;
+  vector<TextRow> rows;
   for (size_t r = 0; r < lists.size(); r++)
     rows.push_back(text_row(lists[r], c.times[r], units, scale, colors));
-  std::string out = title(o, c) + "\n  " + facts(o, c) + "\n" + text_legend(o, colors);
+  string out = title(o, c) + "\n  " + facts(o, c) + "\n" + text_legend(o, colors);
   // As many bands as the length takes, of equal length, cut between units.
   const double bands = std::ceil(units / std::max(room / scale, 1));
-  const size_t band = static_cast<size_t>(std::ceil(units / bands)) * scale;
+  const size_t band = size_t(std::ceil(units / bands)) * scale;
   for (size_t begin = 0; begin < width; begin += band) {
     const size_t end = std::min(begin + band, width);
-    out += text("\n%8s time %g\n", "", static_cast<double>(begin) / scale);
+    out += text("\n%8s time %g\n", "", double(begin) / scale);
     for (size_t r = 0; r < rows.size(); r++) {
-      out += text("rank %-3d|", static_cast<int>(r)) + colored(rows[r], begin, end, colors);
+      out += text("rank %-3d|", int(r)) + colored(rows[r], begin, end, colors);
       out += end == width ? text("|%3.0f%% idle\n", 100 * idle_share(c, lists, r)) : "|\n";
     }
   }
@@ -160,34 +160,33 @@ namespace {
 
 struct SvgWriter {
   double unit;  // pixels of a unit of time
-  std::string out = {};
+  string out = {};
 
-  void add(const std::string& element) { out += element + "\n"; }
-  void words(double x, double y, const char* style, const std::string& s) {
+  void add(const string& element) { out += element + "\n"; }
+  void words(double x, double y, const char* style, const string& s) {
     add(text("<text x=\"%.1f\" y=\"%.1f\" class=\"%s\">%s</text>", x, y, style, s.c_str()));
   }
   // A filled box with the micro-batches' numbers where they fit.
   void box(double x, double y, double w, double h, Paint paint, int chunk, int mb, int count = 1) {
     add(text("<rect x=\"%.2f\" y=\"%.1f\" width=\"%.2f\" height=\"%.1f\" fill=\"%s\"/>", x, y, w, h,
-             kPaints[static_cast<int>(paint)].fill[chunk]));
-    const std::string number = count > 1 ? text("%d-%d", mb, mb + count - 1) : text("%d", mb);
-    if (mb >= 0 && w >= 5.6 * static_cast<double>(number.size()) + 2)
+             kPaints[int(paint)].fill[chunk]));
+    const string number = count > 1 ? text("%d-%d", mb, mb + count - 1) : text("%d", mb);
+    if (mb >= 0 && w >= 5.6 * double(number.size()) + 2)
       words(x + w / 2, y + h / 2 + 3.5, "n", number);
   }
 };
 
 constexpr double kLeft = 64, kTop = 92, kRow = 34, kGap = 8;
 
-void svg_row(SvgWriter& svg, const ActionList& list, const std::vector<ActionTime>& times,
-             int rank) {
+void svg_row(SvgWriter& svg, const ActionList& list, const vector<ActionTime>& times, int rank) {
   const double y = kTop + rank * (kRow + kGap);
   for (size_t i = 0; i < list.size(); i++) {
     const Action& a = list[i];
     if (!is_compute(a)) continue;
     const double x = kLeft + times[i].begin * svg.unit;
     const double w = (times[i].end - times[i].begin) * svg.unit;
-    svg.add(text("<g><title>rank %d, action %d: %s, from %g to %g</title>", rank,
-                 static_cast<int>(i), to_text(a).c_str(), times[i].begin, times[i].end));
+    svg.add(text("<g><title>rank %d, action %d: %s, from %g to %g</title>", rank, int(i),
+                 to_text(a).c_str(), times[i].begin, times[i].end));
     const double h = a.what == Do::FB ? kRow / 2 : kRow;
     svg.box(x, y, w, h, paint_of(a), a.chunk, a.mb, a.count);
     if (a.what == Do::FB) svg.box(x, y + h, w, h, Paint::Backward, a.chunk2, a.mb2);
@@ -197,10 +196,10 @@ void svg_row(SvgWriter& svg, const ActionList& list, const std::vector<ActionTim
 
 void svg_legend(SvgWriter& svg, const ScheduleOptions& o) {
   double x = kLeft;
-  const auto entry = [&](const std::string& name, auto draw) {
+  const auto entry = [&](const string& name, auto draw) {
     draw(x);
     svg.words(x + 24, 74, "s", name);
-    x += 42 + 5.9 * static_cast<double>(name.size());
+    x += 42 + 5.9 * double(name.size());
   };
   for (int p = 0; p < (o.forward_only ? 1 : 3); p++)
     for (int chunk = 0; chunk < chunks_of(o.kind); chunk++)
@@ -219,11 +218,10 @@ void svg_legend(SvgWriter& svg, const ScheduleOptions& o) {
 
 }  // namespace
 
-std::string draw_svg(const ScheduleOptions& o, const std::vector<ActionList>& lists,
-                     const ScheduleCheck& c) {
+string draw_svg(const ScheduleOptions& o, const vector<ActionList>& lists, const ScheduleCheck& c) {
   SvgWriter svg{std::clamp(1240 / std::max(c.makespan, 1.0), 7.0, 30.0)};
   const double length = c.makespan * svg.unit;
-  const double bottom = kTop + static_cast<double>(lists.size()) * (kRow + kGap);
+  const double bottom = kTop + double(lists.size()) * (kRow + kGap);
   const double width = std::max(kLeft + length + 84, o.forward_only           ? 600.0
                                                      : chunks_of(o.kind) == 2 ? 1220.0
                                                                               : 640.0);
@@ -241,13 +239,13 @@ std::string draw_svg(const ScheduleOptions& o, const std::vector<ActionList>& li
   svg.words(kLeft, 46, "s", facts(o, c));
   svg_legend(svg, o);
   for (size_t r = 0; r < lists.size(); r++) {
-    const double y = kTop + static_cast<double>(r) * (kRow + kGap);
-    svg.words(kLeft - 8, y + kRow / 2 + 4, "r", text("rank %d", static_cast<int>(r)));
+    const double y = kTop + double(r) * (kRow + kGap);
+    svg.words(kLeft - 8, y + kRow / 2 + 4, "r", text("rank %d", int(r)));
     svg.add(text("<rect x=\"%.1f\" y=\"%.1f\" width=\"%.2f\" height=\"%.1f\" fill=\"#ededea\"/>",
                  kLeft, y, length, kRow));
-    svg_row(svg, lists[r], c.times[r], static_cast<int>(r));
+    svg_row(svg, lists[r], c.times[r], int(r));
     svg.words(kLeft + length + 8, y + kRow / 2 + 4, "s",
-              text("%.0f%% idle", 100 * idle_share(c, lists, static_cast<int>(r))));
+              text("%.0f%% idle", 100 * idle_share(c, lists, int(r))));
   }
   svg.words(kLeft - 8, bottom + 14, "r", "time");
   const int tick = svg.unit >= 14 ? 5 : svg.unit >= 9 ? 10 : 20;
@@ -267,26 +265,26 @@ namespace {
 
 // Lists read from a file: "rank N" begins a rank's, then one action a line; # begins a comment.
 struct ListFile {
-  std::vector<ActionList> lists;
-  std::vector<std::vector<int>> line_of;  // of each action
+  vector<ActionList> lists;
+  vector<vector<int>> line_of;  // of each action
 };
 
-ListFile read_lists(const std::string& path) {
-  const std::string all = read_text_file(path);
+ListFile read_lists(const string& path) {
+  const string all = read_text_file(path);
   ListFile file;
   int number = 0;
   for (size_t begin = 0; begin < all.size();) {
     const size_t end = std::min(all.find('\n', begin), all.size());
-    std::string line = all.substr(begin, end - begin);
+    string line = all.substr(begin, end - begin);
     begin = end + 1;
     number++;
     line.erase(std::min(line.find('#'), line.size()));
     line.erase(line.find_last_not_of(" \t\r") + 1);
     line.erase(0, std::min(line.find_first_not_of(" \t"), line.size()));
-    const std::string place = text("%s:%d", path.c_str(), number);
+    const string place = text("%s:%d", path.c_str(), number);
     if (line.empty()) continue;
     if (line.starts_with("rank ")) {
-      const std::string next = text("rank %d", static_cast<int>(file.lists.size()));
+      const string next = text("rank %d", int(file.lists.size()));
       if (line != next)
         bad_input(place,
                   text("begins another rank (got \"%s\", need \"%s\")", line.c_str(), next.c_str()),
@@ -306,9 +304,8 @@ ListFile read_lists(const std::string& path) {
 }
 
 // What the lists show of their options.
-ScheduleOptions options_of(const std::vector<ActionList>& lists) {
-  ScheduleOptions o{
-      .kind = ScheduleKind::OneF1B, .pp = static_cast<int>(lists.size()), .forward_only = true};
+ScheduleOptions options_of(const vector<ActionList>& lists) {
+  ScheduleOptions o{.kind = ScheduleKind::OneF1B, .pp = int(lists.size()), .forward_only = true};
   for (const ActionList& list : lists)
     for (const Action& a : list) {
       if (a.chunk == 1 || a.chunk2 == 1) o.kind = ScheduleKind::DualPipeV;
@@ -319,8 +316,8 @@ ScheduleOptions options_of(const std::vector<ActionList>& lists) {
   return o;
 }
 
-void print_json(const ScheduleOptions& o, const std::vector<ActionList>& lists,
-                const ScheduleCheck& c, int line) {
+void print_json(const ScheduleOptions& o, const vector<ActionList>& lists, const ScheduleCheck& c,
+                int line) {
   JsonWriter w;
   w.object().key("kind").value(name_of(o.kind)).key("pp").value(o.pp);
   w.key("micro_batches").value(o.micro_batches).key("forward_only").value(o.forward_only);
@@ -350,10 +347,10 @@ void print_json(const ScheduleOptions& o, const std::vector<ActionList>& lists,
   printf("%s\n", w.end().end().str().c_str());
 }
 
-void print_lists(const ScheduleOptions& o, const std::vector<ActionList>& lists) {
+void print_lists(const ScheduleOptions& o, const vector<ActionList>& lists) {
   printf("# %s, pp = %d, %d micro-batches\n", name_of(o.kind), o.pp, o.micro_batches);
   for (size_t r = 0; r < lists.size(); r++) {
-    printf("rank %d\n", static_cast<int>(r));
+    printf("rank %d\n", int(r));
     for (const Action& a : lists[r]) printf("%s\n", to_text(a).c_str());
   }
 }
@@ -367,7 +364,7 @@ int terminal_columns() {
 
 // Where in the file the check stopped: at the action, or at the rank's last line.
 int faulty_line(const ListFile& file, const ScheduleCheck& c) {
-  const std::vector<int>& lines = file.line_of[c.rank];
+  const vector<int>& lines = file.line_of[c.rank];
   if (lines.empty()) return 1;
   return lines[std::min<size_t>(c.action, lines.size() - 1)];
 }
@@ -398,7 +395,7 @@ int plan_schedule(const SchedulePlan& plan) {
     return kExitDone;
   }
   const bool colors = isatty(STDOUT_FILENO) && !getenv("NO_COLOR");
-  const int columns = plan.columns ? static_cast<int>(plan.columns) : terminal_columns();
+  const int columns = plan.columns ? int(plan.columns) : terminal_columns();
   printf("%s", draw_text(o, file.lists, c, columns, colors).c_str());
   if (!plan.check.empty()) printf("\n%s: right\n", plan.check.c_str());
   return kExitDone;

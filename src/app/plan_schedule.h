@@ -7,8 +7,8 @@ namespace pith {
 
 struct SchedulePlan {
   ScheduleOptions options;
-  std::string check;   // file of lists to prove in place of our own; empty: none
-  std::string svg;     // file to draw into; empty: none
+  string check;        // file of lists to prove in place of our own; empty: none
+  string svg;          // file to draw into; empty: none
   bool lists = false;  // print the lists, in the form that `check` reads, and no timeline
   bool json = false;
   int64_t columns = 0;  // of the terminal's timeline; 0: as wide as the terminal, or 100
@@ -20,9 +20,9 @@ struct SchedulePlan {
 int plan_schedule(const SchedulePlan& plan);
 
 // The timeline as text, `columns` wide, and as an SVG document.
-std::string draw_text(const ScheduleOptions& options, const std::vector<ActionList>& lists,
-                      const ScheduleCheck& check, int columns, bool colors);
-std::string draw_svg(const ScheduleOptions& options, const std::vector<ActionList>& lists,
-                     const ScheduleCheck& check);
+string draw_text(const ScheduleOptions& options, const vector<ActionList>& lists,
+                 const ScheduleCheck& check, int columns, bool colors);
+string draw_svg(const ScheduleOptions& options, const vector<ActionList>& lists,
+                const ScheduleCheck& check);
 
 }  // namespace pith

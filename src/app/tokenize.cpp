@@ -18,7 +18,7 @@ namespace fs = std::filesystem;
 namespace {
 struct TokenizeArguments {
   CorpusOptions corpus;
-  std::string format = "auto", decode, part_size = "1G";
+  string format = "auto", decode, part_size = "1G";
   int64_t document = -1, threads = 0;
   bool json = false;
 };
@@ -47,22 +47,22 @@ void add_options(Arguments& args, TokenizeArguments& a) {
   args.flag("--json", a.json, "print the result as JSON; with --decode a line a document");
 }
 
-int64_t parse_size(const std::string& size) {
+int64_t parse_size(const string& size) {
   size_t used = 0;
   double value = 0;
   try {
     value = std::stod(size, &used);
   } catch (const std::exception&) {
   }
-  const std::string unit = size.substr(used), units = "KMGT";
+  const string unit = size.substr(used), units = "KMGT";
   const size_t power = unit.empty() ? 0 : units.find(unit) + 1;
   if (!(value > 0) || unit.size() > 1 || (unit.size() == 1 && power == 0))
     bad_input("--part-size", text("is \"%s\" (need a size such as 500M)", size.c_str()), "1G");
-  return static_cast<int64_t>(value * static_cast<double>(int64_t{1} << (10 * power)));
+  return int64_t(value * double(int64_t{1} << (10 * power)));
 }
 
 // The tokenizer.json in the folder of a token file, or in one above it.
-std::string tokenizer_above(const std::string& file) {
+string tokenizer_above(const string& file) {
   for (fs::path at = fs::absolute(file).parent_path();; at = at.parent_path()) {
     if (fs::exists(at / "tokenizer.json")) return at / "tokenizer.json";
     if (at == at.parent_path())
@@ -70,7 +70,7 @@ std::string tokenizer_above(const std::string& file) {
   }
 }
 
-void print_document(const TokenizeArguments& a, const std::string& document) {
+void print_document(const TokenizeArguments& a, const string& document) {
   if (a.json) {
     JsonWriter w;
     w.object().key(a.corpus.key).value(document).end();
@@ -84,14 +84,13 @@ void decode_file(const TokenizeArguments& a, const Tokenizer& tokenizer) {
   const TokenFile file = open_token_file(a.decode);
   if (a.document >= file.num_docs)
     bad_input("--document",
-              text("is not in the file (got %lld, need < %lld)", static_cast<long long>(a.document),
-                   static_cast<long long>(file.num_docs)),
+              text("is not in the file (got %ld, need < %ld)", a.document, file.num_docs),
               "a smaller number");
   const int64_t first = std::max<int64_t>(a.document, 0);
   const int64_t last = a.document < 0 ? file.num_docs : first + 1;
   for (int64_t i = first; i < last && !stop_requested(); i++) {
     const int64_t begin = i ? file.doc_end(i - 1) : 0;
-    std::vector<uint32_t> ids(file.doc_end(i) - begin);
+    vector<uint32_t> ids(file.doc_end(i) - begin);
     file.copy(begin, ids.size(), tokenizer.vocab_size(), reinterpret_cast<int32_t*>(ids.data()));
     // With --json a document ends with its line, so that it can be tokenised again.
     if (a.json && !ids.empty()) ids.pop_back();
@@ -103,11 +102,11 @@ int decode(const TokenizeArguments& a) {
   const bool file = a.decode.ends_with(".bin");
   if (a.corpus.tokenizer.empty() && !file)
     bad_input("--decode", "needs a tokenizer for ids", "--tokenizer tokenizer.json");
-  std::string path = a.corpus.tokenizer.empty() ? tokenizer_above(a.decode) : a.corpus.tokenizer;
+  string path = a.corpus.tokenizer.empty() ? tokenizer_above(a.decode) : a.corpus.tokenizer;
   if (fs::is_directory(path)) path += "/tokenizer.json";
   const Tokenizer tokenizer = Tokenizer::load(path);
   if (file) return decode_file(a, tokenizer), kExitDone;
-  std::vector<uint32_t> ids;
+  vector<uint32_t> ids;
   for (const char* at = a.decode.c_str(); *at;) {
     char* end = nullptr;
     const unsigned long id = isdigit(*at) ? strtoul(at, &end, 10) : 0;
@@ -139,7 +138,7 @@ void print_json(const CorpusReport& r) {
 void log_report(const CorpusReport& r) {
   for (const BadDocument& bad : r.bad)
     log_warning("left out: %s: %s", bad.place.c_str(), bad.what.c_str());
-  if (r.bad_documents > static_cast<int64_t>(r.bad.size()))
+  if (r.bad_documents > int64_t(r.bad.size()))
     log_warning("left out: %s documents in all", with_commas(r.bad_documents).c_str());
   if (r.empty_files) log_info("%s empty files left out", with_commas(r.empty_files).c_str());
   log_info("%s%s of %s files: %s documents, %s tokens, %.1f MB of text in %.1f s (%.1f MB/s)",
@@ -157,7 +156,7 @@ int run_tokenize(int argc, char** argv) {
   TokenizeArguments a;
   add_options(args, a);
   if (!args.parse(argc, argv)) return kExitDone;
-  a.corpus.threads = static_cast<int>(a.threads);
+  a.corpus.threads = int(a.threads);
   if (!a.decode.empty()) return decode(a);
   if (a.corpus.tokenizer.empty() || a.corpus.inputs.empty() || a.corpus.output.empty())
     bad_input("pith tokenize", "needs --tokenizer, --input and --output", "--help");

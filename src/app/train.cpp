@@ -17,14 +17,14 @@ namespace pith {
 
 namespace {
 struct TrainArguments {
-  std::string file, device = "auto";
-  std::vector<std::string> set;
+  string file, device = "auto";
+  vector<string> set;
   int64_t ranks = 0;
   bool dry_run = false, json = false;
   TrainOptions options;
 };
 
-Device choose_device(const std::string& device) {
+Device choose_device(const string& device) {
   if (device == "cuda")
     bad_input("--device", "this build has no CUDA code (got cuda, need cpu)", "--device cpu");
   return Device::CPU;
@@ -34,7 +34,7 @@ Device choose_device(const std::string& device) {
 struct PlanNumbers {
   ParameterCounts parameters;
   int64_t samples_needed = 0, samples_available = 0;
-  std::vector<RankMemory> memory;
+  vector<RankMemory> memory;
 };
 
 void print_plan_json(const RunPlan& plan, const PlanNumbers& n) {
@@ -91,18 +91,18 @@ int dry_run(const RunPlan& plan, bool json) {
 
 // report.html and, on the terminal, the loss as a line and what it is worth.
 void write_report(const RunPlan& plan) {
-  const std::string& folder = plan.config.run.folder;
-  const std::vector<StepMetrics> steps = read_metrics(folder + "/metrics.jsonl");
+  const string& folder = plan.config.run.folder;
+  const vector<StepMetrics> steps = read_metrics(folder + "/metrics.jsonl");
   if (steps.empty()) return;
   ReportInput input{.title = folder, .config = to_toml(plan.config)};
-  const auto row = [&](const char* name, const std::string& value) {
+  const auto row = [&](const char* name, const string& value) {
     input.summary.push_back({name, value});
     log_info("%s: %s", name, value.c_str());
   };
   const ParameterCounts n = parameter_counts(plan);
   input.summary.push_back(
       {"parameters", with_commas(n.total) + ", " + with_commas(n.active) + " active a token"});
-  std::vector<double> losses;
+  vector<double> losses;
   double eval_loss = 0;
   for (const StepMetrics& m : steps) {
     losses.push_back(m.loss);
@@ -149,7 +149,7 @@ int run_train(int argc, char** argv) {
   const auto& parallel = config.parallel;
   if (a.ranks == 0)
     a.ranks = int64_t{parallel.pp} * parallel.cp * parallel.ep * parallel.dp_replicate;
-  const RunPlan plan = plan_run(config, choose_device(a.device), static_cast<int>(a.ranks));
+  const RunPlan plan = plan_run(config, choose_device(a.device), int(a.ranks));
   if (a.dry_run) return dry_run(plan, a.json);
   const char* debug = getenv("PITH_DEBUG");
   a.options.debug = debug && strcmp(debug, "1") == 0;
@@ -160,7 +160,7 @@ int run_train(int argc, char** argv) {
   const TrainResult result = train(plan, a.options);
   write_report(plan);
   if (!result.stopped) return kExitDone;
-  log_info("stopped at step %lld; the same command goes on", static_cast<long long>(result.step));
+  log_info("stopped at step %ld; the same command goes on", result.step);
   return kExitStopped;
 }
 

@@ -11,13 +11,13 @@ namespace pith {
 
 namespace {
 
-[[noreturn]] void fail_call(const Call& call, const std::string& what) {
+[[noreturn]] void fail_call(const Call& call, const string& what) {
   throw Error(kExitFailed,
               text("%s:%d: %s \"%s\"", call.at.file, call.at.line, call.op, call.what) + what);
 }
 
-std::string names_of(const std::vector<int>& ranks) {
-  std::string names = ranks.size() > 1 ? "ranks" : "rank";
+string names_of(const vector<int>& ranks) {
+  string names = ranks.size() > 1 ? "ranks" : "rank";
   for (size_t i = 0; i < ranks.size(); i++) names += text("%s %d", i ? "," : "", ranks[i]);
   return names;
 }
@@ -37,7 +37,7 @@ void wait_for_others(Rank& rank, GroupState& g, std::unique_lock<std::mutex>& lo
   rank.status->waiting = call.what;
   bool timed_out = false;
   while (world.failed_rank < 0 && !ready()) {
-    const std::vector<int> late = missing();
+    const vector<int> late = missing();
     if (std::any_of(late.begin(), late.end(), [&](int r) { return world.ranks[r].finished; }))
       fail_call(call, " waits for " + names_of(late) + ", of which one has ended");
     if (timed_out)
@@ -56,17 +56,17 @@ struct Meeting {
   GroupState& g;
   Call call;
   int me, n;
-  const std::vector<Slot>& slots;
+  const vector<Slot>& slots;
 };
 
 // Every member brings a copy of `data` and waits for the others, who must be in the same call.
 Meeting meet(Rank& rank, const Call& call, const void* data, int64_t bytes, DType dtype,
              int detail = 0, const int64_t* counts = nullptr) {
   Comm& comm = *rank.comm;
-  const int index = static_cast<int>(call.group), me = comm.place[index];
+  const int index = int(call.group), me = comm.place[index];
   GroupState& g = *comm.group[index];
-  const int n = static_cast<int>(g.members.size());
-  std::vector<Slot>& slots = g.slots[comm.calls[index]++ & 1];
+  const int n = int(g.members.size());
+  vector<Slot>& slots = g.slots[comm.calls[index]++ & 1];
   Slot& mine = slots[me];
   const char* from = static_cast<const char*>(data);
   mine.call = call;
@@ -83,7 +83,7 @@ Meeting meet(Rank& rank, const Call& call, const void* data, int64_t bytes, DTyp
     g.changed.notify_all();
   }
   const auto missing = [&] {
-    std::vector<int> late;
+    vector<int> late;
     for (int i = 0; i < n; i++)
       if (!g.here[i]) late.push_back(g.members[i]);
     return late;
@@ -106,10 +106,10 @@ Meeting meet(Rank& rank, const Call& call, const void* data, int64_t bytes, DTyp
 
 // What a member brought, `want` bytes.
 const char* brought(const Meeting& m, int member, int64_t want) {
-  const std::vector<char>& data = m.slots[member].data;
-  if (static_cast<int64_t>(data.size()) != want)
-    fail_call(m.call, text(": rank %d brings %zu bytes (need %lld)", m.g.members[member],
-                           data.size(), static_cast<long long>(want)));
+  const vector<char>& data = m.slots[member].data;
+  if (int64_t(data.size()) != want)
+    fail_call(m.call, text(": rank %d brings %zu bytes (need %ld)", m.g.members[member],
+                           data.size(), want));
   return data.data();
 }
 
@@ -120,8 +120,8 @@ int64_t row_bytes(const Tensor& t) {
 }
 
 // Byte offsets of n parts in a tensor of `total` rows, n + 1 of them; equal parts without counts.
-std::vector<int64_t> part_offsets(const int64_t* rows, int n, int64_t total, int64_t bytes_a_row) {
-  std::vector<int64_t> offset(n + 1, 0);
+vector<int64_t> part_offsets(const int64_t* rows, int n, int64_t total, int64_t bytes_a_row) {
+  vector<int64_t> offset(n + 1, 0);
   for (int i = 0; i < n; i++)
     offset[i + 1] = offset[i] + (rows ? rows[i] : total / n) * bytes_a_row;
   return offset;
@@ -163,7 +163,7 @@ bool reducible(DType dtype) {
 void all_reduce_bytes(Rank& rank, const Call& call, void* data, int64_t bytes, DType dtype,
                       Reduce reduce) {
   if (group_size(rank, call.group) == 1) return;
-  const Meeting m = meet(rank, call, data, bytes, dtype, static_cast<int>(reduce));
+  const Meeting m = meet(rank, call, data, bytes, dtype, int(reduce));
   reduce_members(m, dtype, static_cast<char*>(data), 0, bytes, bytes, reduce);
 }
 
@@ -171,15 +171,15 @@ void all_reduce_bytes(Rank& rank, const Call& call, void* data, int64_t bytes, D
 
 int group_size(const Rank& rank, Group group) {
   if (!rank.comm) return 1;
-  return static_cast<int>(rank.comm->group[static_cast<int>(group)]->members.size());
+  return int(rank.comm->group[int(group)]->members.size());
 }
 
 int group_rank(const Rank& rank, Group group) {
-  return rank.comm ? rank.comm->place[static_cast<int>(group)] : 0;
+  return rank.comm ? rank.comm->place[int(group)] : 0;
 }
 
 int group_member(const Rank& rank, Group group, int member) {
-  return rank.comm ? rank.comm->group[static_cast<int>(group)]->members[member] : rank.id;
+  return rank.comm ? rank.comm->group[int(group)]->members[member] : rank.id;
 }
 
 const Mesh& mesh_of(const Rank& rank) { return rank.comm->world->mesh; }
@@ -249,17 +249,16 @@ void all_to_all(Rank& rank, Group group, const Tensor& in, const int64_t* send_r
          {"out has room", recv_rows ? to[n] <= out.bytes() : to[n] == out.bytes()}},
         {&in, &out});
   if (n == 1) return copy(out.data, in.data, from[1]);
-  std::vector<int64_t> sizes(n);
+  vector<int64_t> sizes(n);
   for (int i = 0; i < n; i++) sizes[i] = from[i + 1] - from[i];
   const Meeting m =
       meet(rank, {"all_to_all", what, group, at}, in.data, from[n], in.dtype, 0, sizes.data());
   for (int i = 0; i < n; i++) {
-    const std::vector<int64_t>& sent = m.slots[i].counts;
+    const vector<int64_t>& sent = m.slots[i].counts;
     const int64_t want = to[i + 1] - to[i];
     if (sent[me] != want)
-      fail_call(m.call, text(": rank %d sends %lld bytes to rank %d (need %lld, of %lld-byte rows)",
-                             m.g.members[i], static_cast<long long>(sent[me]), rank.id,
-                             static_cast<long long>(want), static_cast<long long>(row)));
+      fail_call(m.call, text(": rank %d sends %ld bytes to rank %d (need %ld, of %ld-byte rows)",
+                             m.g.members[i], sent[me], rank.id, want, row));
     const int64_t begin = std::accumulate(sent.begin(), sent.begin() + me, int64_t{0});
     copy(out.data + to[i], m.slots[i].data.data() + begin, want);
   }
@@ -285,7 +284,7 @@ void barrier(Rank& rank, Group group, const char* what, At at) {
 
 namespace {
 
-std::string tag_text(const Transfer& t) {
+string tag_text(const Transfer& t) {
   return text("kind %d, stage %d, micro-batch %d, %s", t.tag.kind, t.tag.stage, t.tag.micro_batch,
               describe(t.tensor).c_str());
 }
@@ -308,9 +307,9 @@ struct Exchange {
   GroupState& g;
   Call call;
   int me, n;
-  std::vector<const Transfer*> recvs;  // still to come, in posted order
+  vector<const Transfer*> recvs;  // still to come, in posted order
 
-  std::vector<Posted>& channel(int from, int to) { return g.sends[from * n + to]; }
+  vector<Posted>& channel(int from, int to) { return g.sends[from * n + to]; }
   int& unreceived(int member) { return rank.comm->world->ranks[g.members[member]].unreceived; }
 
   // The first receive that has a message, or the end. Only the first of each peer may take one.
@@ -323,8 +322,8 @@ struct Exchange {
     });
   }
 
-  std::vector<int> missing() {
-    std::vector<int> ranks;
+  vector<int> missing() {
+    vector<int> ranks;
     for (int peer = 0; peer < n; peer++)
       if (!channel(me, peer).empty() ||
           std::any_of(recvs.begin(), recvs.end(),
@@ -333,11 +332,11 @@ struct Exchange {
     return ranks;
   }
 
-  void run(const std::vector<const Transfer*>& sends) {
+  void run(const vector<const Transfer*>& sends) {
     std::unique_lock lock(rank.comm->world->mutex);
-    g.sends.resize(static_cast<size_t>(n) * n);
+    g.sends.resize(size_t(n) * n);
     for (const Transfer* t : sends) channel(me, t->peer).push_back({*t, call.what});
-    unreceived(me) = static_cast<int>(sends.size());
+    unreceived(me) = int(sends.size());
     g.changed.notify_all();
     while (!recvs.empty() || unreceived(me) > 0) {
       wait_for_others(
@@ -348,7 +347,7 @@ struct Exchange {
       const auto taken = takeable();
       const Transfer& t = **taken;
       recvs.erase(taken);
-      std::vector<Posted>& queue = channel(t.peer, me);
+      vector<Posted>& queue = channel(t.peer, me);
       const Posted sent = std::move(queue.front());
       queue.erase(queue.begin());
       lock.unlock();
@@ -365,7 +364,7 @@ struct Exchange {
 void send_recv(Rank& rank, Group group, const Transfer* list, int n, const char* what, At at) {
   const int size = group_size(rank, group), me = group_rank(rank, group);
   const Call call{"send_recv", what, group, at};
-  std::vector<const Transfer*> sends, recvs, own_sends, own_recvs;
+  vector<const Transfer*> sends, recvs, own_sends, own_recvs;
   for (const Transfer* t = list; t < list + n; t++) {
     check(rank, "send_recv", at,
           {{"tensor on the cpu", t->tensor.device == Device::CPU},
@@ -381,7 +380,7 @@ void send_recv(Rank& rank, Group group, const Transfer* list, int n, const char*
   for (size_t i = 0; i < own_sends.size(); i++)
     deliver(call, rank.id, {*own_sends[i], what}, *own_recvs[i]);
   if (sends.empty() && recvs.empty()) return;
-  GroupState& g = *rank.comm->group[static_cast<int>(group)];
+  GroupState& g = *rank.comm->group[int(group)];
   Exchange{rank, g, call, me, size, std::move(recvs)}.run(sends);
 }
 

@@ -31,11 +31,11 @@ namespace pith {
 }
 
 // "rank 3 waits in all_gather "weights" (dp*cp group) called at fsdp.cpp:40; step 2, ...".
-static std::string state_of(const World& world, int rank) {
+static string state_of(const World& world, int rank) {
   const RankState& state = world.ranks[rank];
   if (state.finished) return text("rank %d has ended", rank);
   const Status s = read_board(*state.board);
-  std::string doing = text("rank %d runs, no op yet", rank);
+  string doing = text("rank %d runs, no op yet", rank);
   if (state.waits)
     doing =
         text("rank %d waits in %s \"%s\" (%s group) called at %s:%d", rank, state.call.op,
@@ -50,19 +50,18 @@ static std::string state_of(const World& world, int rank) {
 
 // Records that `rank` failed, unless another did before, with what every rank was doing, and wakes
 // all who wait. The caller holds world.mutex.
-static void fail_world(World& world, int rank, int exit_code, const std::string& what) {
+static void fail_world(World& world, int rank, int exit_code, const string& what) {
   if (world.failed_rank >= 0) return;
   world.failed_rank = rank;
   world.exit_code = exit_code;
   world.message = text("rank %d: ", rank) + what;
-  for (size_t r = 0; r < world.ranks.size(); r++)
-    world.message += "\n  " + state_of(world, static_cast<int>(r));
+  for (size_t r = 0; r < world.ranks.size(); r++) world.message += "\n  " + state_of(world, int(r));
   for (auto& group : world.groups) group->changed.notify_all();
   world.over.notify_all();
 }
 
 // Every distinct group of the mesh once, shared by its members.
-static void connect(World& world, std::vector<Comm>& comms) {
+static void connect(World& world, vector<Comm>& comms) {
   for (int kind = 0; kind < kGroups; kind++)
     for (int rank = 0; rank < world.mesh.world(); rank++) {
       if (comms[rank].group[kind]) continue;
@@ -72,7 +71,7 @@ static void connect(World& world, std::vector<Comm>& comms) {
       for (auto& slots : g.slots) slots.resize(g.members.size());
       for (size_t i = 0; i < g.members.size(); i++) {
         comms[g.members[i]].group[kind] = &g;
-        comms[g.members[i]].place[kind] = static_cast<int>(i);
+        comms[g.members[i]].place[kind] = int(i);
       }
     }
 }
@@ -82,7 +81,7 @@ static void run_rank(World& world, Rank& rank, void (*call)(void*, Rank&), void*
   if (rank.world > 1 && omp_set_num_threads)
     omp_set_num_threads(std::max(1, omp_get_max_threads() / rank.world));
   int code = kExitFailed;
-  std::string error;
+  string error;
   bool threw = true;
   try {
     call(fn, rank);
@@ -113,13 +112,13 @@ void run_rank_threads(const Mesh& mesh, Device device, const LaunchOptions& opti
     bad_input("ranks", text("too many in one process (got %d, need at most %d)", n, kMaxRanks),
               "fewer ranks");
   if (n > 1 && openblas_set_num_threads) openblas_set_num_threads(1);
-  std::vector<Allocator> allocators(n);  // outlive the messages that nobody received
+  vector<Allocator> allocators(n);  // outlive the messages that nobody received
   World world;
   world.mesh = mesh;
   world.ranks.resize(n);
-  std::vector<Comm> comms(n);
+  vector<Comm> comms(n);
   connect(world, comms);
-  std::vector<Rank> ranks(n);
+  vector<Rank> ranks(n);
   for (int id = 0; id < n; id++) {
     comms[id].world = &world;
     comms[id].limit_s = options.startup_limit_s;
@@ -138,7 +137,7 @@ void run_rank_threads(const Mesh& mesh, Device device, const LaunchOptions& opti
                  .status = &board,
                  .debug = options.debug};
   }
-  std::vector<std::thread> threads;
+  vector<std::thread> threads;
   for (int id = 0; id < n; id++)
     threads.emplace_back([&, id] { run_rank(world, ranks[id], call, fn); });
   if (options.exit_on_failure) {
@@ -146,7 +145,7 @@ void run_rank_threads(const Mesh& mesh, Device device, const LaunchOptions& opti
     world.over.wait(lock, [&] { return world.failed_rank >= 0 || world.finished == n; });
     if (world.failed_rank >= 0) {
       // Not through stdio, whose locks a rank that hangs may hold.
-      const std::string line = "error: " + world.message + "\n";
+      const string line = "error: " + world.message + "\n";
       if (write(2, line.data(), line.size()) < 0) _exit(kExitFailed);
       _exit(world.exit_code);
     }

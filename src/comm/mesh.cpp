@@ -6,7 +6,7 @@ const char* name_of(Group group) {
   static const char* const names[kGroups] = {"world", "pp",           "dp",          "cp",
                                              "ep",    "dp*cp",        "dp*ep",       "dp*cp*ep",
                                              "cp*ep", "expert shard", "dense shard", "replicate"};
-  return names[static_cast<int>(group)];
+  return names[int(group)];
 }
 
 Mesh make_mesh(int world, int pp, int cp, int ep, int dp_replicate) {
@@ -21,15 +21,15 @@ Mesh make_mesh(int world, int pp, int cp, int ep, int dp_replicate) {
                 text("%s = 1", axis.name));
   const int64_t fixed = int64_t{pp} * cp * ep, below = world / fixed * fixed;
   if (below != world) {
-    std::string counts = std::to_string(below + fixed) + " ranks";
+    string counts = std::to_string(below + fixed) + " ranks";
     if (below > 0) counts = std::to_string(below) + " or " + counts;
     bad_input("mesh",
-              text("ranks do not split over pp * cp * ep (got %d ranks and %d * %d * %d = %lld, "
+              text("ranks do not split over pp * cp * ep (got %d ranks and %d * %d * %d = %ld, "
                    "need a multiple)",
-                   world, pp, cp, ep, static_cast<long long>(fixed)),
+                   world, pp, cp, ep, fixed),
               counts + ", or a smaller pp, cp or ep");
   }
-  const int dp = static_cast<int>(world / fixed);
+  const int dp = int(world / fixed);
   if (dp % dp_replicate != 0)
     bad_input("mesh",
               text("dp_replicate does not divide dp (got %d and dp = %d ranks / (pp * cp * ep) = "
@@ -75,11 +75,11 @@ static FreeAxes free_axes(Group group) {
   return {};
 }
 
-std::vector<int> group_members(const Mesh& mesh, Group group, int rank) {
+vector<int> group_members(const Mesh& mesh, Group group, int rank) {
   const FreeAxes axes = free_axes(group);
   const MeshCoord mine = coord_of(mesh, rank);
   const int shard = mesh.dp_shard();
-  std::vector<int> members;
+  vector<int> members;
   for (int other = 0; other < mesh.world(); other++) {
     const MeshCoord c = coord_of(mesh, other);
     if ((axes.pp || c.pp_rank == mine.pp_rank) &&

@@ -1,7 +1,6 @@
 // mesh: how the ranks are laid out over the axes, and which of them talk to each other.
 // defines: Mesh, Group, make_mesh, coord_of, rank_of, group_members
 #pragma once
-#include <vector>
 
 #include "core/rank.h"
 
@@ -44,6 +43,6 @@ MeshCoord coord_of(const Mesh& mesh, int rank);
 int rank_of(const Mesh& mesh, const MeshCoord& coord);
 
 // The ranks of the group that `rank` belongs to, ascending, `rank` included.
-std::vector<int> group_members(const Mesh& mesh, Group group, int rank);
+vector<int> group_members(const Mesh& mesh, Group group, int rank);
 
 }  // namespace pith

@@ -5,8 +5,6 @@
 #include <condition_variable>
 #include <memory>
 #include <mutex>
-#include <string>
-#include <vector>
 
 #include "comm/communicator.h"
 
@@ -26,8 +24,8 @@ struct Slot {
   Call call;
   DType dtype = DType::F32;
   int detail = 0;  // Reduce, or the root
-  std::vector<char> data;
-  std::vector<int64_t> counts;  // all_to_all: bytes by destination
+  vector<char> data;
+  vector<int64_t> counts;  // all_to_all: bytes by destination
 };
 
 // A message on its way; it keeps the sent tensor's memory.
@@ -38,12 +36,12 @@ struct Posted {
 
 // One set of ranks that communicate. Everything but what slots hold is guarded by World::mutex.
 struct GroupState {
-  std::vector<int> members;
+  vector<int> members;
   std::condition_variable changed;
-  int64_t round = 0;       // meetings that are over
-  std::vector<char> here;  // members at the current meeting
-  std::vector<Slot> slots[2];
-  std::vector<std::vector<Posted>> sends;  // by source * n + destination, in posted order
+  int64_t round = 0;  // meetings that are over
+  vector<char> here;  // members at the current meeting
+  vector<Slot> slots[2];
+  vector<vector<Posted>> sends;  // by source * n + destination, in posted order
 };
 
 struct RankState {
@@ -56,13 +54,13 @@ struct RankState {
 struct World {
   Mesh mesh;
   std::mutex mutex;
-  std::vector<std::unique_ptr<GroupState>> groups;
-  std::vector<RankState> ranks;
+  vector<std::unique_ptr<GroupState>> groups;
+  vector<RankState> ranks;
   int finished = 0;
   std::condition_variable over;  // a rank failed or all have finished
   int failed_rank = -1;          // the first that failed
   int exit_code = 0;
-  std::string message;  // complete
+  string message;  // complete
 };
 
 // One rank's way to the others.

@@ -7,28 +7,28 @@
 
 namespace pith {
 
-std::string text(const char* format, ...) {
+string text(const char* format, ...) {
   va_list args, again;
   va_start(args, format);
   va_copy(again, args);
-  std::string out(vsnprintf(nullptr, 0, format, args), '\0');
+  string out(vsnprintf(nullptr, 0, format, args), '\0');
   va_end(args);
   vsnprintf(out.data(), out.size() + 1, format, again);
   va_end(again);
   return out;
 }
 
-void bad_input(const std::string& place, const std::string& what, const std::string& remedy) {
+void bad_input(const string& place, const string& what, const string& remedy) {
   throw Error(kExitBadInput, place + ": " + what + ". Try: " + remedy);
 }
 
-void failed(const std::string& place, const std::string& what, const std::string& remedy) {
+void failed(const string& place, const string& what, const string& remedy) {
   throw Error(kExitFailed, place + ": " + what + (remedy.empty() ? "" : ". Try: " + remedy));
 }
 
-std::string describe(const Tensor& t) {
+string describe(const Tensor& t) {
   if (!t.defined()) return "undefined tensor";
-  std::string s = "[";
+  string s = "[";
   for (int i = 0; i < t.dim.rank; i++) s += (i ? "," : "") + std::to_string(t.dim[i]);
   s += text("] %s %s, ", name_of(t.dtype), name_of(t.device));
   if (t.name[0]) return s + t.name;
@@ -36,7 +36,7 @@ std::string describe(const Tensor& t) {
 }
 
 // Where the rank stands, for the end of an op's error.
-static std::string standing(const Rank& rank) {
+static string standing(const Rank& rank) {
   const Status* s = rank.status;
   if (!s || s->layer < 0) return text("rank %d", rank.id);
   return text("rank %d, layer %d, stage %d, micro-batch %d", rank.id, s->layer, s->stage,
@@ -52,7 +52,7 @@ void check(const Rank& rank, const char* op, At at, std::initializer_list<Need> 
   }
   for (const Need& need : needs) {
     if (need.holds) continue;
-    std::string got;
+    string got;
     for (const Tensor* t : tensors) got += (got.empty() ? "" : "; ") + describe(*t);
     failed(text("%s:%d: %s", at.file, at.line, op),
            text("need %s (got %s; %s)", need.what, got.c_str(), standing(rank).c_str()));

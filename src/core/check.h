@@ -5,8 +5,12 @@
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <string_view>
+#include <vector>
 
 namespace pith {
+
+using std::string, std::string_view, std::vector;
 
 // A caller's source position. Every op ends in a defaulted parameter `At at = At::here()`, so that
 // its errors name the line of the model, not of the op.
@@ -30,22 +34,20 @@ enum ExitCode : int {
 // it behind "error: " and leaves with `exit_code`.
 class Error : public std::runtime_error {
  public:
-  Error(int code, const std::string& message) : std::runtime_error(message), exit_code(code) {}
+  Error(int code, const string& message) : std::runtime_error(message), exit_code(code) {}
   int exit_code;
 };
 
-// printf into a std::string; the compiler checks the arguments against the format.
-[[gnu::format(printf, 1, 2)]] std::string text(const char* format, ...);
+// printf into a string; the compiler checks the arguments against the format.
+[[gnu::format(printf, 1, 2)]] string text(const char* format, ...);
 
 // Throws Error with exit code 2: the user's command, configuration or file is wrong. `place` is the
 // file, key, or command; `what` ends in "(got ..., need ...)" where there are values; `remedy` is
 // one thing to try.
-[[noreturn]] void bad_input(const std::string& place, const std::string& what,
-                            const std::string& remedy);
+[[noreturn]] void bad_input(const string& place, const string& what, const string& remedy);
 
 // Throws Error with exit code 1: the input was fine, the run was not.
-[[noreturn]] void failed(const std::string& place, const std::string& what,
-                         const std::string& remedy = "");
+[[noreturn]] void failed(const string& place, const string& what, const string& remedy = "");
 
 struct Tensor;
 struct Rank;

@@ -17,11 +17,11 @@ static const Value& value_of(const std::shared_ptr<const void>& node) {
   return node ? *static_cast<const Value*>(node.get()) : null;
 }
 
-std::string read_text_file(const std::string& path) {
+string read_text_file(const string& path) {
   const char* remedy = "check the path and its permissions";
   FILE* file = fopen(path.c_str(), "rb");
   if (!file) bad_input(path, text("cannot be opened (%s)", strerror(errno)), remedy);
-  std::string all;
+  string all;
   char block[65536];
   size_t n;
   while ((n = fread(block, 1, sizeof block, file)) > 0) all.append(block, n);
@@ -31,16 +31,16 @@ std::string read_text_file(const std::string& path) {
   return all;
 }
 
-Json Json::parse(const std::string& text_in, const std::string& place) {
-  if (text_in.find_first_not_of(" \t\r\n") == std::string::npos)
+Json Json::parse(const string& text_in, const string& place) {
+  if (text_in.find_first_not_of(" \t\r\n") == string::npos)
     bad_input(place, text("is empty (got %zu bytes, need JSON)", text_in.size()),
               "fetch or write the file again");
-  std::vector<std::set<std::string>> open_keys;
+  vector<std::set<string>> open_keys;
   const auto refuse_duplicates = [&](int, Value::parse_event_t event, Value& parsed) {
     if (event == Value::parse_event_t::object_start) open_keys.emplace_back();
     if (event == Value::parse_event_t::object_end) open_keys.pop_back();
     if (event == Value::parse_event_t::key) {
-      const std::string& key = parsed.get_ref<const std::string&>();
+      const string& key = parsed.get_ref<const string&>();
       if (!open_keys.back().insert(key).second)
         bad_input(place + ": " + key, "occurs twice in one object", "keep one of the two");
     }
@@ -52,14 +52,14 @@ Json Json::parse(const std::string& text_in, const std::string& place) {
   try {
     document.node_ = std::make_shared<const Value>(Value::parse(text_in, refuse_duplicates));
   } catch (const Value::exception& error) {  // "[json.exception...] parse error at line 1, ..."
-    const std::string why = error.what();
+    const string why = error.what();
     bad_input(place, "is not valid JSON: " + why.substr(why.find("] ") + 2),
               "correct it there; if the file was cut short, fetch or write it again");
   }
   return document;
 }
 
-Json Json::parse_file(const std::string& path) { return parse(read_text_file(path), path); }
+Json Json::parse_file(const string& path) { return parse(read_text_file(path), path); }
 
 bool Json::is_null() const { return value_of(node_).is_null(); }
 bool Json::is_object() const { return value_of(node_).is_object(); }
@@ -71,7 +71,7 @@ bool Json::is_bool() const { return value_of(node_).is_boolean(); }
 
 void Json::wrong_type(const char* need) const {
   const Value& v = value_of(node_);
-  std::string got = v.dump(-1, ' ', false, Value::error_handler_t::replace);
+  string got = v.dump(-1, ' ', false, Value::error_handler_t::replace);
   if (got.size() > 60) got = got.substr(0, 57) + "...";
   const char* type = v.type_name();
   const char* article = v.is_array() || v.is_object() ? "an " : v.is_null() ? "" : "a ";
@@ -79,22 +79,22 @@ void Json::wrong_type(const char* need) const {
             "correct the value");
 }
 
-bool Json::has(const std::string& key) const {
+bool Json::has(const string& key) const {
   const Value& v = value_of(node_);
   return v.is_object() && v.contains(key);
 }
 
-Json Json::child(const void* node, std::string place) const {
+Json Json::child(const void* node, string place) const {
   Json value;
   value.node_ = {node_, node};
   value.place_ = std::move(place);
   return value;
 }
 
-Json Json::operator[](const std::string& key) const {
+Json Json::operator[](const string& key) const {
   const Value& v = value_of(node_);
   if (!v.is_object()) wrong_type("an object");
-  const std::string place = place_ + (top_ ? ": " : ".") + key;
+  const string place = place_ + (top_ ? ": " : ".") + key;
   const auto found = v.find(key);
   if (found == v.end()) bad_input(place, "is missing", "add the key");
   return child(&*found, place);
@@ -104,41 +104,37 @@ Json Json::operator[](int64_t index) const {
   const Value& v = value_of(node_);
   if (!v.is_array()) wrong_type("an array");
   if (index < 0 || index >= size())
-    bad_input(place_,
-              text("has too few elements (got %lld, need element %lld)",
-                   static_cast<long long>(size()), static_cast<long long>(index)),
+    bad_input(place_, text("has too few elements (got %ld, need element %ld)", size(), index),
               "add the element");
-  return child(&v[static_cast<size_t>(index)], place_ + "[" + std::to_string(index) + "]");
+  return child(&v[size_t(index)], place_ + "[" + std::to_string(index) + "]");
 }
 
 int64_t Json::size() const {
   if (!is_array() && !is_object()) wrong_type("an array or an object");
-  return static_cast<int64_t>(value_of(node_).size());
+  return int64_t(value_of(node_).size());
 }
 
-std::vector<std::string> Json::keys() const {
+vector<string> Json::keys() const {
   if (!is_object()) wrong_type("an object");
-  std::vector<std::string> names;
+  vector<string> names;
   for (const auto& member : value_of(node_).items()) names.push_back(member.key());
   return names;
 }
 
 int64_t Json::as_int(int64_t min, int64_t max) const {
   const Value& v = value_of(node_);
-  if (v.is_number_unsigned() && v.get<uint64_t>() > static_cast<uint64_t>(INT64_MAX))
+  if (v.is_number_unsigned() && v.get<uint64_t>() > uint64_t(INT64_MAX))
     wrong_type("a whole number below 2^63");
   const bool whole_float = v.is_number_float() && std::fabs(v.get<double>()) <= 0x1p53 &&
                            v.get<double>() == std::floor(v.get<double>());
   if (!v.is_number_integer() && !whole_float) wrong_type("a whole number");
   const int64_t number = v.get<int64_t>();
   if (number < min || number > max) {
-    std::string need = min == INT64_MIN ? "" : "at least " + std::to_string(min);
+    string need = min == INT64_MIN ? "" : "at least " + std::to_string(min);
     if (min != INT64_MIN && max != INT64_MAX) need += " and ";
     if (max != INT64_MAX) need += "at most " + std::to_string(max);
-    bad_input(
-        place_,
-        text("is out of range (got %lld, need %s)", static_cast<long long>(number), need.c_str()),
-        "correct the value");
+    bad_input(place_, text("is out of range (got %ld, need %s)", number, need.c_str()),
+              "correct the value");
   }
   return number;
 }
@@ -148,9 +144,9 @@ double Json::as_double() const {
   return value_of(node_).get<double>();
 }
 
-std::string Json::as_string() const {
+string Json::as_string() const {
   if (!is_string()) wrong_type("a string");
-  return value_of(node_).get<std::string>();
+  return value_of(node_).get<string>();
 }
 
 bool Json::as_bool() const {
@@ -158,35 +154,35 @@ bool Json::as_bool() const {
   return value_of(node_).get<bool>();
 }
 
-std::vector<int64_t> Json::as_ints() const {
+vector<int64_t> Json::as_ints() const {
   if (!is_array()) wrong_type("an array of whole numbers");
-  std::vector<int64_t> all;
+  vector<int64_t> all;
   for (int64_t i = 0; i < size(); i++) all.push_back((*this)[i].as_int());
   return all;
 }
 
 // The member, or null where it is absent.
-static Json member(const Json& object, const std::string& key) {
+static Json member(const Json& object, const string& key) {
   return object.has(key) ? object[key] : Json();
 }
-int64_t Json::int_or(const std::string& key, int64_t value) const {
+int64_t Json::int_or(const string& key, int64_t value) const {
   const Json found = member(*this, key);
   return found.is_null() ? value : found.as_int();
 }
-double Json::double_or(const std::string& key, double value) const {
+double Json::double_or(const string& key, double value) const {
   const Json found = member(*this, key);
   return found.is_null() ? value : found.as_double();
 }
-std::string Json::string_or(const std::string& key, const std::string& value) const {
+string Json::string_or(const string& key, const string& value) const {
   const Json found = member(*this, key);
   return found.is_null() ? value : found.as_string();
 }
-bool Json::bool_or(const std::string& key, bool value) const {
+bool Json::bool_or(const string& key, bool value) const {
   const Json found = member(*this, key);
   return found.is_null() ? value : found.as_bool();
 }
 
-std::string Json::dump(int indent) const {
+string Json::dump(int indent) const {
   return value_of(node_).dump(indent, ' ', false, Value::error_handler_t::replace);
 }
 
@@ -200,7 +196,7 @@ void JsonWriter::separate() {
 }
 
 void JsonWriter::new_line() {
-  if (indent_ >= 0) out_ += '\n' + std::string(closers_.size() * indent_, ' ');
+  if (indent_ >= 0) out_ += '\n' + string(closers_.size() * indent_, ' ');
 }
 
 JsonWriter& JsonWriter::open(char begin, char end) {
@@ -220,7 +216,7 @@ JsonWriter& JsonWriter::end() {
   return *this;
 }
 
-JsonWriter& JsonWriter::key(const std::string& name) {
+JsonWriter& JsonWriter::key(const string& name) {
   if (closers_.empty() || closers_.back() != '}')
     failed("JsonWriter", "a key outside an object: " + name);
   value(name);
@@ -233,22 +229,22 @@ JsonWriter& JsonWriter::value(double number) {
   if (!std::isfinite(number)) return null();
   char digits[32];
   const auto done = std::to_chars(digits, digits + sizeof digits, number);
-  std::string shortest(digits, done.ptr);
-  if (shortest.find_first_of(".e") == std::string::npos) shortest += ".0";
+  string shortest(digits, done.ptr);
+  if (shortest.find_first_of(".e") == string::npos) shortest += ".0";
   return raw(shortest);
 }
 
-JsonWriter& JsonWriter::value(const std::string& text_in) {
+JsonWriter& JsonWriter::value(const string& text_in) {
   return raw(Value(text_in).dump(-1, ' ', false, Value::error_handler_t::replace));
 }
 
-JsonWriter& JsonWriter::raw(const std::string& json) {
+JsonWriter& JsonWriter::raw(const string& json) {
   separate();
   out_ += json;
   return *this;
 }
 
-const std::string& JsonWriter::str() const {
+const string& JsonWriter::str() const {
   if (!closers_.empty()) failed("JsonWriter", "str() while an object or array is open");
   return out_;
 }

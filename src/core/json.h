@@ -4,15 +4,13 @@
 #pragma once
 #include <concepts>
 #include <memory>
-#include <string>
-#include <vector>
 
 #include "core/check.h"
 
 namespace pith {
 
 // The whole file. Exit code 2, naming the path, if it cannot be read.
-std::string read_text_file(const std::string& path);
+string read_text_file(const string& path);
 
 // A value inside a parsed document. Copies are cheap and share the document, which lives as long as
 // any of them. Every error names the file and the full key: "config.json: rope_scaling.factor: is a
@@ -21,8 +19,8 @@ class Json {
  public:
   // `place` is the file's name in errors. Malformed or truncated text (with line and column), a
   // key that occurs twice in one object, and trailing text are refused.
-  static Json parse(const std::string& text, const std::string& place);
-  static Json parse_file(const std::string& path);
+  static Json parse(const string& text, const string& place);
+  static Json parse_file(const string& path);
 
   bool is_null() const;
   bool is_object() const;
@@ -33,35 +31,35 @@ class Json {
   bool is_bool() const;
 
   // Object members and array elements. A missing one is an error; has() asks first.
-  bool has(const std::string& key) const;
-  Json operator[](const std::string& key) const;
+  bool has(const string& key) const;
+  Json operator[](const string& key) const;
   Json operator[](int64_t index) const;
-  int64_t size() const;                   // of an array or object
-  std::vector<std::string> keys() const;  // of an object, sorted
+  int64_t size() const;         // of an array or object
+  vector<string> keys() const;  // of an object, sorted
 
   // A number with a whole value in [min, max].
   int64_t as_int(int64_t min = INT64_MIN, int64_t max = INT64_MAX) const;
   double as_double() const;
-  std::string as_string() const;
+  string as_string() const;
   bool as_bool() const;
-  std::vector<int64_t> as_ints() const;  // an array of whole numbers
+  vector<int64_t> as_ints() const;  // an array of whole numbers
 
   // The member `key` of an object, or `value` where it is absent or null.
-  int64_t int_or(const std::string& key, int64_t value) const;
-  double double_or(const std::string& key, double value) const;
-  std::string string_or(const std::string& key, const std::string& value) const;
-  bool bool_or(const std::string& key, bool value) const;
+  int64_t int_or(const string& key, int64_t value) const;
+  double double_or(const string& key, double value) const;
+  string string_or(const string& key, const string& value) const;
+  bool bool_or(const string& key, bool value) const;
 
   // The value as JSON text; indent -1 is one line. Object keys are sorted.
-  std::string dump(int indent = -1) const;
+  string dump(int indent = -1) const;
   // "config.json: rope_scaling.factor": the `place` for an error about this value.
-  const std::string& place() const { return place_; }
+  const string& place() const { return place_; }
 
  private:
-  Json child(const void* node, std::string place) const;
+  Json child(const void* node, string place) const;
   [[noreturn]] void wrong_type(const char* need) const;
   std::shared_ptr<const void> node_;  // in the JSON library's form; keeps the document
-  std::string place_;
+  string place_;
   bool top_ = false;  // of the document
 };
 
@@ -76,22 +74,22 @@ class JsonWriter {
   JsonWriter& object() { return open('{', '}'); }
   JsonWriter& array() { return open('[', ']'); }
   JsonWriter& end();  // of the innermost object or array
-  JsonWriter& key(const std::string& name);
+  JsonWriter& key(const string& name);
   JsonWriter& value(double number);
   JsonWriter& value(std::integral auto number) { return raw(std::to_string(number)); }
   JsonWriter& value(bool flag) { return raw(flag ? "true" : "false"); }
-  JsonWriter& value(const std::string& text);
-  JsonWriter& value(const char* text) { return value(std::string(text)); }
+  JsonWriter& value(const string& text);
+  JsonWriter& value(const char* text) { return value(string(text)); }
   JsonWriter& null() { return raw("null"); }
-  JsonWriter& raw(const std::string& json);  // text that is JSON already
+  JsonWriter& raw(const string& json);  // text that is JSON already
   // The finished text; every object and array must have ended.
-  const std::string& str() const;
+  const string& str() const;
 
  private:
   JsonWriter& open(char begin, char end);
   void separate();
   void new_line();
-  std::string out_, closers_;
+  string out_, closers_;
   int indent_;
   bool first_ = true, after_key_ = false;
 };

@@ -16,7 +16,7 @@ namespace pith {
 static void log_line(const char* level, const char* format, va_list args) {
   va_list again;
   va_copy(again, args);
-  std::string message(vsnprintf(nullptr, 0, format, args), '\0');
+  string message(vsnprintf(nullptr, 0, format, args), '\0');
   vsnprintf(message.data(), message.size() + 1, format, again);
   va_end(again);
   const time_t now = time(nullptr);
@@ -24,7 +24,7 @@ static void log_line(const char* level, const char* format, va_list args) {
   localtime_r(&now, &parts);
   char stamp[32];
   strftime(stamp, sizeof stamp, "%Y-%m-%d %H:%M:%S", &parts);
-  const std::string line = text("%s | %s | ", stamp, level) + message + "\n";
+  const string line = text("%s | %s | ", stamp, level) + message + "\n";
   LogSink& sink = log_sink();
   const std::lock_guard lock(sink.mutex);
   fprintf(stderr, "%s%s", sink.progress_drawn ? "\r\033[K" : "", line.c_str());
@@ -48,7 +48,7 @@ void log_warning(const char* format, ...) {
   va_end(args);
 }
 
-void log_to_file(const std::string& path) {
+void log_to_file(const string& path) {
   LogSink& sink = log_sink();
   const std::lock_guard lock(sink.mutex);
   if (sink.file) fclose(sink.file);
@@ -62,7 +62,7 @@ double now_s() {
   return std::chrono::duration<double>(t).count();
 }
 
-Progress::Progress(std::string what, double total, std::string unit)
+Progress::Progress(string what, double total, string unit)
     : what_(std::move(what)),
       unit_(std::move(unit)),
       total_(total),
@@ -70,12 +70,12 @@ Progress::Progress(std::string what, double total, std::string unit)
       last_s_(start_s_),
       terminal_(isatty(2)) {}
 
-void Progress::update(double done, const std::string& extra) {
+void Progress::update(double done, const string& extra) {
   const double now = now_s();
   if (now - last_s_ < (terminal_ ? 0.2 : 10.0)) return;
   last_s_ = now;
   const double rate = done / std::max(now - start_s_, 1e-9);
-  std::string line = text("%s %.1f", what_.c_str(), done);
+  string line = text("%s %.1f", what_.c_str(), done);
   if (total_ > 0) line += text("/%.1f", total_);
   line += text(" %s (%.1f/s", unit_.c_str(), rate);
   if (total_ > done && rate > 0) line += ", " + duration_text((total_ - done) / rate) + " left";
@@ -87,10 +87,10 @@ void Progress::update(double done, const std::string& extra) {
   sink.progress_drawn = true;
 }
 
-void Progress::finish(const std::string& summary) { log_info("%s", summary.c_str()); }
+void Progress::finish(const string& summary) { log_info("%s", summary.c_str()); }
 
-std::string with_commas(int64_t value) {
-  std::string digits = std::to_string(value < 0 ? -value : value), out;
+string with_commas(int64_t value) {
+  string digits = std::to_string(value < 0 ? -value : value), out;
   for (size_t i = 0; i < digits.size(); i++) {
     if (i && (digits.size() - i) % 3 == 0) out += ',';
     out += digits[i];
@@ -98,14 +98,14 @@ std::string with_commas(int64_t value) {
   return value < 0 ? "-" + out : out;
 }
 
-std::string duration_text(double seconds) {
+string duration_text(double seconds) {
   const long s = std::lround(seconds);
   if (s < 60) return text("%ld s", s);
   if (s < 3600) return text("%ld min %ld s", s / 60, s % 60);
   return text("%ld h %ld min", s / 3600, s / 60 % 60);
 }
 
-std::string bytes_text(double bytes) {
+string bytes_text(double bytes) {
   const char* unit[] = {"B", "KiB", "MiB", "GiB", "TiB"};
   int i = 0;
   while (bytes >= 1024 && i < 4) bytes /= 1024, i++;

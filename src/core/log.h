@@ -1,6 +1,6 @@
 // log: one line on the terminal and in the run's log.txt; never from two threads at once.
 #pragma once
-#include <string>
+#include "core/check.h"
 
 namespace pith {
 
@@ -10,7 +10,7 @@ namespace pith {
 
 // Appends all later lines to `path` too; an empty path closes the file. Throws Error if it cannot
 // be opened.
-void log_to_file(const std::string& path);
+void log_to_file(const string& path);
 
 // Seconds of a monotonic clock.
 double now_s();
@@ -19,19 +19,19 @@ double now_s();
 // `done` and `total` share a unit; total 0 means unknown. finish() leaves the last state visible.
 class Progress {
  public:
-  Progress(std::string what, double total, std::string unit);
-  void update(double done, const std::string& extra = "");
-  void finish(const std::string& summary);
+  Progress(string what, double total, string unit);
+  void update(double done, const string& extra = "");
+  void finish(const string& summary);
 
  private:
-  std::string what_, unit_;
+  string what_, unit_;
   double total_, start_s_, last_s_;
   bool terminal_;
 };
 
 // "1,234,567"; "3 min 20 s"; "1.50 GiB".
-std::string with_commas(int64_t value);
-std::string duration_text(double seconds);
-std::string bytes_text(double bytes);
+string with_commas(int64_t value);
+string duration_text(double seconds);
+string bytes_text(double bytes);
 
 }  // namespace pith

@@ -10,12 +10,12 @@
 namespace pith {
 
 PhiloxBlock philox(uint64_t key, uint64_t counter) {
-  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-  uint32_t c[4] = {static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), 0, 0};
+  uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+  uint32_t c[4] = {uint32_t(counter), uint32_t(counter >> 32), 0, 0};
   for (int round = 0; round < 10; round++) {
     const uint64_t a = 0xD2511F53ull * c[0], b = 0xCD9E8D57ull * c[2];
-    const uint32_t next[4] = {static_cast<uint32_t>(b >> 32) ^ c[1] ^ k0, static_cast<uint32_t>(b),
-                              static_cast<uint32_t>(a >> 32) ^ c[3] ^ k1, static_cast<uint32_t>(a)};
+    const uint32_t next[4] = {uint32_t(b >> 32) ^ c[1] ^ k0, uint32_t(b),
+                              uint32_t(a >> 32) ^ c[3] ^ k1, uint32_t(a)};
     for (int i = 0; i < 4; i++) c[i] = next[i];
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
@@ -23,12 +23,12 @@ PhiloxBlock philox(uint64_t key, uint64_t counter) {
   return {{c[0], c[1], c[2], c[3]}};
 }
 
-uint64_t stream_key(uint64_t seed, std::string_view name) {
+uint64_t stream_key(uint64_t seed, string_view name) {
   return XXH3_64bits_withSeed(name.data(), name.size(), seed);
 }
 
 static double unit(uint32_t hi, uint32_t lo) {
-  return static_cast<double>((static_cast<uint64_t>(hi) << 32 | lo) >> 11) * 0x1.0p-53;
+  return double((uint64_t(hi) << 32 | lo) >> 11) * 0x1.0p-53;
 }
 
 double uniform_at(uint64_t key, uint64_t index) {

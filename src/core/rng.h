@@ -2,7 +2,8 @@
 // depends on (seed, name, index) and never on the layout or on who draws.
 #pragma once
 #include <cstdint>
-#include <string_view>
+
+#include "core/check.h"
 
 namespace pith {
 
@@ -13,7 +14,7 @@ struct PhiloxBlock {
 PhiloxBlock philox(uint64_t key, uint64_t counter);
 
 // Key of a named stream under a seed: XXH3 of the name, seeded.
-uint64_t stream_key(uint64_t seed, std::string_view name);
+uint64_t stream_key(uint64_t seed, string_view name);
 
 // Element `index` of stream `key`: uniform in [0, 1), and standard normal (Box-Muller on two of the
 // block's words, elements 2i and 2i+1 from one block).

@@ -6,7 +6,6 @@
 // are freed once the producer's bx has run. There is one tape per (chunk, micro-batch). defines:
 // TensorList, Node, Tape, record, add_grad, grad_slot, backward, weight_grads
 #pragma once
-#include <vector>
 
 #include "core/tensor.h"
 
@@ -49,13 +48,13 @@ struct Node {
 };
 
 struct Tape {
-  std::vector<Node> nodes;
-  std::vector<Tensor> grads;  // by variable
+  vector<Node> nodes;
+  vector<Tensor> grads;  // by variable
   int new_var() {
     grads.emplace_back();
-    return static_cast<int>(grads.size()) - 1;
+    return int(grads.size()) - 1;
   }
-  int size() const { return static_cast<int>(nodes.size()); }
+  int size() const { return int(nodes.size()); }
   void clear() {
     nodes.clear();
     grads.clear();

@@ -23,14 +23,14 @@ int64_t size_of(DType dtype) {
 
 const char* name_of(DType dtype) {
   const char* names[] = {"f32", "f64", "bf16", "f8", "i32", "u8"};
-  return names[static_cast<int>(dtype)];
+  return names[int(dtype)];
 }
 
 const char* name_of(Device device) { return device == Device::CPU ? "cpu" : "cuda"; }
 
 const char* name_of(MemoryKind kind) {
   const char* names[] = {"activations", "weights", "gradients", "optimizer", "workspace"};
-  return names[static_cast<int>(kind)];
+  return names[int(kind)];
 }
 
 Dims::Dims(std::initializer_list<int64_t> sizes) {
@@ -116,7 +116,7 @@ Storage* Allocator::allocate(int64_t bytes, At at) {
              "a smaller train.micro_batch_size or data.sequence_length");
     }
   }
-  __atomic_add_fetch(&live_bytes[static_cast<int>(kind)], bytes, __ATOMIC_RELAXED);
+  __atomic_add_fetch(&live_bytes[int(kind)], bytes, __ATOMIC_RELAXED);
   s->kind = kind;
   const int64_t total = live_total();
   if (total > peak_bytes) peak_bytes = total;
@@ -132,7 +132,7 @@ int64_t Allocator::live_total() const {
 void Allocator::reset_peak() { peak_bytes = live_total(); }
 
 void release(Storage* s) {
-  int64_t& live = s->allocator->live_bytes[static_cast<int>(s->kind)];
+  int64_t& live = s->allocator->live_bytes[int(s->kind)];
   __atomic_sub_fetch(&live, s->bytes, __ATOMIC_RELAXED);
   std::free(s->data);
   delete s;

@@ -114,7 +114,7 @@ struct Tensor {
 };
 
 // "[3,16] f32 cpu, made at qwen3_moe.cpp:10" or, for a weight, its name.
-std::string describe(const Tensor& t);
+string describe(const Tensor& t);
 
 // Uninitialised, zeroed, or copied from host memory of `dtype`; on rank.device.
 Tensor empty(Rank& rank, Dims dims, DType dtype, At at = At::here());

@@ -39,30 +39,30 @@ struct OpenUnit {
   std::map<int64_t, std::unique_ptr<CorpusBatch>> encoded;  // by sequence, not yet written
   int64_t documents = 0, tokens = 0, text_bytes = 0, bad_documents = 0;
   int64_t line = 0;  // of the source whose lines are being written
-  std::vector<BadDocument> bad;
+  vector<BadDocument> bad;
 };
 
 // What every file of an output folder has in common.
 struct CorpusSettings {
   const CorpusOptions& options;
-  std::string tokenizer_path;
+  string tokenizer_path;
   Tokenizer tokenizer;
   uint32_t eos = 0;
   NpyType type = NpyType::U4;
 };
 
-std::string final_path(const CorpusOptions& o, const CorpusUnit& unit) {
+string final_path(const CorpusOptions& o, const CorpusUnit& unit) {
   return o.output + "/" + unit.name + ".bin";
 }
-std::string hidden_path(const CorpusOptions& o, const std::string& name) {
+string hidden_path(const CorpusOptions& o, const string& name) {
   return o.output + "/.pith/" + name;
 }
-std::string hex(uint64_t value) { return text("%016llx", static_cast<unsigned long long>(value)); }
-bool exists(const std::string& path) { return access(path.c_str(), F_OK) == 0; }
+string hex(uint64_t value) { return text("%016lx", value); }
+bool exists(const string& path) { return access(path.c_str(), F_OK) == 0; }
 
 // A finished file must be this run's own: made by this program, from these sources as they are.
 void check_finished(const CorpusOptions& o, const CorpusUnit& unit) {
-  const std::string path = final_path(o, unit), record = hidden_path(o, unit.name + ".json");
+  const string path = final_path(o, unit), record = hidden_path(o, unit.name + ".json");
   if (unit.sources[0].path == "-")
     bad_input(path, "is there already, and standard input cannot be resumed",
               "--join NAME for another name");
@@ -75,7 +75,7 @@ void check_finished(const CorpusOptions& o, const CorpusUnit& unit) {
 
 class CorpusRun {
  public:
-  CorpusRun(const CorpusSettings& settings, const std::vector<CorpusUnit>& units, int threads,
+  CorpusRun(const CorpusSettings& settings, const vector<CorpusUnit>& units, int threads,
             int64_t bytes_to_do);
   CorpusReport run();
 
@@ -98,29 +98,29 @@ class CorpusRun {
 
   const CorpusSettings& settings_;
   const CorpusOptions& options_;
-  const std::vector<CorpusUnit>& units_;
+  const vector<CorpusUnit>& units_;
   const int threads_;
   std::mutex mutex_;
   std::condition_variable changed_;
   // All below is guarded by the mutex. Of an OpenUnit, the thread that set `reading` owns the
   // reader, and the one that set `writing` the writer and the counts.
-  std::vector<std::unique_ptr<OpenUnit>> open_;
+  vector<std::unique_ptr<OpenUnit>> open_;
   std::deque<std::pair<OpenUnit*, std::unique_ptr<CorpusBatch>>> ready_;  // read, not encoded
-  std::vector<std::unique_ptr<CorpusBatch>> spare_;
-  std::vector<const CorpusUnit*> elsewhere_;  // claimed by another process
+  vector<std::unique_ptr<CorpusBatch>> spare_;
+  vector<const CorpusUnit*> elsewhere_;  // claimed by another process
   double ask_again_s_ = 0;
   size_t next_unit_ = 0, units_over_ = 0;
   int opening_ = 0;
   int64_t bytes_held_ = 0, bytes_done_ = 0, text_bytes_ = 0;
-  std::vector<std::pair<const CorpusUnit*, BadDocument>> bad_;
+  vector<std::pair<const CorpusUnit*, BadDocument>> bad_;
   CorpusReport report_;
   std::exception_ptr error_;
   const double start_s_ = now_s();
   Progress progress_;
 };
 
-CorpusRun::CorpusRun(const CorpusSettings& settings, const std::vector<CorpusUnit>& units,
-                     int threads, int64_t bytes_to_do)
+CorpusRun::CorpusRun(const CorpusSettings& settings, const vector<CorpusUnit>& units, int threads,
+                     int64_t bytes_to_do)
     : settings_(settings),
       options_(settings.options),
       units_(units),
@@ -128,7 +128,7 @@ CorpusRun::CorpusRun(const CorpusSettings& settings, const std::vector<CorpusUni
       progress_("tokenize", bytes_to_do / 1e6, "MB of files") {}
 
 CorpusReport CorpusRun::run() {
-  std::vector<std::jthread> others;
+  vector<std::jthread> others;
   for (int i = 1; i < threads_; i++) others.emplace_back([this] { work(); });
   work();
   others.clear();
@@ -284,7 +284,7 @@ void CorpusRun::retire(OpenUnit& unit, bool made) {
 }
 
 bool CorpusRun::may_open() const {
-  if (static_cast<int>(open_.size()) + opening_ >= threads_) return false;
+  if (int(open_.size()) + opening_ >= threads_) return false;
   return next_unit_ < units_.size() || (!elsewhere_.empty() && now_s() >= ask_again_s_);
 }
 
@@ -295,7 +295,7 @@ void CorpusRun::open_next(Lock& lock) {
     if (open_unit(lock, unit) == Claim::Elsewhere) elsewhere_.push_back(&unit);
     return;
   }
-  std::vector<const CorpusUnit*> asked = std::move(elsewhere_);
+  vector<const CorpusUnit*> asked = std::move(elsewhere_);
   elsewhere_.clear();
   Claim claim = Claim::Elsewhere;
   for (const CorpusUnit* unit : asked) {
@@ -323,13 +323,13 @@ Claim CorpusRun::open_unit(Lock& lock, const CorpusUnit& unit) {
   return claim;
 }
 
-uint32_t find_eos(const Tokenizer& tokenizer, const CorpusOptions& o, const std::string& path) {
+uint32_t find_eos(const Tokenizer& tokenizer, const CorpusOptions& o, const string& path) {
   if (o.eos.empty()) {
     if (!tokenizer.eos_id()) bad_input(path, "names no end-of-text token", "--eos TOKEN");
     return *tokenizer.eos_id();
   }
   if (const auto id = tokenizer.id_of(o.eos)) return *id;
-  const bool digits = o.eos.find_first_not_of("0123456789") == std::string::npos;
+  const bool digits = o.eos.find_first_not_of("0123456789") == string::npos;
   if (!digits || o.eos.size() > 9 || std::stoul(o.eos) >= tokenizer.vocab_size())
     bad_input("--eos",
               text("no such token (got %s, need a token of %s or an id < %u)", o.eos.c_str(),
@@ -340,7 +340,7 @@ uint32_t find_eos(const Tokenizer& tokenizer, const CorpusOptions& o, const std:
 
 CorpusSettings load_settings(const CorpusOptions& o) {
   struct stat s;
-  std::string path = o.tokenizer;
+  string path = o.tokenizer;
   if (stat(path.c_str(), &s) == 0 && S_ISDIR(s.st_mode)) path += "/tokenizer.json";
   CorpusSettings settings{o, path, Tokenizer::load(path)};
   settings.eos = find_eos(settings.tokenizer, o, path);
@@ -349,26 +349,26 @@ CorpusSettings load_settings(const CorpusOptions& o) {
   return settings;
 }
 
-std::string settings_json(const CorpusSettings& s) {
+string settings_json(const CorpusSettings& s) {
   JsonWriter w(2);
   w.object().key("format").value(1);
   w.key("tokenizer").value("tokenizer.json").key("tokenizer_from").value(s.tokenizer_path);
   w.key("tokenizer_xxh3").value(hex(s.tokenizer.fingerprint()));
   w.key("vocab_size").value(s.tokenizer.vocab_size()).key("dtype").value(name_of(s.type));
-  w.key("eos_id").value(s.eos).key("eos").value(std::string(s.tokenizer.token_text(s.eos)));
+  w.key("eos_id").value(s.eos).key("eos").value(string(s.tokenizer.token_text(s.eos)));
   w.key("key").value(s.options.key);
   w.key("special_as_text").value(s.options.special_as_text).end();
   return w.str() + "\n";
 }
 
 struct FileLock {
-  FileLock(const std::string& p, int operation)
+  FileLock(const string& p, int operation)
       : path(p), fd(open(p.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666)) {
     if (fd < 0 || flock(fd, operation) != 0) failed(path, "cannot be locked");
   }
   FileLock(const FileLock&) = delete;
   ~FileLock() { close(fd); }
-  std::string path;
+  string path;
   int fd;
 };
 
@@ -376,7 +376,7 @@ struct FileLock {
 // several processes may begin at once. The result marks the folder as not whole: each run holds it
 // while at work, and one that does not end well leaves it behind.
 FileLock open_folder(const CorpusSettings& s) {
-  const std::string &folder = s.options.output, path = folder + "/corpus.json";
+  const string &folder = s.options.output, path = folder + "/corpus.json";
   make_folders(folder + "/.pith");
   const FileLock lock(hidden_path(s.options, ".lock"), LOCK_EX);
   if (exists(path)) {
@@ -403,7 +403,7 @@ void close_folder(const CorpusOptions& o, const FileLock& mark) {
 }  // namespace
 
 CorpusReport tokenize_corpus(const CorpusOptions& o) {
-  const std::vector<CorpusUnit> units = plan_corpus(o);
+  const vector<CorpusUnit> units = plan_corpus(o);
   const CorpusSettings settings = load_settings(o);
   int64_t bytes_to_do = 0;
   for (const CorpusUnit& unit : units) {

@@ -8,8 +8,8 @@
 //          inspect_corpus
 #pragma once
 #include <cstdint>
-#include <string>
-#include <vector>
+
+#include "core/check.h"
 
 namespace pith {
 
@@ -20,23 +20,23 @@ enum class CorpusFormat : uint8_t {
 };
 
 struct CorpusOptions {
-  std::string tokenizer;            // a tokenizer.json, or the folder that holds it
-  std::vector<std::string> inputs;  // files and folders, or "-" alone: standard input
-  std::string output;               // folder, made where missing
+  string tokenizer;       // a tokenizer.json, or the folder that holds it
+  vector<string> inputs;  // files and folders, or "-" alone: standard input
+  string output;          // folder, made where missing
   CorpusFormat format = CorpusFormat::Auto;
-  std::vector<std::string> include;       // file name patterns, "*.c"; empty: every file
-  std::string join;                       // one series JOIN-00000.bin, ... instead of a file each
+  vector<string> include;                 // file name patterns, "*.c"; empty: every file
+  string join;                            // one series JOIN-00000.bin, ... instead of a file each
   int64_t part_bytes = int64_t{1} << 30;  // input bytes of a file of that series
-  std::string key = "text";               // member of the JSON object that is the document
-  std::string eos;                        // token or id; empty: the tokenizer's end-of-text
+  string key = "text";                    // member of the JSON object that is the document
+  string eos;                             // token or id; empty: the tokenizer's end-of-text
   bool special_as_text = false;           // special tokens' text is ordinary text
   bool skip_bad = false;                  // leave out malformed documents, do not stop at them
   int threads = 0;                        // 0: every core
 };
 
 struct BadDocument {
-  std::string place;  // "file:line"
-  std::string what;
+  string place;  // "file:line"
+  string what;
 };
 
 struct CorpusReport {
@@ -44,8 +44,8 @@ struct CorpusReport {
   int64_t documents = 0, tokens = 0;  // of `files`, as all below
   int64_t text_bytes = 0;             // of the documents
   int64_t bad_documents = 0;
-  int64_t empty_files = 0;       // left out of joined files
-  std::vector<BadDocument> bad;  // the first 20
+  int64_t empty_files = 0;  // left out of joined files
+  vector<BadDocument> bad;  // the first 20
   double seconds = 0;
   bool stopped = false;  // by a signal: the same command goes on
 };
@@ -63,25 +63,25 @@ struct CorpusSummary {
   int64_t unfinished = 0;             // files under way, and runs that did not end
   int64_t shortest = 0, longest = 0;  // documents, in tokens
   double mean_length = 0;
-  std::vector<int64_t> length_histogram;  // [i]: documents of [2^i, 2^(i+1)) tokens; [0] has 0 too
+  vector<int64_t> length_histogram;  // [i]: documents of [2^i, 2^(i+1)) tokens; [0] has 0 too
   struct Frequent {
     uint32_t id;
     int64_t count;
-    std::string text;
+    string text;
   };
-  std::vector<Frequent> frequent;  // the most frequent tokens, falling
+  vector<Frequent> frequent;  // the most frequent tokens, falling
   int64_t distinct_tokens = 0;
   struct Sample {
-    std::string file;  // below the folder
+    string file;       // below the folder
     int64_t document;  // in the file, from 0
-    std::string text;  // its first tokens, decoded
+    string text;       // its first tokens, decoded
   };
-  std::vector<Sample> samples;
+  vector<Sample> samples;
 };
 
 struct InspectOptions {
-  std::string folder;     // or one token file
-  std::string tokenizer;  // empty: the tokenizer.json in the folder
+  string folder;     // or one token file
+  string tokenizer;  // empty: the tokenizer.json in the folder
   int top = 20, samples = 3;
   int sample_tokens = 100;  // of each sample, at most
 };

@@ -21,7 +21,7 @@ namespace {
 // Takes the value of one key of the outermost object; of several, the last, as Python does.
 struct KeyHandler : rapidjson::BaseReaderHandler<rapidjson::UTF8<>, KeyHandler> {
   enum Found : uint8_t { Nothing, Text, Other };
-  std::string_view key, text;
+  string_view key, text;
   int64_t depth = 0;
   bool object = false, wanted = false;  // `wanted`: the next value of depth 1 is the key's
   Found found = Nothing;
@@ -39,7 +39,7 @@ struct KeyHandler : rapidjson::BaseReaderHandler<rapidjson::UTF8<>, KeyHandler> 
     return note(Text);
   }
   bool Key(const char* s, rapidjson::SizeType n, bool) {
-    if (depth == 1) wanted = std::string_view(s, n) == key;
+    if (depth == 1) wanted = string_view(s, n) == key;
     return true;
   }
   bool StartObject() {
@@ -57,7 +57,7 @@ struct KeyHandler : rapidjson::BaseReaderHandler<rapidjson::UTF8<>, KeyHandler> 
 };
 
 // U+D800..U+DFFF, which an escape can write, are no characters: UTF-8 would be ED A0..BF xx.
-bool has_surrogate(std::string_view s) {
+bool has_surrogate(string_view s) {
   for (size_t i = s.find('\xed'); i != s.npos; i = s.find('\xed', i + 1))
     if (i + 1 < s.size() && static_cast<unsigned char>(s[i + 1]) >= 0xa0) return true;
   return false;
@@ -71,18 +71,18 @@ bool is_blank(const char* s, size_t n) {
 // must not use up the stack.
 constexpr unsigned kParseFlags =
     rapidjson::kParseInsituFlag | rapidjson::kParseIterativeFlag | rapidjson::kParseNanAndInfFlag;
-constexpr std::string_view kBom = "\xef\xbb\xbf";
+constexpr string_view kBom = "\xef\xbb\xbf";
 }  // namespace
 
 struct LineParser::State {
-  std::string key;
+  string key;
   rapidjson::Reader reader;
 };
 
-LineParser::LineParser(std::string key) : state_(new State{std::move(key), {}}) {}
+LineParser::LineParser(string key) : state_(new State{std::move(key), {}}) {}
 LineParser::~LineParser() = default;
 
-std::string LineParser::parse(char* line, size_t n, std::string_view& document) {
+string LineParser::parse(char* line, size_t n, string_view& document) {
   if (!is_valid_utf8({line, n})) return "not valid UTF-8";
   KeyHandler handler;
   handler.key = state_->key;
@@ -114,7 +114,7 @@ void BatchEncoder::encode(CorpusBatch& batch) {
   for (const CorpusBatch::TextFile& file : batch.texts) encode_text(batch, file);
 }
 
-void BatchEncoder::add_document(CorpusBatch& batch, std::string_view document) {
+void BatchEncoder::add_document(CorpusBatch& batch, string_view document) {
   tokenizer_.encode(document, batch.tokens, options_, scratch_);
   batch.tokens.push_back(eos_);
   batch.ends.push_back(batch.tokens.size());
@@ -123,7 +123,7 @@ void BatchEncoder::add_document(CorpusBatch& batch, std::string_view document) {
 
 void BatchEncoder::encode_lines(CorpusBatch& batch) {
   char *at = batch.raw.data, *const end = at + batch.raw.size;
-  if (batch.first_lines && std::string_view(at, end - at).starts_with(kBom)) at += kBom.size();
+  if (batch.first_lines && string_view(at, end - at).starts_with(kBom)) at += kBom.size();
   while (at < end) {
     char* newline = static_cast<char*>(memchr(at, '\n', end - at));
     if (!newline) newline = end;
@@ -131,8 +131,8 @@ void BatchEncoder::encode_lines(CorpusBatch& batch) {
     batch.lines++;
     const size_t n = newline - at;
     if (!is_blank(at, n)) {
-      std::string_view document;
-      const std::string wrong = parser_.parse(at, n, document);
+      string_view document;
+      const string wrong = parser_.parse(at, n, document);
       if (wrong.empty())
         add_document(batch, document);
       else
@@ -143,7 +143,7 @@ void BatchEncoder::encode_lines(CorpusBatch& batch) {
 }
 
 void BatchEncoder::encode_text(CorpusBatch& batch, const CorpusBatch::TextFile& file) {
-  std::string_view document(batch.raw.data + file.begin, file.size);
+  string_view document(batch.raw.data + file.begin, file.size);
   if (document.starts_with(kBom)) document.remove_prefix(kBom.size());
   if (is_valid_utf8(document) && !document.empty()) return add_document(batch, document);
   int64_t line = 1;

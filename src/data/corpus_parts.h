@@ -3,7 +3,6 @@
 //          BatchReader, LineParser, BatchEncoder, Claim, TokenFileWriter
 #pragma once
 #include <memory>
-#include <string_view>
 
 #include "data/corpus.h"
 #include "data/npy.h"
@@ -14,8 +13,8 @@ namespace pith {
 enum class Packing : uint8_t { None, Gzip, Zstd, ByContent };
 
 struct CorpusSource {
-  std::string path;   // as opened; "-" is standard input
-  std::string name;   // relative to the input it was found in
+  string path;        // as opened; "-" is standard input
+  string name;        // relative to the input it was found in
   int64_t bytes = 0;  // as stored; 0 for standard input
   int64_t mtime_ns = 0;
   CorpusFormat format = CorpusFormat::Text;
@@ -24,8 +23,8 @@ struct CorpusSource {
 
 // What becomes one token file.
 struct CorpusUnit {
-  std::string name;  // below the output folder, without ".bin"
-  std::vector<CorpusSource> sources;
+  string name;  // below the output folder, without ".bin"
+  vector<CorpusSource> sources;
   int64_t bytes = 0;
   int64_t empty_files = 0;
   // Of the names, sizes, times and formats of the sources: another value, other sources.
@@ -35,7 +34,7 @@ struct CorpusUnit {
 // Finds the sources and deals them out to units, in path order. Exit code 2: nothing found, a
 // suffix that tells no format, Parquet, an empty file (unless skip_bad or join), two sources for
 // one token file.
-std::vector<CorpusUnit> plan_corpus(const CorpusOptions& options);
+vector<CorpusUnit> plan_corpus(const CorpusOptions& options);
 
 // Memory that grows without being cleared first. Moves, never copies.
 struct Bytes {
@@ -68,7 +67,7 @@ class SourceStream {
 struct BadLine {
   const CorpusSource* source;
   int64_t line;  // from 1; in a batch of lines, counted from its first one
-  std::string what;
+  string what;
 };
 
 // Work for one thread: some lines of one source, or some whole text files.
@@ -81,12 +80,12 @@ struct CorpusBatch {
     const CorpusSource* source;
     size_t begin, size;  // in raw
   };
-  std::vector<TextFile> texts;
+  vector<TextFile> texts;
   int64_t stored_bytes = 0;  // read for this batch
   // Filled by BatchEncoder:
-  std::vector<uint32_t> tokens;
-  std::vector<uint64_t> ends;  // of documents, in `tokens`
-  std::vector<BadLine> bad;
+  vector<uint32_t> tokens;
+  vector<uint64_t> ends;  // of documents, in `tokens`
+  vector<BadLine> bad;
   int64_t lines = 0;
   int64_t text_bytes = 0;
   void clear();
@@ -103,7 +102,7 @@ class BatchReader {
  private:
   void read_text(CorpusBatch& batch);
   void read_lines(CorpusBatch& batch);
-  const std::vector<CorpusSource>& sources_;
+  const vector<CorpusSource>& sources_;
   size_t next_ = 0;  // source
   std::unique_ptr<SourceStream> stream_;
   Bytes carry_;  // the begin of a line that the last batch did not end
@@ -112,11 +111,11 @@ class BatchReader {
 // Finds the string under one key of a JSON object on a line.
 class LineParser {
  public:
-  explicit LineParser(std::string key);
+  explicit LineParser(string key);
   ~LineParser();
   // Parses line[0, n), which it overwrites; line[n] is 0 and kPadding bytes may be read. `text`
   // then points into it. Returns an empty string, or what is wrong.
-  std::string parse(char* line, size_t n, std::string_view& text);
+  string parse(char* line, size_t n, string_view& text);
 
  private:
   struct State;
@@ -132,7 +131,7 @@ class BatchEncoder {
  private:
   void encode_lines(CorpusBatch& batch);
   void encode_text(CorpusBatch& batch, const CorpusBatch::TextFile& file);
-  void add_document(CorpusBatch& batch, std::string_view text);
+  void add_document(CorpusBatch& batch, string_view text);
   const Tokenizer& tokenizer_;
   EncodeOptions options_;
   uint32_t eos_;
@@ -147,24 +146,24 @@ enum class Claim : uint8_t { Mine, Finished, Elsewhere };
 class TokenFileWriter {
  public:
   // `part` is the temporary's path, on the file system of `path`.
-  TokenFileWriter(std::string path, std::string part, NpyType type);
+  TokenFileWriter(string path, string part, NpyType type);
   TokenFileWriter(const TokenFileWriter&) = delete;
   ~TokenFileWriter();  // removes an unfinished temporary
   Claim claim();
   // `ends` count from the begin of `tokens`.
-  void append(const std::vector<uint32_t>& tokens, const std::vector<uint64_t>& ends);
+  void append(const vector<uint32_t>& tokens, const vector<uint64_t>& ends);
   // On disk, then under its name.
   void finish();
 
  private:
   void write(const void* bytes, size_t n);
   void spill_ends();
-  std::string path_, part_;
+  string path_, part_;
   NpyType type_;
   int fd_ = -1, ends_fd_ = -1;  // ends_fd_: a nameless file for the ends that are not in memory
   int64_t num_tokens_ = 0, num_documents_ = 0;
-  std::vector<uint64_t> ends_;
-  std::string narrow_;
+  vector<uint64_t> ends_;
+  string narrow_;
 };
 
 }  // namespace pith

@@ -14,15 +14,15 @@
 namespace pith {
 namespace fs = std::filesystem;
 
-static bool cut_suffix(std::string& name, std::string_view suffix) {
+static bool cut_suffix(string& name, string_view suffix) {
   if (name.size() <= suffix.size() || !name.ends_with(suffix)) return false;
   name.resize(name.size() - suffix.size());
   return true;
 }
 
 // Sets format and packing; returns the name without the suffixes that told them.
-static std::string classify(CorpusSource& source, CorpusFormat wanted) {
-  std::string stem = source.name;
+static string classify(CorpusSource& source, CorpusFormat wanted) {
+  string stem = source.name;
   if (stem.ends_with(".parquet"))
     bad_input(source.path, "Parquet is not read (need text or JSON lines)",
               "duckdb -c \"COPY (SELECT text FROM 'x.parquet') TO 'x.jsonl' (FORMAT json)\"");
@@ -41,8 +41,8 @@ static std::string classify(CorpusSource& source, CorpusFormat wanted) {
   return stem;
 }
 
-static bool included(const CorpusSource& source, const std::vector<std::string>& patterns) {
-  const std::string file = fs::path(source.name).filename();
+static bool included(const CorpusSource& source, const vector<string>& patterns) {
+  const string file = fs::path(source.name).filename();
   return patterns.empty() || std::any_of(patterns.begin(), patterns.end(), [&](const auto& p) {
            return fnmatch(p.c_str(), file.c_str(), 0) == 0 ||
                   fnmatch(p.c_str(), source.name.c_str(), 0) == 0;
@@ -59,11 +59,11 @@ static bool fill_stat(CorpusSource& source) {
 
 // Adds the files below `folder`, but not hidden ones, those of `output`, and linked folders, which
 // in source trees lead to the same files again.
-static void walk(const fs::path& folder, const std::string& below, const fs::path& output,
-                 std::vector<CorpusSource>& found) {
+static void walk(const fs::path& folder, const string& below, const fs::path& output,
+                 vector<CorpusSource>& found) {
   std::error_code error;
   for (fs::directory_iterator it(folder, error), end; !error && it != end; it.increment(error)) {
-    const std::string file = it->path().filename();
+    const string file = it->path().filename();
     if (file.starts_with(".")) continue;
     if (it->is_directory(error)) {
       if (!it->is_symlink() && !fs::equivalent(it->path(), output, error))
@@ -77,9 +77,9 @@ static void walk(const fs::path& folder, const std::string& below, const fs::pat
   if (error) failed(folder, text("cannot be listed (%s)", error.message().c_str()));
 }
 
-static std::vector<CorpusSource> find_sources(const CorpusOptions& o) {
-  std::vector<CorpusSource> found;
-  for (const std::string& input : o.inputs) {
+static vector<CorpusSource> find_sources(const CorpusOptions& o) {
+  vector<CorpusSource> found;
+  for (const string& input : o.inputs) {
     if (input == "-") {
       if (o.inputs.size() != 1)
         bad_input("-", "standard input beside other inputs (need it alone)",
@@ -90,7 +90,7 @@ static std::vector<CorpusSource> find_sources(const CorpusOptions& o) {
       return {{.path = "-", .name = "stdin", .format = o.format, .packing = Packing::ByContent}};
     }
     if (fs::is_directory(input)) {
-      std::vector<CorpusSource> files;
+      vector<CorpusSource> files;
       walk(input, "", o.output, files);
       std::erase_if(files, [&](const auto& s) { return !included(s, o.include); });
       std::sort(files.begin(), files.end(),
@@ -109,10 +109,10 @@ static std::vector<CorpusSource> find_sources(const CorpusOptions& o) {
   return found;
 }
 
-static std::vector<CorpusUnit> joined(const CorpusOptions& o, std::vector<CorpusSource> sources) {
-  if (o.join.starts_with(".") || o.join.find('/') != std::string::npos)
+static vector<CorpusUnit> joined(const CorpusOptions& o, vector<CorpusSource> sources) {
+  if (o.join.starts_with(".") || o.join.find('/') != string::npos)
     bad_input("--join", text("is \"%s\" (need a plain file name)", o.join.c_str()), "--join c");
-  std::vector<CorpusUnit> units;
+  vector<CorpusUnit> units;
   int64_t empty = 0;
   for (CorpusSource& source : sources) {
     classify(source, o.format);
@@ -130,15 +130,15 @@ static std::vector<CorpusUnit> joined(const CorpusOptions& o, std::vector<Corpus
   return units;
 }
 
-std::vector<CorpusUnit> plan_corpus(const CorpusOptions& o) {
-  std::vector<CorpusSource> sources = find_sources(o);
+vector<CorpusUnit> plan_corpus(const CorpusOptions& o) {
+  vector<CorpusSource> sources = find_sources(o);
   if (sources[0].path == "-")
     return {{.name = o.join.empty() ? "stdin" : o.join, .sources = sources}};
   if (!o.join.empty()) return joined(o, std::move(sources));
-  std::vector<CorpusUnit> units;
-  std::map<std::string, std::string> taken;  // token file -> its source
+  vector<CorpusUnit> units;
+  std::map<string, string> taken;  // token file -> its source
   for (CorpusSource& source : sources) {
-    const std::string name = classify(source, o.format);
+    const string name = classify(source, o.format);
     const auto [other, fresh] = taken.emplace(name, source.path);
     if (!fresh)
       bad_input(source.path,
@@ -157,10 +157,9 @@ std::vector<CorpusUnit> plan_corpus(const CorpusOptions& o) {
 }
 
 uint64_t CorpusUnit::identity() const {
-  std::string all;
+  string all;
   for (const CorpusSource& s : sources)
-    all += text("%s\t%lld\t%lld\t%d\n", s.name.c_str(), static_cast<long long>(s.bytes),
-                static_cast<long long>(s.mtime_ns), static_cast<int>(s.format));
+    all += text("%s\t%ld\t%ld\t%d\n", s.name.c_str(), s.bytes, s.mtime_ns, int(s.format));
   return XXH3_64bits(all.data(), all.size());
 }
 

@@ -33,13 +33,13 @@ void Bytes::append(const char* from, size_t n) {
 }
 
 struct SourceStream::State {
-  std::string path;
+  string path;
   Packing packing;
   int fd = -1;
   int64_t stored = 0;
   bool ended = false;         // of the file
   bool inside = false;        // a gzip member or zstd frame that has begun and not ended
-  std::string buffer;         // stored bytes
+  string buffer;              // stored bytes
   size_t begin = 0, end = 0;  // of those not yet used
   z_stream gzip{};
   ZSTD_DStream* zstd = nullptr;
@@ -68,17 +68,17 @@ struct SourceStream::State {
     begin = 0;
     end = read_stored(buffer.data(), buffer.size());
   }
-  [[noreturn]] void damaged(const std::string& what) {
+  [[noreturn]] void damaged(const string& what) {
     bad_input(path, what, "downloading it again; gzip -t or zstd -t checks it");
   }
   // Standard input: the first bytes tell how it is packed. Neither magic is valid UTF-8.
   void detect() {
     fill();
     while (end < 4 && !ended) end += read_stored(buffer.data() + end, buffer.size() - end);
-    const std::string_view head(buffer.data(), std::min<size_t>(end, 4));
-    packing = head.starts_with("\x1f\x8b")                   ? Packing::Gzip
-              : head == std::string_view("\x28\xb5\x2f\xfd") ? Packing::Zstd
-                                                             : Packing::None;
+    const string_view head(buffer.data(), std::min<size_t>(end, 4));
+    packing = head.starts_with("\x1f\x8b")              ? Packing::Gzip
+              : head == string_view("\x28\xb5\x2f\xfd") ? Packing::Zstd
+                                                        : Packing::None;
   }
   size_t read_plain(char* to, size_t n) {
     if (begin == end) return read_stored(to, n);

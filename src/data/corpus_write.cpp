@@ -16,11 +16,11 @@ namespace pith {
 constexpr size_t kEndsInMemory = 1 << 16;
 constexpr int64_t kHeaderBytes = 128;
 
-[[noreturn]] static void io_failed(const std::string& path, const char* what) {
+[[noreturn]] static void io_failed(const string& path, const char* what) {
   failed(path, text("%s (%s)", what, strerror(errno)), "free space, permissions, another --output");
 }
 
-static void write_all(int fd, const void* bytes, size_t n, const std::string& path) {
+static void write_all(int fd, const void* bytes, size_t n, const string& path) {
   for (const char* at = static_cast<const char*>(bytes); n;) {
     const ssize_t done = ::write(fd, at, n);
     if (done < 0 && errno == EINTR) continue;
@@ -30,7 +30,7 @@ static void write_all(int fd, const void* bytes, size_t n, const std::string& pa
   }
 }
 
-TokenFileWriter::TokenFileWriter(std::string path, std::string part, NpyType type)
+TokenFileWriter::TokenFileWriter(string path, string part, NpyType type)
     : path_(std::move(path)), part_(std::move(part)), type_(type) {}
 
 TokenFileWriter::~TokenFileWriter() {
@@ -63,15 +63,14 @@ Claim TokenFileWriter::claim() {
   }
   fd_ = fd;
   if (ftruncate(fd_, 0) != 0) io_failed(part_, "cannot be emptied");
-  const std::string room(kHeaderBytes, '\0');  // until the number of tokens is known
+  const string room(kHeaderBytes, '\0');  // until the number of tokens is known
   write(room.data(), room.size());
   return Claim::Mine;
 }
 
 void TokenFileWriter::write(const void* bytes, size_t n) { write_all(fd_, bytes, n, part_); }
 
-void TokenFileWriter::append(const std::vector<uint32_t>& tokens,
-                             const std::vector<uint64_t>& ends) {
+void TokenFileWriter::append(const vector<uint32_t>& tokens, const vector<uint64_t>& ends) {
   const size_t width = size_of(type_);
   if (width == 4) {
     write(tokens.data(), tokens.size() * 4);
@@ -89,7 +88,7 @@ void TokenFileWriter::append(const std::vector<uint32_t>& tokens,
 
 void TokenFileWriter::spill_ends() {
   if (ends_fd_ < 0) {
-    const std::string name = part_ + ".ends";
+    const string name = part_ + ".ends";
     ends_fd_ = open(name.c_str(), O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
     if (ends_fd_ < 0) io_failed(name, "cannot be created");
     unlink(name.c_str());
@@ -99,11 +98,11 @@ void TokenFileWriter::spill_ends() {
 }
 
 void TokenFileWriter::finish() {
-  const std::string ends_header = npy_header(NpyType::U8, {num_documents_}, kHeaderBytes);
+  const string ends_header = npy_header(NpyType::U8, {num_documents_}, kHeaderBytes);
   write(ends_header.data(), ends_header.size());
   if (ends_fd_ >= 0) {
     spill_ends();
-    std::string block(1 << 20, '\0');
+    string block(1 << 20, '\0');
     lseek(ends_fd_, 0, SEEK_SET);
     for (ssize_t got; (got = ::read(ends_fd_, block.data(), block.size())) != 0;) {
       if (got < 0) io_failed(part_, "its document ends cannot be read back");
@@ -111,7 +110,7 @@ void TokenFileWriter::finish() {
     }
   }
   write(ends_.data(), ends_.size() * 8);
-  const std::string header = npy_header(type_, {num_tokens_}, kHeaderBytes);
+  const string header = npy_header(type_, {num_tokens_}, kHeaderBytes);
   if (pwrite(fd_, header.data(), header.size(), 0) != kHeaderBytes)
     io_failed(part_, "cannot be written");
   if (fsync(fd_) != 0) io_failed(part_, "cannot be brought to disk");

@@ -35,12 +35,12 @@ void TokenFile::copy(int64_t offset, int64_t count, int64_t vocab_size, int32_t*
                      "than %lu)",
                      id, i, limit),
                 "use the model's own tokenizer, or a model with a larger vocab_size");
-    *dst++ = static_cast<int32_t>(id);
+    *dst++ = int32_t(id);
   }
 }
 
-TokenFile open_token_file(const std::string& path) {
-  const auto refuse = [&](const std::string& what) {
+TokenFile open_token_file(const string& path) {
+  const auto refuse = [&](const string& what) {
     bad_input(path, what, "make the file again with pith tokenize");
   };
   TokenFile file;
@@ -69,14 +69,14 @@ TokenFile open_token_file(const std::string& path) {
     if (doc + 1 == file.num_docs) least = most;
     if (end < least || end > most)
       refuse(text("has a corrupt end of document %ld (got %lu, need %ld to %ld)", doc,
-                  static_cast<uint64_t>(end), least, most));
+                  uint64_t(end), least, most));
     least = end;
   }
   return file;
 }
 
-std::vector<std::string> find_token_files(const std::string& path) {
-  std::vector<fs::path> found;
+vector<string> find_token_files(const string& path) {
+  vector<fs::path> found;
   try {
     if (fs::is_regular_file(path)) return {path};
     for (fs::recursive_directory_iterator it(path), end; it != end; ++it) {
@@ -99,9 +99,9 @@ std::vector<std::string> find_token_files(const std::string& path) {
 
 // ---- Dataset ------------------------------------------------------------------------------------
 
-Dataset::Dataset(const std::vector<std::string>& paths, const DataOptions& options)
+Dataset::Dataset(const vector<string>& paths, const DataOptions& options)
     : options_(options), train_(paths.size()), first_sample_{0} {
-  for (const std::string& path : paths) {
+  for (const string& path : paths) {
     files_.push_back(open_token_file(path));
     token_bytes_ += files_.back().num_tokens * size_of(files_.back().type);
   }
@@ -114,7 +114,7 @@ Dataset::Dataset(const std::vector<std::string>& paths, const DataOptions& optio
     const int64_t checked = token_bytes_ <= kChecked ? files_[i].num_tokens : 0;
     for (int64_t at = 0; at < checked; at += kBlock)
       files_[i].copy(at, std::min(kBlock, checked - at), options.vocab_size, block);
-    split_documents(static_cast<int>(i));
+    split_documents(int(i));
     const int64_t labels = std::max<int64_t>(train_[i].num_tokens - 1, 0);
     first_sample_.push_back(first_sample_.back() + labels / options.seq_length);
   }
@@ -130,7 +130,7 @@ void Dataset::split_documents(int index) {
     bool held = fraction >= 1;
     if (fraction > 0 && fraction < 1) {
       const uint64_t hash = XXH3_64bits(file.tokens + begin * width, (end - begin) * width);
-      held = static_cast<double>(hash >> 11) * 0x1.0p-53 < fraction;
+      held = double(hash >> 11) * 0x1.0p-53 < fraction;
     }
     Stream& stream = held ? heldout_ : train_[index];
     stream.documents.push_back({stream.num_tokens, begin, index});
@@ -172,7 +172,7 @@ void Dataset::train_sample(int64_t index, const SampleRow& row) const {
   int64_t sample = index % n;
   if (options_.shuffle) {
     const uint64_t key = stream_key(options_.seed, text("data.epoch.%ld", index / n));
-    sample = static_cast<int64_t>(permute_index(key, sample, n));
+    sample = int64_t(permute_index(key, sample, n));
   }
   const auto file = std::ranges::upper_bound(first_sample_, sample) - first_sample_.begin() - 1;
   cut(train_[file], (sample - first_sample_[file]) * options_.seq_length, row);
@@ -187,7 +187,7 @@ void Dataset::cut(const Stream& stream, int64_t begin, const SampleRow& row) con
   const int64_t length = options_.seq_length;
   const int64_t n = std::min(length + 1, stream.num_tokens - begin);  // with the last label
   const bool mask = options_.document_mask;
-  std::vector<int32_t> window(length + 1), ends(length, static_cast<int32_t>(length));
+  vector<int32_t> window(length + 1), ends(length, int32_t(length));
   std::fill_n(row.labels, length, kIgnoreLabel);
   auto next = std::ranges::upper_bound(stream.documents, begin, {}, &Stream::Document::begin);
   for (int64_t at = 0, stop; at < n; at = stop) {
@@ -200,7 +200,7 @@ void Dataset::cut(const Stream& stream, int64_t begin, const SampleRow& row) con
     const int64_t first = mask ? at + 1 : std::max<int64_t>(at, 1);
     std::copy(window.data() + first, window.data() + stop, row.labels + first - 1);
     for (int64_t i = at; mask && i < std::min(stop, length); i++)
-      ends[i] = static_cast<int32_t>(std::min(stop, length));
+      ends[i] = int32_t(std::min(stop, length));
     next++;
   }
   std::copy_n(window.begin(), length, row.tokens);
@@ -211,7 +211,7 @@ uint64_t Dataset::fingerprint() const {
   constexpr int64_t kWhole = int64_t{64} << 20, kBlocks = 16, kBlock = 4096;
   uint64_t hash = 0;
   const auto add = [&](const void* data, int64_t bytes) {
-    hash = XXH3_64bits_withSeed(data, static_cast<size_t>(bytes), hash);
+    hash = XXH3_64bits_withSeed(data, size_t(bytes), hash);
   };
   for (const TokenFile& file : files_) {
     const int64_t sizes[3] = {size_of(file.type), file.num_tokens, file.num_docs};
@@ -232,7 +232,7 @@ void positions_from_ends(const int32_t* doc_ends, int64_t seq_length, int32_t* p
   int64_t begin = 0;
   for (int64_t i = 0; i < seq_length; i++) {
     if (i > 0 && i == doc_ends[i - 1]) begin = i;
-    positions[i] = static_cast<int32_t>(i - begin);
+    positions[i] = int32_t(i - begin);
   }
 }
 
@@ -274,7 +274,7 @@ double bigram_nats(const Dataset& data) {
     bad_input("bigram model",
               text("the vocabulary is too large (got %ld, need at most %ld)", v, kBigramMaxVocab),
               "compare with another run instead");
-  std::vector<int32_t> tokens(length), labels(length);
+  vector<int32_t> tokens(length), labels(length);
   const auto each_pair = [&](const Dataset::Stream& stream, const auto& use) {
     for (int64_t begin = 0; begin + 1 < stream.num_tokens; begin += length) {
       data.cut(stream, begin, {tokens.data(), labels.data()});
@@ -282,8 +282,8 @@ double bigram_nats(const Dataset& data) {
         if (labels[i] != kIgnoreLabel) use(tokens[i], labels[i]);
     }
   };
-  std::vector<uint32_t> pairs(v * v);                 // [first, second]: times seen
-  std::vector<double> before(v), after(v), total(v);  // distinct neighbours; times followed
+  vector<uint32_t> pairs(v * v);                 // [first, second]: times seen
+  vector<double> before(v), after(v), total(v);  // distinct neighbours; times followed
   double kinds = 0, nats = 0, count = 0;
   for (const Dataset::Stream& stream : data.train_)
     each_pair(stream, [&](int32_t first, int32_t second) {

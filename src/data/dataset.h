@@ -4,8 +4,6 @@
 //          positions_from_ends, BatchShape, global_sample, ZigzagBlocks, zigzag_blocks,
 //          take_zigzag, bigram_nats
 #pragma once
-#include <string>
-#include <vector>
 
 #include "core/tensor.h"
 #include "data/durable.h"
@@ -44,11 +42,11 @@ struct TokenFile {
   void copy(int64_t offset, int64_t count, int64_t vocab_size, int32_t* dst) const;
 };
 // Exit code 2 naming the file for a truncated or corrupt one.
-TokenFile open_token_file(const std::string& path);
+TokenFile open_token_file(const string& path);
 
 // The .bin files that `path` stands for: itself, or, for a folder, all below it in path order,
 // names that begin with "." aside. Exit code 2 if there is none.
-std::vector<std::string> find_token_files(const std::string& path);
+vector<string> find_token_files(const string& path);
 
 // Samples are windows of S tokens, labelled with the window shifted by one. Training samples are
 // cut from a file's training documents end to end; a tail of fewer than S + 1 tokens is dropped.
@@ -60,7 +58,7 @@ class Dataset {
  public:
   // Exit code 2: no files, a corrupt file, an empty corpus, or a token id >= vocab_size (in
   // corpora above 1 GiB found by the sample that holds it).
-  Dataset(const std::vector<std::string>& paths, const DataOptions& options);
+  Dataset(const vector<string>& paths, const DataOptions& options);
 
   const DataOptions& options() const { return options_; }
   int64_t samples_per_epoch() const { return first_sample_.back(); }
@@ -86,18 +84,18 @@ class Dataset {
       int64_t file_offset;  // of its first token
       int file;
     };
-    std::vector<Document> documents;
+    vector<Document> documents;
     int64_t num_tokens = 0;
   };
   void split_documents(int file);
   void cut(const Stream& stream, int64_t begin, const SampleRow& row) const;
   friend double bigram_nats(const Dataset& data);
   DataOptions options_;
-  std::vector<TokenFile> files_;
-  int64_t token_bytes_ = 0;    // of all files
-  std::vector<Stream> train_;  // one a file
+  vector<TokenFile> files_;
+  int64_t token_bytes_ = 0;  // of all files
+  vector<Stream> train_;     // one a file
   Stream heldout_;
-  std::vector<int64_t> first_sample_;  // by file, then the number of samples
+  vector<int64_t> first_sample_;  // by file, then the number of samples
 };
 
 // positions[i] = i - (begin of i's document), from a whole row's doc_ends.

@@ -16,30 +16,30 @@ namespace pith {
 
 namespace fs = std::filesystem;
 
-[[noreturn]] static void failed_call(const std::string& path, const char* what, int error) {
-  failed(path, std::string(what) + " (" + strerror(error) + ")",
+[[noreturn]] static void failed_call(const string& path, const char* what, int error) {
+  failed(path, string(what) + " (" + strerror(error) + ")",
          error == ENOSPC || error == EDQUOT ? "free space on that disk"
                                             : "check the path and its permissions");
 }
 
-MappedFile::MappedFile(const std::string& path) : path_(path) {
+MappedFile::MappedFile(const string& path) : path_(path) {
   const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (fd < 0) bad_input(path, text("cannot be opened (%s)", strerror(errno)), "check the path");
   struct stat info = {};
   void* map = nullptr;
   const bool is_file = fstat(fd, &info) == 0 && S_ISREG(info.st_mode);
   if (is_file && info.st_size > 0)
-    map = mmap(nullptr, static_cast<size_t>(info.st_size), PROT_READ, MAP_SHARED, fd, 0);
+    map = mmap(nullptr, size_t(info.st_size), PROT_READ, MAP_SHARED, fd, 0);
   close(fd);
   if (!is_file) bad_input(path, "is not a file (got a folder or device)", "name a file");
   if (map == MAP_FAILED) bad_input(path, "cannot be mapped", "check the memory limits");
   size_ = info.st_size;
   if (map)
     map_ = {static_cast<const char*>(map),
-            [map, size = info.st_size](const char*) { munmap(map, static_cast<size_t>(size)); }};
+            [map, size = info.st_size](const char*) { munmap(map, size_t(size)); }};
 }
 
-DurableFile::DurableFile(const std::string& path) : path_(path), temporary_(path + ".tmp") {
+DurableFile::DurableFile(const string& path) : path_(path), temporary_(path + ".tmp") {
   fd_ = open(temporary_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
   if (fd_ < 0) failed_call(temporary_, "cannot be created", errno);
 }
@@ -71,24 +71,24 @@ void DurableFile::finish() {
   sync_folder(folder_of(path_));
 }
 
-void write_file_durably(const std::string& path, const std::string& bytes) {
+void write_file_durably(const string& path, const string& bytes) {
   DurableFile file(path);
-  file.write(bytes.data(), static_cast<int64_t>(bytes.size()));
+  file.write(bytes.data(), int64_t(bytes.size()));
   file.finish();
 }
 
-std::string folder_of(const std::string& path) {
+string folder_of(const string& path) {
   const fs::path folder = fs::path(path).parent_path();
   return folder.empty() ? "." : folder.string();
 }
 
-void make_folders(const std::string& path) {
+void make_folders(const string& path) {
   std::error_code error;
   fs::create_directories(path, error);
   if (error) failed_call(path, "cannot be created", error.value());
 }
 
-void sync_folder(const std::string& path) {
+void sync_folder(const string& path) {
   const int fd = open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   if (fd < 0) failed_call(path, "cannot be opened", errno);
   // Some network file systems cannot sync a folder; there the rename is as durable as it gets.

@@ -3,7 +3,8 @@
 #pragma once
 #include <cstdint>
 #include <memory>
-#include <string>
+
+#include "core/check.h"
 
 namespace pith {
 
@@ -12,13 +13,13 @@ class MappedFile {
  public:
   MappedFile() = default;
   // Exit code 2, naming the path, if it is missing, a folder, or unreadable.
-  explicit MappedFile(const std::string& path);
-  const std::string& path() const { return path_; }
+  explicit MappedFile(const string& path);
+  const string& path() const { return path_; }
   const char* data() const { return map_.get(); }  // null when empty
   int64_t size() const { return size_; }
 
  private:
-  std::string path_;
+  string path_;
   int64_t size_ = 0;
   std::shared_ptr<const char> map_;
 };
@@ -28,30 +29,30 @@ class MappedFile {
 // is exit code 1 with the path and the system's reason ("No space left on device").
 class DurableFile {
  public:
-  explicit DurableFile(const std::string& path);
+  explicit DurableFile(const string& path);
   DurableFile(const DurableFile&) = delete;
   DurableFile& operator=(const DurableFile&) = delete;
   ~DurableFile();
 
   void write(const void* bytes, int64_t size);  // appends
   int64_t size() const { return size_; }
-  const std::string& path() const { return path_; }
+  const string& path() const { return path_; }
   // fsync, rename, fsync of the folder.
   void finish();
 
  private:
-  std::string path_, temporary_;
+  string path_, temporary_;
   int fd_ = -1;
   int64_t size_ = 0;
 };
 
-void write_file_durably(const std::string& path, const std::string& bytes);
+void write_file_durably(const string& path, const string& bytes);
 
 // Creates the folder and its parents where missing. Exit code 1 naming the path.
-void make_folders(const std::string& path);
+void make_folders(const string& path);
 // Makes renames and removals inside the folder durable.
-void sync_folder(const std::string& path);
+void sync_folder(const string& path);
 // The folder part of a path: "a/b.txt" -> "a", "b.txt" -> ".".
-std::string folder_of(const std::string& path);
+string folder_of(const string& path);
 
 }  // namespace pith

@@ -13,8 +13,8 @@ static constexpr struct {
 } kTypes[] = {{"|u1", 1}, {"<u2", 2}, {"<u4", 4}, {"<u8", 8},
               {"<i4", 4}, {"<i8", 8}, {"<f4", 4}, {"<f8", 8}};
 
-int64_t size_of(NpyType type) { return kTypes[static_cast<int>(type)].bytes; }
-const char* name_of(NpyType type) { return kTypes[static_cast<int>(type)].name; }
+int64_t size_of(NpyType type) { return kTypes[int(type)].bytes; }
+const char* name_of(NpyType type) { return kTypes[int(type)].name; }
 
 int64_t NpyHeader::numel() const {
   int64_t n = 1;
@@ -22,26 +22,26 @@ int64_t NpyHeader::numel() const {
   return n;
 }
 
-static constexpr std::string_view kMagic = "\x93NUMPY";
+static constexpr string_view kMagic = "\x93NUMPY";
 static const char* const kRefetch = "write or fetch the file again";
 
 // The header's Python literal, {'descr': '<u2', 'fortran_order': False, 'shape': (3, 4), }, as
 // JSON, which has other quotes and brackets, words in small letters, and no commas before brackets.
-static std::string as_json(std::string_view literal) {
-  std::string json;
+static string as_json(string_view literal) {
+  string json;
   for (const char c : literal) {
     const bool closes = c == '}' || c == ')' || c == ']';
     if (isspace(static_cast<unsigned char>(c))) continue;
     if (closes && json.ends_with(',')) json.pop_back();
-    const size_t at = std::string_view("'()TF").find(c);
-    json += at == std::string_view::npos ? c : "\"[]tf"[at];
+    const size_t at = string_view("'()TF").find(c);
+    json += at == string_view::npos ? c : "\"[]tf"[at];
   }
   return json;
 }
 
-NpyHeader parse_npy_header(const char* data, int64_t size, const std::string& place) {
+NpyHeader parse_npy_header(const char* data, int64_t size, const string& place) {
   const auto* bytes = reinterpret_cast<const unsigned char*>(data);
-  if (size < 12 || !std::string_view(data, 12).starts_with(kMagic))
+  if (size < 12 || !string_view(data, 12).starts_with(kMagic))
     bad_input(place, text("is not an NPY array, or is cut short (got %ld bytes)", size), kRefetch);
   const int version = bytes[6];
   if (version < 1 || version > 3)
@@ -59,9 +59,8 @@ NpyHeader parse_npy_header(const char* data, int64_t size, const std::string& pl
     bad_input(place,
               text("is cut short (got %ld bytes, need a header of %ld)", size, begin + length),
               kRefetch);
-  const Json json =
-      Json::parse(as_json({data + begin, static_cast<size_t>(length)}), place + ": NPY header");
-  const std::string type = json["descr"].as_string();
+  const Json json = Json::parse(as_json({data + begin, size_t(length)}), place + ": NPY header");
+  const string type = json["descr"].as_string();
   const auto known =
       std::ranges::find_if(kTypes, [&](const auto& known_type) { return type == known_type.name; });
   if (known == std::end(kTypes))
@@ -86,29 +85,28 @@ NpyHeader parse_npy_header(const char* data, int64_t size, const std::string& pl
   return header;
 }
 
-std::string npy_header(NpyType type, const std::vector<int64_t>& shape, int64_t bytes) {
-  std::string tuple;
+string npy_header(NpyType type, const vector<int64_t>& shape, int64_t bytes) {
+  string tuple;
   for (const int64_t size : shape) tuple += (tuple.empty() ? "" : ", ") + std::to_string(size);
   if (shape.size() == 1) tuple += ',';
-  std::string dict = text("{'descr': '%s', 'fortran_order': False, 'shape': (%s), }", name_of(type),
-                          tuple.c_str());
-  const auto length = static_cast<size_t>(bytes - 10);
+  string dict = text("{'descr': '%s', 'fortran_order': False, 'shape': (%s), }", name_of(type),
+                     tuple.c_str());
+  const auto length = size_t(bytes - 10);
   if (dict.size() >= length) failed("npy_header", text("needs more than %ld bytes", bytes));
   dict.resize(length - 1, ' ');
-  const char sizes[4] = {1, 0, static_cast<char>(length & 0xff), static_cast<char>(length >> 8)};
-  return std::string(kMagic) + std::string(sizes, 4) + dict + '\n';
+  const char sizes[4] = {1, 0, char(length & 0xff), char(length >> 8)};
+  return string(kMagic) + string(sizes, 4) + dict + '\n';
 }
 
-void write_npy(const std::string& path, NpyType type, const std::vector<int64_t>& shape,
-               const void* data) {
+void write_npy(const string& path, NpyType type, const vector<int64_t>& shape, const void* data) {
   DurableFile file(path);
-  const std::string head = npy_header(type, shape);
-  file.write(head.data(), static_cast<int64_t>(head.size()));
+  const string head = npy_header(type, shape);
+  file.write(head.data(), int64_t(head.size()));
   file.write(data, NpyHeader{type, shape}.data_bytes());
   file.finish();
 }
 
-NpyArray read_npy(const std::string& path) {
+NpyArray read_npy(const string& path) {
   const MappedFile file(path);
   const NpyHeader header = parse_npy_header(file.data(), file.size(), path);
   return {file, header, file.data() + header.header_bytes};

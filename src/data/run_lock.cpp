@@ -13,9 +13,9 @@
 
 namespace pith {
 
-RunLock::RunLock(const std::string& folder) {
+RunLock::RunLock(const string& folder) {
   make_folders(folder);
-  const std::string path = folder + "/.lock";
+  const string path = folder + "/.lock";
   fd_ = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
   if (fd_ < 0)
     failed(path, text("cannot be opened (%s)", strerror(errno)),
@@ -34,7 +34,7 @@ RunLock::RunLock(const std::string& folder) {
   char host[256] = "";
   gethostname(host, sizeof host - 1);
   const int length = snprintf(name, sizeof name, "process %d on %s", getpid(), host);
-  if (ftruncate(fd_, 0) != 0 || pwrite(fd_, name, static_cast<size_t>(length), 0) < 0)
+  if (ftruncate(fd_, 0) != 0 || pwrite(fd_, name, size_t(length), 0) < 0)
     log_warning("%s: cannot be written (%s)", path.c_str(), strerror(errno));
 }
 

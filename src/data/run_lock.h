@@ -1,6 +1,6 @@
 // run_lock: two runs never write to one folder. defines: RunLock
 #pragma once
-#include <string>
+#include "core/check.h"
 
 namespace pith {
 
@@ -9,7 +9,7 @@ namespace pith {
 // taken.
 class RunLock {
  public:
-  explicit RunLock(const std::string& folder);
+  explicit RunLock(const string& folder);
   RunLock(const RunLock&) = delete;
   RunLock& operator=(const RunLock&) = delete;
   ~RunLock();

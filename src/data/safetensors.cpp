@@ -22,12 +22,12 @@ static constexpr struct {
 static constexpr int64_t kMaxHeader = 100 * 1000 * 1000;  // as the reference implementation
 static const char* const kRefetch = "fetch or write the file again";
 
-int64_t size_of(FileDType dtype) { return kDTypes[static_cast<int>(dtype)].bytes; }
-const char* name_of(FileDType dtype) { return kDTypes[static_cast<int>(dtype)].name; }
+int64_t size_of(FileDType dtype) { return kDTypes[int(dtype)].bytes; }
+const char* name_of(FileDType dtype) { return kDTypes[int(dtype)].name; }
 bool is_float(FileDType dtype) { return dtype <= FileDType::BF16; }
 
-std::string describe(const TensorEntry& tensor) {
-  std::string shape;
+string describe(const TensorEntry& tensor) {
+  string shape;
   for (const int64_t size : tensor.shape)
     shape += (shape.empty() ? "" : ",") + std::to_string(size);
   return "[" + shape + "] " + name_of(tensor.dtype);
@@ -36,7 +36,7 @@ std::string describe(const TensorEntry& tensor) {
 // ---- reading ------------------------------------------------------------------------------------
 
 // Bytes of a shape; -1 if they do not fit 63 bits.
-static int64_t bytes_of(FileDType dtype, const std::vector<int64_t>& shape) {
+static int64_t bytes_of(FileDType dtype, const vector<int64_t>& shape) {
   int64_t bytes = size_of(dtype);
   for (const int64_t size : shape)
     if (__builtin_mul_overflow(bytes, size, &bytes)) return -1;
@@ -44,9 +44,9 @@ static int64_t bytes_of(FileDType dtype, const std::vector<int64_t>& shape) {
 }
 
 // One entry of the header; `data` is the file's data section.
-static TensorEntry read_entry(const std::string& name, const Json& json, std::string_view data) {
+static TensorEntry read_entry(const string& name, const Json& json, string_view data) {
   TensorEntry tensor{.name = name};
-  const std::string dtype = json["dtype"].as_string();
+  const string dtype = json["dtype"].as_string();
   const auto known =
       std::ranges::find_if(kDTypes, [&](const auto& entry) { return dtype == entry.name; });
   if (known == std::end(kDTypes))
@@ -55,8 +55,8 @@ static TensorEntry read_entry(const std::string& name, const Json& json, std::st
   tensor.dtype = static_cast<FileDType>(known - kDTypes);
   for (int64_t i = 0; i < json["shape"].size(); i++)
     tensor.shape.push_back(json["shape"][i].as_int(0));
-  const std::vector<int64_t> offsets = json["data_offsets"].as_ints();
-  const auto room = static_cast<int64_t>(data.size());
+  const vector<int64_t> offsets = json["data_offsets"].as_ints();
+  const auto room = int64_t(data.size());
   if (offsets.size() != 2 || offsets[0] < 0 || offsets[1] < offsets[0] || offsets[1] > room)
     bad_input(json.place(),
               text("has bad data_offsets, or the file is cut short (got %s, need [begin, end] up "
@@ -74,7 +74,7 @@ static TensorEntry read_entry(const std::string& name, const Json& json, std::st
   return tensor;
 }
 
-void SafetensorsReader::open_file(const std::string& path) {
+void SafetensorsReader::open_file(const string& path) {
   const MappedFile& file = files_.emplace_back(path);
   const int64_t room = file.size() - 8;
   int64_t length = 0;
@@ -83,17 +83,17 @@ void SafetensorsReader::open_file(const std::string& path) {
     bad_input(path,
               text("is no safetensors file or is cut short (got %ld bytes and a header length "
                    "of %lu)",
-                   file.size(), static_cast<uint64_t>(length)),
+                   file.size(), uint64_t(length)),
               kRefetch);
   const char* begin = file.data() + 8 + length;
-  const std::string_view data(begin, static_cast<size_t>(room - length));
-  const Json json = Json::parse(std::string(file.data() + 8, begin), path);
-  std::vector<TensorEntry> found;
-  for (const std::string& name : json.keys()) {
+  const string_view data(begin, size_t(room - length));
+  const Json json = Json::parse(string(file.data() + 8, begin), path);
+  vector<TensorEntry> found;
+  for (const string& name : json.keys()) {
     if (name != "__metadata__")
       found.push_back(read_entry(name, json[name], data));
     else
-      for (const std::string& key : json[name].keys())
+      for (const string& key : json[name].keys())
         metadata_.emplace(key, json[name][key].as_string());
   }
   std::ranges::sort(found, {}, [](const auto& t) { return std::pair(t.data, t.bytes); });
@@ -104,7 +104,7 @@ void SafetensorsReader::open_file(const std::string& path) {
                      tensor.data - data.data(), begin - data.data()),
                 kRefetch);
     begin += tensor.bytes;
-    tensor.file = static_cast<int>(files_.size()) - 1;
+    tensor.file = int(files_.size()) - 1;
     by_name_.emplace(tensor.name, tensors_.size());
     tensors_.push_back(std::move(tensor));
   }
@@ -115,25 +115,25 @@ void SafetensorsReader::open_file(const std::string& path) {
               kRefetch);
 }
 
-void SafetensorsReader::open_index(const std::string& index_path) {
+void SafetensorsReader::open_index(const string& index_path) {
   const Json weights = Json::parse_file(index_path)["weight_map"];
-  std::map<std::string, std::string> path_of;
-  std::set<std::string> paths;
-  for (const std::string& name : weights.keys()) {
-    const std::string shard = weights[name].as_string();
-    if (shard.find('/') != std::string::npos || shard.empty())
+  std::map<string, string> path_of;
+  std::set<string> paths;
+  for (const string& name : weights.keys()) {
+    const string shard = weights[name].as_string();
+    if (shard.find('/') != string::npos || shard.empty())
       bad_input(weights[name].place(), "is not a file name (got \"" + shard + "\")", kRefetch);
     path_of[name] = path_ + "/" + shard;
     paths.insert(path_of[name]);
   }
   if (paths.empty()) bad_input(index_path, "lists no tensors", kRefetch);
-  for (const std::string& path : paths) {
+  for (const string& path : paths) {
     if (access(path.c_str(), F_OK) != 0)
       bad_input(path, "is missing, but the index names it", "fetch the missing shard");
     open_file(path);
   }
   for (const TensorEntry& tensor : tensors_) {
-    const std::string listed = std::exchange(path_of[tensor.name], "");
+    const string listed = std::exchange(path_of[tensor.name], "");
     if (listed != files_[tensor.file].path())
       bad_input(place(tensor),
                 "is not where the index says (got this shard, need " +
@@ -146,9 +146,9 @@ void SafetensorsReader::open_index(const std::string& index_path) {
                 "fetch index and shards again, from one version");
 }
 
-SafetensorsReader::SafetensorsReader(const std::string& path) : path_(path) {
+SafetensorsReader::SafetensorsReader(const string& path) : path_(path) {
   while (path_.size() > 1 && path_.back() == '/') path_.pop_back();
-  const std::string single = path_ + "/model.safetensors", index = single + ".index.json";
+  const string single = path_ + "/model.safetensors", index = single + ".index.json";
   if (access((path_ + "/.").c_str(), F_OK) != 0)
     open_file(path_);
   else if (access(single.c_str(), F_OK) == 0)
@@ -160,7 +160,7 @@ SafetensorsReader::SafetensorsReader(const std::string& path) : path_(path) {
               "name a folder in Hugging Face layout");
 }
 
-const TensorEntry& SafetensorsReader::at(const std::string& name) const {
+const TensorEntry& SafetensorsReader::at(const string& name) const {
   const auto found = by_name_.find(name);
   if (found == by_name_.end())
     bad_input(path_ + ": " + name, text("is missing (got %zu other tensors)", tensors_.size()),
@@ -168,11 +168,11 @@ const TensorEntry& SafetensorsReader::at(const std::string& name) const {
   return tensors_[found->second];
 }
 
-std::string SafetensorsReader::place(const TensorEntry& tensor) const {
+string SafetensorsReader::place(const TensorEntry& tensor) const {
   return files_[tensor.file].path() + ": " + tensor.name;
 }
 
-std::string SafetensorsReader::metadata(const std::string& key) const {
+string SafetensorsReader::metadata(const string& key) const {
   const auto found = metadata_.find(key);
   return found == metadata_.end() ? "" : found->second;
 }
@@ -181,8 +181,7 @@ std::string SafetensorsReader::metadata(const std::string& key) const {
 
 int64_t TensorDecl::bytes() const { return bytes_of(dtype, shape); }
 
-SafetensorsWriter::SafetensorsWriter(const std::string& path,
-                                     const std::vector<TensorDecl>& tensors)
+SafetensorsWriter::SafetensorsWriter(const string& path, const vector<TensorDecl>& tensors)
     : file_(path) {
   JsonWriter json;
   json.object().key("__metadata__").object().key("format").value("pt").end();
@@ -194,9 +193,9 @@ SafetensorsWriter::SafetensorsWriter(const std::string& path,
     json.end().key("data_offsets").array().value(end).value(end + tensor.bytes()).end().end();
     end += tensor.bytes();
   }
-  std::string header = json.end().str();
+  string header = json.end().str();
   header.resize((header.size() + 7) / 8 * 8, ' ');  // so that the data are aligned
-  const auto length = static_cast<int64_t>(header.size());
+  const auto length = int64_t(header.size());
   file_.write(&length, 8);
   file_.write(header.data(), length);
   total_bytes_ = file_.size() + end;
@@ -216,7 +215,7 @@ void SafetensorsWriter::finish() {
   file_.finish();
 }
 
-ShardedWriter::ShardedWriter(const std::string& folder, std::vector<TensorDecl> tensors,
+ShardedWriter::ShardedWriter(const string& folder, vector<TensorDecl> tensors,
                              int64_t max_shard_bytes)
     : folder_(folder) {
   int64_t filled = max_shard_bytes;
@@ -239,7 +238,7 @@ ShardedWriter::~ShardedWriter() {
   for (size_t i = 0; i < begun_; i++) unlink(shard_path(i).c_str());
 }
 
-std::string ShardedWriter::shard_path(size_t shard) const {
+string ShardedWriter::shard_path(size_t shard) const {
   if (num_shards() == 1) return folder_ + "/model.safetensors";
   return folder_ + text("/model-%05zu-of-%05d.safetensors", shard + 1, num_shards());
 }
@@ -291,7 +290,7 @@ void ShardedWriter::finish() {
 template <class T>
 static T load(const void* src, int64_t i) {
   T value;
-  memcpy(&value, static_cast<const char*>(src) + i * static_cast<int64_t>(sizeof(T)), sizeof(T));
+  memcpy(&value, static_cast<const char*>(src) + i * int64_t(sizeof(T)), sizeof(T));
   return value;
 }
 
@@ -310,11 +309,11 @@ static void convert(const void* src, float* dst, int64_t n, const auto& to_float
 void to_f32(FileDType dtype, const void* src, float* dst, int64_t n) {
   const auto from_bf16 = [](uint32_t bits) { return std::bit_cast<float>(bits << 16); };
   switch (dtype) {
-    case FileDType::F32: memcpy(dst, src, static_cast<size_t>(n) * 4); break;
+    case FileDType::F32: memcpy(dst, src, size_t(n) * 4); break;
     case FileDType::F64: convert<double>(src, dst, n, [](double x) { return float(x); }); break;
     case FileDType::F16: convert<uint16_t>(src, dst, n, from_half); break;
     case FileDType::BF16: convert<uint16_t>(src, dst, n, from_bf16); break;
-    default: failed("to_f32", std::string("cannot convert ") + name_of(dtype) + " to F32");
+    default: failed("to_f32", string("cannot convert ") + name_of(dtype) + " to F32");
   }
 }
 
@@ -323,15 +322,15 @@ void f32_to_bf16(const float* src, uint16_t* dst, int64_t n) {
     const uint32_t bits = load<uint32_t>(src, i);
     const bool nan = (bits & 0x7fffffff) > 0x7f800000;
     const uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
-    dst[i] = static_cast<uint16_t>(nan ? bits >> 16 | 0x40 : rounded >> 16);
+    dst[i] = uint16_t(nan ? bits >> 16 | 0x40 : rounded >> 16);
   }
 }
 
 void from_f32(FileDType dtype, const float* src, void* dst, int64_t n) {
   switch (dtype) {
-    case FileDType::F32: memcpy(dst, src, static_cast<size_t>(n) * 4); break;
+    case FileDType::F32: memcpy(dst, src, size_t(n) * 4); break;
     case FileDType::BF16: f32_to_bf16(src, static_cast<uint16_t*>(dst), n); break;
-    default: failed("from_f32", std::string("cannot write ") + name_of(dtype));
+    default: failed("from_f32", string("cannot write ") + name_of(dtype));
   }
 }
 

@@ -6,7 +6,6 @@
 #pragma once
 #include <map>
 #include <optional>
-#include <vector>
 
 #include "data/durable.h"
 
@@ -23,16 +22,16 @@ bool is_float(FileDType dtype);        // to_f32() takes it
 
 // A tensor inside a mapped file. `data` may be unaligned (files of others need not pad).
 struct TensorEntry {
-  std::string name;
+  string name;
   FileDType dtype = FileDType::F32;
-  std::vector<int64_t> shape;
+  vector<int64_t> shape;
   const char* data = nullptr;
   int64_t bytes = 0;
   int file = 0;  // index into SafetensorsReader::files()
   int64_t numel() const { return bytes / size_of(dtype); }
 };
 // "[128,64] BF16"
-std::string describe(const TensorEntry& tensor);
+string describe(const TensorEntry& tensor);
 
 // One .safetensors file, or a folder in the Hugging Face layout: model.safetensors, or
 // model.safetensors.index.json with its shards. Opening checks everything but the values: header
@@ -41,30 +40,30 @@ std::string describe(const TensorEntry& tensor);
 // Each is exit code 2 naming the file and the tensor.
 class SafetensorsReader {
  public:
-  explicit SafetensorsReader(const std::string& path);
+  explicit SafetensorsReader(const string& path);
   // All tensors: file by file, within a file by offset.
-  const std::vector<TensorEntry>& tensors() const { return tensors_; }
-  const std::vector<MappedFile>& files() const { return files_; }
-  const TensorEntry& at(const std::string& name) const;  // exit code 2 if absent
+  const vector<TensorEntry>& tensors() const { return tensors_; }
+  const vector<MappedFile>& files() const { return files_; }
+  const TensorEntry& at(const string& name) const;  // exit code 2 if absent
   // "DIR/model.safetensors: NAME": the place for an error about a tensor.
-  std::string place(const TensorEntry& tensor) const;
+  string place(const TensorEntry& tensor) const;
   // Entry of the header's __metadata__ (of the first file that has it), or empty.
-  std::string metadata(const std::string& key) const;
+  string metadata(const string& key) const;
 
  private:
-  void open_file(const std::string& path);
-  void open_index(const std::string& index_path);
-  std::string path_;
-  std::vector<MappedFile> files_;
-  std::vector<TensorEntry> tensors_;
-  std::map<std::string, size_t> by_name_;  // indices of tensors_
-  std::map<std::string, std::string> metadata_;
+  void open_file(const string& path);
+  void open_index(const string& index_path);
+  string path_;
+  vector<MappedFile> files_;
+  vector<TensorEntry> tensors_;
+  std::map<string, size_t> by_name_;  // indices of tensors_
+  std::map<string, string> metadata_;
 };
 
 struct TensorDecl {
-  std::string name;
+  string name;
   FileDType dtype = FileDType::F32;
-  std::vector<int64_t> shape;
+  vector<int64_t> shape;
   int64_t bytes() const;
 };
 
@@ -73,7 +72,7 @@ struct TensorDecl {
 // "pt"}, which transformers asks for.
 class SafetensorsWriter {
  public:
-  SafetensorsWriter(const std::string& path, const std::vector<TensorDecl>& tensors);
+  SafetensorsWriter(const string& path, const vector<TensorDecl>& tensors);
   void write(const void* bytes, int64_t size);
   // Exit code 1 unless exactly the declared bytes were written.
   void finish();
@@ -92,20 +91,20 @@ class SafetensorsWriter {
 class ShardedWriter {
  public:
   static constexpr int64_t kMaxShardBytes = int64_t{5} * 1000 * 1000 * 1000;
-  ShardedWriter(const std::string& folder, std::vector<TensorDecl> tensors,
+  ShardedWriter(const string& folder, vector<TensorDecl> tensors,
                 int64_t max_shard_bytes = kMaxShardBytes);
   ShardedWriter(const ShardedWriter&) = delete;
   ShardedWriter& operator=(const ShardedWriter&) = delete;
   ~ShardedWriter();
   void write(const void* bytes, int64_t size);
   void finish();
-  int num_shards() const { return static_cast<int>(shards_.size()); }
+  int num_shards() const { return int(shards_.size()); }
 
  private:
-  std::string shard_path(size_t shard) const;
+  string shard_path(size_t shard) const;
   void open_next();
-  std::string folder_;
-  std::vector<std::vector<TensorDecl>> shards_;
+  string folder_;
+  vector<vector<TensorDecl>> shards_;
   size_t begun_ = 0;  // shards; the last of them is being written
   std::optional<SafetensorsWriter> writer_;
 };

@@ -5,7 +5,7 @@
 
 namespace pith {
 
-Tokenizer Tokenizer::load(const std::string& path) { return Tokenizer(load_tokenizer(path)); }
+Tokenizer Tokenizer::load(const string& path) { return Tokenizer(load_tokenizer(path)); }
 Tokenizer::Tokenizer(std::unique_ptr<const Data> data) : data_(std::move(data)) {}
 Tokenizer::Tokenizer(Tokenizer&&) noexcept = default;
 Tokenizer& Tokenizer::operator=(Tokenizer&& o) noexcept {
@@ -16,18 +16,16 @@ Tokenizer::~Tokenizer() = default;
 
 // ---- encode ----
 
-static void replace(const Regex& regex, std::string_view text, const std::string& replacement,
-                    std::string& out) {
-  std::vector<Match> matches;
+static void replace(const Regex& regex, string_view text, const string& replacement, string& out) {
+  vector<Match> matches;
   MatchData data;
   regex.matches(text, data, matches);
   out.clear();
   for (const Match& m : matches)
-    out += m.is_match ? std::string_view(replacement) : text.substr(m.begin, m.end - m.begin);
+    out += m.is_match ? string_view(replacement) : text.substr(m.begin, m.end - m.begin);
 }
 
-std::string_view Tokenizer::Data::normalize(std::string_view text, std::string& buffer,
-                                            std::string& other) const {
+string_view Tokenizer::Data::normalize(string_view text, string& buffer, string& other) const {
   for (const NormalizerStep& step : normalizer) {
     if (text.empty()) return text;
     if (step.kind == NormalizerStep::Nfc) {
@@ -44,14 +42,14 @@ std::string_view Tokenizer::Data::normalize(std::string_view text, std::string& 
   return text;
 }
 
-static void encode_words(const Tokenizer::Data& d, std::string_view text,
-                         EncodeScratch::State& scratch, std::vector<uint32_t>& out) {
+static void encode_words(const Tokenizer::Data& d, string_view text, EncodeScratch::State& scratch,
+                         vector<uint32_t>& out) {
   if (d.steps.size() != 1 || d.steps[0].fast == FastPattern::None) {
     split(d.steps, d.chars, text, scratch.split);
     d.bpe.encode(scratch.split.pieces.data(), scratch.split.pieces.size(), scratch, out);
     return;
   }
-  std::string_view words[256];
+  string_view words[256];
   const char *p = text.data(), *end = p + text.size();
   while (p < end) {
     const size_t count = fast_split(d.steps[0].fast, d.chars, p, end, words, std::size(words));
@@ -59,7 +57,7 @@ static void encode_words(const Tokenizer::Data& d, std::string_view text,
   }
 }
 
-void Tokenizer::encode(std::string_view utf8, std::vector<uint32_t>& out, EncodeOptions options,
+void Tokenizer::encode(string_view utf8, vector<uint32_t>& out, EncodeOptions options,
                        EncodeScratch& scratch) const {
   const Data& d = *data_;
   const size_t valid = valid_utf8_prefix(utf8);
@@ -72,7 +70,7 @@ void Tokenizer::encode(std::string_view utf8, std::vector<uint32_t>& out, Encode
   EncodeScratch::State& s = *scratch.state_;
   s.use(d.identity);
   if (options.add_special) out.insert(out.end(), d.prefix.begin(), d.prefix.end());
-  const auto after_normalization = [&](std::string_view part) {
+  const auto after_normalization = [&](string_view part) {
     cut_at_tokens(d.added_normalized, d.chars, part, options.parse_special,
                   [&](size_t begin, size_t end, const AddedToken* token) {
                     if (token)
@@ -83,7 +81,7 @@ void Tokenizer::encode(std::string_view utf8, std::vector<uint32_t>& out, Encode
   };
   cut_at_tokens(d.added, d.chars, utf8, options.parse_special,
                 [&](size_t begin, size_t end, const AddedToken* token) {
-                  const std::string_view part = utf8.substr(begin, end - begin);
+                  const string_view part = utf8.substr(begin, end - begin);
                   if (token)
                     out.push_back(token->id);
                   else
@@ -94,9 +92,9 @@ void Tokenizer::encode(std::string_view utf8, std::vector<uint32_t>& out, Encode
 
 // ---- decode ----
 
-std::string Tokenizer::decode(std::span<const uint32_t> ids, SpecialTokens special) const {
+string Tokenizer::decode(std::span<const uint32_t> ids, SpecialTokens special) const {
   const Data& d = *data_;
-  std::string bytes;
+  string bytes;
   bool first = true;
   for (const uint32_t id : ids) {
     if (token_text(id).empty() || (special == SpecialTokens::Skip && is_special(id))) continue;
@@ -109,19 +107,19 @@ std::string Tokenizer::decode(std::span<const uint32_t> ids, SpecialTokens speci
 
 // ---- the vocabulary ----
 
-uint32_t Tokenizer::Data::find_text(std::string_view text) const {
+uint32_t Tokenizer::Data::find_text(string_view text) const {
   const uint32_t id = ids_by_text.find(text);
-  std::string as_bytes;
+  string as_bytes;
   return id == kNoId && append_bytes(text, as_bytes) ? ids_by_bytes.find(as_bytes) : id;
 }
 
-uint32_t Tokenizer::vocab_size() const { return static_cast<uint32_t>(data_->texts.size()); }
-std::optional<uint32_t> Tokenizer::id_of(std::string_view token) const {
+uint32_t Tokenizer::vocab_size() const { return uint32_t(data_->texts.size()); }
+std::optional<uint32_t> Tokenizer::id_of(string_view token) const {
   const uint32_t id = data_->find_text(token);
   return id == kNoId ? std::nullopt : std::optional(id);
 }
-std::string_view Tokenizer::token_text(uint32_t id) const {
-  return id < data_->texts.size() ? data_->texts[id] : std::string_view();
+string_view Tokenizer::token_text(uint32_t id) const {
+  return id < data_->texts.size() ? data_->texts[id] : string_view();
 }
 bool Tokenizer::is_special(uint32_t id) const {
   return id < data_->special.size() && data_->special[id];

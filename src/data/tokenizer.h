@@ -11,9 +11,8 @@
 #include <memory>
 #include <optional>
 #include <span>
-#include <string>
-#include <string_view>
-#include <vector>
+
+#include "core/check.h"
 
 namespace pith {
 
@@ -50,7 +49,7 @@ class Tokenizer {
   // Reads `path`, a tokenizer.json. Throws bad_input, naming the part, for a file that is
   // missing, damaged, or uses a model, normalizer, pre-tokenizer, post-processor, decoder or flag
   // that is not supported. The file's truncation and padding are not applied.
-  static Tokenizer load(const std::string& path);
+  static Tokenizer load(const string& path);
   Tokenizer(Tokenizer&&) noexcept;
   Tokenizer& operator=(Tokenizer&&) noexcept;
   ~Tokenizer();
@@ -58,19 +57,19 @@ class Tokenizer {
   // Appends the ids of `utf8` to `out`. `utf8` must be valid UTF-8 (see replace_invalid_utf8);
   // otherwise throws bad_input with the byte offset. Thread-safe for distinct `out` and
   // `scratch`.
-  void encode(std::string_view utf8, std::vector<uint32_t>& out, EncodeOptions options,
+  void encode(string_view utf8, vector<uint32_t>& out, EncodeOptions options,
               EncodeScratch& scratch) const;
 
   // The text of `ids`; bytes that do not form UTF-8 become U+FFFD, ids without a token nothing,
   // as in Hugging Face.
-  std::string decode(std::span<const uint32_t> ids, SpecialTokens special) const;
+  string decode(std::span<const uint32_t> ids, SpecialTokens special) const;
 
   // Largest id plus one, added tokens included.
   uint32_t vocab_size() const;
-  std::optional<uint32_t> id_of(std::string_view token) const;
+  std::optional<uint32_t> id_of(string_view token) const;
   // The token as the vocabulary writes it ("Ġthe"); empty for an id without a token. Valid as
   // long as the tokenizer.
-  std::string_view token_text(uint32_t id) const;
+  string_view token_text(uint32_t id) const;
   bool is_special(uint32_t id) const;
 
   // End-of-text and beginning-of-text tokens, from the first of: eos_token (bos_token) in a
@@ -91,8 +90,8 @@ class Tokenizer {
   std::unique_ptr<const Data> data_;
 };
 
-bool is_valid_utf8(std::string_view bytes);
+bool is_valid_utf8(string_view bytes);
 // Python's bytes.decode("utf-8", errors="replace"): each maximal invalid part becomes U+FFFD.
-std::string replace_invalid_utf8(std::string_view bytes);
+string replace_invalid_utf8(string_view bytes);
 
 }  // namespace pith

@@ -14,7 +14,7 @@ namespace pith {
 static uint64_t mix(uint64_t a, uint64_t b) {
   const auto product =
       static_cast<unsigned __int128>(a ^ 0x9e3779b97f4a7c15) * (b ^ 0xd6e8feb86659fd93);
-  return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
+  return uint64_t(product) ^ uint64_t(product >> 64);
 }
 
 static size_t power_of_two_above(size_t count) {
@@ -25,13 +25,13 @@ static size_t power_of_two_above(size_t count) {
 
 // ---- ids by string ----
 
-static uint32_t hash_string(std::string_view key) {
-  return static_cast<uint32_t>(XXH3_64bits(key.data(), key.size()));
+static uint32_t hash_string(string_view key) {
+  return uint32_t(XXH3_64bits(key.data(), key.size()));
 }
 
 void StringIds::reserve(size_t count) {
-  std::vector<Slot> slots(power_of_two_above(2 * count));
-  std::vector<std::string_view> keys(slots.size());
+  vector<Slot> slots(power_of_two_above(2 * count));
+  vector<string_view> keys(slots.size());
   slots.swap(slots_);
   keys.swap(keys_);
   used_ = 0;
@@ -39,7 +39,7 @@ void StringIds::reserve(size_t count) {
     if (slots[i].id != kNoId) set(keys[i], slots[i].id);
 }
 
-void StringIds::set(std::string_view key, uint32_t id) {
+void StringIds::set(string_view key, uint32_t id) {
   if (2 * (used_ + 1) > slots_.size()) reserve(2 * (used_ + 1));
   const uint32_t hash = hash_string(key);
   size_t at = hash & (slots_.size() - 1);
@@ -50,7 +50,7 @@ void StringIds::set(std::string_view key, uint32_t id) {
   keys_[at] = key;
 }
 
-uint32_t StringIds::find(std::string_view key) const {
+uint32_t StringIds::find(string_view key) const {
   if (slots_.empty()) return kNoId;
   const uint32_t hash = hash_string(key);
   for (size_t at = hash & (slots_.size() - 1); slots_[at].id != kNoId;
@@ -70,8 +70,8 @@ static size_t pair_slot(uint64_t key, size_t slots) {
   return (key * 0x9e3779b97f4a7c15 >> 32) & (slots - 1);
 }
 
-Bpe::Bpe(const std::vector<Merge>& merges, const StringIds& ids,
-         const std::vector<std::string_view>& bytes, bool ignore_merges)
+Bpe::Bpe(const vector<Merge>& merges, const StringIds& ids, const vector<string_view>& bytes,
+         bool ignore_merges)
     : pairs_(power_of_two_above(2 * merges.size()), kNoPair),
       byte_ranks_(256 * 256),
       ids_(&ids),
@@ -86,8 +86,8 @@ Bpe::Bpe(const std::vector<Merge>& merges, const StringIds& ids,
     joined_.push_back(merge.joined);
   }
   for (int byte = 0; byte < 256; byte++) {
-    const char character = static_cast<char>(byte);
-    byte_ids_[static_cast<size_t>(byte)] = ids.find({&character, 1});
+    const char character = char(byte);
+    byte_ids_[size_t(byte)] = ids.find({&character, 1});
   }
   for (size_t i = 0; i < byte_ranks_.size(); i++) {
     const uint32_t left = byte_ids_[i >> 8], right = byte_ids_[i & 255];
@@ -102,21 +102,21 @@ uint32_t Bpe::rank_of(uint32_t left, uint32_t right) const {
   const uint64_t key = pair_key(left, right);
   for (size_t at = pair_slot(key, pairs_.size());; at = (at + 1) & (pairs_.size() - 1)) {
     const uint64_t pair = pairs_[at];
-    if (pair >> kRankBits == key) return static_cast<uint32_t>(pair & ((1u << kRankBits) - 1));
+    if (pair >> kRankBits == key) return uint32_t(pair & ((1u << kRankBits) - 1));
     if (pair == kNoPair) return kNoId;
   }
 }
 
 // Merges as byte-pair encoding does: the pair of the lowest rank, of equal ones the leftmost, until
 // none is left. The ids are left in scratch.ids; returns their number.
-size_t Bpe::merge_word(std::string_view word, EncodeScratch::State& scratch) const {
+size_t Bpe::merge_word(string_view word, EncodeScratch::State& scratch) const {
   constexpr size_t kLong = 96;
   scratch.ids.resize(word.size());
   scratch.ranks.resize(word.size());
   uint32_t *ids = scratch.ids.data(), *ranks = scratch.ranks.data();
   size_t size = 0, before = 0;
   for (const char c : word) {
-    const auto byte = static_cast<uint8_t>(c);
+    const auto byte = uint8_t(c);
     if (byte_ids_[byte] == kNoId) continue;  // a byte without a token is dropped
     if (size) ranks[size - 1] = byte_ranks_[before << 8 | byte];
     ids[size++] = byte_ids_[byte];
@@ -147,11 +147,11 @@ size_t Bpe::merge_word(std::string_view word, EncodeScratch::State& scratch) con
 }
 
 // The same for long words, with a heap and links, in O(n log n).
-size_t Bpe::merge_long(std::vector<uint32_t>& ids) const {
-  const auto size = static_cast<uint32_t>(ids.size());
-  std::vector<uint32_t> previous(size), next(size), ranks(size, kNoId);
+size_t Bpe::merge_long(vector<uint32_t>& ids) const {
+  const auto size = uint32_t(ids.size());
+  vector<uint32_t> previous(size), next(size), ranks(size, kNoId);
   using Candidate = std::pair<uint32_t, uint32_t>;  // rank, position
-  std::priority_queue<Candidate, std::vector<Candidate>, std::greater<>> heap;
+  std::priority_queue<Candidate, vector<Candidate>, std::greater<>> heap;
   const auto look_up = [&](uint32_t i) {
     ranks[i] = next[i] < size ? rank_of(ids[i], ids[next[i]]) : kNoId;
     if (ranks[i] != kNoId) heap.emplace(ranks[i], i);
@@ -199,7 +199,7 @@ void EncodeScratch::State::clear() {
 
 static uint64_t long_high(size_t size) { return uint64_t{0xff} << 56 | size; }
 
-const EncodeScratch::State::Entry* EncodeScratch::State::find(std::string_view word, uint64_t low,
+const EncodeScratch::State::Entry* EncodeScratch::State::find(string_view word, uint64_t low,
                                                               uint64_t high, uint64_t hash) const {
   for (size_t at = hash & (table.size() - 1);; at = (at + 1) & (table.size() - 1)) {
     const Entry& entry = table[at];
@@ -211,7 +211,7 @@ const EncodeScratch::State::Entry* EncodeScratch::State::find(std::string_view w
   }
 }
 
-void EncodeScratch::State::insert(std::string_view word, uint64_t low, uint64_t high, uint64_t hash,
+void EncodeScratch::State::insert(string_view word, uint64_t low, uint64_t high, uint64_t hash,
                                   const uint32_t* word_ids, size_t count) {
   const bool is_long = word.size() > kShort;
   const size_t in_store =
@@ -221,7 +221,7 @@ void EncodeScratch::State::insert(std::string_view word, uint64_t low, uint64_t 
     if (4 * table.size() * sizeof(Entry) > cache_bytes) {
       clear();
     } else {
-      std::vector<Entry> old(2 * table.size());
+      vector<Entry> old(2 * table.size());
       old.swap(table);
       for (const Entry& entry : old) {
         if (!entry.high) continue;
@@ -235,20 +235,20 @@ void EncodeScratch::State::insert(std::string_view word, uint64_t low, uint64_t 
   size_t at = hash & (table.size() - 1);
   while (table[at].high) at = (at + 1) & (table.size() - 1);
   Entry& entry = table[at];
-  entry = {low, high, {0, 0, 0}, static_cast<uint32_t>(count)};
+  entry = {low, high, {0, 0, 0}, uint32_t(count)};
   used++;
   if (!in_store) {
     std::copy(word_ids, word_ids + count, entry.ids);
     return;
   }
-  entry.ids[0] = static_cast<uint32_t>(store.size());
+  entry.ids[0] = uint32_t(store.size());
   store.insert(store.end(), word_ids, word_ids + count);
   store.resize(entry.ids[0] + in_store);
   if (is_long) memcpy(&store[entry.ids[0] + count], word.data(), word.size());
 }
 
 // The ids of a word that is not in the cache, into scratch.ids; returns their number.
-size_t Bpe::encode_word(std::string_view word, EncodeScratch::State& scratch) const {
+size_t Bpe::encode_word(string_view word, EncodeScratch::State& scratch) const {
   const uint32_t id = ids_->find(word);
   if (id == kNoId || !whole_[id]) return merge_word(word, scratch);
   scratch.ids.assign(1, id);
@@ -256,7 +256,7 @@ size_t Bpe::encode_word(std::string_view word, EncodeScratch::State& scratch) co
 }
 
 // The key of a short word; `readable` is the end of what may be read.
-static __m128i short_key(std::string_view word, const char* readable) {
+static __m128i short_key(string_view word, const char* readable) {
   static constexpr char kMask[32] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
   __m128i bytes = _mm_setzero_si128();
   if (readable - word.data() >= 16) {
@@ -269,8 +269,8 @@ static __m128i short_key(std::string_view word, const char* readable) {
   return bytes;
 }
 
-void Bpe::encode(const std::string_view* words, size_t count, EncodeScratch::State& scratch,
-                 std::vector<uint32_t>& out) const {
+void Bpe::encode(const string_view* words, size_t count, EncodeScratch::State& scratch,
+                 vector<uint32_t>& out) const {
   constexpr size_t kBatch = 64;
   struct {
     uint64_t low, high, hash;
@@ -280,7 +280,7 @@ void Bpe::encode(const std::string_view* words, size_t count, EncodeScratch::Sta
     const size_t batch = std::min(count, kBatch);
     const char* readable = words[batch - 1].data() + words[batch - 1].size();
     for (size_t i = 0; i < batch; i++) {
-      const std::string_view word = words[i];
+      const string_view word = words[i];
       auto& key = keys[i];
       if (word.size() <= kShort) {
         const __m128i bytes = short_key(word, readable);

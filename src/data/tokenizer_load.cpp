@@ -22,13 +22,13 @@ static constexpr uint32_t kMostIds = 1u << kIdBits, kMostMerges = 1u << kRankBit
 // other bytes follow in order from U+0100 on.
 static int byte_of(uint32_t code) {
   if ((code >= 0x21 && code <= 0x7e) || (code >= 0xa1 && code <= 0xff && code != 0xad))
-    return static_cast<int>(code);
-  if (code >= 0x100 && code <= 0x120) return static_cast<int>(code - 0x100);
-  if (code >= 0x121 && code <= 0x142) return static_cast<int>(code - 0x121 + 0x7f);
+    return int(code);
+  if (code >= 0x100 && code <= 0x120) return int(code - 0x100);
+  if (code >= 0x121 && code <= 0x142) return int(code - 0x121 + 0x7f);
   return code == 0x143 ? 0xad : -1;
 }
 
-bool append_bytes(std::string_view text, std::string& out) {
+bool append_bytes(string_view text, string& out) {
   const size_t before = out.size();
   for (size_t at = 0; at < text.size();) {
     const Char c = decode_char(text.data() + at);
@@ -37,7 +37,7 @@ bool append_bytes(std::string_view text, std::string& out) {
       out.resize(before);
       return false;
     }
-    out += static_cast<char>(byte);
+    out += char(byte);
     at += c.size;
   }
   return true;
@@ -46,7 +46,7 @@ bool append_bytes(std::string_view text, std::string& out) {
 namespace {
 using Value = rapidjson::Value;
 
-std::string_view view(const Value& value) { return {value.GetString(), value.GetStringLength()}; }
+string_view view(const Value& value) { return {value.GetString(), value.GetStringLength()}; }
 
 // Fills a Tokenizer::Data from its file.
 class Loader {
@@ -55,25 +55,25 @@ class Loader {
   void load();
 
  private:
-  [[noreturn]] void unsupported(const Json& json, const std::string& got) {
+  [[noreturn]] void unsupported(const Json& json, const string& got) {
     bad_input(json.place(), "is not supported (got " + got + ")", kOther);
   }
-  std::string place(const char* part) { return d_.path + ": " + part; }
+  string place(const char* part) { return d_.path + ": " + part; }
 
   Json read_document(rapidjson::Document& document, Value& vocabulary, Value& merges);
   void read_model(const Json& model, const Value& vocabulary, const Value& merges);
   void read_vocabulary(const Value& vocabulary);
-  std::vector<Bpe::Merge> read_merges(const Value& merges);
+  vector<Bpe::Merge> read_merges(const Value& merges);
   void read_added(const Json& tokens);
   void read_normalizer(const Json& json);
-  std::string read_pattern(const Json& json);
+  string read_pattern(const Json& json);
   void read_pre_tokenizer(const Json& json);
   void read_split(const Json& json);
   void read_byte_level(const Json& json);
   void read_post_processor(const Json& json);
   void read_template(const Json& json);
   void read_decoder(const Json& json);
-  std::optional<uint32_t> named_token(const std::string& file, const char* key);
+  std::optional<uint32_t> named_token(const string& file, const char* key);
   std::optional<uint32_t> find_eos();
 
   Tokenizer::Data& d_;
@@ -99,7 +99,7 @@ Json Loader::read_document(rapidjson::Document& document, Value& vocabulary, Val
   rapidjson::StringBuffer out;
   rapidjson::Writer<rapidjson::StringBuffer> writer(out);
   document.Accept(writer);
-  return Json::parse(std::string(out.GetString(), out.GetSize()), d_.path);
+  return Json::parse(string(out.GetString(), out.GetSize()), d_.path);
 }
 
 // ---- the model ----
@@ -120,11 +120,11 @@ void Loader::read_vocabulary(const Value& vocabulary) {
   d_.ids_by_bytes.reserve(vocabulary.MemberCount());
   for (const auto& [name, value] : vocabulary.GetObject()) {
     const uint32_t id = value.GetUint();
-    const std::string_view text = view(name);
+    const string_view text = view(name);
     d_.texts[id] = d_.bytes[id] = text;
     const size_t begin = d_.byte_store.size();
     if (append_bytes(text, d_.byte_store)) {
-      d_.bytes[id] = std::string_view(d_.byte_store).substr(begin);
+      d_.bytes[id] = string_view(d_.byte_store).substr(begin);
       d_.ids_by_bytes.set(d_.bytes[id], id);
     } else {
       d_.ids_by_text.set(text, id);
@@ -132,21 +132,21 @@ void Loader::read_vocabulary(const Value& vocabulary) {
   }
 }
 
-std::vector<Bpe::Merge> Loader::read_merges(const Value& merges) {
-  std::vector<Bpe::Merge> out;
+vector<Bpe::Merge> Loader::read_merges(const Value& merges) {
+  vector<Bpe::Merge> out;
   if (merges.Size() >= kMostMerges)
     bad_input(place("model.merges"),
               text("are too many (got %u, need < %u)", merges.Size(), kMostMerges), kOther);
   out.reserve(merges.Size());
-  std::string joined;
+  string joined;
   for (rapidjson::SizeType i = 0; i < merges.Size(); i++) {
     const Value& merge = merges[i];
-    std::string_view left, right;
+    string_view left, right;
     if (merge.IsString()) {  // the older form
       left = view(merge);
       if (left.starts_with("#version")) continue;
       const size_t space = left.find(' ');
-      if (space != std::string_view::npos) {
+      if (space != string_view::npos) {
         right = left.substr(space + 1);
         left = left.substr(0, space);
       }
@@ -174,9 +174,9 @@ void Loader::read_model(const Json& model, const Value& vocabulary, const Value&
   for (const char* affix : {"continuing_subword_prefix", "end_of_word_suffix"})
     if (!model.string_or(affix, "").empty()) unsupported(model[affix], model[affix].dump());
   read_vocabulary(vocabulary);
-  const std::vector<Bpe::Merge> pairs = read_merges(merges);
+  const vector<Bpe::Merge> pairs = read_merges(merges);
   for (int byte = 0; byte < 256 && !model.string_or("unk_token", "").empty(); byte++) {
-    const char character = static_cast<char>(byte);
+    const char character = char(byte);
     if (d_.ids_by_bytes.find({&character, 1}) == kNoId)
       bad_input(model.place(), text("has an unk_token, but no token of byte 0x%02x", byte), kOther);
   }
@@ -191,11 +191,11 @@ void Loader::read_added(const Json& tokens) {
   struct Added {
     AddedToken token;
     bool normalized;
-    std::string content;
+    string content;
   };
-  std::vector<Added> all;
-  std::map<std::string, size_t> index, specials;
-  const uint32_t model_ids = static_cast<uint32_t>(d_.ids_by_bytes.size() + d_.ids_by_text.size());
+  vector<Added> all;
+  std::map<string, size_t> index, specials;
+  const uint32_t model_ids = uint32_t(d_.ids_by_bytes.size() + d_.ids_by_text.size());
   uint32_t next_id = model_ids;
   for (int64_t i = 0; i < tokens.size(); i++) {
     const Json json = tokens[i];
@@ -214,8 +214,7 @@ void Loader::read_added(const Json& tokens) {
     const int64_t said = json["id"].as_int(0, kMostIds - 1);
     if (said != token.id)
       bad_input(json.place(),
-                text("has another id in Hugging Face (got %lld, need %u)",
-                     static_cast<long long>(said), token.id),
+                text("has another id in Hugging Face (got %ld, need %u)", said, token.id),
                 kRefetch);
     if (token.special) specials[added.content] = 0;
     if (known != index.end()) {
@@ -229,27 +228,26 @@ void Loader::read_added(const Json& tokens) {
   d_.texts.resize(ids);
   d_.bytes.resize(ids);
   d_.added_texts.reserve(3 * all.size());
-  std::vector<AddedToken> plain, normalized;
-  std::string buffer, other;
-  const auto keep = [&](std::string_view text) -> const std::string& {
+  vector<AddedToken> plain, normalized;
+  string buffer, other;
+  const auto keep = [&](string_view text) -> const string& {
     return d_.added_texts.emplace_back(text);
   };
   for (Added& added : all) {
     AddedToken& token = added.token;
-    const std::string& content = keep(added.content);
+    const string& content = keep(added.content);
     token.special = specials.count(content) > 0;
     token.content = added.normalized ? d_.normalize(content, buffer, other) : content;
     d_.ids_by_text.set(content, token.id);
     d_.texts[token.id] = d_.bytes[token.id] = keep(token.content);
-    std::string as_bytes;
+    string as_bytes;
     if (append_bytes(token.content, as_bytes)) d_.bytes[token.id] = keep(as_bytes);
     if (token.content.empty())
       bad_input(d_.path + ": " + content, "is normalized to nothing", kOther);
     (added.normalized ? normalized : plain).push_back(token);
   }
   d_.special.resize(ids);
-  for (size_t id = 0; id < ids; id++)
-    d_.special[id] = specials.count(std::string(d_.texts[id])) > 0;
+  for (size_t id = 0; id < ids; id++) d_.special[id] = specials.count(string(d_.texts[id])) > 0;
   d_.added = AddedTokens(std::move(plain));
   d_.added_normalized = AddedTokens(std::move(normalized));
 }
@@ -257,7 +255,7 @@ void Loader::read_added(const Json& tokens) {
 // ---- normalizer and pre-tokenizer ----
 
 // The regular expression of a Split or Replace.
-std::string Loader::read_pattern(const Json& json) {
+string Loader::read_pattern(const Json& json) {
   const Json pattern = json["pattern"];
   if (pattern.has("String")) return escape_regex(pattern["String"].as_string());
   return pattern["Regex"].as_string();
@@ -265,7 +263,7 @@ std::string Loader::read_pattern(const Json& json) {
 
 void Loader::read_normalizer(const Json& json) {
   if (json.is_null()) return;
-  const std::string type = json["type"].as_string();
+  const string type = json["type"].as_string();
   if (type == "Sequence") {
     const Json parts = json["normalizers"];
     for (int64_t i = 0; i < parts.size(); i++) read_normalizer(parts[i]);
@@ -284,7 +282,7 @@ void Loader::read_normalizer(const Json& json) {
 void Loader::read_split(const Json& json) {
   static const char* const kBehaviors[] = {"Removed", "Isolated", "MergedWithPrevious",
                                            "MergedWithNext", "Contiguous"};
-  const std::string behavior = json["behavior"].as_string();
+  const string behavior = json["behavior"].as_string();
   const auto at = std::find(std::begin(kBehaviors), std::end(kBehaviors), behavior);
   if (at == std::end(kBehaviors)) unsupported(json["behavior"], behavior);
   SplitStep step;
@@ -309,7 +307,7 @@ void Loader::read_byte_level(const Json& json) {
 
 void Loader::read_pre_tokenizer(const Json& json) {
   if (json.is_null()) return;
-  const std::string type = json["type"].as_string();
+  const string type = json["type"].as_string();
   if (byte_level_) unsupported(json, type + " behind ByteLevel");
   if (type == "Sequence") {
     const Json parts = json["pretokenizers"];
@@ -344,13 +342,12 @@ void Loader::read_template(const Json& json) {
       behind = true;
       continue;
     }
-    const std::string name = piece["SpecialToken"]["id"].as_string();
+    const string name = piece["SpecialToken"]["id"].as_string();
     for (const int64_t id : json["special_tokens"][name]["ids"].as_ints()) {
-      if (id < 0 || id >= static_cast<int64_t>(d_.texts.size()) ||
-          d_.texts[static_cast<size_t>(id)].empty())
-        bad_input(json.place() + ".special_tokens." + name,
-                  text("is no token (got id %lld)", static_cast<long long>(id)), kRefetch);
-      (behind ? d_.suffix : d_.prefix).push_back(static_cast<uint32_t>(id));
+      if (id < 0 || id >= int64_t(d_.texts.size()) || d_.texts[size_t(id)].empty())
+        bad_input(json.place() + ".special_tokens." + name, text("is no token (got id %ld)", id),
+                  kRefetch);
+      (behind ? d_.suffix : d_.prefix).push_back(uint32_t(id));
     }
   }
   if (!behind) unsupported(single, "a template without the text");
@@ -358,7 +355,7 @@ void Loader::read_template(const Json& json) {
 
 void Loader::read_post_processor(const Json& json) {
   if (json.is_null()) return;
-  const std::string type = json["type"].as_string();
+  const string type = json["type"].as_string();
   if (type == "Sequence") {
     const Json parts = json["processors"];
     for (int64_t i = 0; i < parts.size(); i++) read_post_processor(parts[i]);
@@ -371,7 +368,7 @@ void Loader::read_post_processor(const Json& json) {
 
 void Loader::read_decoder(const Json& json) {
   if (json.is_null()) return;
-  const std::string type = json["type"].as_string();
+  const string type = json["type"].as_string();
   if (type == "Sequence") {
     const Json parts = json["decoders"];
     for (int64_t i = 0; i < parts.size(); i++) read_decoder(parts[i]);
@@ -386,16 +383,16 @@ void Loader::read_decoder(const Json& json) {
 
 // The token that `key` of a file beside tokenizer.json names: a string, an object with "content",
 // or an id or a list of ids, of which the first counts.
-std::optional<uint32_t> Loader::named_token(const std::string& file, const char* key) {
-  const std::string path = (std::filesystem::path(d_.path).parent_path() / file).string();
+std::optional<uint32_t> Loader::named_token(const string& file, const char* key) {
+  const string path = (std::filesystem::path(d_.path).parent_path() / file).string();
   if (!std::filesystem::exists(path)) return std::nullopt;
   const Json json = Json::parse_file(path);
   if (!json.has(key) || json[key].is_null()) return std::nullopt;
   Json value = json[key];
   if (value.is_array()) value = value[0];
   if (value.is_object()) value = value["content"];
-  const uint32_t id = value.is_int() ? static_cast<uint32_t>(value.as_int(0, kMostIds))
-                                     : d_.find_text(value.as_string());
+  const uint32_t id =
+      value.is_int() ? uint32_t(value.as_int(0, kMostIds)) : d_.find_text(value.as_string());
   if (id >= d_.texts.size() || d_.texts[id].empty())
     bad_input(value.place(), "is no token of " + d_.path + " (got " + value.dump() + ")",
               "use the files of one model");
@@ -407,7 +404,7 @@ std::optional<uint32_t> Loader::find_eos() {
   if (const auto id = named_token("config.json", "eos_token_id")) return id;
   for (const char* name : {"<|endoftext|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|return|>",
                            "<|end_of_text|>", "<|im_end|>", "<eos>", "</s>"})
-    for (const std::string& added : d_.added_texts)
+    for (const string& added : d_.added_texts)
       if (added == name) return d_.find_text(name);
   return std::nullopt;
 }
@@ -437,7 +434,7 @@ void Loader::load() {
 }
 }  // namespace
 
-std::unique_ptr<const Tokenizer::Data> load_tokenizer(const std::string& path) {
+std::unique_ptr<const Tokenizer::Data> load_tokenizer(const string& path) {
   auto data = std::make_unique<Tokenizer::Data>();
   data->path = path;
   Loader(*data).load();

@@ -12,9 +12,6 @@
 #pragma once
 #include <array>
 #include <climits>
-#include <string>
-#include <string_view>
-#include <vector>
 
 #include "data/tokenizer.h"
 
@@ -48,7 +45,7 @@ class CharTable {
   uint16_t ascii(uint8_t byte) const { return flags_[byte]; }  // byte < 128
 
  private:
-  std::vector<uint16_t> block_, flags_;  // two stages of 128 code points; block 0 comes first
+  vector<uint16_t> block_, flags_;  // two stages of 128 code points; block 0 comes first
 };
 
 struct Char {
@@ -63,9 +60,9 @@ inline Char decode_char(const char* p) {
   if (b[0] < 0xf0) return {(b[0] & 15u) << 12 | (b[1] & 63u) << 6 | (b[2] & 63u), 3};
   return {(b[0] & 7u) << 18 | (b[1] & 63u) << 12 | (b[2] & 63u) << 6 | (b[3] & 63u), 4};
 }
-void append_char(std::string& out, uint32_t code);
+void append_char(string& out, uint32_t code);
 // Bytes of the valid UTF-8 at the front of `bytes`: its size if all of it is valid.
-size_t valid_utf8_prefix(std::string_view bytes);
+size_t valid_utf8_prefix(string_view bytes);
 // Ranges of code points with their general category ("Lu"), which libraries older than Unicode 16
 // lack.
 struct CategoryRange {
@@ -74,7 +71,7 @@ struct CategoryRange {
 };
 std::span<const CategoryRange> newer_code_points();
 // `text` in NFC, into `out`. False, leaving `out` alone, when `text` is in NFC already.
-bool nfc(const CharTable& chars, std::string_view text, std::string& out);
+bool nfc(const CharTable& chars, string_view text, string& out);
 
 // ---- tokenizer_regex.cpp ----
 
@@ -96,26 +93,26 @@ struct MatchData {
 class Regex {
  public:
   // Throws bad_input at `place` for what is malformed or what PCRE2 would read in another way.
-  Regex(const std::string& pattern, const std::string& place);
+  Regex(const string& pattern, const string& place);
   Regex(Regex&& o) noexcept;
   Regex& operator=(Regex&&) = delete;
   ~Regex();
   // Cuts `text` into matches and what is between them, into `out`.
-  void matches(std::string_view text, MatchData& scratch, std::vector<Match>& out) const;
+  void matches(string_view text, MatchData& scratch, vector<Match>& out) const;
   // False only if there is no match.
-  bool may_match(std::string_view text) const {
+  bool may_match(string_view text) const {
     for (const char c : text)
-      if (starts_[static_cast<uint8_t>(c)]) return true;
+      if (starts_[uint8_t(c)]) return true;
     return false;
   }
 
  private:
   void* code_ = nullptr;  // pcre2_code
-  std::string place_;
+  string place_;
   bool jit_ = false;
   std::array<bool, 256> starts_{};  // bytes that a match may start with
 };
-std::string escape_regex(const std::string& literal);
+string escape_regex(const string& literal);
 
 // ---- tokenizer_split.cpp ----
 
@@ -146,31 +143,31 @@ struct SplitStep {
   SplitBehavior behavior = SplitBehavior::Isolated;
   bool invert = false;
   FastPattern fast = FastPattern::None;
-  std::string pattern, place;  // of a Pattern: the regular expression, and where it is from
-  std::vector<Regex> regex;    // one, of a Pattern that is not fast
+  string pattern, place;  // of a Pattern: the regular expression, and where it is from
+  vector<Regex> regex;    // one, of a Pattern that is not fast
 };
 
 // Gives patterns, and sequences of them, their fast forms, and compiles the others.
-void prepare(std::vector<SplitStep>& steps, bool use_fast = true);
+void prepare(vector<SplitStep>& steps, bool use_fast = true);
 // The steps of `ByteLevel` with its own regular expression.
 extern const char* const kGpt2Pattern;
 // Words from `p` on, at most `capacity`, into `words`; returns their number and moves `p`.
 size_t fast_split(FastPattern pattern, const CharTable& chars, const char*& p, const char* end,
-                  std::string_view* words, size_t capacity);
+                  string_view* words, size_t capacity);
 struct SplitBuffers {
-  std::vector<std::string_view> pieces, next, words;
-  std::vector<Match> matches, merged;
-  std::string text;
+  vector<string_view> pieces, next, words;
+  vector<Match> matches, merged;
+  string text;
   MatchData match_data;
 };
 // All words of `text`, into buffers.pieces; they lie in `text` or in buffers.text.
-void split(const std::vector<SplitStep>& steps, const CharTable& chars, std::string_view text,
+void split(const vector<SplitStep>& steps, const CharTable& chars, string_view text,
            SplitBuffers& buffers);
 
 // ---- tokenizer_added.cpp ----
 
 struct AddedToken {
-  std::string content;  // in the form to be found
+  string content;  // in the form to be found
   uint32_t id = 0;
   bool single_word = false, lstrip = false, rstrip = false, special = false;
 };
@@ -178,11 +175,11 @@ struct AddedToken {
 // Finds added tokens, leftmost first, the longest of those that start at one place.
 class AddedTokens {
  public:
-  explicit AddedTokens(std::vector<AddedToken> tokens = {});
+  explicit AddedTokens(vector<AddedToken> tokens = {});
   bool empty() const { return tokens_.empty(); }
   // The first occurrence at or after `from`: its token, and its place in `begin`. Null at the
   // end.
-  const AddedToken* find(std::string_view text, size_t from, size_t& begin) const;
+  const AddedToken* find(string_view text, size_t from, size_t& begin) const;
 
  private:
   void add_node(size_t node, size_t first, size_t last, size_t depth);
@@ -194,9 +191,9 @@ class AddedTokens {
     uint8_t byte;
     uint32_t node;
   };
-  std::vector<AddedToken> tokens_;  // sorted by content
-  std::vector<Node> nodes_;
-  std::vector<Edge> edges_;
+  vector<AddedToken> tokens_;  // sorted by content
+  vector<Node> nodes_;
+  vector<Edge> edges_;
   std::array<bool, 256> starts_{};
   int only_start_ = -1;  // the first byte of all tokens, if they share it
 };
@@ -204,14 +201,14 @@ class AddedTokens {
 // Cuts `text` at added tokens as Hugging Face does: calls piece(begin, end, token or null) in
 // order. `with_special` false: special tokens' text is no token.
 template <class Piece>
-void cut_at_tokens(const AddedTokens& tokens, const CharTable& chars, std::string_view text,
+void cut_at_tokens(const AddedTokens& tokens, const CharTable& chars, string_view text,
                    bool with_special, Piece&& piece);
-bool is_separate_word(const CharTable& chars, std::string_view text, size_t begin, size_t end);
-size_t spaces_before(const CharTable& chars, std::string_view text, size_t end);
-size_t spaces_after(const CharTable& chars, std::string_view text, size_t begin);
+bool is_separate_word(const CharTable& chars, string_view text, size_t begin, size_t end);
+size_t spaces_before(const CharTable& chars, string_view text, size_t end);
+size_t spaces_after(const CharTable& chars, string_view text, size_t begin);
 
 template <class Piece>
-void cut_at_tokens(const AddedTokens& tokens, const CharTable& chars, std::string_view text,
+void cut_at_tokens(const AddedTokens& tokens, const CharTable& chars, string_view text,
                    bool with_special, Piece&& piece) {
   size_t done = 0, from = 0, begin = 0;
   while (const AddedToken* token = tokens.find(text, from, begin)) {
@@ -237,16 +234,16 @@ class StringIds {
  public:
   void reserve(size_t count);
   // A string that is there already gets the new id.
-  void set(std::string_view key, uint32_t id);
-  uint32_t find(std::string_view key) const;  // kNoId if it is not there
+  void set(string_view key, uint32_t id);
+  uint32_t find(string_view key) const;  // kNoId if it is not there
   size_t size() const { return used_; }
 
  private:
   struct Slot {
     uint32_t hash = 0, id = kNoId;
   };
-  std::vector<Slot> slots_;             // open addressing, a power of two
-  std::vector<std::string_view> keys_;  // of the slots: apart, as most look-ups find nothing
+  vector<Slot> slots_;        // open addressing, a power of two
+  vector<string_view> keys_;  // of the slots: apart, as most look-ups find nothing
   size_t used_ = 0;
 };
 
@@ -259,24 +256,24 @@ class Bpe {
     uint32_t left, right, joined;
   };
   Bpe() = default;
-  Bpe(const std::vector<Merge>& merges, const StringIds& ids,
-      const std::vector<std::string_view>& bytes, bool ignore_merges);
+  Bpe(const vector<Merge>& merges, const StringIds& ids, const vector<string_view>& bytes,
+      bool ignore_merges);
   // Appends the ids of each word to `out`. The cache of `scratch` must belong to this.
-  void encode(const std::string_view* words, size_t count, EncodeScratch::State& scratch,
-              std::vector<uint32_t>& out) const;
+  void encode(const string_view* words, size_t count, EncodeScratch::State& scratch,
+              vector<uint32_t>& out) const;
 
  private:
   uint32_t rank_of(uint32_t left, uint32_t right) const;
-  size_t merge_word(std::string_view word, EncodeScratch::State& scratch) const;
-  size_t merge_long(std::vector<uint32_t>& ids) const;
-  size_t encode_word(std::string_view word, EncodeScratch::State& scratch) const;
+  size_t merge_word(string_view word, EncodeScratch::State& scratch) const;
+  size_t merge_long(vector<uint32_t>& ids) const;
+  size_t encode_word(string_view word, EncodeScratch::State& scratch) const;
 
-  std::vector<uint64_t> pairs_;       // left, right and rank; open addressing, a power of two
-  std::vector<uint32_t> byte_ranks_;  // (256, 256) of pairs of bytes
-  std::vector<uint32_t> joined_;      // by rank
+  vector<uint64_t> pairs_;       // left, right and rank; open addressing, a power of two
+  vector<uint32_t> byte_ranks_;  // (256, 256) of pairs of bytes
+  vector<uint32_t> joined_;      // by rank
   std::array<uint32_t, 256> byte_ids_{};
   const StringIds* ids_ = nullptr;
-  std::vector<bool> whole_;  // by id: the token's bytes encode to the token itself
+  vector<bool> whole_;  // by id: the token's bytes encode to the token itself
 };
 
 struct EncodeScratch::State {
@@ -292,60 +289,60 @@ struct EncodeScratch::State {
     uint32_t ids[3] = {0, 0, 0};
     uint32_t count = 0;
   };
-  const Entry* find(std::string_view word, uint64_t low, uint64_t high, uint64_t hash) const;
-  void insert(std::string_view word, uint64_t low, uint64_t high, uint64_t hash,
-              const uint32_t* ids, size_t count);
+  const Entry* find(string_view word, uint64_t low, uint64_t high, uint64_t hash) const;
+  void insert(string_view word, uint64_t low, uint64_t high, uint64_t hash, const uint32_t* ids,
+              size_t count);
   void clear();
 
   size_t cache_bytes;
   std::shared_ptr<const int> owner;  // the tokenizer's identity: no other has it while we hold it
-  std::vector<Entry> table;          // open addressing, a power of two
+  vector<Entry> table;               // open addressing, a power of two
   size_t used = 0;
-  std::vector<uint32_t> store;
-  std::vector<uint32_t> ids, ranks;  // of the word at hand
+  vector<uint32_t> store;
+  vector<uint32_t> ids, ranks;  // of the word at hand
   SplitBuffers split;
-  std::string normalized, normalized_next;
+  string normalized, normalized_next;
 };
 
 // ---- tokenizer_load.cpp ----
 
 struct NormalizerStep {
   enum Kind : uint8_t { Nfc, Prepend, Replace } kind;
-  std::string text;          // to prepend, or the replacement
-  std::vector<Regex> regex;  // one, of Replace
+  string text;          // to prepend, or the replacement
+  vector<Regex> regex;  // one, of Replace
 };
 
 struct Tokenizer::Data {
-  std::string path, file;  // the strings of the vocabulary lie in `file`
+  string path, file;  // the strings of the vocabulary lie in `file`
   uint64_t fingerprint = 0;
   std::shared_ptr<const int> identity = std::make_shared<const int>(0);
 
-  std::vector<std::string_view> texts;  // by id, as the vocabulary writes it; empty: no token
-  std::vector<std::string_view> bytes;  // by id, what it decodes to
-  std::string byte_store;               // `bytes` lie here or in `texts`
-  std::vector<bool> special;            // by id
-  StringIds ids_by_bytes;  // tokens of the model that consist of bytes, so almost all of it
-  StringIds ids_by_text;   // added tokens, and the rest of the model's
-  std::vector<std::string> added_texts;
+  vector<string_view> texts;  // by id, as the vocabulary writes it; empty: no token
+  vector<string_view> bytes;  // by id, what it decodes to
+  string byte_store;          // `bytes` lie here or in `texts`
+  vector<bool> special;       // by id
+  StringIds ids_by_bytes;     // tokens of the model that consist of bytes, so almost all of it
+  StringIds ids_by_text;      // added tokens, and the rest of the model's
+  vector<string> added_texts;
 
   CharTable chars;
   AddedTokens added, added_normalized;  // found before and after normalization
-  std::vector<NormalizerStep> normalizer;
-  std::vector<SplitStep> steps;
+  vector<NormalizerStep> normalizer;
+  vector<SplitStep> steps;
   Bpe bpe;
-  std::vector<uint32_t> prefix, suffix;  // from the post-processor
-  bool join_with_space = false;          // there is no decoder
+  vector<uint32_t> prefix, suffix;  // from the post-processor
+  bool join_with_space = false;     // there is no decoder
   std::optional<uint32_t> eos, bos;
 
-  uint32_t find_text(std::string_view text) const;  // kNoId if it is no token
+  uint32_t find_text(string_view text) const;  // kNoId if it is no token
   // `text` normalized, in it or in `buffer`.
-  std::string_view normalize(std::string_view text, std::string& buffer, std::string& other) const;
+  string_view normalize(string_view text, string& buffer, string& other) const;
 };
 
-std::unique_ptr<const Tokenizer::Data> load_tokenizer(const std::string& path);
+std::unique_ptr<const Tokenizer::Data> load_tokenizer(const string& path);
 
 // Appends the bytes that `text`, in GPT-2's visible characters for bytes, stands for. False,
 // appending nothing, if it has other characters.
-bool append_bytes(std::string_view text, std::string& out);
+bool append_bytes(string_view text, string& out);
 
 }  // namespace pith

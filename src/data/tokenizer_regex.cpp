@@ -24,8 +24,8 @@ constexpr const char* kMoreOfWords =
     "\\x{1f169}\\x{1f170}-\\x{1f189}";
 
 // Members of a class: what has a general category that starts with `category`.
-std::string in_category(const std::string& category) {
-  std::string out = "\\p{" + category + "}";
+string in_category(const string& category) {
+  string out = "\\p{" + category + "}";
   for (const CategoryRange& range : newer_code_points())
     if (!strncmp(range.category, category.c_str(), category.size()))
       out += text("\\x{%x}-\\x{%x}", range.first, range.last);
@@ -34,10 +34,9 @@ std::string in_category(const std::string& category) {
 
 class Translator {
  public:
-  Translator(const std::string& pattern, const std::string& place)
-      : pattern_(pattern), place_(place) {}
+  Translator(const string& pattern, const string& place) : pattern_(pattern), place_(place) {}
 
-  std::string run() {
+  string run() {
     while (at_ < pattern_.size()) {
       const char c = pattern_[at_];
       if (c == '\\') {
@@ -62,7 +61,7 @@ class Translator {
   }
 
  private:
-  [[noreturn]] void refuse(const std::string& what) {
+  [[noreturn]] void refuse(const string& what) {
     bad_input(place_, "uses " + what + " in a regular expression, which is not supported",
               "another tokenizer");
   }
@@ -98,18 +97,18 @@ class Translator {
     keep(end + 1 - at_);
   }
 
-  void members(const std::string& inside, bool negated) {
+  void members(const string& inside, bool negated) {
     if (in_class_ && negated) refuse("\\S, \\W, \\D or \\P inside a class");
     out_ += in_class_ ? inside : (negated ? "[^" : "[") + inside + "]";
   }
 
   void property() {
     const bool negated = pattern_[at_ + 1] == 'P';
-    std::string name = pattern_.substr(at_ + 2, 1);
+    string name = pattern_.substr(at_ + 2, 1);
     size_t size = 3;
     if (name == "{") {
       const size_t end = pattern_.find('}', at_);
-      if (end == std::string::npos) refuse("an unclosed \\p{");
+      if (end == string::npos) refuse("an unclosed \\p{");
       name = pattern_.substr(at_ + 3, end - at_ - 3);
       size = end + 1 - at_;
     }
@@ -130,11 +129,11 @@ class Translator {
     const bool is_class = strchr("sSdDwW", c) != nullptr;
     if (!is_class) {
       if (isalnum(static_cast<unsigned char>(c)) && !strchr("rntfaexAz", c))
-        refuse(std::string("\\") + c);
+        refuse(string("\\") + c);
       return keep(2);
     }
-    const char lower = static_cast<char>(c | 0x20);
-    std::string inside = lower == 's' ? kSpaces : in_category("Nd");
+    const char lower = char(c | 0x20);
+    string inside = lower == 's' ? kSpaces : in_category("Nd");
     if (lower == 'w') inside += kMoreOfWords;
     for (const char* category : {"L", "M", "Nl", "Pc"})
       if (lower == 'w') inside += in_category(category);
@@ -142,16 +141,16 @@ class Translator {
     at_ += 2;
   }
 
-  const std::string& pattern_;
-  const std::string& place_;
-  std::string out_;
+  const string& pattern_;
+  const string& place_;
+  string out_;
   size_t at_ = 0;
   bool in_class_ = false;
 };
 }  // namespace
 
-std::string escape_regex(const std::string& literal) {
-  std::string out;
+string escape_regex(const string& literal) {
+  string out;
   for (const char c : literal) {
     if (strchr("\\.+*?()|[]{}^$#&-~", c) && c) out += '\\';
     out += c;
@@ -161,14 +160,14 @@ std::string escape_regex(const std::string& literal) {
 
 // ---- matching ----
 
-static std::string pcre2_message(int code) {
+static string pcre2_message(int code) {
   char message[256] = "";
   pcre2_get_error_message(code, reinterpret_cast<PCRE2_UCHAR*>(message), sizeof message);
   return message;
 }
 
-Regex::Regex(const std::string& pattern, const std::string& place) : place_(place) {
-  const std::string translated = Translator(pattern, place).run();
+Regex::Regex(const string& pattern, const string& place) : place_(place) {
+  const string translated = Translator(pattern, place).run();
   int error = 0;
   PCRE2_SIZE offset = 0;
   // In Ruby's syntax ^ and $ are those of lines, which only \n ends.
@@ -195,7 +194,7 @@ Regex::~Regex() { pcre2_code_free(static_cast<pcre2_code*>(code_)); }
 
 MatchData::~MatchData() { pcre2_match_data_free(static_cast<pcre2_match_data*>(data)); }
 
-void Regex::matches(std::string_view text, MatchData& scratch, std::vector<Match>& out) const {
+void Regex::matches(string_view text, MatchData& scratch, vector<Match>& out) const {
   out.clear();
   const auto* code = static_cast<const pcre2_code*>(code_);
   const auto* subject = reinterpret_cast<PCRE2_SPTR>(text.data());

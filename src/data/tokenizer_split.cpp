@@ -13,12 +13,11 @@ namespace pith {
 // How many of the 16 bytes at `p` are letters (only lower case; only upper case) before the first
 // that is not.
 static inline uint32_t leading_letters(const char* p, uint8_t fold, char first) {
-  const __m128i bytes = _mm_or_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)),
-                                     _mm_set1_epi8(static_cast<char>(fold)));
+  const __m128i bytes =
+      _mm_or_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), _mm_set1_epi8(char(fold)));
   const __m128i offset = _mm_sub_epi8(bytes, _mm_set1_epi8(first));
   const __m128i in = _mm_cmpeq_epi8(_mm_min_epu8(offset, _mm_set1_epi8(25)), offset);
-  return static_cast<uint32_t>(
-      __builtin_ctz((static_cast<uint32_t>(_mm_movemask_epi8(in)) ^ 0xffff) | 0x10000));
+  return uint32_t(__builtin_ctz((uint32_t(_mm_movemask_epi8(in)) ^ 0xffff) | 0x10000));
 }
 
 namespace {
@@ -34,7 +33,7 @@ struct Splitter {
   };
   At at(const char* p) const {
     if (p >= end) return {0, 0};
-    const auto byte = static_cast<uint8_t>(*p);
+    const auto byte = uint8_t(*p);
     if (byte < 0x80) return {chars.ascii(byte), 1};
     const Char c = decode_char(p);
     return {chars[c.code], c.size};
@@ -57,8 +56,8 @@ struct Splitter {
       while (end - p >= 16 && (size = leading_letters(p, fold, first)) == 16) p += 16;
       if (end - p < 16) return run(p, mask);
       p += size;
-      if (static_cast<uint8_t>(*p) < 0x80) return p;
-      for (At c; static_cast<uint8_t>(*p) >= 0x80;) {
+      if (uint8_t(*p) < 0x80) return p;
+      for (At c; uint8_t(*p) >= 0x80;) {
         if (!((c = at(p)).flags & mask)) return p;
         p += c.size;
         if (p == end) return p;
@@ -80,10 +79,10 @@ struct Splitter {
   const char* contraction(const char* p, bool any_case) const {
     if (end - p < 2 || *p != '\'') return nullptr;
     const char fold = any_case ? 0x20 : 0;
-    const char a = static_cast<char>(p[1] | fold);
+    const char a = char(p[1] | fold);
     if (a == 's' || a == 't' || a == 'm' || a == 'd') return p + 2;
     if (end - p < 3) return nullptr;
-    const char b = static_cast<char>(p[2] | fold);
+    const char b = char(p[2] | fold);
     if ((a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l')) return p + 3;
     return any_case && p[1] == '\xc5' && p[2] == '\xbf' ? p + 3 : nullptr;
   }
@@ -179,7 +178,7 @@ struct Splitter {
     if (c.flags & letter) return cjk ? run(second, letter) : letters(second, letter);
     if (c.flags & punct) {
       const char* q = second;
-      while (c.size == 1 && q < end && static_cast<uint8_t>((*q | 0x20) - 'a') < 26) q++;
+      while (c.size == 1 && q < end && uint8_t((*q | 0x20) - 'a') < 26) q++;
       if (q > second) return q;
     } else if (follows && !is_newline(p)) {
       return cjk ? run(second, letter) : letters(second, letter);
@@ -199,12 +198,12 @@ struct Splitter {
 
   // Words from `p` on, each ended by `next`.
   template <class Next>
-  size_t fill(const char*& p, std::string_view* words, size_t capacity, Next&& next) const {
+  size_t fill(const char*& p, string_view* words, size_t capacity, Next&& next) const {
     size_t count = 0;
     const char* begin = p;
     while (count < capacity && begin < end) {
       const char* word_end = next(begin);
-      words[count++] = std::string_view(begin, static_cast<size_t>(word_end - begin));
+      words[count++] = string_view(begin, size_t(word_end - begin));
       begin = word_end;
     }
     p = begin;
@@ -214,7 +213,7 @@ struct Splitter {
 }  // namespace
 
 size_t fast_split(FastPattern pattern, const CharTable& chars, const char*& p, const char* end,
-                  std::string_view* words, size_t capacity) {
+                  string_view* words, size_t capacity) {
   const Splitter s{chars, end};
   const auto fill = [&](auto&& next) { return s.fill(p, words, capacity, next); };
   switch (pattern) {
@@ -236,17 +235,17 @@ size_t fast_split(FastPattern pattern, const CharTable& chars, const char*& p, c
 const char* const kGpt2Pattern =
     "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+";
 
-static const std::string kContractions = "(?i:'s|'t|'re|'ve|'m|'ll|'d)";
-static const std::string kSpaces = "|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+";
-static const std::string kUpperLetters = "[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]";
-static const std::string kLowerLetters = "[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]";
-static const std::string kPrefix = "[^\\r\\n\\p{L}\\p{N}]?";
-static const std::string kOthers = "| ?[^\\s\\p{L}\\p{N}]+";
+static const string kContractions = "(?i:'s|'t|'re|'ve|'m|'ll|'d)";
+static const string kSpaces = "|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+";
+static const string kUpperLetters = "[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]";
+static const string kLowerLetters = "[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]";
+static const string kPrefix = "[^\\r\\n\\p{L}\\p{N}]?";
+static const string kOthers = "| ?[^\\s\\p{L}\\p{N}]+";
 
-static FastPattern known_pattern(const std::string& pattern) {
+static FastPattern known_pattern(const string& pattern) {
   const struct {
     FastPattern fast;
-    std::string pattern;
+    string pattern;
   } known[] = {
       {FastPattern::Gpt2, kGpt2Pattern},
       {FastPattern::Qwen2,
@@ -265,20 +264,20 @@ static FastPattern known_pattern(const std::string& pattern) {
   return FastPattern::None;
 }
 
-static const std::string kDeepSeekV3[] = {
+static const string kDeepSeekV3[] = {
     "\\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
     "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\\r\\n\\p{L}\\p{P}\\p{S}]?"
     "[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\\r\\n]*" +
         kSpaces};
 
 // A pattern with \r and \n written in one way.
-static std::string canonical(const std::string& pattern) {
-  std::string out;
-  for (const char c : pattern) out += c == '\r' ? "\\r" : c == '\n' ? "\\n" : std::string(1, c);
+static string canonical(const string& pattern) {
+  string out;
+  for (const char c : pattern) out += c == '\r' ? "\\r" : c == '\n' ? "\\n" : string(1, c);
   return out;
 }
 
-static void use_fast_patterns(std::vector<SplitStep>& steps) {
+static void use_fast_patterns(vector<SplitStep>& steps) {
   const auto isolates = [](const SplitStep& step) {
     return step.kind == SplitStep::Pattern && step.behavior == SplitBehavior::Isolated;
   };
@@ -295,15 +294,14 @@ static void use_fast_patterns(std::vector<SplitStep>& steps) {
       same = same && isolates(steps[i + j]) && canonical(steps[i + j].pattern) == kDeepSeekV3[j];
     if (!same) continue;
     steps[i].fast = FastPattern::DeepSeekV3;
-    steps.erase(steps.begin() + static_cast<int64_t>(i) + 1,
-                steps.begin() + static_cast<int64_t>(i + count));
+    steps.erase(steps.begin() + int64_t(i) + 1, steps.begin() + int64_t(i + count));
   }
 }
 
 // [\r\n], then letters of some scripts, ASCII and full-width punctuation, \s+$, CJK, single digits.
 // The pattern of the letters is long, so all of them are recognised by their hash.
-static bool is_deepseek_v2(const std::vector<SplitStep>& steps) {
-  std::string patterns;
+static bool is_deepseek_v2(const vector<SplitStep>& steps) {
+  string patterns;
   for (const SplitStep& step : steps)
     if (step.behavior != SplitBehavior::Isolated || step.invert) return false;
   for (const SplitStep& step : steps) patterns += canonical(step.pattern) + '\0';
@@ -311,7 +309,7 @@ static bool is_deepseek_v2(const std::vector<SplitStep>& steps) {
          XXH3_64bits(patterns.data(), patterns.size()) == 0xc11ed6c5b8b22b9f;
 }
 
-void prepare(std::vector<SplitStep>& steps, bool use_fast) {
+void prepare(vector<SplitStep>& steps, bool use_fast) {
   if (use_fast) use_fast_patterns(steps);
   for (SplitStep& step : steps)
     if (step.kind == SplitStep::Pattern && step.fast == FastPattern::None)
@@ -322,8 +320,7 @@ void prepare(std::vector<SplitStep>& steps, bool use_fast) {
 // ---- any steps ----
 
 // Turns matches and what is between them into pieces; a piece with is_match set is left out.
-static void apply(SplitBehavior behavior, const std::vector<Match>& matches,
-                  std::vector<Match>& pieces) {
+static void apply(SplitBehavior behavior, const vector<Match>& matches, vector<Match>& pieces) {
   pieces.clear();
   const bool forward = behavior != SplitBehavior::MergedWithNext;
   bool previous = false;
@@ -341,7 +338,7 @@ static void apply(SplitBehavior behavior, const std::vector<Match>& matches,
   if (!forward) std::reverse(pieces.begin(), pieces.end());
 }
 
-static void find_digits(const CharTable& chars, std::string_view text, std::vector<Match>& out) {
+static void find_digits(const CharTable& chars, string_view text, vector<Match>& out) {
   out.clear();
   size_t done = 0;
   for (size_t at = 0; at < text.size();) {
@@ -356,10 +353,10 @@ static void find_digits(const CharTable& chars, std::string_view text, std::vect
   if (done < text.size()) out.push_back({done, text.size(), false});
 }
 
-static void split_piece(const SplitStep& step, const CharTable& chars, std::string_view piece,
+static void split_piece(const SplitStep& step, const CharTable& chars, string_view piece,
                         SplitBuffers& buffers) {
   if (step.fast != FastPattern::None) {
-    std::string_view words[64];
+    string_view words[64];
     const char *p = piece.data(), *end = p + piece.size();
     while (p < end) {
       const size_t count = fast_split(step.fast, chars, p, end, words, std::size(words));
@@ -391,10 +388,10 @@ static void split_piece(const SplitStep& step, const CharTable& chars, std::stri
 // step does this, so no piece lies in that text yet.)
 static void prefix_spaces(SplitBuffers& buffers) {
   size_t size = 0;
-  for (const std::string_view piece : buffers.pieces) size += piece.size() + 1;
+  for (const string_view piece : buffers.pieces) size += piece.size() + 1;
   buffers.text.clear();
   buffers.text.reserve(size);
-  for (const std::string_view piece : buffers.pieces) {
+  for (const string_view piece : buffers.pieces) {
     const size_t begin = buffers.text.size();
     if (piece[0] != ' ') buffers.text += ' ';
     buffers.text += piece;
@@ -403,26 +400,24 @@ static void prefix_spaces(SplitBuffers& buffers) {
 }
 
 // Cuts buffers.pieces by the steps from `first` on.
-static void apply_steps(const std::vector<SplitStep>& steps, size_t first, const CharTable& chars,
+static void apply_steps(const vector<SplitStep>& steps, size_t first, const CharTable& chars,
                         SplitBuffers& buffers) {
   for (size_t i = first; i < steps.size(); i++) {
     buffers.next.clear();
     if (steps[i].kind == SplitStep::PrefixSpace)
       prefix_spaces(buffers);
     else
-      for (const std::string_view piece : buffers.pieces)
-        split_piece(steps[i], chars, piece, buffers);
+      for (const string_view piece : buffers.pieces) split_piece(steps[i], chars, piece, buffers);
     buffers.pieces.swap(buffers.next);
   }
 }
 
 // What DeepSeek-V2's steps come to in a line of printable ASCII and white space: \s?[A-Za-z]+, \s?
 // and a run of other characters, single digits, and what white space is left over.
-static void split_ascii_line(const CharTable& chars, std::string_view line,
-                             std::vector<std::string_view>& words) {
+static void split_ascii_line(const CharTable& chars, string_view line, vector<string_view>& words) {
   enum Class : uint8_t { Space, Letter, Digit, Other };
   const auto class_at = [&](size_t i) {
-    const uint16_t flags = chars.ascii(static_cast<uint8_t>(line[i]));
+    const uint16_t flags = chars.ascii(uint8_t(line[i]));
     return flags & kSpace ? Space : flags & kLetter ? Letter : flags & kNumber ? Digit : Other;
   };
   const auto run_end = [&](size_t i) {
@@ -445,14 +440,14 @@ static void split_ascii_line(const CharTable& chars, std::string_view line,
   }
 }
 
-static void split_lines(const std::vector<SplitStep>& steps, const CharTable& chars,
-                        std::string_view text, SplitBuffers& buffers) {
+static void split_lines(const vector<SplitStep>& steps, const CharTable& chars, string_view text,
+                        SplitBuffers& buffers) {
   buffers.words.clear();
   for (size_t begin = 0; begin < text.size();) {
     size_t end = begin;
     bool plain = true;
     for (; end < text.size() && text[end] != '\n' && text[end] != '\r'; end++) {
-      const auto byte = static_cast<uint8_t>(text[end]);
+      const auto byte = uint8_t(text[end]);
       plain &= (byte >= 0x20 && byte < 0x7f) || byte == '\t';
     }
     if (end == begin) {
@@ -470,7 +465,7 @@ static void split_lines(const std::vector<SplitStep>& steps, const CharTable& ch
   buffers.pieces.swap(buffers.words);
 }
 
-void split(const std::vector<SplitStep>& steps, const CharTable& chars, std::string_view text,
+void split(const vector<SplitStep>& steps, const CharTable& chars, string_view text,
            SplitBuffers& buffers) {
   if (!steps.empty() && steps[0].fast == FastPattern::DeepSeekV2)
     return split_lines(steps, chars, text, buffers);

@@ -90,7 +90,7 @@ static bool unknown_to_nfc(uint32_t code) {
 }
 
 static uint16_t flags_of(uint32_t code) {
-  const int known = utf8proc_category(static_cast<int32_t>(code));
+  const int known = utf8proc_category(int32_t(code));
   const CategoryRange* newer = known ? nullptr : range_of(kNewer, code);
   const char* category = newer ? newer->category : kCategories[known];
   const char major = category[0], minor = category[1];
@@ -119,8 +119,8 @@ static uint16_t flags_of(uint32_t code) {
 
 // Decomposes, orders and composes: `codes` become NFC. The order is by our own stable sort, because
 // utf8proc's takes time quadratic in the marks on one letter.
-static void compose(std::vector<int32_t>& codes) {
-  std::vector<int32_t> parts;
+static void compose(vector<int32_t>& codes) {
+  vector<int32_t> parts;
   for (const int32_t code : codes) {
     int32_t part[32];
     const auto count =
@@ -135,30 +135,28 @@ static void compose(std::vector<int32_t>& codes) {
   }
   // "Stable" keeps what Unicode excludes from composition apart.
   const auto options = static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE);
-  const auto size =
-      utf8proc_normalize_utf32(parts.data(), static_cast<int64_t>(parts.size()), options);
-  parts.resize(static_cast<size_t>(size));
+  const auto size = utf8proc_normalize_utf32(parts.data(), int64_t(parts.size()), options);
+  parts.resize(size_t(size));
   codes.swap(parts);
 }
 
 // Sets kUnstable on everything that NFC moves, replaces or joins to the character before it. (What
 // composes with something before it is a later part of some decomposition.)
 static void mark_unstable(auto&& at) {
-  std::vector<int32_t> codes;
+  vector<int32_t> codes;
   for (uint32_t code = 0xc0; code < 0x30000; code++) {
     if (code >= 0xac00 && code < 0xe000) continue;  // Hangul syllables, surrogates
-    const utf8proc_property_t* property = utf8proc_get_property(static_cast<int32_t>(code));
+    const utf8proc_property_t* property = utf8proc_get_property(int32_t(code));
     bool unstable = property->combining_class != 0;
     int32_t part[32];
-    const auto count = utf8proc_decompose_char(static_cast<int32_t>(code), part, std::size(part),
-                                               UTF8PROC_DECOMPOSE, nullptr);
-    if (count > 1 || part[0] != static_cast<int32_t>(code)) {
+    const auto count =
+        utf8proc_decompose_char(int32_t(code), part, std::size(part), UTF8PROC_DECOMPOSE, nullptr);
+    if (count > 1 || part[0] != int32_t(code)) {
       for (int64_t i = 1; i < count; i++)
-        if (!unknown_to_nfc(static_cast<uint32_t>(part[i])))
-          at(static_cast<uint32_t>(part[i])) |= kUnstable;
-      codes.assign(1, static_cast<int32_t>(code));
+        if (!unknown_to_nfc(uint32_t(part[i]))) at(uint32_t(part[i])) |= kUnstable;
+      codes.assign(1, int32_t(code));
       compose(codes);
-      unstable |= codes.size() != 1 || codes[0] != static_cast<int32_t>(code);
+      unstable |= codes.size() != 1 || codes[0] != int32_t(code);
     }
     if (unstable && !unknown_to_nfc(code)) at(code) |= kUnstable;
   }
@@ -168,41 +166,41 @@ static void mark_unstable(auto&& at) {
 
 CharTable::CharTable() : block_(kCodes / 128) {
   constexpr uint32_t kLast = 0x40000;  // no character from here to U+E0000 has a flag
-  std::vector<uint16_t> all(kLast);
+  vector<uint16_t> all(kLast);
   for (uint32_t code = 0; code < kLast; code++) all[code] = flags_of(code);
   mark_unstable([&](uint32_t code) -> uint16_t& { return all[code]; });
   all.resize(kLast + 512);
   for (uint32_t i = 0; i < 512; i++) all[kLast + i] = flags_of(0xe0000 + i);
-  std::map<std::vector<uint16_t>, uint16_t> known;
+  std::map<vector<uint16_t>, uint16_t> known;
   for (uint32_t begin = 0; begin < all.size(); begin += 128) {
-    const std::vector<uint16_t> block(all.begin() + begin, all.begin() + begin + 128);
-    const auto [at, is_new] = known.emplace(block, static_cast<uint16_t>(known.size()));
+    const vector<uint16_t> block(all.begin() + begin, all.begin() + begin + 128);
+    const auto [at, is_new] = known.emplace(block, uint16_t(known.size()));
     if (is_new) flags_.insert(flags_.end(), block.begin(), block.end());
     block_[(begin < kLast ? begin : begin - kLast + 0xe0000) / 128] = at->second;
   }
-  const uint16_t none = known.at(std::vector<uint16_t>(128));
+  const uint16_t none = known.at(vector<uint16_t>(128));
   for (uint32_t code = kLast; code < kCodes; code += 128)
     if (code < 0xe0000 || code >= 0xe0000 + 512) block_[code / 128] = none;
 }
 
 // The first byte from `p` on that is not below `limit`, or `end`.
 static const char* skip_below(const char* p, const char* end, uint8_t limit) {
-  const __m128i last = _mm_set1_epi8(static_cast<char>(limit - 1));
+  const __m128i last = _mm_set1_epi8(char(limit - 1));
   for (; end - p >= 16; p += 16) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     const __m128i low = _mm_cmpeq_epi8(_mm_max_epu8(bytes, last), last);
     const unsigned mask = static_cast<unsigned>(_mm_movemask_epi8(low)) ^ 0xffff;
     if (mask) return p + __builtin_ctz(mask);
   }
-  while (p < end && static_cast<uint8_t>(*p) < limit) p++;
+  while (p < end && uint8_t(*p) < limit) p++;
   return p;
 }
 
-bool nfc(const CharTable& chars, std::string_view text, std::string& out) {
+bool nfc(const CharTable& chars, string_view text, string& out) {
   const char *const begin = text.data(), *const end = begin + text.size();
   const char* done = begin;
   bool changed = false;
-  std::vector<int32_t> codes, before;
+  vector<int32_t> codes, before;
   // Everything below U+0300, whose first byte is 0xcc, is stable.
   for (const char* p = skip_below(begin, end, 0xcc); p < end; p = skip_below(p, end, 0xcc)) {
     const Char c = decode_char(p);
@@ -217,11 +215,11 @@ bool nfc(const CharTable& chars, std::string_view text, std::string& out) {
       if (unknown_to_nfc(decode_char(first).code)) first = p;
     }
     codes.clear();
-    if (first < p) codes.push_back(static_cast<int32_t>(decode_char(first).code));
+    if (first < p) codes.push_back(int32_t(decode_char(first).code));
     while (p < end) {
       const Char next = decode_char(p);
       if (!(chars[next.code] & kUnstable)) break;
-      codes.push_back(static_cast<int32_t>(next.code));
+      codes.push_back(int32_t(next.code));
       p += next.size;
     }
     before = codes;
@@ -230,7 +228,7 @@ bool nfc(const CharTable& chars, std::string_view text, std::string& out) {
     if (!changed) out.clear();
     changed = true;
     out.append(done, first);
-    for (const int32_t code : codes) append_char(out, static_cast<uint32_t>(code));
+    for (const int32_t code : codes) append_char(out, uint32_t(code));
     done = p;
   }
   if (changed) out.append(done, end);
@@ -239,10 +237,10 @@ bool nfc(const CharTable& chars, std::string_view text, std::string& out) {
 
 // ---- UTF-8 ----
 
-void append_char(std::string& out, uint32_t code) {
+void append_char(string& out, uint32_t code) {
   uint8_t bytes[4];
-  const auto size = utf8proc_encode_char(static_cast<int32_t>(code), bytes);
-  out.append(reinterpret_cast<const char*>(bytes), static_cast<size_t>(size));
+  const auto size = utf8proc_encode_char(int32_t(code), bytes);
+  out.append(reinterpret_cast<const char*>(bytes), size_t(size));
 }
 
 // Bytes of the longest start of a character at `p`, and whether it is a whole one; RFC 3629.
@@ -268,7 +266,7 @@ static size_t char_prefix(const uint8_t* p, const uint8_t* end, bool& whole) {
   return std::max<size_t>(have, 1);
 }
 
-size_t valid_utf8_prefix(std::string_view bytes) {
+size_t valid_utf8_prefix(string_view bytes) {
   const char *const begin = bytes.data(), *const end = begin + bytes.size();
   const char* p = begin;
   while ((p = skip_below(p, end, 0x80)) < end) {
@@ -283,13 +281,13 @@ size_t valid_utf8_prefix(std::string_view bytes) {
     if (!whole) break;
     p += size;
   }
-  return static_cast<size_t>(p - begin);
+  return size_t(p - begin);
 }
 
-bool is_valid_utf8(std::string_view bytes) { return valid_utf8_prefix(bytes) == bytes.size(); }
+bool is_valid_utf8(string_view bytes) { return valid_utf8_prefix(bytes) == bytes.size(); }
 
-std::string replace_invalid_utf8(std::string_view bytes) {
-  std::string out;
+string replace_invalid_utf8(string_view bytes) {
+  string out;
   for (;;) {
     const size_t valid = valid_utf8_prefix(bytes);
     out.append(bytes.substr(0, valid));

@@ -7,25 +7,23 @@
 // GlobalBatch, f comes from the previous step's whole global batch (1/E at step 0) and p from this
 // one's.
 #pragma once
-#include <string>
-#include <vector>
 
 #include "ops/ops.h"
 
 namespace pith {
 
 enum class BalanceKind : uint8_t { None, MicroBatch, Sequence, GlobalBatch };
-BalanceKind balance_kind(const std::string& name);  // Throws bad_input.
+BalanceKind balance_kind(const string& name);  // Throws bad_input.
 
 // What a rank keeps of routing during a step, and of the step before.
 struct BalanceState {
   BalanceKind kind = BalanceKind::None;
   double coefficient = 0;
   int num_experts = 0, num_layers = 0;
-  double token_share = 0;        // 1 / tokens of the global batch
-  std::vector<double> counts;    // [layers * E]: pairs that chose each expert this step, here
-  std::vector<double> previous;  // [layers * E]: of the whole previous global batch; empty: none
-  std::vector<double> loss;      // [layers]: this rank's share of each layer's unscaled loss
+  double token_share = 0;   // 1 / tokens of the global batch
+  vector<double> counts;    // [layers * E]: pairs that chose each expert this step, here
+  vector<double> previous;  // [layers * E]: of the whole previous global batch; empty: none
+  vector<double> loss;      // [layers]: this rank's share of each layer's unscaled loss
 };
 void begin_step(BalanceState& state, int64_t global_tokens);
 

@@ -7,7 +7,7 @@
 namespace pith {
 
 double LoadedBatches::global_labels(Rank& rank) const {
-  double sum = static_cast<double>(labels);
+  double sum = double(labels);
   all_reduce(rank, Group::DpCpEp, &sum, 1, Reduce::Sum, "all_reduce labels");
   return sum;
 }
@@ -15,7 +15,7 @@ double LoadedBatches::global_labels(Rank& rank) const {
 // Host copies: a whole sequence, or a micro-batch of this rank, row after row.
 struct Columns {
   explicit Columns(int64_t n) : tokens(n), labels(n), ends(n), positions(n) {}
-  std::vector<int32_t> tokens, labels, ends, positions;
+  vector<int32_t> tokens, labels, ends, positions;
 };
 
 LoadedBatches make_batches(Rank& rank, const Dataset& data, const BatchShape& shape, int64_t step,
@@ -28,13 +28,13 @@ LoadedBatches make_batches(Rank& rank, const Dataset& data, const BatchShape& sh
   const ZigzagBlocks blocks = zigzag_blocks(length, mesh.cp, mesh.cp_rank);
   const int64_t local = blocks.total();
   Columns whole(length);
-  std::vector<int32_t> order(local);  // of the local tokens, their places in the sequence
+  vector<int32_t> order(local);  // of the local tokens, their places in the sequence
   std::iota(whole.positions.begin(), whole.positions.end(), 0);
   take_zigzag(whole.positions.data(), blocks, order.data());
   LoadedBatches loaded;
   for (int64_t mb = 0; mb < shape.num_micro_batches(); mb++) {
     Columns here(rows * local);
-    std::vector<int64_t>& index = loaded.token_index.emplace_back();
+    vector<int64_t>& index = loaded.token_index.emplace_back();
     for (int64_t row = 0; row < rows; row++) {
       const int64_t sample =
           global_sample(shape, step, mesh.dp_rank, mesh.ep_rank, mb * rows + row);
@@ -53,7 +53,7 @@ LoadedBatches make_batches(Rank& rank, const Dataset& data, const BatchShape& sh
     Batch& batch = loaded.batches.emplace_back();
     batch.rows = rows;
     batch.length = local;
-    const auto upload = [&](Dims dims, const std::vector<int32_t>& values) {
+    const auto upload = [&](Dims dims, const vector<int32_t>& values) {
       return tensor_from(rank, dims, DType::I32, values.data());
     };
     batch.tokens = upload({rows * local}, here.tokens);

@@ -4,7 +4,6 @@
 // two zigzag blocks of each row, and every pipeline rank loads the same.
 // defines: Split, LoadedBatches, make_batches
 #pragma once
-#include <vector>
 
 #include "data/dataset.h"
 #include "models/model.h"
@@ -14,11 +13,11 @@ namespace pith {
 enum class Split : uint8_t { Train, Heldout };
 
 struct LoadedBatches {
-  std::vector<Batch> batches;  // by micro-batch
-  int64_t labels = 0;          // that count (not kIgnoreLabel), of this rank
+  vector<Batch> batches;  // by micro-batch
+  int64_t labels = 0;     // that count (not kIgnoreLabel), of this rank
   // [micro-batch][local token]: its index among the step's tokens, sequence after sequence in
   // batch order.
-  std::vector<std::vector<int64_t>> token_index;
+  vector<vector<int64_t>> token_index;
   // Labels of the global batch. Collective over dp * cp * ep.
   double global_labels(Rank& rank) const;
 };

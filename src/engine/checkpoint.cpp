@@ -21,12 +21,10 @@ static constexpr const char* kManifest = "/manifest.json";
 static constexpr const char* kChecksumKey = "\"manifest_xxh3\": \"";
 static const char* const kRestore = "restore it, or remove it to use the checkpoint before";
 
-static std::string hex(uint64_t value) {
-  return text("%016llx", static_cast<unsigned long long>(value));
-}
+static string hex(uint64_t value) { return text("%016lx", value); }
 
 static uint64_t from_hex(const Json& json) {
-  const std::string digits = json.as_string();
+  const string digits = json.as_string();
   char* end = nullptr;
   const uint64_t value = strtoull(digits.c_str(), &end, 16);
   if (digits.size() != 16 || *end)
@@ -35,15 +33,11 @@ static uint64_t from_hex(const Json& json) {
   return value;
 }
 
-static uint64_t hash_of(const std::string& bytes) {
-  return XXH3_64bits(bytes.data(), bytes.size());
-}
+static uint64_t hash_of(const string& bytes) { return XXH3_64bits(bytes.data(), bytes.size()); }
 
-bool is_moment(const std::string& name) {
-  return name.ends_with(kExpAvg) || name.ends_with(kExpAvgSq);
-}
+bool is_moment(const string& name) { return name.ends_with(kExpAvg) || name.ends_with(kExpAvgSq); }
 
-std::string step_name(int64_t step) { return text("step-%08lld", static_cast<long long>(step)); }
+string step_name(int64_t step) { return text("step-%08ld", step); }
 
 int64_t StoredTensor::numel() const {
   int64_t n = 1;
@@ -51,10 +45,9 @@ int64_t StoredTensor::numel() const {
   return n;
 }
 
-const StoredTensor* Checkpoint::find(std::string_view name) const {
-  const auto at =
-      std::lower_bound(tensors.begin(), tensors.end(), name,
-                       [](const StoredTensor& t, std::string_view n) { return t.name < n; });
+const StoredTensor* Checkpoint::find(string_view name) const {
+  const auto at = std::lower_bound(tensors.begin(), tensors.end(), name,
+                                   [](const StoredTensor& t, string_view n) { return t.name < n; });
   return at != tensors.end() && at->name == name ? &*at : nullptr;
 }
 
@@ -62,7 +55,7 @@ const StoredTensor* Checkpoint::find(std::string_view name) const {
 
 // One line a tensor; a fragment is [file, begin, count, offset, XXH3]. There may be 10^5 of them,
 // and names would take most of the time to read.
-static std::string tensor_text(const StoredTensor& tensor) {
+static string tensor_text(const StoredTensor& tensor) {
   JsonWriter w;
   w.object().key("name").value(tensor.name).key("dtype").value(name_of(tensor.dtype));
   w.key("shape").array();
@@ -75,7 +68,7 @@ static std::string tensor_text(const StoredTensor& tensor) {
   return w.end().end().str();
 }
 
-std::string manifest_text(const Checkpoint& c) {
+string manifest_text(const Checkpoint& c) {
   const RunState& s = c.state;
   JsonWriter w(1);
   w.object().key("format").value("pith checkpoint").key("version").value(kVersion);
@@ -96,7 +89,7 @@ std::string manifest_text(const Checkpoint& c) {
     w.object().key("name").value(file.name).key("bytes").value(file.bytes).end();
   w.end().key("tensors").array();
   for (const StoredTensor& tensor : c.tensors) w.raw(tensor_text(tensor));
-  std::string body = w.end().end().str();
+  string body = w.end().end().str();
   while (body.back() == '}' || body.back() == '\n') body.pop_back();
   body += ",\n ";
   return body + kChecksumKey + hex(hash_of(body)) + "\"\n}\n";
@@ -118,8 +111,8 @@ static RunState read_state(const Json& json) {
 }
 
 static FileDType read_dtype(const Json& json) {
-  const std::string name = json.as_string();
-  for (int i = 0; i <= static_cast<int>(FileDType::BOOL); i++)
+  const string name = json.as_string();
+  for (int i = 0; i <= int(FileDType::BOOL); i++)
     if (name == name_of(static_cast<FileDType>(i))) return static_cast<FileDType>(i);
   bad_input(json.place(), "is an unknown dtype (got \"" + name + "\")", kRestore);
 }
@@ -132,17 +125,16 @@ static StoredTensor read_tensor(const Json& json, int64_t num_files) {
   const Json list = json["fragments"];
   for (int64_t i = 0; i < list.size(); i++) {
     const Json f = list[i];
-    tensor.fragments.push_back({f[1].as_int(0), f[2].as_int(1),
-                                static_cast<int>(f[0].as_int(0, num_files - 1)), f[3].as_int(0),
-                                from_hex(f[4])});
+    tensor.fragments.push_back({f[1].as_int(0), f[2].as_int(1), int(f[0].as_int(0, num_files - 1)),
+                                f[3].as_int(0), from_hex(f[4])});
   }
   return tensor;
 }
 
-Checkpoint read_manifest(const std::string& path) {
-  const std::string bytes = read_text_file(path);
+Checkpoint read_manifest(const string& path) {
+  const string bytes = read_text_file(path);
   const size_t key = bytes.rfind(kChecksumKey);
-  if (key == std::string::npos ||
+  if (key == string::npos ||
       bytes.substr(key) != kChecksumKey + hex(hash_of(bytes.substr(0, key))) + "\"\n}\n")
     bad_input(path, "is damaged or cut short (its own checksum does not hold)", kRestore);
   const Json json = Json::parse(bytes, path);
@@ -153,11 +145,11 @@ Checkpoint read_manifest(const std::string& path) {
   Checkpoint c;
   c.state = read_state(json);
   const Json mesh = json["mesh"], files = json["files"], tensors = json["tensors"];
-  const auto axis = [&](const char* name) { return static_cast<int>(mesh[name].as_int(1)); };
+  const auto axis = [&](const char* name) { return int(mesh[name].as_int(1)); };
   c.mesh = {axis("pp"), axis("dp"), axis("cp"), axis("ep"), axis("dp_replicate")};
   for (int64_t i = 0; i < files.size(); i++)
     c.files.push_back({files[i]["name"].as_string(), files[i]["bytes"].as_int(0)});
-  c.tensors.reserve(static_cast<size_t>(tensors.size()));
+  c.tensors.reserve(size_t(tensors.size()));
   for (int64_t i = 0; i < tensors.size(); i++)
     c.tensors.push_back(read_tensor(tensors[i], files.size()));
   return c;
@@ -170,15 +162,14 @@ void check_coverage(const Checkpoint& c) {
       if (holds) return;
       bad_input(c.folder + ": " + tensor.name,
                 text("the fragments do not cover the tensor once (got one that begins at "
-                     "element %lld of %lld, need %lld)",
-                     static_cast<long long>(begin), static_cast<long long>(tensor.numel()),
-                     static_cast<long long>(end)),
+                     "element %ld of %ld, need %ld)",
+                     begin, tensor.numel(), end),
                 kRestore);
     };
     for (const StoredFragment& f : tensor.fragments) {
       need(f.begin == end, f.begin);
       end += f.count;
-      if (f.offset + f.count * size_of(tensor.dtype) > c.files[static_cast<size_t>(f.file)].bytes)
+      if (f.offset + f.count * size_of(tensor.dtype) > c.files[size_t(f.file)].bytes)
         bad_input(c.folder + ": " + tensor.name, "a fragment passes the end of its file", kRestore);
     }
     need(end == tensor.numel(), tensor.numel());
@@ -187,13 +178,13 @@ void check_coverage(const Checkpoint& c) {
 
 // ---- opening and verifying ----
 
-static std::string without_slash(std::string path) {
+static string without_slash(string path) {
   while (path.size() > 1 && path.back() == '/') path.pop_back();
   return path;
 }
 
-Checkpoint open_checkpoint(const std::string& named) {
-  const std::string folder = without_slash(named);
+Checkpoint open_checkpoint(const string& named) {
+  const string folder = without_slash(named);
   if (access((folder + "/.").c_str(), F_OK) != 0)
     bad_input(folder, "there is no such checkpoint", "pith checkpoint list on the run folder");
   if (access((folder + kManifest).c_str(), F_OK) != 0)
@@ -203,27 +194,26 @@ Checkpoint open_checkpoint(const std::string& named) {
   c.folder = folder;
   check_coverage(c);
   for (const StoredFile& file : c.files) {
-    const std::string path = folder + "/" + file.name;
+    const string path = folder + "/" + file.name;
     if (access(path.c_str(), F_OK) != 0)
       bad_input(path, "is missing, but the manifest names it", kRestore);
     c.maps.emplace_back(path);
     if (c.maps.back().size() != file.bytes)
-      bad_input(
-          path,
-          text("is cut short or is another file (got %lld bytes, need %lld)",
-               static_cast<long long>(c.maps.back().size()), static_cast<long long>(file.bytes)),
-          kRestore);
+      bad_input(path,
+                text("is cut short or is another file (got %ld bytes, need %ld)",
+                     c.maps.back().size(), file.bytes),
+                kRestore);
   }
   return c;
 }
 
-static std::string entry_name(const StoredTensor& tensor, const StoredFragment& f) {
+static string entry_name(const StoredTensor& tensor, const StoredFragment& f) {
   return tensor.name + "#" + std::to_string(f.begin);
 }
 
 // The files' own headers say the same as the manifest.
 static void verify_headers(const Checkpoint& c) {
-  std::vector<SafetensorsReader> readers;
+  vector<SafetensorsReader> readers;
   for (const MappedFile& map : c.maps) readers.emplace_back(map.path());
   size_t fragments = 0, entries = 0;
   for (const SafetensorsReader& reader : readers) {
@@ -233,7 +223,7 @@ static void verify_headers(const Checkpoint& c) {
   }
   for (const StoredTensor& tensor : c.tensors)
     for (const StoredFragment& f : tensor.fragments) {
-      const SafetensorsReader& reader = readers[static_cast<size_t>(f.file)];
+      const SafetensorsReader& reader = readers[size_t(f.file)];
       const TensorEntry& entry = reader.at(entry_name(tensor, f));
       const bool same = entry.data - reader.files()[0].data() == f.offset &&
                         entry.dtype == tensor.dtype && entry.numel() == f.count;
@@ -249,26 +239,26 @@ static void verify_headers(const Checkpoint& c) {
 
 void verify(const Checkpoint& c, bool weights_only) {
   if (!weights_only) verify_headers(c);
-  std::vector<std::pair<const StoredTensor*, const StoredFragment*>> tasks;
+  vector<std::pair<const StoredTensor*, const StoredFragment*>> tasks;
   for (const StoredTensor& tensor : c.tensors)
     if (!weights_only || !is_moment(tensor.name))
       for (const StoredFragment& f : tensor.fragments) tasks.push_back({&tensor, &f});
-  on_threads(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
-    const auto [tensor, f] = tasks[static_cast<size_t>(i)];
-    const MappedFile& map = c.maps[static_cast<size_t>(f->file)];
+  on_threads(int64_t(tasks.size()), [&](int64_t i) {
+    const auto [tensor, f] = tasks[size_t(i)];
+    const MappedFile& map = c.maps[size_t(f->file)];
     const uint64_t got =
-        XXH3_64bits(map.data() + f->offset, static_cast<size_t>(f->count * size_of(tensor->dtype)));
+        XXH3_64bits(map.data() + f->offset, size_t(f->count * size_of(tensor->dtype)));
     if (got != f->checksum)
       bad_input(map.path() + ": " + entry_name(*tensor, *f),
                 "is damaged (checksum " + hex(got) + ", need " + hex(f->checksum) + ")", kRestore);
   });
 }
 
-std::vector<CheckpointFolder> list_checkpoints(const std::string& run_folder) {
-  std::vector<CheckpointFolder> list;
+vector<CheckpointFolder> list_checkpoints(const string& run_folder) {
+  vector<CheckpointFolder> list;
   std::error_code error;
   for (const auto& entry : fs::directory_iterator(run_folder, error)) {
-    const std::string name = entry.path().filename();
+    const string name = entry.path().filename();
     char* end = nullptr;
     if (!name.starts_with("step-") || name.size() < 13) continue;
     const int64_t step = strtoll(name.c_str() + 5, &end, 10);
@@ -278,8 +268,8 @@ std::vector<CheckpointFolder> list_checkpoints(const std::string& run_folder) {
   return list;
 }
 
-std::optional<Checkpoint> find_checkpoint(const std::string& run_folder) {
-  const std::vector<CheckpointFolder> list = list_checkpoints(run_folder);
+std::optional<Checkpoint> find_checkpoint(const string& run_folder) {
+  const vector<CheckpointFolder> list = list_checkpoints(run_folder);
   for (size_t i = list.size(); i-- > 0;) {
     try {
       Checkpoint c = open_checkpoint(list[i].path);
@@ -299,24 +289,24 @@ std::optional<Checkpoint> find_checkpoint(const std::string& run_folder) {
 // ---- resuming ----
 
 // Keys and values of to_toml()'s text: `[section]` lines and `key = value` lines.
-static std::map<std::string, std::string> config_values(const std::string& toml) {
-  std::map<std::string, std::string> values;
-  std::string section;
+static std::map<string, string> config_values(const string& toml) {
+  std::map<string, string> values;
+  string section;
   for (size_t begin = 0; begin < toml.size();) {
     const size_t end = std::min(toml.find('\n', begin), toml.size());
-    const std::string line = toml.substr(begin, end - begin);
+    const string line = toml.substr(begin, end - begin);
     const size_t equals = line.find(" = ");
     if (line.starts_with("["))
       section = line.substr(1, line.find(']') - 1) + ".";
-    else if (equals != std::string::npos)
+    else if (equals != string::npos)
       values[section + line.substr(0, equals)] = line.substr(equals + 3);
     begin = end + 1;
   }
   return values;
 }
 
-[[noreturn]] static void refuse(const Checkpoint& c, const std::string& what,
-                                const std::string& before, const std::string& now) {
+[[noreturn]] static void refuse(const Checkpoint& c, const string& what, const string& before,
+                                const string& now) {
   bad_input(c.folder, what + " differs from the saved run's (got " + now + ", need " + before + ")",
             "the saved value, or another run.folder to begin anew");
 }
@@ -324,11 +314,11 @@ static std::map<std::string, std::string> config_values(const std::string& toml)
 static void check_same_model(const Checkpoint& c, const RunState& now) {
   const Json before = Json::parse(c.state.model, c.folder + "/manifest.json: model");
   const Json after = Json::parse(now.model, "config.json");
-  const auto value = [](const Json& json, const std::string& key) {
-    return json.has(key) ? json[key].dump() : std::string("nothing");
+  const auto value = [](const Json& json, const string& key) {
+    return json.has(key) ? json[key].dump() : string("nothing");
   };
   for (const Json& one : {before, after})
-    for (const std::string& key : one.keys())
+    for (const string& key : one.keys())
       if (value(before, key) != value(after, key))
         refuse(c, "the model's " + key, value(before, key), value(after, key));
 }
@@ -361,17 +351,16 @@ void read_elements(const Checkpoint& c, const StoredTensor& tensor, int64_t begi
   for (const StoredFragment& f : tensor.fragments) {
     const int64_t from = std::max(begin, f.begin), to = std::min(end, f.begin + f.count);
     if (from >= to) continue;
-    const char* data = c.maps[static_cast<size_t>(f.file)].data() + f.offset;
+    const char* data = c.maps[size_t(f.file)].data() + f.offset;
     to_f32(tensor.dtype, data + (from - f.begin) * size, out + (from - begin), to - from);
   }
 }
 
-static const StoredTensor& stored(const Checkpoint& c, const Piece& piece,
-                                  const std::string& name) {
+static const StoredTensor& stored(const Checkpoint& c, const Piece& piece, const string& name) {
   const StoredTensor* tensor = c.find(name);
   if (!tensor)
     bad_input(c.folder + ": " + name, "is missing", "the config.json that it was trained with");
-  const std::vector<int64_t> need(piece.dims.size, piece.dims.size + piece.dims.rank);
+  const vector<int64_t> need(piece.dims.size, piece.dims.size + piece.dims.rank);
   if (tensor->shape != need)
     bad_input(c.folder + ": " + name, "has another shape than the model's",
               "the config.json that it was trained with");
@@ -380,7 +369,7 @@ static const StoredTensor& stored(const Checkpoint& c, const Piece& piece,
 
 void load_state(Rank&, Parameters& p, const Checkpoint& c) {
   for (const Fragment& f : fragments(p)) {
-    const FlatUnit& unit = p.units[static_cast<size_t>(f.unit)];
+    const FlatUnit& unit = p.units[size_t(f.unit)];
     const auto fill = [&](const Tensor& shard, const char* suffix) {
       read_elements(c, stored(c, *f.piece, f.piece->name + suffix), f.begin, f.count,
                     shard.f32() + f.offset);

@@ -28,15 +28,15 @@ namespace pith {
 
 // What a run keeps besides tensors.
 struct RunState {
-  int64_t step = 0;                    // optimiser steps completed
-  int64_t updates = 0;                 // of them, those that changed weights: Adam's t
-  int64_t samples = 0;                 // training samples consumed: the data position
-  uint64_t seed = 0;                   // of initialisation and data order
-  uint64_t data_fingerprint = 0;       // Dataset::fingerprint()
-  std::string optimizer = "adamw";     // what the moments are; "none": weights alone
-  std::vector<double> balance_counts;  // BalanceState::previous
-  std::string config;                  // to_toml(RunConfig)
-  std::string model;                   // text of the model's config.json
+  int64_t step = 0;               // optimiser steps completed
+  int64_t updates = 0;            // of them, those that changed weights: Adam's t
+  int64_t samples = 0;            // training samples consumed: the data position
+  uint64_t seed = 0;              // of initialisation and data order
+  uint64_t data_fingerprint = 0;  // Dataset::fingerprint()
+  string optimizer = "adamw";     // what the moments are; "none": weights alone
+  vector<double> balance_counts;  // BalanceState::previous
+  string config;                  // to_toml(RunConfig)
+  string model;                   // text of the model's config.json
 };
 
 // Part of a stored tensor: elements [begin, begin + count) at byte `offset` of a file.
@@ -47,41 +47,41 @@ struct StoredFragment {
   uint64_t checksum = 0;  // XXH3 of its bytes
 };
 struct StoredTensor {
-  std::string name;
+  string name;
   FileDType dtype = FileDType::F32;
-  std::vector<int64_t> shape;             // of the whole tensor
-  std::vector<StoredFragment> fragments;  // by begin; they cover the tensor
+  vector<int64_t> shape;             // of the whole tensor
+  vector<StoredFragment> fragments;  // by begin; they cover the tensor
   int64_t numel() const;
 };
 struct StoredFile {
-  std::string name;  // in the folder
+  string name;  // in the folder
   int64_t bytes = 0;
 };
 struct Checkpoint {
-  std::string folder;
+  string folder;
   RunState state;
   Mesh mesh;  // it was saved under
-  std::vector<StoredFile> files;
-  std::vector<StoredTensor> tensors;                      // by name
-  std::vector<MappedFile> maps;                           // one a file
-  const StoredTensor* find(std::string_view name) const;  // null if absent
+  vector<StoredFile> files;
+  vector<StoredTensor> tensors;                      // by name
+  vector<MappedFile> maps;                           // one a file
+  const StoredTensor* find(string_view name) const;  // null if absent
 };
 
 // Reads the manifest and maps the files. Exit code 2 naming what is wrong: no or a damaged
 // manifest, a missing file or one of another size, fragments that leave a gap or overlap.
-Checkpoint open_checkpoint(const std::string& folder);
+Checkpoint open_checkpoint(const string& folder);
 // Reads everything: checksums of all fragments, headers that agree with the manifest. Exit code 2
 // naming the first file and fragment that differ.
 void verify(const Checkpoint& checkpoint, bool weights_only = false);
 // Sealed or not, the folders step-NNNNNNNN of a run, by step.
 struct CheckpointFolder {
   int64_t step = 0;
-  std::string path;
+  string path;
 };
-std::vector<CheckpointFolder> list_checkpoints(const std::string& run_folder);
+vector<CheckpointFolder> list_checkpoints(const string& run_folder);
 // The newest good checkpoint of a run, verified. Warns of each newer one that is bad, saying what
 // is wrong. None if the run has no step-*; exit code 2 if it has some and none is good.
-std::optional<Checkpoint> find_checkpoint(const std::string& run_folder);
+std::optional<Checkpoint> find_checkpoint(const string& run_folder);
 
 // Refuses (exit code 2), naming the difference, to go on from `checkpoint` as the run `now`:
 // another model, data, seed or optimiser, or a configuration key that may not change on resume.
@@ -95,8 +95,8 @@ void read_elements(const Checkpoint& checkpoint, const StoredTensor& tensor, int
 void load_state(Rank& rank, Parameters& parameters, const Checkpoint& checkpoint);
 
 struct SaveOptions {
-  std::string folder;  // the run's
-  int64_t keep = 3;    // newest checkpoints kept; 0: all
+  string folder;     // the run's
+  int64_t keep = 3;  // newest checkpoints kept; 0: all
   // poll() waits while a rank has more seconds than this left to write; well below the time limit
   // of collectives, because ranks that need not wait in wait_unit() wait for it there.
   double longest_wait_s = 20;
@@ -149,20 +149,20 @@ class CheckpointSaver {
 // Weights alone, from a Hugging Face folder, a checkpoint, or a run folder (its newest good
 // checkpoint): what init_from, eval, generate and convert read. One of the two is there.
 struct WeightSource {
-  std::string folder;
-  std::string config;  // text of the model's config.json; empty: there is none
+  string folder;
+  string config;  // text of the model's config.json; empty: there is none
   std::optional<SafetensorsReader> hugging_face;
   std::optional<Checkpoint> checkpoint;
 };
 // Exit code 2 naming what is wrong; a checkpoint's weights are verified. For the main thread,
 // before ranks start, as is check_weights().
-WeightSource open_weights(const std::string& folder);
+WeightSource open_weights(const string& folder);
 // Compares with the whole model's table (engine/instance.h): missing, extra and misshapen tensors
 // are listed by name; NaN and Inf are refused by name and count. Exit code 2. Reads all weights
 // once.
 void check_weights(const WeightSource& source, const ParameterTable& whole);
 // Elements of the weight `name`, which check_weights has found, as F32.
-void read_weight(const WeightSource& source, const std::string& name, int64_t begin, int64_t count,
+void read_weight(const WeightSource& source, const string& name, int64_t begin, int64_t count,
                  float* out);
 // Fills this rank's master shards; moments are left alone.
 void load_weights(Rank& rank, Parameters& parameters, const WeightSource& source);

@@ -13,30 +13,29 @@ namespace pith {
 
 constexpr const char* kExpAvg = ".exp_avg";  // suffixes of Adam's moments
 constexpr const char* kExpAvgSq = ".exp_avg_sq";
-bool is_moment(const std::string& name);
+bool is_moment(const string& name);
 
-std::string step_name(int64_t step);  // "step-00000100"
+string step_name(int64_t step);  // "step-00000100"
 // Manifests end in a checksum of themselves.
-std::string manifest_text(const Checkpoint& checkpoint);
+string manifest_text(const Checkpoint& checkpoint);
 // Exit code 2 if it is missing, damaged or of another version.
-Checkpoint read_manifest(const std::string& path);
+Checkpoint read_manifest(const string& path);
 // Exit code 2 unless the fragments cover each tensor exactly once.
 void check_coverage(const Checkpoint& checkpoint);
 
 // A fragment to be written.
 struct FragmentPlan {
-  std::string name;            // of the tensor
-  std::vector<int64_t> shape;  // of the whole tensor
+  string name;            // of the tensor
+  vector<int64_t> shape;  // of the whole tensor
   FileDType dtype = FileDType::F32;
   int64_t begin = 0, count = 0;
-  std::string entry() const { return name + "#" + std::to_string(begin); }
+  string entry() const { return name + "#" + std::to_string(begin); }
 };
 
 // Streams planned fragments, in order, into one file of a checkpoint under way.
 class FragmentWriter {
  public:
-  FragmentWriter(const std::string& folder, const std::string& file,
-                 std::vector<FragmentPlan> plan);
+  FragmentWriter(const string& folder, const string& file, vector<FragmentPlan> plan);
   FragmentWriter(const FragmentWriter&) = delete;
   FragmentWriter& operator=(const FragmentWriter&) = delete;
   ~FragmentWriter();
@@ -47,8 +46,8 @@ class FragmentWriter {
 
  private:
   void next();
-  std::string folder_, file_;
-  std::vector<FragmentPlan> plan_;
+  string folder_, file_;
+  vector<FragmentPlan> plan_;
   SafetensorsWriter writer_;
   Checkpoint written_;
   void* hash_;
@@ -59,9 +58,9 @@ class FragmentWriter {
 void add_fragments(Checkpoint& all, const Checkpoint& part);
 // Writes the manifest into `temporary`, reads it back, and renames the folder to `folder`,
 // replacing one that is there; all flushed to disk.
-void seal(const Checkpoint& all, const std::string& temporary, const std::string& folder);
+void seal(const Checkpoint& all, const string& temporary, const string& folder);
 // Removes a folder and what is in it; a warning if that fails.
-void remove_folder(const std::string& path);
+void remove_folder(const string& path);
 
 // Calls fn(i) for each i < tasks on up to 8 threads. Of the exceptions that it throws, the one of
 // the lowest i is thrown here.
@@ -82,7 +81,7 @@ void on_threads(int64_t tasks, Fn&& fn) {
       }
     }
   };
-  std::vector<std::thread> threads;
+  vector<std::thread> threads;
   const int64_t most = std::min<int64_t>(tasks, std::thread::hardware_concurrency());
   for (int64_t t = 1; t < std::min<int64_t>(most, 8); t++) threads.emplace_back(work);
   work();

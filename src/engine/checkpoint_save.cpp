@@ -26,12 +26,12 @@ struct Source {
 };
 
 // What this rank writes, unit by unit.
-std::vector<Source> sources_of(const Parameters& p) {
-  std::vector<Source> list;
-  const std::vector<Fragment> all = fragments(p);
+vector<Source> sources_of(const Parameters& p) {
+  vector<Source> list;
+  const vector<Fragment> all = fragments(p);
   for (size_t begin = 0, end = 0; begin < all.size(); begin = end) {
     const int u = all[begin].unit;
-    const FlatUnit& unit = p.units[static_cast<size_t>(u)];
+    const FlatUnit& unit = p.units[size_t(u)];
     while (end < all.size() && all[end].unit == u) end++;
     const auto add = [&](const Tensor& shard, const char* suffix) {
       for (size_t i = begin; i < end; i++) {
@@ -53,31 +53,29 @@ std::vector<Source> sources_of(const Parameters& p) {
   return list;
 }
 
-std::string part_name(int rank) { return text("/rank-%05d.json", rank); }
+string part_name(int rank) { return text("/rank-%05d.json", rank); }
 
 bool writes(const Mesh& mesh, int rank) {
   return coord_of(mesh, rank).dp_rank < mesh.dp_shard();  // the first replica
 }
 
-bool is_leftover(const std::string& name) {
-  return name.starts_with("step-") && name.ends_with(".tmp");
-}
+bool is_leftover(const string& name) { return name.starts_with("step-") && name.ends_with(".tmp"); }
 
 // Keeps the newest `keep` up to `step`. Later ones are of a course that this run has left:
 // automatic resume must not take them.
-void prune(const std::string& run_folder, int64_t step, int64_t keep) {
-  std::vector<CheckpointFolder> list = list_checkpoints(run_folder);
+void prune(const string& run_folder, int64_t step, int64_t keep) {
+  vector<CheckpointFolder> list = list_checkpoints(run_folder);
   while (!list.empty() && list.back().step > step) {
-    const std::string& path = list.back().path;
-    const std::string aside = path + ".aside";
+    const string& path = list.back().path;
+    const string aside = path + ".aside";
     remove_folder(aside);
     if (rename(path.c_str(), aside.c_str()) == 0)
       log_warning("%s is of an earlier course of this run: moved to %s", path.c_str(),
                   aside.c_str());
     list.pop_back();
   }
-  for (size_t i = 0; keep > 0 && i + static_cast<size_t>(keep) < list.size(); i++) {
-    const std::string gone = list[i].path + ".tmp";
+  for (size_t i = 0; keep > 0 && i + size_t(keep) < list.size(); i++) {
+    const string gone = list[i].path + ".tmp";
     if (rename(list[i].path.c_str(), gone.c_str()) == 0) remove_folder(gone);
   }
   sync_folder(run_folder);
@@ -97,8 +95,8 @@ struct CheckpointSaver::Job {
   Mesh mesh;
   RunState state;
   SaveOptions options;
-  std::vector<Source> sources;
-  std::string folder, temporary;  // of the checkpoint
+  vector<Source> sources;
+  string folder, temporary;  // of the checkpoint
   int64_t bytes_total = 0;
   double begun_s = 0, waited_s = 0;
   std::thread thread;
@@ -109,14 +107,14 @@ struct CheckpointSaver::Job {
   int units_saved = 0;  // units before this one may be written to
   int64_t bytes_saved = 0;
   bool finished = false, gave_up = false;
-  std::string error;  // empty: none
+  string error;  // empty: none
 
   // Runs `work` on a new thread, and notes how it ended.
   template <class Work>
   void start(Work work) {
     finished = false;
     thread = std::thread([this, work] {
-      std::string what;
+      string what;
       try {
         (this->*work)();
       } catch (const std::exception& e) {
@@ -149,7 +147,7 @@ struct CheckpointSaver::Job {
     make_folders(temporary);
     Checkpoint part;
     if (!sources.empty()) {
-      std::vector<FragmentPlan> plan;
+      vector<FragmentPlan> plan;
       for (const Source& source : sources) plan.push_back(source.plan);
       FragmentWriter file(temporary, text("rank-%05d.safetensors", rank), std::move(plan));
       for (size_t i = 0; i < sources.size(); i++) {
@@ -171,7 +169,7 @@ struct CheckpointSaver::Job {
     all.mesh = mesh;
     for (int r = 0; r < mesh.world(); r++) {
       if (!writes(mesh, r)) continue;
-      const std::string part = temporary + part_name(r);
+      const string part = temporary + part_name(r);
       add_fragments(all, read_manifest(part));
       if (unlink(part.c_str()) != 0) failed(part, "cannot be removed");
     }
@@ -189,10 +187,10 @@ CheckpointSaver::CheckpointSaver(Rank& rank, const Parameters& parameters,
     : parameters_(parameters), options_(options) {
   if (rank.id == 0) {
     std::error_code error;
-    std::vector<std::string> old;
+    vector<string> old;
     for (const auto& entry : fs::directory_iterator(options.folder, error))
       if (is_leftover(entry.path().filename())) old.push_back(entry.path());
-    for (const std::string& path : old) remove_folder(path);
+    for (const string& path : old) remove_folder(path);
   }
   barrier(rank, Group::World, "checkpoint clean-up");
 }
@@ -238,8 +236,8 @@ double CheckpointSaver::exchange(Rank& rank) {
   double v[4] = {};  // unfinished, failed, seconds left, seconds waited
   {
     const std::lock_guard lock(job_->mutex);
-    const double done = static_cast<double>(job_->bytes_saved), spent = now_s() - job_->begun_s;
-    const double left = static_cast<double>(job_->bytes_total) - done;
+    const double done = double(job_->bytes_saved), spent = now_s() - job_->begun_s;
+    const double left = double(job_->bytes_total) - done;
     v[0] = !job_->finished;
     v[1] = job_->finished && !job_->error.empty();
     if (job_->units_saved < kAllUnits) v[2] = done > 0 ? left / done * spent : spent;

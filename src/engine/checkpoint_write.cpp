@@ -15,14 +15,13 @@
 namespace pith {
 namespace fs = std::filesystem;
 
-static std::vector<TensorDecl> declarations(const std::vector<FragmentPlan>& plan) {
-  std::vector<TensorDecl> list;
+static vector<TensorDecl> declarations(const vector<FragmentPlan>& plan) {
+  vector<TensorDecl> list;
   for (const FragmentPlan& f : plan) list.push_back({f.entry(), f.dtype, {f.count}});
   return list;
 }
 
-FragmentWriter::FragmentWriter(const std::string& folder, const std::string& file,
-                               std::vector<FragmentPlan> plan)
+FragmentWriter::FragmentWriter(const string& folder, const string& file, vector<FragmentPlan> plan)
     : folder_(folder),
       file_(file),
       plan_(std::move(plan)),
@@ -46,7 +45,7 @@ void FragmentWriter::next() {
 
 void FragmentWriter::write(const void* bytes, int64_t size) {
   if (size > left_) failed(folder_ + "/" + file_, "a write crosses fragments");
-  XXH3_64bits_update(static_cast<XXH3_state_t*>(hash_), bytes, static_cast<size_t>(size));
+  XXH3_64bits_update(static_cast<XXH3_state_t*>(hash_), bytes, size_t(size));
   writer_.write(bytes, size);
   left_ -= size;
   if (left_ > 0) return;
@@ -62,7 +61,7 @@ Checkpoint FragmentWriter::finish() {
 }
 
 void add_fragments(Checkpoint& all, const Checkpoint& part) {
-  const int first_file = static_cast<int>(all.files.size());
+  const int first_file = int(all.files.size());
   all.files.insert(all.files.end(), part.files.begin(), part.files.end());
   all.tensors.insert(all.tensors.end(), part.tensors.begin(), part.tensors.end());
   for (size_t i = all.tensors.size() - part.tensors.size(); i < all.tensors.size(); i++)
@@ -70,16 +69,16 @@ void add_fragments(Checkpoint& all, const Checkpoint& part) {
 }
 
 // One entry a tensor, by name, its fragments by begin.
-static void merge_tensors(std::vector<StoredTensor>& tensors) {
+static void merge_tensors(vector<StoredTensor>& tensors) {
   std::stable_sort(tensors.begin(), tensors.end(),
                    [](auto& a, auto& b) { return a.name < b.name; });
-  std::vector<StoredTensor> merged;
+  vector<StoredTensor> merged;
   for (StoredTensor& tensor : tensors) {
     if (merged.empty() || merged.back().name != tensor.name) {
       merged.push_back(std::move(tensor));
       continue;
     }
-    std::vector<StoredFragment>& list = merged.back().fragments;
+    vector<StoredFragment>& list = merged.back().fragments;
     list.insert(list.end(), tensor.fragments.begin(), tensor.fragments.end());
   }
   for (StoredTensor& tensor : merged)
@@ -88,19 +87,19 @@ static void merge_tensors(std::vector<StoredTensor>& tensors) {
   tensors = std::move(merged);
 }
 
-void remove_folder(const std::string& path) {
+void remove_folder(const string& path) {
   std::error_code error;
   fs::remove_all(path, error);
   if (error) log_warning("%s: cannot be removed (%s)", path.c_str(), error.message().c_str());
 }
 
-[[noreturn]] static void cannot_place(const std::string& folder) {
+[[noreturn]] static void cannot_place(const string& folder) {
   failed(folder, text("cannot be put in place (%s)", strerror(errno)),
          "check the permissions of the folder");
 }
 
 // `temporary` takes the place of `folder`, at no moment of which there is neither.
-static void put_in_place(const std::string& temporary, const std::string& folder) {
+static void put_in_place(const string& temporary, const string& folder) {
   if (rename(temporary.c_str(), folder.c_str()) == 0) return;
   if (errno != ENOTEMPTY && errno != EEXIST) cannot_place(folder);
   if (renameat2(AT_FDCWD, temporary.c_str(), AT_FDCWD, folder.c_str(), RENAME_EXCHANGE) == 0) {
@@ -109,7 +108,7 @@ static void put_in_place(const std::string& temporary, const std::string& folder
     return;
   }
   // A file system that cannot exchange.
-  const std::string old = folder + ".old.tmp";
+  const string old = folder + ".old.tmp";
   remove_folder(old);
   if (rename(folder.c_str(), old.c_str()) != 0) cannot_place(folder);
   if (rename(temporary.c_str(), folder.c_str()) != 0) cannot_place(folder);
@@ -117,7 +116,7 @@ static void put_in_place(const std::string& temporary, const std::string& folder
   remove_folder(old);
 }
 
-void seal(const Checkpoint& all, const std::string& temporary, const std::string& folder) {
+void seal(const Checkpoint& all, const string& temporary, const string& folder) {
   Checkpoint sealed = all;
   merge_tensors(sealed.tensors);
   write_file_durably(temporary + "/manifest.json", manifest_text(sealed));

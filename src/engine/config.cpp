@@ -40,22 +40,22 @@ enum Flag : unsigned {
   kKept = 4,      // by a resumed run
 };
 
-using Slot = std::variant<std::string*, bool*, int*, int64_t*, uint64_t*, double*>;
+using Slot = std::variant<string*, bool*, int*, int64_t*, uint64_t*, double*>;
 constexpr const char* kTypes[] = {"text in quotes", "true or false",  "a whole number",
                                   "a whole number", "a whole number", "a number"};
 
 struct Key {
-  std::string name;
+  string name;
   Slot slot;
   unsigned flags = kPlain;
   Range range = kAny;
 };
 
-std::string section_of(const std::string& name) { return name.substr(0, name.find('.')); }
-std::string leaf_of(const std::string& name) { return name.substr(name.rfind('.') + 1); }
+string section_of(const string& name) { return name.substr(0, name.find('.')); }
+string leaf_of(const string& name) { return name.substr(name.rfind('.') + 1); }
 
 // Every key there is.
-std::vector<Key> keys_of(RunConfig& c) {
+vector<Key> keys_of(RunConfig& c) {
   auto& lr = c.lr_schedule;
   return {
       {"run.folder", &c.run.folder, kRequired | kPath},
@@ -107,24 +107,24 @@ std::vector<Key> keys_of(RunConfig& c) {
   };
 }
 
-std::string text_of(const toml::node& node) {
+string text_of(const toml::node& node) {
   if (node.is_table()) return "a section";
   if (node.is_array()) return "a list";
   if (const auto number = node.value_exact<double>()) {
     char digits[32];  // the shortest that read back the same
-    const std::string out(digits, std::to_chars(digits, digits + sizeof digits, *number).ptr);
-    return out.find_first_of(".en") == std::string::npos ? out + ".0" : out;
+    const string out(digits, std::to_chars(digits, digits + sizeof digits, *number).ptr);
+    return out.find_first_of(".en") == string::npos ? out + ".0" : out;
   }
   std::ostringstream out;
   out << toml::toml_formatter(node, toml::format_flags::allow_unicode_strings);
   return out.str();
 }
 
-std::string value_text(const Slot& slot) {
+string value_text(const Slot& slot) {
   const auto print = [](const auto* value) {
     using T = std::remove_cvref_t<decltype(*value)>;
     if constexpr (std::is_integral_v<T> && !std::is_same_v<T, bool>)
-      return text_of(toml::value(static_cast<int64_t>(*value)));
+      return text_of(toml::value(int64_t(*value)));
     else
       return text_of(toml::value(*value));
   };
@@ -133,25 +133,24 @@ std::string value_text(const Slot& slot) {
 
 // Insertions, deletions and replacements that make `a` of `b` (Levenshtein), per letter, so that
 // short names are not near everything.
-double distance(std::string_view a, std::string_view b) {
-  std::vector<int> row(b.size() + 1);
+double distance(string_view a, string_view b) {
+  vector<int> row(b.size() + 1);
   std::iota(row.begin(), row.end(), 0);
   for (size_t i = 1; i <= a.size(); i++) {
-    int diagonal = std::exchange(row[0], static_cast<int>(i));
+    int diagonal = std::exchange(row[0], int(i));
     for (size_t j = 1; j <= b.size(); j++) {
       const int replaced = diagonal + (a[i - 1] != b[j - 1]);
       diagonal = std::exchange(row[j], std::min({row[j] + 1, row[j - 1] + 1, replaced}));
     }
   }
-  return row.back() / static_cast<double>(std::max(a.size(), b.size()));
+  return row.back() / double(std::max(a.size(), b.size()));
 }
 
 // Suggests the key whose name or last word is nearest, or the section.
-[[noreturn]] void unknown_key(const std::vector<Key>& keys, const std::string& place,
-                              const std::string& name) {
-  std::string best;
+[[noreturn]] void unknown_key(const vector<Key>& keys, const string& place, const string& name) {
+  string best;
   double least = 2;
-  const auto consider = [&](double d, const std::string& meant) {
+  const auto consider = [&](double d, const string& meant) {
     if (d >= least) return;
     least = d;
     best = meant;
@@ -164,18 +163,18 @@ double distance(std::string_view a, std::string_view b) {
   bad_input(place, "is an unknown key", best);
 }
 
-const Key* find_key(const std::vector<Key>& keys, const std::string& name) {
+const Key* find_key(const vector<Key>& keys, const string& name) {
   const auto found = std::ranges::find(keys, name, &Key::name);
   return found == keys.end() ? nullptr : &*found;
 }
 
-void check_value(const Key& key, const std::string& place) {
-  const std::string got = value_text(key.slot), need = key.range.need;
+void check_value(const Key& key, const string& place) {
+  const string got = value_text(key.slot), need = key.range.need;
   const auto good = [&](const auto* value) {
     if constexpr (std::is_arithmetic_v<std::remove_cvref_t<decltype(*value)>>)
       return *value >= key.range.least && *value <= key.range.most;
     else
-      return need.empty() || need.find(got) != std::string::npos;
+      return need.empty() || need.find(got) != string::npos;
   };
   if (!std::visit(good, key.slot))
     bad_input(place, "is out of range (got " + got + ", need " + need + ")", "one of these");
@@ -197,13 +196,13 @@ bool take(const Slot& slot, const toml::node& node) {
   return std::visit(store, slot);
 }
 
-[[noreturn]] void wrong_type(const Key& key, const std::string& place, const std::string& got) {
+[[noreturn]] void wrong_type(const Key& key, const string& place, const string& got) {
   bad_input(place,
             "has the wrong type or size (got " + got + ", need " + kTypes[key.slot.index()] + ")",
             leaf_of(key.name) + " = " + value_text(key.slot));
 }
 
-void assign(const Key& key, const toml::node& node, const std::string& place) {
+void assign(const Key& key, const toml::node& node, const string& place) {
   if (!take(key.slot, node)) wrong_type(key, place, text_of(node));
   check_value(key, place);
 }
@@ -211,17 +210,17 @@ void assign(const Key& key, const toml::node& node, const std::string& place) {
 // A path that is relative to `base`; none stays none.
 void rebase(const Key& key, const fs::path& base) {
   if (!(key.flags & kPath)) return;
-  std::string& path = *std::get<std::string*>(key.slot);
+  string& path = *std::get<string*>(key.slot);
   if (path.empty()) return;
   path = fs::absolute(base / path).lexically_normal().string();
   while (path.size() > 1 && path.back() == '/') path.pop_back();
 }
 
-void read_table(const std::vector<Key>& keys, const toml::table& table, const std::string& prefix,
-                const std::string& file) {
+void read_table(const vector<Key>& keys, const toml::table& table, const string& prefix,
+                const string& file) {
   for (const auto& [word, node] : table) {
-    const std::string name = prefix + std::string(word.str());
-    const std::string place =
+    const string name = prefix + string(word.str());
+    const string place =
         text("%s:%u: %s", file.c_str(), unsigned{node.source().begin.line}, name.c_str());
     const bool is_section =
         std::ranges::any_of(keys, [&](const Key& key) { return section_of(key.name) == name; });
@@ -236,18 +235,18 @@ void read_table(const std::vector<Key>& keys, const toml::table& table, const st
   }
 }
 
-void read_override(const std::vector<Key>& keys, const std::string& argument) {
+void read_override(const vector<Key>& keys, const string& argument) {
   const size_t equals = argument.find('=');
-  const std::string name = argument.substr(0, equals), place = "--set " + name;
-  if (equals == std::string::npos)
+  const string name = argument.substr(0, equals), place = "--set " + name;
+  if (equals == string::npos)
     bad_input(place, "has no value (got " + argument + ", need key=value)", name + "=...");
   const Key* key = find_key(keys, name);
   if (!key) unknown_key(keys, place, name);
-  const std::string value = argument.substr(equals + 1);
+  const string value = argument.substr(equals + 1);
   const bool quoted = value.starts_with('"') || value.starts_with('\'');
   toml::table parsed;
   try {
-    if (std::holds_alternative<std::string*>(key->slot) && !quoted)
+    if (std::holds_alternative<string*>(key->slot) && !quoted)
       parsed.insert("value", value);
     else
       parsed = toml::parse("value = " + value);
@@ -259,19 +258,19 @@ void read_override(const std::vector<Key>& keys, const std::string& argument) {
 
 }  // namespace
 
-RunConfig load_run_config(const std::string& path, const std::vector<std::string>& overrides) {
+RunConfig load_run_config(const string& path, const vector<string>& overrides) {
   RunConfig config;
-  const std::vector<Key> keys = keys_of(config);
-  const std::string source = read_text_file(path);
+  const vector<Key> keys = keys_of(config);
+  const string source = read_text_file(path);
   try {
     read_table(keys, toml::parse(source, path), "", path);
   } catch (const toml::parse_error& error) {
     const auto at = error.source().begin;
     bad_input(text("%s:%u:%u", path.c_str(), unsigned{at.line}, unsigned{at.column}),
-              "is not valid TOML: " + std::string(error.description()),
+              "is not valid TOML: " + string(error.description()),
               "correct it there; text is written in quotes, sections as [train]");
   }
-  for (const std::string& argument : overrides) read_override(keys, argument);
+  for (const string& argument : overrides) read_override(keys, argument);
   for (const Key& key : keys) rebase(key, fs::current_path());
   validate(config);
   return config;
@@ -280,7 +279,7 @@ RunConfig load_run_config(const std::string& path, const std::vector<std::string
 void validate(const RunConfig& config) {
   RunConfig c = config;
   for (const Key& key : keys_of(c)) {
-    const std::string value = value_text(key.slot);
+    const string value = value_text(key.slot);
     if ((key.flags & kRequired) && (value == "\"\"" || value == "0" || value == "0.0"))
       bad_input(key.name, "is required and not set (got " + value + ")",
                 "set it in the file, or with --set " + key.name + "=...");
@@ -308,11 +307,11 @@ void validate(const RunConfig& config) {
               "router.balance_loss = \"global-batch\"");
 }
 
-std::string to_toml(const RunConfig& config) {
+string to_toml(const RunConfig& config) {
   RunConfig c = config;
-  std::string out, section;
+  string out, section;
   for (const Key& key : keys_of(c)) {
-    const std::string here = section_of(key.name);
+    const string here = section_of(key.name);
     if (here != section) out += (out.empty() ? "[" : "\n[") + here + "]\n";
     section = here;
     out += leaf_of(key.name) + " = " + value_text(key.slot) + "\n";
@@ -320,7 +319,7 @@ std::string to_toml(const RunConfig& config) {
   return out;
 }
 
-bool may_change_on_resume(const std::string& name) {
+bool may_change_on_resume(const string& name) {
   RunConfig c;
   return std::ranges::any_of(
       keys_of(c), [&](const Key& key) { return key.name == name && !(key.flags & kKept); });

@@ -25,21 +25,20 @@ EvalResult evaluate(Rank& rank, Instance& instance, const Dataset& data, const B
     run_actions(rank, instance, io, forward, actions);
     for (const double loss : io.loss) sums[0] += loss;
     // Every stage reads the same labels: they count once.
-    if (rank.mesh.pp_rank == 0) sums[1] += static_cast<double>(loaded.labels);
+    if (rank.mesh.pp_rank == 0) sums[1] += double(loaded.labels);
   }
   all_reduce(rank, Group::World, sums, 2, Reduce::Sum, "all_reduce evaluation");
-  return {sums[1] > 0 ? sums[0] / sums[1] : 0, static_cast<int64_t>(sums[1])};
+  return {sums[1] > 0 ? sums[0] / sums[1] : 0, int64_t(sums[1])};
 }
 
 // ---- Generation -------------------------------------------------------------------------------
 
 // Logits [V] of the token after `tokens`.
-static std::vector<float> next_logits(Rank& rank, Instance& instance,
-                                      const std::vector<int32_t>& tokens) {
-  const auto n = static_cast<int64_t>(tokens.size());
-  const std::vector<int32_t> ignored(n, kIgnoreLabel);
-  std::vector<int32_t> positions(n);
-  for (int64_t i = 0; i < n; i++) positions[i] = static_cast<int32_t>(i);
+static vector<float> next_logits(Rank& rank, Instance& instance, const vector<int32_t>& tokens) {
+  const auto n = int64_t(tokens.size());
+  const vector<int32_t> ignored(n, kIgnoreLabel);
+  vector<int32_t> positions(n);
+  for (int64_t i = 0; i < n; i++) positions[i] = int32_t(i);
   StepIo io;
   Batch batch;
   batch.rows = 1;
@@ -60,13 +59,13 @@ static std::vector<float> next_logits(Rank& rank, Instance& instance,
 
 // A token drawn with probability proportional to e^(logit / temperature) from the smallest set of
 // the most likely ones that holds top_p.
-static int32_t draw(const std::vector<float>& logits, const SampleOptions& o, int64_t index) {
-  std::vector<int32_t> order(logits.size());
-  for (size_t i = 0; i < order.size(); i++) order[i] = static_cast<int32_t>(i);
+static int32_t draw(const vector<float>& logits, const SampleOptions& o, int64_t index) {
+  vector<int32_t> order(logits.size());
+  for (size_t i = 0; i < order.size(); i++) order[i] = int32_t(i);
   std::stable_sort(order.begin(), order.end(),
                    [&](int32_t a, int32_t b) { return logits[a] > logits[b]; });
   if (o.temperature <= 0) return order[0];
-  std::vector<double> weight;
+  vector<double> weight;
   double total = 0;
   for (const int32_t id : order) {
     weight.push_back(std::exp((logits[id] - logits[order[0]]) / o.temperature));
@@ -75,7 +74,7 @@ static int32_t draw(const std::vector<float>& logits, const SampleOptions& o, in
   size_t kept = 0;
   double mass = 0;
   while (kept < weight.size() && (kept == 0 || mass < o.top_p * total)) mass += weight[kept++];
-  double point = uniform_at(stream_key(o.seed, "generate"), static_cast<uint64_t>(index)) * mass;
+  double point = uniform_at(stream_key(o.seed, "generate"), uint64_t(index)) * mass;
   for (size_t i = 0; i + 1 < kept; i++) {
     point -= weight[i];
     if (point < 0) return order[i];
@@ -83,16 +82,14 @@ static int32_t draw(const std::vector<float>& logits, const SampleOptions& o, in
   return order[kept - 1];
 }
 
-std::vector<int32_t> generate(Rank& rank, Instance& instance, std::vector<int32_t> prompt,
-                              int64_t window, const SampleOptions& options,
-                              bool (*emit)(void*, int32_t), void* context) {
+vector<int32_t> generate(Rank& rank, Instance& instance, vector<int32_t> prompt, int64_t window,
+                         const SampleOptions& options, bool (*emit)(void*, int32_t),
+                         void* context) {
   const size_t given = prompt.size();
   for (int64_t i = 0; i < options.max_new_tokens; i++) {
-    const size_t first = prompt.size() > static_cast<size_t>(window)
-                             ? prompt.size() - static_cast<size_t>(window)
-                             : 0;
-    const std::vector<float> logits =
-        next_logits(rank, instance, std::vector<int32_t>(prompt.begin() + first, prompt.end()));
+    const size_t first = prompt.size() > size_t(window) ? prompt.size() - size_t(window) : 0;
+    const vector<float> logits =
+        next_logits(rank, instance, vector<int32_t>(prompt.begin() + first, prompt.end()));
     const int32_t token = draw(logits, options, i);
     if (token == options.stop_token) break;
     prompt.push_back(token);

@@ -25,8 +25,7 @@ struct SampleOptions {
 };
 // Continues `prompt` (at least one token) on a world of one rank. A model sees at most `window`
 // tokens back. `emit` is called with each token as it is chosen; false ends the text.
-std::vector<int32_t> generate(Rank& rank, Instance& instance, std::vector<int32_t> prompt,
-                              int64_t window, const SampleOptions& options,
-                              bool (*emit)(void*, int32_t), void* context);
+vector<int32_t> generate(Rank& rank, Instance& instance, vector<int32_t> prompt, int64_t window,
+                         const SampleOptions& options, bool (*emit)(void*, int32_t), void* context);
 
 }  // namespace pith

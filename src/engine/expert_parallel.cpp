@@ -6,22 +6,21 @@ namespace pith {
 
 // ---- Rows between ranks, with the reverse as gradient -----------------------------------------
 
-static Tensor counts_tensor(Rank& rank, const std::vector<int64_t>& send,
-                            const std::vector<int64_t>& recv) {
-  std::vector<int32_t> both(send.begin(), send.end());
+static Tensor counts_tensor(Rank& rank, const vector<int64_t>& send, const vector<int64_t>& recv) {
+  vector<int32_t> both(send.begin(), send.end());
   both.insert(both.end(), recv.begin(), recv.end());
-  return tensor_from(rank, {static_cast<int64_t>(both.size())}, DType::I32, both.data());
+  return tensor_from(rank, {int64_t(both.size())}, DType::I32, both.data());
 }
 
-static int64_t total(const std::vector<int64_t>& counts) {
+static int64_t total(const vector<int64_t>& counts) {
   int64_t n = 0;
   for (const int64_t c : counts) n += c;
   return n;
 }
 
 // Rows of x, grouped by destination, to the ranks of the ep group; -> rows received, by source.
-static Tensor exchange(Rank& rank, Tensor x, const std::vector<int64_t>& send,
-                       const std::vector<int64_t>& recv, const char* what, At at) {
+static Tensor exchange(Rank& rank, Tensor x, const vector<int64_t>& send,
+                       const vector<int64_t>& recv, const char* what, At at) {
   Dims dims = x.dim;
   dims[0] = total(recv);
   Tensor y = empty(rank, dims, x.dtype, at);
@@ -30,9 +29,9 @@ static Tensor exchange(Rank& rank, Tensor x, const std::vector<int64_t>& send,
     n->bx_keep = {counts_tensor(rank, send, recv)};
     n->bx = [](Rank& r, Node& node) {
       const int32_t* counts = node.bx_keep[0].i32();
-      const int ep = static_cast<int>(node.bx_keep[0].numel() / 2);
-      const std::vector<int64_t> sent(counts, counts + ep);
-      const std::vector<int64_t> received(counts + ep, counts + 2 * ep);
+      const int ep = int(node.bx_keep[0].numel() / 2);
+      const vector<int64_t> sent(counts, counts + ep);
+      const vector<int64_t> received(counts + ep, counts + 2 * ep);
       Tensor dx = empty(r, node.in[0].dim, node.in[0].dtype, node.at);
       all_to_all(r, Group::Ep, node.grad[0], received.data(), dx, sent.data(), node.op, node.at);
       add_grad(r, node.in[0], dx);
@@ -50,9 +49,9 @@ struct Pair {
 
 // What one rank sends: rows (tokens) and pairs, grouped by destination.
 struct SendList {
-  std::vector<int32_t> tokens, slots;  // slots: index into the [T*k] routing of each pair
-  std::vector<Pair> pairs;
-  std::vector<int64_t> rows_to, pairs_to;
+  vector<int32_t> tokens, slots;  // slots: index into the [T*k] routing of each pair
+  vector<Pair> pairs;
+  vector<int64_t> rows_to, pairs_to;
 };
 
 static SendList make_send_list(const Routing& routing, int num_experts, int ep) {
@@ -63,41 +62,40 @@ static SendList make_send_list(const Routing& routing, int num_experts, int ep) 
   for (int g = 0; g < ep; g++) {
     const size_t rows_before = s.tokens.size(), pairs_before = s.pairs.size();
     for (int64_t t = 0; t < T; t++) {
-      const auto row = static_cast<int32_t>(s.tokens.size() - rows_before);
+      const auto row = int32_t(s.tokens.size() - rows_before);
       bool sent = false;
       for (int64_t j = 0; j < k; j++) {
         const int32_t expert = ids[t * k + j];
         if (expert / local != g) continue;
         s.pairs.push_back({row, expert % local});
-        s.slots.push_back(static_cast<int32_t>(t * k + j));
+        s.slots.push_back(int32_t(t * k + j));
         sent = true;
       }
-      if (sent) s.tokens.push_back(static_cast<int32_t>(t));
+      if (sent) s.tokens.push_back(int32_t(t));
     }
-    s.rows_to.push_back(static_cast<int64_t>(s.tokens.size() - rows_before));
-    s.pairs_to.push_back(static_cast<int64_t>(s.pairs.size() - pairs_before));
+    s.rows_to.push_back(int64_t(s.tokens.size() - rows_before));
+    s.pairs_to.push_back(int64_t(s.pairs.size() - pairs_before));
   }
   return s;
 }
 
 // Indices of the expert side from the pairs received, in (source, token, slot) order.
 // `sorted` [P]: which received pair stands at each place.
-static void index_pairs(Rank& rank, const std::vector<Pair>& pairs,
-                        const std::vector<int64_t>& rows_from,
-                        const std::vector<int64_t>& pairs_from, int experts, Dispatched& d,
+static void index_pairs(Rank& rank, const vector<Pair>& pairs, const vector<int64_t>& rows_from,
+                        const vector<int64_t>& pairs_from, int experts, Dispatched& d,
                         Tensor& sorted) {
-  const auto P = static_cast<int64_t>(pairs.size());
+  const auto P = int64_t(pairs.size());
   const int64_t R = total(rows_from);
   d.row_of = empty(rank, {P}, DType::I32);
   d.pair_of = empty(rank, {P}, DType::I32);
   d.offsets = zeros(rank, {experts + 1}, DType::I32);
   d.row_begin = zeros(rank, {R + 1}, DType::I32);
   sorted = empty(rank, {P}, DType::I32);
-  std::vector<int32_t> row(P);
+  vector<int32_t> row(P);
   int64_t first_row = 0, p = 0;
   for (size_t source = 0; source < rows_from.size(); source++) {
     for (const int64_t end = p + pairs_from[source]; p < end; p++)
-      row[p] = static_cast<int32_t>(first_row + pairs[p].row);
+      row[p] = int32_t(first_row + pairs[p].row);
     first_row += rows_from[source];
   }
   for (p = 0; p < P; p++) {
@@ -106,10 +104,10 @@ static void index_pairs(Rank& rank, const std::vector<Pair>& pairs,
   }
   for (int e = 0; e < experts; e++) d.offsets.i32()[e + 1] += d.offsets.i32()[e];
   for (int64_t r = 0; r < R; r++) d.row_begin.i32()[r + 1] += d.row_begin.i32()[r];
-  std::vector<int32_t> next(d.offsets.i32(), d.offsets.i32() + experts);
+  vector<int32_t> next(d.offsets.i32(), d.offsets.i32() + experts);
   for (p = 0; p < P; p++) {
     const int32_t place = next[pairs[p].expert]++;
-    sorted.i32()[place] = static_cast<int32_t>(p);
+    sorted.i32()[place] = int32_t(p);
     d.row_of.i32()[place] = row[p];
     // Pairs arrive row by row, so arrival order is the order of row_begin.
     d.pair_of.i32()[p] = place;
@@ -126,19 +124,19 @@ Dispatch dispatch(Rank& rank, Tensor hidden, const Routing& routing, int num_exp
   Dispatch out;
   out.tokens = hidden.dim[0];
   SendList send = make_send_list(routing, num_experts, ep);
-  std::vector<Pair> pairs = std::move(send.pairs);
-  std::vector<int64_t> pairs_from = send.pairs_to;
+  vector<Pair> pairs = std::move(send.pairs);
+  vector<int64_t> pairs_from = send.pairs_to;
   out.send_rows = out.recv_rows = send.rows_to;
   const Tensor slots =
-      tensor_from(rank, {static_cast<int64_t>(send.slots.size())}, DType::I32, send.slots.data());
+      tensor_from(rank, {int64_t(send.slots.size())}, DType::I32, send.slots.data());
   Tensor weights =
       index_select(rank, reshape(rank, routing.weights, {routing.weights.numel()}), slots, at);
   Tensor rows = hidden;
   if (ep > 1) {
     Tensor mine = empty(rank, {ep, 2}, DType::I32), theirs = empty(rank, {ep, 2}, DType::I32);
     for (int g = 0; g < ep; g++) {
-      mine.i32()[2 * g] = static_cast<int32_t>(send.rows_to[g]);
-      mine.i32()[2 * g + 1] = static_cast<int32_t>(send.pairs_to[g]);
+      mine.i32()[2 * g] = int32_t(send.rows_to[g]);
+      mine.i32()[2 * g + 1] = int32_t(send.pairs_to[g]);
     }
     all_to_all(rank, Group::Ep, mine, nullptr, theirs, nullptr, "all_to_all counts", at);
     for (int g = 0; g < ep; g++) {
@@ -153,8 +151,8 @@ Dispatch dispatch(Rank& rank, Tensor hidden, const Routing& routing, int num_exp
     const Pair* received = pairs_in.as<Pair>();
     pairs.assign(received, received + pairs_in.dim[0]);
     weights = exchange(rank, weights, send.pairs_to, pairs_from, "dispatch weights", at);
-    out.sent_tokens = tensor_from(rank, {static_cast<int64_t>(send.tokens.size())}, DType::I32,
-                                  send.tokens.data(), at);
+    out.sent_tokens =
+        tensor_from(rank, {int64_t(send.tokens.size())}, DType::I32, send.tokens.data(), at);
     rows = exchange(rank, index_select(rank, hidden, out.sent_tokens, at), out.send_rows,
                     out.recv_rows, "dispatch rows", at);
   }

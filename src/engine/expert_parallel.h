@@ -3,17 +3,16 @@
 // over that rank's experts. Nothing is dropped; ranks and experts without tokens are ordinary.
 // Positions come from stable counting, so results repeat.
 #pragma once
-#include <vector>
 
 #include "ops/ops.h"
 
 namespace pith {
 
 struct Dispatch {
-  Dispatched at_experts;                      // what stage 3 computes on
-  Tensor sent_tokens;                         // I32: token of each row sent, by destination rank
-  std::vector<int64_t> send_rows, recv_rows;  // rows to and from each rank of the ep group
-  int64_t tokens = 0;                         // rows of the micro-batch here
+  Dispatched at_experts;                 // what stage 3 computes on
+  Tensor sent_tokens;                    // I32: token of each row sent, by destination rank
+  vector<int64_t> send_rows, recv_rows;  // rows to and from each rank of the ep group
+  int64_t tokens = 0;                    // rows of the micro-batch here
 };
 
 // Stage 2. hidden [T, D]; routing over `num_experts` experts, of which rank r of the ep group holds

@@ -3,7 +3,7 @@
 namespace pith {
 
 ModelType model_type(const Json& config) {
-  const std::string name = config["model_type"].as_string();
+  const string name = config["model_type"].as_string();
   if (name == "qwen3_moe") return ModelType::Qwen3Moe;
   bad_input(config.place() + ": model_type",
             text("is not implemented (got \"%s\", need \"qwen3_moe\")", name.c_str()),

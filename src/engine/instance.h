@@ -4,7 +4,6 @@
 //          make_instance, run_actions
 #pragma once
 #include <memory>
-#include <vector>
 
 #include "engine/balance_loss.h"
 #include "engine/parameters.h"
@@ -33,14 +32,14 @@ struct PipelineOptions {
 
 // What goes into and comes out of running one list of actions.
 struct StepIo {
-  std::vector<Batch> batches;  // by micro-batch
-  double loss_scale = 1;       // of each token's gradient: 1 / labels of the global batch
+  vector<Batch> batches;  // by micro-batch
+  double loss_scale = 1;  // of each token's gradient: 1 / labels of the global batch
   bool forward_only = false;
   bool force_balanced = false;
   BalanceState* balance = nullptr;       // null: no balance loss, no counts
   const RoutingSlot* routing = nullptr;  // trace to write or replay; null: none
-  std::vector<double> loss;    // out, by micro-batch, on ranks with the head: sum over tokens
-  std::vector<Tensor> logits;  // out, by micro-batch, if want_logits: [T, V]
+  vector<double> loss;    // out, by micro-batch, on ranks with the head: sum over tokens
+  vector<Tensor> logits;  // out, by micro-batch, if want_logits: [T, V]
   bool want_logits = false;
 };
 

@@ -6,27 +6,27 @@
 
 namespace pith {
 
-std::string layout_text(const Layout& l) {
+string layout_text(const Layout& l) {
   return text("pp%d-dp%d-cp%d-ep%d", l.pp, l.dp, l.cp, l.ep) + (l.dp_replicate > 1 ? "-hsdp" : "") +
          (l.gather_layer ? "-layer" : "") +
-         (l.micro_batch > 1 ? text("-mb%lld", static_cast<long long>(l.micro_batch)) : "");
+         (l.micro_batch > 1 ? text("-mb%ld", l.micro_batch) : "");
 }
 
-Layout parse_layout(const std::string& name) {
+Layout parse_layout(const string& name) {
   Layout l;
   bool hsdp = false, known = !name.empty();
   for (size_t at = 0; at < name.size() && known;) {
     const size_t end = std::min(name.find('-', at), name.size());
-    const std::string word = name.substr(at, end - at);
+    const string word = name.substr(at, end - at);
     at = end + 1;
     const size_t digits = std::min(word.find_first_of("0123456789"), word.size());
-    const std::string axis = word.substr(0, digits);
+    const string axis = word.substr(0, digits);
     const int size = atoi(word.c_str() + digits);
     if (word == "hsdp")
       hsdp = true;
     else if (word == "layer")
       l.gather_layer = true;
-    else if (size < 1 || word.find_first_not_of("0123456789", digits) != std::string::npos)
+    else if (size < 1 || word.find_first_not_of("0123456789", digits) != string::npos)
       known = false;
     else if (axis == "pp")
       l.pp = size;
@@ -48,8 +48,8 @@ Layout parse_layout(const std::string& name) {
   return l;
 }
 
-std::vector<Layout> all_layouts(int max_ranks) {
-  std::vector<Layout> all;
+vector<Layout> all_layouts(int max_ranks) {
+  vector<Layout> all;
   for (const int pp : {1, 2, 4})
     for (const int dp : {1, 2})
       for (const int cp : {1, 2})
@@ -71,13 +71,13 @@ RunPlan plan_layout(const RunConfig& config, const Layout& layout) {
 }
 
 void run_layout(const RunConfig& config, const Layout& layout, Probe& probe,
-                const std::string& routing_replay) {
+                const string& routing_replay) {
   train(plan_layout(config, layout),
         {.routing_replay = routing_replay, .probe = &probe, .exit_on_failure = false});
 }
 
 // ||a - b|| / ||b||; infinite where sizes differ or a value is not a number.
-static double relative_error(const std::vector<float>& a, const std::vector<float>& b) {
+static double relative_error(const vector<float>& a, const vector<float>& b) {
   if (a.size() != b.size()) return INFINITY;
   double difference = 0, norm = 0;
   for (size_t i = 0; i < a.size(); i++) {
@@ -88,9 +88,9 @@ static double relative_error(const std::vector<float>& a, const std::vector<floa
   return std::isfinite(error) ? error : INFINITY;
 }
 
-using Tensors = std::map<std::string, std::vector<float>>;
+using Tensors = std::map<string, vector<float>>;
 
-static double worst_tensor(const Tensors& got, const Tensors& want, std::string& name) {
+static double worst_tensor(const Tensors& got, const Tensors& want, string& name) {
   double worst = 0;
   for (const auto& [key, values] : want) {
     const auto found = got.find(key);
@@ -102,7 +102,7 @@ static double worst_tensor(const Tensors& got, const Tensors& want, std::string&
   return got.size() == want.size() ? worst : INFINITY;
 }
 
-static double worst_step(const std::vector<double>& got, const std::vector<double>& want) {
+static double worst_step(const vector<double>& got, const vector<double>& want) {
   if (got.size() != want.size()) return INFINITY;
   double worst = 0;
   for (size_t i = 0; i < want.size(); i++) {
@@ -141,7 +141,7 @@ LayoutResult compare_layouts(const Probe& reference, const Probe& probe,
   r.loss = worst_step(probe.loss, reference.loss);
   r.balance = worst_step(probe.balance, reference.balance);
   compare_routing(reference, probe, r);
-  const auto demand = [&](const char* what, double error, double limit, const std::string& of) {
+  const auto demand = [&](const char* what, double error, double limit, const string& of) {
     if (error <= limit) return;
     r.why += (r.why.empty() ? "" : "; ") + text("%s %.1e > %.0e", what, error, limit) +
              (of.empty() ? "" : " (" + of + ")");

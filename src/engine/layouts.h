@@ -20,10 +20,10 @@ struct Layout {
   bool operator==(const Layout&) const = default;
 };
 // "pp2-dp2-cp1-ep4", with "-hsdp" (weights replicated over all of dp), "-layer", "-mb2" behind.
-std::string layout_text(const Layout& layout);
-Layout parse_layout(const std::string& text);  // Exit code 2.
+string layout_text(const Layout& layout);
+Layout parse_layout(const string& text);  // Exit code 2.
 // {pp 1, 2, 4} x {dp 1, 2} x {cp 1, 2} x {ep 1, 2, 4} of at most `max_ranks` ranks.
-std::vector<Layout> all_layouts(int max_ranks);
+vector<Layout> all_layouts(int max_ranks);
 
 // Relative errors that still count as equal.
 struct LayoutLimits {
@@ -35,18 +35,18 @@ struct LayoutLimits {
 
 struct LayoutResult {
   double gradient = 0, norm = 0, loss = 0, balance = 0, weights = 0;  // worst relative errors
-  std::string gradient_of, weights_of;                                // the tensors
+  string gradient_of, weights_of;                                     // the tensors
   int64_t routed_otherwise = 0;  // (layer, token, step) triples with other experts
   double logit_gap = 0;          // largest in the first step and layer that has any
   bool pass = false;
-  std::string why;  // what is beyond its limit; empty if it passes
+  string why;  // what is beyond its limit; empty if it passes
 };
 
 RunPlan plan_layout(const RunConfig& config, const Layout& layout);
 // Runs `probe.steps` steps of `config` under the layout on CPU ranks, with the experts of a folder
 // of traces if one is named. Nothing is written.
 void run_layout(const RunConfig& config, const Layout& layout, Probe& probe,
-                const std::string& routing_replay = "");
+                const string& routing_replay = "");
 LayoutResult compare_layouts(const Probe& reference, const Probe& probe,
                              const LayoutLimits& limits = {});
 

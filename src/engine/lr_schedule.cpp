@@ -6,9 +6,9 @@
 namespace pith {
 
 double learning_rate(const LrSchedule& schedule, double peak, int64_t s, int64_t steps) {
-  const auto n = static_cast<double>(steps);
+  const auto n = double(steps);
   const double warmup = std::nearbyint(schedule.warmup_ratio * n);
-  const double x = static_cast<double>(s);
+  const double x = double(s);
   if (x < warmup) return schedule.start_lr + (peak - schedule.start_lr) * x / warmup;
   if (schedule.kind == "constant") return peak;
   const double decay =

@@ -1,16 +1,17 @@
 // lr_schedule: the learning rate of a step.
 #pragma once
 #include <cstdint>
-#include <string>
+
+#include "core/check.h"
 
 namespace pith {
 
 struct LrSchedule {
-  std::string kind = "constant";       // "wsd" (warm-up, stable, decay), "cosine", "constant"
-  double warmup_ratio = 0;             // of the steps, rising linearly from start_lr
-  double decay_ratio = 0.1;            // wsd: of the steps, falling to final_lr at the end
-  std::string decay_shape = "cosine";  // wsd: "cosine" or "linear"
-  double start_lr = 0, final_lr = 0;   // absolute
+  string kind = "constant";           // "wsd" (warm-up, stable, decay), "cosine", "constant"
+  double warmup_ratio = 0;            // of the steps, rising linearly from start_lr
+  double decay_ratio = 0.1;           // wsd: of the steps, falling to final_lr at the end
+  string decay_shape = "cosine";      // wsd: "cosine" or "linear"
+  double start_lr = 0, final_lr = 0;  // absolute
 };
 
 // Learning rate of 0-based step s of `steps` with the given peak. With w = round(warmup_ratio *

@@ -25,15 +25,15 @@ static bool is_shared(const FlatUnit& unit) {
 }
 
 // Elements of each member's shard: blocks of 128, as equal as can be.
-static std::vector<int64_t> cut(int64_t numel, int members) {
+static vector<int64_t> cut(int64_t numel, int members) {
   const int64_t blocks = numel / kAlign;
-  std::vector<int64_t> cuts;
+  vector<int64_t> cuts;
   for (int64_t i = 0; i < members; i++)
     cuts.push_back((blocks * (i + 1) / members - blocks * i / members) * kAlign);
   return cuts;
 }
 
-Parameters layout_parameters(ParameterTable table, const std::vector<int>& chunk_sizes,
+Parameters layout_parameters(ParameterTable table, const vector<int>& chunk_sizes,
                              bool gather_layer, ShardPlace dense, ShardPlace experts) {
   Parameters p;
   p.table = std::move(table);
@@ -50,7 +50,7 @@ Parameters layout_parameters(ParameterTable table, const std::vector<int>& chunk
         unit = &p.units.emplace_back();
         unit->kind = entry.unit;
         unit->layer = entry.layer;
-        unit->chunk = static_cast<int>(chunk);
+        unit->chunk = int(chunk);
       }
       unit->entries.push_back(index);
       unit->offsets.push_back(unit->numel);
@@ -68,7 +68,7 @@ Parameters layout_parameters(ParameterTable table, const std::vector<int>& chunk
   return p;
 }
 
-Parameters make_parameters(Rank& rank, ParameterTable table, const std::vector<int>& chunk_sizes,
+Parameters make_parameters(Rank& rank, ParameterTable table, const vector<int>& chunk_sizes,
                            bool gather_layer) {
   const auto place = [&](Group g) { return ShardPlace{group_size(rank, g), group_rank(rank, g)}; };
   Parameters p = layout_parameters(std::move(table), chunk_sizes, gather_layer,
@@ -107,8 +107,8 @@ ParameterBytes parameter_bytes(const Parameters& p, DType compute) {
   return bytes;
 }
 
-std::vector<Fragment> fragments(const Parameters& p) {
-  std::vector<Fragment> list;
+vector<Fragment> fragments(const Parameters& p) {
+  vector<Fragment> list;
   for (size_t u = 0; u < p.units.size(); u++) {
     const FlatUnit& unit = p.units[u];
     const int64_t shard_end = unit.shard_begin + unit.shard_count;
@@ -119,8 +119,7 @@ std::vector<Fragment> fragments(const Parameters& p) {
         const int64_t from = std::max(at, unit.shard_begin);
         const int64_t to = std::min(at + n, shard_end);
         if (from < to)
-          list.push_back(
-              {&piece, from - at, to - from, static_cast<int>(u), from - unit.shard_begin});
+          list.push_back({&piece, from - at, to - from, int(u), from - unit.shard_begin});
         at += n;
       }
     }

@@ -17,11 +17,11 @@ namespace pith {
 struct FlatUnit {
   UnitKind kind = UnitKind::Layer;
   int layer = -1, chunk = 0;
-  std::vector<int> entries;      // indices into Parameters::table
-  std::vector<int64_t> offsets;  // of each entry, in elements
-  int64_t numel = 0;             // padded to 128
+  vector<int> entries;      // indices into Parameters::table
+  vector<int64_t> offsets;  // of each entry, in elements
+  int64_t numel = 0;        // padded to 128
   Group group = Group::DenseShard;
-  std::vector<int64_t> cuts;  // elements of each member's shard
+  vector<int64_t> cuts;  // elements of each member's shard
   int64_t shard_begin = 0, shard_count = 0;
   Tensor master, m, v;  // F32 [shard_count]; m and v: Adam's moments
   Tensor weights;       // compute dtype [numel]; undefined while released
@@ -31,8 +31,8 @@ struct FlatUnit {
 
 struct Parameters {
   ParameterTable table;
-  std::vector<FlatUnit> units;  // in forward order
-  bool gather_layer = false;    // free weights and gradients of a unit after each use
+  vector<FlatUnit> units;     // in forward order
+  bool gather_layer = false;  // free weights and gradients of a unit after each use
 };
 
 // Part of a tensor of the checkpoint that a rank's shard holds.
@@ -48,7 +48,7 @@ struct ShardPlace {
   int members = 1, me = 0;
 };
 // The layout of make_parameters() without its memory: what planning needs.
-Parameters layout_parameters(ParameterTable table, const std::vector<int>& chunk_sizes,
+Parameters layout_parameters(ParameterTable table, const vector<int>& chunk_sizes,
                              bool gather_layer, ShardPlace dense, ShardPlace experts);
 // Bytes that a rank's parameters take while training.
 struct ParameterBytes {
@@ -59,10 +59,10 @@ struct ParameterBytes {
 ParameterBytes parameter_bytes(const Parameters& parameters, DType compute);
 
 // Lays out `table` (of one or two chunks; `chunk_sizes` entries each) and allocates the shards.
-Parameters make_parameters(Rank& rank, ParameterTable table, const std::vector<int>& chunk_sizes,
+Parameters make_parameters(Rank& rank, ParameterTable table, const vector<int>& chunk_sizes,
                            bool gather_layer);
 // Every piece's fragment in this rank's shards, in unit order.
-std::vector<Fragment> fragments(const Parameters& parameters);
+vector<Fragment> fragments(const Parameters& parameters);
 // Draws each element of the masters from (seed, Hugging Face name, element index): independent of
 // the layout.
 void initialize(Rank& rank, Parameters& parameters, uint64_t seed);

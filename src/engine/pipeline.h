@@ -31,7 +31,7 @@ struct Flight {
   Tensor x;            // running value: [T, D]
   Tensor output_grad;  // received, or left by the chunk after this one on the same rank
   Tensor input_grad;   // result of the backward; to be sent
-  std::vector<Layer> layers;
+  vector<Layer> layers;
   TapeRange prolog, epilog;
 };
 
@@ -40,8 +40,8 @@ struct Pipeline {
   typename M::Config config;
   ModelShape shape;
   PipelineOptions options;
-  std::vector<M> chunks;               // the stages this rank holds
-  std::vector<ChunkLayers> layers_of;  // what each chunk holds
+  vector<M> chunks;               // the stages this rank holds
+  vector<ChunkLayers> layers_of;  // what each chunk holds
   Parameters parameters;
   std::map<std::pair<int, int>, Flight> flights;  // by (chunk, micro-batch)
 };
@@ -54,13 +54,13 @@ void make_pipeline(Rank& rank, Pipeline<M>& p, const Json& json, const PipelineO
   p.layers_of = chunk_layers(options.schedule, rank.mesh.pp, rank.mesh.pp_rank, p.shape.num_layers);
   p.chunks.resize(p.layers_of.size());
   ParameterTable table;
-  std::vector<int> sizes;
+  vector<int> sizes;
   const int local = p.shape.num_experts / rank.mesh.ep;
   for (size_t i = 0; i < p.chunks.size(); i++) {
     const ChunkLayers& c = p.layers_of[i];
     const StagePart part{c.first, c.count, c.prolog, c.epilog, rank.mesh.ep_rank * local, local};
     ParameterTable own = p.chunks[i].parameters(p.config, part, options.init_std);
-    sizes.push_back(static_cast<int>(own.size()));
+    sizes.push_back(int(own.size()));
     table.insert(table.end(), own.begin(), own.end());
     p.chunks[i].prepare(rank, p.config, options.length);
   }
@@ -179,7 +179,7 @@ template <Model M>
 void run_one_step(Rank& rank, Pipeline<M>& p, StepIo& io, const Step& s) {
   const int local = s.layer - p.layers_of[s.chunk].first;
   rank.status->layer = s.layer;
-  rank.status->stage = static_cast<int>(s.part);
+  rank.status->stage = int(s.part);
   rank.status->micro_batch = s.mb;
   rank.status->chunk = s.chunk;
   FlatUnit* unit = unit_of(p, s);
@@ -259,7 +259,7 @@ void end_backward(const Rank& rank, Pipeline<M>& p, int chunk, int mb) {
 template <Model M>
 void send_and_receive(Rank& rank, Pipeline<M>& p, const StepIo& io, const ActionList& actions,
                       size_t begin, size_t end, const ScheduleOptions& schedule) {
-  std::vector<Transfer> list;
+  vector<Transfer> list;
   for (size_t i = begin; i < end; i++) {
     const Action& a = actions[i];
     Flight& f = p.flights[{a.chunk, a.mb}];
@@ -268,13 +268,12 @@ void send_and_receive(Rank& rank, Pipeline<M>& p, const StepIo& io, const Action
                                    : (activation ? f.input : f.output_grad);
     if (a.what == Do::Recv)
       t = empty(rank, {io.batches[a.mb].tokens.numel(), p.shape.hidden}, rank.compute);
-    list.push_back(
-        {a.what == Do::Send ? Transfer::Send : Transfer::Recv,
-         a.peer,
-         t,
-         {static_cast<int>(a.payload), message_stage(schedule, rank.mesh.pp_rank, a), a.mb}});
+    list.push_back({a.what == Do::Send ? Transfer::Send : Transfer::Recv,
+                    a.peer,
+                    t,
+                    {int(a.payload), message_stage(schedule, rank.mesh.pp_rank, a), a.mb}});
   }
-  send_recv(rank, Group::Pp, list.data(), static_cast<int>(list.size()), "pipeline transfer");
+  send_recv(rank, Group::Pp, list.data(), int(list.size()), "pipeline transfer");
   for (size_t i = begin; i < end; i++) {
     const Action& a = actions[i];
     if (a.what != Do::Send) continue;

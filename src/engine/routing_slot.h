@@ -9,7 +9,7 @@ namespace pith {
 // How a rank's micro-batches map to the step's tokens.
 struct RoutingSlot {
   RoutingStep* step = nullptr;
-  std::vector<std::vector<int64_t>> tokens;  // [micro-batch][local token]: index in the step
+  vector<vector<int64_t>> tokens;  // [micro-batch][local token]: index in the step
 };
 
 // I32 ids [T, k] to force on layer `layer` of a micro-batch; undefined where nothing is forced.

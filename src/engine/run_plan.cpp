@@ -5,7 +5,7 @@
 namespace pith {
 
 static DType compute_type(const RunConfig& config, Device device) {
-  const std::string& precision = config.train.precision;
+  const string& precision = config.train.precision;
   if (device == Device::CPU && precision == "bf16")
     bad_input("train.precision", "the CPU computes in FP32 (got \"bf16\", need \"fp32\")",
               "train.precision = \"auto\"");
@@ -45,7 +45,7 @@ static ScheduleOptions plan_schedule(const RunPlan& plan) {
   ScheduleOptions s;
   s.kind = schedule_kind(parallel.schedule, parallel.pp, parallel.ep);
   s.pp = parallel.pp;
-  s.micro_batches = static_cast<int>(plan.batch.num_micro_batches());
+  s.micro_batches = int(plan.batch.num_micro_batches());
   s.weight_grad_batch = parallel.weight_grad_batch;
   s.gather_step = parallel.gather == "step";
   const int least = min_micro_batches(s);
@@ -112,9 +112,9 @@ double flops_per_token(const RunPlan& plan) {
 
 // The rank's tables, as make_pipeline() lays them out.
 static Parameters rank_layout(const RunPlan& plan, int rank, const ParameterTable& whole,
-                              const std::vector<ChunkLayers>& chunks) {
+                              const vector<ChunkLayers>& chunks) {
   ParameterTable table;
-  std::vector<int> sizes;
+  vector<int> sizes;
   for (const ChunkLayers& c : chunks) {
     const size_t before = table.size();
     for (Parameter p : whole) {
@@ -124,18 +124,18 @@ static Parameters rank_layout(const RunPlan& plan, int rank, const ParameterTabl
       if (p.unit == UnitKind::Experts) p.dims[0] = plan.shape.num_experts / plan.mesh.ep;
       table.push_back(std::move(p));
     }
-    sizes.push_back(static_cast<int>(table.size() - before));
+    sizes.push_back(int(table.size() - before));
   }
   const auto place = [&](Group g) {
-    const std::vector<int> members = group_members(plan.mesh, g, rank);
+    const vector<int> members = group_members(plan.mesh, g, rank);
     const auto me = std::ranges::find(members, rank) - members.begin();
-    return ShardPlace{static_cast<int>(members.size()), static_cast<int>(me)};
+    return ShardPlace{int(members.size()), int(me)};
   };
   return layout_parameters(std::move(table), sizes, plan.pipeline.gather_layer,
                            place(Group::DenseShard), place(Group::ExpertShard));
 }
 
-std::vector<RankMemory> rank_memory(const RunPlan& plan) {
+vector<RankMemory> rank_memory(const RunPlan& plan) {
   const ModelShape& s = plan.shape;
   const ParameterTable whole = whole_table(plan.model);
   int64_t expert_width = 0;
@@ -148,14 +148,14 @@ std::vector<RankMemory> rank_memory(const RunPlan& plan) {
   const int64_t tokens = plan.batch.micro_batch * plan.config.data.sequence_length / plan.mesh.cp;
   const int64_t value = size_of(plan.compute);
   const ScheduleCheck live = check_schedule(plan.schedule, make_schedules(plan.schedule));
-  std::vector<RankMemory> ranks;
+  vector<RankMemory> ranks;
   for (int rank = 0; rank < plan.mesh.world(); rank++) {
-    const std::vector<ChunkLayers> chunks = chunk_layers(
+    const vector<ChunkLayers> chunks = chunk_layers(
         plan.schedule.kind, plan.mesh.pp, coord_of(plan.mesh, rank).pp_rank, s.num_layers);
     int64_t layers = 0;
     for (const ChunkLayers& c : chunks) layers += c.count;
     const int64_t per_chunk =
-        tokens * (attention + experts) * value * layers / static_cast<int64_t>(chunks.size());
+        tokens * (attention + experts) * value * layers / int64_t(chunks.size());
     const ParameterBytes bytes =
         parameter_bytes(rank_layout(plan, rank, whole, chunks), plan.compute);
     ranks.push_back({.weights = bytes.master,

@@ -43,6 +43,6 @@ ParameterCounts parameter_counts(const RunPlan& plan);
 double flops_per_token(const RunPlan& plan);
 
 // Bytes by kind of every rank; activations and workspace are estimates.
-std::vector<RankMemory> rank_memory(const RunPlan& plan);
+vector<RankMemory> rank_memory(const RunPlan& plan);
 
 }  // namespace pith

@@ -9,7 +9,7 @@ const char* name_of(ScheduleKind kind) {
   return kind == ScheduleKind::DualPipeV ? "dualpipev" : "1f1b";
 }
 
-ScheduleKind schedule_kind(const std::string& name, int pp, int ep) {
+ScheduleKind schedule_kind(const string& name, int pp, int ep) {
   if (name == "auto") return pp == 1 && ep == 1 ? ScheduleKind::OneF1B : ScheduleKind::DualPipeV;
   for (const ScheduleKind kind : {ScheduleKind::DualPipeV, ScheduleKind::OneF1B})
     if (name == name_of(kind)) return kind;
@@ -27,22 +27,22 @@ int rank_of_stage(ScheduleKind kind, int pp, int stage) {
   return stage < pp ? stage : stages_of(kind, pp) - 1 - stage;
 }
 
-std::vector<int> layer_partition(int layers, int stages) {
+vector<int> layer_partition(int layers, int stages) {
   if (layers < stages)
     bad_input(
         "layers",
         text("are fewer than the pipeline's stages (got %d layers and %d stages)", layers, stages),
         "a smaller parallel.pp, or parallel.schedule = \"1f1b\"");
-  std::vector<int> count(stages, layers / stages);
+  vector<int> count(stages, layers / stages);
   const int extra = layers % stages, interior = std::max(stages - 2, 0);
   for (int i = 0; i < extra; i++) count[i < interior ? i + 1 : 0]++;
   return count;
 }
 
-std::vector<ChunkLayers> chunk_layers(ScheduleKind kind, int pp, int rank, int layers) {
+vector<ChunkLayers> chunk_layers(ScheduleKind kind, int pp, int rank, int layers) {
   const int stages = stages_of(kind, pp);
-  const std::vector<int> count = layer_partition(layers, stages);
-  std::vector<ChunkLayers> chunks;
+  const vector<int> count = layer_partition(layers, stages);
+  vector<ChunkLayers> chunks;
   for (int chunk = 0; chunk < chunks_of(kind); chunk++) {
     const int stage = stage_of(kind, pp, rank, chunk);
     int first = 0;
@@ -301,8 +301,8 @@ ActionList make_schedule(const ScheduleOptions& o, int rank) {
   return std::move(s.list);
 }
 
-std::vector<ActionList> make_schedules(const ScheduleOptions& o) {
-  std::vector<ActionList> lists;
+vector<ActionList> make_schedules(const ScheduleOptions& o) {
+  vector<ActionList> lists;
   for (int rank = 0; rank < o.pp; rank++) lists.push_back(make_schedule(o, rank));
   return lists;
 }

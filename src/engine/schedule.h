@@ -3,8 +3,6 @@
 // defines: Action, ScheduleOptions, make_schedule, check_schedule, Step, steps_of
 #pragma once
 #include <cstdint>
-#include <string>
-#include <vector>
 
 #include "comm/mesh.h"
 #include "models/model.h"
@@ -20,7 +18,7 @@ enum class ScheduleKind : uint8_t { DualPipeV, OneF1B };
 const char* name_of(ScheduleKind kind);  // "dualpipev", "1f1b"
 // The kind called `name`; "auto" is OneF1B at pp = ep = 1 and DualPipeV otherwise. Throws
 // bad_input.
-ScheduleKind schedule_kind(const std::string& name, int pp, int ep);
+ScheduleKind schedule_kind(const string& name, int pp, int ep);
 
 int chunks_of(ScheduleKind kind);  // stages a rank holds: 2 or 1
 inline int stages_of(ScheduleKind kind, int pp) { return pp * chunks_of(kind); }
@@ -29,7 +27,7 @@ int rank_of_stage(ScheduleKind kind, int pp, int stage);
 
 // Layers of each stage, in stage order, summing to `layers`: as equal as can be, extra layers to
 // the first interior stages. Throws bad_input when there are fewer layers than stages.
-std::vector<int> layer_partition(int layers, int stages);
+vector<int> layer_partition(int layers, int stages);
 
 enum class Do : uint8_t {
   F,       // forward of (chunk, mb)
@@ -63,7 +61,7 @@ struct Action {
   int backward_chunk() const { return what == Do::FB ? chunk2 : chunk; }
   int backward_mb() const { return what == Do::FB ? mb2 : mb; }
 };
-using ActionList = std::vector<Action>;  // of one rank
+using ActionList = vector<Action>;  // of one rank
 
 struct ScheduleOptions {
   ScheduleKind kind = ScheduleKind::DualPipeV;
@@ -80,7 +78,7 @@ int min_micro_batches(const ScheduleOptions& options);
 
 // The list of pipeline rank `rank`. Throws bad_input when there are too few micro-batches.
 ActionList make_schedule(const ScheduleOptions& options, int rank);
-std::vector<ActionList> make_schedules(const ScheduleOptions& options);  // of all pp ranks
+vector<ActionList> make_schedules(const ScheduleOptions& options);  // of all pp ranks
 
 // Stage whose output the message carries: the one that made it.
 int message_stage(const ScheduleOptions& options, int rank, const Action& transfer);
@@ -95,7 +93,7 @@ struct ActionTime {
 struct ScheduleCheck {
   int rank = -1;
   int action = -1;  // index in that rank's list; its size when something is missing at the end
-  std::string why;
+  string why;
   bool ok() const { return rank < 0; }
   int peak_live = 0;      // most micro-batches of activations held by one rank, both chunks
   int peak_deferred = 0;  // most (chunk, micro-batch) pairs whose weight gradients were deferred
@@ -104,19 +102,19 @@ struct ScheduleCheck {
   int ranks = 0;
   // By rank and action; a forward, the gradient of its input and its weight gradients take 1
   // each, everything else nothing.
-  std::vector<std::vector<ActionTime>> times;
+  vector<vector<ActionTime>> times;
 };
 
 // Proves the lists of all pp ranks: every F, B and W exactly once and after what it needs, every
 // message of the right kind, stage and micro-batch in untagged posted order, no deadlock when every
 // group call blocks until all of it is matched, and live micro-batches bounded (2*pp + 1 for
 // DualPipeV, pp - rank for OneF1B). Times them on the way.
-ScheduleCheck check_schedule(const ScheduleOptions& options, const std::vector<ActionList>& lists);
+ScheduleCheck check_schedule(const ScheduleOptions& options, const vector<ActionList>& lists);
 
 // One line an action ("F0.3", "B1.2+" deferred, "W1.2-4", "F0.5|B1.3", "send F0.3 > 1",
 // "recv B1.2 < 1", "gather 0", "reduce 1"); parsing is its inverse and throws bad_input(place).
-std::string to_text(const Action& action);
-Action parse_action(const std::string& line, const std::string& place);
+string to_text(const Action& action);
+Action parse_action(const string& line, const string& place);
 
 // --- inside an action: the five stages of each layer, as data ---
 
@@ -149,20 +147,20 @@ struct ChunkLayers {
   bool prolog = false, epilog = false;
 };
 // The layers of each chunk of pipeline rank `rank`.
-std::vector<ChunkLayers> chunk_layers(ScheduleKind kind, int pp, int rank, int layers);
+vector<ChunkLayers> chunk_layers(ScheduleKind kind, int pp, int rank, int layers);
 
 // The steps of a compute action, in the one order in which they and their collectives are issued;
 // in FB the two micro-batches' stages interleave so that the one's dispatch and combine run beside
 // the other's compute. Empty for Send, Recv, Gather and Reduce. `gather_layer` adds the Gather,
 // Release and Reduce steps of layer-wise sharding. Dense layers have the steps of others, which
 // find no experts.
-std::vector<Step> steps_of(const Action& action, const std::vector<ChunkLayers>& chunks,
-                           bool forward_only, bool gather_layer);
+vector<Step> steps_of(const Action& action, const vector<ChunkLayers>& chunks, bool forward_only,
+                      bool gather_layer);
 
 // Proves the lists of all ranks of a mesh, collectives of sharding, experts and context included:
 // the members of each group issue the same collectives in the same order, and all of them with the
 // messages of the pipeline come to an end. `lists` has one entry a global rank.
 ScheduleCheck check_collectives(const ScheduleOptions& options, const Mesh& mesh, int layers,
-                                bool gather_layer, const std::vector<ActionList>& lists);
+                                bool gather_layer, const vector<ActionList>& lists);
 
 }  // namespace pith

@@ -12,12 +12,12 @@ namespace {
 
 struct Fault {
   int rank, action;
-  std::string why;
+  string why;
 };
 
 // "rank 2, action 17 (F0.8)"
-std::string where(int rank, const ActionList& list, int action) {
-  if (action == static_cast<int>(list.size())) return text("rank %d, at the end", rank);
+string where(int rank, const ActionList& list, int action) {
+  if (action == int(list.size())) return text("rank %d, at the end", rank);
   return text("rank %d, action %d (%s)", rank, action, to_text(list[action]).c_str());
 }
 
@@ -32,8 +32,8 @@ constexpr const char* kFacts[] = {"recv F%d.%d", "F%d.%d",   "send F%d.%d", "rec
 // Walks a list; throws the reason at the first action that is wrong.
 struct ListWalk {
   const ScheduleOptions& o;
-  int rank;                                                                     // of the pipeline
-  std::vector<uint16_t> facts = std::vector<uint16_t>(2 * o.micro_batches, 0);  // bits
+  int rank;                                                           // of the pipeline
+  vector<uint16_t> facts = vector<uint16_t>(2 * o.micro_batches, 0);  // bits
   int live = 0, peak_live = 0, deferred = 0, peak_deferred = 0;
 
   bool has(int chunk, int mb, Fact f) const { return facts[chunk * o.micro_batches + mb] >> f & 1; }
@@ -48,7 +48,7 @@ struct ListWalk {
   void need_range(int chunk, int first, int count = 1) const {
     if (chunk < 0 || chunk >= chunks_of(o.kind) || first < 0 || count < 1 ||
         first + count > o.micro_batches)
-      throw std::string("names no chunk and micro-batch of this rank");
+      throw string("names no chunk and micro-batch of this rank");
   }
   // The rank where (chunk, mb) comes from or goes to; -1: there is none, or it is this one.
   int peer(int chunk, int step) const {
@@ -88,7 +88,7 @@ struct ListWalk {
     if (peak_live <= limit || o.forward_only) return;
     const auto oldest =
         std::ranges::find_if(facts, [](uint16_t f) { return (f >> kF & 1) && !(f >> kB & 1); });
-    const int i = static_cast<int>(oldest - facts.begin());
+    const int i = int(oldest - facts.begin());
     throw text(
         "activations of too many micro-batches are held (got %d, need at most %d); "
         "B%d.%d has not run",
@@ -117,7 +117,7 @@ struct ListWalk {
   }
   void collective(const Action& a) {
     need_range(a.chunk, 0);
-    if (!o.gather_step) throw std::string("weights are not gathered for the whole step");
+    if (!o.gather_step) throw string("weights are not gathered for the whole step");
     for (int mb = 0; mb < o.micro_batches && a.what == Do::Reduce; mb++) {
       need(a.chunk, mb, kB);
       need(a.chunk, mb, kW);
@@ -127,7 +127,7 @@ struct ListWalk {
   void step(const Action& a) {
     if (o.forward_only && (a.has_backward() || a.what == Do::W || a.what == Do::Reduce ||
                            a.payload == Payload::Gradient))
-      throw std::string("a forward-only list has no backward");
+      throw string("a forward-only list has no backward");
     if (a.is_message()) message(a);
     if (a.is_collective()) collective(a);
     if (a.what == Do::W) weight_grads(a);
@@ -157,9 +157,9 @@ void walk_list(const ScheduleOptions& o, const Mesh& mesh, int rank, const Actio
   ListWalk walk{o, coord_of(mesh, rank).pp_rank};
   int i = 0;
   try {
-    for (; i < static_cast<int>(list.size()); i++) walk.step(list[i]);
+    for (; i < int(list.size()); i++) walk.step(list[i]);
     walk.end();
-  } catch (const std::string& why) {
+  } catch (const string& why) {
     throw Fault{rank, i, why};
   }
   result.peak_live = std::max(result.peak_live, walk.peak_live);
@@ -180,8 +180,8 @@ struct Visit {
   double time = 0;
 };
 struct Place {
-  std::vector<int> members;                            // ranks; sender and receiver
-  std::vector<std::vector<const Visit*>> visits = {};  // by seat
+  vector<int> members;                       // ranks; sender and receiver
+  vector<vector<const Visit*>> visits = {};  // by seat
 };
 
 // What a rank does next: computes for a while, then stands in a collective or in the messages of
@@ -189,23 +189,23 @@ struct Place {
 struct Event {
   int action = 0;
   double duration = 0;
-  std::vector<Visit> visits = {};
+  vector<Visit> visits = {};
 };
 
-std::string collective_text(const Step& s) {
+string collective_text(const Step& s) {
   constexpr const char* parts[] = {"prolog",  "attention", "dispatch", "experts",
                                    "combine", "residual",  "epilog",   "weights",
                                    "gather",  "release",   "reduce"};
   constexpr const char* units[] = {"embedding", "layer", "experts", "head"};
   const bool sharding = s.part == Part::Gather || s.part == Part::Reduce;
-  return text("%s%s of chunk %d, layer %d, ", parts[static_cast<int>(s.part)],
-              s.backward ? " (backward)" : "", s.chunk, s.layer) +
-         (sharding ? units[static_cast<int>(s.unit)] : text("micro-batch %d", s.mb));
+  return text("%s%s of chunk %d, layer %d, ", parts[int(s.part)], s.backward ? " (backward)" : "",
+              s.chunk, s.layer) +
+         (sharding ? units[int(s.unit)] : text("micro-batch %d", s.mb));
 }
 
 struct Replay {
   struct RankState {
-    std::vector<Event> events = {};
+    vector<Event> events = {};
     size_t next = 0;
     bool inside = false;  // of the next event
     double time = 0;
@@ -215,9 +215,9 @@ struct Replay {
 
   const ScheduleOptions& o;
   const Mesh& mesh;
-  const std::vector<ActionList>& lists;  // by global rank
+  const vector<ActionList>& lists;  // by global rank
   ScheduleCheck& result;
-  std::vector<RankState> ranks = std::vector<RankState>(lists.size());
+  vector<RankState> ranks = vector<RankState>(lists.size());
   std::map<std::array<int, 3>, Place> places = {};  // by group, first member, receiver
 
   // ---- What a rank does ----
@@ -229,7 +229,7 @@ struct Replay {
     const int stage = message_stage(o, coord.pp_rank, a);
     coord.pp_rank = a.peer;
     const int peer = rank_of(mesh, coord), from = send ? rank : peer, to = send ? peer : rank;
-    Place& place = places[{static_cast<int>(Group::Pp), from, to}];
+    Place& place = places[{int(Group::Pp), from, to}];
     place.members = {from, to};
     const Step what{.backward = a.payload == Payload::Gradient, .mb = a.mb, .layer = stage};
     return {&place, send ? 0 : 1, rank, action, what};
@@ -245,18 +245,18 @@ struct Replay {
       s.mb = s.backward = 0;  // a unit's, whatever micro-batch it is for
     else
       return;
-    const std::vector<int> members = group_members(mesh, group, rank);
+    const vector<int> members = group_members(mesh, group, rank);
     if (members.size() == 1) return;
-    Place& place = places[{static_cast<int>(group), members[0], 0}];
+    Place& place = places[{int(group), members[0], 0}];
     place.members = members;
     const auto seat = std::ranges::find(members, rank) - members.begin();
     ranks[rank].events.push_back(
-        {.action = action, .visits = {{&place, static_cast<int>(seat), rank, action, s}}});
+        {.action = action, .visits = {{&place, int(seat), rank, action, s}}});
   }
   // Gather and Reduce actions: all units of the chunk, in order or in reverse.
   void add_units(int rank, int action, const ChunkLayers& c) {
     const Action& a = lists[rank][action];
-    std::vector<Step> units;
+    vector<Step> units;
     const auto add = [&](UnitKind unit, int layer) {
       const Part part = a.what == Do::Gather ? Part::Gather : Part::Reduce;
       units.push_back({.part = part, .chunk = a.chunk, .layer = layer, .unit = unit});
@@ -273,15 +273,15 @@ struct Replay {
   // Messages and times alone; with `layers` > 0, collectives too.
   void add_events(int rank, int layers, bool gather_layer) {
     const ActionList& list = lists[rank];
-    std::vector<ChunkLayers> chunks;
+    vector<ChunkLayers> chunks;
     if (layers) chunks = chunk_layers(o.kind, o.pp, coord_of(mesh, rank).pp_rank, layers);
-    for (int i = 0; i < static_cast<int>(list.size()); i++) {
+    for (int i = 0; i < int(list.size()); i++) {
       const Action& a = list[i];
-      std::vector<Event>& events = ranks[rank].events;
+      vector<Event>& events = ranks[rank].events;
       if (!a.is_message() || i == 0 || !list[i - 1].is_message()) {
         const int backward = a.has_backward() ? (a.defer ? 1 : 2) : 0;
         const int weights = a.what == Do::W ? a.count : 0;
-        events.push_back({i, static_cast<double>(a.has_forward() + backward + weights)});
+        events.push_back({i, double(a.has_forward() + backward + weights)});
       }
       if (a.is_message()) events.back().visits.push_back(message(rank, i));
       if (!layers) continue;
@@ -302,7 +302,7 @@ struct Replay {
     for (const auto& others : visits) {
       if (others.size() <= v.turn || others[v.turn]->what == v.what) continue;
       const Visit& other = *others[v.turn];
-      std::string why = "does not match " + where(other.rank, lists[other.rank], other.action);
+      string why = "does not match " + where(other.rank, lists[other.rank], other.action);
       if (!lists[v.rank][v.action].is_message())
         why += ": " + collective_text(v.what) + " against " + collective_text(other.what);
       throw Fault{v.rank, v.action, why};
@@ -318,7 +318,7 @@ struct Replay {
   // Begins the rank's next event, and ends it unless someone is missing. Whether it ended.
   bool advance(int rank) {
     RankState& r = ranks[rank];
-    std::vector<ActionTime>& times = result.times[rank];
+    vector<ActionTime>& times = result.times[rank];
     if (r.ended()) return false;
     Event& e = r.events[r.next];
     if (!r.inside) {
@@ -341,7 +341,7 @@ struct Replay {
   [[noreturn]] void deadlock(int rank) const {
     for (size_t i = 0; i < ranks.size(); i++)  // into the circle, or to who waits in vain
       if (!ranks[missing(rank)].ended()) rank = missing(rank);
-    std::string chain = "deadlock: waits";
+    string chain = "deadlock: waits";
     int at = rank;
     do {
       at = missing(at);
@@ -353,7 +353,7 @@ struct Replay {
   }
   void run() {
     for (const ActionList& list : lists) result.times.emplace_back(list.size(), ActionTime{-1, -1});
-    const int count = static_cast<int>(ranks.size());
+    const int count = int(ranks.size());
     for (bool moved = true; moved;) {
       moved = false;
       for (int r = 0; r < count; r++)
@@ -369,9 +369,9 @@ struct Replay {
 }  // namespace
 
 ScheduleCheck check_collectives(const ScheduleOptions& o, const Mesh& mesh, int layers,
-                                bool gather_layer, const std::vector<ActionList>& lists) {
+                                bool gather_layer, const vector<ActionList>& lists) {
   ScheduleCheck result;
-  result.ranks = static_cast<int>(lists.size());
+  result.ranks = int(lists.size());
   if (result.ranks != mesh.world()) {
     result.rank = result.action = 0;
     result.why = text("lists of %d ranks (need %d)", result.ranks, mesh.world());
@@ -390,7 +390,7 @@ ScheduleCheck check_collectives(const ScheduleOptions& o, const Mesh& mesh, int 
   return result;
 }
 
-ScheduleCheck check_schedule(const ScheduleOptions& o, const std::vector<ActionList>& lists) {
+ScheduleCheck check_schedule(const ScheduleOptions& o, const vector<ActionList>& lists) {
   return check_collectives(o, Mesh{.pp = o.pp}, 0, false, lists);
 }
 

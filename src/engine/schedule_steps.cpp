@@ -24,7 +24,7 @@ struct Half {
 };
 
 struct StepList {
-  std::vector<Step> steps = {};
+  vector<Step> steps = {};
 
   void add(const Half& h, Part part, int i) { steps.push_back(h.step(part, h.layer(i))); }
   void weights(const Half& h, UnitKind unit, int layer, int count = 1) {
@@ -148,10 +148,10 @@ UnitKind unit_of(const Step& s) {
 
 // Units in full form are at most two: one in use and the next one, whose gather runs beside it.
 struct Gatherer {
-  const std::vector<Step>& in;
+  const vector<Step>& in;
   bool forward_only;
-  std::vector<Step> out = {};
-  std::vector<Step> full = {};  // the Gather step of each
+  vector<Step> out = {};
+  vector<Step> full = {};  // the Gather step of each
 
   static bool same_unit(const Step& gathered, const Step& use) {
     return uses_unit(use) && gathered.chunk == use.chunk && gathered.layer == use.layer &&
@@ -170,7 +170,7 @@ struct Gatherer {
     s.part = Part::Release;
     s.backward = false;
     out.push_back(s);
-    full.erase(full.begin() + static_cast<int64_t>(index));
+    full.erase(full.begin() + int64_t(index));
   }
   // Gathers what step `at` uses; where two units are full, the one needed later makes room.
   void gather(size_t at) {
@@ -213,8 +213,8 @@ struct Gatherer {
 
 }  // namespace
 
-std::vector<Step> steps_of(const Action& a, const std::vector<ChunkLayers>& chunks,
-                           bool forward_only, bool gather_layer) {
+vector<Step> steps_of(const Action& a, const vector<ChunkLayers>& chunks, bool forward_only,
+                      bool gather_layer) {
   if (a.what != Do::F && a.what != Do::B && a.what != Do::W && a.what != Do::FB) return {};
   const bool fused = a.what == Do::FB;
   const Half f{false, a.chunk, a.mb, chunks[a.chunk], false};

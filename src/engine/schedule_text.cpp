@@ -3,7 +3,7 @@
 
 namespace pith {
 
-std::string to_text(const Action& a) {
+string to_text(const Action& a) {
   const char* plus = a.defer ? "+" : "";
   switch (a.what) {
     case Do::F: return text("F%d.%d", a.chunk, a.mb);
@@ -21,7 +21,7 @@ std::string to_text(const Action& a) {
 }
 
 // Reads generously, and takes only what prints as the same line.
-Action parse_action(const std::string& line, const std::string& place) {
+Action parse_action(const string& line, const string& place) {
   const char* s = line.c_str();
   Action a{.defer = line.ends_with('+')};
   char payload = 'F';
@@ -40,7 +40,7 @@ Action parse_action(const std::string& line, const std::string& place) {
     a.what = Do::B;
   } else if (const int n = sscanf(s, "W%d.%d-%d", &a.chunk, &a.mb, &last); n >= 2) {
     a.what = Do::W;
-    a.count = n == 3 ? static_cast<int>(int64_t{last} - a.mb + 1) : 1;
+    a.count = n == 3 ? int(int64_t{last} - a.mb + 1) : 1;
   } else {
     sscanf(s, "F%d.%d", &a.chunk, &a.mb);
   }

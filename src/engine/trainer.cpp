@@ -54,15 +54,15 @@ struct RankState {
 // Sums over the ranks of a step, in one all-reduce.
 struct StepTotals {
   double loss = 0, stop = 0;
-  std::vector<double> balance_loss, counts;
+  vector<double> balance_loss, counts;
 };
 
 StepTotals reduce_totals(Rank& rank, const StepIo& io, const BalanceState& balance) {
-  std::vector<double> all = {0.0, stop_requested() ? 1.0 : 0.0};
+  vector<double> all = {0.0, stop_requested() ? 1.0 : 0.0};
   for (const double loss : io.loss) all[0] += loss;
   all.insert(all.end(), balance.loss.begin(), balance.loss.end());
   all.insert(all.end(), balance.counts.begin(), balance.counts.end());
-  all_reduce(rank, Group::World, all.data(), static_cast<int>(all.size()), Reduce::Sum,
+  all_reduce(rank, Group::World, all.data(), int(all.size()), Reduce::Sum,
              "all_reduce step totals");
   const auto counts = all.begin() + 2 + static_cast<ptrdiff_t>(balance.loss.size());
   return {all[0], all[1], {all.begin() + 2, counts}, {counts, all.end()}};
@@ -102,12 +102,12 @@ void start(Rank& rank, Run& run, RankState& state) {
 
 // Copies this rank's part of `value(unit)` into full tensors by name.
 template <class Value>
-void collect(Rank& rank, const Parameters& p, Probe& probe,
-             std::map<std::string, std::vector<float>>& out, Value value) {
+void collect(Rank& rank, const Parameters& p, Probe& probe, std::map<string, vector<float>>& out,
+             Value value) {
   if (group_rank(rank, Group::Replicate) != 0) return;
   const std::lock_guard lock(probe.mutex);
   for (const Fragment& f : fragments(p)) {
-    std::vector<float>& whole = out[f.piece->name];
+    vector<float>& whole = out[f.piece->name];
     whole.resize(f.piece->dims.numel());
     const float* from = value(p.units[f.unit]).f32() + f.offset;
     std::copy(from, from + f.count, whole.begin() + f.begin);
@@ -118,7 +118,7 @@ void plant_fault(const Run& run, Parameters& p) {
   const Probe& probe = *run.options.probe;
   for (FlatUnit& unit : p.units)
     for (int64_t i = 0; unit.kind == UnitKind::Experts && i < unit.shard_count; i++)
-      unit.grad_shard.f32()[i] *= static_cast<float>(probe.gradient_fault);
+      unit.grad_shard.f32()[i] *= float(probe.gradient_fault);
 }
 
 // Runs the step's list and leaves reduced gradients; the totals and the gradient norm are returned.
@@ -164,8 +164,8 @@ void finish_routing(Rank& rank, Run& run, const RankState& state) {
 // checked, so that the error names the op that made the first one.
 [[noreturn]] void explain_nonfinite(Rank& rank, Run& run, RankState& state, double loss,
                                     double norm) {
-  const std::string where = text("step %lld", static_cast<long long>(state.step + 1));
-  const std::string what =
+  const string where = text("step %ld", state.step + 1);
+  const string what =
       text("loss or gradient is not finite (got loss %g, gradient norm %g)", loss, norm);
   const char* remedy = "a lower optimizer.lr, or train.on_nonfinite = \"skip\"";
   if (rank.id == 0) log_warning("%s: %s: looking for the op", where.c_str(), what.c_str());
@@ -186,7 +186,7 @@ void publish(Run& run, const StepMetrics& m) {
   if (m.step % interval == 0 || m.step == m.steps || m.step == 1 || m.eval_loss)
     log_info("%s", step_line(m).c_str());
   if (run.metrics) run.metrics->append(m);
-  if (run.tensorboard) run.tensorboard->step(m, static_cast<double>(time(nullptr)));
+  if (run.tensorboard) run.tensorboard->step(m, double(time(nullptr)));
 }
 
 // One optimiser step. Returns what to publish.
@@ -194,7 +194,7 @@ StepMetrics train_step(Rank& rank, Run& run, RankState& state, CheckpointSaver* 
   const RunConfig& config = run.plan.config;
   Parameters& parameters = *state.instance.parameters;
   const double began = now_s();
-  rank.status->step = static_cast<int>(state.step + 1);
+  rank.status->step = int(state.step + 1);
   rank.allocator->reset_peak();
   LoadedBatches loaded = make_batches(rank, run.data, run.plan.batch, state.step, Split::Train);
   prepare_routing(rank, run, state);
@@ -237,15 +237,15 @@ StepMetrics train_step(Rank& rank, Run& run, RankState& state, CheckpointSaver* 
   m.forced_balanced = config.router.force == "balanced";
   if (state.balance.kind != BalanceKind::None) m.balance_loss = totals.balance_loss;
   m.load = expert_load(totals.counts, run.plan.shape.num_experts);
-  double most[] = {now_s() - began, static_cast<double>(rank.allocator->peak_bytes),
+  double most[] = {now_s() - began, double(rank.allocator->peak_bytes),
                    saver ? saver->take_stall() : 0.0};
   all_reduce(rank, Group::World, most, 3, Reduce::Max, "all_reduce step time");
   m.seconds = most[0];
   m.peak_memory_bytes = most[1];
   m.checkpoint_stall_s = most[2];
-  const double pace = (now_s() - state.began_s) /
-                      static_cast<double>(std::max<int64_t>(1, state.step - state.first_step));
-  m.left_s = pace * static_cast<double>(m.steps - m.step);
+  const double pace =
+      (now_s() - state.began_s) / double(std::max<int64_t>(1, state.step - state.first_step));
+  m.left_s = pace * double(m.steps - m.step);
   stop = totals.stop > 0;
   return m;
 }
@@ -304,7 +304,7 @@ void train_rank(Rank& rank, Run& run) {
 // Folder, lock, log, and where the run goes on from.
 void open_run(Run& run) {
   const RunConfig& config = run.plan.config;
-  const std::string& folder = config.run.folder;
+  const string& folder = config.run.folder;
   run.resume_from = find_checkpoint(folder);
   if (run.resume_from) {
     check_resumable(*run.resume_from, run.identity);
@@ -313,7 +313,7 @@ void open_run(Run& run) {
   const int64_t step = run.resume_from ? run.resume_from->state.step : 0;
   write_file_durably(folder + "/config.toml", to_toml(config));
   run.metrics.emplace(folder + "/metrics.jsonl", step);
-  run.tensorboard.emplace(folder + "/tensorboard", step + 1, static_cast<double>(time(nullptr)));
+  run.tensorboard.emplace(folder + "/tensorboard", step + 1, double(time(nullptr)));
 }
 
 }  // namespace

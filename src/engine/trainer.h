@@ -3,8 +3,6 @@
 #pragma once
 #include <map>
 #include <mutex>
-#include <string>
-#include <vector>
 
 #include "engine/run_plan.h"
 #include "observe/routing_trace.h"
@@ -13,19 +11,19 @@ namespace pith {
 
 // What the equality of layouts is judged by; filled by all ranks of a run.
 struct Probe {
-  int64_t steps = 8;                                    // the run ends after these
-  std::mutex mutex;                                     // of the maps, which ranks fill
-  std::vector<double> loss, norm;                       // by step; loss in nats a label
-  std::vector<double> balance;                          // by step: mean over layers, unscaled
-  std::map<std::string, std::vector<float>> gradients;  // of step 1, before clipping, by tensor
-  std::map<std::string, std::vector<float>> weights;    // after the last step
-  std::vector<RoutingStep> routing;  // by step: ids, and the logit gap behind each
-  double gradient_fault = 1;         // a fault to plant: factor on the experts' gradients
+  int64_t steps = 8;                          // the run ends after these
+  std::mutex mutex;                           // of the maps, which ranks fill
+  vector<double> loss, norm;                  // by step; loss in nats a label
+  vector<double> balance;                     // by step: mean over layers, unscaled
+  std::map<string, vector<float>> gradients;  // of step 1, before clipping, by tensor
+  std::map<string, vector<float>> weights;    // after the last step
+  vector<RoutingStep> routing;                // by step: ids, and the logit gap behind each
+  double gradient_fault = 1;                  // a fault to plant: factor on the experts' gradients
 };
 
 struct TrainOptions {
-  std::string routing_trace, routing_replay;  // folders; empty: off
-  Probe* probe = nullptr;                     // no run folder, no checkpoints, no evaluation
+  string routing_trace, routing_replay;  // folders; empty: off
+  Probe* probe = nullptr;                // no run folder, no checkpoints, no evaluation
   bool exit_on_failure = true;
   bool debug = false;  // PITH_DEBUG=1
 };

@@ -10,9 +10,9 @@
 
 namespace pith {
 
-static bool exists(const std::string& path) { return access(path.c_str(), F_OK) == 0; }
+static bool exists(const string& path) { return access(path.c_str(), F_OK) == 0; }
 
-WeightSource open_weights(const std::string& folder) {
+WeightSource open_weights(const string& folder) {
   WeightSource source;
   source.folder = folder;
   if (exists(folder + "/manifest.json")) {
@@ -33,11 +33,11 @@ WeightSource open_weights(const std::string& folder) {
 
 // A weight of either kind of source.
 struct FoundWeight {
-  std::vector<int64_t> shape;
+  vector<int64_t> shape;
   FileDType dtype = FileDType::F32;
 };
-static std::map<std::string, FoundWeight> weights_of(const WeightSource& source) {
-  std::map<std::string, FoundWeight> found;
+static std::map<string, FoundWeight> weights_of(const WeightSource& source) {
+  std::map<string, FoundWeight> found;
   if (source.checkpoint) {
     for (const StoredTensor& t : source.checkpoint->tensors)
       if (!is_moment(t.name)) found[t.name] = {t.shape, t.dtype};
@@ -47,7 +47,7 @@ static std::map<std::string, FoundWeight> weights_of(const WeightSource& source)
   return found;
 }
 
-static std::string describe(const FoundWeight& weight) {
+static string describe(const FoundWeight& weight) {
   TensorEntry entry;
   entry.shape = weight.shape;
   entry.dtype = weight.dtype;
@@ -55,41 +55,39 @@ static std::string describe(const FoundWeight& weight) {
 }
 
 // "3 missing: a, b, c"; at most ten are named.
-static void add_list(std::string& out, const char* what, const std::vector<std::string>& names) {
+static void add_list(string& out, const char* what, const vector<string>& names) {
   if (names.empty()) return;
   out += text("%s%zu %s: ", out.empty() ? "" : "; ", names.size(), what);
   for (size_t i = 0; i < std::min<size_t>(names.size(), 10); i++) out += (i ? ", " : "") + names[i];
   if (names.size() > 10) out += ", ...";
 }
 
-static void refuse_nonfinite(const WeightSource& source, const std::vector<const Piece*>& pieces) {
-  std::vector<int64_t> bad(pieces.size());
-  on_threads(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
-    const Piece& piece = *pieces[static_cast<size_t>(i)];
-    std::vector<float> values(1 << 18);
-    const int64_t n = piece.dims.numel(), most = static_cast<int64_t>(values.size());
+static void refuse_nonfinite(const WeightSource& source, const vector<const Piece*>& pieces) {
+  vector<int64_t> bad(pieces.size());
+  on_threads(int64_t(pieces.size()), [&](int64_t i) {
+    const Piece& piece = *pieces[size_t(i)];
+    vector<float> values(1 << 18);
+    const int64_t n = piece.dims.numel(), most = int64_t(values.size());
     for (int64_t at = 0; at < n; at += most) {
       const int64_t count = std::min(most, n - at);
       read_weight(source, piece.name, at, count, values.data());
-      for (int64_t k = 0; k < count; k++)
-        bad[static_cast<size_t>(i)] += !std::isfinite(values[static_cast<size_t>(k)]);
+      for (int64_t k = 0; k < count; k++) bad[size_t(i)] += !std::isfinite(values[size_t(k)]);
     }
   });
-  std::vector<std::string> names;
+  vector<string> names;
   for (size_t i = 0; i < pieces.size(); i++)
     if (bad[i])
-      names.push_back(text("%s (%lld of %lld values)", pieces[i]->name.c_str(),
-                           static_cast<long long>(bad[i]),
-                           static_cast<long long>(pieces[i]->dims.numel())));
-  std::string what;
+      names.push_back(
+          text("%s (%ld of %ld values)", pieces[i]->name.c_str(), bad[i], pieces[i]->dims.numel()));
+  string what;
   add_list(what, "tensors with NaN or Inf", names);
   if (!what.empty()) bad_input(source.folder, what, "weights of a run that did not diverge");
 }
 
 void check_weights(const WeightSource& source, const ParameterTable& whole) {
-  std::map<std::string, FoundWeight> found = weights_of(source);
-  std::vector<std::string> missing, extra, misshapen;
-  std::vector<const Piece*> pieces;
+  std::map<string, FoundWeight> found = weights_of(source);
+  vector<string> missing, extra, misshapen;
+  vector<const Piece*> pieces;
   for (const Parameter& parameter : whole)
     for (const Piece& piece : parameter.pieces) {
       const auto at = found.find(piece.name);
@@ -106,7 +104,7 @@ void check_weights(const WeightSource& source, const ParameterTable& whole) {
       found.erase(at);
     }
   for (const auto& [name, weight] : found) extra.push_back(name + " " + describe(weight));
-  std::string what;
+  string what;
   add_list(what, "missing", missing);
   add_list(what, "not of this model", extra);
   add_list(what, "of another shape or type", misshapen);
@@ -116,7 +114,7 @@ void check_weights(const WeightSource& source, const ParameterTable& whole) {
   refuse_nonfinite(source, pieces);
 }
 
-void read_weight(const WeightSource& source, const std::string& name, int64_t begin, int64_t count,
+void read_weight(const WeightSource& source, const string& name, int64_t begin, int64_t count,
                  float* out) {
   if (source.checkpoint) {
     const StoredTensor* tensor = source.checkpoint->find(name);
@@ -130,7 +128,7 @@ void read_weight(const WeightSource& source, const std::string& name, int64_t be
 void load_weights(Rank&, Parameters& p, const WeightSource& source) {
   for (const Fragment& f : fragments(p))
     read_weight(source, f.piece->name, f.begin, f.count,
-                p.units[static_cast<size_t>(f.unit)].master.f32() + f.offset);
+                p.units[size_t(f.unit)].master.f32() + f.offset);
 }
 
 }  // namespace pith

@@ -5,8 +5,6 @@
 // engine does the communication between. Dimension letters as in ops.h.
 #pragma once
 #include <concepts>
-#include <string>
-#include <vector>
 
 #include "core/json.h"
 #include "ops/ops.h"
@@ -25,7 +23,7 @@ enum class UnitKind : uint8_t { Embedding, Layer, Experts, Head };
 
 // One tensor of a Hugging Face checkpoint.
 struct Piece {
-  std::string name;  // as in the checkpoint: "model.layers.0.self_attn.q_proj.weight"
+  string name;  // as in the checkpoint: "model.layers.0.self_attn.q_proj.weight"
   Dims dims;
   Init init;
   bool muon = false;  // a matrix that Muon orthogonalises
@@ -38,10 +36,10 @@ struct Parameter {
   Tensor* target = nullptr;
   Dims dims;
   UnitKind unit = UnitKind::Layer;
-  int layer = -1;             // -1: outside the layers
-  std::vector<Piece> pieces;  // sizes sum to dims.numel()
+  int layer = -1;        // -1: outside the layers
+  vector<Piece> pieces;  // sizes sum to dims.numel()
 };
-using ParameterTable = std::vector<Parameter>;
+using ParameterTable = vector<Parameter>;
 
 // What of a model a pipeline stage holds, and which experts its rank does.
 struct StagePart {
@@ -68,7 +66,7 @@ struct MoeInput {
 
 // The numbers of a model that engine, planner and reports need, whatever its architecture.
 struct ModelShape {
-  std::string model_type;
+  string model_type;
   int64_t hidden = 0, vocab = 0;
   int num_layers = 0, num_experts = 0, top_k = 0;
   int64_t attention_width = 0;  // H * (size of a query head + size of a value head), for FLOPs

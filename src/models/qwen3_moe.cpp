@@ -49,7 +49,7 @@ static const char* const kReadFields[] = {"head_dim",
                                           "rope_theta",
                                           "vocab_size"};
 
-[[noreturn]] static void refuse(const Json& json, const std::string& field, const char* need) {
+[[noreturn]] static void refuse(const Json& json, const string& field, const char* need) {
   bad_input(
       json.place() + ": " + field,
       text("is not implemented for qwen3_moe (got %s, need %s)", json[field].dump().c_str(), need),
@@ -58,7 +58,7 @@ static const char* const kReadFields[] = {"head_dim",
 
 // Refuses by name each field whose value would change the mathematics.
 static void refuse_unimplemented(const Json& j) {
-  for (const std::string& key : j.keys()) {
+  for (const string& key : j.keys()) {
     bool known = key[0] == '_';
     for (const char* k : kIgnoredFields) known |= key == k;
     for (const char* k : kReadFields) known |= key == k;
@@ -91,7 +91,7 @@ static double read_rope_theta(const Json& j) {
   for (const char* field : {"rope_scaling", "rope_parameters"}) {
     if (!j.has(field) || j[field].is_null()) continue;
     const Json rope = j[field];
-    const std::string type = rope.string_or("rope_type", rope.string_or("type", "default"));
+    const string type = rope.string_or("rope_type", rope.string_or("type", "default"));
     if (type != "default" || rope.double_or("partial_rotary_factor", 1) != 1)
       refuse(j, field, "rope_type \"default\"");
     theta = rope.double_or("rope_theta", theta);
@@ -107,14 +107,14 @@ Qwen3Moe::Config Qwen3Moe::read_config(const Json& j) {
   c.expert_width = j["moe_intermediate_size"].as_int(1, many);
   c.vocab = j["vocab_size"].as_int(1, many);
   c.max_positions = j.int_or("max_position_embeddings", 0);
-  c.num_layers = static_cast<int>(j["num_hidden_layers"].as_int(1, 100000));
+  c.num_layers = int(j["num_hidden_layers"].as_int(1, 100000));
   // Published files say num_experts, transformers 5 writes num_local_experts.
   const char* experts = j.has("num_local_experts") ? "num_local_experts" : "num_experts";
-  c.num_experts = static_cast<int>(j[experts].as_int(1, 100000));
-  c.top_k = static_cast<int>(j["num_experts_per_tok"].as_int(1, c.num_experts));
-  c.heads.query = static_cast<int>(j["num_attention_heads"].as_int(1, 100000));
-  c.heads.kv = static_cast<int>(j["num_key_value_heads"].as_int(1, c.heads.query));
-  c.heads.size = static_cast<int>(j.int_or("head_dim", c.hidden / c.heads.query));
+  c.num_experts = int(j[experts].as_int(1, 100000));
+  c.top_k = int(j["num_experts_per_tok"].as_int(1, c.num_experts));
+  c.heads.query = int(j["num_attention_heads"].as_int(1, 100000));
+  c.heads.kv = int(j["num_key_value_heads"].as_int(1, c.heads.query));
+  c.heads.size = int(j.int_or("head_dim", c.hidden / c.heads.query));
   c.norm_topk_prob = j.bool_or("norm_topk_prob", false);
   c.rms_eps = j.double_or("rms_norm_eps", 1e-6);
   c.rope_theta = read_rope_theta(j);
@@ -158,7 +158,7 @@ ParameterTable Qwen3Moe::parameters(const Config& c, const StagePart& part, doub
                      {{"model.embed_tokens.weight", {V, D}, normal}}});
   for (int i = 0; i < part.num_layers; i++) {
     const int l = part.first_layer + i;
-    const std::string layer = text("model.layers.%d.", l), attn = layer + "self_attn.";
+    const string layer = text("model.layers.%d.", l), attn = layer + "self_attn.";
     const UnitKind unit = UnitKind::Layer;
     Layer& w = layers[i];
     table.push_back({&w.attn_norm, {D}, unit, l, {{layer + "input_layernorm.weight", {D}, ones}}});
@@ -182,7 +182,7 @@ ParameterTable Qwen3Moe::parameters(const Config& c, const StagePart& part, doub
     Parameter gate_up{&w.gate_up, {part.num_experts, 2 * F, D}, UnitKind::Experts, l, {}};
     Parameter down{&w.down, {part.num_experts, D, F}, UnitKind::Experts, l, {}};
     for (int e = part.first_expert; e < part.first_expert + part.num_experts; e++) {
-      const std::string expert = text("%smlp.experts.%d.", layer.c_str(), e);
+      const string expert = text("%smlp.experts.%d.", layer.c_str(), e);
       gate_up.pieces.push_back({expert + "gate_proj.weight", {F, D}, normal, true});
       gate_up.pieces.push_back({expert + "up_proj.weight", {F, D}, normal, true});
       down.pieces.push_back({expert + "down_proj.weight", {D, F}, output, true});

@@ -25,7 +25,7 @@ struct Qwen3Moe {
   };
 
   Tensor embedding;  // [V, D]
-  std::vector<Layer> layers;
+  vector<Layer> layers;
   Tensor final_norm;  // [D]
   Tensor lm_head;     // [V, D]
   Rope rope;

@@ -19,26 +19,25 @@ static constexpr Kind kKinds[] = {
     {"workspace", "workspace*", &RankMemory::workspace},
 };
 
-std::string memory_table(const std::vector<RankMemory>& ranks, int64_t available) {
-  const auto cell = [](const std::string& words) { return text(" %12s", words.c_str()); };
-  std::string out = text("%-9s", "ranks");
+string memory_table(const vector<RankMemory>& ranks, int64_t available) {
+  const auto cell = [](const string& words) { return text(" %12s", words.c_str()); };
+  string out = text("%-9s", "ranks");
   for (const Kind& kind : kKinds) out += cell(kind.heading);
   out += cell("total") + (available > 0 ? "  of available\n" : "\n");
   for (size_t i = 0, next; i < ranks.size(); i = next) {
     for (next = i + 1; next < ranks.size() && ranks[next] == ranks[i];) next++;
-    const std::string last = next > i + 1 ? text("-%zu", next - 1) : "";
+    const string last = next > i + 1 ? text("-%zu", next - 1) : "";
     out += text("%-9s", (std::to_string(i) + last).c_str());
-    for (const Kind& kind : kKinds)
-      out += cell(bytes_text(static_cast<double>(ranks[i].*kind.bytes)));
-    const double total = static_cast<double>(ranks[i].total());
+    for (const Kind& kind : kKinds) out += cell(bytes_text(double(ranks[i].*kind.bytes)));
+    const double total = double(ranks[i].total());
     out += cell(bytes_text(total));
-    if (available > 0) out += text("  %11.0f%%", 100 * total / static_cast<double>(available));
+    if (available > 0) out += text("  %11.0f%%", 100 * total / double(available));
     out += "\n";
   }
   return out + "* estimated\n";
 }
 
-std::string memory_json(const std::vector<RankMemory>& ranks) {
+string memory_json(const vector<RankMemory>& ranks) {
   JsonWriter w;
   w.array();
   for (size_t i = 0; i < ranks.size(); i++) {

@@ -2,8 +2,8 @@
 // defines: RankMemory, memory_table, memory_json
 #pragma once
 #include <cstdint>
-#include <string>
-#include <vector>
+
+#include "core/check.h"
 
 namespace pith {
 
@@ -23,8 +23,8 @@ struct RankMemory {
 
 // A table with a line for each run of equal ranks ("0-7"); where `available` bytes a rank are
 // given (0: unknown), with the share of them.
-std::string memory_table(const std::vector<RankMemory>& ranks, int64_t available);
+string memory_table(const vector<RankMemory>& ranks, int64_t available);
 // [{"rank": 0, "weights": 1, ..., "total": 9}, ...]
-std::string memory_json(const std::vector<RankMemory>& ranks);
+string memory_json(const vector<RankMemory>& ranks);
 
 }  // namespace pith

@@ -13,11 +13,11 @@
 
 namespace pith {
 
-static ExpertLoad layer_load(std::vector<double> counts) {
+static ExpertLoad layer_load(vector<double> counts) {
   const double total = std::accumulate(counts.begin(), counts.end(), 0.0);
   if (total <= 0) return {};
   std::sort(counts.begin(), counts.end());
-  const double E = static_cast<double>(counts.size()), mean = total / E;
+  const double E = double(counts.size()), mean = total / E;
   double entropy = 0, dead = 0;
   for (const double c : counts) {
     if (c > 0) entropy -= c / total * std::log(c / total);
@@ -27,8 +27,8 @@ static ExpertLoad layer_load(std::vector<double> counts) {
   return {counts.back() / mean, counts[p95] / mean, dead / E, E > 1 ? entropy / std::log(E) : 1};
 }
 
-std::vector<ExpertLoad> expert_load(const std::vector<double>& counts, int num_experts) {
-  std::vector<ExpertLoad> load;
+vector<ExpertLoad> expert_load(const vector<double>& counts, int num_experts) {
+  vector<ExpertLoad> load;
   for (auto layer = counts.begin(); layer < counts.end(); layer += num_experts)
     load.push_back(layer_load({layer, layer + num_experts}));
   return load;
@@ -37,13 +37,12 @@ std::vector<ExpertLoad> expert_load(const std::vector<double>& counts, int num_e
 double StepMetrics::mean_balance_loss() const {
   if (balance_loss.empty()) return 0;
   return std::accumulate(balance_loss.begin(), balance_loss.end(), 0.0) /
-         static_cast<double>(balance_loss.size());
+         double(balance_loss.size());
 }
 
-std::string step_line(const StepMetrics& m) {
-  std::string line =
-      text("step %08lld/%08lld | step-time %.3f sec | cross-entropy-loss %.4f",
-           static_cast<long long>(m.step), static_cast<long long>(m.steps), m.seconds, m.loss);
+string step_line(const StepMetrics& m) {
+  string line = text("step %08ld/%08ld | step-time %.3f sec | cross-entropy-loss %.4f", m.step,
+                     m.steps, m.seconds, m.loss);
   if (!m.balance_loss.empty()) line += text(" | load-balance-loss %.6f", m.mean_balance_loss());
   line += text(" | learning-rate %.6e | gradient-norm %.4f", m.learning_rate, m.gradient_norm);
   line += " | tokens-per-second " + with_commas(std::llround(m.tokens_per_second()));
@@ -75,7 +74,7 @@ static constexpr Field<ExpertLoad> kLoadFields[] = {{"expert_load_max", &ExpertL
                                                     {"expert_load_dead", &ExpertLoad::dead_share},
                                                     {"expert_load_entropy", &ExpertLoad::entropy}};
 
-std::string step_json(const StepMetrics& m) {
+string step_json(const StepMetrics& m) {
   JsonWriter w;
   w.object().key("step").value(m.step).key("steps").value(m.steps);
   for (const auto& field : kStepFields) w.key(field.key).value(m.*field.number);
@@ -119,24 +118,23 @@ static StepMetrics parse_step(const Json& json) {
   for (const auto& field : kLoadFields) {
     if (!json.has(field.key)) break;
     const Json values = json[field.key];
-    m.load.resize(static_cast<size_t>(values.size()));
-    for (size_t i = 0; i < m.load.size(); i++)
-      m.load[i].*field.number = number(values[static_cast<int64_t>(i)]);
+    m.load.resize(size_t(values.size()));
+    for (size_t i = 0; i < m.load.size(); i++) m.load[i].*field.number = number(values[int64_t(i)]);
   }
   return m;
 }
 
 // The end of the whole lines of steps up to `last_step`. A line is taken for whole by its two ends:
 // a long run's file need not be parsed to be continued.
-static size_t kept_bytes(const std::string& bytes, int64_t last_step, const std::string& path) {
+static size_t kept_bytes(const string& bytes, int64_t last_step, const string& path) {
   size_t begin = 0;
-  for (long long step = 0, previous = 0; begin < bytes.size(); previous = step) {
+  for (long step = 0, previous = 0; begin < bytes.size(); previous = step) {
     const size_t end = bytes.find('\n', begin);
-    const bool whole = end != std::string::npos && bytes[end - 1] == '}' &&
-                       sscanf(bytes.c_str() + begin, "{\"step\":%lld,", &step) == 1 &&
+    const bool whole = end != string::npos && bytes[end - 1] == '}' &&
+                       sscanf(bytes.c_str() + begin, "{\"step\":%ld,", &step) == 1 &&
                        step > previous;
     if (!whole)
-      log_warning("%s: damaged or cut short after step %lld: what follows is dropped", path.c_str(),
+      log_warning("%s: damaged or cut short after step %ld: what follows is dropped", path.c_str(),
                   previous);
     if (!whole || step > last_step) break;
     begin = end + 1;
@@ -144,7 +142,7 @@ static size_t kept_bytes(const std::string& bytes, int64_t last_step, const std:
   return begin;
 }
 
-MetricsFile::MetricsFile(const std::string& path, int64_t last_step) : path_(path) {
+MetricsFile::MetricsFile(const string& path, int64_t last_step) : path_(path) {
   file_.reset(fopen(path.c_str(), "ab"));
   if (!file_)
     failed(path, text("cannot be opened (%s)", strerror(errno)), "a folder that can be written to");
@@ -159,13 +157,13 @@ void MetricsFile::cut_back() {
 }
 
 void MetricsFile::append(const StepMetrics& metrics) {
-  const std::string line = step_json(metrics) + "\n";
+  const string line = step_json(metrics) + "\n";
   if (fwrite(line.data(), 1, line.size(), file_.get()) == line.size()) {
     size_ += line.size();
     return;
   }
-  log_warning("%s: step %lld is not recorded: cannot be written (%s)", path_.c_str(),
-              static_cast<long long>(metrics.step), strerror(errno));
+  log_warning("%s: step %ld is not recorded: cannot be written (%s)", path_.c_str(), metrics.step,
+              strerror(errno));
   cut_back();
 }
 
@@ -174,10 +172,10 @@ void MetricsFile::sync() {
     log_warning("%s: cannot be flushed to disk (%s)", path_.c_str(), strerror(errno));
 }
 
-std::vector<StepMetrics> read_metrics(const std::string& path) {
-  const std::string bytes = read_text_file(path);
-  std::vector<StepMetrics> steps;
-  for (size_t begin = 0, end; (end = bytes.find('\n', begin)) != std::string::npos; begin = end + 1)
+vector<StepMetrics> read_metrics(const string& path) {
+  const string bytes = read_text_file(path);
+  vector<StepMetrics> steps;
+  for (size_t begin = 0, end; (end = bytes.find('\n', begin)) != string::npos; begin = end + 1)
     steps.push_back(parse_step(Json::parse(bytes.substr(begin, end - begin),
                                            text("%s: line %zu", path.c_str(), steps.size() + 1))));
   return steps;

@@ -14,7 +14,7 @@ static constexpr double kLeft = 62, kTop = 12, kWidth = 560, kHeight = 180;
 // Values over the steps; what is not finite breaks the line.
 struct Curve {
   const char* css;  // class of the line
-  std::vector<double> x, y;
+  vector<double> x, y;
 };
 
 struct Range {
@@ -27,21 +27,21 @@ struct Range {
   double share(double v) const { return high > low ? (v - low) / (high - low) : 0; }
 };
 
-static std::string escape(const std::string& raw) {
-  std::string out;
-  for (const char c : raw) out += c == '&' ? "&amp;" : c == '<' ? "&lt;" : std::string(1, c);
+static string escape(const string& raw) {
+  string out;
+  for (const char c : raw) out += c == '&' ? "&amp;" : c == '<' ? "&lt;" : string(1, c);
   return out;
 }
 
-static std::string label(double x, double y, const char* css, const std::string& words) {
+static string label(double x, double y, const char* css, const string& words) {
   return text("<text x=\"%.1f\" y=\"%.1f\" class=\"%s\">", x, y, css) + escape(words) + "</text>";
 }
 
-static std::string path(const std::string& css, const std::string& d) {
+static string path(const string& css, const string& d) {
   return "<path class=\"" + css + "\" d=\"" + d + "\"/>";
 }
 
-static std::string number_text(double v) {
+static string number_text(double v) {
   return std::fabs(v) >= 10000 ? with_commas(std::llround(v)) : text("%.4g", v);
 }
 
@@ -53,9 +53,9 @@ struct Frame {
 };
 
 // A long curve is drawn through the extremes of 600 stretches, which keeps its spikes.
-static std::string curve_svg(const Frame& frame, const Curve& curve) {
+static string curve_svg(const Frame& frame, const Curve& curve) {
   const size_t n = curve.x.size(), bucket = n / 600 + 1;
-  std::string line;
+  string line;
   bool broken = true;
   for (size_t i = 0; i < n; i += bucket) {
     Range range;
@@ -69,14 +69,14 @@ static std::string curve_svg(const Frame& frame, const Curve& curve) {
   return path(curve.css, line);
 }
 
-static std::string figure(const std::string& caption, double height, const std::string& svg) {
+static string figure(const string& caption, double height, const string& svg) {
   return "<figure><figcaption>" + caption +
          text("</figcaption><svg viewBox=\"0 0 920 %.0f\">", height) + svg + "</svg></figure>\n";
 }
 
 // `reference`: a horizontal line; 0: none.
-static std::string chart_html(const char* caption, const std::vector<Curve>& curves,
-                              double reference = 0, const std::string& reference_name = "") {
+static string chart_html(const char* caption, const vector<Curve>& curves, double reference = 0,
+                         const string& reference_name = "") {
   Frame f;
   for (const Curve& curve : curves) {
     for (const double x : curve.x) f.x.add(x);
@@ -87,7 +87,7 @@ static std::string chart_html(const char* caption, const std::vector<Curve>& cur
   const auto across = [&](const char* css, double y) {
     return path(css, text("M%.1f %.1fh%.1f", kLeft, f.py(y), kWidth));
   };
-  std::string svg;
+  string svg;
   for (int i = 0; i <= 4; i++) {
     const double x = f.x.low + (f.x.high - f.x.low) * i / 4;
     const double y = f.y.low + (f.y.high - f.y.low) * i / 4;
@@ -102,9 +102,9 @@ static std::string chart_html(const char* caption, const std::vector<Curve>& cur
 }
 
 // Means of at most `columns` stretches of the values; NaN where nothing is finite.
-static std::vector<double> stretches(const std::vector<double>& values, int columns) {
-  const size_t n = std::min(values.size(), static_cast<size_t>(std::max(columns, 0)));
-  std::vector<double> means;
+static vector<double> stretches(const vector<double>& values, int columns) {
+  const size_t n = std::min(values.size(), size_t(std::max(columns, 0)));
+  vector<double> means;
   for (size_t c = 0; c < n; c++) {
     double sum = 0, count = 0;
     for (size_t i = c * values.size() / n; i < (c + 1) * values.size() / n; i++) {
@@ -118,20 +118,20 @@ static std::vector<double> stretches(const std::vector<double>& values, int colu
 }
 
 // Cells of one shade share one path, so that 100 layers stay a small page.
-static std::string load_html(const std::vector<StepMetrics>& steps) {
-  const std::vector<ExpertLoad>& last = steps.back().load;
-  std::vector<std::vector<double>> rows;
+static string load_html(const vector<StepMetrics>& steps) {
+  const vector<ExpertLoad>& last = steps.back().load;
+  vector<vector<double>> rows;
   Range range{1, 2};
   for (size_t l = 0; l < last.size(); l++) {
-    std::vector<double> layer;
+    vector<double> layer;
     for (const StepMetrics& m : steps)
       layer.push_back(l < m.load.size() ? m.load[l].max_over_mean : NAN);
     rows.push_back(stretches(layer, 120));
     for (const double v : rows.back()) range.add(v);
   }
-  std::string cells[11], svg;  // cells by shade, in tenths; rows are 14 high
+  string cells[11], svg;  // cells by shade, in tenths; rows are 14 high
   for (size_t l = 0; l < rows.size(); l++) {
-    const double width = kWidth / static_cast<double>(rows[l].size()), y = 14.0 * l;
+    const double width = kWidth / double(rows[l].size()), y = 14.0 * l;
     for (size_t c = 0; c < rows[l].size(); c++)
       if (std::isfinite(rows[l][c]))
         cells[std::lround(range.share(rows[l][c]) * 10)] +=
@@ -160,16 +160,15 @@ td{padding:3px 24px 3px 0;border-top:1px solid #8884}
 )";
 
 // What the steps say by themselves.
-static std::vector<ReportRow> numbers_of(const std::vector<StepMetrics>& steps,
-                                         const ReportInput& input) {
+static vector<ReportRow> numbers_of(const vector<StepMetrics>& steps, const ReportInput& input) {
   StepMetrics sum;
   int64_t skipped = 0;
-  std::vector<ReportRow> rows = {{"training loss, last step", text("%.4f", steps.back().loss)}};
+  vector<ReportRow> rows = {{"training loss, last step", text("%.4f", steps.back().loss)}};
   for (const StepMetrics& m : steps) {
     sum.seconds += m.seconds;
     sum.tokens += m.tokens;
     sum.checkpoint_stall_s += m.checkpoint_stall_s;
-    sum.mfu += m.mfu / static_cast<double>(steps.size());
+    sum.mfu += m.mfu / double(steps.size());
     sum.peak_memory_bytes = std::max(sum.peak_memory_bytes, m.peak_memory_bytes);
     skipped += m.skipped;
     if (m.eval_loss) sum.eval_loss = m.eval_loss;
@@ -187,10 +186,10 @@ static std::vector<ReportRow> numbers_of(const std::vector<StepMetrics>& steps,
   return rows;
 }
 
-static std::string charts_html(const std::vector<StepMetrics>& steps, const ReportInput& input) {
+static string charts_html(const vector<StepMetrics>& steps, const ReportInput& input) {
   Curve train{"a"}, held_out{"b"}, lr{"a"}, norm{"a"}, speed{"a"};
   for (const StepMetrics& m : steps) {
-    const double x = static_cast<double>(m.step);
+    const double x = double(m.step);
     for (Curve* curve : {&train, &lr, &norm, &speed}) curve->x.push_back(x);
     train.y.push_back(m.loss);
     lr.y.push_back(m.learning_rate);
@@ -209,12 +208,11 @@ static std::string charts_html(const std::vector<StepMetrics>& steps, const Repo
          (steps.back().load.empty() ? "" : load_html(steps));
 }
 
-std::string report_html(const std::vector<StepMetrics>& steps, const ReportInput& input) {
-  const std::string title = escape(input.title);
-  std::string out = "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"/><title>" +
-                    title + "</title><style>" + kStyle + "</style></head>\n<body><h1>" + title +
-                    "</h1>\n";
-  std::vector<ReportRow> rows;
+string report_html(const vector<StepMetrics>& steps, const ReportInput& input) {
+  const string title = escape(input.title);
+  string out = "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"/><title>" + title +
+               "</title><style>" + kStyle + "</style></head>\n<body><h1>" + title + "</h1>\n";
+  vector<ReportRow> rows;
   if (steps.empty()) {
     out += "<p>no step yet</p>\n";
   } else {
@@ -235,15 +233,15 @@ std::string report_html(const std::vector<StepMetrics>& steps, const ReportInput
   return out + "</body></html>\n";
 }
 
-std::string sparkline(const std::vector<double>& values, int width) {
-  const std::vector<double> means = stretches(values, width);
+string sparkline(const vector<double>& values, int width) {
+  const vector<double> means = stretches(values, width);
   Range range;
   for (const double v : means) range.add(v);
-  std::string out;
+  string out;
   for (const double v : means) {
     // U+2581 to U+2588 are e2 96 81 to e2 96 88.
-    const int level = std::isfinite(v) ? std::min(7, static_cast<int>(range.share(v) * 8)) : -1;
-    out += level < 0 ? "\u00b7" : std::string("\xe2\x96") + static_cast<char>(0x81 + level);
+    const int level = std::isfinite(v) ? std::min(7, int(range.share(v) * 8)) : -1;
+    out += level < 0 ? "\u00b7" : string("\xe2\x96") + char(0x81 + level);
   }
   return out;
 }

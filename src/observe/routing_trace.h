@@ -7,8 +7,8 @@
 // defines: RoutingStep, begin_trace, write_routing, read_routing
 #pragma once
 #include <cstdint>
-#include <string>
-#include <vector>
+
+#include "core/check.h"
 
 namespace pith {
 
@@ -16,21 +16,21 @@ namespace pith {
 // which writes its own tokens (engine/routing_slot.h).
 struct RoutingStep {
   int64_t layers = 0, tokens = 0, top_k = 0;
-  std::vector<int32_t> ids;    // [layers, tokens, k]
-  std::vector<float> weights;  // [layers, tokens, k]
-  std::vector<float> gaps;     // [layers, tokens]: router logit of the last expert chosen, less
-                               // that of the best one left out; not kept in files
-  bool forced = false;         // ids were read and are to be used
-  bool traced = false;         // ids and weights are to be filled in
+  vector<int32_t> ids;    // [layers, tokens, k]
+  vector<float> weights;  // [layers, tokens, k]
+  vector<float> gaps;     // [layers, tokens]: router logit of the last expert chosen, less
+                          // that of the best one left out; not kept in files
+  bool forced = false;    // ids were read and are to be used
+  bool traced = false;    // ids and weights are to be filled in
 };
 
 // Makes room for a step to trace: ids -1, weights 0, `traced` set.
 void begin_trace(RoutingStep& routing, int64_t layers, int64_t tokens, int64_t top_k);
 // Durable; `step` counts from 1. Creates the folder.
-void write_routing(const std::string& folder, int64_t step, const RoutingStep& routing);
+void write_routing(const string& folder, int64_t step, const RoutingStep& routing);
 // Fills routing.ids and sets `forced`. Exit code 2 if the file is missing, damaged, of another
 // shape than `routing` has, or names for a token an expert outside [0, num_experts) or one expert
 // twice.
-void read_routing(const std::string& folder, int64_t step, int num_experts, RoutingStep& routing);
+void read_routing(const string& folder, int64_t step, int num_experts, RoutingStep& routing);
 
 }  // namespace pith

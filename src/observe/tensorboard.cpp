@@ -11,10 +11,10 @@
 
 namespace pith {
 
-uint32_t crc32c(const std::string& bytes) {
+uint32_t crc32c(const string& bytes) {
   uint32_t crc = ~0u;
   for (const char byte : bytes) {
-    crc ^= static_cast<uint8_t>(byte);
+    crc ^= uint8_t(byte);
     for (int bit = 0; bit < 8; bit++) crc = crc >> 1 ^ (crc & 1 ? 0x82f63b78u : 0);
   }
   return ~crc;
@@ -22,60 +22,57 @@ uint32_t crc32c(const std::string& bytes) {
 
 // Little-endian bytes of a number: what TFRecord and the fixed wire types of protobuf use.
 template <class T>
-static std::string fixed(T value) {
-  std::string bytes(sizeof value, 0);
+static string fixed(T value) {
+  string bytes(sizeof value, 0);
   memcpy(bytes.data(), &value, sizeof value);
   return bytes;
 }
 
-static std::string varint(uint64_t value) {
-  std::string bytes;
-  for (; value >= 128; value >>= 7) bytes += static_cast<char>(value | 128);
-  return bytes + static_cast<char>(value);
+static string varint(uint64_t value) {
+  string bytes;
+  for (; value >= 128; value >>= 7) bytes += char(value | 128);
+  return bytes + char(value);
 }
 
 // Protobuf fields: the tag is number << 3 | wire type (0 varint, 1 64 bits, 2 bytes, 5 32 bits).
-static std::string field(int number, const std::string& bytes) {
+static string field(int number, const string& bytes) {
   return varint(number << 3 | 2) + varint(bytes.size()) + bytes;
 }
-static std::string field(int number, int64_t value) {
-  return varint(number << 3 | 0) + varint(static_cast<uint64_t>(value));
+static string field(int number, int64_t value) {
+  return varint(number << 3 | 0) + varint(uint64_t(value));
 }
-static std::string field(int number, double value) {
-  return varint(number << 3 | 1) + fixed(value);
-}
-static std::string field(int number, float value) { return varint(number << 3 | 5) + fixed(value); }
+static string field(int number, double value) { return varint(number << 3 | 1) + fixed(value); }
+static string field(int number, float value) { return varint(number << 3 | 5) + fixed(value); }
 
 // TFRecord: length u64, its masked CRC, the bytes, their masked CRC. A CRC over a CRC is weak,
 // hence the mask (tensorflow/core/lib/hash/crc32c.h).
-static std::string frame(const std::string& bytes) {
-  const auto masked = [](const std::string& of) {
+static string frame(const string& bytes) {
+  const auto masked = [](const string& of) {
     const uint32_t crc = crc32c(of);
     return fixed((crc >> 15 | crc << 17) + 0xa282ead8u);
   };
-  const std::string length = fixed(static_cast<uint64_t>(bytes.size()));
+  const string length = fixed(uint64_t(bytes.size()));
   return length + masked(length) + bytes + masked(bytes);
 }
 
 // Event: wall_time = 1, step = 2, file_version = 3, summary = 5, session_log = 7.
 // Summary: value = 1 {tag = 1, simple_value = 2}. SessionLog: status = 1 (START = 1).
-TensorBoardFile::TensorBoardFile(const std::string& folder, int64_t first_step, double wall_s) {
+TensorBoardFile::TensorBoardFile(const string& folder, int64_t first_step, double wall_s) {
   make_folders(folder);
   char host[256] = "localhost";
   gethostname(host, sizeof host - 1);
-  path_ = folder + text("/events.out.tfevents.%010lld.%s.%d", static_cast<long long>(wall_s), host,
-                        static_cast<int>(getpid()));
+  path_ = folder + text("/events.out.tfevents.%010ld.%s.%d", int64_t(wall_s), host, int(getpid()));
   file_.reset(fopen(path_.c_str(), "ab"));
   if (!file_)
     failed(path_, text("cannot be opened (%s)", strerror(errno)),
            "a folder that can be written to");
-  event(0, wall_s, field(3, std::string("brain.Event:2")));
+  event(0, wall_s, field(3, string("brain.Event:2")));
   if (first_step > 1) event(first_step, wall_s, field(7, field(1, int64_t{1})));
 }
 
-void TensorBoardFile::event(int64_t step, double wall_s, const std::string& fields) {
+void TensorBoardFile::event(int64_t step, double wall_s, const string& fields) {
   if (!file_) return;
-  const std::string bytes = frame(field(1, wall_s) + (step ? field(2, step) : "") + fields);
+  const string bytes = frame(field(1, wall_s) + (step ? field(2, step) : "") + fields);
   fwrite(bytes.data(), 1, bytes.size(), file_.get());
   if (fflush(file_.get()) == 0 && !ferror(file_.get())) return;
   // Readers stop at a torn frame, so nothing may follow it.
@@ -84,15 +81,15 @@ void TensorBoardFile::event(int64_t step, double wall_s, const std::string& fiel
 }
 
 void TensorBoardFile::scalars(int64_t step, double wall_s,
-                              const std::vector<std::pair<std::string, double>>& values) {
-  std::string summary;
+                              const vector<std::pair<string, double>>& values) {
+  string summary;
   for (const auto& [tag, value] : values)
-    summary += field(1, field(1, tag) + field(2, static_cast<float>(value)));
+    summary += field(1, field(1, tag) + field(2, float(value)));
   event(step, wall_s, field(5, summary));
 }
 
 void TensorBoardFile::step(const StepMetrics& m, double wall_s) {
-  std::vector<std::pair<std::string, double>> values = {
+  vector<std::pair<string, double>> values = {
       {"train/cross-entropy-loss", m.loss},
       {"train/learning-rate", m.learning_rate},
       {"train/gradient-norm", m.gradient_norm},
@@ -104,7 +101,7 @@ void TensorBoardFile::step(const StepMetrics& m, double wall_s) {
   if (m.mfu > 0) values.emplace_back("infra/mfu", m.mfu);
   if (m.eval_loss) values.emplace_back("eval/cross-entropy-loss", *m.eval_loss);
   for (size_t i = 0; i < m.load.size(); i++) {
-    const std::string layer = text("/layer-%03zu", i);
+    const string layer = text("/layer-%03zu", i);
     values.emplace_back("expert-load-max" + layer, m.load[i].max_over_mean);
     values.emplace_back("expert-load-dead" + layer, m.load[i].dead_share);
     values.emplace_back("expert-load-entropy" + layer, m.load[i].entropy);

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "ops/cpu.h"
 #include "ops/cpu_rows.h"
@@ -126,7 +125,7 @@ void forward_cpu(const AttentionCore& core, HeadView out, T* lse) {
   const int64_t blocks = (core.query.count + kBlockRows - 1) / kBlockRows;
 #pragma omp parallel if (worth_threads(core))
   {
-    std::vector<T> s(kBlockRows * core.key.count);
+    vector<T> s(kBlockRows * core.key.count);
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < core.batch * blocks * core.heads; task++) {
       const int64_t h = task % core.heads, b = task / core.heads / blocks;
@@ -145,7 +144,7 @@ void backward_cpu(const AttentionCore& core, HeadView out, const T* lse, HeadVie
   const int64_t S = core.query.count, group = core.kv_heads ? core.heads / core.kv_heads : 0;
 #pragma omp parallel if (!grads.bias.data && worth_threads(core))
   {
-    std::vector<T> s(kBlockRows * core.key.count), dp(s.size());
+    vector<T> s(kBlockRows * core.key.count), dp(s.size());
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < core.batch * core.kv_heads; task++) {
       const int64_t b = task / core.kv_heads, kv = task % core.kv_heads;

@@ -24,7 +24,7 @@ inline float exp_negative(float x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  const float power = std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
+  const float power = std::bit_cast<float>((int32_t(n) + 127) << 23);
   return x < low ? 0.0f : p * power;
 }
 inline double exp_negative(double x) { return std::exp(x); }

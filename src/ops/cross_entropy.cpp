@@ -29,7 +29,7 @@ static double row_loss(T* logits, int64_t V, int32_t label, T scale, bool grad) 
     for (int64_t v = 0; v < V; v++) logits[v] *= factor;
     logits[label] -= scale;
   }
-  return std::log(static_cast<double>(sum)) + static_cast<double>(top - at_label);
+  return std::log(double(sum)) + double(top - at_label);
 }
 
 // dx and dw.data may be undefined. `logits` has room for a chunk, `losses` for each of its rows.

@@ -61,8 +61,7 @@ View view_of(const Tensor& x, const Dims& space) {
   return view;
 }
 
-Walk::Walk(const Dims& space, std::initializer_list<View> list)
-    : views(static_cast<int>(list.size())) {
+Walk::Walk(const Dims& space, std::initializer_list<View> list) : views(int(list.size())) {
   std::copy(list.begin(), list.end(), view);
   for (int d = 0; d < space.rank; d++) {
     if (space[d] == 1) continue;

@@ -56,7 +56,7 @@ inline void check_ids(const Rank& rank, const char* op, At at, const char* what,
   const int32_t* id = ids.i32();
   for (int64_t i = 0, n = ids.numel(); i < n; i++) {
     if ((id[i] >= 0 && id[i] < limit) || (also && id[i] == also)) continue;
-    const std::string need =
+    const string need =
         text("%s in [0,%ld), not %d at element %ld", what, long(limit), id[i], long(i));
     check(rank, op, at, {{need.c_str(), false}}, {&ids});
   }

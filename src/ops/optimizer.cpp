@@ -9,7 +9,6 @@
 //   bitwise run-to-run: yes, for any number of threads
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "core/rng.h"
 #include "ops/cpu.h"
@@ -29,7 +28,7 @@ static void parallel_blocks(int64_t n, int64_t work, F&& f) {
 
 template <class T>
 static void adamw_block(const AdamW& o, int64_t n, const T* g, T* w, T* m, T* v) {
-  const auto step = static_cast<double>(o.step);
+  const auto step = double(o.step);
   const T b1 = T(o.beta1), c1 = T(1 - o.beta1), b2 = T(o.beta2), c2 = T(1 - o.beta2);
   const T scale = T(o.grad_scale), eps = T(o.eps), keep = T(1 - o.lr * o.weight_decay);
   const T rate = T(o.lr / (1 - std::pow(o.beta1, step)));
@@ -57,7 +56,7 @@ void adamw_step(Rank& rank, Tensor w, Tensor g, Tensor m, Tensor v, const AdamW&
 
 template <class T>
 static double sum_squares_cpu(int64_t n, const T* x) {
-  std::vector<double> sums((n + kBlock - 1) / kBlock);
+  vector<double> sums((n + kBlock - 1) / kBlock);
   parallel_blocks(n, 2, [&](int64_t begin, int64_t end) {
     sums[begin / kBlock] = lane_sum<double>(end - begin, [&](int64_t i) {
       const double value = x[begin + i];

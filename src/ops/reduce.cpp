@@ -101,7 +101,7 @@ void top_k_cpu(const Tensor& x, const TopK& y) {
       }
       if (at == k) continue;
       values[at] = row[i];
-      ids[at] = static_cast<int32_t>(i);
+      ids[at] = int32_t(i);
     }
   });
 }
@@ -132,7 +132,7 @@ Tensor sum(Rank& rank, Tensor x, int dim, At at) {
 
 Tensor mean(Rank& rank, Tensor x, int dim, At at) {
   const int d = filled_dim(rank, "mean", at, x, dim);
-  return mul(rank, sum(rank, x, d, at), 1 / static_cast<double>(x.dim[d]), at);
+  return mul(rank, sum(rank, x, d, at), 1 / double(x.dim[d]), at);
 }
 
 Tensor max(Rank& rank, Tensor x, int dim, At at) {
@@ -142,7 +142,7 @@ Tensor max(Rank& rank, Tensor x, int dim, At at) {
 
 TopK top_k(Rank& rank, Tensor x, int k, At at) {
   check_alike(rank, "top_k", at, {&x});
-  const std::string need = text("1 <= k <= size of the last dimension for k = %d", k);
+  const string need = text("1 <= k <= size of the last dimension for k = %d", k);
   check(rank, "top_k", at, {{need.c_str(), k >= 1 && k <= x.cols()}}, {&x});
   Dims dims = x.dim;
   dims[dims.rank - 1] = k;

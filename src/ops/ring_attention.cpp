@@ -15,7 +15,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "comm/communicator.h"
 #include "ops/cpu.h"
@@ -24,9 +23,9 @@
 namespace pith {
 namespace {
 
-std::vector<int32_t> zigzag_coords(int members, int member, int64_t count) {
+vector<int32_t> zigzag_coords(int members, int member, int64_t count) {
   const int64_t half = count / 2;
-  std::vector<int32_t> coord(count);
+  vector<int32_t> coord(count);
   for (int64_t i = 0; i < count; i++)
     coord[i] = (i < half ? member : 2 * members - 2 - member) * half + i;
   return coord;
@@ -95,13 +94,13 @@ struct Step {
 // Sends to one member and receives from another; an empty message is not sent.
 void exchange(Rank& rank, const char* what, int step, const TensorList& out, int to,
               const TensorList& in, int from, At at) {
-  std::vector<Transfer> list;
+  vector<Transfer> list;
   for (int i = 0; i < out.count; i++) {
     const MessageTag tag{i, step, 0};
     if (out[i].numel() > 0) list.push_back({Transfer::Send, to, out[i], tag});
     if (in[i].numel() > 0) list.push_back({Transfer::Recv, from, in[i], tag});
   }
-  send_recv(rank, Group::Cp, list.data(), static_cast<int>(list.size()), what, at);
+  send_recv(rank, Group::Cp, list.data(), int(list.size()), what, at);
 }
 
 Step take_step(Rank& rank, const AttentionCore& core, int number, At at) {

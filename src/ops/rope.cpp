@@ -50,9 +50,7 @@ struct HeadTurns {
     });
   }
 };
-Heads heads_of(const Node& node) {
-  return {static_cast<int>(node.i[0]), static_cast<int>(node.i[1]), static_cast<int>(node.i[2])};
-}
+Heads heads_of(const Node& node) { return {int(node.i[0]), int(node.i[1]), int(node.i[2])}; }
 
 }  // namespace
 
@@ -127,7 +125,7 @@ Rope rope_tables(Rank& rank, int64_t positions, int size, double theta, At at) {
   float_kernel(rank, "rope_tables", at, rope.cos, [&]<class T>(T*) {
     parallel_rows(positions, half * 100, [&](int64_t p) {
       for (int64_t i = 0; i < half; i++) {
-        const double turn = static_cast<double>(p) * std::pow(theta, -2.0 * i / size);
+        const double turn = double(p) * std::pow(theta, -2.0 * i / size);
         rope.cos.as<T>()[p * half + i] = static_cast<T>(std::cos(turn));
         rope.sin.as<T>()[p * half + i] = static_cast<T>(std::sin(turn));
       }

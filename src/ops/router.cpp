@@ -49,7 +49,7 @@ static void router_cpu(const Tensor& x, const Tensor& w, const RouterOptions& o,
     if (o.forced_ids.defined())
       std::copy_n(o.forced_ids.i32() + t * k, k, ids);
     else if (o.force_balanced)
-      for (int j = 0; j < k; j++) ids[j] = static_cast<int32_t>((t + j * (E / k)) % E);
+      for (int j = 0; j < k; j++) ids[j] = int32_t((t + j * (E / k)) % E);
     else
       choose_largest(p, E, k, ids);
     const T divisor = o.normalize ? sum_at(p, ids, k) : 1;
@@ -62,7 +62,7 @@ template <class T>
 static void router_logits_grad(const Tensor& dweights, const Tensor& dprobs, const Tensor& probs,
                                const Tensor& ids, bool normalize, T* d) {
   const int64_t E = probs.dim[1];
-  const int k = static_cast<int>(ids.dim[1]);
+  const int k = int(ids.dim[1]);
   parallel_rows(probs.dim[0], E * 4, [&](int64_t t) {
     const T* p = probs.as<T>() + t * E;
     const int32_t* id = ids.i32() + t * k;

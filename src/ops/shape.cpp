@@ -40,7 +40,7 @@ Tensor taken(Rank& rank, const char* op, At at, const View& part, const Dims& di
 
 // i: the dimension.
 void concat_bx(Rank& rank, Node& node) {
-  const int dim = static_cast<int>(node.i[0]);
+  const int dim = int(node.i[0]);
   int64_t begin = 0;
   for (int k = 0; k < node.in.count && node.in[k].defined(); k++) {
     const Dims& dims = node.in[k].dim;
@@ -117,7 +117,7 @@ Tensor reshape(Rank& rank, Tensor x, Dims dims, At at) {
 
 Tensor slice(Rank& rank, Tensor x, int dim, int64_t begin, int64_t end, At at) {
   const int d = dim_of(rank, "slice", at, x, dim);
-  const std::string need =
+  const string need =
       text("0 <= begin <= end <= size for [%ld,%ld) of dimension %d", long(begin), long(end), d);
   check(rank, "slice", at, {{need.c_str(), begin >= 0 && begin <= end && end <= x.dim[d]}}, {&x});
   Dims dims = x.dim;
