@@ -63,13 +63,13 @@ string_view Tokenizer::normalize(string_view text, string& buffer, string& other
 void Tokenizer::encode_words(string_view text, EncodeScratch& scratch,
                              vector<uint32_t>& out) const {
   SplitBuffers& buffers = scratch.split_;
-  if (steps_.size() != 1 || steps_[0].fast == FastPattern::None) {
+  if (steps_.size() != 1 || !steps_[0].fast) {
     split(steps_, text, buffers);
     return bpe_.encode(buffers.pieces, scratch, out);
   }
   while (!text.empty()) {  // some words at a time stay in the processor's cache
     buffers.pieces.clear();
-    fast_split(steps_[0].fast, text, buffers.pieces, 256);
+    steps_[0].fast(text, buffers.pieces, 256);
     bpe_.encode(buffers.pieces, scratch, out);
   }
 }

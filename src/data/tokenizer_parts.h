@@ -77,8 +77,9 @@ string escape_regex(const string& literal);
 
 extern const char* const kGpt2Pattern;  // of `ByteLevel` with its own regular expression
 
-// Patterns split by hand-written code.
-enum class FastPattern : uint8_t { None, Gpt2, Qwen2, Cl100k, Qwen35, O200k, DeepSeekV3 };
+// Splits by hand-written code: the next words of `text`, at most `most`, are appended to `words`
+// and taken off `text`.
+using FastSplit = void (*)(string_view& text, vector<string_view>& words, size_t most);
 enum class SplitBehavior : uint8_t {
   Removed,
   Isolated,
@@ -95,7 +96,7 @@ struct SplitStep {
             bool inverted = false, bool use_fast = true);
   SplitBehavior behavior = SplitBehavior::Isolated;
   bool invert = false;
-  FastPattern fast = FastPattern::None;
+  FastSplit fast = nullptr;
   std::optional<Regex> regex;  // of a pattern that is not fast
 };
 
@@ -105,8 +106,6 @@ struct SplitBuffers {
   string text;
   std::shared_ptr<void> room;
 };
-// The next words of `text`, at most `most`, appended to `words` and taken off `text`.
-void fast_split(FastPattern pattern, string_view& text, vector<string_view>& words, size_t most);
 // All words of `text`, into buffers.pieces; they lie in `text` or in buffers.text.
 void split(const vector<SplitStep>& steps, string_view text, SplitBuffers& buffers);
 
@@ -140,45 +139,23 @@ constexpr int kIdBits = 21, kRankBits = 64 - 2 * kIdBits;  // of a packed merge
 // tokenizer; ids never depend on what it holds.
 class EncodeScratch {
  public:
-  explicit EncodeScratch(size_t cache_bytes = size_t{32} << 20);
+  explicit EncodeScratch(size_t cache_bytes = size_t{1} << 22);
   EncodeScratch(EncodeScratch&&) = default;
 
  private:
   friend class Bpe;
   friend class Tokenizer;
-  // A word of up to 31 bytes, its size in the last byte, and its ids; size 0 if unused.
-  struct Entry {
-    uint64_t word[4] = {0, 0, 0, 0};
-    uint32_t ids[7] = {0, 0, 0, 0, 0, 0, 0};
-    uint32_t count = 0;
-  };
   void use(uint64_t tokenizer);  // by fingerprint: empties the cache of another
-  Entry& place_of(const Entry& key);
-  void insert(const Entry& entry);
-  size_t most_entries_, used_ = 0;
-  vector<Entry> cache_;  // a power of two
+  struct Entry {
+    uint64_t key[4];  // the bytes of a word of less than 32, its size in the last one; 0: unused
+    uint32_t ids[7], count;
+  };
+  size_t entries_;
+  vector<Entry> cache_;  // a power of two; a word has one place, which the last one takes
   uint64_t owner_ = 0;
   vector<uint32_t> ids_, ranks_;  // of the word at hand
   SplitBuffers split_;
   string normalized_, other_;
-};
-
-// Ids by string, at most `most`; others keep the strings.
-class StringIds {
- public:
-  explicit StringIds(size_t most = 0);
-  void set(string_view key, uint32_t id);
-  uint32_t find(string_view key) const;  // kNoId if it is not there
-  size_t size() const { return size_; }
-
- private:
-  size_t slot_of(string_view key, uint32_t hash) const;
-  struct Slot {
-    uint32_t hash = 0, id = kNoId;
-  };
-  vector<Slot> slots_;        // open addressing, a power of two
-  vector<string_view> keys_;  // of the slots: apart, as most look-ups find nothing
-  size_t size_ = 0;
 };
 
 class Bpe {
@@ -197,14 +174,13 @@ class Bpe {
 
  private:
   uint32_t rank_of(uint32_t left, uint32_t right) const;
-  void merge_short(vector<uint32_t>& ids, vector<uint32_t>& ranks) const;
-  void merge_long(vector<uint32_t>& ids) const;
+  void merge(vector<uint32_t>& ids, vector<uint32_t>& ranks) const;
   void encode_word(string_view word, EncodeScratch& scratch) const;
 
   vector<uint64_t> pairs_;   // left, right and rank; open addressing, a power of two
   vector<uint32_t> joined_;  // by rank
   std::array<uint32_t, 256> byte_ids_{};
-  StringIds whole_;  // words that become one token
+  std::unordered_map<string_view, uint32_t> whole_;  // words that become one token
 };
 
 }  // namespace pith

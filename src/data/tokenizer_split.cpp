@@ -4,9 +4,29 @@ namespace pith {
 
 // ---- hand-written patterns ----
 
+const char* const kGpt2Pattern =
+    R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
+
 namespace {
-// Splits text that ends at `end`. Each pattern's function returns the end of the word at `p`; its
-// comment is the pattern, with the alternatives in order.
+constexpr const char* kQwen2 = R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N})"
+                               R"(| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
+constexpr const char* kCl100k =
+    R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3})"
+    R"(| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
+constexpr const char* kQwen35 =
+    R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N})"
+    R"(| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
+constexpr const char* kO200k =
+    R"([^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+)"
+    R"((?i:'s|'t|'re|'ve|'m|'ll|'d)?|)"
+    R"([^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*)"
+    R"((?i:'s|'t|'re|'ve|'m|'ll|'d)?|)"
+    R"(\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
+constexpr const char* kDeepSeekV3 =  // the last of its three
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?"
+    "[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+";
+
+// Splits text that ends at `end`. Each pattern's function returns the end of the word at `p`.
 struct Splitter {
   const uint16_t* flags;
   const char* end;
@@ -66,7 +86,6 @@ struct Splitter {
     return q == end || last == p ? q : last;
   }
 
-  // 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
   const char* gpt2(const char* p) const {
     if (const char* q = contraction(p, false); q > p) return q;
     const char* q = p + (*p == ' ');
@@ -77,8 +96,7 @@ struct Splitter {
     return spaces(p, false);
   }
 
-  // (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|
-  // \s*[\r\n]+|\s+(?!\S)|\s+   with up to Digits digits, and \p{L} or [\p{L}\p{M}] as Word
+  // Words of `Word`: \p{L} or [\p{L}\p{M}]; up to `Digits` digits.
   template <uint32_t Word, int Digits>
   const char* cl100k(const char* p) const {
     const At c = at(p);
@@ -92,8 +110,8 @@ struct Splitter {
     return others > q ? newlines(others) : spaces(p, true);
   }
 
-  // U*W+ of the pattern below: U letters that are not lower case, W those that are not upper case,
-  // and some are both. Null if there is none.
+  // O200k's U*W+: U letters that are not lower case, W those that are not upper case; some are
+  // both. Null if there is none.
   const char* cased(const char* p) const {
     const char* upper = run(p, kUpper);
     const char* lower = run(upper, kLower);
@@ -106,8 +124,6 @@ struct Splitter {
     }
     return nullptr;
   }
-  // [^\r\n\p{L}\p{N}]?U*W+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?U+W*(?i:'s|...)?|
-  // \p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+
   const char* o200k(const char* p) const {
     const At c = at(p);
     if (c.flags & kNumber) return digits(p, 3);
@@ -125,8 +141,7 @@ struct Splitter {
     return others > q ? newlines(others, true) : spaces(p, true);
   }
 
-  // [!-/:-@\[-`{-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|
-  // \s*[\r\n]+|\s+(?!\S)|\s+   and what none of them matches
+  // With what no alternative matches.
   const char* deepseek_v3(const char* p) const {
     constexpr uint32_t kWord = kLetter | kMark;
     const At c = at(p);
@@ -147,69 +162,40 @@ struct Splitter {
     return second;
   }
 };
-}  // namespace
 
-void fast_split(FastPattern pattern, string_view& text, vector<string_view>& words, size_t most) {
-  const char* p = text.data();
-  const Splitter s{char_flags(), p + text.size()};
-  const auto fill = [&](auto&& word_end) {
-    for (const char* begin = p; most > 0 && p < s.end; most--, begin = p) {
-      p = word_end(begin);
-      words.emplace_back(begin, p - begin);
-    }
-  };
-  switch (pattern) {
-    case FastPattern::None: break;
-    case FastPattern::Gpt2: fill([&](const char* q) { return s.gpt2(q); }); break;
-    case FastPattern::Qwen2: fill([&](const char* q) { return s.cl100k<kLetter, 1>(q); }); break;
-    case FastPattern::Cl100k: fill([&](const char* q) { return s.cl100k<kLetter, 3>(q); }); break;
-    case FastPattern::Qwen35:
-      fill([&](const char* q) { return s.cl100k<kLetter | kMark, 1>(q); });
-      break;
-    case FastPattern::O200k: fill([&](const char* q) { return s.o200k(q); }); break;
-    case FastPattern::DeepSeekV3: fill([&](const char* q) { return s.deepseek_v3(q); }); break;
+template <const char* (Splitter::*WordEnd)(const char*) const>
+void fast_split(string_view& text, vector<string_view>& words, size_t most) {
+  const char *p = text.data(), *const end = p + text.size();
+  const Splitter splitter{char_flags(), end};
+  while (p < end && most-- > 0) {
+    const char* word_end = (splitter.*WordEnd)(p);
+    words.emplace_back(p, word_end - p);
+    p = word_end;
   }
   text.remove_prefix(p - text.data());
 }
 
-const char* const kGpt2Pattern =
-    "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+";
-
-static FastPattern fast_form(const string& pattern) {
-  const string contractions = "(?i:'s|'t|'re|'ve|'m|'ll|'d)";
-  const string prefix = "[^\\r\\n\\p{L}\\p{N}]?", others = "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*";
-  const string spaces = "|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+";
-  const string upper = "[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]";
-  const string lower = "[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]";
-  const struct {
-    FastPattern fast;
-    string pattern;
-  } known[] = {
-      {FastPattern::Gpt2, kGpt2Pattern},
-      {FastPattern::Qwen2, contractions + "|" + prefix + "\\p{L}+|\\p{N}" + others + spaces},
-      {FastPattern::Cl100k, contractions + "|" + prefix + "\\p{L}+|\\p{N}{1,3}" + others + spaces},
-      {FastPattern::Qwen35, contractions + "|" + prefix +
-                                "[\\p{L}\\p{M}]+|\\p{N}| ?[^\\s\\p{L}\\p{M}\\p{N}]+[\\r\\n]*" +
-                                spaces},
-      {FastPattern::O200k, prefix + upper + "*" + lower + "+" + contractions + "?|" + prefix +
-                               upper + "+" + lower + "*" + contractions +
-                               "?|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*" + spaces},
-      {FastPattern::DeepSeekV3,
-       "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?"
-       "[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"},
-  };
-  for (const auto& each : known)
-    if (each.pattern == pattern) return each.fast;
-  return FastPattern::None;
-}
+const struct {
+  const char* pattern;
+  FastSplit split;
+} kFast[] = {
+    {kGpt2Pattern, fast_split<&Splitter::gpt2>},
+    {kQwen2, fast_split<&Splitter::cl100k<kLetter, 1>>},
+    {kCl100k, fast_split<&Splitter::cl100k<kLetter, 3>>},
+    {kQwen35, fast_split<&Splitter::cl100k<kLetter | kMark, 1>>},
+    {kO200k, fast_split<&Splitter::o200k>},
+    {kDeepSeekV3, fast_split<&Splitter::deepseek_v3>},
+};
+}  // namespace
 
 // ---- steps ----
 
 SplitStep::SplitStep(const string& pattern, const string& place, SplitBehavior how, bool inverted,
                      bool use_fast)
     : behavior(how), invert(inverted) {
-  if (use_fast && how == SplitBehavior::Isolated) fast = fast_form(pattern);
-  if (fast == FastPattern::None) regex.emplace(pattern, place);
+  for (const auto& known : kFast)
+    if (use_fast && how == SplitBehavior::Isolated && pattern == known.pattern) fast = known.split;
+  if (!fast) regex.emplace(pattern, place);
 }
 
 // Joins matches and what is between them as `behavior` says, into `pieces`.
@@ -257,13 +243,13 @@ void split(const vector<SplitStep>& steps, string_view text, SplitBuffers& buffe
   buffers.pieces.assign(1, text);
   for (const SplitStep& step : steps) {
     buffers.next.clear();
-    if (step.fast == FastPattern::None && !step.regex) prefix_spaces(buffers);
+    if (!step.fast && !step.regex) prefix_spaces(buffers);
     for (string_view piece : buffers.pieces) {
       if (step.regex) {
         step.regex->matches(piece, buffers.room, buffers.matches);
         join(step.behavior, step.invert, piece, buffers.matches, buffers.next);
-      } else if (step.fast != FastPattern::None) {
-        fast_split(step.fast, piece, buffers.next, SIZE_MAX);
+      } else if (step.fast) {
+        step.fast(piece, buffers.next, SIZE_MAX);
       }
     }
     buffers.pieces.swap(buffers.next);

@@ -183,15 +183,9 @@ static std::vector<SplitStep> steps_of(const std::string& name, bool use_fast) {
 }
 
 TEST(SlowTokenizer, FastSplittersEqualTheirPatterns) {
-  const std::pair<const char*, FastPattern> patterns[] = {{"qwen2", FastPattern::Qwen2},
-                                                          {"cl100k", FastPattern::Cl100k},
-                                                          {"qwen3.5", FastPattern::Qwen35},
-                                                          {"o200k", FastPattern::O200k},
-                                                          {"deepseek-v3", FastPattern::DeepSeekV3},
-                                                          {"gpt2", FastPattern::Gpt2}};
-  for (const auto& [name, expected] : patterns) {
+  for (const char* name : {"qwen2", "cl100k", "qwen3.5", "o200k", "deepseek-v3", "gpt2"}) {
     const std::vector<SplitStep> plain = steps_of(name, false), fast = steps_of(name, true);
-    ASSERT_EQ(fast.back().fast, expected) << name;
+    ASSERT_TRUE(fast.back().fast) << name;
     std::mt19937 rng(7);
     for (int i = 0; i < 8000; i++) {
       std::string text = random_text(rng, i % 2 ? 6 : 60);
