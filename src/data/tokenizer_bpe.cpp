@@ -33,12 +33,7 @@ Bpe::Bpe(const vector<Merge>& merges, const vector<string_view>& bytes, bool ign
   byte_ids_.fill(kNoId);
   for (uint32_t id = 0; id < bytes.size(); id++)
     if (bytes[id].size() == 1) byte_ids_[uint8_t(bytes[id][0])] = id;
-  EncodeScratch scratch(0);
-  for (uint32_t id = 0; id < bytes.size(); id++) {
-    if (bytes[id].empty()) continue;
-    if (!ignore_merges) encode_word(bytes[id], scratch);
-    if (ignore_merges || scratch.ids_ == vector<uint32_t>{id}) whole_.emplace(bytes[id], id);
-  }
+  for (uint32_t id = 0; id < bytes.size() && ignore_merges; id++) whole_.emplace(bytes[id], id);
 }
 
 uint32_t Bpe::rank_of(uint32_t left, uint32_t right) const {

@@ -1,4 +1,3 @@
-// tokenizer_load: reading tokenizer.json.
 #include <rapidjson/document.h>
 #include <rapidjson/error/en.h>
 #include <rapidjson/stringbuffer.h>
@@ -50,10 +49,12 @@ static string_view view(const Value& value) {
   bad_input(json.place(), "is not supported (got " + got + ")", kOther);
 }
 
-// The components that one consists of: itself, or a Sequence's members; none of null.
+static string type_of(const Json& component) { return component["type"].as_string(); }
+
+// What a component consists of: itself, or a Sequence's `members`.
 static vector<Json> components(const Json& json, const char* members) {
   if (json.is_null()) return {};
-  if (json["type"].as_string() != "Sequence") return {json};
+  if (type_of(json) != "Sequence") return {json};
   vector<Json> out;
   const Json parts = json[members];
   for (int64_t i = 0; i < parts.size(); i++)
@@ -67,9 +68,9 @@ class TokenizerLoader {
   Tokenizer load();
 
  private:
-  Json parse(Value& vocabulary, Value& merges);
-  void read_model(const Json& model, const Value& vocabulary, const Value& merges);
-  vector<Bpe::Merge> read_merges(const Value& merges);
+  Json parse();
+  void read_model(const Json& model);
+  vector<Bpe::Merge> read_merges();
   void read_added(const Json& tokens);
   void read_normalizer(const Json& json);
   void read_pre_tokenizer(const Json& json);
@@ -78,14 +79,16 @@ class TokenizerLoader {
   std::optional<uint32_t> find_eos();
 
   uint32_t find(string_view token) const { return t_.id_of(token).value_or(kNoId); }
+  void set_token(uint32_t id, string_view name, string_view text);
   string_view keep(string text) { return t_.strings_.emplace_back(std::move(text)); }
 
   Tokenizer t_;
   rapidjson::Document document_;
+  Value vocabulary_, merges_;
 };
 
-// Parses the file, in place, and returns all of it but model.vocab and model.merges.
-Json TokenizerLoader::parse(Value& vocabulary, Value& merges) {
+// Parses the file in place, and returns all of it but the large vocabulary_ and merges_.
+Json TokenizerLoader::parse() {
   string& file = t_.strings_.emplace_back(read_text_file(t_.path_));
   t_.fingerprint_ = XXH3_64bits(file.data(), file.size());
   document_.ParseInsitu<rapidjson::kParseValidateEncodingFlag | rapidjson::kParseIterativeFlag>(
@@ -99,41 +102,47 @@ Json TokenizerLoader::parse(Value& vocabulary, Value& merges) {
   if (!document_.IsObject() || !document_.HasMember("model") || !document_["model"].IsObject())
     bad_input(t_.path_, "is no tokenizer.json: it has no \"model\"", kRefetch);
   Value& model = document_["model"];
-  if (model.HasMember("vocab")) vocabulary = model["vocab"];
-  if (model.HasMember("merges")) merges = model["merges"];
-  rapidjson::StringBuffer out;
-  rapidjson::Writer<rapidjson::StringBuffer> writer(out);
+  if (model.HasMember("vocab")) vocabulary_ = model["vocab"];
+  if (model.HasMember("merges")) merges_ = model["merges"];
+  rapidjson::StringBuffer rest;
+  rapidjson::Writer<rapidjson::StringBuffer> writer(rest);
   document_.Accept(writer);
-  return Json::parse(string(out.GetString(), out.GetSize()), t_.path_);
+  return Json::parse(rest.GetString(), t_.path_);
+}
+
+// `name` is how the vocabulary knows the token, `text` how it is found in a document.
+void TokenizerLoader::set_token(uint32_t id, string_view name, string_view text) {
+  const size_t ids = std::max<size_t>(t_.texts_.size(), id + 1);
+  t_.texts_.resize(ids);
+  t_.bytes_.resize(ids);
+  t_.special_.resize(ids);
+  t_.ids_[name] = id;
+  t_.texts_[id] = text;
+  t_.bytes_[id] = keep(bytes_of(text));
 }
 
 // ---- the model ----
 
-vector<Bpe::Merge> TokenizerLoader::read_merges(const Value& merges) {
+vector<Bpe::Merge> TokenizerLoader::read_merges() {
   vector<Bpe::Merge> out;
-  string joined;
-  for (rapidjson::SizeType i = 0; i < merges.Size(); i++) {
-    const Value& merge = merges[i];
-    string_view left = view(merge), right;
-    if (left.starts_with("#version")) continue;
-    if (merge.IsArray() && merge.Size() == 2) {
-      left = view(merge[0]);
-      right = view(merge[1]);
-    } else if (const size_t space = left.find(' '); space != left.npos) {  // the older form
-      right = left.substr(space + 1);
-      left = left.substr(0, space);
-    }
-    joined.assign(left).append(right);
-    out.push_back({find(left), find(right), find(joined)});
-    const auto [left_id, right_id, joined_id] = out.back();
-    if (left_id == kNoId || right_id == kNoId || joined_id == kNoId)
+  for (rapidjson::SizeType i = 0; i < merges_.Size(); i++) {
+    const Value& merge = merges_[i];
+    string pair(view(merge));  // "left right", the older form
+    if (pair.starts_with("#version")) continue;
+    if (merge.IsArray() && merge.Size() == 2)
+      pair = string(view(merge[0])) + " " + string(view(merge[1]));
+    const size_t space = std::min(pair.find(' '), pair.size());
+    const string left = pair.substr(0, space), right = pair.substr(space + (space < pair.size()));
+    const uint32_t ids[] = {find(left), find(right), find(left + right)};
+    if (std::count(ids, ids + 3, kNoId))
       bad_input(t_.path_ + text(": model.merges[%u]", i), "is no pair of tokens that make a token",
                 kRefetch);
+    out.push_back({ids[0], ids[1], ids[2]});
   }
   return out;
 }
 
-void TokenizerLoader::read_model(const Json& model, const Value& vocabulary, const Value& merges) {
+void TokenizerLoader::read_model(const Json& model) {
   if (model.string_or("type", "BPE") != "BPE") unsupported(model["type"], model["type"].dump());
   for (const char* key :
        {"dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"}) {
@@ -141,21 +150,17 @@ void TokenizerLoader::read_model(const Json& model, const Value& vocabulary, con
     if (value != "null" && value != "false" && value != "\"\"" && value != "0.0")
       unsupported(model[key], value);
   }
-  if (!vocabulary.IsObject() || vocabulary.MemberCount() == 0)
+  if (!vocabulary_.IsObject() || vocabulary_.MemberCount() == 0)
     bad_input(model.place() + ".vocab", "is missing, empty, or not of BPE", kOther);
-  if (!merges.IsArray() || merges.Size() >= kMostMerges)
+  if (!merges_.IsArray() || merges_.Size() >= kMostMerges)
     bad_input(model.place() + ".merges", text("is no list of less than %u", kMostMerges), kOther);
-  for (const auto& [token, value] : vocabulary.GetObject()) {
-    if (!value.IsUint() || value.GetUint() >= kMostIds)
-      bad_input(model.place() + ".vocab." + token.GetString(),
+  for (const auto& [name, id] : vocabulary_.GetObject()) {
+    if (!id.IsUint() || id.GetUint() >= kMostIds)
+      bad_input(model.place() + ".vocab." + name.GetString(),
                 text("is no id (need a number < %u)", kMostIds), kRefetch);
-    const uint32_t id = value.GetUint();
-    if (id >= t_.texts_.size()) t_.texts_.resize(id + 1);
-    t_.texts_[id] = view(token);
-    t_.ids_[view(token)] = id;
+    set_token(id.GetUint(), view(name), view(name));
   }
-  for (const string_view token : t_.texts_) t_.bytes_.push_back(keep(bytes_of(token)));
-  t_.bpe_ = Bpe(read_merges(merges), t_.bytes_, model.bool_or("ignore_merges", false));
+  t_.bpe_ = Bpe(read_merges(), t_.bytes_, model.bool_or("ignore_merges", false));
   for (int byte = 0; byte < 256 && !model.string_or("unk_token", "").empty(); byte++)
     if (t_.bpe_.id_of_byte(uint8_t(byte)) == kNoId)
       bad_input(model.place(), text("has an unk_token, but no token of byte 0x%02x", byte), kOther);
@@ -187,13 +192,7 @@ void TokenizerLoader::read_added(const Json& tokens) {
     const bool is_normalized = json["normalized"].as_bool();
     token.content = is_normalized ? t_.normalize(content, buffer, other) : content;
     if (token.content.empty()) bad_input(json.place(), "is normalized to nothing", kOther);
-    const size_t ids = std::max<size_t>(t_.texts_.size(), token.id + 1);
-    t_.texts_.resize(ids);
-    t_.bytes_.resize(ids);
-    t_.special_.resize(ids);
-    t_.ids_[keep(content)] = token.id;
-    t_.texts_[token.id] = keep(token.content);
-    t_.bytes_[token.id] = keep(bytes_of(token.content));
+    set_token(token.id, keep(content), keep(token.content));
     t_.special_[token.id] = token.special;
     (is_normalized ? normalized : plain).push_back(std::move(token));
   }
@@ -225,7 +224,7 @@ void TokenizerLoader::read_normalizer(const Json& json) {
 void TokenizerLoader::read_pre_tokenizer(const Json& json) {
   static const char* const kBehaviors[] = {"Removed", "Isolated", "MergedWithPrevious",
                                            "MergedWithNext", "Contiguous"};
-  const string type = json["type"].as_string();
+  const string type = type_of(json);
   if (type == "Split") {
     const string behavior = json["behavior"].as_string();
     const auto at = std::find(std::begin(kBehaviors), std::end(kBehaviors), behavior);
@@ -298,26 +297,25 @@ std::optional<uint32_t> TokenizerLoader::find_eos() {
 }
 
 Tokenizer TokenizerLoader::load() {
-  Value vocabulary, merges;
-  const Json json = parse(vocabulary, merges);
+  const Json json = parse();
   if (json.string_or("version", "1.0") != "1.0")
     unsupported(json["version"], json["version"].dump());
   const auto parts = [&](const char* key, const char* members) {
     return components(json.has(key) ? json[key] : Json(), members);
   };
-  read_model(json["model"], vocabulary, merges);
+  read_model(json["model"]);
   for (const Json& part : parts("normalizer", "normalizers")) read_normalizer(part);
   bool byte_level = false;
   for (const Json& step : parts("pre_tokenizer", "pretokenizers")) {
     if (byte_level) unsupported(step, "a pre-tokenizer behind ByteLevel");
     read_pre_tokenizer(step);
-    byte_level = step["type"].as_string() == "ByteLevel";
+    byte_level = type_of(step) == "ByteLevel";
   }
   if (!byte_level)
     bad_input(t_.path_ + ": pre_tokenizer", "has no ByteLevel, so is no byte-level BPE", kOther);
   if (json.has("added_tokens")) read_added(json["added_tokens"]);
   for (const Json& part : parts("post_processor", "processors")) {
-    const string type = part["type"].as_string();
+    const string type = type_of(part);
     if (type == "TemplateProcessing")
       read_template(part);
     else if (type != "ByteLevel")  // which changes no ids
@@ -325,7 +323,7 @@ Tokenizer TokenizerLoader::load() {
   }
   const vector<Json> decoders = parts("decoder", "decoders");
   for (const Json& part : decoders)
-    if (const string type = part["type"].as_string(); type != "ByteLevel")
+    if (const string type = type_of(part); type != "ByteLevel")
       unsupported(part, "the decoder " + type);
   t_.join_with_space_ = decoders.empty();
   t_.eos_ = find_eos();

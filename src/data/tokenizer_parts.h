@@ -139,7 +139,7 @@ constexpr int kIdBits = 21, kRankBits = 64 - 2 * kIdBits;  // of a packed merge
 // tokenizer; ids never depend on what it holds.
 class EncodeScratch {
  public:
-  explicit EncodeScratch(size_t cache_bytes = size_t{1} << 22);
+  explicit EncodeScratch(size_t cache_bytes = size_t{1} << 23);
   EncodeScratch(EncodeScratch&&) = default;
 
  private:
