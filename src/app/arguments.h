@@ -1,20 +1,23 @@
-// arguments: the command line of a command; the one user of CLI11.
+// The command line of a command; the one user of CLI11.
 //
 //   Arguments args("pith train", "Trains a model.");
 //   args.positional("run", file, "run.toml");
 //   args.option("--ranks", ranks, "CPU ranks", 1, 256);
 //   if (!args.parse(argc, argv)) return kExitDone;   // --help was printed
-// defines: Arguments
 #pragma once
 #include <cstdint>
 #include <memory>
 
 #include "core/check.h"
 
+namespace CLI {
+class App;
+}
+
 namespace pith {
 
-// Values are bound by reference and keep what they held where an option is not given; that is shown
-// as the default. Lists may be repeated.
+// Values are bound by reference and keep what they held, which is shown as the default, where an
+// option is not given.
 class Arguments {
  public:
   Arguments(const string& command, const string& about);
@@ -26,10 +29,8 @@ class Arguments {
               int64_t max = INT64_MAX);
   void option(const string& name, double& value, const string& about, double min = -1e300,
               double max = 1e300);
-  // A value at a time: "--set a=1 --set b=2"; with `separator`, also "a,b".
+  // A value at a time, "--set a=1 --set b=2"; with separator ',' also "a,b", with ' ' also "a b".
   void list(const string& name, vector<string>& values, const string& about, char separator = 0);
-  // One or more behind the name: "--input a b".
-  void many(const string& name, vector<string>& values, const string& about);
   // One of `choices`. A name without dashes is a required positional.
   void choice(const string& name, string& value, const vector<string>& choices,
               const string& about);
@@ -41,8 +42,7 @@ class Arguments {
   bool parse(int argc, char** argv);
 
  private:
-  struct State;
-  std::unique_ptr<State> state_;
+  std::unique_ptr<CLI::App> app_;
 };
 
 }  // namespace pith

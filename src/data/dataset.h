@@ -1,12 +1,8 @@
-// dataset: tokenised files, split into training and held-out documents, cut into samples, shuffled.
-// What a sample holds depends on (files, options) alone, never on layout or history.
-// defines: DataOptions, SampleRow, TokenFile, open_token_file, find_token_files, Dataset,
-//          positions_from_ends, BatchShape, global_sample, ZigzagBlocks, zigzag_blocks,
-//          take_zigzag, bigram_nats
+// Tokenised files, split into training and held-out documents, cut into samples, shuffled. What a
+// sample holds depends on (files, options) alone.
 #pragma once
 
 #include "core/tensor.h"
-#include "data/durable.h"
 #include "data/npy.h"
 
 namespace pith {
@@ -44,50 +40,47 @@ struct TokenFile {
 // Exit code 2 naming the file for a truncated or corrupt one.
 TokenFile open_token_file(const string& path);
 
-// The .bin files that `path` stands for: itself, or, for a folder, all below it in path order,
-// names that begin with "." aside. Exit code 2 if there is none.
+// `path` itself, or all .bin below a folder in path order, names that begin with "." aside. Exit
+// code 2 if there is none.
 vector<string> find_token_files(const string& path);
 
 // Samples are windows of S tokens, labelled with the window shifted by one. Training samples are
 // cut from a file's training documents end to end; a tail of fewer than S + 1 tokens is dropped.
 // The held-out documents of all files form one stream whose last sample is padded with ignored
-// labels. A document is held out when the XXH3 of its token bytes falls below the fraction, so the
-// split does not depend on the order or names of files. Const functions may be called from many
-// threads.
+// labels. A document is held out when the XXH3 of its token bytes falls below the fraction,
+// whatever the order or names of files. Const functions may be called from many threads.
 class Dataset {
  public:
-  // Exit code 2: no files, a corrupt file, an empty corpus, or a token id >= vocab_size (in
-  // corpora above 1 GiB found by the sample that holds it).
+  // Exit code 2: a corrupt file, an empty corpus, or a token id >= vocab_size (in corpora above
+  // 1 GiB found by the sample that holds it).
   Dataset(const vector<string>& paths, const DataOptions& options);
 
   const DataOptions& options() const { return options_; }
   int64_t samples_per_epoch() const { return first_sample_.back(); }
   int64_t heldout_samples() const;  // the padded one included
-  // Exit code 2, naming data.max_epochs, if a run cannot read `required` training samples.
+  // Exit code 2 naming the key to change: a run cannot read `required` training samples; there is
+  // no held-out sample to evaluate on.
   void require_samples(int64_t required) const;
-  // Exit code 2, naming data.heldout_fraction, if there is no held-out sample to evaluate on.
   void require_heldout() const;
-  // Training sample `index` of the whole run: epoch index / n, each with its own permutation.
+  // Training sample `index` of the whole run: each epoch has its own permutation.
   void train_sample(int64_t index, const SampleRow& row) const;
   // Held-out sample `index` in corpus order; all labels are ignored from heldout_samples() on.
   void heldout_sample(int64_t index, const SampleRow& row) const;
 
-  // XXH3 over what the samples are cut from: sizes, document ends and contents (of corpora above
-  // 64 MiB, 16 blocks a file). Paths do not count.
+  // XXH3 over sizes, document ends and contents (of corpora above 64 MiB, 16 blocks a file).
   uint64_t fingerprint() const;
 
  private:
-  // Documents that are not empty, end to end.
-  struct Stream {
-    struct Document {
-      int64_t begin;        // in the stream
-      int64_t file_offset;  // of its first token
-      int file;
-    };
+  struct Document {
+    int64_t begin;        // in the stream
+    int64_t file_offset;  // of its first token
+    int file;
+  };
+  struct Stream {  // documents that are not empty, end to end
     vector<Document> documents;
     int64_t num_tokens = 0;
+    int64_t num_labels() const { return num_tokens > 0 ? num_tokens - 1 : 0; }
   };
-  void split_documents(int file);
   void cut(const Stream& stream, int64_t begin, const SampleRow& row) const;
   friend double bigram_nats(const Dataset& data);
   DataOptions options_;
@@ -113,11 +106,9 @@ struct BatchShape {
 int64_t global_sample(const BatchShape& shape, int64_t step, int dp_rank, int ep_rank, int64_t row);
 
 // Context parallelism cuts a row of S tokens into 2*cp equal blocks: rank r holds blocks r and
-// 2*cp-1-r, in this order; cp = 1 holds the row and an empty block. Exit code 2, naming
-// data.sequence_length, unless 2*cp divides S or cp = 1.
+// 2*cp-1-r; cp = 1 holds the row and an empty block. Exit code 2 unless 2*cp divides S or cp = 1.
 struct ZigzagBlocks {
-  int64_t begin[2];
-  int64_t length[2];
+  int64_t begin[2], length[2];
   int64_t total() const { return length[0] + length[1]; }  // S / cp
 };
 ZigzagBlocks zigzag_blocks(int64_t seq_length, int cp, int cp_rank);
@@ -125,10 +116,9 @@ ZigzagBlocks zigzag_blocks(int64_t seq_length, int cp, int cp_rank);
 void take_zigzag(const int32_t* row, const ZigzagBlocks& blocks, int32_t* out);
 
 // Mean nats a label of the held-out samples under an interpolated Kneser-Ney bigram model of the
-// training documents (Chen & Goodman 1998, eq. 21): what a model must beat to know more than word
-// pairs. One discount an order, n1 / (n1 + 2 n2); continuation counts are interpolated with the
-// uniform distribution. Takes 4*V*V bytes; exit code 2 unless V <= kBigramMaxVocab and there are
-// held-out labels.
+// training documents (Chen & Goodman 1998, eq. 21): one discount an order, n1 / (n1 + 2 n2), and
+// continuation counts interpolated with the uniform distribution. Takes 4*V*V bytes; exit code 2
+// unless V <= kBigramMaxVocab and there are held-out labels.
 constexpr int64_t kBigramMaxVocab = 8192;
 double bigram_nats(const Dataset& data);
 

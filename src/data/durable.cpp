@@ -1,6 +1,7 @@
 #include "data/durable.h"
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -10,14 +11,14 @@
 #include <cstring>
 #include <filesystem>
 
-#include "core/check.h"
+#include "core/log.h"
 
 namespace pith {
 
 namespace fs = std::filesystem;
 
 [[noreturn]] static void failed_call(const string& path, const char* what, int error) {
-  failed(path, string(what) + " (" + strerror(error) + ")",
+  failed(path, text("%s (%s)", what, strerror(error)),
          error == ENOSPC || error == EDQUOT ? "free space on that disk"
                                             : "check the path and its permissions");
 }
@@ -28,15 +29,13 @@ MappedFile::MappedFile(const string& path) : path_(path) {
   struct stat info = {};
   void* map = nullptr;
   const bool is_file = fstat(fd, &info) == 0 && S_ISREG(info.st_mode);
-  if (is_file && info.st_size > 0)
-    map = mmap(nullptr, size_t(info.st_size), PROT_READ, MAP_SHARED, fd, 0);
+  const auto size = size_t(info.st_size);
+  if (is_file && size > 0) map = mmap(nullptr, size, PROT_READ, MAP_SHARED, fd, 0);
   close(fd);
   if (!is_file) bad_input(path, "is not a file (got a folder or device)", "name a file");
   if (map == MAP_FAILED) bad_input(path, "cannot be mapped", "check the memory limits");
   size_ = info.st_size;
-  if (map)
-    map_ = {static_cast<const char*>(map),
-            [map, size = info.st_size](const char*) { munmap(map, size_t(size)); }};
+  if (map) map_ = {static_cast<char*>(map), [size](char* begin) { munmap(begin, size); }};
 }
 
 DurableFile::DurableFile(const string& path) : path_(path), temporary_(path + ".tmp") {
@@ -53,8 +52,7 @@ DurableFile::~DurableFile() {
 void DurableFile::write(const void* bytes, int64_t size) {
   const char* next = static_cast<const char*>(bytes);
   for (const char* end = next + size; next < end;) {
-    // Linux writes at most 2^31 - 4096 bytes a call.
-    const ssize_t n = ::write(fd_, next, std::min<size_t>(end - next, 1 << 30));
+    const ssize_t n = ::write(fd_, next, std::min<size_t>(end - next, 1 << 30));  // Linux: < 2 GiB
     if (n < 0 && errno == EINTR) continue;
     if (n < 0) failed_call(temporary_, "cannot be written", errno);
     next += n;
@@ -77,11 +75,6 @@ void write_file_durably(const string& path, const string& bytes) {
   file.finish();
 }
 
-string folder_of(const string& path) {
-  const fs::path folder = fs::path(path).parent_path();
-  return folder.empty() ? "." : folder.string();
-}
-
 void make_folders(const string& path) {
   std::error_code error;
   fs::create_directories(path, error);
@@ -96,5 +89,34 @@ void sync_folder(const string& path) {
   close(fd);
   if (error) failed_call(path, "cannot be flushed to disk", error);
 }
+
+string folder_of(const string& path) {
+  const fs::path folder = fs::path(path).parent_path();
+  return folder.empty() ? "." : folder.string();
+}
+
+RunLock::RunLock(const string& folder) {
+  make_folders(folder);
+  const string path = folder + "/.lock";
+  fd_ = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+  if (fd_ < 0) failed_call(path, "cannot be opened", errno);
+  char holder[400] = "", host[256] = "";  // the name informs; the lock is the kernel's
+  if (flock(fd_, LOCK_EX | LOCK_NB) != 0) {
+    if (errno == EWOULDBLOCK) {
+      const bool named = pread(fd_, holder, sizeof holder - 1, 0) > 0;
+      close(fd_);
+      bad_input(folder, text("another run writes there (%s)", named ? holder : "just begun"),
+                "wait for it to end, or name another run.folder");
+    }
+    log_warning("%s: cannot be locked (%s); see that no other run uses the folder", path.c_str(),
+                strerror(errno));
+  }
+  gethostname(host, sizeof host - 1);
+  const int length = snprintf(holder, sizeof holder, "process %d on %s", getpid(), host);
+  if (ftruncate(fd_, 0) != 0 || pwrite(fd_, holder, size_t(length), 0) < 0)
+    log_warning("%s: cannot be written (%s)", path.c_str(), strerror(errno));
+}
+
+RunLock::~RunLock() { close(fd_); }
 
 }  // namespace pith
