@@ -20,17 +20,12 @@ void Arguments::option(const string& name, string& value, const string& about) {
 }
 
 template <class T>
-static void number(CLI::App& app, const string& name, T& value, const string& about, T min, T max) {
-  app.add_option(name, value, about)->capture_default_str()->check(CLI::Range(min, max, ""));
+void Arguments::option(const string& name, T& value, const string& about,
+                       std::type_identity_t<T> min, std::type_identity_t<T> max) {
+  app_->add_option(name, value, about)->capture_default_str()->check(CLI::Range(min, max, ""));
 }
-void Arguments::option(const string& name, int64_t& value, const string& about, int64_t min,
-                       int64_t max) {
-  number(*app_, name, value, about, min, max);
-}
-void Arguments::option(const string& name, double& value, const string& about, double min,
-                       double max) {
-  number(*app_, name, value, about, min, max);
-}
+template void Arguments::option(const string&, int64_t&, const string&, int64_t, int64_t);
+template void Arguments::option(const string&, double&, const string&, double, double);
 
 void Arguments::list(const string& name, vector<string>& values, const string& about,
                      char separator) {

@@ -7,7 +7,6 @@
 #include <cstring>
 #include <filesystem>
 
-#include "core/log.h"
 #include "core/rng.h"
 
 namespace pith {
@@ -21,44 +20,40 @@ int64_t TokenFile::doc_end(int64_t doc) const {
 }
 
 void TokenFile::copy(int64_t offset, int64_t count, int64_t vocab_size, int32_t* dst) const {
-  const int64_t width = size_of(type);
-  const uint64_t mask = ~uint64_t{0} >> (64 - 8 * width), limit = vocab_size;
+  const int64_t width = size_of(type), shift = 64 - 8 * width;
   for (int64_t i = offset; i < offset + count; i++) {
     uint64_t id;
     memcpy(&id, tokens + i * width, 8);  // the second array lies behind the last token
-    id &= mask;
-    if (id >= limit)
+    id = id << shift >> shift;
+    if (id >= uint64_t(vocab_size))
       bad_input(map.path(),
-                text("holds a token id beyond the vocabulary (got %lu at token %ld, need less "
-                     "than %lu)",
-                     id, i, limit),
-                "use the model's own tokenizer, or a model with a larger vocab_size");
+                text("holds a token id beyond the vocabulary (got %lu at token %ld, need less than "
+                     "%ld)",
+                     id, i, vocab_size),
+                "the model's own tokenizer");
     *dst++ = int32_t(id);
   }
 }
 
 TokenFile open_token_file(const string& path) {
-  const auto refuse = [&](const string& what) {
-    bad_input(path, what, "make the file again with pith tokenize");
-  };
   TokenFile file{.map = MappedFile(path)};
   const char* const end_of_file = file.map.data() + file.map.size();
-  const NpyHeader ids = parse_npy_header(file.map.data(), file.map.size(), path);
+  const auto refuse = [&](const string& what) { bad_input(path, what, "pith tokenize again"); };
+  const auto read = [&](const char* at, const char* what, const char* order, NpyType least) {
+    NpyHeader array = parse_npy_header(at, end_of_file - at, path + " (" + what + ")");
+    if (array.shape.size() != 1 || array.type < least || array.type > NpyType::U8)
+      refuse(text("does not hold %s %s (got %s of %zu dimensions, need %s to <u8 of one)", what,
+                  order, name_of(array.type), array.shape.size(), name_of(least)));
+    return array;
+  };
+  const NpyHeader ids = read(file.map.data(), "token ids", "first", NpyType::U1);
   file.type = ids.type;
   file.num_tokens = ids.numel();
   file.tokens = file.map.data() + ids.header_bytes;
   const char* rest = file.tokens + ids.data_bytes();
-  const NpyHeader ends = parse_npy_header(rest, end_of_file - rest, path + " (document ends)");
+  const NpyHeader ends = read(rest, "document ends", "second", NpyType::U8);
   file.num_docs = ends.numel();
   file.ends = rest + ends.header_bytes;
-  if (ids.shape.size() != 1 || ids.type > NpyType::U8)
-    refuse(
-        text("does not hold token ids first (got %s of %zu dimensions, need |u1, <u2, <u4 or "
-             "<u8 of one)",
-             name_of(ids.type), ids.shape.size()));
-  if (ends.shape.size() != 1 || ends.type != NpyType::U8)
-    refuse(text("does not hold document ends second (got %s of %zu dimensions, need <u8 of one)",
-                name_of(ends.type), ends.shape.size()));
   const int64_t more = end_of_file - file.ends - ends.data_bytes();
   if (more != 0) refuse(text("goes on behind its two arrays (got %ld bytes more)", more));
   if (file.num_docs == 0 && file.num_tokens > 0) refuse("has tokens, but no documents");
@@ -75,25 +70,21 @@ TokenFile open_token_file(const string& path) {
 }
 
 vector<string> find_token_files(const string& path) {
-  vector<fs::path> found;
+  const char* remedy = "make token files with pith tokenize";
+  vector<string> found;
   try {
     if (fs::is_regular_file(path)) return {path};
-    for (fs::recursive_directory_iterator it(path), end; it != end; ++it) {
-      const fs::path name = it->path().filename();
-      if (name.native().front() == '.')
+    for (fs::recursive_directory_iterator it(path), end; it != end; ++it)
+      if (it->path().filename().native().starts_with('.'))
         it.disable_recursion_pending();
-      else if (name.extension() == ".bin" && it->is_regular_file())
+      else if (it->path().extension() == ".bin" && it->is_regular_file())
         found.push_back(it->path());
-    }
   } catch (const fs::filesystem_error& error) {
-    bad_input(path, "cannot be listed (" + error.code().message() + ")",
-              "check the path, or make token files with pith tokenize");
+    bad_input(path, "cannot be listed (" + error.code().message() + ")", remedy);
   }
-  if (found.empty())
-    bad_input(path, "holds no token file (got 0 files that end in .bin, need 1 or more)",
-              "make them with pith tokenize");
-  std::ranges::sort(found);
-  return {found.begin(), found.end()};
+  if (found.empty()) bad_input(path, "holds no token file (got none that ends in .bin)", remedy);
+  std::ranges::sort(found, {}, [](auto& name) { return fs::path(name); });
+  return found;
 }
 
 Dataset::Dataset(const vector<string>& paths, const DataOptions& options)
@@ -104,7 +95,7 @@ Dataset::Dataset(const vector<string>& paths, const DataOptions& options)
   }
   if (token_bytes_ == 0)
     bad_input("data.path", text("is an empty corpus (got 0 tokens in %zu files)", paths.size()),
-              "check what was tokenised");
+              "another folder");
   constexpr int64_t kChecked = int64_t{1} << 30, kBlock = 4096;
   int32_t block[kBlock];
   for (int index = 0; index < int(files_.size()); index++) {
@@ -135,22 +126,20 @@ int64_t Dataset::heldout_samples() const {
 void Dataset::require_samples(int64_t required) const {
   const int64_t epoch = samples_per_epoch(), epochs = options_.max_epochs;
   if (required <= epoch * epochs) return;
-  bad_input(epoch ? "data.max_epochs" : "data.sequence_length",
-            text("the corpus is smaller than the run (got %s samples: %s an epoch, %s epochs; need "
-                 "%s)",
-                 with_commas(epoch * epochs).c_str(), with_commas(epoch).c_str(),
-                 with_commas(epochs).c_str(), with_commas(required).c_str()),
-            epoch ? text("data.max_epochs = %ld, fewer train.steps, or more text",
-                         (required + epoch - 1) / epoch)
-                  : "a shorter one, or files joined with pith tokenize --join");
+  const string what = text(
+      "the corpus is smaller than the run (got %ld samples: %ld an epoch, %ld epochs; need %ld)",
+      epoch * epochs, epoch, epochs, required);
+  if (epoch == 0) bad_input("data.sequence_length", what, "a shorter one, or pith tokenize --join");
+  bad_input("data.max_epochs", what,
+            text("data.max_epochs = %ld, or fewer train.steps", (required + epoch - 1) / epoch));
 }
 
 void Dataset::require_heldout() const {
-  if (heldout_samples() == 0)
-    bad_input("data.heldout_fraction",
-              text("nothing is held out to evaluate on (got %ld held-out tokens, need 2)",
-                   heldout_.num_tokens),
-              "a larger one, or more documents");
+  if (heldout_samples() > 0) return;
+  bad_input("data.heldout_fraction",
+            text("nothing is held out to evaluate on (got %ld held-out tokens, need 2)",
+                 heldout_.num_tokens),
+            "a larger one, or more documents");
 }
 
 void Dataset::train_sample(int64_t index, const SampleRow& row) const {
@@ -201,12 +190,12 @@ uint64_t Dataset::fingerprint() const {
     hash = XXH3_64bits_withSeed(data, size_t(bytes), hash);
   };
   for (const TokenFile& file : files_) {
-    const int64_t sizes[3] = {size_of(file.type), file.num_tokens, file.num_docs};
+    const int64_t sizes[] = {size_of(file.type), file.num_tokens, file.num_docs};
+    const int64_t bytes = sizes[0] * sizes[1];
+    const int64_t block = whole ? bytes : std::min<int64_t>(bytes, 4096);
     add(sizes, sizeof sizes);
     add(file.ends, 8 * file.num_docs);
-    const int64_t bytes = file.num_tokens * size_of(file.type), blocks = whole ? 1 : 16;
-    const int64_t block = whole ? bytes : std::min<int64_t>(bytes, 4096);
-    for (int64_t i = 0; i < blocks; i++)  // from the first to the last one
+    for (int64_t i = 0; i < (whole ? 1 : 16); i++)  // from the first block to the last one
       add(file.tokens + (bytes - block) * i / 15, block);
   }
   return hash;
@@ -222,7 +211,7 @@ void positions_from_ends(const int32_t* doc_ends, int64_t seq_length, int32_t* p
 
 int64_t global_sample(const BatchShape& shape, int64_t step, int dp_rank, int ep_rank,
                       int64_t row) {
-  const int64_t micro = row / shape.micro_batch, sender = int64_t{dp_rank} * shape.ep + ep_rank;
+  const int64_t micro = row / shape.micro_batch, sender = dp_rank * shape.ep + ep_rank;
   const int64_t group = micro * shape.dp * shape.ep + sender;  // of micro_batch samples
   return step * shape.global_batch + group * shape.micro_batch + row % shape.micro_batch;
 }
@@ -231,11 +220,12 @@ ZigzagBlocks zigzag_blocks(int64_t seq_length, int cp, int cp_rank) {
   if (cp == 1) return {{0, seq_length}, {seq_length, 0}};
   const int64_t blocks = 2 * cp, length = seq_length / blocks;
   if (seq_length % blocks != 0)
-    bad_input("data.sequence_length",
-              text("does not split into 2 * parallel.cp blocks (got %ld and cp = %d, need a "
-                   "multiple of %ld)",
-                   seq_length, cp, blocks),
-              text("data.sequence_length = %ld", (length + 1) * blocks));
+    bad_input(
+        "data.sequence_length",
+        text("does not split into 2 * parallel.cp blocks (got %ld and cp = %d, need a multiple "
+             "of %ld)",
+             seq_length, cp, blocks),
+        text("data.sequence_length = %ld", (length + 1) * blocks));
   return {{cp_rank * length, (blocks - 1 - cp_rank) * length}, {length, length}};
 }
 
@@ -254,7 +244,7 @@ double bigram_nats(const Dataset& data) {
   if (v > kBigramMaxVocab)
     bad_input("bigram model",
               text("the vocabulary is too large (got %ld, need at most %ld)", v, kBigramMaxVocab),
-              "compare with another run instead");
+              "another comparison");
   vector<int32_t> tokens(length), labels(length);
   const auto each_pair = [&](const Dataset::Stream& stream, const auto& use) {
     for (int64_t begin = 0; begin < stream.num_labels(); begin += length) {
@@ -267,12 +257,12 @@ double bigram_nats(const Dataset& data) {
   vector<double> before(v), after(v), total(v);  // distinct neighbours; times followed
   double kinds = 0, nats = 0, count = 0;
   for (const Dataset::Stream& stream : data.train_)
-    each_pair(stream, [&](int32_t first, int32_t second) {
-      const bool is_new = pairs[first * v + second]++ == 0;
-      before[second] += is_new;
-      after[first] += is_new;
+    each_pair(stream, [&](int32_t a, int32_t b) {
+      const bool is_new = pairs[a * v + b]++ == 0;
+      before[b] += is_new;
+      after[a] += is_new;
       kinds += is_new;
-      total[first]++;
+      total[a]++;
     });
   const double pair_discount = discount_of(pairs), discount = discount_of(before);
   const double seen = v - std::ranges::count(before, 0);
@@ -286,8 +276,7 @@ double bigram_nats(const Dataset& data) {
     count++;
   });
   if (count == 0)
-    bad_input("data.heldout_fraction", "the held-out documents have no label (got 0)",
-              "a larger one, or documents of two tokens or more");
+    bad_input("data.heldout_fraction", "the held-out documents have no label", "a larger one");
   return nats / count;
 }
 

@@ -19,8 +19,7 @@ namespace fs = std::filesystem;
 
 [[noreturn]] static void failed_call(const string& path, const char* what, int error) {
   failed(path, text("%s (%s)", what, strerror(error)),
-         error == ENOSPC || error == EDQUOT ? "free space on that disk"
-                                            : "check the path and its permissions");
+         error == ENOSPC || error == EDQUOT ? "free space there" : "the path and its permissions");
 }
 
 MappedFile::MappedFile(const string& path) : path_(path) {
@@ -32,8 +31,8 @@ MappedFile::MappedFile(const string& path) : path_(path) {
   const auto size = size_t(info.st_size);
   if (is_file && size > 0) map = mmap(nullptr, size, PROT_READ, MAP_SHARED, fd, 0);
   close(fd);
-  if (!is_file) bad_input(path, "is not a file (got a folder or device)", "name a file");
-  if (map == MAP_FAILED) bad_input(path, "cannot be mapped", "check the memory limits");
+  if (!is_file || map == MAP_FAILED)
+    bad_input(path, is_file ? "cannot be mapped" : "is not a file", "another file");
   size_ = info.st_size;
   if (map) map_ = {static_cast<char*>(map), [size](char* begin) { munmap(begin, size); }};
 }
@@ -84,7 +83,7 @@ void make_folders(const string& path) {
 void sync_folder(const string& path) {
   const int fd = open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   if (fd < 0) failed_call(path, "cannot be opened", errno);
-  // Some network file systems cannot sync a folder; there the rename is as durable as it gets.
+  // Some network file systems cannot sync a folder.
   const int error = fsync(fd) == 0 || errno == EINVAL || errno == ENOTSUP ? 0 : errno;
   close(fd);
   if (error) failed_call(path, "cannot be flushed to disk", error);
@@ -106,9 +105,9 @@ RunLock::RunLock(const string& folder) {
       const bool named = pread(fd_, holder, sizeof holder - 1, 0) > 0;
       close(fd_);
       bad_input(folder, text("another run writes there (%s)", named ? holder : "just begun"),
-                "wait for it to end, or name another run.folder");
+                "another run.folder");
     }
-    log_warning("%s: cannot be locked (%s); see that no other run uses the folder", path.c_str(),
+    log_warning("%s: cannot be locked (%s); no other run may use it", path.c_str(),
                 strerror(errno));
   }
   gethostname(host, sizeof host - 1);

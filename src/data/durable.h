@@ -7,8 +7,7 @@
 
 namespace pith {
 
-// A file mapped read-only; copies share the mapping. Exit code 2, naming the path, if it is
-// missing, a folder, or unreadable.
+// A file mapped read-only; copies share the mapping. Exit code 2 if it cannot be read.
 class MappedFile {
  public:
   MappedFile() = default;
@@ -23,9 +22,8 @@ class MappedFile {
   std::shared_ptr<const char> map_;
 };
 
-// A file written under PATH.tmp and moved to PATH by finish(), once its bytes are on disk. Until
-// then PATH is untouched; destroyed unfinished, the temporary is removed. A failing system call is
-// exit code 1 with the path and the system's reason ("No space left on device").
+// A file written under PATH.tmp, which finish() moves to PATH once its bytes are on disk; without
+// it the destructor removes it. Failing system calls, here and below, are exit code 1.
 class DurableFile {
  public:
   explicit DurableFile(const string& path);
@@ -44,15 +42,14 @@ class DurableFile {
 };
 
 void write_file_durably(const string& path, const string& bytes);
-// Creates the folder and its parents where missing.
 void make_folders(const string& path);
 // Makes renames and removals inside the folder durable.
 void sync_folder(const string& path);
 // "a/b.txt" -> "a", "b.txt" -> ".".
 string folder_of(const string& path);
 
-// Holds FOLDER/.lock while it lives; the kernel lets go of it however the process ends. Creates the
-// folder. Exit code 2, naming the process that holds it, if it is taken.
+// Holds FOLDER/.lock, made where missing, while the process lives, however that ends. Exit code 2,
+// naming its holder, if it is taken.
 class RunLock {
  public:
   explicit RunLock(const string& folder);

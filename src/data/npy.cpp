@@ -21,10 +21,8 @@ int64_t NpyHeader::numel() const {
   return n;
 }
 
-static constexpr string_view kMagic = "\x93NUMPY";
-
-// The header's Python literal, {'descr': '<u2', 'fortran_order': False, 'shape': (3, 4), }, as
-// JSON: other quotes and brackets, words in small letters, no comma before a bracket.
+// The Python literal {'descr': '<u2', 'fortran_order': False, 'shape': (3, 4), } as JSON: other
+// quotes and brackets, words in small letters, no comma before a bracket.
 static string as_json(string_view literal) {
   string json;
   for (const char c : literal) {
@@ -39,7 +37,7 @@ NpyHeader parse_npy_header(const char* data, int64_t size, const string& place) 
   const auto refuse = [&](const string& what) {
     bad_input(place, what, "write or fetch the file again");
   };
-  if (size < 10 || !string_view(data, 10).starts_with(kMagic))
+  if (size < 10 || !string_view(data, 10).starts_with("\x93NUMPY"))
     refuse(text("is not an NPY array, or is cut short (got %ld bytes)", size));
   if (data[6] != 1) refuse(text("has an unknown NPY version (got %d, need 1)", data[6]));
   NpyHeader header;
@@ -47,8 +45,8 @@ NpyHeader parse_npy_header(const char* data, int64_t size, const string& place) 
   const int64_t room = size - header.header_bytes;
   if (room < 0)
     refuse(text("is cut short (got %ld bytes, need a header of %ld)", size, header.header_bytes));
-  const Json json =
-      Json::parse(as_json({data + 10, data + header.header_bytes}), place + ": NPY header");
+  const Json json = Json::parse(as_json(string_view(data, header.header_bytes).substr(10)),
+                                place + ": NPY header");
   const string type = json["descr"].as_string();
   const auto known = std::ranges::find_if(kTypes, [&](auto& t) { return type == t.name; });
   if (known == std::end(kTypes))
@@ -75,13 +73,12 @@ string npy_header(NpyType type, const vector<int64_t>& shape, int64_t bytes) {
   const auto length = size_t(bytes - 10);
   if (dict.size() >= length) failed("npy_header", text("needs more than %ld bytes", bytes));
   dict.resize(length - 1, ' ');
-  return string(kMagic) + "\x01" + '\0' + char(length & 0xff) + char(length >> 8) + dict + '\n';
+  return string("\x93NUMPY\x01\0", 8) + char(length & 0xff) + char(length >> 8) + dict + '\n';
 }
 
 void write_npy(const string& path, NpyType type, const vector<int64_t>& shape, const void* data) {
   DurableFile file(path);
-  const string head = npy_header(type, shape);
-  file.write(head.data(), int64_t(head.size()));
+  file.write(npy_header(type, shape).data(), 128);
   file.write(data, NpyHeader{type, shape}.data_bytes());
   file.finish();
 }

