@@ -1,4 +1,3 @@
-// The command line of a command; the one user of CLI11.
 #pragma once
 #include <limits>
 #include <memory>
@@ -11,7 +10,7 @@ class App;
 
 namespace pith {
 
-// Values are bound by reference and keep what they held, the default, where an option is not given.
+// The command line of a command. Values are bound by reference; what they hold is the default.
 class Arguments {
  public:
   Arguments(const string& command, const string& about);

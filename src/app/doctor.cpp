@@ -28,7 +28,7 @@ static string value_of(const fs::path& path, const string& key) {
   return "";
 }
 
-// Of this process's cgroup; in a container, where its path may be the host's, of the root.
+// Of this process's cgroup, or the root's in a container that sees the host's path.
 static string cgroup_value(const string& root, const string& file, const string& key = "") {
   const string mount = root + "/sys/fs/cgroup/", own = value_of(root + "/proc/self/cgroup", "0::");
   const string value = value_of(mount + own + "/" + file, key);

@@ -241,10 +241,6 @@ static double discount_of(const auto& counts) {
 
 double bigram_nats(const Dataset& data) {
   const int64_t v = data.options_.vocab_size, length = data.options_.seq_length;
-  if (v > kBigramMaxVocab)
-    bad_input("bigram model",
-              text("the vocabulary is too large (got %ld, need at most %ld)", v, kBigramMaxVocab),
-              "another comparison");
   vector<int32_t> tokens(length), labels(length);
   const auto each_pair = [&](const Dataset::Stream& stream, const auto& use) {
     for (int64_t begin = 0; begin < stream.num_labels(); begin += length) {
@@ -275,8 +271,6 @@ double bigram_nats(const Dataset& data) {
     nats -= std::log(mix(pairs[a * v + b], pair_discount, after[a], low, total[a]));
     count++;
   });
-  if (count == 0)
-    bad_input("data.heldout_fraction", "the held-out documents have no label", "a larger one");
   return nats / count;
 }
 

@@ -19,7 +19,7 @@ struct DataOptions {
 // Where a sample is written: S elements each.
 struct SampleRow {
   int32_t* tokens = nullptr;
-  int32_t* labels = nullptr;    // the next token; kIgnoreLabel where there is none to predict
+  int32_t* labels = nullptr;    // the next token, or kIgnoreLabel
   int32_t* doc_ends = nullptr;  // of each position's document in the row; S unmasked; may be null
 };
 
@@ -34,7 +34,7 @@ struct TokenFile {
   // Copies tokens [offset, offset + count); ids >= vocab_size are exit code 2.
   void copy(int64_t offset, int64_t count, int64_t vocab_size, int32_t* dst) const;
 };
-TokenFile open_token_file(const string& path);  // exit code 2 for a damaged one
+TokenFile open_token_file(const string& path);
 
 // `path`, or all .bin below a folder in path order, but no hidden ones. Exit code 2 if none.
 vector<string> find_token_files(const string& path);
@@ -75,8 +75,8 @@ class Dataset {
   friend double bigram_nats(const Dataset& data);
   DataOptions options_;
   vector<TokenFile> files_;
-  int64_t token_bytes_ = 0;  // of all files
-  vector<Stream> train_;     // one a file
+  int64_t token_bytes_ = 0;
+  vector<Stream> train_;  // one a file
   Stream heldout_;
   vector<int64_t> first_sample_;  // by file, then the number of samples
 };
@@ -91,7 +91,7 @@ struct BatchShape {
   int64_t rows_per_rank() const { return global_batch / (int64_t{dp} * ep); }
   int64_t num_micro_batches() const { return rows_per_rank() / micro_batch; }
 };
-// The sample of local row `row`. A step's set does not depend on the mesh.
+// The sample of local row `row`; a step's set does not depend on the mesh.
 int64_t global_sample(const BatchShape& shape, int64_t step, int dp_rank, int ep_rank, int64_t row);
 
 // Of a row's 2*cp equal blocks, rank r holds r and 2*cp-1-r; cp = 1 holds the row.
@@ -100,11 +100,11 @@ struct ZigzagBlocks {
   int64_t total() const { return length[0] + length[1]; }
 };
 ZigzagBlocks zigzag_blocks(int64_t seq_length, int cp, int cp_rank);
-// Copies this rank's elements of a row.
 void take_zigzag(const int32_t* row, const ZigzagBlocks& blocks, int32_t* out);
 
 // Mean nats a held-out label under an interpolated Kneser-Ney bigram model of the training
-// documents (Chen & Goodman 1998, eq. 21; one discount an order).
+// documents (Chen & Goodman 1998, eq. 21; one discount an order). NaN without labels; takes 4*V*V
+// bytes.
 constexpr int64_t kBigramMaxVocab = 8192;
 double bigram_nats(const Dataset& data);
 

@@ -99,16 +99,16 @@ RunLock::RunLock(const string& folder) {
   const string path = folder + "/.lock";
   fd_ = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
   if (fd_ < 0) failed_call(path, "cannot be opened", errno);
-  char holder[400] = "", host[256] = "";  // the name informs; the lock is the kernel's
+  char holder[400] = "", host[256] = "";
   if (flock(fd_, LOCK_EX | LOCK_NB) != 0) {
-    if (errno == EWOULDBLOCK) {
-      const bool named = pread(fd_, holder, sizeof holder - 1, 0) > 0;
-      close(fd_);
-      bad_input(folder, text("another run writes there (%s)", named ? holder : "just begun"),
-                "another run.folder");
+    if (errno != EWOULDBLOCK) {
+      log_warning("%s: cannot be locked (%s)", path.c_str(), strerror(errno));
+      return;
     }
-    log_warning("%s: cannot be locked (%s); no other run may use it", path.c_str(),
-                strerror(errno));
+    const bool named = pread(fd_, holder, sizeof holder - 1, 0) > 0;
+    close(fd_);
+    bad_input(folder, text("another run writes there (%s)", named ? holder : "just begun"),
+              "another run.folder");
   }
   gethostname(host, sizeof host - 1);
   const int length = snprintf(holder, sizeof holder, "process %d on %s", getpid(), host);

@@ -1,4 +1,4 @@
-// NumPy's array files (numpy.lib.format): version 1, little endian, C order.
+// NumPy's array files: version 1, little endian, C order.
 #pragma once
 
 #include "data/durable.h"

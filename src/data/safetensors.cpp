@@ -44,23 +44,25 @@ string describe(const TensorDecl& tensor) {
 
 void SafetensorsReader::open_file(const string& path) {
   const MappedFile& file = files_.emplace_back(path);
-  const int64_t behind_length = file.size() - 8;
-  int64_t length = 0;
-  if (behind_length >= 0) memcpy(&length, file.data(), 8);
-  if (length < 2 || length > behind_length)
+  int64_t length = 0, end = 0, room = file.size() - 8;
+  if (room >= 0) memcpy(&length, file.data(), 8);
+  if (length < 2 || length > room)
     damaged(
         path,
         text("is no safetensors file or is cut short (got %ld bytes and a header length of %lu)",
              file.size(), uint64_t(length)));
   const char* const data = file.data() + 8 + length;
-  const int64_t room = behind_length - length;
+  room -= length;
   const Json header = Json::parse(string(file.data() + 8, data), path);
-  vector<TensorEntry> found;
-  for (const string& name : header.keys()) {
-    if (name == "__metadata__") continue;
+  vector<std::pair<vector<int64_t>, string>> order;
+  for (const string& name : header.keys())
+    if (name != "__metadata__") order.push_back({header[name]["data_offsets"].as_ints(), name});
+  std::ranges::sort(order);
+  for (const auto& [offsets, name] : order) {
     const Json json = header[name];
-    TensorEntry& tensor = found.emplace_back();
+    TensorEntry& tensor = tensors_.emplace_back();
     tensor.name = name;
+    tensor.data = data + end;
     tensor.file = int(files_.size()) - 1;
     const string dtype = json["dtype"].as_string();
     const auto known = std::ranges::find_if(kDTypes, [&](auto& d) { return dtype == d.name; });
@@ -69,28 +71,13 @@ void SafetensorsReader::open_file(const string& path) {
     tensor.dtype = FileDType(known - kDTypes);
     for (int64_t i = 0; i < json["shape"].size(); i++)
       tensor.shape.push_back(json["shape"][i].as_int(0));
-    const vector<int64_t> at = json["data_offsets"].as_ints();
-    if (at.size() != 2 || at[0] < 0 || at[0] > at[1] || at[1] > room)
-      damaged(
-          json.place(),
-          text("has bad data_offsets, or the file is cut short (got %s, need [begin, end] up to "
-               "%ld)",
-               json["data_offsets"].dump().c_str(), room));
-    if (at[1] - at[0] != tensor.bytes())
-      damaged(json.place(),
-              text("has a size that is not its shape's (got %ld bytes, need %ld for %s)",
-                   at[1] - at[0], tensor.bytes(), describe(tensor).c_str()));
-    tensor.data = data + at[0];
-  }
-  std::ranges::sort(found, {}, [](auto& t) { return std::pair(t.data, t.bytes()); });
-  int64_t end = 0;
-  for (TensorEntry& tensor : found) {
-    if (tensor.data != data + end)
-      damaged(path + ": " + tensor.name,
-              text("does not follow the tensor before it (got begin %ld, need %ld)",
-                   tensor.data - data, end));
-    end += tensor.bytes();
-    tensors_.push_back(std::move(tensor));
+    const int64_t bytes = tensor.bytes();
+    if (bytes < 0 || bytes > room - end || offsets != vector<int64_t>{end, end + bytes})
+      damaged(json.place(), text("has bad data_offsets, or the file is cut short (got %s, need %ld "
+                                 "bytes for %s from %ld on, up to %ld)",
+                                 json["data_offsets"].dump().c_str(), bytes,
+                                 describe(tensor).c_str(), end, room));
+    end += bytes;
   }
   if (end != room)
     damaged(path,

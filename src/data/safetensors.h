@@ -1,5 +1,4 @@
-// The Hugging Face tensor format, https://huggingface.co/docs/safetensors: 8 bytes of header
-// length, a JSON header {name: {dtype, shape, data_offsets}}, then the tensors' bytes without gaps.
+// The Hugging Face tensor format, https://huggingface.co/docs/safetensors.
 #pragma once
 #include <optional>
 
@@ -27,11 +26,11 @@ string describe(const TensorDecl& tensor);  // "[128,64] BF16"
 
 struct TensorEntry : TensorDecl {
   const char* data = nullptr;  // may be unaligned
-  int file = 0;                // index into SafetensorsReader::files()
+  int file = 0;                // of SafetensorsReader::files()
 };
 
-// A .safetensors file, or a folder with model.safetensors or model.safetensors.index.json and its
-// shards. Damage is exit code 2.
+// A file, or a folder with model.safetensors or model.safetensors.index.json and its shards. Damage
+// is exit code 2.
 class SafetensorsReader {
  public:
   explicit SafetensorsReader(const string& path);
@@ -52,7 +51,7 @@ class SafetensorsWriter {
  public:
   SafetensorsWriter(const string& path, const vector<TensorDecl>& tensors,
                     int64_t max_bytes = INT64_MAX);
-  // The tensors' bytes in declared order, in pieces of any size.
+  // Bytes in declared order, in pieces of any size.
   void write(const void* bytes, int64_t size);
   void finish();  // exit code 1 unless exactly the declared bytes were written
   int64_t size() const { return file_->size(); }  // of the file at hand so far, header and all
