@@ -1,5 +1,5 @@
-// commands: the subcommands of the program. Each takes argv from its own name on (argv[0] is
-// "tokenize") and returns the exit code; errors are thrown as Error.
+// Each takes argv from its own name on (argv[0] is "tokenize") and returns the exit code; errors
+// are thrown as Error.
 #pragma once
 
 namespace pith {

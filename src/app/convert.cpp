@@ -157,7 +157,8 @@ Converted export_hf(const ConvertArguments& a, const WeightSource& source,
   Converted done{.tensors = int64_t(pieces.size()), .elements = total_numel(table)};
   for (const Piece* piece : pieces) tensors.push_back({piece->name, dtype, shape_of(*piece)});
   OutputFolder out(a.to);
-  ShardedWriter writer(out.folder(), tensors, shard_bytes(a.max_shard_size));
+  SafetensorsWriter writer(out.folder() + "/model.safetensors", tensors,
+                           shard_bytes(a.max_shard_size));
   Progress progress("exporting", double(done.elements), "values");
   int64_t elements = 0;
   for (const Piece* piece : pieces) {
@@ -166,7 +167,7 @@ Converted export_hf(const ConvertArguments& a, const WeightSource& source,
     progress.update(double(elements += piece->dims.numel()));
   }
   writer.finish();
-  done.files = writer.num_shards();
+  done.files = writer.num_files();
   write_file_durably(out.folder() + "/config.json", config_with_dtype(source, dtype));
   done.companions = copy_companions(a, source, out.folder());
   out.put_in_place();

@@ -26,8 +26,8 @@ struct TokenizeArguments {
 void add_options(Arguments& args, TokenizeArguments& a) {
   CorpusOptions& c = a.corpus;
   args.option("--tokenizer", c.tokenizer, "tokenizer.json, or the folder that holds it");
-  args.many("--input", c.inputs,
-            "files and folders (all below, hidden ones aside), or - for standard input");
+  args.list("--input", c.inputs,
+            "files and folders (all below, hidden ones aside), or - for standard input", ' ');
   args.option("--output", c.output, "folder for the token files");
   args.choice("--format", a.format, {"auto", "text", "jsonl"},
               "auto: by name (.txt, .jsonl; also .gz, .zst, .zstd); text: each file is a "

@@ -218,7 +218,7 @@ static void verify_headers(const Checkpoint& c) {
   size_t fragments = 0, entries = 0;
   for (const SafetensorsReader& reader : readers) {
     entries += reader.tensors().size();
-    if (reader.metadata("format") != "pt")
+    if (string_view(reader.files()[0].data() + 8, 33) != R"({"__metadata__": {"format": "pt"})")
       bad_input(reader.files()[0].path(), "has a damaged header", kRestore);
   }
   for (const StoredTensor& tensor : c.tensors)
@@ -227,7 +227,9 @@ static void verify_headers(const Checkpoint& c) {
       const TensorEntry& entry = reader.at(entry_name(tensor, f));
       const bool same = entry.data - reader.files()[0].data() == f.offset &&
                         entry.dtype == tensor.dtype && entry.numel() == f.count;
-      if (!same) bad_input(reader.place(entry), "is not what the manifest says", kRestore);
+      if (!same)
+        bad_input(reader.files()[0].path() + ": " + entry.name, "is not what the manifest says",
+                  kRestore);
       fragments++;
     }
   if (fragments != entries)

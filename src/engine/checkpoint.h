@@ -20,7 +20,7 @@
 #pragma once
 #include <optional>
 
-#include "data/run_lock.h"
+#include "data/durable.h"
 #include "data/safetensors.h"
 #include "engine/parameters.h"
 

@@ -83,7 +83,7 @@ Model make_model(FileDType dtype) {
 
 // Shards of at most 6,000 bytes, with companions.
 void write_model(const std::string& folder, const Model& m) {
-  ShardedWriter writer(folder, m.tensors, 6000);
+  SafetensorsWriter writer(folder + "/model.safetensors", m.tensors, 6000);
   for (size_t i = 0; i < m.tensors.size(); i++) {
     std::vector<char> bytes(m.values[i].size() * 4);
     if (m.tensors[i].dtype == FileDType::F64) {
@@ -107,7 +107,8 @@ void expect_same_tensors(const std::string& got_folder, const std::string& want_
   for (const TensorEntry& tensor : want.tensors()) {
     const TensorEntry& other = got.at(tensor.name);
     ASSERT_EQ(describe(other), describe(tensor)) << tensor.name;
-    EXPECT_EQ(memcmp(other.data, tensor.data, static_cast<size_t>(tensor.bytes)), 0) << tensor.name;
+    EXPECT_EQ(memcmp(other.data, tensor.data, static_cast<size_t>(tensor.bytes())), 0)
+        << tensor.name;
   }
 }
 

@@ -67,8 +67,8 @@ TEST(Npy, ReadsHeadersOfOthers) {
   } cases[] = {
       {1, "{'descr': '<u2', 'fortran_order': False, 'shape': (3,), }\n", {3}, NpyType::U2},
       {1, "{'shape':(2,3),'fortran_order':False,'descr':'|u1'}", {2, 3}, NpyType::U1},
-      {2, "{\"descr\": \"<f8\", \"fortran_order\": False, \"shape\": ()}  \n", {}, NpyType::F8},
-      {3, "{'descr': '<i8', 'fortran_order': True, 'shape': (2,), }", {2}, NpyType::I8},
+      {1, "{\"descr\": \"<f8\", \"fortran_order\": False, \"shape\": ()}  \n", {}, NpyType::F8},
+      {1, "{'descr': '<i8', 'fortran_order': False, 'shape': (2,), }", {2}, NpyType::I8},
       {1,
        "{'descr': '<f4', 'fortran_order': False, 'shape': ( 1 , 2 , 3 ), }",
        {1, 2, 3},

@@ -566,7 +566,7 @@ void write_hugging_face(const std::string& folder, int salt, auto&& change) {
         values.back().push_back(value_of(piece.name, 0, i, salt));
     }
   change(tensors, values);
-  ShardedWriter writer(folder, tensors, 4000);
+  SafetensorsWriter writer(folder + "/model.safetensors", tensors, 4000);
   for (const std::vector<float>& v : values)
     writer.write(v.data(), static_cast<int64_t>(v.size() * sizeof(float)));
   writer.finish();
