@@ -9,7 +9,7 @@
 #include "comm/communicator.h"
 #include "engine/expert_parallel.h"
 #include "engine/instance.h"
-#include "engine/routing_slot.h"
+#include "engine/routing_trace.h"
 
 namespace pith {
 

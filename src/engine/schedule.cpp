@@ -1,4 +1,5 @@
-// How lists are made: placement of stages, and the order of each kind's actions and messages.
+// How lists are made: placement of stages, the order of each kind's actions and messages, and
+// actions as text.
 #include "engine/schedule.h"
 
 #include <algorithm>
@@ -17,8 +18,6 @@ ScheduleKind schedule_kind(const string& name, int pp, int ep) {
             "schedule = \"auto\"");
 }
 
-int chunks_of(ScheduleKind kind) { return kind == ScheduleKind::DualPipeV ? 2 : 1; }
-
 int stage_of(ScheduleKind kind, int pp, int rank, int chunk) {
   return chunk == 0 ? rank : stages_of(kind, pp) - 1 - rank;
 }
@@ -34,8 +33,8 @@ vector<int> layer_partition(int layers, int stages) {
         text("are fewer than the pipeline's stages (got %d layers and %d stages)", layers, stages),
         "a smaller parallel.pp, or parallel.schedule = \"1f1b\"");
   vector<int> count(stages, layers / stages);
-  const int extra = layers % stages, interior = std::max(stages - 2, 0);
-  for (int i = 0; i < extra; i++) count[i < interior ? i + 1 : 0]++;
+  const int interior = std::max(stages - 2, 0);
+  for (int i = 0; i < layers % stages; i++) count[i < interior ? i + 1 : 0]++;
   return count;
 }
 
@@ -68,6 +67,11 @@ int min_micro_batches(const ScheduleOptions& o) {
   return o.kind == ScheduleKind::DualPipeV && !o.forward_only ? 2 * o.pp : 1;
 }
 
+int duration(const Action& a) {
+  const int weights = a.what == Do::W ? a.count : a.has_backward() && !a.defer;
+  return a.has_forward() + a.has_backward() + weights;
+}
+
 namespace {
 
 // Builds one rank's list. Messages are queued, and leave as one group right before the next compute
@@ -82,23 +86,23 @@ struct Builder {
   int forwards[2] = {}, received[2] = {}, backwards[2] = {};
   bool zero_bubble = false;  // weight gradients wait for the schedule's own W
 
-  int stage(int chunk) const { return stage_of(o.kind, o.pp, rank, chunk); }
-  void message(Do what, int chunk, int mb, Payload payload, int step) {
-    const int peer = rank_beside(o, rank, chunk, step);
+  void message(Do what, Payload payload, int chunk, int mb) {
+    const bool onward = (what == Do::Send) == (payload == Payload::Activation);
+    const int peer = rank_beside(o, rank, chunk, onward ? 1 : -1);
     if (peer < 0 || peer == rank) return;
     queue.push_back({.what = what, .chunk = chunk, .mb = mb, .payload = payload, .peer = peer});
   }
   void receive_activation(int chunk) {
-    message(Do::Recv, chunk, received[chunk]++, Payload::Activation, -1);
+    message(Do::Recv, Payload::Activation, chunk, received[chunk]++);
   }
   void receive_gradient(int chunk) {
-    message(Do::Recv, chunk, backwards[chunk], Payload::Gradient, 1);
+    message(Do::Recv, Payload::Gradient, chunk, backwards[chunk]);
   }
   void send_activation(int chunk) {
-    message(Do::Send, chunk, forwards[chunk] - 1, Payload::Activation, 1);
+    message(Do::Send, Payload::Activation, chunk, forwards[chunk] - 1);
   }
   void send_gradient(int chunk) {
-    message(Do::Send, chunk, backwards[chunk] - 1, Payload::Gradient, -1);
+    message(Do::Send, Payload::Gradient, chunk, backwards[chunk] - 1);
   }
 
   void commit() {
@@ -107,12 +111,14 @@ struct Builder {
     queue.clear();
     due.clear();
   }
-
-  bool defers() const { return zero_bubble || o.weight_grad_batch > 1; }
+  void add(const Action& a) {
+    commit();
+    list.push_back(a);
+  }
 
   // The chunk's oldest deferred micro-batches, at most `most`.
   Action take_deferred(int chunk, int most) {
-    Action batch{.what = Do::W, .chunk = chunk, .mb = -1, .count = 0};
+    Action batch{.what = Do::W, .chunk = chunk, .count = 0};
     std::erase_if(deferred, [&](const Action& w) {
       if (w.chunk != chunk || batch.count == most) return false;
       if (batch.count++ == 0) batch.mb = w.mb;
@@ -120,7 +126,7 @@ struct Builder {
     });
     return batch;
   }
-
+  bool defers() const { return zero_bubble || o.weight_grad_batch > 1; }
   // Deferred batches fall due on all ranks at once, so that none waits for another's. DualPipeV
   // is at (stage, mb) in `slot` of the steady state, on even slots with one chunk of a rank and
   // on odd ones with the other, and they fall due half a period apart; in 1F1B the ranks come to
@@ -129,7 +135,7 @@ struct Builder {
     const int mb = backwards[chunk]++, n = o.weight_grad_batch;
     if (!defers()) return;
     deferred.push_back({.what = Do::W, .chunk = chunk, .mb = mb});
-    const int slot = (2 * mb + 2 * o.pp - 1 - stage(chunk)) % (2 * n);
+    const int slot = (2 * mb + 2 * o.pp - 1 - stage_of(o.kind, o.pp, rank, chunk)) % (2 * n);
     const bool falls_due = o.kind == ScheduleKind::OneF1B
                                ? mb % n == n - 1
                                : slot == 2 * n - 1 || slot == (n - 1) / 2 * 2;
@@ -137,10 +143,8 @@ struct Builder {
   }
 
   void compute_f(int chunk) {  // without the messages around it
-    commit();
-    list.push_back({.what = Do::F, .chunk = chunk, .mb = forwards[chunk]++});
+    add({.what = Do::F, .chunk = chunk, .mb = forwards[chunk]++});
   }
-
   void f(int chunk) {
     receive_activation(chunk);
     compute_f(chunk);
@@ -148,8 +152,7 @@ struct Builder {
   }
   void b(int chunk) {
     receive_gradient(chunk);
-    commit();
-    list.push_back({.what = Do::B, .chunk = chunk, .mb = backwards[chunk], .defer = defers()});
+    add({.what = Do::B, .chunk = chunk, .mb = backwards[chunk], .defer = defers()});
     end_backward(chunk);
     send_gradient(chunk);
   }
@@ -157,13 +160,12 @@ struct Builder {
     const int b_chunk = 1 - f_chunk;
     if (receive) receive_activation(f_chunk);
     receive_gradient(b_chunk);
-    commit();
-    list.push_back({.what = Do::FB,
-                    .chunk = f_chunk,
-                    .mb = forwards[f_chunk]++,
-                    .chunk2 = b_chunk,
-                    .mb2 = backwards[b_chunk],
-                    .defer = defers()});
+    add({.what = Do::FB,
+         .chunk = f_chunk,
+         .mb = forwards[f_chunk]++,
+         .chunk2 = b_chunk,
+         .mb2 = backwards[b_chunk],
+         .defer = defers()});
     end_backward(b_chunk);
     send_activation(f_chunk);
     send_gradient(b_chunk);
@@ -227,7 +229,6 @@ void build_dualpipev(Builder& s) {
     s.w();
     s.b(0);
   }
-  s.finish();  // 8: what is left
 }
 
 void build_1f1b(Builder& s) {
@@ -242,19 +243,18 @@ void build_1f1b(Builder& s) {
     s.w();
     s.b(0);
   }
-  s.finish();
 }
 
 // A micro-batch enters every `chunks` slots and moves on a stage a slot, so no two meet on a rank:
 // the two stages of a DualPipeV rank have odd distance.
 void build_forward(Builder& s) {
-  const int chunks = chunks_of(s.o.kind), n = s.o.micro_batches;
-  for (int slot = 0; slot < chunks * (n - 1) + stages_of(s.o.kind, s.o.pp); slot++)
+  const auto& o = s.o;
+  const int chunks = chunks_of(o.kind), n = o.micro_batches;
+  for (int slot = 0; slot < chunks * (n - 1) + stages_of(o.kind, o.pp); slot++)
     for (int chunk = 0; chunk < chunks; chunk++) {
-      const int age = slot - s.stage(chunk);
+      const int age = slot - stage_of(o.kind, o.pp, s.rank, chunk);
       if (age >= 0 && age % chunks == 0 && age / chunks < n) s.f(chunk);
     }
-  s.finish();
 }
 
 bool gives_weight_grads(const Action& a, int chunk) {
@@ -283,13 +283,12 @@ void add_gathers(const ScheduleOptions& o, int rank, ActionList& list) {
 }  // namespace
 
 ActionList make_schedule(const ScheduleOptions& o, int rank) {
-  if (o.micro_batches < min_micro_batches(o))
+  const int least = min_micro_batches(o);
+  if (o.micro_batches < least)
     bad_input("schedule",
               text("%s at pp = %d gets too few micro-batches (got %d, need at least %d)",
-                   name_of(o.kind), o.pp, o.micro_batches, min_micro_batches(o)),
-              o.kind == ScheduleKind::DualPipeV && !o.forward_only
-                  ? "more micro-batches in a step, a smaller pp, or schedule = \"1f1b\""
-                  : "one micro-batch");
+                   name_of(o.kind), o.pp, o.micro_batches, least),
+              "more micro-batches in a step, a smaller pp, or schedule = \"1f1b\"");
   Builder s{o, rank};
   if (o.forward_only)
     build_forward(s);
@@ -297,6 +296,7 @@ ActionList make_schedule(const ScheduleOptions& o, int rank) {
     build_dualpipev(s);
   else
     build_1f1b(s);
+  s.finish();
   if (o.gather_step) add_gathers(o, rank, s.list);
   return std::move(s.list);
 }
@@ -305,6 +305,46 @@ vector<ActionList> make_schedules(const ScheduleOptions& o) {
   vector<ActionList> lists;
   for (int rank = 0; rank < o.pp; rank++) lists.push_back(make_schedule(o, rank));
   return lists;
+}
+
+string to_text(const Action& a) {
+  const char* plus = a.defer ? "+" : "";
+  const char payload = a.payload == Payload::Activation ? 'F' : 'B';
+  switch (a.what) {
+    case Do::F: return text("F%d.%d", a.chunk, a.mb);
+    case Do::B: return text("B%d.%d%s", a.chunk, a.mb, plus);
+    case Do::W:
+      return text("W%d.%d", a.chunk, a.mb) + (a.count == 1 ? "" : text("-%d", a.mb + a.count - 1));
+    case Do::FB: return text("F%d.%d|B%d.%d%s", a.chunk, a.mb, a.chunk2, a.mb2, plus);
+    case Do::Send: return text("send %c%d.%d > %d", payload, a.chunk, a.mb, a.peer);
+    case Do::Recv: return text("recv %c%d.%d < %d", payload, a.chunk, a.mb, a.peer);
+    case Do::Gather: return text("gather %d", a.chunk);
+    case Do::Reduce: return text("reduce %d", a.chunk);
+  }
+  return "";
+}
+
+// Of all actions with the line's numbers, the one that prints as the line.
+Action parse_action(const string& line, const string& place) {
+  int n[4] = {};
+  sscanf(line.c_str(), "%*[^0-9]%6d%*[^0-9]%6d%*[^0-9]%6d%*[^0-9]%6d", &n[0], &n[1], &n[2], &n[3]);
+  for (int what = 0; what <= int(Do::Reduce); what++) {
+    Action a{.what = static_cast<Do>(what), .chunk = n[0], .mb = n[1]};
+    if (a.has_backward()) a.defer = line.ends_with('+');
+    if (a.what == Do::FB) {
+      a.chunk2 = n[2];
+      a.mb2 = n[3];
+    }
+    if (a.what == Do::W && n[2] > 0) a.count = n[2] - n[1] + 1;
+    if (a.is_message()) a.peer = n[2];
+    if (a.is_message() && line.find('B') != string::npos) a.payload = Payload::Gradient;
+    if (to_text(a) == line && a.chunk < 2 && a.chunk2 < 2 && a.count > 0) return a;
+  }
+  bad_input(place,
+            text("is not an action (got \"%s\", need one such as F0.3, B1.2 or B1.2+, W1.2 or "
+                 "W1.2-4, F0.5|B1.3, send F0.3 > 1, recv B1.2 < 1, gather 0, reduce 1)",
+                 line.c_str()),
+            "the form that pith plan --schedule --lists prints");
 }
 
 }  // namespace pith

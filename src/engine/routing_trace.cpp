@@ -1,9 +1,9 @@
-#include "observe/routing_trace.h"
+#include "engine/routing_trace.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
-#include "core/check.h"
 #include "data/npy.h"
 
 namespace pith {
@@ -14,9 +14,9 @@ static string file_of(const string& folder, int64_t step, const char* what) {
 
 void begin_trace(RoutingStep& routing, int64_t layers, int64_t tokens, int64_t top_k) {
   routing = {layers, tokens, top_k};
-  routing.ids.assign(size_t(layers * tokens * top_k), -1);
-  routing.weights.assign(routing.ids.size(), 0);
-  routing.gaps.assign(size_t(layers * tokens), 0);
+  routing.ids.assign(layers * tokens * top_k, -1);
+  routing.weights.assign(layers * tokens * top_k, 0);
+  routing.gaps.assign(layers * tokens, 0);
   routing.traced = true;
 }
 
@@ -31,7 +31,7 @@ void write_routing(const string& folder, int64_t step, const RoutingStep& routin
 static void check_ids(const string& path, const RoutingStep& r, int num_experts) {
   const int64_t k = r.top_k, per_layer = r.tokens * k;
   for (int64_t i = 0; i < r.layers * per_layer; i++) {
-    const int32_t* slot = &r.ids[size_t(i)];
+    const int32_t* slot = &r.ids[i];
     const bool dense = *(slot - i % per_layer) == -1;
     const bool known = dense ? *slot == -1 : *slot >= 0 && *slot < num_experts;
     if (known && (dense || std::find(slot - i % k, slot, *slot) == slot)) continue;
@@ -53,10 +53,51 @@ void read_routing(const string& folder, int64_t step, int num_experts, RoutingSt
                    "step, experts a token)",
                    need[0], need[1], need[2]),
               "a trace of the same model and global batch");
-  routing.ids.resize(size_t(array.header.numel()));
-  memcpy(routing.ids.data(), array.data, routing.ids.size() * sizeof(int32_t));
+  routing.ids.resize(array.header.numel());
+  memcpy(routing.ids.data(), array.data, array.header.data_bytes());
   check_ids(path, routing, num_experts);
   routing.forced = true;
+}
+
+Tensor forced_ids(Rank& rank, const RoutingSlot& slot, int layer, int micro_batch, At at) {
+  const RoutingStep& step = *slot.step;
+  const vector<int64_t>& tokens = slot.tokens[micro_batch];
+  vector<int32_t> ids;
+  if (!step.forced) return {};
+  for (const int64_t token : tokens) {
+    const int32_t* first = &step.ids[(layer * step.tokens + token) * step.top_k];
+    ids.insert(ids.end(), first, first + step.top_k);
+  }
+  if (ids.empty() || ids[0] < 0) return {};  // no tokens, or a layer without experts
+  return tensor_from(rank, {int64_t(tokens.size()), step.top_k}, DType::I32, ids.data(), at);
+}
+
+void trace_routing(const RoutingSlot& slot, int layer, int micro_batch, const Routing& routing) {
+  RoutingStep& step = *slot.step;
+  if (!step.traced || !routing.ids.defined()) return;
+  const vector<int64_t>& tokens = slot.tokens[micro_batch];
+  const int64_t k = step.top_k, T = int64_t(tokens.size()), E = routing.probs.cols();
+  if (routing.ids.numel() != T * k)
+    failed("trace_routing", "need the ids of all tokens (got " + describe(routing.ids) + ")");
+  const auto element = [](const Tensor& t, int64_t i) {
+    return t.dtype == DType::F64 ? t.as<double>()[i] : t.f32()[i];
+  };
+  for (int64_t t = 0; t < T; t++) {
+    const int32_t* ids = routing.ids.i32() + t * k;
+    const int64_t place = layer * step.tokens + tokens[t];
+    std::copy(ids, ids + k, &step.ids[place * k]);
+    for (int64_t j = 0; j < k; j++)
+      step.weights[place * k + j] = float(element(routing.weights, t * k + j));
+    double chosen = 1, left_out = 0;
+    for (int64_t e = 0; e < E; e++) {
+      const double p = element(routing.probs, t * E + e);
+      if (std::find(ids, ids + k, e) == ids + k)
+        left_out = std::max(left_out, p);
+      else
+        chosen = std::min(chosen, p);
+    }
+    step.gaps[place] = float(std::log(chosen) - std::log(left_out));
+  }
 }
 
 }  // namespace pith

@@ -4,16 +4,13 @@
 //   DIR/step-00000001.weights.npy  F32 [layers, tokens, k]: routing weights
 // Steps count from 1; tokens are those of the global batch, sequence after sequence in batch order,
 // so the files are the same for every layout.
-// defines: RoutingStep, begin_trace, write_routing, read_routing
 #pragma once
-#include <cstdint>
-
-#include "core/check.h"
+#include "ops/ops.h"
 
 namespace pith {
 
 // A step's routing over the whole global batch. One, shared by the ranks of a process, each of
-// which writes its own tokens (engine/routing_slot.h).
+// which writes its own tokens.
 struct RoutingStep {
   int64_t layers = 0, tokens = 0, top_k = 0;
   vector<int32_t> ids;    // [layers, tokens, k]
@@ -26,11 +23,21 @@ struct RoutingStep {
 
 // Makes room for a step to trace: ids -1, weights 0, `traced` set.
 void begin_trace(RoutingStep& routing, int64_t layers, int64_t tokens, int64_t top_k);
-// Durable; `step` counts from 1. Creates the folder.
+// Durable; creates the folder.
 void write_routing(const string& folder, int64_t step, const RoutingStep& routing);
 // Fills routing.ids and sets `forced`. Exit code 2 if the file is missing, damaged, of another
-// shape than `routing` has, or names for a token an expert outside [0, num_experts) or one expert
-// twice.
+// shape than `routing` has, or does not name distinct experts in [0, num_experts) for a token.
 void read_routing(const string& folder, int64_t step, int num_experts, RoutingStep& routing);
+
+// How a rank's micro-batches map to the step's tokens.
+struct RoutingSlot {
+  RoutingStep* step = nullptr;
+  vector<vector<int64_t>> tokens;  // [micro-batch][local token]: index in the step
+};
+// I32 ids [T, k] to force on layer `layer` of a micro-batch; undefined where nothing is forced.
+Tensor forced_ids(Rank& rank, const RoutingSlot& slot, int layer, int micro_batch,
+                  At at = At::here());
+// Copies a layer's routing into the step, where it is traced.
+void trace_routing(const RoutingSlot& slot, int layer, int micro_batch, const Routing& routing);
 
 }  // namespace pith
