@@ -12,17 +12,16 @@ namespace pith {
 
 namespace {
 
-// What is drawn of an action: "F3", or "f3" of chunk 1; "F5" and "b3" where two overlap.
-vector<string> labels(const Action& a) {
-  const auto label = [](char letter, int chunk, int mb) {
+// "F3", or "f3" of chunk 1; "F5b3" where two overlap; empty for what is not drawn.
+string label(const Action& a) {
+  const auto half = [](char letter, int chunk, int mb) {
     return text("%c%d", chunk ? tolower(letter) : letter, mb);
   };
-  vector<string> all;
-  if (a.has_forward()) all.push_back(label('F', a.chunk, a.mb));
-  if (a.has_backward()) all.push_back(label('B', a.backward_chunk(), a.backward_mb()));
-  if (a.what == Do::W) all.push_back(label('W', a.chunk, a.mb));
-  if (a.count > 1) all.back() += text("-%d", a.mb + a.count - 1);
-  return all;
+  string all;
+  if (a.has_forward()) all += half('F', a.chunk, a.mb);
+  if (a.has_backward()) all += half('B', a.backward_chunk(), a.backward_mb());
+  if (a.what == Do::W) all += half('W', a.chunk, a.mb);
+  return a.count == 1 ? all : all + text("-%d", a.mb + a.count - 1);
 }
 
 vector<string> heading(const ScheduleOptions& o, const ScheduleCheck& c) {
@@ -39,67 +38,58 @@ vector<string> heading(const ScheduleOptions& o, const ScheduleCheck& c) {
 
 string draw_text(const ScheduleOptions& o, const vector<ActionList>& lists,
                  const ScheduleCheck& c) {
-  const auto cell = [](const Action& a) {
-    string all;
-    for (const string& label : labels(a)) all += label;
-    return all;
-  };
   size_t scale = 1;  // characters of a unit of time, so that every label fits
   for (const ActionList& list : lists)
     for (const Action& a : list)
-      while (scale * duration(a) < cell(a).size()) scale++;
+      while (scale * duration(a) < label(a).size()) scale++;
   const size_t width = scale * c.makespan, band = 85 / scale * scale;
-  vector<string> rows(lists.size(), string(width, '.'));
-  for (size_t r = 0; r < lists.size(); r++)
+  vector<string> rows(o.pp, string(width, '.'));
+  for (int r = 0; r < o.pp; r++)
     for (size_t i = 0; i < lists[r].size(); i++) {
-      string drawn = cell(lists[r][i]);
-      drawn.resize(scale * duration(lists[r][i]), '-');
-      rows[r].replace(scale * c.begin[r][i], drawn.size(), drawn);
+      string cell = label(lists[r][i]);
+      cell.resize(scale * duration(lists[r][i]), '-');
+      rows[r].replace(scale * c.begin[r][i], cell.size(), cell);
     }
   const vector<string> head = heading(o, c);
   string out = head[0] + "\n  " + head[1] + "\n  " + head[2] + "\n";
   for (size_t begin = 0; begin < width; begin += band) {
     out += text("\n%8s time %d\n", "", int(begin / scale));
-    for (size_t r = 0; r < rows.size(); r++)
-      out += text("rank %-3d|%s|\n", int(r), rows[r].substr(begin, band).c_str());
+    for (int r = 0; r < o.pp; r++)
+      out += text("rank %-3d|%s|\n", r, rows[r].substr(begin, band).c_str());
   }
   return out;
 }
 
 string draw_svg(const ScheduleOptions& o, const vector<ActionList>& lists, const ScheduleCheck& c) {
-  constexpr int kUnit = 20, kLeft = 60, kTop = 80, kRow = 42, kHeight = 34;
+  constexpr int kUnit = 20, kLeft = 60, kTop = 80, kRow = 32, kHeight = 24;
   string out = text(
       "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%d\" height=\"%d\">\n"
       "<style>rect{stroke:#fff}text{font:12px sans-serif}.n{font-size:10px;text-anchor:middle}"
-      ".idle{fill:#ededea}.F{fill:#7fb2e5}.f{fill:#c4dcf4}.B{fill:#f0a35e}.b{fill:#fad7b3}"
-      ".W{fill:#7fc29b}.w{fill:#c3e5d0}</style>\n"
-      "<rect width=\"100%%\" height=\"100%%\" fill=\"#fff\"/>\n",
+      ".F{fill:#7fb2e5}.f{fill:#c4dcf4}.B{fill:#f0a35e}.b{fill:#fad7b3}.W{fill:#7fc29b}"
+      ".w{fill:#c3e5d0}.both{fill:#cdb9e8}.idle{fill:#ededea}.page{fill:#fff}</style>\n",
       std::max(kLeft + c.makespan * kUnit, 900) + 20, kTop + o.pp * kRow + 20);
-  const auto words = [&](double x, double y, const char* css, const string& s) {
-    out += text("<text x=\"%g\" y=\"%g\" class=\"%s\">%s</text>\n", x, y, css, s.c_str());
+  const auto words = [&](int x, int y, const char* css, const string& s) {
+    out += text("<text x=\"%d\" y=\"%d\" class=\"%s\">%s</text>\n", x, y, css, s.c_str());
   };
-  const auto box = [&](double x, double y, double w, double h, const string& css) {
-    out += text("<rect x=\"%g\" y=\"%g\" width=\"%g\" height=\"%g\" class=\"%s\"/>\n", x, y, w, h,
+  const auto box = [&](int x, int y, int w, int h, const string& css) {
+    out += text("<rect x=\"%d\" y=\"%d\" width=\"%d\" height=\"%d\" class=\"%s\"/>\n", x, y, w, h,
                 css.c_str());
   };
+  box(0, 0, 100000, 100000, "page");
   for (int i = 0; i < 3; i++) words(kLeft, 20 + 18 * i, "head", heading(o, c)[i]);
   for (int r = 0; r < o.pp; r++) {
-    const double y = kTop + r * kRow;
-    words(8, y + kHeight / 2 + 4, "rank", text("rank %d", r));
+    const int y = kTop + r * kRow;
+    words(8, y + 16, "rank", text("rank %d", r));
     box(kLeft, y, c.makespan * kUnit, kHeight, "idle");
     for (size_t i = 0; i < lists[r].size(); i++) {
       const Action& a = lists[r][i];
-      const vector<string> all = labels(a);
-      if (all.empty()) continue;
-      const int begin = c.begin[r][i], end = begin + duration(a);
+      const string s = label(a);
+      const int begin = c.begin[r][i], x = kLeft + begin * kUnit, width = duration(a) * kUnit;
+      if (s.empty()) continue;
       out += text("<g><title>rank %d, action %d: %s, from %d to %d</title>\n", r, int(i),
-                  to_text(a).c_str(), begin, end);
-      const double x = kLeft + begin * kUnit, w = (end - begin) * kUnit;
-      const double h = kHeight / double(all.size());
-      for (size_t n = 0; n < all.size(); n++) {
-        box(x, y + double(n) * h, w, h, all[n].substr(0, 1));
-        words(x + w / 2, y + (double(n) + 0.5) * h + 4, "n", all[n]);
-      }
+                  to_text(a).c_str(), begin, begin + duration(a));
+      box(x, y, width, kHeight, a.what == Do::FB ? "both" : s.substr(0, 1));
+      words(x + width / 2, y + 16, "n", s);
       out += "</g>\n";
     }
   }

@@ -31,14 +31,14 @@ void write_routing(const string& folder, int64_t step, const RoutingStep& routin
 static void check_ids(const string& path, const RoutingStep& r, int num_experts) {
   const int64_t k = r.top_k, per_layer = r.tokens * k;
   for (int64_t i = 0; i < r.layers * per_layer; i++) {
-    const int32_t* slot = &r.ids[i];
-    const bool dense = *(slot - i % per_layer) == -1;
-    const bool known = dense ? *slot == -1 : *slot >= 0 && *slot < num_experts;
-    if (known && (dense || std::find(slot - i % k, slot, *slot) == slot)) continue;
+    const int32_t* id = &r.ids[i];
+    const bool dense = id[-(i % per_layer)] == -1;
+    const bool expert = *id >= 0 && *id < num_experts && std::find(id - i % k, id, *id) == id;
+    if (dense ? *id == -1 : expert) continue;
     bad_input(path,
               text("names a wrong expert for layer %ld, token %ld, slot %ld (got %d, need "
                    "distinct ones of 0 to %d)",
-                   i / per_layer, i % per_layer / k, i % k, *slot, num_experts - 1),
+                   i / per_layer, i % per_layer / k, i % k, *id, num_experts - 1),
               "a trace of the same model");
   }
 }
@@ -59,7 +59,7 @@ void read_routing(const string& folder, int64_t step, int num_experts, RoutingSt
   routing.forced = true;
 }
 
-Tensor forced_ids(Rank& rank, const RoutingSlot& slot, int layer, int micro_batch, At at) {
+Tensor forced_ids(Rank& rank, const RoutingSlot& slot, int layer, int micro_batch) {
   const RoutingStep& step = *slot.step;
   const vector<int64_t>& tokens = slot.tokens[micro_batch];
   vector<int32_t> ids;
@@ -69,7 +69,7 @@ Tensor forced_ids(Rank& rank, const RoutingSlot& slot, int layer, int micro_batc
     ids.insert(ids.end(), first, first + step.top_k);
   }
   if (ids.empty() || ids[0] < 0) return {};  // no tokens, or a layer without experts
-  return tensor_from(rank, {int64_t(tokens.size()), step.top_k}, DType::I32, ids.data(), at);
+  return tensor_from(rank, {int64_t(tokens.size()), step.top_k}, DType::I32, ids.data());
 }
 
 void trace_routing(const RoutingSlot& slot, int layer, int micro_batch, const Routing& routing) {
@@ -85,7 +85,7 @@ void trace_routing(const RoutingSlot& slot, int layer, int micro_batch, const Ro
   for (int64_t t = 0; t < T; t++) {
     const int32_t* ids = routing.ids.i32() + t * k;
     const int64_t place = layer * step.tokens + tokens[t];
-    std::copy(ids, ids + k, &step.ids[place * k]);
+    std::copy_n(ids, k, &step.ids[place * k]);
     for (int64_t j = 0; j < k; j++)
       step.weights[place * k + j] = float(element(routing.weights, t * k + j));
     double chosen = 1, left_out = 0;

@@ -1,32 +1,28 @@
-// routing_trace: which experts each token chose, step by step, as .npy files that can be replayed.
-//
+// routing_trace: which experts each token chose, step by step, as .npy files that can be replayed:
 //   DIR/step-00000001.ids.npy      I32 [layers, tokens, k]: expert ids; -1 in layers without
 //   DIR/step-00000001.weights.npy  F32 [layers, tokens, k]: routing weights
-// Steps count from 1; tokens are those of the global batch, sequence after sequence in batch order,
-// so the files are the same for every layout.
+// Steps count from 1; tokens are the global batch's, in order: the same files in every layout.
 #pragma once
 #include "ops/ops.h"
 
 namespace pith {
 
-// A step's routing over the whole global batch. One, shared by the ranks of a process, each of
-// which writes its own tokens.
+// A step's routing over the whole global batch: one, of which each rank writes its own tokens.
 struct RoutingStep {
   int64_t layers = 0, tokens = 0, top_k = 0;
   vector<int32_t> ids;    // [layers, tokens, k]
   vector<float> weights;  // [layers, tokens, k]
-  vector<float> gaps;     // [layers, tokens]: router logit of the last expert chosen, less
-                          // that of the best one left out; not kept in files
+  vector<float> gaps;     // [layers, tokens], not in files: router logit of the last expert chosen,
+                          // less that of the best one left out
   bool forced = false;    // ids were read and are to be used
   bool traced = false;    // ids and weights are to be filled in
 };
 
 // Makes room for a step to trace: ids -1, weights 0, `traced` set.
 void begin_trace(RoutingStep& routing, int64_t layers, int64_t tokens, int64_t top_k);
-// Durable; creates the folder.
 void write_routing(const string& folder, int64_t step, const RoutingStep& routing);
-// Fills routing.ids and sets `forced`. Exit code 2 if the file is missing, damaged, of another
-// shape than `routing` has, or does not name distinct experts in [0, num_experts) for a token.
+// Fills ids and sets `forced`. Exit code 2 if the file is damaged, of another shape than `routing`
+// has, or does not name distinct experts in [0, num_experts) for a token.
 void read_routing(const string& folder, int64_t step, int num_experts, RoutingStep& routing);
 
 // How a rank's micro-batches map to the step's tokens.
@@ -34,9 +30,8 @@ struct RoutingSlot {
   RoutingStep* step = nullptr;
   vector<vector<int64_t>> tokens;  // [micro-batch][local token]: index in the step
 };
-// I32 ids [T, k] to force on layer `layer` of a micro-batch; undefined where nothing is forced.
-Tensor forced_ids(Rank& rank, const RoutingSlot& slot, int layer, int micro_batch,
-                  At at = At::here());
+// I32 ids [T, k] to force on a layer of a micro-batch; undefined where nothing is forced.
+Tensor forced_ids(Rank& rank, const RoutingSlot& slot, int layer, int micro_batch);
 // Copies a layer's routing into the step, where it is traced.
 void trace_routing(const RoutingSlot& slot, int layer, int micro_batch, const Routing& routing);
 

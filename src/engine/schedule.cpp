@@ -92,18 +92,10 @@ struct Builder {
     if (peer < 0 || peer == rank) return;
     queue.push_back({.what = what, .chunk = chunk, .mb = mb, .payload = payload, .peer = peer});
   }
-  void receive_activation(int chunk) {
-    message(Do::Recv, Payload::Activation, chunk, received[chunk]++);
-  }
-  void receive_gradient(int chunk) {
-    message(Do::Recv, Payload::Gradient, chunk, backwards[chunk]);
-  }
-  void send_activation(int chunk) {
-    message(Do::Send, Payload::Activation, chunk, forwards[chunk] - 1);
-  }
-  void send_gradient(int chunk) {
-    message(Do::Send, Payload::Gradient, chunk, backwards[chunk] - 1);
-  }
+  void recv_f(int chunk) { message(Do::Recv, Payload::Activation, chunk, received[chunk]++); }
+  void recv_b(int chunk) { message(Do::Recv, Payload::Gradient, chunk, backwards[chunk]); }
+  void send_f(int chunk) { message(Do::Send, Payload::Activation, chunk, forwards[chunk] - 1); }
+  void send_b(int chunk) { message(Do::Send, Payload::Gradient, chunk, backwards[chunk] - 1); }
 
   void commit() {
     list.insert(list.end(), queue.begin(), queue.end());
@@ -127,10 +119,9 @@ struct Builder {
     return batch;
   }
   bool defers() const { return zero_bubble || o.weight_grad_batch > 1; }
-  // Deferred batches fall due on all ranks at once, so that none waits for another's. DualPipeV
-  // is at (stage, mb) in `slot` of the steady state, on even slots with one chunk of a rank and
-  // on odd ones with the other, and they fall due half a period apart; in 1F1B the ranks come to
-  // a micro-batch within less than one of its steps.
+  // Batches fall due on all ranks at once, so that none waits for another's. DualPipeV is at
+  // (stage, mb) in `slot` of the steady state, on even slots with one chunk of a rank and on odd
+  // ones with the other, which are half a period apart.
   void end_backward(int chunk) {
     const int mb = backwards[chunk]++, n = o.weight_grad_batch;
     if (!defers()) return;
@@ -146,20 +137,20 @@ struct Builder {
     add({.what = Do::F, .chunk = chunk, .mb = forwards[chunk]++});
   }
   void f(int chunk) {
-    receive_activation(chunk);
+    recv_f(chunk);
     compute_f(chunk);
-    send_activation(chunk);
+    send_f(chunk);
   }
   void b(int chunk) {
-    receive_gradient(chunk);
+    recv_b(chunk);
     add({.what = Do::B, .chunk = chunk, .mb = backwards[chunk], .defer = defers()});
     end_backward(chunk);
-    send_gradient(chunk);
+    send_b(chunk);
   }
   void fb(int f_chunk, bool receive = true) {
     const int b_chunk = 1 - f_chunk;
-    if (receive) receive_activation(f_chunk);
-    receive_gradient(b_chunk);
+    if (receive) recv_f(f_chunk);
+    recv_b(b_chunk);
     add({.what = Do::FB,
          .chunk = f_chunk,
          .mb = forwards[f_chunk]++,
@@ -167,8 +158,8 @@ struct Builder {
          .mb2 = backwards[b_chunk],
          .defer = defers()});
     end_backward(b_chunk);
-    send_activation(f_chunk);
-    send_gradient(b_chunk);
+    send_f(f_chunk);
+    send_b(b_chunk);
   }
   // Fills a bubble that is one micro-batch's weight gradients long.
   void w() {
@@ -187,28 +178,28 @@ void build_dualpipev(Builder& s) {
   const int pp = s.o.pp, r = s.rank;
   const bool last = r == pp - 1;
   for (int i = 0; i < 2 * (pp - r - 1); i++) s.f(0);  // 1: fill, down leg
-  s.receive_activation(0);
+  s.recv_f(0);
   for (int i = 0; i <= r; i++) {  // 2: fill, both legs
     s.compute_f(0);
-    s.receive_activation(0);
-    s.receive_activation(1);
+    s.recv_f(0);
+    s.recv_f(1);
     s.compute_f(1);
-    if (!(last && i == r)) s.send_activation(1);
-    s.send_activation(0);
+    if (!(last && i == r)) s.send_f(1);
+    s.send_f(0);
   }
   for (int i = 0; i < pp - r - 1; i++) {  // 3: weight gradients fill the bubble
     s.zero_bubble = true;
     s.b(1);
     s.zero_bubble = false;
-    s.receive_activation(1);
+    s.recv_f(1);
     s.w();
     s.compute_f(1);
-    s.send_activation(1);
+    s.send_f(1);
   }
   for (int i = 0; i < s.o.micro_batches - 2 * pp + r + 1; i++) {  // 4: the steady state
     if (i == 0 && last) {  // unfused, so that the turn starts its first backward sooner
       s.compute_f(0);
-      s.send_activation(1);
+      s.send_f(1);
       s.b(1);
     } else {
       s.fb(0, i > 0);
@@ -261,18 +252,17 @@ bool gives_weight_grads(const Action& a, int chunk) {
   return a.backward_chunk() == chunk && (a.what == Do::W || (a.has_backward() && !a.defer));
 }
 
-// Gathers stand before the first message, where ranks but the first wait anyhow; the first rank
-// begins its first micro-batch before it gathers its second chunk. A Reduce stands behind the group
-// that follows its chunk's last weight gradients.
+// Gathers stand first, where ranks but the first wait anyhow; the first begins its first
+// micro-batch before it gathers its second chunk. A Reduce stands behind the group that follows its
+// chunk's last weight gradients.
 void add_gathers(const ScheduleOptions& o, int rank, ActionList& list) {
-  const int chunks = chunks_of(o.kind);
-  for (int chunk = 0; chunk < chunks && !o.forward_only; chunk++) {
+  for (int chunk = 0; chunk < chunks_of(o.kind) && !o.forward_only; chunk++) {
     size_t at = list.size();
     while (!gives_weight_grads(list[at - 1], chunk)) at--;
     while (at < list.size() && list[at].is_message()) at++;
     list.insert(list.begin() + at, {.what = Do::Reduce, .chunk = chunk});
   }
-  if (chunks == 2) {
+  if (chunks_of(o.kind) == 2) {
     size_t at = rank == 0;
     while (rank == 0 && list[at].is_message()) at++;
     list.insert(list.begin() + at, {.what = Do::Gather, .chunk = 1});
@@ -308,16 +298,17 @@ vector<ActionList> make_schedules(const ScheduleOptions& o) {
 }
 
 string to_text(const Action& a) {
-  const char* plus = a.defer ? "+" : "";
-  const char payload = a.payload == Payload::Activation ? 'F' : 'B';
+  const string f = text("F%d.%d", a.chunk, a.mb);
+  const string b = text("B%d.%d", a.backward_chunk(), a.backward_mb()) + (a.defer ? "+" : "");
+  const string& payload = a.payload == Payload::Activation ? f : b;
   switch (a.what) {
-    case Do::F: return text("F%d.%d", a.chunk, a.mb);
-    case Do::B: return text("B%d.%d%s", a.chunk, a.mb, plus);
+    case Do::F: return f;
+    case Do::B: return b;
+    case Do::FB: return f + "|" + b;
     case Do::W:
       return text("W%d.%d", a.chunk, a.mb) + (a.count == 1 ? "" : text("-%d", a.mb + a.count - 1));
-    case Do::FB: return text("F%d.%d|B%d.%d%s", a.chunk, a.mb, a.chunk2, a.mb2, plus);
-    case Do::Send: return text("send %c%d.%d > %d", payload, a.chunk, a.mb, a.peer);
-    case Do::Recv: return text("recv %c%d.%d < %d", payload, a.chunk, a.mb, a.peer);
+    case Do::Send: return "send " + payload + text(" > %d", a.peer);
+    case Do::Recv: return "recv " + payload + text(" < %d", a.peer);
     case Do::Gather: return text("gather %d", a.chunk);
     case Do::Reduce: return text("reduce %d", a.chunk);
   }

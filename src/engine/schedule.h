@@ -1,5 +1,5 @@
-// schedule: the pipeline as data. A plain list of actions a rank, which the executor runs, the
-// checker proves and times, the timeline draws and the memory estimate reads.
+// schedule: the pipeline as data. A list of actions a rank, which the executor runs, the checker
+// proves and times, and the timeline draws.
 #pragma once
 #include <cstdint>
 
@@ -36,21 +36,20 @@ enum class Do : uint8_t {
   F,       // forward of (chunk, mb)
   B,       // backward; with `defer` its weight gradients are left to a later W
   W,       // weight gradients of `count` micro-batches from mb on
-  FB,      // forward of (chunk, mb) overlapped with backward of (chunk2, mb2)
-  Send,    // of (chunk, mb)'s output: its activation, or its input's gradient
-  Recv,    // of (chunk, mb)'s input: its activation, or its output's gradient
+  FB,      // F of (chunk, mb) overlapped with B of (chunk2, mb2)
+  Send,    // (chunk, mb)'s output, or its input's gradient
+  Recv,    // (chunk, mb)'s input, or its output's gradient
   Gather,  // all-gather the weights of chunk's units, in order
   Reduce,  // reduce-scatter the gradients of chunk's units, in reverse order
 };
 enum class Payload : uint8_t { Activation, Gradient };
 
 // Consecutive Sends and Recvs are one group call: all are posted together, and messages from one
-// rank to another are matched in posted order. An F, B or FB may start once the receives of its
-// inputs are complete; a rank goes on past a group no later than its sends are received.
+// rank to another are matched in posted order.
 struct Action {
   Do what = Do::F;
   int chunk = 0, mb = 0;
-  int chunk2 = 0, mb2 = 0;                // FB: the backward half
+  int chunk2 = 0, mb2 = 0;                // FB
   int count = 1;                          // W
   bool defer = false;                     // B, FB
   Payload payload = Payload::Activation;  // Send, Recv
@@ -71,10 +70,8 @@ struct ScheduleOptions {
   int pp = 1;
   int micro_batches = 1;
   bool forward_only = false;
-  // Micro-batches whose weight gradients a W takes together, except where it fills a bubble;
-  // 1: only the schedule's own zero-bubble deferrals.
-  int weight_grad_batch = 1;
-  bool gather_step = false;  // Gather and Reduce actions: weights gathered for the whole step
+  int weight_grad_batch = 1;  // micro-batches of a W, except where it fills a bubble
+  bool gather_step = false;   // with Gather and Reduce actions
 };
 // 2*pp for DualPipeV with backwards, else 1.
 int min_micro_batches(const ScheduleOptions& options);
@@ -103,13 +100,12 @@ struct ScheduleCheck {
   double bubble() const { return 1 - double(busy) / (double(makespan) * double(begin.size())); }
 };
 
-// Proves the lists of all pp ranks: every F, B and W exactly once and after what it needs, every
-// message of the right kind, stage and micro-batch in untagged posted order, no deadlock when every
-// group call blocks until all of it is matched, and live micro-batches bounded (2*pp + 1 for
-// DualPipeV, pp - rank for OneF1B).
+// Proves the lists of all pp ranks: every action exactly once and after what it needs, messages
+// that match in posted order, no deadlock when every group call blocks until all of it is matched,
+// and live micro-batches bounded (2*pp + 1 for DualPipeV, pp - rank for OneF1B).
 ScheduleCheck check_schedule(const ScheduleOptions& options, const vector<ActionList>& lists);
 // The same for all ranks of a mesh, one list a global rank, with the collectives of sharding,
-// experts and context: the members of each group issue the same ones in the same order.
+// experts and context.
 ScheduleCheck check_collectives(const ScheduleOptions& options, const Mesh& mesh, int layers,
                                 bool gather_layer, const vector<ActionList>& lists);
 
@@ -123,15 +119,14 @@ Action parse_action(const string& line, const string& place);
 enum class Part : uint8_t {
   Prolog,     // embedding (first stage)
   Attention,  // stage 1: attention, router, shared experts
-  Dispatch,   // stage 2, started; what needs it waits for it
+  Dispatch,   // stage 2, started
   Experts,    // stage 3
   Combine,    // stage 4, started
   Residual,   // stage 5
   Epilog,     // final norm, LM head, loss (last stage)
-  Weights,    // weight gradients of `unit` that are due
-  Gather,     // layer-wise sharding: all-gather `unit`'s weights; `backward`: and its gradients'
-              // memory, for the Weights to come
-  Release,    // free them
+  Weights,    // weight gradients of `unit`
+  Gather,     // all-gather `unit`'s weights; `backward`: and make room for its gradients
+  Release,    // free both
   Reduce,     // reduce-scatter `unit`'s gradients
 };
 struct Step {
@@ -140,14 +135,13 @@ struct Step {
   int chunk = 0, mb = 0;
   int layer = -1;                   // global index; -1: prolog, epilog
   UnitKind unit = UnitKind::Layer;  // Weights, Gather, Release, Reduce
-  int count = 1;                    // Weights: micro-batches [mb, mb + count)
+  int count = 1;                    // Weights: micro-batches from mb on
   bool operator==(const Step&) const = default;
 };
 
-// The steps of an F, B, W or FB in the one order in which they and their collectives are issued. In
-// FB the two micro-batches' stages interleave so that the one's dispatch and combine run beside the
-// other's compute. `gather_layer` adds the Gather, Release and Reduce of layer-wise sharding. Dense
-// layers have the same steps, which find no experts.
+// The steps of an F, B, W or FB in the one order in which they and their collectives are issued; in
+// FB the two micro-batches' take turns. `gather_layer` adds the Gather, Release and Reduce of
+// layer-wise sharding. Dense layers have the same steps, which find no experts.
 vector<Step> steps_of(const Action& action, const vector<ChunkLayers>& chunks, bool forward_only,
                       bool gather_layer);
 

@@ -1,5 +1,6 @@
 // Proofs of lists: first each rank's own order, then all ranks together, as they would run when
-// every group call and every collective blocks until all of it is there. A fault is thrown.
+// every group call and every collective blocks until all of it is there. What is wrong is thrown as
+// a string.
 #include <algorithm>
 #include <array>
 #include <map>
@@ -22,77 +23,68 @@ constexpr const char* kFacts[] = {"recv F%d.%d", "F%d.%d",   "send F%d.%d", "rec
                                   "B%d.%d",      "B%d.%d+",  "W%d.%d",      "send B%d.%d",
                                   "gather %d",   "reduce %d"};
 
-// Walks one rank's list; throws the reason at the first action that is wrong.
+// Walks one rank's list; throws the reason at the first action that is wrong. An index `i` is
+// chunk * n + micro-batch.
 struct ListWalk {
   const ScheduleOptions& o;
-  int rank;                                                           // of the pipeline
-  vector<uint16_t> facts = vector<uint16_t>(2 * o.micro_batches, 0);  // bits
+  int rank;  // of the pipeline
+  int n = o.micro_batches;
+  vector<uint16_t> facts = vector<uint16_t>(2 * n, 0);  // bits
   int live = 0, peak_live = 0, deferred = 0, peak_deferred = 0;
 
   bool has(Fact f, int i) const { return facts[i] >> f & 1; }
-  void need(Fact f, int chunk, int mb, bool run = true) const {
-    if (has(f, chunk * o.micro_batches + mb) != run)
-      throw text(kFacts[f], chunk, mb) + (run ? " has not run" : " has run already");
+  void need(Fact f, int i) const {
+    if (!has(f, i)) throw text(kFacts[f], i / n, i % n) + " has not run";
   }
-  void record(Fact f, int chunk, int mb) {
-    need(f, chunk, mb, false);
-    facts[chunk * o.micro_batches + mb] |= 1 << f;
+  void record(Fact f, int i) {
+    if (has(f, i)) throw text(kFacts[f], i / n, i % n) + " has run already";
+    facts[i] |= 1 << f;
   }
-  void need_range(int chunk, int first, int count) const {
-    if (chunk < 0 || chunk >= chunks_of(o.kind) || first < 0 || count < 1 ||
-        first + count > o.micro_batches)
+  int index(int chunk, int mb, int count = 1) const {
+    if (chunk < 0 || chunk >= chunks_of(o.kind) || mb < 0 || count < 1 || mb + count > n)
       throw string("names no chunk and micro-batch of this rank");
+    return chunk * n + mb;
   }
   // The other rank that a chunk's input comes from or its output goes to; -1: there is none.
-  int peer(int chunk, int step) const {
-    const int other = rank_beside(o, rank, chunk, step);
+  int peer(int i, int step) const {
+    const int other = rank_beside(o, rank, i / n, step);
     return other == rank ? -1 : other;
   }
-  // What (chunk, mb) computes on: received, or made here by the stage at `step`.
-  void need_input(int chunk, int mb, int step) const {
-    if (peer(chunk, step) >= 0) need(step < 0 ? kRecvF : kRecvB, chunk, mb);
-    if (rank_beside(o, rank, chunk, step) == rank) need(step < 0 ? kF : kB, 1 - chunk, mb);
+  // What a chunk computes on: received, or made here by the stage at `step`.
+  void need_input(int i, int step) const {
+    if (peer(i, step) >= 0) need(step < 0 ? kRecvF : kRecvB, i);
+    if (rank_beside(o, rank, i / n, step) == rank) need(step < 0 ? kF : kB, (i + n) % (2 * n));
   }
 
-  void forward(int chunk, int mb) {
-    if (o.gather_step) need(kGather, chunk, 0);
-    need_input(chunk, mb, -1);
-    record(kF, chunk, mb);
+  void forward(int i) {
+    if (o.gather_step) need(kGather, i / n * n);
+    need_input(i, -1);
+    record(kF, i);
     if (!o.forward_only) peak_live = std::max(peak_live, ++live);
   }
-  void backward(int chunk, int mb, bool defer) {
-    need(kF, chunk, mb);
-    need_input(chunk, mb, 1);
-    record(kB, chunk, mb);
-    record(defer ? kDeferred : kW, chunk, mb);
+  void backward(int i, bool defer) {
+    need(kF, i);
+    need_input(i, 1);
+    record(kB, i);
+    record(defer ? kDeferred : kW, i);
     live--;
     deferred += defer;
     peak_deferred = std::max(peak_deferred, deferred);
   }
-  void weight_grads(const Action& a) {
-    for (int mb = a.mb; mb < a.mb + a.count; mb++) {
-      need(kDeferred, a.chunk, mb);
-      if (peer(a.chunk, -1) >= 0) need(kSendB, a.chunk, mb);  // W frees what is sent
-      record(kW, a.chunk, mb);
-    }
-    deferred -= a.count;
+  void weight_grads(int i) {
+    need(kDeferred, i);
+    if (peer(i, -1) >= 0) need(kSendB, i);  // W frees what is sent
+    record(kW, i);
+    deferred--;
   }
-  void message(const Action& a) {
+  void message(const Action& a, int i) {
     const bool send = a.what == Do::Send, activation = a.payload == Payload::Activation;
-    const int other = peer(a.chunk, send == activation ? 1 : -1);
+    const int other = peer(i, send == activation ? 1 : -1);
     if (a.peer != other || other < 0)
       throw text("goes to the wrong rank (got %d, need %s)", a.peer,
                  other < 0 ? "none" : std::to_string(other).c_str());
-    if (send) need(activation ? kF : kB, a.chunk, a.mb);
-    record(activation ? (send ? kSendF : kRecvF) : (send ? kSendB : kRecvB), a.chunk, a.mb);
-  }
-  void collective(const Action& a) {
-    if (!o.gather_step) throw string("weights are not gathered for the whole step");
-    for (int mb = 0; mb < o.micro_batches && a.what == Do::Reduce; mb++) {
-      need(kB, a.chunk, mb);
-      need(kW, a.chunk, mb);
-    }
-    record(a.what == Do::Gather ? kGather : kReduce, a.chunk, 0);
+    if (send) need(activation ? kF : kB, i);
+    record(activation ? (send ? kSendF : kRecvF) : (send ? kSendB : kRecvB), i);
   }
   void bound_live() const {
     const int limit = o.kind == ScheduleKind::DualPipeV ? 2 * o.pp + 1 : o.pp - rank;
@@ -102,68 +94,57 @@ struct ListWalk {
     throw text(
         "activations of too many micro-batches are held (got %d, need at most %d); "
         "B%d.%d has not run",
-        peak_live, limit, i / o.micro_batches, i % o.micro_batches);
+        peak_live, limit, i / n, i % n);
   }
   void run(const Action& a) {
     if (o.forward_only && (a.has_backward() || a.what == Do::W || a.what == Do::Reduce ||
                            a.payload == Payload::Gradient))
       throw string("a forward-only list has no backward");
-    need_range(a.chunk, a.mb, a.count);
-    need_range(a.backward_chunk(), a.backward_mb(), 1);
-    if (a.is_message()) message(a);
-    if (a.is_collective()) collective(a);
-    if (a.what == Do::W) weight_grads(a);
-    if (a.has_forward()) forward(a.chunk, a.mb);
-    if (a.has_backward()) backward(a.backward_chunk(), a.backward_mb(), a.defer);
+    if (a.is_collective() && !o.gather_step)
+      throw string("weights are not gathered for the whole step");
+    const int i = index(a.chunk, a.is_collective() ? 0 : a.mb, a.count);
+    if (a.is_message()) message(a, i);
+    if (a.what == Do::Gather) record(kGather, i);
+    if (a.what == Do::Reduce) {
+      for (int mb = 0; mb < n; mb++) need(kB, i + mb);
+      for (int mb = 0; mb < n; mb++) need(kW, i + mb);
+      record(kReduce, i);
+    }
+    for (int mb = 0; mb < a.count && a.what == Do::W; mb++) weight_grads(i + mb);
+    if (a.has_forward()) forward(i);
+    if (a.has_backward()) backward(index(a.backward_chunk(), a.backward_mb()), a.defer);
     bound_live();
   }
   // What a complete list has done.
   void end() const {
-    for (int chunk = 0; chunk < chunks_of(o.kind); chunk++) {
-      for (int mb = 0; mb < o.micro_batches; mb++) {
-        need(kF, chunk, mb);
-        if (peer(chunk, 1) >= 0) need(kSendF, chunk, mb);
-        if (o.forward_only) continue;
-        need(kB, chunk, mb);
-        need(kW, chunk, mb);
-        if (peer(chunk, -1) >= 0) need(kSendB, chunk, mb);
-      }
-      if (o.gather_step) need(kGather, chunk, 0);
-      if (o.gather_step && !o.forward_only) need(kReduce, chunk, 0);
+    for (int i = 0; i < n * chunks_of(o.kind); i++) {
+      need(kF, i);
+      if (peer(i, 1) >= 0) need(kSendF, i);
+      if (o.gather_step && i % n == 0) need(kGather, i);
+      if (o.forward_only) continue;
+      need(kB, i);
+      need(kW, i);
+      if (peer(i, -1) >= 0) need(kSendB, i);
+      if (o.gather_step && i % n == 0) need(kReduce, i);
     }
   }
 };
 
-// A collective's group, or the two ranks of a message: the n-th visits of all members meet.
-struct Arrival {
-  int action;
-  string what;  // in which all members must agree
-  int time;
-};
-using Place = std::map<int, vector<Arrival>>;  // by member
-
-// What a rank does next: stands in a collective, or in the messages of one group call, which begins
-// with `action`; without visits it computes.
+// A rank in a collective, or at one end of a message.
+struct Visit;
+using Place = std::map<int, vector<Visit>>;  // by member: the n-th visits of all of them meet
 struct Visit {
   Place* place;
   int action;
-  string what;
+  string what;  // in which all members must agree
+  int time = 0;
 };
+// What a rank does next: stands in a collective, or in the messages of one group call, which begins
+// with `action`; without visits it computes.
 struct Event {
   int action;
   vector<Visit> visits = {};
 };
-
-constexpr struct {
-  Part part;
-  Group group;
-  const char* name;
-} kCollectives[] = {{Part::Attention, Group::Cp, "attention"},
-                    {Part::Dispatch, Group::Ep, "dispatch"},
-                    {Part::Combine, Group::Ep, "combine"},
-                    {Part::Gather, Group::DenseShard, "gather"},
-                    {Part::Reduce, Group::DenseShard, "reduce"}};
-constexpr const char* kUnits[] = {"embedding", "layer", "experts", "head"};
 
 struct Replay {
   struct RankState {
@@ -198,18 +179,26 @@ struct Replay {
                    a.payload == Payload::Activation ? "activation" : "gradient", stage, a.mb));
   }
   void add_collective(int rank, int action, const Step& s) {
-    for (const auto& c : kCollectives) {
-      if (c.part != s.part) continue;
-      const bool sharding = s.part == Part::Gather || s.part == Part::Reduce;
-      const bool experts = sharding && s.unit == UnitKind::Experts;
-      const auto members = group_members(mesh, experts ? Group::ExpertShard : c.group, rank);
-      if (members.size() == 1) continue;
-      ranks[rank].events.push_back({action});
-      add_visit(rank, action, experts ? Group::ExpertShard : c.group, members,
-                text("%s%s of chunk %d, layer %d, ", c.name,
-                     s.backward && !sharding ? " (backward)" : "", s.chunk, s.layer) +
-                    (sharding ? kUnits[int(s.unit)] : text("micro-batch %d", s.mb)));
+    const bool sharding = s.part == Part::Gather || s.part == Part::Reduce;
+    Group group = s.unit == UnitKind::Experts ? Group::ExpertShard : Group::DenseShard;
+    const char* name = s.part == Part::Gather ? "gather" : "reduce";
+    if (s.part == Part::Attention) {
+      group = Group::Cp;
+      name = "attention";
+    } else if (s.part == Part::Dispatch || s.part == Part::Combine) {
+      group = Group::Ep;
+      name = s.part == Part::Dispatch ? "dispatch" : "combine";
+    } else if (!sharding) {
+      return;
     }
+    const vector<int> members = group_members(mesh, group, rank);
+    if (members.size() == 1) return;
+    constexpr const char* units[] = {"embedding", "layer", "experts", "head"};
+    ranks[rank].events.push_back({action});
+    add_visit(rank, action, group, members,
+              text("%s of chunk %d, layer %d, ", name, s.chunk, s.layer) +
+                  (sharding ? units[int(s.unit)]
+                            : text("micro-batch %d%s", s.mb, s.backward ? ", backward" : "")));
   }
   // Messages and computations; with `layers` > 0, collectives too.
   void add_events(int rank, int layers, bool gather_layer) {
@@ -233,25 +222,23 @@ struct Replay {
     }
   }
 
-  [[noreturn]] void fail(int rank, int action, const string& why) const {
-    throw ScheduleCheck{rank, action, where(lists, rank, action) + ": " + why};
-  }
-  void come(int rank, const Visit& v) const {
-    vector<Arrival>& own = v.place->at(rank);
+  void come(int rank, const Visit& v) {
+    vector<Visit>& own = v.place->at(rank);
     const size_t turn = own.size();
-    own.push_back({v.action, v.what, ranks[rank].time});
-    for (const auto& [other, arrivals] : *v.place)
-      if (arrivals.size() > turn && arrivals[turn].what != v.what)
-        fail(rank, v.action,
-             "does not match " + where(lists, other, arrivals[turn].action) + ": " + v.what +
-                 " against " + arrivals[turn].what);
+    own.push_back({v.place, v.action, v.what, ranks[rank].time});
+    result.rank = rank;
+    result.action = v.action;
+    for (const auto& [other, visits] : *v.place)
+      if (visits.size() > turn && visits[turn].what != v.what)
+        throw "does not match " + where(lists, other, visits[turn].action) + ": " + v.what +
+            " against " + visits[turn].what;
   }
   // Who has not come to what the rank stands in; -1: nobody.
   int missing(int rank) const {
     const RankState& r = ranks[rank];
     for (const Visit& v : r.events[r.next].visits)
-      for (const auto& [member, arrivals] : *v.place)
-        if (arrivals.size() < v.place->at(rank).size()) return member;
+      for (const auto& [member, visits] : *v.place)
+        if (visits.size() < v.place->at(rank).size()) return member;
     return -1;
   }
   // Begins the rank's next event, and ends it unless someone is missing. Whether it ended.
@@ -268,21 +255,22 @@ struct Replay {
     r.inside = missing(rank) >= 0;
     if (r.inside) return false;
     for (const Visit& v : e.visits)
-      for (const auto& [_, arrivals] : *v.place)
-        r.time = std::max(r.time, arrivals[v.place->at(rank).size() - 1].time);
+      for (const auto& [_, visits] : *v.place)
+        r.time = std::max(r.time, visits[v.place->at(rank).size() - 1].time);
     r.next++;
     return true;
   }
-  [[noreturn]] void deadlock(int rank) const {
+  void deadlock(int rank) {
     const auto action = [&](int r) { return ranks[r].events[ranks[r].next].action; };
+    result.rank = rank;
+    result.action = action(rank);
     string why = "deadlock: waits";
-    int at = rank;
-    for (size_t i = 0; i < ranks.size() && !ranks[at].ended(); i++) {
-      at = missing(at);
-      why += text(" for rank %d, which ", at) +
-             (ranks[at].ended() ? "has ended" : "waits in " + where(lists, at, action(at)));
+    for (size_t i = 0; i < ranks.size() && !ranks[rank].ended(); i++) {
+      rank = missing(rank);
+      why += text(" for rank %d, which ", rank) +
+             (ranks[rank].ended() ? "has ended" : "waits in " + where(lists, rank, action(rank)));
     }
-    fail(rank, action(rank), why);
+    throw why;
   }
   void run() {
     const int count = int(ranks.size());
@@ -305,28 +293,25 @@ ScheduleCheck check_collectives(const ScheduleOptions& o, const Mesh& mesh, int 
   const int count = int(lists.size());
   if (count != mesh.world())
     return {0, 0, text("lists of %d ranks (need %d)", count, mesh.world())};
-  ScheduleCheck result;
-  Replay replay{o, mesh, lists, result};
+  ScheduleCheck c;
   try {
-    for (int rank = 0; rank < count; rank++) {
-      ListWalk walk{o, coord_of(mesh, rank).pp_rank};
-      int i = 0;
-      try {
-        for (; i < int(lists[rank].size()); i++) walk.run(lists[rank][i]);
-        walk.end();
-      } catch (const string& why) {
-        replay.fail(rank, i, why);
-      }
-      result.peak_live = std::max(result.peak_live, walk.peak_live);
-      result.peak_deferred = std::max(result.peak_deferred, walk.peak_deferred);
-      result.begin.emplace_back(lists[rank].size());
+    for (c.rank = 0; c.rank < count; c.rank++) {  // where the check is
+      const ActionList& list = lists[c.rank];
+      ListWalk walk{o, coord_of(mesh, c.rank).pp_rank};
+      for (c.action = 0; c.action < int(list.size()); c.action++) walk.run(list[c.action]);
+      walk.end();
+      c.peak_live = std::max(c.peak_live, walk.peak_live);
+      c.peak_deferred = std::max(c.peak_deferred, walk.peak_deferred);
+      c.begin.emplace_back(list.size());
     }
+    Replay replay{o, mesh, lists, c};
     for (int rank = 0; rank < count; rank++) replay.add_events(rank, layers, gather_layer);
     replay.run();
-  } catch (const ScheduleCheck& fault) {
-    return fault;
+    c.rank = c.action = -1;
+  } catch (const string& why) {
+    c.why = where(lists, c.rank, c.action) + ": " + why;
   }
-  return result;
+  return c;
 }
 
 ScheduleCheck check_schedule(const ScheduleOptions& o, const vector<ActionList>& lists) {

@@ -7,8 +7,8 @@ namespace pith {
 
 namespace {
 
-// The steps of one micro-batch's forward or backward, cut where an overlapped one takes turns: up
-// to where the first layer's communication is under way, two pieces a layer, and the end.
+// The steps of one micro-batch's forward or backward, cut where an overlapped one takes turns:
+// behind what starts communication.
 struct Half {
   bool backward = false;
   int chunk = 0, mb = 0;
@@ -53,23 +53,21 @@ struct Half {
   }
 };
 
-// Before what waits for a dispatch or combine comes compute of the other micro-batch: the forward's
-// dispatch runs beside the backward's experts, the backward's dispatch beside their weight
-// gradients and the forward's experts, the forward's combine beside the backward's attention, the
-// backward's combine beside the forward's next attention. What one half has more of follows alone.
+// Each dispatch and combine runs beside compute of the other micro-batch: the forward's beside the
+// backward's experts and attention, the backward's beside the forward's experts and next attention.
+// What one half has more of follows alone.
 vector<Step> overlapped(const Half& f, const Half& b) {
   vector<Step> steps;
-  const auto take = [&](const Half& h, size_t from, size_t to) {
-    for (size_t i = from; i < std::min(to, h.pieces.size()); i++)
-      steps.insert(steps.end(), h.pieces[i].begin(), h.pieces[i].end());
+  const size_t turns = 1 + 2 * std::min(f.layers.count, b.layers.count);
+  const auto take = [&](const Half& h, size_t i) {
+    if (i < h.pieces.size()) steps.insert(steps.end(), h.pieces[i].begin(), h.pieces[i].end());
   };
-  const size_t both = 1 + 2 * std::min(f.layers.count, b.layers.count);
-  for (size_t i = 0; i < both; i++) {
-    take(b, i, i + 1);
-    take(f, i, i + 1);
+  for (size_t i = 0; i < turns; i++) {
+    take(b, i);
+    take(f, i);
   }
-  take(b, both, SIZE_MAX);
-  take(f, both, SIZE_MAX);
+  for (size_t i = turns; i < b.pieces.size(); i++) take(b, i);
+  for (size_t i = turns; i < f.pieces.size(); i++) take(f, i);
   return steps;
 }
 
