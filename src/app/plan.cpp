@@ -25,15 +25,14 @@ string label(const Action& a) {
 }
 
 vector<string> heading(const ScheduleOptions& o, const ScheduleCheck& c) {
-  return {text("%s, pp = %d, %d micro-batches%s: bubble %.1f%%", name_of(o.kind), o.pp,
-               o.micro_batches, o.forward_only ? ", forward only" : "", 100 * c.bubble()),
-          text("%d units of time, %d of them busy on each rank", c.makespan, c.busy / o.pp) +
-              (o.forward_only ? ""
-                              : text("; at most %d micro-batches' activations on a rank, %d with "
-                                     "deferred weight gradients",
-                                     c.peak_live, c.peak_deferred)),
-          "F forward, B backward, W weight gradients, f b w of chunk 1, F5b3 both at once "
-          "(overlapped), . idle; number: micro-batch"};
+  return {
+      text("%s, pp = %d, %d micro-batches%s: bubble %.1f%%", name_of(o.kind), o.pp, o.micro_batches,
+           o.forward_only ? ", forward only" : "", 100 * c.bubble()),
+      text("%d units of time, %d of them busy on each rank", c.makespan, c.busy / o.pp) +
+          (o.forward_only ? ""
+                          : text("; at most %d micro-batches' activations on a rank", c.peak_live)),
+      "F forward, B backward, W weight gradients, f b w of chunk 1, F5b3 both at once "
+      "(overlapped), . idle; number: micro-batch"};
 }
 
 string draw_text(const ScheduleOptions& o, const vector<ActionList>& lists,

@@ -332,8 +332,8 @@ Action parse_action(const string& line, const string& place) {
     if (to_text(a) == line && a.chunk < 2 && a.chunk2 < 2 && a.count > 0) return a;
   }
   bad_input(place,
-            text("is not an action (got \"%s\", need one such as F0.3, B1.2 or B1.2+, W1.2 or "
-                 "W1.2-4, F0.5|B1.3, send F0.3 > 1, recv B1.2 < 1, gather 0, reduce 1)",
+            text("is not an action (got \"%s\", need one such as F0.3, B1.2+, W1.2-4, "
+                 "F0.5|B1.3, send F0.3 > 1 or recv B1.2 < 1)",
                  line.c_str()),
             "the form that pith plan --schedule --lists prints");
 }

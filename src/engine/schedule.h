@@ -94,7 +94,6 @@ struct ScheduleCheck {
   string why;
   bool ok() const { return rank < 0; }
   int peak_live = 0;           // most micro-batches of activations on a rank, both chunks
-  int peak_deferred = 0;       // most (chunk, micro-batch) pairs that wait for a W
   int makespan = 0, busy = 0;  // time of all; sum over ranks of the durations
   vector<vector<int>> begin;   // by rank and action
   double bubble() const { return 1 - double(busy) / (double(makespan) * double(begin.size())); }
@@ -139,9 +138,9 @@ struct Step {
   bool operator==(const Step&) const = default;
 };
 
-// The steps of an F, B, W or FB in the one order in which they and their collectives are issued; in
-// FB the two micro-batches' take turns. `gather_layer` adds the Gather, Release and Reduce of
-// layer-wise sharding. Dense layers have the same steps, which find no experts.
+// The steps of all but Send and Recv in the one order in which they and their collectives are
+// issued; in FB the two micro-batches' take turns. `gather_layer` adds the Gather, Release and
+// Reduce of layer-wise sharding. Dense layers have the same steps, which find no experts.
 vector<Step> steps_of(const Action& action, const vector<ChunkLayers>& chunks, bool forward_only,
                       bool gather_layer);
 

@@ -18,10 +18,10 @@ string where(const vector<ActionList>& lists, int rank, int action) {
 }
 
 // What has run of a chunk and micro-batch; Gather and Reduce stand with micro-batch 0.
-enum Fact : uint8_t { kRecvF, kF, kSendF, kRecvB, kB, kDeferred, kW, kSendB, kGather, kReduce };
-constexpr const char* kFacts[] = {"recv F%d.%d", "F%d.%d",   "send F%d.%d", "recv B%d.%d",
-                                  "B%d.%d",      "B%d.%d+",  "W%d.%d",      "send B%d.%d",
-                                  "gather %d",   "reduce %d"};
+enum Fact : uint8_t { kRecvF, kF, kSendF, kRecvB, kB, kW, kSendB, kGather, kReduce };
+constexpr const char* kFacts[] = {"recv F%d.%d", "F%d.%d",    "send F%d.%d",
+                                  "recv B%d.%d", "B%d.%d",    "W%d.%d",
+                                  "send B%d.%d", "gather %d", "reduce %d"};
 
 // Walks one rank's list; throws the reason at the first action that is wrong. An index `i` is
 // chunk * n + micro-batch.
@@ -30,7 +30,7 @@ struct ListWalk {
   int rank;  // of the pipeline
   int n = o.micro_batches;
   vector<uint16_t> facts = vector<uint16_t>(2 * n, 0);  // bits
-  int live = 0, peak_live = 0, deferred = 0, peak_deferred = 0;
+  int live = 0, peak_live = 0;
 
   bool has(Fact f, int i) const { return facts[i] >> f & 1; }
   void need(Fact f, int i) const {
@@ -66,16 +66,13 @@ struct ListWalk {
     need(kF, i);
     need_input(i, 1);
     record(kB, i);
-    record(defer ? kDeferred : kW, i);
+    if (!defer) record(kW, i);
     live--;
-    deferred += defer;
-    peak_deferred = std::max(peak_deferred, deferred);
   }
   void weight_grads(int i) {
-    need(kDeferred, i);
+    need(kB, i);
     if (peer(i, -1) >= 0) need(kSendB, i);  // W frees what is sent
     record(kW, i);
-    deferred--;
   }
   void message(const Action& a, int i) {
     const bool send = a.what == Do::Send, activation = a.payload == Payload::Activation;
@@ -209,16 +206,9 @@ struct Replay {
       const Action& a = list[i];
       if (!a.is_message() || i == 0 || !list[i - 1].is_message()) ranks[rank].events.push_back({i});
       if (a.is_message()) add_message(rank, i);
-      if (!layers) continue;
-      // Gather and Reduce: all units of the chunk, which are those of a W, in Reduce's order.
-      const bool units = a.is_collective();
-      vector<Step> steps = steps_of(units ? Action{.what = Do::W, .chunk = a.chunk} : a, chunks,
-                                    o.forward_only && !units, gather_layer && !units);
-      if (a.what == Do::Gather) std::ranges::reverse(steps);
-      for (Step& s : steps) {
-        if (units) s.part = a.what == Do::Gather ? Part::Gather : Part::Reduce;
+      if (!layers || a.is_message()) continue;
+      for (const Step& s : steps_of(a, chunks, o.forward_only, gather_layer))
         add_collective(rank, i, s);
-      }
     }
   }
 
@@ -301,7 +291,6 @@ ScheduleCheck check_collectives(const ScheduleOptions& o, const Mesh& mesh, int 
       for (c.action = 0; c.action < int(list.size()); c.action++) walk.run(list[c.action]);
       walk.end();
       c.peak_live = std::max(c.peak_live, walk.peak_live);
-      c.peak_deferred = std::max(c.peak_deferred, walk.peak_deferred);
       c.begin.emplace_back(list.size());
     }
     Replay replay{o, mesh, lists, c};

@@ -146,22 +146,27 @@ struct Gatherer {
 
 vector<Step> steps_of(const Action& a, const vector<ChunkLayers>& chunks, bool forward_only,
                       bool gather_layer) {
-  const bool weights = a.what == Do::W;
-  if (forward_only && (weights || a.has_backward()))
+  if (forward_only && (a.what == Do::W || a.has_backward()))
     failed("schedule", text("a forward-only list holds %s", to_text(a).c_str()));
+  const bool units = a.what == Do::W || a.is_collective();  // a step a unit
   Half f{.chunk = a.chunk, .mb = a.mb};
   Half b{.backward = true, .chunk = a.backward_chunk(), .mb = a.backward_mb(), .weights = !a.defer};
   if (a.has_forward()) {
     f.layers = chunks[f.chunk];
     f.make();
   }
-  if (weights || a.has_backward()) {
+  if (units || a.has_backward()) {
     b.layers = chunks[b.chunk];
     b.make();
   }
   vector<Step> steps = overlapped(f, b);
-  if (weights) std::erase_if(steps, [](const Step& s) { return s.part != Part::Weights; });
-  for (Step& s : steps) s.count = a.count;
+  if (units) std::erase_if(steps, [](const Step& s) { return s.part != Part::Weights; });
+  for (Step& s : steps) {
+    s.count = a.count;
+    if (a.is_collective()) s.part = a.what == Do::Gather ? Part::Gather : Part::Reduce;
+    if (a.is_collective()) s.backward = !forward_only;
+  }
+  if (a.what == Do::Gather) std::ranges::reverse(steps);
   if (!gather_layer) return steps;
   Gatherer g{steps, forward_only};
   g.run();

@@ -62,7 +62,7 @@ TEST(Plan, TimelineInTheTerminal) {
       dual.out,
       "dualpipev, pp = 2, 4 micro-batches: bubble 7.7%\n"
       "  26 units of time, 24 of them busy on each rank; at most 5 micro-batches' activations on "
-      "a rank, 2 with deferred weight gradients\n"
+      "a rank\n"
       "  F forward, B backward, W weight gradients, f b w of chunk 1, F5b3 both at once "
       "(overlapped), . idle; number: micro-batch\n"
       "\n         time 0\n"
