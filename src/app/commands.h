@@ -12,7 +12,6 @@ int run_generate(int argc, char** argv);
 int run_convert(int argc, char** argv);
 int run_checkpoint(int argc, char** argv);
 int run_plan(int argc, char** argv);
-int run_layouts(int argc, char** argv);
 int run_doctor(int argc, char** argv);
 
 }  // namespace pith

@@ -19,8 +19,7 @@ static constexpr struct {
     {"generate", run_generate, "continues a text"},
     {"convert", run_convert, "to and from Hugging Face folders"},
     {"checkpoint", run_checkpoint, "lists, verifies and compares checkpoints"},
-    {"plan", run_plan, "memory, and the timeline of a pipeline schedule, without training"},
-    {"layouts", run_layouts, "proves that parallel layouts train the same model"},
+    {"plan", run_plan, "the timeline of a pipeline schedule"},
     {"doctor", run_doctor, "what this machine offers"},
 };
 

@@ -9,7 +9,7 @@
 #include "comm/communicator.h"
 #include "engine/expert_parallel.h"
 #include "engine/instance.h"
-#include "engine/routing_slot.h"
+#include "engine/routing_trace.h"
 
 namespace pith {
 
@@ -316,31 +316,14 @@ void run_actions(Rank& rank, Pipeline<M>& p, StepIo& io, const ScheduleOptions& 
   io.logits.assign(io.want_logits ? io.batches.size() : 0, Tensor{});
   for (size_t i = 0; i < actions.size(); i++) {
     const Action& a = actions[i];
-    const auto each_unit = [&](auto&& fn) {
-      for (FlatUnit& unit : p.parameters.units)
-        if (unit.chunk == a.chunk) fn(unit);
-    };
-    switch (a.what) {
-      case Do::Send:
-      case Do::Recv: {
-        size_t end = i;
-        while (end < actions.size() &&
-               (actions[end].what == Do::Send || actions[end].what == Do::Recv))
-          end++;
-        send_and_receive(rank, p, io, actions, i, end, schedule);
-        i = end - 1;
-        break;
-      }
-      case Do::Gather:
-        each_unit([&](FlatUnit& u) { gather(rank, p.parameters, u, !io.forward_only); });
-        break;
-      case Do::Reduce:
-        for (size_t u = p.parameters.units.size(); u-- > 0;)
-          if (p.parameters.units[u].chunk == a.chunk)
-            reduce(rank, p.parameters, p.parameters.units[u]);
-        break;
-      default: run_compute(rank, p, io, a);
+    if (!a.is_message()) {
+      run_compute(rank, p, io, a);
+      continue;
     }
+    size_t end = i;
+    while (end < actions.size() && actions[end].is_message()) end++;
+    send_and_receive(rank, p, io, actions, i, end, schedule);
+    i = end - 1;
   }
   p.flights.clear();
 }

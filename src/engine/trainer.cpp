@@ -12,7 +12,7 @@
 #include "engine/checkpoint.h"
 #include "engine/evaluate.h"
 #include "engine/optimizer.h"
-#include "engine/routing_slot.h"
+#include "engine/routing_trace.h"
 #include "observe/metrics.h"
 #include "observe/tensorboard.h"
 

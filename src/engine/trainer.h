@@ -5,7 +5,7 @@
 #include <mutex>
 
 #include "engine/run_plan.h"
-#include "observe/routing_trace.h"
+#include "engine/routing_trace.h"
 
 namespace pith {
 

@@ -574,7 +574,6 @@ TEST(BadInput, OfCheckpointsAndFolders) {
        "absent.json: cannot be opened"},
       {{"corpus", "inspect", f + "nothing"}, "nothing: "},
       {{"plan"}, "pith plan: "},
-      {{"layouts"}, "pith layouts: "},
       {{"doctor", "more"}, "more"},
       {{"train", f + "run.toml", "--set", "run.folder=" + f + "none-good"},
        "none-good: none of its checkpoints is good"},

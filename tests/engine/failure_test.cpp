@@ -9,7 +9,7 @@
 #include "core/process.h"
 #include "engine/batches.h"
 #include "engine/child.h"
-#include "engine/layouts.h"
+#include "layouts/layouts.h"
 #include "engine/small_run.h"
 
 namespace pith {

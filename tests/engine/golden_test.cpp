@@ -11,7 +11,7 @@
 #include "engine/instance.h"
 #include "engine/lr_schedule.h"
 #include "engine/optimizer.h"
-#include "engine/routing_slot.h"
+#include "engine/routing_trace.h"
 #include "engine/trainer.h"
 
 namespace pith {

@@ -1,5 +1,5 @@
 // Every parallel layout trains the same model: the promise of the whole engine.
-#include "engine/layouts.h"
+#include "layouts/layouts.h"
 
 #include <cmath>
 #include <cstring>
