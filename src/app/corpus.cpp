@@ -1,8 +1,10 @@
 // corpus: pith corpus inspect.
 #include "data/corpus.h"
+
+#include <algorithm>
+
 #include "app/arguments.h"
 #include "app/commands.h"
-#include "core/check.h"
 #include "core/json.h"
 #include "core/log.h"
 
@@ -12,8 +14,6 @@ static void print_json(const CorpusSummary& s) {
   JsonWriter w(2);
   w.object().key("files").value(s.files).key("documents").value(s.documents);
   w.key("tokens").value(s.tokens).key("unfinished").value(s.unfinished);
-  w.key("shortest").value(s.shortest).key("longest").value(s.longest);
-  w.key("mean_length").value(s.mean_length).key("distinct_tokens").value(s.distinct_tokens);
   w.key("length_histogram").array();
   for (size_t i = 0; i < s.length_histogram.size(); i++) {
     w.object().key("from").value(i ? int64_t{1} << i : 0).key("below").value(int64_t{2} << i);
@@ -34,13 +34,9 @@ static void print_json(const CorpusSummary& s) {
 static string quoted(const string& text) { return JsonWriter().value(text).str(); }
 
 static void print_table(const CorpusSummary& s) {
-  printf("files      %s\ndocuments  %s\ntokens     %s (%s distinct)\n",
-         with_commas(s.files).c_str(), with_commas(s.documents).c_str(),
-         with_commas(s.tokens).c_str(), with_commas(s.distinct_tokens).c_str());
-  printf("length     %s to %s tokens, mean %.1f\n\n", with_commas(s.shortest).c_str(),
-         with_commas(s.longest).c_str(), s.mean_length);
-  int64_t most = 1;
-  for (const int64_t n : s.length_histogram) most = std::max(most, n);
+  printf("files      %s\ndocuments  %s\ntokens     %s\n\n", with_commas(s.files).c_str(),
+         with_commas(s.documents).c_str(), with_commas(s.tokens).c_str());
+  const int64_t most = std::ranges::max(s.length_histogram);
   printf("tokens in a document     documents\n");
   for (size_t i = 0; i < s.length_histogram.size(); i++) {
     const int64_t n = s.length_histogram[i];
@@ -55,35 +51,28 @@ static void print_table(const CorpusSummary& s) {
   for (const auto& d : s.samples)
     printf("\n%s, document %s:\n  %s\n", d.file.c_str(), with_commas(d.document).c_str(),
            quoted(d.text).c_str());
-  if (s.unfinished)
-    log_warning(
-        "not all of it is there: a tokenize run did not finish (%s marks in .pith); "
-        "the same command completes it",
-        with_commas(s.unfinished).c_str());
 }
 
 int run_corpus(int argc, char** argv) {
   Arguments args("pith corpus", "Looks into token files: counts documents and tokens, samples.");
   InspectOptions o;
   string action;
-  int64_t top = o.top, samples = o.samples, sample_tokens = o.sample_tokens;
   bool json = false;
   args.choice("action", action, {"inspect"}, "inspect");
   args.positional("folder", o.folder, "folder of token files, or one");
   args.option("--tokenizer", o.tokenizer, "default: the tokenizer.json in the folder");
-  args.option("--top", top, "most frequent tokens to list", 0, 1000);
-  args.option("--samples", samples, "documents to decode", 0, 1000);
-  args.option("--sample-tokens", sample_tokens, "tokens of each", 1, 1 << 20);
+  args.option("--top", o.top, "most frequent tokens to list", 0, 1000);
+  args.option("--samples", o.samples, "documents to decode", 0, 1000);
   args.flag("--json", json, "print it as JSON");
   if (!args.parse(argc, argv)) return kExitDone;
-  o.top = int(top);
-  o.samples = int(samples);
-  o.sample_tokens = int(sample_tokens);
   const CorpusSummary summary = inspect_corpus(o);
   if (json)
     print_json(summary);
   else
     print_table(summary);
+  if (summary.unfinished)
+    log_warning(
+        "not all of it is there: a tokenize run did not finish; run it again to complete it");
   return kExitDone;
 }
 
