@@ -32,7 +32,6 @@ namespace fs = std::filesystem;
 
 namespace {
 constexpr size_t kReadBytes = 256 << 10, kBatchBytes = 1 << 20, kBadListed = 20;
-constexpr int64_t kHeaderBytes = 128;
 
 // The bytes of a source, decompressed as the suffix of its name says.
 class SourceStream {
@@ -182,7 +181,7 @@ class BatchReader {
       }
     }
     batch.pieces.push_back({&source, line_, begin, raw.size()});
-    line_ += std::count(raw.begin() + begin, raw.end(), '\n');
+    for (size_t at = begin; (at = raw.find('\n', at)) != string::npos; at++) line_++;
   }
 
   const vector<CorpusSource>& sources_;
@@ -219,11 +218,14 @@ string parse_line(char* line, size_t n, const string& key, string_view& document
   return "";
 }
 
-// The first line that is not UTF-8.
-int64_t invalid_line(string_view document) {
-  for (int64_t line = 1;; line++) {
+// Returns what is wrong, and moves `line` on to it.
+string check_text(string_view document, int64_t& line) {
+  if (document.empty()) return "is empty";
+  if (is_valid_utf8(document)) return "";
+  for (;; line++) {
     const size_t newline = document.find('\n');
-    if (newline == document.npos || !is_valid_utf8(document.substr(0, newline))) return line;
+    if (newline == string::npos || !is_valid_utf8(document.substr(0, newline)))
+      return "not valid UTF-8";
     document.remove_prefix(newline + 1);
   }
 }
@@ -232,38 +234,31 @@ int64_t invalid_line(string_view document) {
 void find_documents(Batch& batch, const string& key) {
   constexpr string_view kBom = "\xef\xbb\xbf";
   for (const Batch::Piece& piece : batch.pieces) {
-    const auto add = [&](string_view document, const string& wrong, int64_t line) {
+    int64_t line = piece.first_line;
+    const auto add = [&](string_view document, const string& wrong) {
       if (wrong.empty())
         batch.documents.push_back(document);
       else
         batch.bad.push_back({piece.source->path + ":" + std::to_string(line), wrong});
     };
     char *at = &batch.raw[piece.begin], *const end = &batch.raw[piece.end];
-    if (piece.first_line == 1 && string_view(at, end).starts_with(kBom)) at += kBom.size();
+    if (line == 1 && string_view(at, end).starts_with(kBom)) at += kBom.size();
     if (piece.source->format == CorpusFormat::Text) {
       const string_view document(at, end);
-      const bool valid = is_valid_utf8(document);
-      add(document,
-          document.empty() ? "is empty"
-          : valid          ? ""
-                           : "not valid UTF-8",
-          valid ? 1 : invalid_line(document));
+      add(document, check_text(document, line));
       continue;
     }
-    for (int64_t line = piece.first_line; at < end; line++) {
-      char* const newline = std::find(at, end, '\n');
-      *newline = '\0';
+    for (char* next; at < end; at = next, line++) {
+      next = static_cast<char*>(memchr(at, '\n', end - at)) + 1;
+      const string_view whole(at, next - 1);
+      if (whole.find_first_not_of(" \t\r") == string::npos) continue;
       string_view document;
-      if (string_view(at, newline).find_first_not_of(" \t\r") != string::npos) {
-        const string wrong = parse_line(at, newline - at, key, document);
-        add(document, wrong, line);
-      }
-      at = newline + 1;
+      next[-1] = '\0';
+      const string wrong = parse_line(at, whole.size(), key, document);
+      add(document, wrong);
     }
   }
 }
-
-string hex(uint64_t value) { return text("%016lx", value); }
 
 void need_io(bool good, const string& path, const char* what) {
   if (!good)
@@ -309,19 +304,19 @@ struct OpenUnit {
     if (file) unlink(unit.part.c_str());
   }
 
-  void begin() {
+  void begin(NpyType type) {
     file.emplace(unit.part, LOCK_EX);
     file->clear();
     record.clear();
-    file->append(string(kHeaderBytes, '\0'));  // until the number of tokens is known
+    file->append(npy_header(type, {0}));  // until the number of tokens is known
   }
 
   void append(Batch& batch, NpyType type) {
-    const size_t width = size_of(type);
-    string narrow(batch.tokens.size() * width, '\0');
-    for (size_t i = 0; i < batch.tokens.size(); i++)
-      memcpy(&narrow[i * width], &batch.tokens[i], width);  // little endian
-    file->append(narrow);
+    const auto put = [&](auto id) {
+      const vector<decltype(id)> ids(batch.tokens.begin(), batch.tokens.end());
+      file->append({reinterpret_cast<const char*>(ids.data()), ids.size() * sizeof id});
+    };
+    type == NpyType::U2 ? put(uint16_t{}) : put(uint32_t{});
     for (uint64_t& end : batch.ends) end += num_tokens;
     record.append({reinterpret_cast<const char*>(batch.ends.data()), batch.ends.size() * 8});
     num_tokens += batch.tokens.size();
@@ -330,7 +325,7 @@ struct OpenUnit {
 
   // On disk, then under its name.
   void finish(NpyType type) {
-    file->append(npy_header(NpyType::U8, {num_documents}, kHeaderBytes));
+    file->append(npy_header(NpyType::U8, {num_documents}));
     string block(1 << 20, '\0');
     for (int64_t at = 0; at < num_documents * 8;) {
       const ssize_t got = pread(record.fd, block.data(), block.size(), at);
@@ -338,9 +333,9 @@ struct OpenUnit {
       file->append({block.data(), size_t(got)});
       at += got;
     }
-    file->complete(npy_header(type, {num_tokens}, kHeaderBytes));
+    file->complete(npy_header(type, {num_tokens}));
     record.clear();
-    record.complete(hex(unit.identity));
+    record.complete(unit.identity);
     make_folders(folder_of(unit.path));
     need_io(rename(unit.part.c_str(), unit.path.c_str()) == 0, unit.path, "cannot be renamed to");
     sync_folder(folder_of(unit.path));
@@ -377,13 +372,11 @@ class CorpusRun {
                      options.eos.empty() ? "none" : options.eos.c_str(), tokenizer_path_.c_str()),
                 "a token as the vocabulary writes it");
     eos_ = *eos;
-    const uint64_t size = tokenizer_.vocab_size();
-    type_ = size < UINT8_MAX ? NpyType::U1 : size < UINT16_MAX ? NpyType::U2 : NpyType::U4;
+    type_ = tokenizer_.vocab_size() < UINT16_MAX ? NpyType::U2 : NpyType::U4;
   }
 
   CorpusReport run() {
     open_folder();
-    const double start_s = now_s();
     vector<std::jthread> others;
     for (int i = 1; i < threads_; i++) others.emplace_back([this] { work(); });
     work();
@@ -392,7 +385,6 @@ class CorpusRun {
     for (auto& [unit, bad] : bad_) report_.bad.push_back(bad);
     report_.stopped = !to_do_.empty() || !open_.empty();
     report_.files_total = units_.size();
-    report_.seconds = now_s() - start_s;
     if (!report_.stopped) unlink(mark_.c_str());
     return report_;
   }
@@ -415,7 +407,7 @@ class CorpusRun {
   bool is_finished(const CorpusUnit& unit) {
     if (!fs::exists(unit.path)) return false;
     const bool ours = fs::exists(unit.record);
-    if (!ours || read_text_file(unit.record) != hex(unit.identity))
+    if (!ours || read_text_file(unit.record) != unit.identity)
       bad_input(unit.path,
                 text("is there already, %s",
                      ours ? "from other sources (names, sizes, times or --format differ)"
@@ -430,7 +422,7 @@ class CorpusRun {
   void open_folder() const {
     const string &folder = options_.output, path = folder + "/corpus.json";
     JsonWriter w(2);
-    w.object().key("tokenizer_xxh3").value(hex(tokenizer_.fingerprint()));
+    w.object().key("tokenizer_xxh3").value(tokenizer_.fingerprint());
     w.key("eos_id").value(eos_).key("dtype").value(name_of(type_)).key("key").value(options_.key);
     w.key("special_as_text").value(options_.special_as_text).end();
     make_folders(folder + "/.pith");
@@ -500,7 +492,7 @@ class CorpusRun {
     }
     refused_ = 0;
     if (is_finished(units_[i])) return true;
-    unit->begin();
+    unit->begin(type_);
     open_.push_back(unit);
     return true;
   }

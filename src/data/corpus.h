@@ -1,9 +1,7 @@
-// corpus: from files of documents to token files: parallel, in order, restartable.
-//
-// A token file is two NPY v1.0 arrays back to back: the ids (u8, u16 or u32), then the u64 end
-// offset of each document. Beside the token files, `output` holds tokenizer.json, corpus.json (what
-// they were made with) and a hidden folder .pith: unfinished files, which carry the lock of the
-// process at work on them, and a record of what each finished file was made from.
+// corpus: from files of documents to token files (see TokenFile): parallel, in order, restartable.
+// Beside them `output` holds tokenizer.json, corpus.json (what they were made with) and a hidden
+// folder .pith: unfinished files, and for each file the lock of the process at work on it, later a
+// record of what it was made from.
 #pragma once
 #include "data/dataset.h"
 
@@ -40,16 +38,14 @@ struct CorpusReport {
   int64_t documents = 0, tokens = 0, text_bytes = 0;  // of this run
   int64_t bad_documents = 0;
   vector<BadDocument> bad;  // the first 20
-  double seconds = 0;
-  bool stopped = false;  // by a signal: the same command goes on
+  bool stopped = false;     // by a signal: the same command goes on
 };
 
-// Makes every token file that is not there yet. Files appear under their name when complete, and
+// Makes every token file that is not there yet. A file appears under its name when complete, and
 // never otherwise; bytes do not depend on the number of threads. Several processes may work on one
 // output folder; each returns when all files are complete. Memory: about 100 MiB + 80 MiB a thread,
-// and about six times each document that is larger than that.
-// Exit code 2: inputs that cannot be used, malformed documents (file and line), an output folder
-// made with another tokenizer or options. Exit code 1: reading or writing fails.
+// and some times each larger document. Exit code 2: inputs that cannot be used, malformed
+// documents, a folder made with other options. Exit code 1: reading or writing fails.
 CorpusReport tokenize_corpus(const CorpusOptions& options);
 
 // Ids >= vocab_size are exit code 2.
@@ -74,8 +70,7 @@ struct CorpusSummary {
 };
 
 struct InspectOptions {
-  string folder;     // or one token file
-  string tokenizer;  // empty: the tokenizer.json in the folder
+  string folder;  // or one token file, with the tokenizer.json beside it
   int64_t top = 20, samples = 3;
 };
 // Reads every token. Exit code 2: no or damaged token files, an id that the tokenizer has not.

@@ -22,8 +22,7 @@ vector<uint32_t> document_ids(const TokenFile& file, int64_t document, uint32_t 
 CorpusSummary inspect_corpus(const InspectOptions& o) {
   const vector<string> paths = find_token_files(o.folder);
   const string folder = fs::is_directory(o.folder) ? o.folder : folder_of(o.folder);
-  const Tokenizer tokenizer =
-      Tokenizer::load(o.tokenizer.empty() ? folder + "/tokenizer.json" : o.tokenizer);
+  const Tokenizer tokenizer = Tokenizer::load(folder + "/tokenizer.json");
   CorpusSummary summary;
   summary.files = paths.size();
   std::error_code absent;

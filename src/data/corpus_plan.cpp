@@ -32,13 +32,16 @@ static string classify(CorpusSource& source, CorpusFormat wanted) {
   return stem;
 }
 
-// Adds the files below `folder`. The output is not entered, nor are linked folders, which in source
-// trees lead to the same files again.
-static void walk(const string& folder, const CorpusOptions& o, vector<CorpusSource>& found) {
-  vector<CorpusSource> files;
+// Linked folders, which in source trees lead to the same files again, and the output are not
+// entered.
+static vector<CorpusSource> find_sources(const string& input, const CorpusOptions& o) {
+  if (input == "-") return {{"-", "stdin"}};
+  vector<CorpusSource> found;
   try {
+    if (fs::is_regular_file(input))
+      return {{input, fs::path(input).filename(), int64_t(fs::file_size(input))}};
     std::error_code absent;
-    for (fs::recursive_directory_iterator it(folder), end; it != end; ++it) {
+    for (fs::recursive_directory_iterator it(input), end; it != end; ++it) {
       const fs::path &path = it->path(), file = path.filename();
       const bool hidden = file.native().starts_with('.');
       const auto matches = [&](const string& s) { return !fnmatch(s.c_str(), file.c_str(), 0); };
@@ -46,28 +49,13 @@ static void walk(const string& folder, const CorpusOptions& o, vector<CorpusSour
         it.disable_recursion_pending();
       else if (!hidden && it->is_regular_file() &&
                (o.include.empty() || std::ranges::any_of(o.include, matches)))
-        files.push_back({path, path.lexically_relative(folder), int64_t(it->file_size())});
+        found.push_back({path, path.lexically_relative(input), int64_t(it->file_size())});
     }
   } catch (const fs::filesystem_error& error) {
-    failed(folder, "cannot be listed (" + error.code().message() + ")");
+    bad_input(input, "is not a file or folder that can be read (" + error.code().message() + ")",
+              "another --input; data from a pipe as --input -");
   }
-  std::ranges::sort(files, {}, &CorpusSource::name);
-  std::ranges::move(files, std::back_inserter(found));
-}
-
-static vector<CorpusSource> find_sources(const CorpusOptions& o) {
-  vector<CorpusSource> found;
-  for (const string& input : o.inputs) {
-    if (input == "-")
-      found.push_back({"-", "stdin"});
-    else if (fs::is_directory(input))
-      walk(input, o, found);
-    else if (fs::is_regular_file(input))
-      found.push_back({input, fs::path(input).filename(), int64_t(fs::file_size(input))});
-    else
-      bad_input(input, "is not a file or folder that can be read",
-                "another --input; data from a pipe as --input -");
-  }
+  std::ranges::sort(found, {}, &CorpusSource::name);
   return found;
 }
 
@@ -75,9 +63,10 @@ static void add_source(CorpusUnit& unit, CorpusSource& source) {
   // Standard input is never the same again.
   const auto time =
       source.path == "-" ? fs::file_time_type::clock::now() : fs::last_write_time(source.path);
-  const string line = text("%s\t%ld\t%ld\t%d\n", source.name.c_str(), source.bytes,
+  const string all =
+      unit.identity + text("%s\t%ld\t%ld\t%d", source.name.c_str(), source.bytes,
                            int64_t(time.time_since_epoch().count()), int(source.format));
-  unit.identity = XXH3_64bits_withSeed(line.data(), line.size(), unit.identity);
+  unit.identity = std::to_string(XXH3_64bits(all.data(), all.size()));
   unit.bytes += source.bytes;
   unit.sources.push_back(std::move(source));
 }
@@ -91,7 +80,10 @@ vector<CorpusUnit> plan_corpus(const CorpusOptions& o) {
     units.push_back({o.output + "/" + name + ".bin", hidden + ".part", hidden + ".sources"});
   };
   std::map<string, string> taken;  // token file -> its source
-  for (CorpusSource& source : find_sources(o)) {
+  vector<CorpusSource> sources;
+  for (const string& input : o.inputs)
+    std::ranges::move(find_sources(input, o), std::back_inserter(sources));
+  for (CorpusSource& source : sources) {
     const string name = classify(source, o.format);
     if (o.join.empty()) {
       const auto [other, fresh] = taken.emplace(name, source.path);

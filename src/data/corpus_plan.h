@@ -16,10 +16,10 @@ struct CorpusUnit {
   string path, part, record;  // of the file; in .pith: of its temporary, of what it was made of
   vector<CorpusSource> sources;
   int64_t bytes = 0;
-  uint64_t identity = 0;  // of the sources' names, sizes, times and formats
+  string identity;  // hash of the sources' names, sizes, times and formats
 };
 
-// In path order. Exit code 2: nothing found, a name that tells no format, two sources for one file.
+// In path order. Exit code 2: nothing found, no format in a name, two sources for one token file.
 vector<CorpusUnit> plan_corpus(const CorpusOptions& options);
 
 }  // namespace pith
