@@ -16,7 +16,6 @@
 #include <cstring>
 #include <deque>
 #include <filesystem>
-#include <map>
 #include <mutex>
 #include <optional>
 #include <thread>
@@ -31,7 +30,7 @@ namespace pith {
 namespace fs = std::filesystem;
 
 namespace {
-constexpr size_t kReadBytes = 256 << 10, kBatchBytes = 1 << 20, kBadListed = 20;
+constexpr size_t kReadBytes = 256 << 10, kBatchBytes = 1 << 20;
 
 // The bytes of a source, decompressed as the suffix of its name says.
 class SourceStream {
@@ -116,6 +115,11 @@ class SourceStream {
   size_t begin_ = 0, end_ = 0;
   z_stream inflater_{};
   ZSTD_DStream* zstd_ = nullptr;
+};
+
+struct BadDocument {
+  string place;  // "file:line"
+  string what;
 };
 
 // Part of a unit: about a MiB, or one larger document.
@@ -298,8 +302,8 @@ struct LockedFile {
 // A unit at work: claimed by the lock on its record, which holds the ends of the documents so far
 // and at last what the token file was made of.
 struct OpenUnit {
-  OpenUnit(const CorpusUnit& u, size_t i)
-      : unit(u), index(i), reader(u.sources), record(u.record, LOCK_EX | LOCK_NB) {}
+  explicit OpenUnit(const CorpusUnit& u)
+      : unit(u), reader(u.sources), record(u.record, LOCK_EX | LOCK_NB) {}
   ~OpenUnit() {
     if (file) unlink(unit.part.c_str());
   }
@@ -345,7 +349,6 @@ struct OpenUnit {
   int64_t load() const { return reading ? INT64_MAX : batches_read - batches_written; }
 
   const CorpusUnit& unit;
-  const size_t index;
   BatchReader reader;
   bool reading = false;
   int64_t batches_read = 0, batches_written = 0;
@@ -359,9 +362,7 @@ class CorpusRun {
   explicit CorpusRun(const CorpusOptions& options)
       : options_(options),
         units_(plan_corpus(options)),
-        tokenizer_path_(fs::is_directory(options.tokenizer) ? options.tokenizer + "/tokenizer.json"
-                                                            : options.tokenizer),
-        tokenizer_(Tokenizer::load(tokenizer_path_)),
+        tokenizer_(Tokenizer::load(options.tokenizer)),
         threads_(options.threads ? int(options.threads)
                                  : std::max<int>(1, std::thread::hardware_concurrency())),
         progress_("tokenize", find_work() / 1e6, "MB of files") {
@@ -369,7 +370,7 @@ class CorpusRun {
     if (!eos)
       bad_input("--eos",
                 text("no such token (got %s, need a token of %s)",
-                     options.eos.empty() ? "none" : options.eos.c_str(), tokenizer_path_.c_str()),
+                     options.eos.empty() ? "none" : options.eos.c_str(), options.tokenizer.c_str()),
                 "a token as the vocabulary writes it");
     eos_ = *eos;
     type_ = tokenizer_.vocab_size() < UINT16_MAX ? NpyType::U2 : NpyType::U4;
@@ -377,15 +378,19 @@ class CorpusRun {
 
   CorpusReport run() {
     open_folder();
+    const double start_s = now_s();
     vector<std::jthread> others;
     for (int i = 1; i < threads_; i++) others.emplace_back([this] { work(); });
     work();
     others.clear();
     if (error_) std::rethrow_exception(error_);
-    for (auto& [unit, bad] : bad_) report_.bad.push_back(bad);
     report_.stopped = !to_do_.empty() || !open_.empty();
     report_.files_total = units_.size();
-    if (!report_.stopped) unlink(mark_.c_str());
+    report_.seconds = now_s() - start_s;
+    if (report_.stopped) return report_;
+    if (report_.files + report_.files_done_before == 0)
+      bad_input("--input", "no file holds a document that can be used", "other inputs or --key");
+    unlink(mark_.c_str());
     return report_;
   }
 
@@ -423,7 +428,7 @@ class CorpusRun {
     const string &folder = options_.output, path = folder + "/corpus.json";
     JsonWriter w(2);
     w.object().key("tokenizer_xxh3").value(tokenizer_.fingerprint());
-    w.key("eos_id").value(eos_).key("dtype").value(name_of(type_)).key("key").value(options_.key);
+    w.key("eos_id").value(eos_).key("key").value(options_.key);
     w.key("special_as_text").value(options_.special_as_text).end();
     make_folders(folder + "/.pith");
     const LockedFile lock(folder + "/.pith/.lock", LOCK_EX);
@@ -436,7 +441,7 @@ class CorpusRun {
                          mine[key].dump().c_str(), old[key].dump().c_str()),
                     "another --output");
     } else {
-      write_file_durably(folder + "/tokenizer.json", read_text_file(tokenizer_path_));
+      write_file_durably(folder + "/tokenizer.json", read_text_file(options_.tokenizer));
       write_file_durably(path, w.str() + "\n");
     }
     const LockedFile mark(mark_, LOCK_SH);
@@ -485,7 +490,7 @@ class CorpusRun {
     const size_t i = to_do_.front();
     to_do_.pop_front();
     make_folders(folder_of(units_[i].record));
-    const auto unit = std::make_shared<OpenUnit>(units_[i], i);
+    const auto unit = std::make_shared<OpenUnit>(units_[i]);
     if (!unit->record.held) {
       to_do_.push_back(i);
       return ++refused_ < to_do_.size();
@@ -509,13 +514,13 @@ class CorpusRun {
 
   // Finishes the unit behind its last batch.
   void write(Lock& lock, OpenUnit& unit, Batch& batch) {
-    for (const BadDocument& bad : batch.bad) leave_out(unit, bad);
+    for (const BadDocument& bad : batch.bad) leave_out(bad);
     lock.unlock();
     unit.append(batch, type_);
     const bool make = batch.last && unit.num_documents > 0;
     if (make) unit.finish(type_);
     lock.lock();
-    if (batch.last && !make) leave_out(unit, {unit.unit.sources[0].path, "holds no document"});
+    if (batch.last && !make) leave_out({unit.unit.sources[0].path, "holds no document"});
     unit.batches_written++;
     report_.files += make;
     report_.documents += batch.documents.size();
@@ -527,16 +532,15 @@ class CorpusRun {
     changed_.notify_all();
   }
 
-  void leave_out(const OpenUnit& unit, const BadDocument& bad) {
+  void leave_out(const BadDocument& bad) const {
     if (!options_.skip_bad)
       bad_input(bad.place, bad.what, "--skip-bad to leave such documents out");
-    bad_.emplace(unit.index, bad);
-    if (bad_.size() > kBadListed) bad_.erase(std::prev(bad_.end()));
+    log_warning("left out: %s: %s", bad.place.c_str(), bad.what.c_str());
   }
 
   const CorpusOptions& options_;
   const vector<CorpusUnit> units_;
-  const string tokenizer_path_, mark_ = options_.output + "/.pith/.run";
+  const string mark_ = options_.output + "/.pith/.run";
   const Tokenizer tokenizer_;
   const int threads_;
   uint32_t eos_;
@@ -547,18 +551,12 @@ class CorpusRun {
   size_t refused_ = 0;                      // claims since the last that was had
   vector<std::shared_ptr<OpenUnit>> open_;  // not read to their end
   int64_t bytes_done_ = 0;
-  std::multimap<size_t, BadDocument> bad_;  // by unit: the first of all
   CorpusReport report_;
   std::exception_ptr error_;
   Progress progress_;
 };
 }  // namespace
 
-CorpusReport tokenize_corpus(const CorpusOptions& options) {
-  const CorpusReport report = CorpusRun(options).run();
-  if (!report.stopped && report.files + report.files_done_before == 0)
-    bad_input("--input", "no file holds a document that can be used", "other inputs or --key");
-  return report;
-}
+CorpusReport tokenize_corpus(const CorpusOptions& options) { return CorpusRun(options).run(); }
 
 }  // namespace pith

@@ -14,7 +14,7 @@ enum class CorpusFormat : uint8_t {
 };
 
 struct CorpusOptions {
-  string tokenizer;       // a tokenizer.json, or the folder that holds it
+  string tokenizer;       // a tokenizer.json
   vector<string> inputs;  // files and folders, or "-" alone: standard input
   string output;          // folder, made where missing
   CorpusFormat format = CorpusFormat::Auto;
@@ -28,17 +28,12 @@ struct CorpusOptions {
   int64_t threads = 0;                    // 0: every core
 };
 
-struct BadDocument {
-  string place;  // "file:line"
-  string what;
-};
-
 struct CorpusReport {
   int64_t files = 0, files_done_before = 0, files_total = 0;
   int64_t documents = 0, tokens = 0, text_bytes = 0;  // of this run
-  int64_t bad_documents = 0;
-  vector<BadDocument> bad;  // the first 20
-  bool stopped = false;     // by a signal: the same command goes on
+  int64_t bad_documents = 0;                          // each was logged
+  double seconds = 0;
+  bool stopped = false;  // by a signal: the same command goes on
 };
 
 // Makes every token file that is not there yet. A file appears under its name when complete, and
@@ -69,11 +64,8 @@ struct CorpusSummary {
   vector<Sample> samples;
 };
 
-struct InspectOptions {
-  string folder;  // or one token file, with the tokenizer.json beside it
-  int64_t top = 20, samples = 3;
-};
-// Reads every token. Exit code 2: no or damaged token files, an id that the tokenizer has not.
-CorpusSummary inspect_corpus(const InspectOptions& options);
+// Reads every token of a folder, or of one file, with the tokenizer.json beside it. Exit code 2: no
+// or damaged token files, an id that the tokenizer has not.
+CorpusSummary inspect_corpus(const string& path, int64_t top = 20, int64_t samples = 3);
 
 }  // namespace pith

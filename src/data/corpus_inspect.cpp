@@ -19,9 +19,9 @@ vector<uint32_t> document_ids(const TokenFile& file, int64_t document, uint32_t 
   return ids;
 }
 
-CorpusSummary inspect_corpus(const InspectOptions& o) {
-  const vector<string> paths = find_token_files(o.folder);
-  const string folder = fs::is_directory(o.folder) ? o.folder : folder_of(o.folder);
+CorpusSummary inspect_corpus(const string& where, int64_t top, int64_t samples) {
+  const vector<string> paths = find_token_files(where);
+  const string folder = fs::is_directory(where) ? where : folder_of(where);
   const Tokenizer tokenizer = Tokenizer::load(folder + "/tokenizer.json");
   CorpusSummary summary;
   summary.files = paths.size();
@@ -39,11 +39,11 @@ CorpusSummary inspect_corpus(const InspectOptions& o) {
       if (bin >= summary.length_histogram.size()) summary.length_histogram.resize(bin + 1);
       summary.length_histogram[bin]++;
       // A uniform sample: document n takes the place of another with probability samples / n.
-      const int64_t n = summary.documents++, place = n < o.samples ? n : random() % (n + 1);
-      if (place >= o.samples) continue;
+      const int64_t n = summary.documents++, place = n < samples ? n : random() % (n + 1);
+      if (place >= samples) continue;
       if (place == n) summary.samples.emplace_back();
       ids.resize(std::min<size_t>(ids.size(), kSampleTokens));
-      summary.samples[place] = {fs::relative(path, o.folder), i,
+      summary.samples[place] = {fs::relative(path, folder), i,
                                 tokenizer.decode(ids, SpecialTokens::Keep)};
     }
     summary.tokens += file.num_tokens;
@@ -51,7 +51,7 @@ CorpusSummary inspect_corpus(const InspectOptions& o) {
   for (uint32_t id = 0; id < counts.size(); id++)
     if (counts[id]) summary.frequent.push_back({id, counts[id], ""});
   std::ranges::stable_sort(summary.frequent, std::greater{}, &CorpusSummary::Frequent::count);
-  summary.frequent.resize(std::min<size_t>(summary.frequent.size(), o.top));
+  summary.frequent.resize(std::min<size_t>(summary.frequent.size(), top));
   for (auto& f : summary.frequent) f.text = tokenizer.decode({&f.id, 1}, SpecialTokens::Keep);
   return summary;
 }

@@ -85,7 +85,7 @@ TEST(Tokenize, AndBack) {
   EXPECT_EQ(report["files"].as_int(), 1);
   EXPECT_EQ(report["documents"].as_int(), 5);
   EXPECT_FALSE(report["stopped"].as_bool());
-  EXPECT_EQ(report["bad"].size(), 0);
+  EXPECT_EQ(report["bad_documents"].as_int(), 0);
   expect_part(made.log, "1 of 1 files: 5 documents, ");
   const Output again = tokenize(words);
   EXPECT_EQ(Json::parse(again.out, "report")["files_done_before"].as_int(), 1);
