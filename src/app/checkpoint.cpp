@@ -1,4 +1,4 @@
-// checkpoint: pith checkpoint list, verify and diff.
+// pith checkpoint: list, verify and diff.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -9,65 +9,53 @@
 #include "core/log.h"
 
 namespace pith {
-
 namespace {
-struct Examined {
-  CheckpointFolder folder;
-  string error;  // empty: it is good
-  int64_t bytes = 0, tensors = 0;
-  Mesh mesh;
-};
 
-// Opens a checkpoint; reads all of it if `whole`.
-Examined examine(const CheckpointFolder& folder, bool whole) {
-  Examined e;
-  e.folder = folder;
-  try {
-    const Checkpoint c = open_checkpoint(folder.path);
-    e.folder.step = c.state.step;
-    e.mesh = c.mesh;
-    e.tensors = int64_t(c.tensors.size());
-    for (const StoredFile& file : c.files) e.bytes += file.bytes;
-    if (whole) verify(c);
-  } catch (const Error& error) {
-    e.error = error.what();
-  }
-  return e;
-}
-
-void print_json(const vector<Examined>& list) {
+// Opens a checkpoint, or each of a run's; reads all of them if `whole`.
+int examine(const string& named, bool whole, bool json) {
+  vector<CheckpointFolder> folders = list_checkpoints(named);
+  if (folders.empty()) folders.push_back({0, named});
   JsonWriter w(2);
   w.array();
-  for (const Examined& e : list) {
-    w.object().key("path").value(e.folder.path).key("step").value(e.folder.step);
-    w.key("good").value(e.error.empty()).key("bytes").value(e.bytes);
-    w.key("tensors").value(e.tensors);
-    if (!e.error.empty()) w.key("error").value(e.error);
+  int code = kExitDone;
+  for (const auto& [step, path] : folders) {
+    Checkpoint c{.state = {.step = step}};
+    string error;
+    try {
+      c = open_checkpoint(path);
+      if (whole) verify(c);
+    } catch (const Error& e) {
+      error = e.what();
+      code = kExitBadInput;
+    }
+    int64_t bytes = 0;
+    for (const StoredFile& file : c.files) bytes += file.bytes;
+    const auto tensors = int64_t(c.tensors.size());
+    w.object().key("path").value(path).key("step").value(c.state.step);
+    w.key("good").value(error.empty()).key("bytes").value(bytes).key("tensors").value(tensors);
+    if (!error.empty()) w.key("error").value(error);
     w.end();
+    if (json) continue;
+    if (error.empty())
+      printf("%s  %s  step %ld, %s in %ld tensors, saved under pp %d, dp %d, cp %d, ep %d\n",
+             whole ? "good" : "    ", path.c_str(), c.state.step, bytes_text(double(bytes)).c_str(),
+             tensors, c.mesh.pp, c.mesh.dp, c.mesh.cp, c.mesh.ep);
+    else
+      printf("BAD   %s\n      %s\n", path.c_str(), error.c_str());
   }
-  printf("%s\n", w.end().str().c_str());
+  if (json) printf("%s\n", w.end().str().c_str());
+  return code;
 }
 
-void print_lines(const vector<Examined>& list, const char* good) {
-  for (const Examined& e : list) {
-    if (!e.error.empty())
-      printf("BAD   %s\n      %s\n", e.folder.path.c_str(), e.error.c_str());
-    else
-      printf("%s  %s  step %s, %s in %s tensors, saved under pp %d, dp %d, cp %d, ep %d\n", good,
-             e.folder.path.c_str(), with_commas(e.folder.step).c_str(),
-             bytes_text(double(e.bytes)).c_str(), with_commas(e.tensors).c_str(), e.mesh.pp,
-             e.mesh.dp, e.mesh.cp, e.mesh.ep);
-  }
-}
 // ||b - a|| / ||a|| of a weight; ||b|| where a is zero.
-double relative_difference(const WeightSource& a, const WeightSource& b, const Piece& piece) {
+double relative_difference(const Checkpoint& a, const Checkpoint& b, const Piece& piece) {
   vector<float> x(1 << 18), y(x.size());
   const int64_t n = piece.dims.numel(), most = int64_t(x.size());
   double square = 0, norm = 0;
   for (int64_t at = 0; at < n; at += most) {
     const int64_t count = std::min(most, n - at);
-    read_weight(a, piece.name, at, count, x.data());
-    read_weight(b, piece.name, at, count, y.data());
+    read_elements(a, a.tensors.at(piece.name), at, count, x.data());
+    read_elements(b, b.tensors.at(piece.name), at, count, y.data());
     for (size_t k = 0; k < size_t(count); k++) {
       square += (double{y[k]} - x[k]) * (double{y[k]} - x[k]);
       norm += double{x[k]} * x[k];
@@ -78,7 +66,7 @@ double relative_difference(const WeightSource& a, const WeightSource& b, const P
 
 // Compares every weight of two folders; exit code 1 if one differs by more than `limit`.
 int diff(const string& from, const string& to, double limit, bool json) {
-  const WeightSource a = open_weights(from), b = open_weights(to);
+  const Checkpoint a = open_weights(from), b = open_weights(to);
   const ParameterTable whole = whole_table(model_config(a));
   check_weights(a, whole);
   check_weights(b, whole);
@@ -103,6 +91,7 @@ int diff(const string& from, const string& to, double limit, bool json) {
            all.size(), limit);
   return beyond ? kExitFailed : kExitDone;
 }
+
 }  // namespace
 
 int run_checkpoint(int argc, char** argv) {
@@ -127,20 +116,8 @@ int run_checkpoint(int argc, char** argv) {
   if (action != "diff" && (!other.empty() || args.given("--limit")))
     bad_input("pith checkpoint " + action, "takes one folder and no --limit",
               "pith checkpoint " + action + " " + folder);
-  if (action == "diff") return diff(folder, other, limit, json);
-  vector<CheckpointFolder> folders = list_checkpoints(folder);
-  if (folders.empty()) folders.push_back({0, folder});
-  vector<Examined> list;
-  bool good = true;
-  for (const CheckpointFolder& one : folders) {
-    list.push_back(examine(one, action == "verify"));
-    good = good && list.back().error.empty();
-  }
-  if (json)
-    print_json(list);
-  else
-    print_lines(list, action == "verify" ? "good" : "    ");
-  return good ? kExitDone : kExitBadInput;
+  return action == "diff" ? diff(folder, other, limit, json)
+                          : examine(folder, action == "verify", json);
 }
 
 }  // namespace pith
