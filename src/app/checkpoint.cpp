@@ -18,11 +18,11 @@ int examine(const string& named, bool whole, bool json) {
   JsonWriter w(2);
   w.array();
   int code = kExitDone;
-  for (const auto& [step, path] : folders) {
-    Checkpoint c{.state = {.step = step}};
+  for (const CheckpointFolder& folder : folders) {
+    Checkpoint c{.state = {.step = folder.step}};
     string error;
     try {
-      c = open_checkpoint(path);
+      c = open_checkpoint(folder.path);
       if (whole) verify(c);
     } catch (const Error& e) {
       error = e.what();
@@ -30,36 +30,26 @@ int examine(const string& named, bool whole, bool json) {
     }
     int64_t bytes = 0;
     for (const StoredFile& file : c.files) bytes += file.bytes;
-    const auto tensors = int64_t(c.tensors.size());
-    w.object().key("path").value(path).key("step").value(c.state.step);
-    w.key("good").value(error.empty()).key("bytes").value(bytes).key("tensors").value(tensors);
-    if (!error.empty()) w.key("error").value(error);
-    w.end();
-    if (json) continue;
-    if (error.empty())
-      printf("%s  %s  step %ld, %s in %ld tensors, saved under pp %d, dp %d, cp %d, ep %d\n",
-             whole ? "good" : "    ", path.c_str(), c.state.step, bytes_text(double(bytes)).c_str(),
-             tensors, c.mesh.pp, c.mesh.dp, c.mesh.cp, c.mesh.ep);
-    else
-      printf("BAD   %s\n      %s\n", path.c_str(), error.c_str());
+    w.object().key("path").value(folder.path).key("step").value(c.state.step);
+    w.key("good").value(error.empty()).key("error").value(error);
+    w.key("bytes").value(bytes).key("tensors").value(c.tensors.size()).end();
+    if (!json)
+      printf("%s  %s  %s in %zu tensors  %s\n", error.empty() ? "good" : "BAD ",
+             folder.path.c_str(), bytes_text(double(bytes)).c_str(), c.tensors.size(),
+             error.c_str());
   }
   if (json) printf("%s\n", w.end().str().c_str());
   return code;
 }
 
 // ||b - a|| / ||a|| of a weight; ||b|| where a is zero.
-double relative_difference(const Checkpoint& a, const Checkpoint& b, const Piece& piece) {
-  vector<float> x(1 << 18), y(x.size());
-  const int64_t n = piece.dims.numel(), most = int64_t(x.size());
+double relative_difference(const Checkpoint& a, const Checkpoint& b, const string& name) {
+  const vector<float> x = read_tensor(a, a.tensors.at(name));
+  const vector<float> y = read_tensor(b, b.tensors.at(name));
   double square = 0, norm = 0;
-  for (int64_t at = 0; at < n; at += most) {
-    const int64_t count = std::min(most, n - at);
-    read_elements(a, a.tensors.at(piece.name), at, count, x.data());
-    read_elements(b, b.tensors.at(piece.name), at, count, y.data());
-    for (size_t k = 0; k < size_t(count); k++) {
-      square += (double{y[k]} - x[k]) * (double{y[k]} - x[k]);
-      norm += double{x[k]} * x[k];
-    }
+  for (size_t k = 0; k < x.size(); k++) {
+    square += (double{y[k]} - x[k]) * (double{y[k]} - x[k]);
+    norm += double{x[k]} * x[k];
   }
   return std::sqrt(norm > 0 ? square / norm : square);
 }
@@ -73,7 +63,7 @@ int diff(const string& from, const string& to, double limit, bool json) {
   vector<std::pair<double, string>> all;
   for (const Parameter& parameter : whole)
     for (const Piece& piece : parameter.pieces)
-      all.emplace_back(relative_difference(a, b, piece), piece.name);
+      all.emplace_back(relative_difference(a, b, piece.name), piece.name);
   std::sort(all.rbegin(), all.rend());
   JsonWriter w(2);
   w.array();
@@ -102,20 +92,20 @@ int run_checkpoint(int argc, char** argv) {
   double limit = 0;
   bool json = false;
   args.choice("action", action, {"list", "verify", "diff"},
-              "list: a line each; verify: read everything; diff: exit code 1 if weights differ");
+              "diff: exit code 1 if weights of the two differ");
   args.positional("folder", folder, "a checkpoint, or a run folder: all of its checkpoints");
   args.positional("other", other,
-                  "diff: what to compare; both may be a checkpoint, a run folder (its newest "
-                  "checkpoint) or a Hugging Face folder",
+                  "diff: what to compare; a run folder's newest checkpoint, or a Hugging Face "
+                  "folder, will do for both",
                   false);
   args.option("--limit", limit, "diff: relative L2 that a weight may differ by", 0);
   args.flag("--json", json, "print the result as JSON");
   if (!args.parse(argc, argv)) return kExitDone;
+  const string command = "pith checkpoint " + action;
   if (action == "diff" && other.empty())
-    bad_input("pith checkpoint diff", "needs two folders (got 1)", "pith checkpoint diff A B");
+    bad_input(command, "needs two folders (got 1)", command + " A B");
   if (action != "diff" && (!other.empty() || args.given("--limit")))
-    bad_input("pith checkpoint " + action, "takes one folder and no --limit",
-              "pith checkpoint " + action + " " + folder);
+    bad_input(command, "takes one folder and no --limit", command + " " + folder);
   return action == "diff" ? diff(folder, other, limit, json)
                           : examine(folder, action == "verify", json);
 }

@@ -14,42 +14,12 @@ namespace fs = std::filesystem;
 
 namespace {
 
-constexpr int64_t kPiece = 1 << 20;  // elements or bytes in memory at once
+constexpr int64_t kMaxShardBytes = 5'000'000'000;
 
 // What goes along with weights, where it is there.
-const char* const kCompanions[] = {"tokenizer.json",
-                                   "tokenizer_config.json",
-                                   "special_tokens_map.json",
-                                   "added_tokens.json",
-                                   "vocab.json",
-                                   "merges.txt",
-                                   "tokenizer.model",
-                                   "chat_template.jinja",
-                                   "generation_config.json"};
-
-struct ConvertArguments {
-  string action, from, to, tokenizer, dtype = "bf16";
-  int64_t max_shard_bytes = 5'000'000'000;
-  bool json = false;
-};
-
-// The result grows under OUT.tmp, so that OUT is whole or absent.
-struct OutputFolder {
-  explicit OutputFolder(const string& to) : path(to), temporary(to + ".tmp") {
-    if (fs::exists(path) && !(fs::is_directory(path) && fs::is_empty(path)))
-      bad_input(path, "is there already and is not an empty folder", "a new folder");
-    if (fs::exists(temporary))
-      bad_input(temporary, "was left by a conversion that was killed", "remove it");
-    make_folders(temporary);
-  }
-  OutputFolder(const OutputFolder&) = delete;
-  OutputFolder& operator=(const OutputFolder&) = delete;
-  ~OutputFolder() {  // nothing is left of it once it is in place
-    std::error_code error;
-    fs::remove_all(temporary, error);
-  }
-  string path, temporary;
-};
+const char* const kCompanions[] = {
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
+    "merges.txt",     "chat_template.jinja",   "generation_config.json"};
 
 // Between pieces of work.
 void go_on(Progress& progress, int64_t done) {
@@ -57,19 +27,18 @@ void go_on(Progress& progress, int64_t done) {
   progress.update(double(done));
 }
 
-// Tokenizer and generation files: of the folder that was named, or else beside the weights.
-void copy_companions(const ConvertArguments& a, const Checkpoint& source, const string& to) {
-  string from = a.tokenizer.empty() ? source.folder : a.tokenizer;
-  if (fs::is_regular_file(from)) from = folder_of(from);
+// Tokenizer and generation files, from the folder that was named, or else beside the weights.
+void copy_companions(const string& named, const string& beside, const string& to) {
+  const string given = fs::is_regular_file(named) ? folder_of(named) : named;
   int copied = 0;
   for (const char* name : kCompanions) {
-    const string path = from + "/" + name;
+    const string path = (named.empty() ? beside : given) + "/" + name;
     if (!fs::exists(path)) continue;
     write_file_durably(to + "/" + name, read_text_file(path));
     copied++;
   }
-  if (copied == 0 && !a.tokenizer.empty())
-    bad_input(a.tokenizer, "has no tokenizer files", "a folder with tokenizer.json");
+  if (copied == 0 && !named.empty())
+    bad_input(named, "has no tokenizer files", "a folder with tokenizer.json");
   if (copied == 0) log_info("no tokenizer files were copied; --tokenizer DIR names their folder");
 }
 
@@ -84,27 +53,18 @@ string config_with_dtype(const Json& config, FileDType dtype) {
   return w.end().str() + "\n";
 }
 
-void export_hf(const ConvertArguments& a, const Checkpoint& source, const ParameterTable& table,
+void export_hf(const Checkpoint& source, const vector<TensorDecl>& decls, int64_t elements,
                const string& to) {
-  const FileDType dtype = a.dtype == "fp32" ? FileDType::F32 : FileDType::BF16;
-  vector<TensorDecl> decls;
-  for (const Parameter& parameter : table)
-    for (const Piece& piece : parameter.pieces)
-      decls.push_back({piece.name, dtype, shape_of(piece)});
-  ShardedWriter writer(to, decls, a.max_shard_bytes);
-  Progress progress("exporting", double(total_numel(table)), "values");
-  vector<float> values(kPiece);
-  vector<char> bytes(kPiece * size_t(size_of(dtype)));
+  const FileDType dtype = decls[0].dtype;
+  ShardedWriter writer(to, decls, kMaxShardBytes);
+  Progress progress("exporting", double(elements), "values");
   int64_t done = 0;
   for (const TensorDecl& decl : decls) {
-    const StoredTensor& tensor = source.tensors.at(decl.name);
-    for (int64_t at = 0, n = tensor.numel(); at < n; at += kPiece) {
-      const int64_t count = std::min(kPiece, n - at);
-      go_on(progress, done += count);
-      read_elements(source, tensor, at, count, values.data());
-      from_f32(dtype, values.data(), bytes.data(), count);
-      writer.write(bytes.data(), count * size_of(dtype));
-    }
+    const vector<float> values = read_tensor(source, source.tensors.at(decl.name));
+    vector<char> bytes(size_t(decl.bytes()));
+    from_f32(dtype, values.data(), bytes.data(), int64_t(values.size()));
+    writer.write(bytes.data(), decl.bytes());
+    go_on(progress, done += int64_t(values.size()));
   }
   writer.finish();
   write_file_durably(to + "/config.json", config_with_dtype(model_config(source), dtype));
@@ -119,6 +79,7 @@ void import_hf(const Checkpoint& source, const string& to) {
   for (const StoredFile& file : source.files) {
     const string name = text("weights-%05zu.safetensors", c.files.size());
     DurableFile copy(to + "/" + name);
+    constexpr int64_t kPiece = 64 << 20;
     for (int64_t at = 0; at < file.bytes; at += kPiece) {
       const int64_t count = std::min(kPiece, file.bytes - at);
       go_on(progress, done += count);
@@ -141,40 +102,55 @@ int run_convert(int argc, char** argv) {
   Arguments args("pith convert",
                  "Exports a checkpoint as a Hugging Face folder, or imports such a folder as a "
                  "checkpoint.");
-  ConvertArguments a;
-  args.choice("action", a.action, {"export-hf", "import-hf"}, "the direction");
-  args.positional("from", a.from,
-                  "export: a checkpoint, or a run folder for its newest; import: a folder with "
-                  "config.json and safetensors");
-  args.positional("to", a.to, "folder to make");
-  args.choice("--dtype", a.dtype, {"bf16", "fp32"}, "of exported weights");
-  args.option("--max-shard-bytes", a.max_shard_bytes, "data in an exported file of weights", 1);
-  args.option("--tokenizer", a.tokenizer,
-              "folder of tokenizer and generation files to copy; default: that of the weights");
-  args.flag("--json", a.json, "print the result as JSON");
+  string action, from, to, tokenizer, dtype = "bf16";
+  bool json = false;
+  args.choice("action", action, {"export-hf", "import-hf"}, "the direction");
+  args.positional("from", from,
+                  "a checkpoint, or a run folder for its newest; import-hf: a Hugging Face folder");
+  args.positional("to", to, "folder to make");
+  args.choice("--dtype", dtype, {"bf16", "fp32"}, "of exported weights");
+  args.option("--tokenizer", tokenizer,
+              "folder of tokenizer files to copy; default: that of the weights");
+  args.flag("--json", json, "print the result as JSON");
   if (!args.parse(argc, argv)) return kExitDone;
-  while (a.to.size() > 1 && a.to.back() == '/') a.to.pop_back();
-  const Checkpoint source = open_weights(a.from);
-  const bool exporting = a.action == "export-hf";
+  while (to.size() > 1 && to.back() == '/') to.pop_back();
+  const Checkpoint source = open_weights(from);
+  const bool exporting = action == "export-hf";
   if (exporting != fs::exists(source.folder + "/manifest.json"))
-    bad_input(a.from, exporting ? "is no checkpoint or run folder" : "is no Hugging Face folder",
+    bad_input(from, exporting ? "is no checkpoint or run folder" : "is no Hugging Face folder",
               exporting ? "import-hf" : "export-hf");
   const ParameterTable table = whole_table(model_config(source));
   check_weights(source, table);
-  const OutputFolder out(a.to);
-  exporting ? export_hf(a, source, table, out.temporary) : import_hf(source, out.temporary);
-  copy_companions(a, source, out.temporary);
-  put_in_place(out.temporary, out.path);
-  int64_t tensors = 0;
-  for (const Parameter& parameter : table) tensors += int64_t(parameter.pieces.size());
-  if (a.json) {
-    JsonWriter w;
-    w.object().key("output").value(a.to).key("tensors").value(tensors);
-    printf("%s\n", w.key("parameters").value(total_numel(table)).end().str().c_str());
-  } else {
-    log_info("%s: %s parameters in %ld tensors", a.to.c_str(),
-             with_commas(total_numel(table)).c_str(), tensors);
+  vector<TensorDecl> decls;
+  for (const Parameter& parameter : table)
+    for (const Piece& piece : parameter.pieces)
+      decls.push_back(
+          {piece.name, dtype == "fp32" ? FileDType::F32 : FileDType::BF16, shape_of(piece)});
+  const int64_t elements = total_numel(table);
+  // The result grows under another name, so that TO is whole or absent.
+  const string temporary = to + ".tmp";
+  if (fs::exists(to) && !fs::is_empty(to))
+    bad_input(to, "is there already and is not an empty folder", "a new folder");
+  if (fs::exists(temporary))
+    bad_input(temporary, "was left by a conversion that was killed", "remove it");
+  make_folders(temporary);
+  try {
+    if (exporting)
+      export_hf(source, decls, elements, temporary);
+    else
+      import_hf(source, temporary);
+    copy_companions(tokenizer, source.folder, temporary);
+    put_in_place(temporary, to);
+  } catch (...) {
+    fs::remove_all(temporary);
+    throw;
   }
+  const size_t tensors = decls.size();
+  log_info("%s: %ld parameters in %zu tensors", to.c_str(), elements, tensors);
+  JsonWriter w;
+  w.object().key("output").value(to).key("tensors").value(tensors);
+  w.key("parameters").value(elements).end();
+  if (json) printf("%s\n", w.str().c_str());
   return kExitDone;
 }
 

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <ranges>
 #include <set>
 #include <sstream>
 #include <thread>
@@ -19,17 +20,15 @@
 namespace pith {
 namespace fs = std::filesystem;
 
-static constexpr int kVersion = 2;
 static constexpr const char* kManifest = "/manifest.json";
 static const char* const kRestore = "restore it, or remove it to use the checkpoint before";
-static const char* const kItsConfig = "the config.json that it was trained with";
 
 static string hex(uint64_t value) { return text("%016lx", value); }
 
 uint64_t checksum_of(const void* bytes, int64_t size) { return XXH3_64bits(bytes, size_t(size)); }
 
 static bool is_moment(const string& name) {
-  return name.ends_with(kStateKinds[1].suffix) || name.ends_with(kStateKinds[2].suffix);
+  return name.ends_with(kStored[1].first) || name.ends_with(kStored[2].first);
 }
 
 string step_name(int64_t step) { return text("step-%08ld", step); }
@@ -38,20 +37,14 @@ vector<int64_t> shape_of(const Piece& piece) {
   return {piece.dims.size, piece.dims.size + piece.dims.rank};
 }
 
-int64_t StoredTensor::numel() const {
-  int64_t n = 1;
-  for (const int64_t size : shape) n *= size;
-  return n;
-}
-
-// Calls fn(i), which must not throw, for each i < n on a few threads.
-template <class Fn>
-static void in_parallel(size_t n, const Fn& fn) {
+// Calls fn, which must not throw, with each item, on a few threads.
+static void in_parallel(auto& items, const auto& fn) {
   std::atomic<size_t> next{0};
   vector<std::jthread> threads;
-  for (size_t t = 0; t < std::min<size_t>({n, std::thread::hardware_concurrency(), 8}); t++)
+  const size_t most = std::clamp(std::thread::hardware_concurrency(), 1u, 8u);
+  while (threads.size() < std::min(most, items.size()))
     threads.emplace_back([&] {
-      for (size_t i = next++; i < n; i = next++) fn(i);
+      for (size_t i = next++; i < items.size(); i = next++) fn(items[i]);
     });
 }
 
@@ -59,8 +52,7 @@ static void in_parallel(size_t n, const Fn& fn) {
 
 static void to_json(nlohmann::json& json, FileDType dtype) { json = name_of(dtype); }
 static void from_json(const nlohmann::json& json, FileDType& dtype) {
-  for (int i = 0; json != name_of(dtype = FileDType(i)); i++)
-    if (dtype == FileDType::BOOL) json.at("dtype");  // throws
+  for (int i = 0; json != name_of(dtype) && dtype != FileDType::BOOL;) dtype = FileDType(++i);
 }
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(RunState, step, updates, samples, seed, data_fingerprint,
                                    optimizer, balance_counts, config, model)
@@ -70,31 +62,26 @@ NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(StoredTensor, dtype, shape, fragments)
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(StoredFile, name, bytes, header_bytes, header_checksum)
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Checkpoint, state, mesh, files, tensors)
 
-// A manifest begins with a checksum of what follows it.
-static string sealed_text(const string& rest) {
+// A manifest begins with the version of its form and a checksum of what follows.
+static string sealed(const string& rest) {
   const uint64_t checksum = checksum_of(rest.data(), int64_t(rest.size()));
-  return "{\"manifest_xxh3\": \"" + hex(checksum) + "\"," + rest;
+  return "{\"pith_checkpoint_2_xxh3\": \"" + hex(checksum) + "\"," + rest;
 }
 
 void write_manifest(const Checkpoint& c, const string& path) {
-  nlohmann::json json = c;
-  json["version"] = kVersion;
-  const string body = json.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
-  write_file_durably(path, sealed_text(body.substr(1) + "\n"));
+  const auto replace = nlohmann::json::error_handler_t::replace;  // of what is not UTF-8
+  write_file_durably(path, sealed(nlohmann::json(c).dump(-1, ' ', false, replace).substr(1)));
 }
 
 Checkpoint read_manifest(const string& path) {
   const string bytes = read_text_file(path);
-  const size_t start = sealed_text("").size();
-  if (bytes.size() < start || bytes != sealed_text(bytes.substr(start)))
-    bad_input(path, "is damaged or cut short (its own checksum does not hold)", kRestore);
-  try {
-    const nlohmann::json json = nlohmann::json::parse(bytes);
-    if (json.at("version") == kVersion) return json.get<Checkpoint>();
-  } catch (const nlohmann::json::exception&) {  // whole, but not what this version writes
-  }
-  bad_input(path, text("is of another version of Pith (need %d)", kVersion),
-            "the version that wrote it");
+  const size_t start = std::min(bytes.size(), sealed("").size());
+  if (bytes != sealed(bytes.substr(start)))
+    bad_input(path,
+              "is damaged or cut short, or of another version of Pith (its own checksum does "
+              "not hold)",
+              kRestore);
+  return nlohmann::json::parse(bytes).get<Checkpoint>();
 }
 
 StoredFile stored_file(const string& folder, const string& name) {
@@ -126,7 +113,7 @@ Checkpoint open_checkpoint(const string& folder) {
     bad_input(folder, "there is no such checkpoint", "pith checkpoint list on the run folder");
   if (!fs::exists(folder + kManifest))
     bad_input(folder, "is no finished checkpoint (it has no manifest.json)",
-              list_checkpoints(folder).empty() ? kRestore : "name one of its step-* folders");
+              "name a step-* folder that has one");
   Checkpoint c = read_manifest(folder + kManifest);
   c.folder = folder;
   for (const auto& [name, tensor] : c.tensors) check_coverage(c, name, tensor);
@@ -145,27 +132,26 @@ Checkpoint open_checkpoint(const string& folder) {
 
 void verify(const Checkpoint& c, bool weights_only) {
   struct Region {
-    const MappedFile& map;
-    string what;
-    int64_t offset, bytes;
+    string place;
+    const char* data;
+    int64_t bytes;
     uint64_t need, got = 0;
   };
   vector<Region> regions;
-  for (const StoredFile& file : c.files)
-    regions.push_back({file.map, "header", 0, file.header_bytes, file.header_checksum});
+  for (const auto& [name, bytes, header_bytes, checksum, map] : c.files)
+    regions.push_back({map.path() + ": header", map.data(), header_bytes, checksum});
   for (const auto& [name, tensor] : c.tensors)
-    for (const StoredFragment& f : tensor.fragments)
+    for (const auto& [begin, count, file, offset, checksum] : tensor.fragments) {
+      const MappedFile& map = c.files[size_t(file)].map;
       if (!weights_only || !is_moment(name))
-        regions.push_back({c.files[size_t(f.file)].map, name + "#" + std::to_string(f.begin),
-                           f.offset, f.count * size_of(tensor.dtype), f.checksum});
-  in_parallel(regions.size(), [&](size_t i) {
-    Region& r = regions[i];
-    r.got = checksum_of(r.map.data() + r.offset, r.bytes);
-  });
+        regions.push_back({map.path() + ": " + name + "#" + std::to_string(begin),
+                           map.data() + offset, count * size_of(tensor.dtype), checksum});
+    }
+  in_parallel(regions, [](Region& r) { r.got = checksum_of(r.data, r.bytes); });
   for (const Region& r : regions)
     if (r.got != r.need)
-      bad_input(r.map.path() + ": " + r.what,
-                "is damaged (checksum " + hex(r.got) + ", need " + hex(r.need) + ")", kRestore);
+      bad_input(r.place, "is damaged (checksum " + hex(r.got) + ", need " + hex(r.need) + ")",
+                kRestore);
 }
 
 vector<CheckpointFolder> list_checkpoints(const string& run_folder) {
@@ -182,13 +168,13 @@ vector<CheckpointFolder> list_checkpoints(const string& run_folder) {
 
 std::optional<Checkpoint> find_checkpoint(const string& run_folder) {
   const vector<CheckpointFolder> list = list_checkpoints(run_folder);
-  for (size_t i = list.size(); i-- > 0;) {
+  for (const CheckpointFolder& folder : list | std::views::reverse) {
     try {
-      Checkpoint c = open_checkpoint(list[i].path);
+      Checkpoint c = open_checkpoint(folder.path);
       verify(c);
       return c;
     } catch (const Error& error) {
-      log_warning("checkpoint %s is left aside: %s", list[i].path.c_str(), error.what());
+      log_warning("checkpoint %s is left aside: %s", folder.path.c_str(), error.what());
     }
   }
   if (list.empty()) return std::nullopt;
@@ -223,8 +209,8 @@ Checkpoint open_weights(const string& folder) {
 
 // ---- refusing what does not fit ----
 
-// What must be the same in a resumed run, in the words that name it.
-static std::map<string, string> identity_of(const RunState& s, const string& place) {
+// What must be the same in a resumed run, by the words that name it.
+static std::map<string, string> identity_of(const RunState& s) {
   std::map<string, string> values;
   string section;
   std::istringstream lines(s.config);
@@ -235,8 +221,8 @@ static std::map<string, string> identity_of(const RunState& s, const string& pla
     else if (equals != string::npos && !may_change_on_resume(section + line.substr(0, equals)))
       values[section + line.substr(0, equals)] = line.substr(equals + 3);
   }
-  const Json model = Json::parse(s.model, place);
-  for (const string& key : model.keys()) values["the model's " + key] = model[key].dump();
+  const nlohmann::json model = nlohmann::json::parse(s.model);
+  for (const auto& [key, value] : model.items()) values["the model's " + key] = value.dump();
   values["data.seed"] = std::to_string(s.seed);
   values["the data set (its fingerprint)"] = hex(s.data_fingerprint);
   values["the optimiser"] = s.optimizer;
@@ -247,8 +233,7 @@ void check_resumable(const Checkpoint& c, const RunState& now) {
   if (c.state.optimizer == "none")
     bad_input(c.folder, "holds weights alone, without optimiser state",
               "model.init_from, to begin a run from them");
-  auto before = identity_of(c.state, c.folder + "/manifest.json: model");
-  auto after = identity_of(now, "config.json");
+  std::map<string, string> before = identity_of(c.state), after = identity_of(now);
   for (const auto& [key, value] : before) after.try_emplace(key, "nothing");
   for (const auto& [key, value] : after)
     if (const auto at = before.try_emplace(key, "nothing").first; at->second != value)
@@ -257,70 +242,57 @@ void check_resumable(const Checkpoint& c, const RunState& now) {
                 "the saved value, or another run.folder to begin anew");
 }
 
-static string describe(FileDType dtype, const vector<int64_t>& shape) {
-  TensorEntry entry;
-  entry.dtype = dtype;
-  entry.shape = shape;
-  return describe(entry);
-}
-
-// "3 missing: a, b, c"; at most ten are named.
-static void add_list(string& out, const char* what, const vector<string>& names) {
-  if (names.empty()) return;
-  out += text("%s%zu %s: ", out.empty() ? "" : "; ", names.size(), what);
-  for (size_t i = 0; i < std::min<size_t>(names.size(), 10); i++) out += (i ? ", " : "") + names[i];
-  if (names.size() > 10) out += ", ...";
-}
-
-static int64_t count_nonfinite(const Checkpoint& c, const StoredTensor& tensor) {
-  vector<float> values(1 << 18);
-  const int64_t n = tensor.numel(), most = int64_t(values.size());
-  int64_t bad = 0;
-  for (int64_t at = 0; at < n; at += most) {
-    const int64_t count = std::min(most, n - at);
-    read_elements(c, tensor, at, count, values.data());
-    for (int64_t i = 0; i < count; i++) bad += !std::isfinite(values[size_t(i)]);
-  }
-  return bad;
+static string text_of(const StoredTensor& t) {
+  return describe({.dtype = t.dtype, .shape = t.shape});
 }
 
 void check_weights(const Checkpoint& c, const ParameterTable& whole) {
-  vector<string> missing, extra, misshapen, nonfinite;
-  vector<const Piece*> pieces;
+  std::map<string, vector<string>> faults;  // names by what is wrong with them
   std::set<string> known;
+  struct Fitting {
+    const string& name;
+    const StoredTensor& tensor;
+    int64_t bad = 0;
+  };
+  vector<Fitting> fitting;
   for (const Parameter& parameter : whole)
     for (const Piece& piece : parameter.pieces) {
-      pieces.push_back(&piece);
       known.insert(piece.name);
       const auto at = c.tensors.find(piece.name);
       if (at == c.tensors.end()) {
-        missing.push_back(piece.name);
+        faults["missing"].push_back(piece.name);
         continue;
       }
-      const auto& [dtype, shape, fragments] = at->second;
-      if (shape != shape_of(piece) || !is_float(dtype))
-        misshapen.push_back(piece.name + " (got " + describe(dtype, shape) + ", need " +
-                            describe(is_float(dtype) ? dtype : FileDType::F32, shape_of(piece)) +
-                            ")");
+      const StoredTensor& got = at->second;
+      const bool usable = is_float(got.dtype);
+      if (usable && got.shape == shape_of(piece))
+        fitting.push_back({piece.name, got});
+      else
+        faults["of another shape or type"].push_back(
+            piece.name + " (got " + text_of(got) + ", need " +
+            text_of({usable ? got.dtype : FileDType::F32, shape_of(piece), {}}) + ")");
     }
   for (const auto& [name, tensor] : c.tensors)
     if (!is_moment(name) && !known.contains(name))
-      extra.push_back(name + " " + describe(tensor.dtype, tensor.shape));
+      faults["not of this model"].push_back(name + " " + text_of(tensor));
+  in_parallel(fitting, [&](Fitting& f) {
+    f.bad =
+        std::ranges::count_if(read_tensor(c, f.tensor), [](float x) { return !std::isfinite(x); });
+  });
+  for (const auto& [name, tensor, bad] : fitting)
+    if (bad > 0)
+      faults["tensors with NaN or Inf"].push_back(
+          text("%s (%ld of %ld values)", name.c_str(), bad, tensor.numel()));
   string what;
-  add_list(what, "missing", missing);
-  add_list(what, "not of this model", extra);
-  add_list(what, "of another shape or type", misshapen);
+  for (const auto& [fault, names] : faults) {
+    what += text("%s%zu %s: ", what.empty() ? "" : "; ", names.size(), fault.c_str());
+    for (size_t i = 0; i < std::min<size_t>(names.size(), 10); i++)
+      what += (i ? ", " : "") + names[i];
+    if (names.size() > 10) what += ", ...";
+  }
   if (!what.empty())
-    bad_input(c.folder, "the tensors are not those of the model: " + what, kItsConfig);
-  vector<int64_t> bad(pieces.size());
-  in_parallel(pieces.size(),
-              [&](size_t i) { bad[i] = count_nonfinite(c, c.tensors.at(pieces[i]->name)); });
-  for (size_t i = 0; i < pieces.size(); i++)
-    if (bad[i])
-      nonfinite.push_back(
-          text("%s (%ld of %ld values)", pieces[i]->name.c_str(), bad[i], pieces[i]->dims.numel()));
-  add_list(what, "tensors with NaN or Inf", nonfinite);
-  if (!what.empty()) bad_input(c.folder, what, "weights of a run that did not diverge");
+    bad_input(c.folder, "the weights do not fit: " + what,
+              "the config.json of these weights, and weights of a run that did not diverge");
 }
 
 // ---- reading ----
@@ -336,22 +308,31 @@ void read_elements(const Checkpoint& c, const StoredTensor& tensor, int64_t begi
   }
 }
 
-static void load(Parameters& p, const Checkpoint& c, const StateKind& kind) {
+vector<float> read_tensor(const Checkpoint& c, const StoredTensor& tensor) {
+  vector<float> values(size_t(tensor.numel()));
+  read_elements(c, tensor, 0, tensor.numel(), values.data());
+  return values;
+}
+
+static void load(Parameters& p, const Checkpoint& c, const char* suffix, Tensor FlatUnit::*shard) {
   for (const Fragment& f : fragments(p)) {
-    const string name = f.piece->name + kind.suffix;
+    const string name = f.piece->name + suffix;
     const auto at = c.tensors.find(name);
-    if (at == c.tensors.end()) bad_input(c.folder + ": " + name, "is missing", kItsConfig);
-    if (at->second.shape != shape_of(*f.piece))
-      bad_input(c.folder + ": " + name, "has another shape than the model's", kItsConfig);
-    const Tensor& shard = p.units[size_t(f.unit)].*kind.shard;
-    read_elements(c, at->second, f.begin, f.count, shard.f32() + f.offset);
+    const bool found = at != c.tensors.end();
+    if (!found || at->second.shape != shape_of(*f.piece))
+      bad_input(c.folder + ": " + name, found ? "has another shape than the model's" : "is missing",
+                "the config.json that it was trained with");
+    read_elements(c, at->second, f.begin, f.count,
+                  (p.units[size_t(f.unit)].*shard).f32() + f.offset);
   }
 }
 
 void load_state(Rank&, Parameters& p, const Checkpoint& c) {
-  for (const StateKind& kind : kStateKinds) load(p, c, kind);
+  for (const auto& [suffix, shard] : kStored) load(p, c, suffix, shard);
 }
 
-void load_weights(Rank&, Parameters& p, const Checkpoint& c) { load(p, c, kStateKinds[0]); }
+void load_weights(Rank&, Parameters& p, const Checkpoint& c) {
+  load(p, c, kStored[0].first, kStored[0].second);
+}
 
 }  // namespace pith

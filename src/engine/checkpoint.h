@@ -1,11 +1,6 @@
-// A run's state on disk, saved in the background, readable under any layout.
-//
-//   RUN/step-00000100/rank-00000.safetensors   1-D fragments `NAME#begin` of weights, and of
-//                                               moments `NAME.exp_avg` and `NAME.exp_avg_sq`
-//   RUN/step-00000100/manifest.json             RunState, where each fragment is, checksums
-//
-// NAME is the Hugging Face name of a tensor (one an expert), begin the fragment's first element.
-// The manifest is written last, in step-00000100.tmp, which is then renamed.
+// A run's state on disk, saved in the background, readable under any layout. RUN/step-00000100/ has
+// rank-00000.safetensors with fragments `NAME#begin` of weights, `NAME.exp_avg` and
+// `NAME.exp_avg_sq`, and manifest.json, which says what they are and is written last.
 #pragma once
 #include <map>
 #include <memory>
@@ -30,21 +25,20 @@ struct RunState {
   string model;                   // text of the model's config.json; empty: there is none
 };
 
-// Elements [begin, begin + count) of a tensor, at byte `offset` of a file.
 struct StoredFragment {
-  int64_t begin = 0, count = 0;
+  int64_t begin = 0, count = 0;  // elements of the tensor
   int file = 0;
-  int64_t offset = 0;
-  uint64_t checksum = 0;  // XXH3 of its bytes
+  int64_t offset = 0;     // bytes
+  uint64_t checksum = 0;  // XXH3
 };
 struct StoredTensor {
   FileDType dtype = FileDType::F32;
   vector<int64_t> shape;             // of the whole tensor
   vector<StoredFragment> fragments;  // by begin
-  int64_t numel() const;
+  int64_t numel() const { return TensorDecl{"", dtype, shape}.bytes() / size_of(dtype); }
 };
 struct StoredFile {
-  string name;  // in the folder
+  string name;
   int64_t bytes = 0, header_bytes = 0;
   uint64_t header_checksum = 0;
   MappedFile map;
@@ -54,7 +48,7 @@ struct Checkpoint {
   RunState state;
   Mesh mesh;  // it was saved under
   vector<StoredFile> files;
-  std::map<string, StoredTensor> tensors;  // by name, moments included
+  std::map<string, StoredTensor> tensors;  // by Hugging Face name, one an expert
 };
 
 struct CheckpointFolder {
@@ -63,41 +57,31 @@ struct CheckpointFolder {
 };
 // The folders step-NNNNNNNN of a run, by step, good or not.
 vector<CheckpointFolder> list_checkpoints(const string& run_folder);
-// Exit code 2 naming what is wrong: no or a damaged manifest, a missing file or one of another
-// size, fragments that leave a gap or overlap.
+// Checks manifest and sizes; exit code 2 naming what is wrong.
 Checkpoint open_checkpoint(const string& folder);
-// Reads everything, or all but moments. Exit code 2 naming the first fragment or header that
-// differs from its checksum.
+// Reads all of it, or all but moments. Exit code 2 naming what differs from its checksum.
 void verify(const Checkpoint& checkpoint, bool weights_only = false);
-// The newest good checkpoint of a run, verified. Warns of each newer one that is bad, saying what
-// is wrong. None if the run has no step-*; exit code 2 if it has some and none is good.
+// The newest good checkpoint of a run, verified, with a warning for each newer one that is bad.
+// None if the run has no step-*; exit code 2 if it has some and none is good.
 std::optional<Checkpoint> find_checkpoint(const string& run_folder);
 // Weights of a Hugging Face folder, a checkpoint (verified), or a run folder (its newest good one).
 Checkpoint open_weights(const string& folder);
 
-// Refuses (exit code 2), naming the difference, to go on from `checkpoint` as the run `now`:
-// another model, data, seed or optimiser, or a configuration key that may not change on resume.
+// Exit code 2, naming the difference, unless the run `now` may go on from `checkpoint`.
 void check_resumable(const Checkpoint& checkpoint, const RunState& now);
-// Compares with the table of the whole model. Exit code 2 listing by name the tensors that are
-// missing, extra, misshapen, or not finite. Reads all weights once.
+// Exit code 2 naming the tensors that are missing, extra, misshapen or not finite. Reads all.
 void check_weights(const Checkpoint& weights, const ParameterTable& whole);
 
 // Elements [begin, begin + count) of a stored tensor as F32.
 void read_elements(const Checkpoint& checkpoint, const StoredTensor& tensor, int64_t begin,
                    int64_t count, float* out);
-// Fill this rank's shards: of master, m and v, or of master alone. Exit code 2 naming a tensor that
-// is missing or of another shape.
+vector<float> read_tensor(const Checkpoint& checkpoint, const StoredTensor& tensor);
+// Fill this rank's shards of master, m and v; of master alone.
 void load_state(Rank& rank, Parameters& parameters, const Checkpoint& checkpoint);
 void load_weights(Rank& rank, Parameters& parameters, const Checkpoint& checkpoint);
 
-// ---- writing ----
-
 // What is stored of a parameter: the suffix of its name, and its values.
-struct StateKind {
-  const char* suffix;
-  Tensor FlatUnit::*shard;
-};
-constexpr StateKind kStateKinds[] = {
+constexpr std::pair<const char*, Tensor FlatUnit::*> kStored[] = {
     {"", &FlatUnit::master}, {".exp_avg", &FlatUnit::m}, {".exp_avg_sq", &FlatUnit::v}};
 
 string step_name(int64_t step);  // "step-00000100"
@@ -106,7 +90,7 @@ uint64_t checksum_of(const void* bytes, int64_t size);
 // Describes a safetensors file that is complete.
 StoredFile stored_file(const string& folder, const string& name);
 void write_manifest(const Checkpoint& checkpoint, const string& path);
-Checkpoint read_manifest(const string& path);  // exit code 2 if missing or damaged
+Checkpoint read_manifest(const string& path);
 // Flushes folder `temporary` and renames it; one that was there before is removed.
 void put_in_place(const string& temporary, const string& folder);
 
@@ -116,32 +100,27 @@ struct SaveOptions {
 };
 
 // Writes this rank's shards on a thread of its own while training goes on. Calls that take a Rank
-// are collective over the world; all ranks make them in the same order. A save that fails on any
-// rank is taken back on all of them, with a warning; the caller goes on and tries again later.
+// are collective over the world. A save that fails on one rank is taken back on all, with a
+// warning.
 class CheckpointSaver {
  public:
-  // `parameters` must outlive it. Rank 0 removes what killed saves left behind; the caller holds
-  // the run's lock.
+  // Removes what killed saves left behind; the caller holds the run's lock.
   CheckpointSaver(Rank& rank, const Parameters& parameters, const SaveOptions& options);
   CheckpointSaver(const CheckpointSaver&) = delete;
   CheckpointSaver& operator=(const CheckpointSaver&) = delete;
   ~CheckpointSaver();
 
-  // Starts to save the weights and moments as they are now, as step-<state.step>. Waits for a
-  // save that is still under way.
+  // Starts to save weights and moments as they are now, once the save before is over.
   void begin(Rank& rank, const RunState& state);
-  // Once a step, before the optimiser pass: learns how far all ranks are. Waits while one is so far
-  // behind that others, waiting for it in a collective, would run into its time limit.
+  // Once a step, before the optimiser pass: learns how far all ranks are. Waits for one that is so
+  // far behind that others could meet the time limit of the next collective.
   void poll(Rank& rank);
   // Before the optimiser writes parameters.units[unit]: waits until its shards are saved. Local.
   void wait_unit(int unit);
-  // Waits for the save under way, if any. False if the last save failed: the run exits with 1.
+  // Waits for the save under way, if any. False if the last save failed.
   bool finish(Rank& rank);
-
   bool under_way() const { return job_ != nullptr; }
-  int64_t last_step() const { return last_step_; }  // of the last one saved; -1: none yet
-  // Seconds this rank has waited for saves since the last call.
-  double take_stall();
+  double take_stall();  // seconds this rank has waited since the last call
 
  private:
   struct Job;  // a save under way
@@ -151,7 +130,6 @@ class CheckpointSaver {
   SaveOptions options_;
   std::unique_ptr<Job> job_;
   bool last_failed_ = false;
-  int64_t last_step_ = -1;
   double stall_s_ = 0;
 };
 

@@ -20,47 +20,48 @@ static constexpr int64_t kMostBytesLeft = int64_t{1} << 30;
 static constexpr int kAllUnits = INT32_MAX;
 
 static void remove_tree(const string& path) {
-  std::error_code error;
-  fs::remove_all(path, error);
-  if (error) log_warning("%s: cannot be removed (%s)", path.c_str(), error.message().c_str());
+  std::error_code ignored;
+  fs::remove_all(path, ignored);
 }
 
-static void rename_folder(const string& from, const string& to) {
+// Whole and at once, so that a kill leaves no half of it under its name.
+static void move_away(const string& folder, const string& to) {
   std::error_code error;
-  fs::rename(from, to, error);
-  if (error)
-    failed(to, "cannot be put in place (" + error.message() + ")",
-           "check the permissions of the folder");
+  remove_tree(to);
+  fs::rename(folder, to, error);
+  if (error) log_warning("%s: cannot be moved (%s)", folder.c_str(), error.message().c_str());
 }
 
-// Under another name first, so that a kill leaves no half of it to be found.
 static void remove_checkpoint(const string& folder) {
-  const string old = folder + ".old.tmp";
-  remove_tree(old);
-  rename_folder(folder, old);
-  remove_tree(old);
+  move_away(folder, folder + ".old.tmp");
+  remove_tree(folder + ".old.tmp");
 }
 
 void put_in_place(const string& temporary, const string& folder) {
   sync_folder(temporary);
   if (fs::exists(folder)) remove_checkpoint(folder);
-  rename_folder(temporary, folder);
+  std::error_code error;
+  fs::rename(temporary, folder, error);
+  if (error)
+    failed(folder, "cannot be put in place (" + error.message() + ")",
+           "check the permissions of the folder");
   sync_folder(folder_of(folder));
 }
 
 // Keeps the newest `keep` up to `step`. Later ones are of a course that this run has left:
 // automatic resume must not take them.
 static void prune(const SaveOptions& options, int64_t step) {
-  vector<CheckpointFolder> list = list_checkpoints(options.folder);
-  for (; !list.empty() && list.back().step > step; list.pop_back()) {
-    const string& path = list.back().path;
-    remove_tree(path + ".aside");
-    rename_folder(path, path + ".aside");
-    log_warning("%s is of an earlier course of this run: moved to %s.aside", path.c_str(),
-                path.c_str());
+  const vector<CheckpointFolder> list = list_checkpoints(options.folder);
+  int64_t extra = -options.keep;
+  for (const CheckpointFolder& one : list) extra += one.step <= step;
+  for (const CheckpointFolder& one : list) {
+    if (one.step > step) {
+      log_warning("%s is of an earlier course of this run: moved aside", one.path.c_str());
+      move_away(one.path, one.path + ".aside");
+    } else if (options.keep > 0 && extra-- > 0) {
+      remove_checkpoint(one.path);
+    }
   }
-  const int64_t extra = options.keep > 0 ? int64_t(list.size()) - options.keep : 0;
-  for (int64_t i = 0; i < extra; i++) remove_checkpoint(list[size_t(i)].path);
 }
 
 // What the rank's thread and its saver thread share.
@@ -76,108 +77,94 @@ struct CheckpointSaver::Job {
   std::shared_future<string> done;  // what went wrong; empty: nothing
 
   string folder() const { return options.folder + "/" + step_name(checkpoint.state.step); }
-  string part_path(int of_rank) const {
-    return checkpoint.folder + text("/rank-%05d.json", of_rank);
-  }
-  bool writes(int of_rank) const {  // of replicas, the first
-    return coord_of(checkpoint.mesh, of_rank).dp_rank < checkpoint.mesh.dp_shard();
-  }
+  string part_path(int r) const { return checkpoint.folder + text("/rank-%05d.json", r); }
   void reached(int next_unit) {
     unit = next_unit;
     unit.notify_all();
   }
-  string run();
-  void write_shards();
-  void seal();
-};
 
-string CheckpointSaver::Job::run() {
-  string error;
-  try {
-    if (writes(rank)) write_shards();
+  string run() {
+    string error;
+    try {
+      write_shards();
+      if (rank == 0) seal();
+    } catch (const std::exception& e) {
+      error = e.what();
+    }
+    bytes_left = 0;
     reached(kAllUnits);
-    if (rank == 0) seal();
-  } catch (const std::exception& e) {
-    error = e.what();
+    return error;
   }
-  bytes_left = 0;
-  reached(kAllUnits);
-  return error;
-}
 
-void CheckpointSaver::Job::write_shards() {
-  const vector<Fragment> list = fragments(parameters);
-  const string name = text("rank-%05d.safetensors", rank);
-  vector<TensorDecl> decls;
-  for (const Fragment& f : list)
-    for (const StateKind& kind : kStateKinds)
-      decls.push_back(
-          {f.piece->name + kind.suffix + "#" + std::to_string(f.begin), FileDType::F32, {f.count}});
-  make_folders(checkpoint.folder);
-  Checkpoint part;
-  if (!list.empty()) {
-    SafetensorsWriter file(checkpoint.folder + "/" + name, decls);
-    for (const Fragment& f : list) {
-      reached(f.unit);
-      for (const StateKind& kind : kStateKinds) {
+  // A file, and a manifest of it for rank 0. Of replicas the first writes.
+  void write_shards() {
+    vector<Fragment> list;
+    if (coord_of(checkpoint.mesh, rank).dp_rank < checkpoint.mesh.dp_shard())
+      list = fragments(parameters);
+    vector<TensorDecl> decls;
+    for (const Fragment& f : list)
+      for (const auto& [suffix, shard] : kStored)
+        decls.push_back(
+            {f.piece->name + suffix + "#" + std::to_string(f.begin), FileDType::F32, {f.count}});
+    make_folders(checkpoint.folder);
+    Checkpoint part;
+    if (!list.empty()) {
+      const string name = text("rank-%05d.safetensors", rank);
+      SafetensorsWriter file(checkpoint.folder + "/" + name, decls);
+      for (const Fragment& f : list) {
         if (cancel) return;
-        const Tensor& shard = parameters.units[size_t(f.unit)].*kind.shard;
-        const float* values = shard.f32() + f.offset;
-        const int64_t bytes = f.count * int64_t(sizeof(float));
-        StoredTensor& tensor = part.tensors[f.piece->name + kind.suffix];
-        tensor.shape = shape_of(*f.piece);
-        tensor.fragments.push_back({f.begin, f.count, 0, file.size(), checksum_of(values, bytes)});
-        file.write(values, bytes);
-        bytes_left -= bytes;
+        reached(f.unit);
+        for (const auto& [suffix, shard] : kStored) {
+          const float* values = (parameters.units[size_t(f.unit)].*shard).f32() + f.offset;
+          const int64_t bytes = f.count * int64_t(sizeof(float));
+          StoredTensor& tensor = part.tensors[f.piece->name + suffix];
+          tensor.shape = shape_of(*f.piece);
+          tensor.fragments.push_back(
+              {f.begin, f.count, 0, file.size(), checksum_of(values, bytes)});
+          file.write(values, bytes);
+          bytes_left -= bytes;
+        }
       }
+      reached(kAllUnits);
+      file.finish();
+      part.files.push_back(stored_file(checkpoint.folder, name));
     }
-    reached(kAllUnits);
-    file.finish();
-    part.files.push_back(stored_file(checkpoint.folder, name));
+    write_manifest(part, part_path(rank));
   }
-  write_manifest(part, part_path(rank));
-}
 
-// Waits for what each rank has written.
-void CheckpointSaver::Job::seal() {
-  for (int r = 0; r < checkpoint.mesh.world(); r++) {
-    if (!writes(r)) continue;
-    const string path = part_path(r);
-    for (; !fs::exists(path); std::this_thread::sleep_for(duration<double>(5e-3)))
-      if (cancel) return;
-    const Checkpoint part = read_manifest(path);
-    for (const auto& [name, tensor] : part.tensors) {
-      StoredTensor& whole = checkpoint.tensors[name];
-      whole.shape = tensor.shape;
-      for (StoredFragment f : tensor.fragments) {
-        f.file = int(checkpoint.files.size());
-        whole.fragments.push_back(f);
+  // Waits for what each rank has written. Ranks hold ascending fragments of a tensor.
+  void seal() {
+    for (int r = 0; r < checkpoint.mesh.world(); r++) {
+      for (; !fs::exists(part_path(r)); std::this_thread::sleep_for(duration<double>(5e-3)))
+        if (cancel) return;
+      const Checkpoint part = read_manifest(part_path(r));
+      for (const auto& [name, tensor] : part.tensors) {
+        StoredTensor& whole = checkpoint.tensors[name];
+        whole.shape = tensor.shape;
+        for (StoredFragment f : tensor.fragments) {
+          f.file = int(checkpoint.files.size());
+          whole.fragments.push_back(f);
+        }
       }
+      checkpoint.files.insert(checkpoint.files.end(), part.files.begin(), part.files.end());
+      remove_tree(part_path(r));
     }
-    checkpoint.files.insert(checkpoint.files.end(), part.files.begin(), part.files.end());
-    remove_tree(path);
-  }
-  write_manifest(checkpoint, checkpoint.folder + "/manifest.json");
-  open_checkpoint(checkpoint.folder);
-  put_in_place(checkpoint.folder, folder());
-  try {
+    write_manifest(checkpoint, checkpoint.folder + "/manifest.json");
+    open_checkpoint(checkpoint.folder);
+    put_in_place(checkpoint.folder, folder());
     prune(options, checkpoint.state.step);
-  } catch (const Error& e) {  // the checkpoint is good all the same
-    log_warning("%s", e.what());
   }
-}
+};
 
 CheckpointSaver::CheckpointSaver(Rank& rank, const Parameters& parameters,
                                  const SaveOptions& options)
     : parameters_(parameters), options_(options) {
   if (rank.id == 0) {
     std::error_code error;
-    vector<string> old;
     for (const auto& entry : fs::directory_iterator(options.folder, error)) {
       const string name = entry.path().filename();
-      if (name.starts_with("step-") && name.ends_with(".tmp")) old.push_back(entry.path());
+      if (name.starts_with("step-") && name.ends_with(".tmp")) remove_tree(entry.path());
     }
-    for (const string& path : old) remove_tree(path);
   }
   barrier(rank, Group::World, "checkpoint clean-up");
 }
@@ -194,7 +181,7 @@ void CheckpointSaver::begin(Rank& rank, const RunState& state) {
   if (rank.comm) job.checkpoint.mesh = mesh_of(rank);
   job.checkpoint.folder = job.folder() + ".tmp";
   for (const FlatUnit& unit : parameters_.units)
-    job.bytes_left += unit.shard_count * int64_t(std::size(kStateKinds) * sizeof(float));
+    job.bytes_left += unit.shard_count * int64_t(std::size(kStored) * sizeof(float));
   job.done = std::async(std::launch::async, [&job] { return job.run(); });
 }
 
@@ -209,18 +196,16 @@ int64_t CheckpointSaver::exchange(Rank& rank) {
   last_failed_ = v[1] > 0;
   if (last_failed_) job_->cancel = true;
   if (v[0] > 0) return int64_t(v[2]);
-  const string folder = job_->folder();
   if (!error.empty()) log_warning("rank %d: %s", rank.id, error.c_str());
   if (last_failed_) {
     if (rank.id == 0) {
       remove_tree(job_->checkpoint.folder);
       log_warning("%s was not saved; those before it are untouched, and the next save tries again",
-                  folder.c_str());
+                  job_->folder().c_str());
     }
     barrier(rank, Group::World, "failed checkpoint removed");
-  } else {
-    last_step_ = job_->checkpoint.state.step;
-    if (rank.id == 0) log_info("saved %s in %.1f s", folder.c_str(), now_s() - job_->begun_s);
+  } else if (rank.id == 0) {
+    log_info("saved %s in %.1f s", job_->folder().c_str(), now_s() - job_->begun_s);
   }
   job_.reset();
   return -1;
