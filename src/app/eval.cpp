@@ -58,7 +58,7 @@ int run_eval(int argc, char** argv) {
   args.flag("--document-mask", a.document_mask, "attention stays inside a document");
   args.flag("--json", a.json, "print the result as JSON");
   if (!args.parse(argc, argv)) return kExitDone;
-  const WeightSource weights = open_weights(a.model);
+  const Checkpoint weights = open_weights(a.model);
   const Json config = model_config(weights);
   const DataOptions options = complete(a, config);
   const Dataset data(find_token_files(a.data), options);

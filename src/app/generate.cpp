@@ -49,7 +49,7 @@ int run_generate(int argc, char** argv) {
               1 << 24);
   if (!args.parse(argc, argv)) return kExitDone;
   options.seed = uint64_t(seed);
-  const WeightSource weights = open_weights(model);
+  const Checkpoint weights = open_weights(model);
   const Json config = model_config(weights);
   const Tokenizer tokenizer = Tokenizer::load(tokenizer_of(model, tokenizer_path));
   const ModelShape shape = model_shape(config);

@@ -7,10 +7,10 @@
 namespace pith {
 namespace fs = std::filesystem;
 
-Json model_config(const WeightSource& weights) {
-  if (weights.config.empty())
+Json model_config(const Checkpoint& weights) {
+  if (weights.state.model.empty())
     bad_input(weights.folder, "has no config.json", "putting the model's config.json there");
-  return Json::parse(weights.config, weights.folder + "/config.json");
+  return Json::parse(weights.state.model, weights.folder + "/config.json");
 }
 
 std::optional<RunConfig> run_config_of(const string& folder) {

@@ -10,7 +10,7 @@
 namespace pith {
 
 // The config.json that came with the weights. Exit code 2 if none did.
-Json model_config(const WeightSource& weights);
+Json model_config(const Checkpoint& weights);
 
 // The configuration of the run that a run folder or a checkpoint in it belongs to; none for a
 // Hugging Face folder.

@@ -26,7 +26,7 @@ struct Run {
   Dataset data;
   RunState identity;  // what a resumed run must agree with
   std::optional<Checkpoint> resume_from;
-  std::optional<WeightSource> init_from;
+  std::optional<Checkpoint> init_from;
   std::optional<MetricsFile> metrics;
   std::optional<TensorBoardFile> tensorboard;
   double flops_per_token = 0;

@@ -67,8 +67,8 @@ State state_of(const std::string& run_folder, int64_t step) {
   verify(c);
   EXPECT_EQ(c.state.step, step);
   State state;
-  for (const StoredTensor& tensor : c.tensors) {
-    std::vector<uint32_t>& bits = state[tensor.name];
+  for (const auto& [name, tensor] : c.tensors) {
+    std::vector<uint32_t>& bits = state[name];
     bits.resize(static_cast<size_t>(tensor.numel()));
     read_elements(c, tensor, 0, tensor.numel(), reinterpret_cast<float*>(bits.data()));
   }

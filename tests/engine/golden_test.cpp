@@ -99,7 +99,7 @@ struct Loaded {
       : config(Json::parse_file(folder + "/config.json")) {
     schedule.micro_batches = micro_batches;
     model = make_instance(rank, config, {.length = length});
-    const WeightSource weights = open_weights(folder);
+    const Checkpoint weights = open_weights(folder);
     check_weights(weights, whole_table(config));
     load_weights(rank, *model.parameters, weights);
   }
