@@ -1,19 +1,17 @@
 // balance_loss: keeps the experts evenly used.  Fedus et al. 2022, arXiv:2101.03961, eq. 4-6.
 //
-// Per MoE layer and group of tokens: E * sum_i f_i * p_i, f_i the share of the group's (token,
-// slot) pairs that chose expert i, p_i its mean router probability; f carries no gradient. 1 is
-// balance. The training loss adds coefficient * the sum over layers of the mean over groups,
-// weighted by their tokens. The group is a micro-batch (over cp), a sequence (over cp), or, for
-// GlobalBatch, f comes from the previous step's whole global batch (1/E at step 0) and p from this
-// one's.
+// Per layer and group of tokens: E * sum_i f_i * p_i, f_i the share of the group's (token, slot)
+// pairs that chose expert i (without gradient), p_i its mean router probability; 1 is balance. The
+// training loss adds coefficient * the sum over layers of the mean over groups, weighted by their
+// tokens. A group is a micro-batch or a sequence, over cp; for GlobalBatch f is that of the
+// previous step's global batch (1/E at step 0).
 #pragma once
-
 #include "ops/ops.h"
 
 namespace pith {
 
+// As router.balance_loss names them: "none", "micro-batch", "sequence", "global-batch".
 enum class BalanceKind : uint8_t { None, MicroBatch, Sequence, GlobalBatch };
-BalanceKind balance_kind(const string& name);  // Throws bad_input.
 
 // What a rank keeps of routing during a step, and of the step before.
 struct BalanceState {

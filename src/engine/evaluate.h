@@ -1,5 +1,4 @@
-// evaluate: loss on held-out documents, and text from a model.
-// defines: EvalResult, evaluate, SampleOptions, generate
+// evaluate: loss on held-out documents, and the next token of a text.
 #pragma once
 #include "data/dataset.h"
 #include "engine/instance.h"
@@ -17,15 +16,12 @@ EvalResult evaluate(Rank& rank, Instance& instance, const Dataset& data, const B
                     const ScheduleOptions& schedule, int64_t batches);
 
 struct SampleOptions {
-  int64_t max_new_tokens = 128;
   double temperature = 0;  // 0: the most likely token
   double top_p = 1;        // sampled from the smallest set of at least this probability
   uint64_t seed = 0;
-  int64_t stop_token = -1;  // generation ends with it; -1: never
 };
-// Continues `prompt` (at least one token) on a world of one rank. A model sees at most `window`
-// tokens back. `emit` is called with each token as it is chosen; false ends the text.
-vector<int32_t> generate(Rank& rank, Instance& instance, vector<int32_t> prompt, int64_t window,
-                         const SampleOptions& options, bool (*emit)(void*, int32_t), void* context);
+// The token after `tokens` (at least one), the `index`-th to be drawn, in a world of one rank.
+int32_t next_token(Rank& rank, Instance& instance, const vector<int32_t>& tokens,
+                   const SampleOptions& options, int64_t index);
 
 }  // namespace pith

@@ -1,8 +1,25 @@
-// optimizer: the update of all of a rank's weights. defines: optimizer_pass
+// optimizer: the learning rate of a step, and the update of all of a rank's weights.
 #pragma once
-#include "engine/checkpoint.h"
+#include "core/check.h"
 
 namespace pith {
+
+struct AdamW;
+class CheckpointSaver;
+struct Parameters;
+struct Rank;
+
+struct LrSchedule {
+  string kind = "constant";  // "wsd" (warm-up, stable, decay), "cosine"
+  double warmup_ratio = 0, decay_ratio = 0.1;
+  string decay_shape = "cosine";  // of "wsd"; or "linear"
+  double start_lr = 0, final_lr = 0;
+};
+
+// Learning rate of 0-based step s of `steps`. Warm-up is linear from start_lr to `peak` over
+// w = round(warmup_ratio * steps) steps; the decay to final_lr takes the last
+// round(decay_ratio * steps) steps of "wsd", all after the warm-up of "cosine". Half to even.
+double learning_rate(const LrSchedule& schedule, double peak, int64_t s, int64_t steps);
 
 // AdamW on every unit's shard, after the save under way (null: none) has copied it.
 void optimizer_pass(Rank& rank, Parameters& parameters, const AdamW& options,

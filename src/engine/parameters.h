@@ -2,12 +2,8 @@
 //
 // Tensors of one unit (the embedding, a layer's experts, the rest of a layer, the head) lie in one
 // flat buffer, each at a multiple of 128 elements. The buffer is cut over the unit's shard group at
-// multiples of 128 elements, anywhere in a tensor; a rank's shard may be empty. The F32 master
-// shard and optimiser moments stay; full weights are gathered and full gradients reduced, a
-// collective a unit. In a group of one with F32 compute, full weights and the master are the same
-// memory. defines: FlatUnit, Parameters, Fragment, layout_parameters, parameter_bytes,
-// make_parameters,
-//          initialize, gather, release_unit, reduce, gradient_norm
+// multiples of 128 elements, anywhere in a tensor; a rank's shard may be empty. In a group of one
+// with F32 compute, full weights and the master are the same memory.
 #pragma once
 #include "comm/mesh.h"
 #include "models/model.h"
@@ -43,28 +39,16 @@ struct Fragment {
   int64_t offset = 0;  // in the unit's shard
 };
 
-// A shard group's size and this rank's place in it.
-struct ShardPlace {
-  int members = 1, me = 0;
-};
-// The layout of make_parameters() without its memory: what planning needs.
+// Lays out `table` (of one or two chunks; `chunk_sizes` entries each) for rank `id` of the mesh,
+// without memory.
 Parameters layout_parameters(ParameterTable table, const vector<int>& chunk_sizes,
-                             bool gather_layer, ShardPlace dense, ShardPlace experts);
-// Bytes that a rank's parameters take while training.
-struct ParameterBytes {
-  int64_t master = 0, moments = 0;  // F32 shard; Adam's two
-  int64_t weights = 0;              // gathered, in the compute dtype, where not the master itself
-  int64_t gradients = 0;            // F32: full, and the reduced shard
-};
-ParameterBytes parameter_bytes(const Parameters& parameters, DType compute);
-
-// Lays out `table` (of one or two chunks; `chunk_sizes` entries each) and allocates the shards.
+                             bool gather_layer, const Mesh& mesh, int id);
+// The same for this rank, with its master and moment shards, all zero.
 Parameters make_parameters(Rank& rank, ParameterTable table, const vector<int>& chunk_sizes,
                            bool gather_layer);
 // Every piece's fragment in this rank's shards, in unit order.
 vector<Fragment> fragments(const Parameters& parameters);
-// Draws each element of the masters from (seed, Hugging Face name, element index): independent of
-// the layout.
+// Draws each element of the masters from (seed, Hugging Face name, element index).
 void initialize(Rank& rank, Parameters& parameters, uint64_t seed);
 
 // Zeroes the gradients of a step that begins.
@@ -79,7 +63,6 @@ void release_unit(Parameters& parameters, FlatUnit& unit);
 void reduce(Rank& rank, Parameters& parameters, FlatUnit& unit);
 // Sums grad_shard over the replicas (hsdp), once a step.
 void reduce_replicas(Rank& rank, Parameters& parameters);
-
 // L2 norm of all reduced gradients of all ranks, each element counted once.
 double gradient_norm(Rank& rank, const Parameters& parameters);
 

@@ -1,8 +1,5 @@
-// pipeline: the one executor of action lists, for every layout down to one rank.
-//
-// Include it in engine/pipeline_<model>.cpp only, its one instantiation for that model; everything
-// else goes through engine/instance.h.
-// defines: Flight, Pipeline, make_pipeline, whole_table_of, run_actions
+// pipeline: the one executor of action lists, for every layout down to one rank. Only
+// engine/pipeline_<model>.cpp includes it; everything else goes through engine/instance.h.
 #pragma once
 #include <map>
 
@@ -13,30 +10,28 @@
 
 namespace pith {
 
-// Nodes [begin, end) of a tape.
-struct TapeRange {
-  int begin = 0, end = 0;
-};
-
 // One micro-batch in one chunk, from the start of its forward to its last weight gradient.
 struct Flight {
+  struct Nodes {
+    int begin = 0, end = 0;
+  };
   struct Layer {
     MoeInput in;
     Dispatch dispatch;
-    Tensor rows;  // what stage 3 made, then what stage 4 brought home
-    TapeRange attention, dispatched, experts, combined, residual;
+    Tensor rows;                      // what stage 3 made, then what stage 4 brought home
+    Nodes of[int(Part::Epilog) + 1];  // the tape's nodes of each part of a forward
   };
   Tape tape;
-  Tensor input;        // leaf; undefined in the first stage
-  Tensor x;            // running value: [T, D]
-  Tensor output_grad;  // received, or left by the chunk after this one on the same rank
-  Tensor input_grad;   // result of the backward; to be sent
-  vector<Layer> layers;
-  TapeRange prolog, epilog;
+  Tensor input;          // leaf; undefined in the first stage
+  Tensor x;              // running value: [T, D]
+  Tensor output_grad;    // received, or left by the chunk after this one on the same rank
+  Tensor input_grad;     // result of the backward; to be sent
+  vector<Layer> layers;  // and one more, of prolog and epilog
 };
 
-template <Model M>
+template <class M>
 struct Pipeline {
+  static_assert(Model<M>);
   typename M::Config config;
   ModelShape shape;
   PipelineOptions options;
@@ -46,178 +41,141 @@ struct Pipeline {
   std::map<std::pair<int, int>, Flight> flights;  // by (chunk, micro-batch)
 };
 
-template <Model M>
-void make_pipeline(Rank& rank, Pipeline<M>& p, const Json& json, const PipelineOptions& options) {
+template <class M>
+std::shared_ptr<Pipeline<M>> make_pipeline(Instance& instance, const Json& json, const Mesh& mesh,
+                                           int id, Rank* rank) {
+  auto pipeline = std::make_shared<Pipeline<M>>();
+  Pipeline<M>& p = *pipeline;
+  const MeshCoord at = coord_of(mesh, id);
+  const PipelineOptions& options = p.options = instance.options;
   p.config = M::read_config(json);
-  p.shape = M::shape(p.config);
-  p.options = options;
-  p.layers_of = chunk_layers(options.schedule, rank.mesh.pp, rank.mesh.pp_rank, p.shape.num_layers);
+  p.shape = instance.shape = M::shape(p.config);
+  p.layers_of = chunk_layers(options.schedule, mesh.pp, at.pp_rank, p.shape.num_layers);
   p.chunks.resize(p.layers_of.size());
   ParameterTable table;
   vector<int> sizes;
-  const int local = p.shape.num_experts / rank.mesh.ep;
+  const int local = p.shape.num_experts / mesh.ep;
   for (size_t i = 0; i < p.chunks.size(); i++) {
     const ChunkLayers& c = p.layers_of[i];
-    const StagePart part{c.first, c.count, c.prolog, c.epilog, rank.mesh.ep_rank * local, local};
-    ParameterTable own = p.chunks[i].parameters(p.config, part, options.init_std);
+    const StagePart part{c.first, c.count, c.prolog, c.epilog, at.ep_rank * local, local};
+    const ParameterTable own = p.chunks[i].parameters(p.config, part, options.init_std);
     sizes.push_back(int(own.size()));
     table.insert(table.end(), own.begin(), own.end());
-    p.chunks[i].prepare(rank, p.config, options.length);
+    if (rank) p.chunks[i].prepare(*rank, p.config, options.length);
   }
-  p.parameters = make_parameters(rank, std::move(table), sizes, options.gather_layer);
+  p.parameters = rank ? make_parameters(*rank, std::move(table), sizes, options.gather_layer)
+                      : layout_parameters(std::move(table), sizes, options.gather_layer, mesh, id);
+  instance.parameters = &p.parameters;
+  return pipeline;
 }
 
-// Every tensor of the whole model, without targets.
-template <Model M>
-ParameterTable whole_table_of(const Json& json, double init_std) {
-  const typename M::Config config = M::read_config(json);
-  const ModelShape shape = M::shape(config);
-  M model;
-  ParameterTable table =
-      model.parameters(config, {0, shape.num_layers, true, true, 0, shape.num_experts}, init_std);
-  for (Parameter& p : table) p.target = nullptr;
-  return table;
-}
-
-// ---- Steps ------------------------------------------------------------------------------------
-
-// Null for the experts of a dense layer.
-template <Model M>
-FlatUnit* unit_of(Pipeline<M>& p, const Step& s) {
-  for (FlatUnit& unit : p.parameters.units)
-    if (unit.chunk == s.chunk && unit.kind == s.unit && unit.layer == s.layer) return &unit;
-  return nullptr;
-}
-
-// One step of a forward; records the nodes it pushes as the step's range.
-template <Model M>
-void forward_step(Rank& rank, Pipeline<M>& p, StepIo& io, const Step& s, Flight& f) {
+// One part of a forward. A dense layer has no stages 2 to 4.
+template <class M>
+void forward_part(Rank& rank, Pipeline<M>& p, StepIo& io, const Step& s, Flight& f, int local) {
   const M& model = p.chunks[s.chunk];
   const Batch& batch = io.batches[s.mb];
-  const int local = s.layer - p.layers_of[s.chunk].first;
-  TapeRange range{f.tape.size(), 0};
-  if (s.part == Part::Prolog) {
-    f.x = model.embed(rank, batch);
-    f.prolog = {range.begin, f.tape.size()};
-    return;
-  }
-  if (s.part == Part::Epilog) {
-    if (io.want_logits) io.logits[s.mb] = model.logits(rank, p.config, f.x);
-    Tensor loss = model.loss(rank, p.config, f.x, batch, io.loss_scale);
-    io.loss[s.mb] = loss.dtype == DType::F64 ? loss.as<double>()[0] : loss.f32()[0];
-    add_grad(rank, loss, loss);  // terminal: its own gradient only says that it is wanted
-    f.epilog = {range.begin, f.tape.size()};
-    return;
-  }
   Flight::Layer& l = f.layers[local];
-  const typename M::Layer& w = model.layers[local];
+  const bool dense = !l.in.routing.ids.defined();
   switch (s.part) {
+    case Part::Prolog: f.x = model.embed(rank, batch); break;
     case Part::Attention: {
-      RouterOptions options;
-      options.force_balanced = io.force_balanced;
+      RouterOptions options{.force_balanced = io.force_balanced};
       if (io.routing) options.forced_ids = forced_ids(rank, *io.routing, s.layer, s.mb);
-      l.in = model.attend(rank, p.config, w, f.x, batch, options);
+      l.in = model.attend(rank, p.config, model.layers[local], f.x, batch, options);
       if (io.routing) trace_routing(*io.routing, s.layer, s.mb, l.in.routing);
       if (io.balance && l.in.routing.ids.defined())
         add_balance_loss(rank, *io.balance, s.layer, l.in.routing, batch.rows);
-      l.attention = {range.begin, f.tape.size()};
       break;
     }
-    case Part::Dispatch:  // a dense layer has no stages 2 to 4
-      if (!l.in.routing.ids.defined()) break;
+    case Part::Dispatch:
+      if (dense) break;
       l.dispatch = dispatch(rank, l.in.hidden, l.in.routing, p.shape.num_experts);
       l.in.hidden = {};
-      l.dispatched = {range.begin, f.tape.size()};
       break;
     case Part::Experts:
-      if (!l.in.routing.ids.defined()) break;
-      l.rows = model.experts(rank, p.config, w, l.dispatch.at_experts);
+      if (dense) break;
+      l.rows = model.experts(rank, p.config, model.layers[local], l.dispatch.at_experts);
       l.dispatch.at_experts = {};
-      l.experts = {range.begin, f.tape.size()};
       break;
     case Part::Combine:
-      if (!l.in.routing.ids.defined()) break;
-      l.rows = combine(rank, l.rows, l.dispatch);
-      l.combined = {range.begin, f.tape.size()};
+      if (!dense) l.rows = combine(rank, l.rows, l.dispatch);
       break;
     case Part::Residual:
-      f.x = model.finish(rank, p.config, w, l.rows, l.in);
+      f.x = model.finish(rank, p.config, model.layers[local], l.rows, l.in);
       l.rows = {};
       l.in = {};
       l.dispatch = {};
-      l.residual = {range.begin, f.tape.size()};
       break;
+    case Part::Epilog: {
+      if (io.want_logits) io.logits[s.mb] = model.logits(rank, p.config, f.x);
+      Tensor loss = model.loss(rank, p.config, f.x, batch, io.loss_scale);
+      io.loss[s.mb] = loss.f32()[0];
+      add_grad(rank, loss, loss);  // terminal: its own gradient only says that it is wanted
+      break;
+    }
     default: failed("pipeline", "a step that is not a forward part");
   }
 }
 
-inline TapeRange range_of(const Flight& f, const Step& s, int local) {
-  switch (s.part) {
-    case Part::Prolog: return f.prolog;
-    case Part::Epilog: return f.epilog;
-    case Part::Attention: return f.layers[local].attention;
-    case Part::Dispatch: return f.layers[local].dispatched;
-    case Part::Experts: return f.layers[local].experts;
-    case Part::Combine: return f.layers[local].combined;
-    case Part::Residual: return f.layers[local].residual;
-    default: failed("pipeline", "a step that has no nodes");
-  }
-}
-
-// Weight gradients of one unit of one micro-batch.
-inline void unit_weight_grads(Rank& rank, Flight& f, UnitKind unit, int local) {
-  const auto run = [&](TapeRange r) { weight_grads(rank, f.tape, r.begin, r.end); };
+// The parts that leave a unit's weight gradients, in the order of the backward.
+inline vector<Part> parts_of(UnitKind unit) {
   switch (unit) {
-    case UnitKind::Embedding: return run(f.prolog);
-    case UnitKind::Head: return run(f.epilog);
-    case UnitKind::Experts: return run(f.layers[local].experts);
-    case UnitKind::Layer: run(f.layers[local].residual); return run(f.layers[local].attention);
+    case UnitKind::Embedding: return {Part::Prolog};
+    case UnitKind::Head: return {Part::Epilog};
+    case UnitKind::Experts: return {Part::Experts};
+    case UnitKind::Layer: return {Part::Residual, Part::Attention};
   }
+  return {};
 }
 
-template <Model M>
+template <class M>
 void run_one_step(Rank& rank, Pipeline<M>& p, StepIo& io, const Step& s) {
-  const int local = s.layer - p.layers_of[s.chunk].first;
+  const ChunkLayers& held = p.layers_of[s.chunk];
+  const int local = s.layer < 0 ? held.count : s.layer - held.first;
   rank.status->layer = s.layer;
   rank.status->stage = int(s.part);
   rank.status->micro_batch = s.mb;
   rank.status->chunk = s.chunk;
-  FlatUnit* unit = unit_of(p, s);
   switch (s.part) {
     case Part::Gather:
-      if (unit) gather(rank, p.parameters, *unit, s.backward);
-      return;
     case Part::Release:
-      if (unit) release_unit(p.parameters, *unit);
-      return;
     case Part::Reduce:
-      if (unit) reduce(rank, p.parameters, *unit);
+      for (FlatUnit& unit : p.parameters.units) {
+        if (unit.chunk != s.chunk || unit.kind != s.unit || unit.layer != s.layer) continue;
+        if (s.part == Part::Gather) gather(rank, p.parameters, unit, s.backward);
+        if (s.part == Part::Release) release_unit(p.parameters, unit);
+        if (s.part == Part::Reduce) reduce(rank, p.parameters, unit);
+      }
       return;
     case Part::Weights:
       for (int mb = s.mb; mb < s.mb + s.count; mb++)
-        unit_weight_grads(rank, p.flights.at({s.chunk, mb}), s.unit, local);
+        for (const Part part : parts_of(s.unit)) {
+          Flight& f = p.flights.at({s.chunk, mb});
+          const Flight::Nodes& nodes = f.layers[local].of[int(part)];
+          weight_grads(rank, f.tape, nodes.begin, nodes.end);
+        }
       return;
     default: break;
   }
   Flight& f = p.flights.at({s.chunk, s.mb});
+  Flight::Nodes& nodes = f.layers[local].of[int(s.part)];
   rank.tape = io.forward_only ? nullptr : &f.tape;
   if (s.backward) {
-    const TapeRange r = range_of(f, s, local);
-    backward(rank, r.begin, r.end, true);
+    backward(rank, nodes.begin, nodes.end, true);
   } else {
-    forward_step(rank, p, io, s, f);
+    nodes.begin = f.tape.size();
+    forward_part(rank, p, io, s, f, local);
+    nodes.end = f.tape.size();
   }
   rank.tape = nullptr;
 }
 
-// ---- Actions ----------------------------------------------------------------------------------
-
 // A chunk's input: received, or, where the next stage is on this rank too, the other chunk's
 // output.
-template <Model M>
+template <class M>
 void begin_forward(Rank& rank, Pipeline<M>& p, const StepIo& io, int chunk, int mb) {
   Flight& f = p.flights[{chunk, mb}];
-  f.layers.resize(p.layers_of[chunk].count);
+  f.layers.resize(p.layers_of[chunk].count + 1);
   if (p.layers_of[chunk].prolog) return;
   if (!f.input.defined()) {
     f.input = p.flights.at({1 - chunk, mb}).x;
@@ -230,7 +188,7 @@ void begin_forward(Rank& rank, Pipeline<M>& p, const StepIo& io, int chunk, int 
   f.x = f.input;
 }
 
-template <Model M>
+template <class M>
 void begin_backward(Rank& rank, Pipeline<M>& p, int chunk, int mb) {
   Flight& f = p.flights.at({chunk, mb});
   if (p.layers_of[chunk].epilog) return;
@@ -242,7 +200,7 @@ void begin_backward(Rank& rank, Pipeline<M>& p, int chunk, int mb) {
 }
 
 // Hands the input's gradient on and frees what the backward no longer needs.
-template <Model M>
+template <class M>
 void end_backward(const Rank& rank, Pipeline<M>& p, int chunk, int mb) {
   Flight& f = p.flights.at({chunk, mb});
   f.x = {};
@@ -256,50 +214,44 @@ void end_backward(const Rank& rank, Pipeline<M>& p, int chunk, int mb) {
   p.flights.at({0, mb}).output_grad = std::move(f.input_grad);
 }
 
-template <Model M>
-void send_and_receive(Rank& rank, Pipeline<M>& p, const StepIo& io, const ActionList& actions,
-                      size_t begin, size_t end, const ScheduleOptions& schedule) {
+// Actions [begin, end), all of them messages, as one group call.
+template <class M>
+void send_and_receive(Rank& rank, Pipeline<M>& p, const StepIo& io, const Action* begin,
+                      const Action* end, const ScheduleOptions& schedule) {
   vector<Transfer> list;
-  for (size_t i = begin; i < end; i++) {
-    const Action& a = actions[i];
-    Flight& f = p.flights[{a.chunk, a.mb}];
-    const bool activation = a.payload == Payload::Activation;
-    Tensor& t = a.what == Do::Send ? (activation ? f.x : f.input_grad)
-                                   : (activation ? f.input : f.output_grad);
-    if (a.what == Do::Recv)
-      t = empty(rank, {io.batches[a.mb].tokens.numel(), p.shape.hidden}, rank.compute);
-    list.push_back({a.what == Do::Send ? Transfer::Send : Transfer::Recv,
-                    a.peer,
+  for (const Action* a = begin; a < end; a++) {
+    Flight& f = p.flights[{a->chunk, a->mb}];
+    const bool send = a->what == Do::Send, activation = a->payload == Payload::Activation;
+    Tensor& t = activation ? (send ? f.x : f.input) : (send ? f.input_grad : f.output_grad);
+    if (!send) t = empty(rank, {io.batches[a->mb].tokens.numel(), p.shape.hidden}, rank.compute);
+    list.push_back({send ? Transfer::Send : Transfer::Recv,
+                    a->peer,
                     t,
-                    {int(a.payload), message_stage(schedule, rank.mesh.pp_rank, a), a.mb}});
+                    {int(a->payload), message_stage(schedule, rank.mesh.pp_rank, *a), a->mb}});
   }
   send_recv(rank, Group::Pp, list.data(), int(list.size()), "pipeline transfer");
-  for (size_t i = begin; i < end; i++) {
-    const Action& a = actions[i];
-    if (a.what != Do::Send) continue;
-    Flight& f = p.flights.at({a.chunk, a.mb});
-    if (a.payload == Payload::Gradient)
+  for (const Action* a = begin; a < end; a++) {
+    if (a->what != Do::Send) continue;
+    Flight& f = p.flights.at({a->chunk, a->mb});
+    if (a->payload == Payload::Gradient)
       f.input_grad = {};
     else if (io.forward_only)
-      p.flights.erase({a.chunk, a.mb});
+      p.flights.erase({a->chunk, a->mb});
     else
       f.x = f.x.meta();
   }
 }
 
-template <Model M>
+template <class M>
 void run_compute(Rank& rank, Pipeline<M>& p, StepIo& io, const Action& a) {
-  const bool has_f = a.what == Do::F || a.what == Do::FB;
-  const bool has_b = a.what == Do::B || a.what == Do::FB;
-  const int b_chunk = a.what == Do::FB ? a.chunk2 : a.chunk;
-  const int b_mb = a.what == Do::FB ? a.mb2 : a.mb;
-  if (has_f) begin_forward(rank, p, io, a.chunk, a.mb);
-  if (has_b) begin_backward(rank, p, b_chunk, b_mb);
+  const int b_chunk = a.backward_chunk(), b_mb = a.backward_mb();
+  if (a.has_forward()) begin_forward(rank, p, io, a.chunk, a.mb);
+  if (a.has_backward()) begin_backward(rank, p, b_chunk, b_mb);
   for (const Step& s : steps_of(a, p.layers_of, io.forward_only, p.options.gather_layer))
     run_one_step(rank, p, io, s);
-  if (has_f && io.forward_only && p.layers_of[a.chunk].epilog) p.flights.erase({a.chunk, a.mb});
-  if (has_b) end_backward(rank, p, b_chunk, b_mb);
-  if (has_b && !a.defer) {  // what is left of the flight waits to be sent
+  if (io.forward_only && p.layers_of[a.chunk].epilog) p.flights.erase({a.chunk, a.mb});
+  if (a.has_backward()) end_backward(rank, p, b_chunk, b_mb);
+  if (a.has_backward() && !a.defer) {  // what is left of the flight waits to be sent
     Flight& f = p.flights.at({b_chunk, b_mb});
     f.tape.clear();
     f.layers.clear();
@@ -308,38 +260,28 @@ void run_compute(Rank& rank, Pipeline<M>& p, StepIo& io, const Action& a) {
     for (int mb = a.mb; mb < a.mb + a.count; mb++) p.flights.erase({a.chunk, mb});
 }
 
-template <Model M>
-void run_actions(Rank& rank, Pipeline<M>& p, StepIo& io, const ScheduleOptions& schedule,
-                 const ActionList& actions) {
+template <class M>
+void run_pipeline(Rank& rank, Pipeline<M>& p, StepIo& io, const ScheduleOptions& schedule,
+                  const ActionList& actions) {
   p.flights.clear();
   io.loss.assign(io.batches.size(), 0.0);
   io.logits.assign(io.want_logits ? io.batches.size() : 0, Tensor{});
-  for (size_t i = 0; i < actions.size(); i++) {
-    const Action& a = actions[i];
-    const auto each_unit = [&](auto&& fn) {
-      for (FlatUnit& unit : p.parameters.units)
-        if (unit.chunk == a.chunk) fn(unit);
-    };
-    switch (a.what) {
-      case Do::Send:
-      case Do::Recv: {
-        size_t end = i;
-        while (end < actions.size() &&
-               (actions[end].what == Do::Send || actions[end].what == Do::Recv))
-          end++;
-        send_and_receive(rank, p, io, actions, i, end, schedule);
-        i = end - 1;
-        break;
-      }
-      case Do::Gather:
-        each_unit([&](FlatUnit& u) { gather(rank, p.parameters, u, !io.forward_only); });
-        break;
-      case Do::Reduce:
-        for (size_t u = p.parameters.units.size(); u-- > 0;)
-          if (p.parameters.units[u].chunk == a.chunk)
-            reduce(rank, p.parameters, p.parameters.units[u]);
-        break;
-      default: run_compute(rank, p, io, a);
+  vector<FlatUnit>& units = p.parameters.units;
+  const Action* const last = actions.data() + actions.size();
+  for (const Action* a = actions.data(); a < last; a++) {
+    if (a->what == Do::Gather) {
+      for (FlatUnit& u : units)
+        if (u.chunk == a->chunk) gather(rank, p.parameters, u, !io.forward_only);
+    } else if (a->what == Do::Reduce) {
+      for (auto u = units.rbegin(); u != units.rend(); u++)
+        if (u->chunk == a->chunk) reduce(rank, p.parameters, *u);
+    } else if (a->is_message()) {
+      const Action* end = a;
+      while (end < last && end->is_message()) end++;
+      send_and_receive(rank, p, io, a, end, schedule);
+      a = end - 1;
+    } else {
+      run_compute(rank, p, io, *a);
     }
   }
   p.flights.clear();

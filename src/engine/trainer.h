@@ -1,5 +1,4 @@
 // trainer: a run from its first step to its last checkpoint, on every rank of this process.
-// defines: TrainOptions, Probe, TrainResult, train
 #pragma once
 #include <map>
 #include <mutex>
@@ -31,8 +30,6 @@ struct TrainOptions {
 struct TrainResult {
   int64_t step = 0;      // optimiser steps done
   bool stopped = false;  // by a signal, with the state saved
-  double loss = 0;       // of the last step, nats a label
-  double eval_loss = 0;  // of the last evaluation; 0: none
 };
 
 // Trains from scratch, from model.init_from, or from the newest good checkpoint in run.folder,
