@@ -25,7 +25,7 @@ int run_eval(int argc, char** argv) {
   args.flag("--json", json, "print the result as JSON");
   if (!args.parse(argc, argv)) return kExitDone;
   const ModelFolder model = open_model(folder);
-  const std::optional<RunConfig>& run = model.run;
+  const auto& run = model.run;
   if (path.empty() && run) path = run->data.path;
   if (path.empty())
     bad_input("pith eval", "no data (got a model without a run, need --data)",
@@ -41,10 +41,10 @@ int run_eval(int argc, char** argv) {
   EvalResult result;
   with_model(model, length, [&](Rank& rank, Instance& instance) {
     const ScheduleOptions schedule{.kind = ScheduleKind::OneF1B, .gather_step = true};
-    result = evaluate(rank, instance, data, {.global_batch = 8, .micro_batch = 8}, schedule, 0);
+    result = evaluate(rank, instance, data, {.global_batch = 8, .micro_batch = 8}, schedule);
   });
   const double perplexity = std::exp(result.loss);
-  const double bits = bits_per_byte(result.loss, bytes_per_label(data, path));
+  const double bits = result.loss * bits_a_byte(data, path);
   if (json) {
     JsonWriter w;
     w.object().key("loss").value(result.loss).key("perplexity").value(perplexity);

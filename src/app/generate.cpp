@@ -5,31 +5,11 @@
 #include "app/arguments.h"
 #include "app/commands.h"
 #include "app/model_folder.h"
+#include "core/log.h"
 #include "core/process.h"
 #include "data/tokenizer.h"
 
 namespace pith {
-
-// Prints what a text has grown by. A character whose bytes are not all there yet waits for the next
-// token.
-static void print_on(const string& text, size_t& printed, bool end) {
-  const string_view pending = "\xEF\xBF\xBD";
-  const size_t ready = text.size() - (!end && text.ends_with(pending) ? pending.size() : 0);
-  if (ready <= printed) return;
-  fwrite(text.data() + printed, 1, ready - printed, stdout);
-  fflush(stdout);
-  printed = ready;
-}
-
-static string tokenizer_of(const string& folder, const ModelFolder& model, const string& given) {
-  string path = given.empty() ? folder : given;
-  if (std::filesystem::is_directory(path)) path += "/tokenizer.json";
-  if (std::filesystem::exists(path)) return path;
-  if (given.empty() && model.run) path = find_tokenizer(model.run->data.path);
-  if (!std::filesystem::exists(path))
-    bad_input(given.empty() ? folder : given, "has no tokenizer.json", "--tokenizer PATH");
-  return path;
-}
 
 int run_generate(int argc, char** argv) {
   Arguments args("pith generate", "Continues a text.");
@@ -46,11 +26,14 @@ int run_generate(int argc, char** argv) {
   if (!args.parse(argc, argv)) return kExitDone;
   options.seed = uint64_t(seed);
   const ModelFolder model = open_model(folder);
-  const Tokenizer tokenizer = Tokenizer::load(tokenizer_of(folder, model, tokenizer_path));
+  if (tokenizer_path.empty()) tokenizer_path = find_tokenizer(folder);
+  if (tokenizer_path.empty() && model.run) tokenizer_path = find_tokenizer(model.run->data.path);
+  if (tokenizer_path.empty()) bad_input(folder, "has no tokenizer.json", "--tokenizer PATH");
+  if (std::filesystem::is_directory(tokenizer_path)) tokenizer_path += "/tokenizer.json";
+  const Tokenizer tokenizer = Tokenizer::load(tokenizer_path);
   if (int64_t(tokenizer.vocab_size()) > model.shape.vocab)
     bad_input(folder,
-              text("has a smaller vocabulary than the tokenizer (got %ld, need at least "
-                   "%u)",
+              text("has a smaller vocabulary than the tokenizer (got %ld, need at least %u)",
                    model.shape.vocab, tokenizer.vocab_size()),
               "the tokenizer that the model was trained with");
   vector<uint32_t> ids;
@@ -61,24 +44,19 @@ int run_generate(int argc, char** argv) {
   if (ids.empty())
     bad_input("--prompt", "is empty, and the tokenizer names no end-of-text token",
               "--prompt TEXT");
-  printf("%s", prompt.c_str());
   const size_t given = ids.size();
-  size_t printed = 0;
-  const auto print = [&](bool end) {
-    print_on(tokenizer.decode({ids.begin() + given, ids.end()}, SpecialTokens::Keep), printed, end);
-  };
+  Progress progress("generating", double(count), "tokens");
   with_model(model, model.length, [&](Rank& rank, Instance& instance) {
     for (int64_t i = 0; i < count && !stop_requested(); i++) {
-      const auto back = std::min<int64_t>(int64_t(ids.size()), model.length);
-      const auto token =
-          uint32_t(next_token(rank, instance, {ids.end() - back, ids.end()}, options, i));
+      const auto seen = ids.end() - std::min<int64_t>(int64_t(ids.size()), model.length);
+      const auto token = uint32_t(next_token(rank, instance, {seen, ids.end()}, options, i));
       if (token == eos) break;
       ids.push_back(token);
-      print(false);
+      progress.update(double(i + 1));
     }
   });
-  print(true);
-  printf("\n");
+  ids.erase(ids.begin(), ids.begin() + given);
+  printf("%s%s\n", prompt.c_str(), tokenizer.decode(ids, SpecialTokens::Keep).c_str());
   return stop_requested() ? kExitStopped : kExitDone;
 }
 

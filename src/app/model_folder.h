@@ -12,18 +12,17 @@ namespace pith {
 // The config.json that came with the weights. Exit code 2 if none did.
 Json model_config(const WeightSource& weights);
 
-// A run folder, a checkpoint, or a Hugging Face folder.
 struct ModelFolder {
   WeightSource weights;
   Json config;
   ModelShape shape;
-  std::optional<RunConfig> run;  // that the model comes from; none for a Hugging Face folder
+  std::optional<RunConfig> run;  // that the model comes from, if known
   int64_t length = 0;            // of a row as trained
 };
-// Reads and checks everything. Exit code 2.
+// A run folder, a checkpoint, or a Hugging Face folder, whose weights are checked. Exit code 2.
 ModelFolder open_model(const string& folder);
 
-// Calls fn(Rank&, Instance&) with the model on one CPU rank, for rows of `length` tokens.
+// Calls fn(Rank&, Instance&) with the model on one CPU rank.
 template <class Fn>
 void with_model(const ModelFolder& model, int64_t length, Fn&& fn) {
   run_ranks(Mesh{}, Device::CPU, {.exit_on_failure = true}, [&](Rank& rank) {
@@ -33,12 +32,10 @@ void with_model(const ModelFolder& model, int64_t length, Fn&& fn) {
   });
 }
 
-// The tokenizer.json in `path`, or in the folders above it; empty if none.
+// The tokenizer.json in the folder `path` or one above; empty if none.
 string find_tokenizer(const string& path);
 
-// Bytes of text that a held-out label stands for; 0 if there is no tokenizer with the data.
-double bytes_per_label(const Dataset& data, const string& data_path);
-// nats a label -> "1.2345 nats a token, 1.2345 bits a byte"
-double bits_per_byte(double nats, double bytes_per_label);  // 0 if that is not known
+// Bits a byte of held-out text for each nat a label; 0 if no tokenizer is found with the data.
+double bits_a_byte(const Dataset& data, const string& data_path);
 
 }  // namespace pith

@@ -1,7 +1,5 @@
 // train: pith train.
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
 
 #include "app/arguments.h"
 #include "app/commands.h"
@@ -69,10 +67,10 @@ static void write_report(const RunPlan& plan) {
   row("training loss", text("%.4f nats a token", losses.back()));
   if (eval_loss > 0) {
     const Dataset data = open_data(plan);
-    const double bytes = bytes_per_label(data, plan.config.data.path);
+    const double bits = bits_a_byte(data, plan.config.data.path);
     const auto worth = [&](const char* name, double nats) {
-      const string bits = bytes > 0 ? text(", %.4f bits a byte", bits_per_byte(nats, bytes)) : "";
-      row(name, text("%.4f nats a token", nats) + bits);
+      row(name, text("%.4f nats a token", nats) +
+                    (bits > 0 ? text(", %.4f bits a byte", bits * nats) : ""));
     };
     worth("held-out loss", eval_loss);
     if (plan.shape.vocab <= kBigramMaxVocab) {
@@ -111,17 +109,13 @@ int run_train(int argc, char** argv) {
   if (ranks == 0) ranks = int64_t{parallel.pp} * parallel.cp * parallel.ep * parallel.dp_replicate;
   const RunPlan plan = plan_run(config, Device::CPU, int(ranks));
   if (dry) return dry_run(plan, json);
-  const char* debug = getenv("PITH_DEBUG");
-  options.debug = debug && strcmp(debug, "1") == 0;
   const ParameterCounts n = parameter_counts(plan);
   log_info("%s: %s parameters (%s active), %d ranks on the CPU, %s", plan.shape.model_type.c_str(),
            with_commas(n.total).c_str(), with_commas(n.active).c_str(), plan.mesh.world(),
            name_of(plan.schedule.kind));
-  const TrainResult result = train(plan, options);
+  const bool done = train(plan, options);
   write_report(plan);
-  if (!result.stopped) return kExitDone;
-  log_info("stopped at step %ld; the same command goes on", result.step);
-  return kExitStopped;
+  return done ? kExitDone : kExitStopped;
 }
 
 }  // namespace pith

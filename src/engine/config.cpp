@@ -17,10 +17,9 @@ namespace pith {
 namespace fs = std::filesystem;
 namespace {
 
-// The numbers allowed, or, in quotes, the texts.
 struct Range {
   double least = -DBL_MAX, most = DBL_MAX;
-  const char* need = "";
+  const char* need = "";  // in words, or the texts allowed, in quotes
 };
 constexpr Range kAny = {};
 constexpr Range kCount = {1, INT32_MAX, "1 or more, at most 2147483647"};
@@ -68,10 +67,8 @@ vector<Key> keys_of(RunConfig& config) {
       {"train.steps", &train.steps, kCount, kRequired},
       {"train.global_batch_size", &train.global_batch_size, kCount, kRequired | kKept},
       {"train.micro_batch_size", &train.micro_batch_size, kCount},
-      {"train.precision", &train.precision, one_of(R"("auto", "fp32", "bf16")"), kKept},
       {"train.on_nonfinite", &train.on_nonfinite, one_of(R"("stop", "skip")")},
       {"train.eval_interval", &train.eval_interval, kCountOrNone},
-      {"train.eval_batches", &train.eval_batches, kCountOrNone},
       {"train.log_interval", &train.log_interval, kCount},
       {"optimizer.lr", &optimizer.lr, kPositive, kRequired},
       {"optimizer.beta1", &optimizer.beta1, kBelowOne, kKept},
@@ -116,7 +113,6 @@ string text_of(const toml::node& node) {
   return out.str();
 }
 
-// What TOML has for a slot's type.
 template <class T>
 using TomlType = std::conditional_t<std::is_integral_v<T> && !std::is_same_v<T, bool>, int64_t, T>;
 
@@ -125,8 +121,7 @@ string value_of(const Key& key) {
       []<class T>(const T* value) { return text_of(toml::value(TomlType<T>(*value))); }, key.slot);
 }
 
-// Letters to insert, delete or replace to make `a` of `b` (Levenshtein), per letter, so that short
-// names are not near everything.
+// Levenshtein's, per letter, so that short names are not near everything.
 double distance(string_view a, string_view b) {
   vector<size_t> row(b.size() + 1);
   std::iota(row.begin(), row.end(), 0);
@@ -140,8 +135,7 @@ double distance(string_view a, string_view b) {
   return double(row.back()) / double(std::max(a.size(), b.size()));
 }
 
-// The key called `name`, or an error that suggests the one whose name, last word or section is
-// nearest.
+// Suggests the key whose name, last word or section is nearest, if there is none called `name`.
 const Key& find_key(const vector<Key>& keys, const string& name, const string& place) {
   std::pair<double, string> best{2, ""};
   for (const Key& key : keys) {

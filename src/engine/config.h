@@ -1,11 +1,10 @@
-// config: a run, as a TOML file and --set overrides fill it. Device and number of ranks are options
-// of the command.
+// config: a run, as a TOML file and --set overrides fill it.
 #pragma once
 #include "engine/optimizer.h"
 
 namespace pith {
 
-// What each key means, its unit and limits: docs/configuration.md, which a test keeps complete.
+// docs/configuration.md says what each key means; a test keeps it complete.
 struct RunConfig {
   struct {
     string folder = "runs/default";
@@ -25,11 +24,11 @@ struct RunConfig {
   } data;
   struct {
     int64_t steps = 0, global_batch_size = 0, micro_batch_size = 1;
-    string precision = "auto", on_nonfinite = "stop";
-    int64_t eval_interval = 0, eval_batches = 0, log_interval = 1;
+    string on_nonfinite = "stop";
+    int64_t eval_interval = 0, log_interval = 1;
   } train;
-  struct {
-    double lr = 0, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 0.1, max_grad_norm = 1;
+  struct : AdamW {
+    double max_grad_norm = 1;
   } optimizer;
   LrSchedule lr_schedule;
   struct {
@@ -49,15 +48,13 @@ struct RunConfig {
 };
 
 // Reads `path`, applies `overrides` ("a.b=c", later ones win), and validates. Relative paths in the
-// file are relative to the file's folder, others to the working directory; the result's are
-// absolute. Exit code 2 naming what is wrong.
+// file are relative to its folder, others to the working directory; the result's are absolute. Exit
+// code 2 naming what is wrong.
 RunConfig load_run_config(const string& path, const vector<string>& overrides);
-// The rules that need no model, data or mesh. Exit code 2.
-void validate(const RunConfig& config);
+void validate(const RunConfig& config);  // what needs no model, data or mesh; exit code 2
 // The resolved configuration as TOML; reading it back gives the same.
 string to_toml(const RunConfig& config);
-// Whether a resumed run may change the key: what does not change the training itself, how long it
-// takes, its learning rate, and where files lie (their contents are compared apart).
+// Whether a resumed run may change the key.
 bool may_change_on_resume(const string& key);
 
 }  // namespace pith

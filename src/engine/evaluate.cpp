@@ -11,16 +11,14 @@
 namespace pith {
 
 EvalResult evaluate(Rank& rank, Instance& instance, const Dataset& data, const BatchShape& shape,
-                    const ScheduleOptions& schedule, int64_t batches) {
+                    const ScheduleOptions& schedule) {
   ScheduleOptions forward = schedule;
   forward.forward_only = true;
   const ActionList actions = make_schedule(forward, rank.mesh.pp_rank);
-  int64_t count = (data.heldout_samples() + shape.global_batch - 1) / shape.global_batch;
-  if (batches > 0) count = std::min(batches, count);
   double sums[2] = {0, 0};
-  for (int64_t i = 0; i < count; i++) {
+  for (int64_t i = 0; i * shape.global_batch < data.heldout_samples(); i++) {
     LoadedBatches loaded = make_batches(rank, data, shape, i, Split::Heldout);
-    StepIo io{.batches = std::move(loaded.batches), .forward_only = true};
+    StepIo io{.batches = std::move(loaded.batches)};
     run_actions(rank, instance, io, forward, actions);
     for (const double loss : io.loss) sums[0] += loss;
     // Every stage reads the same labels: they count once.
@@ -61,7 +59,7 @@ int32_t next_token(Rank& rank, Instance& instance, const vector<int32_t>& tokens
   Batch batch{.rows = 1, .length = n, .tokens = upload(tokens)};
   batch.labels = upload(vector<int32_t>(n, kIgnoreLabel));
   batch.positions = upload(positions);
-  StepIo io{.batches = {batch}, .forward_only = true, .want_logits = true};
+  StepIo io{.batches = {batch}, .want_logits = true};
   const ScheduleOptions schedule{.kind = instance.options.schedule,
                                  .forward_only = true,
                                  .gather_step = !instance.options.gather_layer};

@@ -14,6 +14,7 @@ static Tensor upload(Rank& rank, const vector<int32_t>& values) {
 // gradient travels back.
 static Tensor exchange(Rank& rank, Tensor x, const vector<int64_t>& send,
                        const vector<int64_t>& recv, const char* what, At at) {
+  if (send.size() == 1) return x;
   Dims dims = x.dim;
   dims[0] = std::reduce(recv.begin(), recv.end());
   Tensor y = empty(rank, dims, x.dtype, at);
@@ -104,14 +105,6 @@ Dispatch dispatch(Rank& rank, Tensor hidden, const Routing& routing, int num_exp
     out.send_rows.push_back(int64_t(tokens.size() - rows_before));
     pairs_to.push_back(int64_t(pairs.size() - pairs_before));
   }
-  Tensor weights = reshape(rank, routing.weights, {routing.weights.numel()});
-  weights = index_select(rank, weights, upload(rank, slots), at);
-  if (ep == 1) {
-    const Tensor sorted = index_pairs(rank, pairs.data(), pairs_to, local, out);
-    out.at_experts.rows = hidden;
-    out.at_experts.weights = index_select(rank, weights, sorted, at);
-    return out;
-  }
   const Tensor mine = upload(rank, {pairs_to.begin(), pairs_to.end()});
   const Tensor theirs = empty(rank, {ep}, DType::I32);
   all_to_all(rank, Group::Ep, mine, nullptr, theirs, nullptr, "all_to_all counts", at);
@@ -119,16 +112,18 @@ Dispatch dispatch(Rank& rank, Tensor hidden, const Routing& routing, int num_exp
   const Tensor sent = tensor_from(rank, {int64_t(pairs.size()), 2}, DType::I32, pairs.data(), at);
   const Tensor received = exchange(rank, sent, pairs_to, pairs_from, "all_to_all pairs", at);
   const Tensor sorted = index_pairs(rank, received.as<Pair>(), pairs_from, local, out);
+  Tensor weights = reshape(rank, routing.weights, {routing.weights.numel()});
+  weights = index_select(rank, weights, upload(rank, slots), at);
   weights = exchange(rank, weights, pairs_to, pairs_from, "dispatch weights", at);
   out.at_experts.weights = index_select(rank, weights, sorted, at);
   out.sent_tokens = upload(rank, tokens);
-  out.at_experts.rows = exchange(rank, index_select(rank, hidden, out.sent_tokens, at),
-                                 out.send_rows, out.recv_rows, "dispatch rows", at);
+  if (ep > 1) hidden = index_select(rank, hidden, out.sent_tokens, at);
+  out.at_experts.rows = exchange(rank, hidden, out.send_rows, out.recv_rows, "dispatch rows", at);
   return out;
 }
 
 Tensor combine(Rank& rank, Tensor rows, const Dispatch& d, At at) {
-  if (group_size(rank, Group::Ep) == 1) return rows;
+  if (d.send_rows.size() == 1) return rows;
   Tensor home = exchange(rank, rows, d.recv_rows, d.send_rows, "combine rows", at);
   return scatter_add(rank, home, d.sent_tokens, d.tokens, at);
 }

@@ -4,8 +4,8 @@
 
 namespace pith {
 
-static Instance make(const Json& config, const PipelineOptions& options, const Mesh& mesh, int id,
-                     Rank* rank) {
+Instance make_instance(const Json& config, const PipelineOptions& options, const Mesh& mesh, int id,
+                       Rank* rank) {
   Instance instance{.options = options};
   const string type = config["model_type"].as_string();
   if (type == "qwen3_moe")
@@ -17,13 +17,8 @@ static Instance make(const Json& config, const PipelineOptions& options, const M
   return instance;
 }
 
-Instance plan_instance(const Json& config, const PipelineOptions& options, const Mesh& mesh,
-                       int id) {
-  return make(config, options, mesh, id, nullptr);
-}
-
 Instance make_instance(Rank& rank, const Json& config, const PipelineOptions& options) {
-  return make(config, options, mesh_of(rank), rank.id, &rank);
+  return make_instance(config, options, mesh_of(rank), rank.id, &rank);
 }
 
 void run_actions(Rank& rank, Instance& instance, StepIo& io, const ScheduleOptions& schedule,
@@ -31,11 +26,9 @@ void run_actions(Rank& rank, Instance& instance, StepIo& io, const ScheduleOptio
   if (instance.qwen3_moe) run_pipeline(rank, *instance.qwen3_moe, io, schedule, actions);
 }
 
-ModelShape model_shape(const Json& config) { return plan_instance(config, {}, {}, 0).shape; }
-
 ParameterTable whole_table(const Json& config) {
-  const Instance whole = plan_instance(config, {}, {}, 0);
-  ParameterTable table = std::move(whole.parameters->table);
+  const Instance whole = make_instance(config);
+  ParameterTable table = whole.parameters->table;
   for (Parameter& p : table) p.target = nullptr;
   return table;
 }

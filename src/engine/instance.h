@@ -1,5 +1,4 @@
-// instance: a model on a rank, whatever its architecture. The one switch on `model_type` is in
-// instance.cpp; behind it every call is direct.
+// instance: a model on a rank, whatever its architecture; behind it every call is direct.
 #pragma once
 #include <memory>
 
@@ -14,11 +13,10 @@ struct RoutingSlot;
 template <class M>
 struct Pipeline;  // engine/pipeline.h
 
-// How a model is spread over ranks and time.
 struct PipelineOptions {
   ScheduleKind schedule = ScheduleKind::OneF1B;
   bool gather_layer = false;  // free weights after each use, else gathered for the step
-  int64_t length = 0;         // of the longest whole row, for position tables
+  int64_t length = 0;         // of the longest whole row
   double init_std = 0.02;
 };
 
@@ -26,10 +24,10 @@ struct PipelineOptions {
 struct StepIo {
   vector<Batch> batches;  // by micro-batch
   double loss_scale = 1;  // of each token's gradient: 1 / labels of the global batch
-  bool forward_only = false, force_balanced = false, want_logits = false;
+  bool force_balanced = false, want_logits = false;
   BalanceState* balance = nullptr;       // null: no balance loss, no counts
-  const RoutingSlot* routing = nullptr;  // trace to write or replay; null: none
-  // Out, by micro-batch, on ranks with the head: loss summed over tokens; logits [T, V], if wanted.
+  const RoutingSlot* routing = nullptr;  // to trace or replay; null: neither
+  // Out, by micro-batch, on ranks with the head: sum over tokens; [T, V].
   vector<double> loss;
   vector<Tensor> logits;
 };
@@ -41,21 +39,18 @@ struct Instance {
   std::shared_ptr<Pipeline<Qwen3Moe>> qwen3_moe;
 };
 
-// Lays out the stages of rank `id` of a mesh, without memory. Exit code 2 for a config.json that is
-// wrong, not implemented, or cannot be run on this mesh.
-Instance plan_instance(const Json& config, const PipelineOptions& options, const Mesh& mesh,
-                       int id);
-// The same for this rank, with its shards; weights are zero until initialize() or a load.
+// The stages of rank `id` of a mesh. Its shards, if `rank` is given, are zero until initialize() or
+// a load. Exit code 2 for a config.json that is wrong or not implemented.
+Instance make_instance(const Json& config, const PipelineOptions& options = {},
+                       const Mesh& mesh = {}, int id = 0, Rank* rank = nullptr);
 Instance make_instance(Rank& rank, const Json& config, const PipelineOptions& options);
 // Runs this rank's list.
 void run_actions(Rank& rank, Instance& instance, StepIo& io, const ScheduleOptions& schedule,
                  const ActionList& actions);
-
-ModelShape model_shape(const Json& config);
 // Every tensor of the whole model; `target`s are null.
 ParameterTable whole_table(const Json& config);
 
-// Of each model, instantiated in engine/pipeline_<model>.cpp. `rank` null: without memory.
+// Instantiated in engine/pipeline_<model>.cpp.
 template <class M>
 std::shared_ptr<Pipeline<M>> make_pipeline(Instance& instance, const Json& config, const Mesh& mesh,
                                            int id, Rank* rank);

@@ -1,13 +1,11 @@
 // optimizer: the learning rate of a step, and the update of all of a rank's weights.
 #pragma once
-#include "core/check.h"
+#include "ops/ops.h"
 
 namespace pith {
 
-struct AdamW;
 class CheckpointSaver;
 struct Parameters;
-struct Rank;
 
 struct LrSchedule {
   string kind = "constant";  // "wsd" (warm-up, stable, decay), "cosine"
@@ -16,9 +14,8 @@ struct LrSchedule {
   double start_lr = 0, final_lr = 0;
 };
 
-// Learning rate of 0-based step s of `steps`. Warm-up is linear from start_lr to `peak` over
-// w = round(warmup_ratio * steps) steps; the decay to final_lr takes the last
-// round(decay_ratio * steps) steps of "wsd", all after the warm-up of "cosine". Half to even.
+// Of 0-based step s of `steps`. Warm-up takes round(warmup_ratio * steps) steps, the decay the last
+// round(decay_ratio * steps) of "wsd", all the rest of "cosine". Half to even.
 double learning_rate(const LrSchedule& schedule, double peak, int64_t s, int64_t steps);
 
 // AdamW on every unit's shard, after the save under way (null: none) has copied it.

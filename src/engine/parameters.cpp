@@ -5,7 +5,6 @@
 #include <cstring>
 
 #include "comm/communicator.h"
-#include "core/allocator.h"
 #include "core/rng.h"
 
 namespace pith {
@@ -57,14 +56,9 @@ Parameters make_parameters(Rank& rank, ParameterTable table, const vector<int>& 
                            bool gather_layer) {
   Parameters p =
       layout_parameters(std::move(table), chunk_sizes, gather_layer, mesh_of(rank), rank.id);
-  for (FlatUnit& unit : p.units) {
-    rank.allocator->kind = MemoryKind::Weights;
-    unit.master = zeros(rank, {unit.shard_count}, DType::F32);
-    rank.allocator->kind = MemoryKind::Optimizer;
-    unit.m = zeros(rank, {unit.shard_count}, DType::F32);
-    unit.v = zeros(rank, {unit.shard_count}, DType::F32);
-  }
-  rank.allocator->kind = MemoryKind::Activations;
+  for (FlatUnit& unit : p.units)
+    for (Tensor* t : {&unit.master, &unit.m, &unit.v})
+      *t = zeros(rank, {unit.shard_count}, DType::F32);
   return p;
 }
 
@@ -108,17 +102,14 @@ void zero_grads(Rank&, Parameters& p) {
 
 void gather(Rank& rank, Parameters& p, FlatUnit& unit, bool with_grads) {
   const bool whole = unit.cuts.size() == 1;
-  rank.allocator->kind = MemoryKind::Weights;
   if (!unit.weights.defined())
     unit.weights =
         whole && rank.compute == DType::F32 ? unit.master : empty(rank, {unit.numel}, rank.compute);
   if (!is_shared(unit))
     all_gather(rank, unit.group, unit.master, unit.weights, "all_gather weights", unit.cuts.data());
-  rank.allocator->kind = MemoryKind::Gradients;
   if (with_grads && !unit.grads.defined()) unit.grads = zeros(rank, {unit.numel}, DType::F32);
   if (with_grads && !unit.grad_shard.defined())
     unit.grad_shard = whole ? unit.grads : zeros(rank, {unit.shard_count}, DType::F32);
-  rank.allocator->kind = MemoryKind::Activations;
   // The table's tensors hold no reference: a tape node that keeps a weight does not keep the
   // buffer.
   for (size_t i = 0; i < unit.entries.size(); i++) {

@@ -54,14 +54,9 @@ static ScheduleOptions plan_schedule(const RunPlan& plan) {
 
 RunPlan plan_run(const RunConfig& config, Device device, int ranks) {
   validate(config);
-  const string& precision = config.train.precision;
-  if (device == Device::CPU && precision == "bf16")
-    bad_input("train.precision", "the CPU computes in FP32 (got \"bf16\", need \"fp32\")",
-              "train.precision = \"auto\"");
   const auto& parallel = config.parallel;
   RunPlan plan{.config = config, .model = Json::parse_file(config.model.config), .device = device};
-  if (device == Device::CUDA && precision != "fp32") plan.compute = DType::BF16;
-  plan.shape = model_shape(plan.model);
+  plan.shape = make_instance(plan.model).shape;
   plan.mesh = make_mesh(ranks, parallel.pp, parallel.cp, parallel.ep, parallel.dp_replicate);
   check_model(plan);
   plan.batch = plan_batch(config, plan.mesh);
@@ -124,7 +119,7 @@ vector<RankMemory> rank_memory(const RunPlan& plan) {
   const int chunks = chunks_of(plan.schedule.kind);
   vector<RankMemory> ranks;
   for (int rank = 0; rank < plan.mesh.world(); rank++) {
-    const Instance instance = plan_instance(plan.model, plan.pipeline, plan.mesh, rank);
+    const Instance instance = make_instance(plan.model, plan.pipeline, plan.mesh, rank);
     RankMemory bytes = parameter_bytes(*instance.parameters, plan.compute);
     int64_t layers = 0, expert_width = 0;
     for (const Parameter& p : instance.parameters->table) {
