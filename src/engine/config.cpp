@@ -23,7 +23,6 @@ struct Range {
 };
 constexpr Range kAny = {};
 constexpr Range kCount = {1, INT32_MAX, "1 or more, at most 2147483647"};
-constexpr Range kCountOrNone = {0, INT32_MAX, "0 or more, at most 2147483647"};
 constexpr Range kPositive = {DBL_TRUE_MIN, DBL_MAX, "more than 0"};
 constexpr Range kNotNegative = {0, DBL_MAX, "0 or more"};
 constexpr Range kShare = {0, 1, "0 or more, at most 1"};
@@ -68,7 +67,7 @@ vector<Key> keys_of(RunConfig& config) {
       {"train.global_batch_size", &train.global_batch_size, kCount, kRequired | kKept},
       {"train.micro_batch_size", &train.micro_batch_size, kCount},
       {"train.on_nonfinite", &train.on_nonfinite, one_of(R"("stop", "skip")")},
-      {"train.eval_interval", &train.eval_interval, kCountOrNone},
+      {"train.eval_interval", &train.eval_interval, kNotNegative},
       {"train.log_interval", &train.log_interval, kCount},
       {"optimizer.lr", &optimizer.lr, kPositive, kRequired},
       {"optimizer.beta1", &optimizer.beta1, kBelowOne, kKept},
@@ -95,8 +94,8 @@ vector<Key> keys_of(RunConfig& config) {
       {"parallel.gather", &parallel.gather, one_of(R"("step", "layer")")},
       {"parallel.timeout_s", &parallel.timeout_s, kPositive},
       {"parallel.startup_timeout_s", &parallel.startup_timeout_s, kPositive},
-      {"checkpoint.interval", &checkpoint.interval, kCountOrNone},
-      {"checkpoint.keep", &checkpoint.keep, kCountOrNone},
+      {"checkpoint.interval", &checkpoint.interval, kNotNegative},
+      {"checkpoint.keep", &checkpoint.keep, kNotNegative},
   };
 }
 
@@ -149,44 +148,37 @@ const Key& find_key(const vector<Key>& keys, const string& name, const string& p
   bad_input(place, "is an unknown key", best.second);
 }
 
-void check_range(const Key& key, const string& place) {
-  const string got = value_of(key), need = key.range.need;
-  const auto good = [&]<class T>(const T* value) {
-    if constexpr (std::is_arithmetic_v<T>)
-      return *value >= key.range.least && *value <= key.range.most;
-    else
-      return need.empty() || need.find(got) != string::npos;
-  };
-  if (!std::visit(good, key.slot))
-    bad_input(place, "is out of range (got " + got + ", need " + need + ")", "one of these");
-}
-
 [[noreturn]] void wrong_type(const Key& key, const string& place, const string& got) {
   bad_input(place,
             "has the wrong type or size (got " + got + ", need " + kTypes[key.slot.index()] + ")",
             key.word() + " = " + value_of(key));
 }
 
+// A path that is not empty becomes absolute, without a slash at its end.
 void rebase(const Key& key, const fs::path& base) {
   if (!(key.flags & kPath)) return;
   string& path = *std::get<string*>(key.slot);
-  if (path.empty()) return;
-  path = fs::absolute(base / path).lexically_normal().string();
-  while (path.size() > 1 && path.back() == '/') path.pop_back();
+  if (!path.empty()) path = fs::absolute(base / path / "").lexically_normal().parent_path();
 }
 
 void assign(const Key& key, const toml::node& node, const string& place) {
+  const string need = key.range.need;
   const auto take = [&]<class T>(T* to) {
     auto value = node.value_exact<TomlType<T>>();
     if constexpr (std::is_same_v<T, double>)
       if (node.is_integer()) value = node.value<double>();
     if constexpr (std::is_same_v<TomlType<T>, int64_t>)
-      if (value && !std::in_range<T>(*value)) return false;
-    if (value) *to = T(*value);
-    return value.has_value();
+      if (value && !std::in_range<T>(*value)) value.reset();
+    if (!value) wrong_type(key, place, text_of(node));
+    *to = T(*value);
+    if constexpr (std::is_arithmetic_v<T>)
+      return *to >= key.range.least && *to <= key.range.most;
+    else
+      return need.empty() || need.find(value_of(key)) != string::npos;
   };
-  if (!std::visit(take, key.slot)) wrong_type(key, place, text_of(node));
-  check_range(key, place);
+  if (!std::visit(take, key.slot))
+    bad_input(place, "is out of range (got " + value_of(key) + ", need " + need + ")",
+              "one of these");
 }
 
 void read_table(const vector<Key>& keys, const toml::table& table, const string& section,
@@ -248,7 +240,6 @@ void validate(const RunConfig& config) {
     if ((key.flags & kRequired) && (value == "\"\"" || value == "0" || value == "0.0"))
       bad_input(key.name, "is required and not set (got " + value + ")",
                 "set it in the file, or with --set " + key.name + "=...");
-    check_range(key, key.name);
   }
   const LrSchedule& lr = c.lr_schedule;
   if (lr.kind == "wsd" && lr.warmup_ratio + lr.decay_ratio > 1)
@@ -262,14 +253,6 @@ void validate(const RunConfig& config) {
                    c.train.global_batch_size, c.train.micro_batch_size),
               "train.micro_batch_size = 1");
   zigzag_blocks(c.data.sequence_length, c.parallel.cp, 0);
-  if (c.train.eval_interval > 0 && c.data.heldout_fraction == 0)
-    bad_input("train.eval_interval",
-              "evaluation needs held-out documents (got data.heldout_fraction = 0)",
-              "data.heldout_fraction = 0.01, or train.eval_interval = 0");
-  if (c.router.balance_loss == "none" && c.router.balance_coefficient != 0)
-    bad_input("router.balance_coefficient",
-              "has no balance loss to scale (got router.balance_loss = \"none\")",
-              "router.balance_loss = \"global-batch\"");
 }
 
 string to_toml(const RunConfig& config) {

@@ -76,12 +76,12 @@ struct Executor {
   StepIo& io;
   const ScheduleOptions& schedule;
 
-  // A dense layer has no stages 2 to 4.
   void forward_part(const Step& s, Flight& f, int local) {
     const M& model = p.chunks[s.chunk];
     const Batch& batch = io.batches[s.mb];
     Flight::Layer& l = f.layers[local];
-    const bool dense = !l.in.routing.ids.defined();
+    const bool of_experts = s.part >= Part::Dispatch && s.part <= Part::Combine;
+    if (of_experts && !l.in.routing.ids.defined()) return;  // a dense layer
     switch (s.part) {
       case Part::Prolog: f.x = model.embed(rank, batch); break;
       case Part::Attention: {
@@ -94,18 +94,14 @@ struct Executor {
         break;
       }
       case Part::Dispatch:
-        if (dense) break;
         l.dispatch = dispatch(rank, l.in.hidden, l.in.routing, p.shape.num_experts);
         l.in.hidden = {};
         break;
       case Part::Experts:
-        if (dense) break;
         l.rows = model.experts(rank, p.config, model.layers[local], l.dispatch.at_experts);
         l.dispatch.at_experts = {};
         break;
-      case Part::Combine:
-        if (!dense) l.rows = combine(rank, l.rows, l.dispatch);
-        break;
+      case Part::Combine: l.rows = combine(rank, l.rows, l.dispatch); break;
       case Part::Residual:
         f.x = model.finish(rank, p.config, model.layers[local], l.rows, l.in);
         l.rows = {};

@@ -114,25 +114,23 @@ static RankMemory parameter_bytes(const Parameters& p, DType compute) {
 vector<RankMemory> rank_memory(const RunPlan& plan) {
   const ModelShape& s = plan.shape;
   const int64_t tokens = plan.batch.micro_batch * plan.config.data.sequence_length / plan.mesh.cp;
-  const int64_t value = size_of(plan.compute);
   const int live = check_schedule(plan.schedule, make_schedules(plan.schedule)).peak_live;
-  const int chunks = chunks_of(plan.schedule.kind);
   vector<RankMemory> ranks;
   for (int rank = 0; rank < plan.mesh.world(); rank++) {
     const Instance instance = make_instance(plan.model, plan.pipeline, plan.mesh, rank);
-    RankMemory bytes = parameter_bytes(*instance.parameters, plan.compute);
-    int64_t layers = 0, expert_width = 0;
-    for (const Parameter& p : instance.parameters->table) {
-      if (p.unit != UnitKind::Experts || p.dims.rank != 3) continue;
-      expert_width = std::max(expert_width, std::min(p.dims[1], p.dims[2]));
+    RankMemory& bytes = ranks.emplace_back(parameter_bytes(*instance.parameters, plan.compute));
+    int64_t layers = 0, widths = 0;  // of an expert's three products, together
+    for (const FlatUnit& unit : instance.parameters->units) {
+      layers += unit.kind == UnitKind::Layer;
+      if (unit.kind == UnitKind::Experts)
+        widths = unit.numel / (s.num_experts / plan.mesh.ep) / s.hidden;
     }
-    for (const FlatUnit& unit : instance.parameters->units) layers += unit.kind == UnitKind::Layer;
     // What a token leaves on the tape in one layer.
-    const int64_t attention = 5 * s.hidden + 3 * s.attention_width;
-    const int64_t experts = s.top_k * (2 * s.hidden + 3 * expert_width) + 2 * s.num_experts;
-    bytes.activations = tokens * (attention + experts) * value * layers / chunks * live;
-    bytes.workspace = 4 * tokens * s.top_k * expert_width * value;
-    ranks.push_back(bytes);
+    const int64_t values = 5 * s.hidden + 3 * s.attention_width + 2 * s.num_experts +
+                           s.top_k * (2 * s.hidden + widths);
+    const int64_t held = layers * live / chunks_of(plan.schedule.kind);
+    bytes.activations = tokens * values * held * size_of(plan.compute);
+    bytes.workspace = 2 * tokens * s.top_k * widths * size_of(plan.compute);
   }
   return ranks;
 }
