@@ -1,8 +1,9 @@
 #include "app/model_folder.h"
 
 #include <filesystem>
+#include <numbers>
 
-#include "app/held_out.h"
+#include "data/tokenizer.h"
 
 namespace pith {
 namespace fs = std::filesystem;
@@ -13,22 +14,44 @@ Json model_config(const Checkpoint& weights) {
   return Json::parse(weights.state.model, weights.folder + "/config.json");
 }
 
-std::optional<RunConfig> run_config_of(const string& folder) {
+ModelFolder open_model(const string& folder) {
+  ModelFolder m{.weights = open_weights(folder)};
+  m.config = model_config(m.weights);
+  m.shape = make_instance(m.config).shape;
+  check_weights(m.weights, whole_table(m.config));
   const fs::path here = fs::absolute(folder);
   for (const fs::path& at : {here, here.parent_path()})
-    if (fs::exists(at / "config.toml") && fs::exists(at / "metrics.jsonl"))
-      return load_run_config(at / "config.toml", {});
-  return {};
+    if (!m.run && fs::exists(at / "config.toml") && fs::exists(at / "metrics.jsonl"))
+      m.run = load_run_config(at / "config.toml", {});
+  m.length = m.run ? m.run->data.sequence_length : std::min<int64_t>(m.shape.max_positions, 2048);
+  return m;
 }
 
-string tokenizer_of(const string& folder, const string& given) {
-  string path = given.empty() ? folder : given;
-  if (fs::is_directory(path)) path += "/tokenizer.json";
-  if (fs::exists(path)) return path;
-  if (given.empty())
-    if (const std::optional<RunConfig> run = run_config_of(folder))
-      if (path = find_tokenizer(run->data.path); !path.empty()) return path;
-  bad_input(given.empty() ? folder : given, "has no tokenizer.json", "--tokenizer PATH");
+string find_tokenizer(const string& path) {
+  for (fs::path at = fs::absolute(path);; at = at.parent_path()) {
+    if (fs::exists(at / "tokenizer.json")) return at / "tokenizer.json";
+    if (at == at.parent_path()) return "";
+  }
+}
+
+double bits_a_byte(const Dataset& data, const string& data_path) {
+  const string path = find_tokenizer(data_path);
+  if (path.empty()) return 0;
+  const Tokenizer tokenizer = Tokenizer::load(path);
+  const int64_t length = data.options().seq_length;
+  vector<int32_t> tokens(length), labels(length);
+  double bytes = 0, count = 0;
+  for (int64_t i = 0; i < data.heldout_samples(); i++) {
+    data.heldout_sample(i, {tokens.data(), labels.data(), nullptr});
+    for (const int32_t label : labels) {
+      if (label == kIgnoreLabel) continue;
+      count++;
+      if (uint32_t(label) >= tokenizer.vocab_size() || tokenizer.is_special(label)) continue;
+      // A byte-level vocabulary writes a byte as one character.
+      for (const char c : tokenizer.token_text(label)) bytes += (c & 0xC0) != 0x80;
+    }
+  }
+  return bytes > 0 ? count / bytes / std::numbers::ln2 : 0;
 }
 
 }  // namespace pith

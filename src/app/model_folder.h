@@ -1,23 +1,41 @@
-// model_folder: what eval and generate find out about a model from the folder that holds it.
-// defines: model_config, run_config_of, tokenizer_of
+// model_folder: what commands find out about a model, and its text, from the folder that holds it.
 #pragma once
 #include <optional>
 
+#include "comm/launch.h"
 #include "engine/checkpoint.h"
 #include "engine/config.h"
-#include "engine/instance.h"
+#include "engine/evaluate.h"
 
 namespace pith {
 
 // The config.json that came with the weights. Exit code 2 if none did.
 Json model_config(const Checkpoint& weights);
 
-// The configuration of the run that a run folder or a checkpoint in it belongs to; none for a
-// Hugging Face folder.
-std::optional<RunConfig> run_config_of(const string& folder);
+struct ModelFolder {
+  Checkpoint weights;
+  Json config;
+  ModelShape shape;
+  std::optional<RunConfig> run;  // that the model comes from, if known
+  int64_t length = 0;            // of a row as trained
+};
+// A run folder, a checkpoint, or a Hugging Face folder, whose weights are checked. Exit code 2.
+ModelFolder open_model(const string& folder);
 
-// The tokenizer.json of a model: given, in its folder, or beside its run's data. Exit code 2 if
-// there is none.
-string tokenizer_of(const string& folder, const string& given);
+// Calls fn(Rank&, Instance&) with the model on one CPU rank.
+template <class Fn>
+void with_model(const ModelFolder& model, int64_t length, Fn&& fn) {
+  run_ranks(Mesh{}, Device::CPU, {.exit_on_failure = true}, [&](Rank& rank) {
+    Instance instance = make_instance(rank, model.config, {.length = length});
+    load_weights(rank, *instance.parameters, model.weights);
+    fn(rank, instance);
+  });
+}
+
+// The tokenizer.json in the folder `path` or one above; empty if none.
+string find_tokenizer(const string& path);
+
+// Bits a byte of held-out text for each nat a label; 0 if no tokenizer is found with the data.
+double bits_a_byte(const Dataset& data, const string& data_path);
 
 }  // namespace pith

@@ -1,96 +1,55 @@
 // train: pith train.
-#include <cmath>
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
 
 #include "app/arguments.h"
 #include "app/commands.h"
-#include "app/held_out.h"
+#include "app/model_folder.h"
 #include "core/log.h"
 #include "data/durable.h"
-#include "engine/batches.h"
 #include "engine/trainer.h"
 #include "observe/report.h"
 
 namespace pith {
 
-namespace {
-struct TrainArguments {
-  string file, device = "auto";
-  vector<string> set;
-  int64_t ranks = 0;
-  bool dry_run = false, json = false;
-  TrainOptions options;
-};
-
-Device choose_device(const string& device) {
-  if (device == "cuda")
-    bad_input("--device", "this build has no CUDA code (got cuda, need cpu)", "--device cpu");
-  return Device::CPU;
-}
-
-// The plan in the words and units that a user decides by.
-struct PlanNumbers {
-  ParameterCounts parameters;
-  int64_t samples_needed = 0, samples_available = 0;
-  vector<RankMemory> memory;
-};
-
-void print_plan_json(const RunPlan& plan, const PlanNumbers& n) {
-  const int64_t length = plan.config.data.sequence_length;
-  JsonWriter w(2);
-  w.object().key("model_type").value(plan.shape.model_type);
-  w.key("parameters").value(n.parameters.total).key("active").value(n.parameters.active);
-  w.key("mesh").object().key("pp").value(plan.mesh.pp).key("dp").value(plan.mesh.dp);
-  w.key("cp").value(plan.mesh.cp).key("ep").value(plan.mesh.ep).end();
-  w.key("schedule").value(name_of(plan.schedule.kind));
-  w.key("micro_batches").value(plan.schedule.micro_batches);
-  w.key("tokens_per_step").value(plan.batch.global_batch * length);
-  w.key("tokens_needed").value(n.samples_needed * length);
-  w.key("tokens_available").value(n.samples_available * length);
-  w.key("memory").raw(memory_json(n.memory));
-  w.key("config").value(to_toml(plan.config)).end();
-  printf("%s\n", w.str().c_str());
-}
-
-void print_plan(const RunPlan& plan, const PlanNumbers& n) {
-  const int64_t length = plan.config.data.sequence_length;
-  const BatchShape& b = plan.batch;
-  printf("%s\n", to_toml(plan.config).c_str());
-  printf("model        %s, %s parameters, %s active a token, %.3g training FLOPs a token\n",
-         plan.shape.model_type.c_str(), with_commas(n.parameters.total).c_str(),
-         with_commas(n.parameters.active).c_str(), flops_per_token(plan));
-  printf("ranks        %d = pp %d * dp %d * cp %d * ep %d, schedule %s\n", plan.mesh.world(),
-         plan.mesh.pp, plan.mesh.dp, plan.mesh.cp, plan.mesh.ep, name_of(plan.schedule.kind));
-  printf(
-      "a step       %s sequences of %s tokens = %s tokens; %d micro-batches of %s sequences "
-      "a rank\n",
-      with_commas(b.global_batch).c_str(), with_commas(length).c_str(),
-      with_commas(b.global_batch * length).c_str(), plan.schedule.micro_batches,
-      with_commas(b.micro_batch).c_str());
-  printf("tokens       %s needed, %s available in %s pass%s over the data\n\n",
-         with_commas(n.samples_needed * length).c_str(),
-         with_commas(n.samples_available * length).c_str(),
-         with_commas(plan.config.data.max_epochs).c_str(),
-         plan.config.data.max_epochs == 1 ? "" : "es");
-  printf("%s", memory_table(n.memory, 0).c_str());
-}
-
-int dry_run(const RunPlan& plan, bool json) {
-  const Dataset data(find_token_files(plan.config.data.path), data_options(plan));
-  PlanNumbers n{parameter_counts(plan), plan.config.train.steps * plan.batch.global_batch,
-                data.samples_per_epoch() * plan.config.data.max_epochs, rank_memory(plan)};
-  if (json)
-    print_plan_json(plan, n);
-  else
-    print_plan(plan, n);
-  data.require_samples(n.samples_needed);
+// The plan in the numbers that a user decides by.
+static int dry_run(const RunPlan& plan, bool json) {
+  const Dataset data = open_data(plan);
+  const RunConfig& config = plan.config;
+  const int64_t length = config.data.sequence_length;
+  const int64_t needed = config.train.steps * plan.batch.global_batch;
+  const ParameterCounts parameters = parameter_counts(plan);
+  const vector<RankMemory> memory = rank_memory(plan);
+  const std::pair<const char*, int64_t> numbers[] = {
+      {"parameters", parameters.total},
+      {"active_parameters", parameters.active},
+      {"sequences_a_step", plan.batch.global_batch},
+      {"tokens_a_step", plan.step_tokens()},
+      {"micro_batches", plan.schedule.micro_batches},
+      {"sequences_a_micro_batch", plan.batch.micro_batch},
+      {"tokens_needed", needed * length},
+      {"tokens_available", data.samples_per_epoch() * config.data.max_epochs * length}};
+  const Mesh& mesh = plan.mesh;
+  const string ranks =
+      text("%d = pp %d * dp %d * cp %d * ep %d", mesh.world(), mesh.pp, mesh.dp, mesh.cp, mesh.ep);
+  if (json) {
+    JsonWriter w(2);
+    w.object().key("ranks").value(ranks).key("schedule").value(name_of(plan.schedule.kind));
+    for (const auto& [name, number] : numbers) w.key(name).value(number);
+    w.key("memory").raw(memory_json(memory)).key("config").value(to_toml(config)).end();
+    printf("%s\n", w.str().c_str());
+  } else {
+    printf("%s\n%-24s %s\n%-24s %s\n", to_toml(config).c_str(), "ranks", ranks.c_str(), "schedule",
+           name_of(plan.schedule.kind));
+    for (const auto& [name, number] : numbers)
+      printf("%-24s %s\n", name, with_commas(number).c_str());
+    printf("\n%s", memory_table(memory, 0).c_str());
+  }
+  data.require_samples(needed);
   return kExitDone;
 }
 
 // report.html and, on the terminal, the loss as a line and what it is worth.
-void write_report(const RunPlan& plan) {
+static void write_report(const RunPlan& plan) {
   const string& folder = plan.config.run.folder;
   const vector<StepMetrics> steps = read_metrics(folder + "/metrics.jsonl");
   if (steps.empty()) return;
@@ -99,69 +58,64 @@ void write_report(const RunPlan& plan) {
     input.summary.push_back({name, value});
     log_info("%s: %s", name, value.c_str());
   };
-  const ParameterCounts n = parameter_counts(plan);
-  input.summary.push_back(
-      {"parameters", with_commas(n.total) + ", " + with_commas(n.active) + " active a token"});
   vector<double> losses;
   double eval_loss = 0;
   for (const StepMetrics& m : steps) {
     losses.push_back(m.loss);
-    if (m.eval_loss) eval_loss = *m.eval_loss;
+    eval_loss = m.eval_loss.value_or(eval_loss);
   }
   row("training loss", text("%.4f nats a token", losses.back()));
   if (eval_loss > 0) {
-    const Dataset data(find_token_files(plan.config.data.path), data_options(plan));
-    const HeldOutText held = held_out_text(data, find_tokenizer(plan.config.data.path));
-    const auto both = [&](double nats) {
-      const double bits = bits_per_byte(nats, held);
-      return text("%.4f nats a token", nats) + (bits > 0 ? text(", %.4f bits a byte", bits) : "");
+    const Dataset data = open_data(plan);
+    const double bits = bits_a_byte(data, plan.config.data.path);
+    const auto worth = [&](const char* name, double nats) {
+      row(name, text("%.4f nats a token", nats) +
+                    (bits > 0 ? text(", %.4f bits a byte", bits * nats) : ""));
     };
-    row("held-out loss", both(eval_loss));
+    worth("held-out loss", eval_loss);
     if (plan.shape.vocab <= kBigramMaxVocab) {
       input.reference_loss = bigram_nats(data);
       input.reference_name = "interpolated bigram model";
-      row("bigram model on the same text", both(input.reference_loss));
+      worth("bigram model on the same text", input.reference_loss);
     }
   }
   write_file_durably(folder + "/report.html", report_html(steps, input));
   log_info("loss over the steps: %s", sparkline(losses, 60).c_str());
   log_info("report: %s/report.html", folder.c_str());
 }
-}  // namespace
 
 int run_train(int argc, char** argv) {
   Arguments args("pith train",
                  "Trains a model. The same command goes on from the newest checkpoint in "
                  "run.folder.");
-  TrainArguments a;
-  args.positional("run", a.file, "run.toml: see docs/configuration.md");
-  args.list("--set", a.set, "KEY=VALUE: overrides a key of the file, such as train.steps=10");
-  args.choice("--device", a.device, {"auto", "cpu", "cuda"}, "where to train");
-  args.option("--ranks", a.ranks, "ranks of this machine; 0: as many as pp * cp * ep need", 0, 256);
-  args.flag("--dry-run", a.dry_run, "print the plan and leave; nothing is allocated or written");
-  args.flag("--json", a.json, "with --dry-run: as JSON");
-  args.option("--routing-trace", a.options.routing_trace,
+  string file, device = "cpu";
+  vector<string> set;
+  int64_t ranks = 0;
+  bool dry = false, json = false;
+  TrainOptions options;
+  args.positional("run", file, "run.toml: see docs/configuration.md");
+  args.list("--set", set, "KEY=VALUE: overrides a key of the file, such as train.steps=10");
+  args.choice("--device", device, {"cpu"}, "where to train");
+  args.option("--ranks", ranks, "ranks of this machine; 0: as many as pp * cp * ep need", 0, 256);
+  args.flag("--dry-run", dry, "print the plan and leave; nothing is allocated or written");
+  args.flag("--json", json, "with --dry-run: as JSON");
+  args.option("--routing-trace", options.routing_trace,
               "folder for each step's expert ids and weights, as .npy");
-  args.option("--routing-replay", a.options.routing_replay,
+  args.option("--routing-replay", options.routing_replay,
               "folder of such ids: these experts instead of the router's choice");
   if (!args.parse(argc, argv)) return kExitDone;
-  const RunConfig config = load_run_config(a.file, a.set);
+  const RunConfig config = load_run_config(file, set);
   const auto& parallel = config.parallel;
-  if (a.ranks == 0)
-    a.ranks = int64_t{parallel.pp} * parallel.cp * parallel.ep * parallel.dp_replicate;
-  const RunPlan plan = plan_run(config, choose_device(a.device), int(a.ranks));
-  if (a.dry_run) return dry_run(plan, a.json);
-  const char* debug = getenv("PITH_DEBUG");
-  a.options.debug = debug && strcmp(debug, "1") == 0;
+  if (ranks == 0) ranks = int64_t{parallel.pp} * parallel.cp * parallel.ep * parallel.dp_replicate;
+  const RunPlan plan = plan_run(config, Device::CPU, int(ranks));
+  if (dry) return dry_run(plan, json);
   const ParameterCounts n = parameter_counts(plan);
   log_info("%s: %s parameters (%s active), %d ranks on the CPU, %s", plan.shape.model_type.c_str(),
            with_commas(n.total).c_str(), with_commas(n.active).c_str(), plan.mesh.world(),
            name_of(plan.schedule.kind));
-  const TrainResult result = train(plan, a.options);
+  const bool done = train(plan, options);
   write_report(plan);
-  if (!result.stopped) return kExitDone;
-  log_info("stopped at step %ld; the same command goes on", result.step);
-  return kExitStopped;
+  return done ? kExitDone : kExitStopped;
 }
 
 }  // namespace pith

@@ -12,12 +12,6 @@ double LoadedBatches::global_labels(Rank& rank) const {
   return sum;
 }
 
-// Host copies: a whole sequence, or a micro-batch of this rank, row after row.
-struct Columns {
-  explicit Columns(int64_t n) : tokens(n), labels(n), ends(n), positions(n) {}
-  vector<int32_t> tokens, labels, ends, positions;
-};
-
 LoadedBatches make_batches(Rank& rank, const Dataset& data, const BatchShape& shape, int64_t step,
                            Split split) {
   const MeshCoord& mesh = rank.mesh;
@@ -27,40 +21,41 @@ LoadedBatches make_batches(Rank& rank, const Dataset& data, const BatchShape& sh
   const int64_t length = data.options().seq_length, rows = shape.micro_batch;
   const ZigzagBlocks blocks = zigzag_blocks(length, mesh.cp, mesh.cp_rank);
   const int64_t local = blocks.total();
-  Columns whole(length);
-  vector<int32_t> order(local);  // of the local tokens, their places in the sequence
-  std::iota(whole.positions.begin(), whole.positions.end(), 0);
-  take_zigzag(whole.positions.data(), blocks, order.data());
+  vector<int32_t> whole(length), order(local);  // order: of the local tokens, places in the row
+  std::iota(whole.begin(), whole.end(), 0);
+  take_zigzag(whole.data(), blocks, order.data());
+  enum { Tokens, Labels, Ends, Positions, kColumns };
+  vector<int32_t> row[kColumns], here[kColumns];
+  for (int c = 0; c < kColumns; c++) {
+    row[c].resize(length);
+    here[c].resize(rows * local);
+  }
   LoadedBatches loaded;
   for (int64_t mb = 0; mb < shape.num_micro_batches(); mb++) {
-    Columns here(rows * local);
     vector<int64_t>& index = loaded.token_index.emplace_back();
-    for (int64_t row = 0; row < rows; row++) {
-      const int64_t sample =
-          global_sample(shape, step, mesh.dp_rank, mesh.ep_rank, mb * rows + row);
-      const SampleRow view{whole.tokens.data(), whole.labels.data(), whole.ends.data()};
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t sample = global_sample(shape, step, mesh.dp_rank, mesh.ep_rank, mb * rows + r);
+      const SampleRow view{row[Tokens].data(), row[Labels].data(), row[Ends].data()};
       if (split == Split::Train)
         data.train_sample(sample, view);
       else
         data.heldout_sample(sample, view);
-      positions_from_ends(whole.ends.data(), length, whole.positions.data());
-      for (auto column : {&Columns::tokens, &Columns::labels, &Columns::ends, &Columns::positions})
-        take_zigzag((whole.*column).data(), blocks, &(here.*column)[row * local]);
+      positions_from_ends(row[Ends].data(), length, row[Positions].data());
+      for (int c = 0; c < kColumns; c++) take_zigzag(row[c].data(), blocks, &here[c][r * local]);
       const int64_t first = (sample - step * shape.global_batch) * length;
       for (const int32_t place : order) index.push_back(first + place);
     }
-    for (const int32_t label : here.labels) loaded.labels += label != kIgnoreLabel;
-    Batch& batch = loaded.batches.emplace_back();
-    batch.rows = rows;
-    batch.length = local;
-    const auto upload = [&](Dims dims, const vector<int32_t>& values) {
-      return tensor_from(rank, dims, DType::I32, values.data());
+    for (const int32_t label : here[Labels]) loaded.labels += label != kIgnoreLabel;
+    const auto upload = [&](int column, Dims dims) {
+      return tensor_from(rank, dims, DType::I32, here[column].data());
     };
-    batch.tokens = upload({rows * local}, here.tokens);
-    batch.labels = upload({rows * local}, here.labels);
-    batch.positions = upload({rows * local}, here.positions);
-    if (mesh.cp > 1) batch.mask.order = upload({local}, order);
-    if (data.options().document_mask) batch.mask.doc_ends = upload({rows, local}, here.ends);
+    Batch batch{.rows = rows, .length = local};
+    batch.tokens = upload(Tokens, {rows * local});
+    batch.labels = upload(Labels, {rows * local});
+    batch.positions = upload(Positions, {rows * local});
+    if (mesh.cp > 1) batch.mask.order = tensor_from(rank, {local}, DType::I32, order.data());
+    if (data.options().document_mask) batch.mask.doc_ends = upload(Ends, {rows, local});
+    loaded.batches.push_back(std::move(batch));
   }
   return loaded;
 }

@@ -1,5 +1,4 @@
-// evaluate: loss on held-out documents, and text from a model.
-// defines: EvalResult, evaluate, SampleOptions, generate
+// evaluate: loss on held-out documents, and the next token of a text.
 #pragma once
 #include "data/dataset.h"
 #include "engine/instance.h"
@@ -7,25 +6,21 @@
 namespace pith {
 
 struct EvalResult {
-  double loss = 0;     // nats a label; 0 when there are none
-  int64_t labels = 0;  // over all ranks
+  double loss = 0;  // nats a label; 0 when there are none
+  int64_t labels = 0;
 };
 
-// Mean loss over the first `batches` global batches of the held-out samples (0: all of them, the
-// last one padded with ignored labels). Collective over the world; the same result on every rank.
+// Mean loss over the held-out samples. Collective over the world; the same on every rank.
 EvalResult evaluate(Rank& rank, Instance& instance, const Dataset& data, const BatchShape& shape,
-                    const ScheduleOptions& schedule, int64_t batches);
+                    const ScheduleOptions& schedule);
 
 struct SampleOptions {
-  int64_t max_new_tokens = 128;
   double temperature = 0;  // 0: the most likely token
-  double top_p = 1;        // sampled from the smallest set of at least this probability
+  double top_p = 1;        // drawn from the smallest set of at least this probability
   uint64_t seed = 0;
-  int64_t stop_token = -1;  // generation ends with it; -1: never
 };
-// Continues `prompt` (at least one token) on a world of one rank. A model sees at most `window`
-// tokens back. `emit` is called with each token as it is chosen; false ends the text.
-vector<int32_t> generate(Rank& rank, Instance& instance, vector<int32_t> prompt, int64_t window,
-                         const SampleOptions& options, bool (*emit)(void*, int32_t), void* context);
+// The `index`-th token to be drawn, after `tokens`, by a world of one rank.
+int32_t next_token(Rank& rank, Instance& instance, const vector<int32_t>& tokens,
+                   const SampleOptions& options, int64_t index);
 
 }  // namespace pith

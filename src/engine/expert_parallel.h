@@ -1,9 +1,6 @@
 // expert_parallel: stages 2 and 4 of a layer. A token goes once to each rank that holds any of its
-// experts, with its (local expert, weight) pairs, and comes back once from each, already summed
-// over that rank's experts. Nothing is dropped; ranks and experts without tokens are ordinary.
-// Positions come from stable counting, so results repeat.
+// experts and comes back once from each, already summed over that rank's experts.
 #pragma once
-
 #include "ops/ops.h"
 
 namespace pith {
@@ -11,16 +8,15 @@ namespace pith {
 struct Dispatch {
   Dispatched at_experts;                 // what stage 3 computes on
   Tensor sent_tokens;                    // I32: token of each row sent, by destination rank
-  vector<int64_t> send_rows, recv_rows;  // rows to and from each rank of the ep group
-  int64_t tokens = 0;                    // rows of the micro-batch here
+  vector<int64_t> send_rows, recv_rows;  // to and from each rank of the ep group
+  int64_t tokens = 0;
 };
 
-// Stage 2. hidden [T, D]; routing over `num_experts` experts, of which rank r of the ep group holds
-// [r*E/ep, (r+1)*E/ep). Differentiable in hidden and routing.weights.
+// Stage 2. hidden [T, D]; rank r of the ep group holds experts [r*E/ep, (r+1)*E/ep).
+// Differentiable in hidden and routing.weights.
 Dispatch dispatch(Rank& rank, Tensor hidden, const Routing& routing, int num_experts,
                   At at = At::here());
-// Stage 4 and the first sum of stage 5: rows [R, D] go home; each token sums the ranks' rows in
-// rank order. -> [T, D]
+// Stage 4: rows [R, D] go home, where each token sums the ranks' rows in rank order. -> [T, D]
 Tensor combine(Rank& rank, Tensor rows, const Dispatch& dispatch, At at = At::here());
 
 }  // namespace pith

@@ -1,8 +1,5 @@
-// pipeline: the one executor of action lists, for every layout down to one rank.
-//
-// Include it in engine/pipeline_<model>.cpp only, its one instantiation for that model; everything
-// else goes through engine/instance.h.
-// defines: Flight, Pipeline, make_pipeline, whole_table_of, run_actions
+// pipeline: the one executor of action lists, for every layout down to one rank. Only
+// engine/pipeline_<model>.cpp includes it.
 #pragma once
 #include <map>
 
@@ -13,317 +10,260 @@
 
 namespace pith {
 
-// Nodes [begin, end) of a tape.
-struct TapeRange {
-  int begin = 0, end = 0;
-};
-
 // One micro-batch in one chunk, from the start of its forward to its last weight gradient.
 struct Flight {
+  struct Nodes {
+    int begin = 0, end = 0;
+  };
   struct Layer {
     MoeInput in;
     Dispatch dispatch;
-    Tensor rows;  // what stage 3 made, then what stage 4 brought home
-    TapeRange attention, dispatched, experts, combined, residual;
+    Tensor rows;                      // what stage 3 made, then what stage 4 brought home
+    Nodes of[int(Part::Epilog) + 1];  // on the tape, by part of the forward
   };
   Tape tape;
-  Tensor input;        // leaf; undefined in the first stage
+  Tensor input;        // a leaf; undefined in the first stage
   Tensor x;            // running value: [T, D]
   Tensor output_grad;  // received, or left by the chunk after this one on the same rank
-  Tensor input_grad;   // result of the backward; to be sent
-  vector<Layer> layers;
-  TapeRange prolog, epilog;
+  Tensor input_grad;
+  vector<Layer> layers;  // and one more, of prolog and epilog
 };
 
-template <Model M>
+template <class M>
 struct Pipeline {
+  static_assert(Model<M>);
   typename M::Config config;
   ModelShape shape;
   PipelineOptions options;
   vector<M> chunks;               // the stages this rank holds
-  vector<ChunkLayers> layers_of;  // what each chunk holds
+  vector<ChunkLayers> layers_of;  // by chunk
   Parameters parameters;
   std::map<std::pair<int, int>, Flight> flights;  // by (chunk, micro-batch)
 };
 
-template <Model M>
-void make_pipeline(Rank& rank, Pipeline<M>& p, const Json& json, const PipelineOptions& options) {
-  p.config = M::read_config(json);
-  p.shape = M::shape(p.config);
-  p.options = options;
-  p.layers_of = chunk_layers(options.schedule, rank.mesh.pp, rank.mesh.pp_rank, p.shape.num_layers);
-  p.chunks.resize(p.layers_of.size());
+template <class M>
+std::shared_ptr<Pipeline<M>> make_pipeline(Instance& instance, const Json& json, const Mesh& mesh,
+                                           int id, Rank* rank) {
+  auto p = std::make_shared<Pipeline<M>>();
+  const MeshCoord at = coord_of(mesh, id);
+  const PipelineOptions& o = p->options = instance.options;
+  p->config = M::read_config(json);
+  p->shape = instance.shape = M::shape(p->config);
+  p->layers_of = chunk_layers(o.schedule, mesh.pp, at.pp_rank, p->shape.num_layers);
+  p->chunks.resize(p->layers_of.size());
   ParameterTable table;
   vector<int> sizes;
-  const int local = p.shape.num_experts / rank.mesh.ep;
-  for (size_t i = 0; i < p.chunks.size(); i++) {
-    const ChunkLayers& c = p.layers_of[i];
-    const StagePart part{c.first, c.count, c.prolog, c.epilog, rank.mesh.ep_rank * local, local};
-    ParameterTable own = p.chunks[i].parameters(p.config, part, options.init_std);
+  const int local = p->shape.num_experts / mesh.ep;
+  for (size_t i = 0; i < p->chunks.size(); i++) {
+    const ChunkLayers& c = p->layers_of[i];
+    const StagePart part{c.first, c.count, c.prolog, c.epilog, at.ep_rank * local, local};
+    const ParameterTable own = p->chunks[i].parameters(p->config, part, o.init_std);
     sizes.push_back(int(own.size()));
     table.insert(table.end(), own.begin(), own.end());
-    p.chunks[i].prepare(rank, p.config, options.length);
+    if (rank) p->chunks[i].prepare(*rank, p->config, o.length);
   }
-  p.parameters = make_parameters(rank, std::move(table), sizes, options.gather_layer);
+  p->parameters = rank ? make_parameters(*rank, std::move(table), sizes, o.gather_layer)
+                       : layout_parameters(std::move(table), sizes, o.gather_layer, mesh, id);
+  instance.parameters = &p->parameters;
+  return p;
 }
 
-// Every tensor of the whole model, without targets.
-template <Model M>
-ParameterTable whole_table_of(const Json& json, double init_std) {
-  const typename M::Config config = M::read_config(json);
-  const ModelShape shape = M::shape(config);
-  M model;
-  ParameterTable table =
-      model.parameters(config, {0, shape.num_layers, true, true, 0, shape.num_experts}, init_std);
-  for (Parameter& p : table) p.target = nullptr;
-  return table;
-}
+// The run of one list.
+template <class M>
+struct Executor {
+  Rank& rank;
+  Pipeline<M>& p;
+  StepIo& io;
+  const ScheduleOptions& schedule;
 
-// ---- Steps ------------------------------------------------------------------------------------
-
-// Null for the experts of a dense layer.
-template <Model M>
-FlatUnit* unit_of(Pipeline<M>& p, const Step& s) {
-  for (FlatUnit& unit : p.parameters.units)
-    if (unit.chunk == s.chunk && unit.kind == s.unit && unit.layer == s.layer) return &unit;
-  return nullptr;
-}
-
-// One step of a forward; records the nodes it pushes as the step's range.
-template <Model M>
-void forward_step(Rank& rank, Pipeline<M>& p, StepIo& io, const Step& s, Flight& f) {
-  const M& model = p.chunks[s.chunk];
-  const Batch& batch = io.batches[s.mb];
-  const int local = s.layer - p.layers_of[s.chunk].first;
-  TapeRange range{f.tape.size(), 0};
-  if (s.part == Part::Prolog) {
-    f.x = model.embed(rank, batch);
-    f.prolog = {range.begin, f.tape.size()};
-    return;
-  }
-  if (s.part == Part::Epilog) {
-    if (io.want_logits) io.logits[s.mb] = model.logits(rank, p.config, f.x);
-    Tensor loss = model.loss(rank, p.config, f.x, batch, io.loss_scale);
-    io.loss[s.mb] = loss.dtype == DType::F64 ? loss.as<double>()[0] : loss.f32()[0];
-    add_grad(rank, loss, loss);  // terminal: its own gradient only says that it is wanted
-    f.epilog = {range.begin, f.tape.size()};
-    return;
-  }
-  Flight::Layer& l = f.layers[local];
-  const typename M::Layer& w = model.layers[local];
-  switch (s.part) {
-    case Part::Attention: {
-      RouterOptions options;
-      options.force_balanced = io.force_balanced;
-      if (io.routing) options.forced_ids = forced_ids(rank, *io.routing, s.layer, s.mb);
-      l.in = model.attend(rank, p.config, w, f.x, batch, options);
-      if (io.routing) trace_routing(*io.routing, s.layer, s.mb, l.in.routing);
-      if (io.balance && l.in.routing.ids.defined())
-        add_balance_loss(rank, *io.balance, s.layer, l.in.routing, batch.rows);
-      l.attention = {range.begin, f.tape.size()};
-      break;
+  void forward_part(const Step& s, Flight& f, int local) {
+    const M& model = p.chunks[s.chunk];
+    const Batch& batch = io.batches[s.mb];
+    Flight::Layer& l = f.layers[local];
+    const bool of_experts = s.part >= Part::Dispatch && s.part <= Part::Combine;
+    if (of_experts && !l.in.routing.ids.defined()) return;  // a dense layer
+    switch (s.part) {
+      case Part::Prolog: f.x = model.embed(rank, batch); break;
+      case Part::Attention: {
+        RouterOptions router{.force_balanced = io.force_balanced};
+        if (io.routing) router.forced_ids = forced_ids(rank, *io.routing, s.layer, s.mb);
+        l.in = model.attend(rank, p.config, model.layers[local], f.x, batch, router);
+        if (io.routing) trace_routing(*io.routing, s.layer, s.mb, l.in.routing);
+        if (io.balance && l.in.routing.ids.defined())
+          add_balance_loss(rank, *io.balance, s.layer, l.in.routing, batch.rows);
+        break;
+      }
+      case Part::Dispatch:
+        l.dispatch = dispatch(rank, l.in.hidden, l.in.routing, p.shape.num_experts);
+        l.in.hidden = {};
+        break;
+      case Part::Experts:
+        l.rows = model.experts(rank, p.config, model.layers[local], l.dispatch.at_experts);
+        l.dispatch.at_experts = {};
+        break;
+      case Part::Combine: l.rows = combine(rank, l.rows, l.dispatch); break;
+      case Part::Residual:
+        f.x = model.finish(rank, p.config, model.layers[local], l.rows, l.in);
+        l.rows = {};
+        l.in = {};
+        l.dispatch = {};
+        break;
+      case Part::Epilog: {
+        if (io.want_logits) io.logits[s.mb] = model.logits(rank, p.config, f.x);
+        Tensor loss = model.loss(rank, p.config, f.x, batch, io.loss_scale);
+        io.loss[s.mb] = loss.f32()[0];
+        add_grad(rank, loss, loss);  // terminal: its own gradient only says that it is wanted
+        break;
+      }
+      default: failed("pipeline", "a step that is not a forward part");
     }
-    case Part::Dispatch:  // a dense layer has no stages 2 to 4
-      if (!l.in.routing.ids.defined()) break;
-      l.dispatch = dispatch(rank, l.in.hidden, l.in.routing, p.shape.num_experts);
-      l.in.hidden = {};
-      l.dispatched = {range.begin, f.tape.size()};
-      break;
-    case Part::Experts:
-      if (!l.in.routing.ids.defined()) break;
-      l.rows = model.experts(rank, p.config, w, l.dispatch.at_experts);
-      l.dispatch.at_experts = {};
-      l.experts = {range.begin, f.tape.size()};
-      break;
-    case Part::Combine:
-      if (!l.in.routing.ids.defined()) break;
-      l.rows = combine(rank, l.rows, l.dispatch);
-      l.combined = {range.begin, f.tape.size()};
-      break;
-    case Part::Residual:
-      f.x = model.finish(rank, p.config, w, l.rows, l.in);
-      l.rows = {};
-      l.in = {};
-      l.dispatch = {};
-      l.residual = {range.begin, f.tape.size()};
-      break;
-    default: failed("pipeline", "a step that is not a forward part");
   }
-}
 
-inline TapeRange range_of(const Flight& f, const Step& s, int local) {
-  switch (s.part) {
-    case Part::Prolog: return f.prolog;
-    case Part::Epilog: return f.epilog;
-    case Part::Attention: return f.layers[local].attention;
-    case Part::Dispatch: return f.layers[local].dispatched;
-    case Part::Experts: return f.layers[local].experts;
-    case Part::Combine: return f.layers[local].combined;
-    case Part::Residual: return f.layers[local].residual;
-    default: failed("pipeline", "a step that has no nodes");
+  void weight_gradients(Flight& f, UnitKind unit, int local) {
+    const auto of = [&](Part part) {
+      const Flight::Nodes& nodes = f.layers[local].of[int(part)];
+      weight_grads(rank, f.tape, nodes.begin, nodes.end);
+    };
+    switch (unit) {
+      case UnitKind::Embedding: return of(Part::Prolog);
+      case UnitKind::Head: return of(Part::Epilog);
+      case UnitKind::Experts: return of(Part::Experts);
+      case UnitKind::Layer: of(Part::Residual); return of(Part::Attention);
+    }
   }
-}
 
-// Weight gradients of one unit of one micro-batch.
-inline void unit_weight_grads(Rank& rank, Flight& f, UnitKind unit, int local) {
-  const auto run = [&](TapeRange r) { weight_grads(rank, f.tape, r.begin, r.end); };
-  switch (unit) {
-    case UnitKind::Embedding: return run(f.prolog);
-    case UnitKind::Head: return run(f.epilog);
-    case UnitKind::Experts: return run(f.layers[local].experts);
-    case UnitKind::Layer: run(f.layers[local].residual); return run(f.layers[local].attention);
-  }
-}
-
-template <Model M>
-void run_one_step(Rank& rank, Pipeline<M>& p, StepIo& io, const Step& s) {
-  const int local = s.layer - p.layers_of[s.chunk].first;
-  rank.status->layer = s.layer;
-  rank.status->stage = int(s.part);
-  rank.status->micro_batch = s.mb;
-  rank.status->chunk = s.chunk;
-  FlatUnit* unit = unit_of(p, s);
-  switch (s.part) {
-    case Part::Gather:
-      if (unit) gather(rank, p.parameters, *unit, s.backward);
-      return;
-    case Part::Release:
-      if (unit) release_unit(p.parameters, *unit);
-      return;
-    case Part::Reduce:
-      if (unit) reduce(rank, p.parameters, *unit);
-      return;
-    case Part::Weights:
+  void run_step(const Step& s) {
+    const ChunkLayers& held = p.layers_of[s.chunk];
+    const int local = s.layer < 0 ? held.count : s.layer - held.first;
+    rank.status->layer = s.layer;
+    rank.status->stage = int(s.part);
+    rank.status->micro_batch = s.mb;
+    rank.status->chunk = s.chunk;
+    if (s.part == Part::Weights) {
       for (int mb = s.mb; mb < s.mb + s.count; mb++)
-        unit_weight_grads(rank, p.flights.at({s.chunk, mb}), s.unit, local);
+        weight_gradients(p.flights.at({s.chunk, mb}), s.unit, local);
       return;
-    default: break;
+    }
+    if (s.part == Part::Gather || s.part == Part::Release || s.part == Part::Reduce) {
+      for (FlatUnit& unit : p.parameters.units) {
+        if (unit.chunk != s.chunk || unit.kind != s.unit || unit.layer != s.layer) continue;
+        if (s.part == Part::Gather) gather(rank, p.parameters, unit, s.backward);
+        if (s.part == Part::Release) release_unit(p.parameters, unit);
+        if (s.part == Part::Reduce) reduce(rank, p.parameters, unit);
+      }
+      return;
+    }
+    Flight& f = p.flights.at({s.chunk, s.mb});
+    Flight::Nodes& nodes = f.layers[local].of[int(s.part)];
+    rank.tape = schedule.forward_only ? nullptr : &f.tape;
+    if (s.backward) {
+      backward(rank, nodes.begin, nodes.end, true);
+    } else {
+      nodes.begin = f.tape.size();
+      forward_part(s, f, local);
+      nodes.end = f.tape.size();
+    }
+    rank.tape = nullptr;
   }
-  Flight& f = p.flights.at({s.chunk, s.mb});
-  rank.tape = io.forward_only ? nullptr : &f.tape;
-  if (s.backward) {
-    const TapeRange r = range_of(f, s, local);
-    backward(rank, r.begin, r.end, true);
-  } else {
-    forward_step(rank, p, io, s, f);
+
+  // A chunk's input: received, or, where the stage before is on this rank too, the other chunk's
+  // output.
+  void begin_forward(int chunk, int mb) {
+    Flight& f = p.flights[{chunk, mb}];
+    f.layers.resize(p.layers_of[chunk].count + 1);
+    if (p.layers_of[chunk].prolog) return;
+    if (!f.input.defined()) {
+      f.input = p.flights.at({1 - chunk, mb}).x;
+      if (schedule.forward_only) p.flights.erase({1 - chunk, mb});
+    }
+    f.input.var = -1;
+    rank.tape = &f.tape;
+    if (!schedule.forward_only) make_leaf(rank, f.input);
+    rank.tape = nullptr;
+    f.x = f.input;
   }
-  rank.tape = nullptr;
-}
 
-// ---- Actions ----------------------------------------------------------------------------------
-
-// A chunk's input: received, or, where the next stage is on this rank too, the other chunk's
-// output.
-template <Model M>
-void begin_forward(Rank& rank, Pipeline<M>& p, const StepIo& io, int chunk, int mb) {
-  Flight& f = p.flights[{chunk, mb}];
-  f.layers.resize(p.layers_of[chunk].count);
-  if (p.layers_of[chunk].prolog) return;
-  if (!f.input.defined()) {
-    f.input = p.flights.at({1 - chunk, mb}).x;
-    if (io.forward_only) p.flights.erase({1 - chunk, mb});
+  void begin_backward(int chunk, int mb) {
+    Flight& f = p.flights.at({chunk, mb});
+    if (p.layers_of[chunk].epilog) return;
+    rank.tape = &f.tape;
+    add_grad(rank, f.x, f.output_grad);
+    rank.tape = nullptr;
+    f.output_grad = {};
   }
-  f.input.var = -1;
-  rank.tape = &f.tape;
-  if (!io.forward_only) make_leaf(rank, f.input);
-  rank.tape = nullptr;
-  f.x = f.input;
-}
 
-template <Model M>
-void begin_backward(Rank& rank, Pipeline<M>& p, int chunk, int mb) {
-  Flight& f = p.flights.at({chunk, mb});
-  if (p.layers_of[chunk].epilog) return;
-  rank.tape = &f.tape;
-  add_grad(rank, f.x, f.output_grad);
-  rank.tape = nullptr;
-  f.output_grad = {};
-  f.x = {};
-}
-
-// Hands the input's gradient on and frees what the backward no longer needs.
-template <Model M>
-void end_backward(const Rank& rank, Pipeline<M>& p, int chunk, int mb) {
-  Flight& f = p.flights.at({chunk, mb});
-  f.x = {};
-  if (p.layers_of[chunk].prolog) return;
-  f.input_grad = grad_of(f.tape, f.input);
-  f.tape.grads[f.input.var] = {};
-  f.input = {};
-  const ScheduleKind kind = p.options.schedule;
-  const int stage = stage_of(kind, rank.mesh.pp, rank.mesh.pp_rank, chunk);
-  if (chunk != 1 || rank_of_stage(kind, rank.mesh.pp, stage - 1) != rank.mesh.pp_rank) return;
-  p.flights.at({0, mb}).output_grad = std::move(f.input_grad);
-}
-
-template <Model M>
-void send_and_receive(Rank& rank, Pipeline<M>& p, const StepIo& io, const ActionList& actions,
-                      size_t begin, size_t end, const ScheduleOptions& schedule) {
-  vector<Transfer> list;
-  for (size_t i = begin; i < end; i++) {
-    const Action& a = actions[i];
-    Flight& f = p.flights[{a.chunk, a.mb}];
-    const bool activation = a.payload == Payload::Activation;
-    Tensor& t = a.what == Do::Send ? (activation ? f.x : f.input_grad)
-                                   : (activation ? f.input : f.output_grad);
-    if (a.what == Do::Recv)
-      t = empty(rank, {io.batches[a.mb].tokens.numel(), p.shape.hidden}, rank.compute);
-    list.push_back({a.what == Do::Send ? Transfer::Send : Transfer::Recv,
-                    a.peer,
-                    t,
-                    {int(a.payload), message_stage(schedule, rank.mesh.pp_rank, a), a.mb}});
-  }
-  send_recv(rank, Group::Pp, list.data(), int(list.size()), "pipeline transfer");
-  for (size_t i = begin; i < end; i++) {
-    const Action& a = actions[i];
-    if (a.what != Do::Send) continue;
-    Flight& f = p.flights.at({a.chunk, a.mb});
-    if (a.payload == Payload::Gradient)
-      f.input_grad = {};
-    else if (io.forward_only)
-      p.flights.erase({a.chunk, a.mb});
-    else
-      f.x = f.x.meta();
-  }
-}
-
-template <Model M>
-void run_compute(Rank& rank, Pipeline<M>& p, StepIo& io, const Action& a) {
-  const bool has_f = a.what == Do::F || a.what == Do::FB;
-  const bool has_b = a.what == Do::B || a.what == Do::FB;
-  const int b_chunk = a.what == Do::FB ? a.chunk2 : a.chunk;
-  const int b_mb = a.what == Do::FB ? a.mb2 : a.mb;
-  if (has_f) begin_forward(rank, p, io, a.chunk, a.mb);
-  if (has_b) begin_backward(rank, p, b_chunk, b_mb);
-  for (const Step& s : steps_of(a, p.layers_of, io.forward_only, p.options.gather_layer))
-    run_one_step(rank, p, io, s);
-  if (has_f && io.forward_only && p.layers_of[a.chunk].epilog) p.flights.erase({a.chunk, a.mb});
-  if (has_b) end_backward(rank, p, b_chunk, b_mb);
-  if (has_b && !a.defer) {  // what is left of the flight waits to be sent
-    Flight& f = p.flights.at({b_chunk, b_mb});
-    f.tape.clear();
+  // Hands the input's gradient on and frees what the backward no longer needs.
+  void end_backward(int chunk, int mb, bool defer) {
+    Flight& f = p.flights.at({chunk, mb});
+    f.x = {};
+    if (!p.layers_of[chunk].prolog) {
+      f.input_grad = grad_of(f.tape, f.input);
+      f.tape.grads[f.input.var] = {};
+      f.input = {};
+      const int pp = rank.mesh.pp, stage = stage_of(schedule.kind, pp, rank.mesh.pp_rank, chunk);
+      if (chunk == 1 && rank_of_stage(schedule.kind, pp, stage - 1) == rank.mesh.pp_rank)
+        p.flights.at({0, mb}).output_grad = std::move(f.input_grad);
+    }
+    if (defer) return;
+    f.tape.clear();  // what is left of the flight waits to be sent
     f.layers.clear();
   }
-  if (a.what == Do::W)
-    for (int mb = a.mb; mb < a.mb + a.count; mb++) p.flights.erase({a.chunk, mb});
-}
 
-template <Model M>
-void run_actions(Rank& rank, Pipeline<M>& p, StepIo& io, const ScheduleOptions& schedule,
-                 const ActionList& actions) {
+  // Messages [begin, end), as one group call.
+  void send_and_receive(const Action* begin, const Action* end) {
+    vector<Transfer> list;
+    for (const Action* a = begin; a < end; a++) {
+      Flight& f = p.flights[{a->chunk, a->mb}];
+      const bool send = a->what == Do::Send, activation = a->payload == Payload::Activation;
+      Tensor& t = activation ? (send ? f.x : f.input) : (send ? f.input_grad : f.output_grad);
+      if (!send) t = empty(rank, {io.batches[a->mb].tokens.numel(), p.shape.hidden}, rank.compute);
+      const int stage = message_stage(schedule, rank.mesh.pp_rank, *a);
+      list.push_back(
+          {send ? Transfer::Send : Transfer::Recv, a->peer, t, {int(a->payload), stage, a->mb}});
+    }
+    send_recv(rank, Group::Pp, list.data(), int(list.size()), "pipeline transfer");
+    for (const Action* a = begin; a < end; a++) {
+      if (a->what != Do::Send) continue;
+      Flight& f = p.flights.at({a->chunk, a->mb});
+      if (a->payload == Payload::Gradient)
+        f.input_grad = {};
+      else if (schedule.forward_only)
+        p.flights.erase({a->chunk, a->mb});
+      else
+        f.x = f.x.meta();
+    }
+  }
+
+  void compute(const Action& a) {
+    if (a.has_forward()) begin_forward(a.chunk, a.mb);
+    if (a.has_backward()) begin_backward(a.backward_chunk(), a.backward_mb());
+    for (const Step& s : steps_of(a, p.layers_of, schedule.forward_only, p.options.gather_layer))
+      run_step(s);
+    if (a.has_backward()) end_backward(a.backward_chunk(), a.backward_mb(), a.defer);
+    if (a.has_forward() && schedule.forward_only && p.layers_of[a.chunk].epilog)
+      p.flights.erase({a.chunk, a.mb});
+    if (a.what == Do::W)
+      for (int mb = a.mb; mb < a.mb + a.count; mb++) p.flights.erase({a.chunk, mb});
+  }
+};
+
+template <class M>
+void run_pipeline(Rank& rank, Pipeline<M>& p, StepIo& io, const ScheduleOptions& schedule,
+                  const ActionList& actions) {
   p.flights.clear();
   io.loss.assign(io.batches.size(), 0.0);
-  io.logits.assign(io.want_logits ? io.batches.size() : 0, Tensor{});
-  for (size_t i = 0; i < actions.size(); i++) {
-    const Action& a = actions[i];
-    if (!a.is_message()) {
-      run_compute(rank, p, io, a);
-      continue;
+  io.logits.resize(io.batches.size());
+  Executor<M> executor{rank, p, io, schedule};
+  const Action* const last = actions.data() + actions.size();
+  for (const Action* a = actions.data(); a < last; a++) {
+    if (a->is_message()) {
+      const Action* end = a;
+      while (end < last && end->is_message()) end++;
+      executor.send_and_receive(a, end);
+      a = end - 1;
+    } else {
+      executor.compute(*a);
     }
-    size_t end = i;
-    while (end < actions.size() && actions[end].is_message()) end++;
-    send_and_receive(rank, p, io, actions, i, end, schedule);
-    i = end - 1;
   }
   p.flights.clear();
 }

@@ -1,43 +1,62 @@
 // trainer: a run from its first step to its last checkpoint, on every rank of this process.
-// defines: TrainOptions, Probe, TrainResult, train
 #pragma once
-#include <map>
-#include <mutex>
-
-#include "engine/run_plan.h"
+#include "engine/checkpoint.h"
 #include "engine/routing_trace.h"
+#include "engine/run_plan.h"
+#include "observe/metrics.h"
+#include "observe/tensorboard.h"
 
 namespace pith {
 
-// What the equality of layouts is judged by; filled by all ranks of a run.
-struct Probe {
-  int64_t steps = 8;                          // the run ends after these
-  std::mutex mutex;                           // of the maps, which ranks fill
-  vector<double> loss, norm;                  // by step; loss in nats a label
-  vector<double> balance;                     // by step: mean over layers, unscaled
-  std::map<string, vector<float>> gradients;  // of step 1, before clipping, by tensor
-  std::map<string, vector<float>> weights;    // after the last step
-  vector<RoutingStep> routing;                // by step: ids, and the logit gap behind each
-  double gradient_fault = 1;                  // a fault to plant: factor on the experts' gradients
-};
-
 struct TrainOptions {
   string routing_trace, routing_replay;  // folders; empty: off
-  Probe* probe = nullptr;                // no run folder, no checkpoints, no evaluation
   bool exit_on_failure = true;
-  bool debug = false;  // PITH_DEBUG=1
 };
-
-struct TrainResult {
-  int64_t step = 0;      // optimiser steps done
-  bool stopped = false;  // by a signal, with the state saved
-  double loss = 0;       // of the last step, nats a label
-  double eval_loss = 0;  // of the last evaluation; 0: none
-};
-
 // Trains from scratch, from model.init_from, or from the newest good checkpoint in run.folder,
-// until train.steps. Exit code 2 for input that does not fit (dataset, checkpoint of another run,
-// folder in use), 1 for a run that fails (not finite, disk full at the last save, lost rank).
-TrainResult train(const RunPlan& plan, const TrainOptions& options);
+// until train.steps. False if a signal stopped it, with the state saved. Exit code 2 for input that
+// does not fit, 1 for a run that fails.
+bool train(const RunPlan& plan, const TrainOptions& options);
+
+// What the ranks of a run share. Written by the main thread before they start, and by rank 0.
+struct Run {
+  const RunPlan& plan;
+  string routing_replay;
+  bool tracing = false;
+  Dataset data = open_data(plan);
+  RunState state;  // where the run goes on from
+  std::optional<Checkpoint> resume_from;
+  std::optional<Checkpoint> init_from;
+  std::optional<MetricsFile> metrics;
+  std::optional<TensorBoardFile> tensorboard;
+  RoutingStep routing;  // of the step, if traced or replayed
+  bool stopped = false;
+};
+
+// Of a step, over all ranks.
+struct StepTotals {
+  double loss = 0;  // mean over the labels
+  bool stop = false;
+  vector<double> balance_loss, counts;
+};
+
+// A rank's part of the run: compute_gradients() and update() are a step.
+struct Trainer {
+  Trainer(Rank& rank, Run& run);
+  StepTotals compute_gradients();  // leaves them reduced
+  StepMetrics update(const StepTotals& totals);
+  void train(const string& routing_trace);
+
+  Rank& rank;
+  Run& run;
+  const RunPlan& plan = run.plan;
+  const RunConfig& config = plan.config;
+  Instance instance = make_instance(rank, plan.model, plan.pipeline);
+  Parameters& parameters = *instance.parameters;
+  ActionList actions = make_schedule(plan.schedule, rank.mesh.pp_rank);
+  RunState state = run.state;
+  BalanceState balance;
+  std::optional<CheckpointSaver> saver;
+  double step_began_s = 0;
+};
 
 }  // namespace pith

@@ -29,7 +29,7 @@ constexpr double kLimit = 2;  // seconds
 void run_step(const std::string& how) {
   const SmallModel model{.layers = 4, .global_batch = 16, .documents = 60};
   const RunPlan plan = plan_layout(small_run(model), {.pp = 2, .ep = 2});
-  const Dataset data(find_token_files(plan.config.data.path), data_options(plan));
+  const Dataset data = open_data(plan);
   const LaunchOptions launch{.startup_limit_s = 60, .limit_s = kLimit, .exit_on_failure = true};
   install_signal_handlers();
   run_ranks(plan.mesh, Device::CPU, launch, [&](Rank& rank) {

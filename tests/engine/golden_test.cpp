@@ -9,10 +9,9 @@
 #include "data/safetensors.h"
 #include "engine/checkpoint.h"
 #include "engine/instance.h"
-#include "engine/lr_schedule.h"
 #include "engine/optimizer.h"
 #include "engine/routing_trace.h"
-#include "engine/trainer.h"
+#include "engine/layouts.h"
 
 namespace pith {
 namespace {
@@ -234,7 +233,7 @@ TEST(Golden, TrainerGivesTheOraclesSteps) {
   c.router.balance_loss = "micro-batch";
   c.router.balance_coefficient = 0.3;
   Probe probe;
-  train(plan_run(c, Device::CPU, 1), {.probe = &probe, .exit_on_failure = false});
+  run_probe(plan_run(c, Device::CPU, 1), probe);
   for (int step = 0; step < 8; step++) {
     EXPECT_NEAR(probe.loss[step] / want.floats("loss")[step], 1, 2e-6);
     EXPECT_NEAR(probe.norm[step] / want.floats("grad_norm")[step], 1, 1e-5);
@@ -253,7 +252,7 @@ TEST(Golden, LossCurveOf200Steps) {
   c.router.balance_coefficient = 0.01;
   Probe probe;
   probe.steps = 200;
-  train(plan_run(c, Device::CPU, 1), {.probe = &probe, .exit_on_failure = false});
+  run_probe(plan_run(c, Device::CPU, 1), probe);
   double window = 0;
   for (int step = 180; step < 200; step++) window += probe.loss[step] / 20;
   EXPECT_NEAR(window / want.floats("window_180_200")[0], 1, 1e-2);

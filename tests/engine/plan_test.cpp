@@ -73,10 +73,6 @@ TEST(PlanRun, RefusesWhatDoesNotFit) {
        1,
        [](RunConfig& c) { c.data.sequence_length = 8192; },
        {"data.sequence_length", "got 8192", "max_position_embeddings = 4096", "Try: "}},
-      {"precision",
-       1,
-       [](RunConfig& c) { c.train.precision = "bf16"; },
-       {"train.precision", "got \"bf16\"", "Try: train.precision"}},
   };
   for (const auto& c : cases) {
     SCOPED_TRACE(c.name);

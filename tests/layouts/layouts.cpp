@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "comm/launch.h"
+
 namespace pith {
 
 string layout_text(const Layout& l) {
@@ -70,10 +72,50 @@ RunPlan plan_layout(const RunConfig& config, const Layout& layout) {
   return plan_run(c, Device::CPU, layout.ranks());
 }
 
+// Copies this rank's part of every unit's `value` into full tensors by name.
+static void collect(Trainer& t, Probe& probe, std::map<string, vector<float>>& out,
+                    Tensor FlatUnit::*value) {
+  if (group_rank(t.rank, Group::Replicate) != 0) return;
+  const std::lock_guard lock(probe.mutex);
+  for (const Fragment& f : fragments(t.parameters)) {
+    vector<float>& whole = out[f.piece->name];
+    whole.resize(f.piece->dims.numel());
+    const float* from = (t.parameters.units[f.unit].*value).f32() + f.offset;
+    std::copy(from, from + f.count, whole.begin() + f.begin);
+  }
+}
+
+static void probe_rank(Trainer& t, Probe& probe) {
+  while (t.state.step < probe.steps) {
+    const StepTotals totals = t.compute_gradients();
+    for (const FlatUnit& unit : t.parameters.units)
+      for (int64_t i = 0; unit.kind == UnitKind::Experts && i < unit.shard_count; i++)
+        unit.grad_shard.f32()[i] *= float(probe.gradient_fault);
+    if (t.state.step == 0) collect(t, probe, probe.gradients, &FlatUnit::grad_shard);
+    if (t.rank.id == 0) probe.routing.push_back(t.run.routing);
+    const StepMetrics m = t.update(totals);
+    if (t.rank.id != 0) continue;
+    probe.loss.push_back(m.loss);
+    probe.norm.push_back(m.gradient_norm);
+    probe.balance.push_back(m.mean_balance_loss());
+  }
+  collect(t, probe, probe.weights, &FlatUnit::master);
+}
+
+void run_probe(const RunPlan& plan, Probe& probe, const string& routing_replay) {
+  const RunConfig& config = plan.config;
+  Run run{.plan = plan, .routing_replay = routing_replay, .tracing = true};
+  run.data.require_samples(probe.steps * plan.batch.global_batch);
+  if (!config.model.init_from.empty()) run.init_from = open_weights(config.model.init_from);
+  run_ranks(plan.mesh, plan.device, {}, [&](Rank& rank) {
+    Trainer trainer(rank, run);
+    probe_rank(trainer, probe);
+  });
+}
+
 void run_layout(const RunConfig& config, const Layout& layout, Probe& probe,
                 const string& routing_replay) {
-  train(plan_layout(config, layout),
-        {.routing_replay = routing_replay, .probe = &probe, .exit_on_failure = false});
+  run_probe(plan_layout(config, layout), probe, routing_replay);
 }
 
 // ||a - b|| / ||b||; infinite where sizes differ or a value is not a number.

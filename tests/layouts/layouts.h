@@ -5,9 +5,24 @@
 // from the loss), losses, experts chosen, and the weights at the end. Longer curves diverge by
 // chaos, not by error.
 #pragma once
+#include <map>
+#include <mutex>
+
 #include "engine/trainer.h"
 
 namespace pith {
+
+// What the equality of layouts is judged by; filled by all ranks of a run.
+struct Probe {
+  int64_t steps = 8;                          // the run ends after these
+  std::mutex mutex;                           // of the maps, which ranks fill
+  vector<double> loss, norm;                  // by step; loss in nats a label
+  vector<double> balance;                     // by step: mean over layers, unscaled
+  std::map<string, vector<float>> gradients;  // of step 1, before clipping, by tensor
+  std::map<string, vector<float>> weights;    // after the last step
+  vector<RoutingStep> routing;                // by step: ids, and the logit gap behind each
+  double gradient_fault = 1;                  // a fault to plant: factor on the experts' gradients
+};
 
 struct Layout {
   int pp = 1, dp = 1, cp = 1, ep = 1;
@@ -40,9 +55,10 @@ struct LayoutResult {
   string why;  // what is beyond its limit; empty if it passes
 };
 
+// Runs `probe.steps` steps of the plan, with the experts of a folder of traces if one is named.
+// Nothing is written.
+void run_probe(const RunPlan& plan, Probe& probe, const string& routing_replay = "");
 RunPlan plan_layout(const RunConfig& config, const Layout& layout);
-// Runs `probe.steps` steps of `config` under the layout on CPU ranks, with the experts of a folder
-// of traces if one is named. Nothing is written.
 void run_layout(const RunConfig& config, const Layout& layout, Probe& probe,
                 const string& routing_replay = "");
 LayoutResult compare_layouts(const Probe& reference, const Probe& probe,

@@ -21,7 +21,7 @@ expect() {
     echo "$output"
 }
 expect 0 PASS
-sed -i 's|^    reduce_replicas(rank, parameters);$|&\
+sed -i 's|^ *reduce_replicas(rank, parameters);$|&\
     for (FlatUnit\& u : parameters.units)\
         for (int64_t i = 0; u.kind == UnitKind::Experts \&\& i < u.shard_count; i++)\
             u.grad_shard.f32()[i] *= 4;|' src/engine/trainer.cpp
