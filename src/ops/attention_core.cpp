@@ -1,10 +1,7 @@
-#include "ops/attention_core.h"
-
 #include <algorithm>
-#include <cmath>
 
+#include "ops/attention.h"
 #include "ops/cpu.h"
-#include "ops/cpu_rows.h"
 
 namespace pith {
 namespace {
@@ -28,23 +25,30 @@ struct Block {
     h = head;
     kv = head / (core.heads / core.kv_heads);
   }
+  // The block's queries in a view of q's kind, and its keys in one of k's.
+  template <class T>
+  T* queries(const HeadView& x, int64_t r = 0) const {
+    return x.at<T>(b, h, first + r);
+  }
+  template <class T>
+  T* keys(const HeadView& x) const {
+    return x.at<T>(b, kv, hull.begin);
+  }
 };
 
 // s [rows, hull] = scale q k^T + bias, -inf where a query sees no key.
 template <class T>
 void block_scores(const AttentionCore& core, const Block& x, T* s) {
   const int64_t n = x.hull.count(), begin = x.hull.begin;
-  gemm<T>(x.rows, n, core.size, {core.q.at<T>(x.b, x.h, x.first), core.q.position},
-          {core.k.at<T>(x.b, x.kv, begin), core.k.position, Layout::Transposed}, 0, s, n,
-          static_cast<T>(core.scale));
+  gemm<T>(x.rows, n, core.size, {x.queries<T>(core.in.q), core.in.q.position},
+          {x.keys<T>(core.in.k), core.in.k.position, Layout::Transposed}, 0, s, n, T(core.scale));
   for (int64_t r = 0; r < x.rows; r++, s += n) {
-    const int64_t i = x.first + r;
-    if (core.bias.data) {
-      const T* bias = core.bias.at<T>(x.b, x.h, i) + begin;
+    if (core.in.bias.data) {
+      const T* bias = x.queries<T>(core.in.bias, r) + begin;
       for (int64_t j = 0; j < n; j++) s[j] += bias[j];
     }
     if (core.visible.data) {
-      const uint8_t* seen = core.visible.at<uint8_t>(x.b, x.h, i) + begin;
+      const uint8_t* seen = x.queries<uint8_t>(core.visible, r) + begin;
       for (int64_t j = 0; j < n; j++) s[j] = seen[j] ? s[j] : kHidden<T>;
     }
     const int64_t keys = x.seen[r].count(), from = keys ? x.seen[r].begin - begin : n;
@@ -66,9 +70,9 @@ void forward_block(const AttentionCore& core, const Block& x, T* s, HeadView out
     scale[r] = sum == 0 ? 0 : 1 / sum;
     lse[r] = shift + std::log(sum);
   }
-  T* y = out.at<T>(x.b, x.h, x.first);
-  gemm<T>(x.rows, core.v_size, n, {s, n}, {core.v.at<T>(x.b, x.kv, x.hull.begin), core.v.position},
-          0, y, out.position);
+  T* y = x.queries<T>(out);
+  gemm<T>(x.rows, core.v_size, n, {s, n}, {x.keys<T>(core.in.v), core.in.v.position}, 0, y,
+          out.position);
   for (int64_t r = 0; r < x.rows; r++)
     for (int64_t j = 0; j < core.v_size; j++) y[r * out.position + j] *= scale[r];
 }
@@ -79,15 +83,14 @@ void score_grads(const AttentionCore& core, const Block& x, HeadView out, const 
                  HeadView dout, T* s, T* dp) {
   const int64_t n = x.hull.count();
   block_scores(core, x, s);
-  gemm<T>(x.rows, n, core.v_size, {dout.at<T>(x.b, x.h, x.first), dout.position},
-          {core.v.at<T>(x.b, x.kv, x.hull.begin), core.v.position, Layout::Transposed}, 0, dp, n);
+  gemm<T>(x.rows, n, core.v_size, {x.queries<T>(dout), dout.position},
+          {x.keys<T>(core.in.v), core.in.v.position, Layout::Transposed}, 0, dp, n);
   for (int64_t r = 0; r < x.rows; r++, s += n, dp += n) {
-    const int64_t i = x.first + r;
     if (lse[r] == kHidden<T>)
       std::fill_n(s, n, T(0));
     else
       exp_sum(s, n, lse[r]);
-    const T mean = dot(dout.at<T>(x.b, x.h, i), out.at<T>(x.b, x.h, i), core.v_size);
+    const T mean = dot(x.queries<T>(dout, r), x.queries<T>(out, r), core.v_size);
     for (int64_t j = 0; j < n; j++) dp[j] = s[j] * (dp[j] - mean);
   }
 }
@@ -95,22 +98,21 @@ void score_grads(const AttentionCore& core, const Block& x, HeadView out, const 
 // Adds what a block's probabilities p and its scores' gradients ds give.
 template <class T>
 void add_grads(const AttentionCore& core, const Block& x, HeadView dout, const T* p, const T* ds,
-               const AttentionGrads& grads) {
-  const int64_t n = x.hull.count(), i = x.first, j = x.hull.begin;
-  const T scale = static_cast<T>(core.scale);
-  if (grads.v.data)
-    gemm<T>(n, core.v_size, x.rows, {p, n, Layout::Transposed},
-            {dout.at<T>(x.b, x.h, i), dout.position}, 1, grads.v.at<T>(x.b, x.kv, j),
-            grads.v.position);
-  if (grads.q.data)
-    gemm<T>(x.rows, core.size, n, {ds, n}, {core.k.at<T>(x.b, x.kv, j), core.k.position}, 1,
-            grads.q.at<T>(x.b, x.h, i), grads.q.position, scale);
-  if (grads.k.data)
-    gemm<T>(n, core.size, x.rows, {ds, n, Layout::Transposed},
-            {core.q.at<T>(x.b, x.h, i), core.q.position}, 1, grads.k.at<T>(x.b, x.kv, j),
-            grads.k.position, scale);
-  for (int64_t r = 0; grads.bias.data && r < x.rows; r++) {
-    T* dbias = grads.bias.at<T>(x.b, x.h, i + r) + j;
+               const AttentionViews& d) {
+  const int64_t n = x.hull.count();
+  const AttentionViews& in = core.in;
+  const T scale = T(core.scale);
+  if (d.v.data)
+    gemm<T>(n, core.v_size, x.rows, {p, n, Layout::Transposed}, {x.queries<T>(dout), dout.position},
+            1, x.keys<T>(d.v), d.v.position);
+  if (d.q.data)
+    gemm<T>(x.rows, core.size, n, {ds, n}, {x.keys<T>(in.k), in.k.position}, 1, x.queries<T>(d.q),
+            d.q.position, scale);
+  if (d.k.data)
+    gemm<T>(n, core.size, x.rows, {ds, n, Layout::Transposed}, {x.queries<T>(in.q), in.q.position},
+            1, x.keys<T>(d.k), d.k.position, scale);
+  for (int64_t r = 0; d.bias.data && r < x.rows; r++) {
+    T* dbias = x.queries<T>(d.bias, r) + x.hull.begin;
     for (int64_t c = 0; c < n; c++) dbias[c] += ds[r * n + c];
   }
 }
@@ -122,17 +124,16 @@ bool worth_threads(const AttentionCore& core) {
 
 template <class T>
 void forward_cpu(const AttentionCore& core, HeadView out, T* lse) {
-  const int64_t blocks = (core.query.count + kBlockRows - 1) / kBlockRows;
+  const int64_t S = core.query.count, H = core.heads, blocks = (S + kBlockRows - 1) / kBlockRows;
 #pragma omp parallel if (worth_threads(core))
   {
     vector<T> s(kBlockRows * core.key.count);
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < core.batch * blocks * core.heads; task++) {
-      const int64_t h = task % core.heads, b = task / core.heads / blocks;
-      Block x(core, b, task / core.heads % blocks * kBlockRows);
+    for (int64_t task = 0; task < core.batch * blocks * H; task++) {
+      const int64_t h = task % H, b = task / H / blocks;
+      Block x(core, b, task / H % blocks * kBlockRows);
       x.take_head(core, h);
-      forward_block(core, x, s.data(), out,
-                    lse + (b * core.heads + h) * core.query.count + x.first);
+      forward_block(core, x, s.data(), out, lse + (b * H + h) * S + x.first);
     }
   }
 }
@@ -140,7 +141,7 @@ void forward_cpu(const AttentionCore& core, HeadView out, T* lse) {
 // One task writes all gradients of one key/value head. Only a bias's may be shared between tasks.
 template <class T>
 void backward_cpu(const AttentionCore& core, HeadView out, const T* lse, HeadView dout,
-                  const AttentionGrads& grads) {
+                  const AttentionViews& grads) {
   const int64_t S = core.query.count, group = core.kv_heads ? core.heads / core.kv_heads : 0;
 #pragma omp parallel if (!grads.bias.data && worth_threads(core))
   {
@@ -179,16 +180,13 @@ KeyRange visible_keys(const AttentionCore& core, int64_t b, int64_t i) {
   return seen;
 }
 
-void attention_forward(Rank& rank, const AttentionCore& core, HeadView out, const Tensor& lse,
-                       At at) {
-  float_kernel(rank, "attention", at, lse,
-               [&]<class T>(T*) { forward_cpu(core, out, lse.as<T>()); });
+void attention_forward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse) {
+  op.on_cpu(lse, [&]<class T>(T*) { forward_cpu(core, out, lse.as<T>()); });
 }
 
-void attention_backward(Rank& rank, const AttentionCore& core, HeadView out, const Tensor& lse,
-                        HeadView dout, const AttentionGrads& grads, At at) {
-  float_kernel(rank, "attention", at, lse,
-               [&]<class T>(T*) { backward_cpu(core, out, lse.as<T>(), dout, grads); });
+void attention_backward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse,
+                        HeadView dout, const AttentionViews& grads) {
+  op.on_cpu(lse, [&]<class T>(T*) { backward_cpu(core, out, lse.as<T>(), dout, grads); });
 }
 
 }  // namespace pith

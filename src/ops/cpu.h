@@ -1,35 +1,16 @@
-// cpu: what the CPU implementations of the ops share. Results never depend on the number of
-// threads: only outputs are divided among them, in pieces of fixed size. defines: float_kernel,
-// need_cpu, parallel_rows, parallel_products, Matrix, gemm
+// cpu: loops and products of the CPU forms. Results never depend on the number of threads or the
+// width of vectors: outputs alone are divided among threads, in pieces of fixed size, and sums have
+// one order.
 #pragma once
-#include <cstdint>
+#include <bit>
+#include <cmath>
+#include <limits>
 
-#include "core/rank.h"
-#include "core/tensor.h"
+#include "ops/op.h"
 
 namespace pith {
 
-// Throws unless `x` is in main memory. The one place to give way when an op gets a GPU form.
-inline void need_cpu(const char* op, At at, const Tensor& x) {
-  if (x.device == Device::CPU) return;
-  failed(text("%s:%d: %s", at.file, at.line, op),
-         text("no CUDA implementation in this build (got %s)", describe(x).c_str()),
-         "device = cpu");
-}
-
-// Calls f(T*) with a null pointer of x's element type, float or double, so that one generic lambda,
-// `[&]<class T>(T*) { ... }`, serves both.
-template <class F>
-void float_kernel(const Rank& rank, const char* op, At at, const Tensor& x, F&& f) {
-  need_cpu(op, at, x);
-  check(rank, op, at, {{"dtype f32 or f64", x.dtype == DType::F32 || x.dtype == DType::F64}}, {&x});
-  if (x.dtype == DType::F64)
-    f(static_cast<double*>(nullptr));
-  else
-    f(static_cast<float*>(nullptr));
-}
-
-// Below this many elementary operations, or multiply-adds of a product, a second thread costs more
+// Below so many elementary operations, or multiply-adds of a product, a second thread costs more
 // time than it saves.
 constexpr int64_t kParallelWork = 1 << 16, kParallelProduct = 1 << 20;
 
@@ -41,12 +22,125 @@ void parallel_rows(int64_t rows, int64_t work_per_row, F&& f) {
   for (int64_t i = 0; i < rows; i++) f(i);
 }
 
-// The same where f computes products of that many multiply-adds a row, on average.
+// f(first, n) for blocks of at most kBlockColumns columns, on all threads, each taking `rows` rows.
+constexpr int64_t kBlockColumns = 64;
 template <class F>
-void parallel_products(int64_t rows, int64_t per_row, F&& f) {
-#pragma omp parallel for schedule(dynamic) if (rows > 1 && rows * per_row > kParallelProduct)
-  for (int64_t i = 0; i < rows; i++) f(i);
+void column_blocks(int64_t rows, int64_t cols, F&& f) {
+  parallel_rows((cols + kBlockColumns - 1) / kBlockColumns, rows * kBlockColumns, [&](int64_t b) {
+    const int64_t first = b * kBlockColumns, left = cols - first;
+    f(first, left < kBlockColumns ? left : kBlockColumns);
+  });
 }
+
+// to[c] = or += the sum of f(r, c) over r in [0, rows) in this order, added up as Sum, if wanted.
+template <class Sum, class T, class F>
+void add_columns(int64_t rows, int64_t cols, Slot<T> to, F&& f) {
+  if (!to.data) return;
+  column_blocks(rows, cols, [&](int64_t first, int64_t n) {
+    Sum sum[kBlockColumns] = {};
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t c = 0; c < n; c++) sum[c] += f(r, first + c);
+    for (int64_t c = 0; c < n; c++) to.put(first + c, T(sum[c]));
+  });
+}
+
+// ---- The elements of a row, in loops that the compiler makes vector instructions of.
+
+// Row r of t seen as [rows, cols].
+template <class T>
+T* row_of(const Tensor& t, int64_t r) {
+  return t.as<T>() + r * t.cols();
+}
+
+// e^x for x <= 0, within 2 ulp; 0 below -87.3, where the result would no longer be normal.
+inline float exp_negative(float x) {
+  const float low = -87.3f, rounder = 12582912.0f;  // 1.5 * 2^23
+  const float z = x < low ? low : x;
+  const float n = (z * 1.44269504f + rounder) - rounder;
+  const float r = (z - n * 0.693359375f) + n * 2.12194440e-4f;  // z - n ln 2
+  float p = 1.0f / 5040;                                        // the series of e^r
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const float power = std::bit_cast<float>((int32_t(n) + 127) << 23);
+  return x < low ? 0.0f : p * power;
+}
+inline double exp_negative(double x) { return std::exp(x); }
+
+// 1 / (1 + e^-x)
+template <class T>
+T logistic(T x) {
+  const T e = exp_negative(x < 0 ? x : -x);
+  return (x < 0 ? e : 1) / (1 + e);
+}
+
+// start joined with f(i) for i in [0, n): in sixteen interleaved lanes, then these.
+template <class T, class F, class Join>
+T lane_fold(int64_t n, T start, F&& f, Join&& join) {
+  constexpr int kLanes = 16;
+  T lane[kLanes];
+  for (T& x : lane) x = start;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int j = 0; j < kLanes; j++) lane[j] = join(lane[j], f(i + j));
+  for (int j = 0; i < n; i++, j++) lane[j] = join(lane[j], f(i));
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int j = 0; j < half; j++) lane[j] = join(lane[j], lane[j + half]);
+  return lane[0];
+}
+template <class T, class F>
+T lane_sum(int64_t n, F&& f) {
+  return lane_fold(n, T(0), f, [](T a, T b) { return a + b; });
+}
+template <class T>
+T dot(const T* a, const T* b, int64_t n) {
+  return lane_sum<T>(n, [&](int64_t i) { return a[i] * b[i]; });
+}
+// -inf when n = 0; NaNs are passed over.
+template <class T>
+T max_of(const T* x, int64_t n) {
+  return lane_fold(
+      n, -std::numeric_limits<T>::infinity(), [x](int64_t i) { return x[i]; },
+      [](T a, T b) { return b > a ? b : a; });
+}
+// x = e^(x - shift), shift >= every x up to rounding; the sum.
+template <class T>
+T exp_sum(T* x, int64_t n, T shift) {
+  return lane_sum<T>(n, [&](int64_t i) { return x[i] = exp_negative(x[i] - shift); });
+}
+
+// ids [k] of the largest of x [n], descending; NaN is above all numbers, ties keep their order.
+template <class T>
+void largest(const T* x, int64_t n, int64_t k, int32_t* ids) {
+  const auto above = [](T a, T b) { return a > b || (a != a && b == b); };
+  int64_t held = 0;
+  for (int64_t i = 0; i < n; i++) {
+    if (held == k && !above(x[i], x[ids[k - 1]])) continue;
+    int64_t place = held < k ? held++ : k - 1;
+    for (; place > 0 && above(x[i], x[ids[place - 1]]); place--) ids[place] = ids[place - 1];
+    ids[place] = int32_t(i);
+  }
+}
+
+// The norm y = x s w of a row, s = 1 / sqrt(mean(x^2) + eps).
+template <class T>
+T rms_scale(const T* x, int64_t n, T eps) {
+  return 1 / std::sqrt(dot(x, x, n) / n + eps);
+}
+// dx = s (u - x s^2 mean(u x)), u = dy w. dx may be dy.
+template <class T>
+void rms_norm_grad(int64_t n, const T* dy, const T* w, const T* x, T s, T* dx) {
+  const T along = lane_sum<T>(n, [&](int64_t j) { return dy[j] * w[j] * x[j]; });
+  const T c = along * s * s * s / n;
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n; j++) dx[j] = dy[j] * w[j] * s - x[j] * c;
+}
+
+// ---- Products.
 
 enum class Layout : uint8_t { Normal, Transposed };
 // A row-major factor; `ld` elements from one stored row to the next.
@@ -62,4 +156,26 @@ struct Matrix {
 template <class T>
 void gemm(int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, T beta, T* c, int64_t ldc,
           T alpha = 1);
+
+// Those of y = x w^T, x [..., in], w [out, in]: each assigned or added, if wanted.
+template <class T>
+void linear_y(const Tensor& x, const Tensor& w, Slot<T> y) {
+  const int64_t out = w.dim[0], in = w.dim[1];
+  gemm<T>(x.rows(), out, in, {x.as<T>(), in}, {w.as<T>(), in, Layout::Transposed}, y.add, y.data,
+          out);
+}
+template <class T>
+void linear_dx(const Tensor& dy, const Tensor& w, Slot<T> dx) {  // dy w
+  const int64_t out = w.dim[0], in = w.dim[1];
+  if (!dx.data) return;
+  gemm<T>(dy.rows(), in, out, {dy.as<T>(), out}, {w.as<T>(), in}, dx.add, dx.data, in);
+}
+template <class T>
+void linear_dw(const Tensor& dy, const Tensor& x, Slot<T> dw) {  // dy^T x
+  const int64_t out = dy.cols(), in = x.cols();
+  if (!dw.data) return;
+  gemm<T>(out, in, x.rows(), {dy.as<T>(), out, Layout::Transposed}, {x.as<T>(), in}, dw.add,
+          dw.data, in);
+}
+
 }  // namespace pith

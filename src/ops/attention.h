@@ -1,9 +1,7 @@
-// attention_core: softmax attention between heads that lie anywhere in memory: what every form of
-// attention comes down to, the ring included.
-// defines: HeadView, Positions, positions_of, KeyRange, AttentionCore, visible_keys,
-// attention_forward, AttentionGrads, attention_backward
+// attention: softmax attention between heads that lie anywhere in memory, which every form of
+// attention comes down to.
 #pragma once
-#include "ops/ops.h"
+#include "ops/op.h"
 
 namespace pith {
 
@@ -44,18 +42,22 @@ struct KeyRange {
   }
 };
 
+// Inputs, or where their gradients are added: a part without data is left out.
+struct AttentionViews {
+  HeadView q, k, v, bias;  // bias: "position" is the query's; batch or head 0: broadcast
+};
+
 // Queries of one block against keys of one block.
 struct AttentionCore {
   DType dtype = DType::F32;
-  int64_t batch = 0;
-  int heads = 0, kv_heads = 0;  // kv_heads divides heads
-  int size = 0, v_size = 0;     // elements of a head of q and k, and of v
+  int64_t batch = 0, heads = 0, kv_heads = 0;  // kv_heads divides heads
+  int64_t size = 0, v_size = 0;                // elements of a head of q and k, and of v
   double scale = 1;
   bool causal = true;
-  int window = 0;
+  int64_t window = 0;
   Positions query, key;
-  HeadView q, k, v;        // read only
-  HeadView bias, visible;  // "position" is the query's; batch or head 0: broadcast; visible: U8
+  AttentionViews in;
+  HeadView visible;  // U8, as bias
 };
 
 // The keys that query i of batch row b may see, before `visible`.
@@ -63,16 +65,20 @@ KeyRange visible_keys(const AttentionCore& core, int64_t b, int64_t i);
 
 // out = softmax(scale q k^T + bias) v and lse [B, H, queries] = log of the sum of exponentials. A
 // query that sees nothing gives out = 0 and lse = -inf.
-void attention_forward(Rank& rank, const AttentionCore& core, HeadView out, const Tensor& lse,
-                       At at);
-
-// Where gradients are added; a part without data is left out.
-struct AttentionGrads {
-  HeadView q, k, v, bias;
-};
+void attention_forward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse);
 // From the final out and lse, which may cover more keys than this block's: the gradients of this
 // block's part of the sum.
-void attention_backward(Rank& rank, const AttentionCore& core, HeadView out, const Tensor& lse,
-                        HeadView dout, const AttentionGrads& grads, At at);
+void attention_backward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse,
+                        HeadView dout, const AttentionViews& grads);
+
+// Whether `coord` [count] are those that this member of the cp group holds of a row cut into 2*cp
+// equal chunks: of chunk r and then of chunk 2*cp-1-r, r being its place in the group.
+bool is_zigzag_part(const Rank& rank, const int32_t* coord, int64_t count);
+
+// The same where `core` holds the local queries, keys and values, which every member has as many
+// of, without bias or `visible`: out, lse and gradients are those of the whole rows.
+void ring_forward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse);
+void ring_backward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse,
+                   HeadView dout, const AttentionViews& grads);
 
 }  // namespace pith

@@ -1,0 +1,134 @@
+// op: what the file of every op uses: checks, the choice of element type, nodes of the tape.
+#pragma once
+#include <cstring>
+
+#include "core/rank.h"
+#include "core/tape.h"
+
+namespace pith {
+
+// Where to write n values, and whether to add; data is null where they are not wanted.
+template <class T>
+struct Slot {
+  T* data = nullptr;
+  bool add = false;
+  void put(int64_t i, T value) const { data[i] = add ? data[i] + value : value; }
+};
+
+template <class Bx>
+struct Recorded;
+struct NoGradient {
+  void operator()(const auto&) const {}
+};
+
+// One call of an op.
+struct Op {
+  Rank& rank;
+  const char* name;
+  At at;
+
+  void check(std::initializer_list<Need> needs, std::initializer_list<const Tensor*> ts) const {
+    pith::check(rank, name, at, needs, ts);
+  }
+  // All are defined, of one dtype and on one device.
+  void check_alike(std::initializer_list<const Tensor*> ts) const;
+  // Elements of `ids` (I32) are in [0, limit) or `also`; names the first that is not.
+  void check_ids(const char* what, const Tensor& ids, int64_t limit, int32_t also = 0) const;
+  // dim, counted from the end when negative, is a dimension of x; returns it from the beginning.
+  int dim_of(const Tensor& x, int dim) const;
+  // The shape to which the shapes broadcast.
+  Dims broadcast(std::initializer_list<const Tensor*> ts) const;
+
+  Tensor empty(const Dims& dims, DType dtype) const { return pith::empty(rank, dims, dtype, at); }
+  Tensor like(const Tensor& x) const { return empty(x.dim, x.dtype); }
+
+  // Throws unless x is in main memory: the place to give way when an op gets a GPU form.
+  void check_cpu(const Tensor& x) const;
+  // f(T*) with a null pointer of x's element type, float or double: one `[&]<class T>(T*) {...}`
+  // serves both.
+  template <class F>
+  void on_cpu(const Tensor& x, F&& f) const {
+    check_cpu(x);
+    check({{"dtype f32 or f64", x.dtype == DType::F32 || x.dtype == DType::F64}}, {&x});
+    if (x.dtype == DType::F64)
+      f(static_cast<double*>(nullptr));
+    else
+      f(static_cast<float*>(nullptr));
+  }
+
+  // The op's node, to be completed on the same line with what it keeps and its backward, or none.
+  Recorded<NoGradient> record(std::initializer_list<Tensor> in,
+                              std::initializer_list<Tensor*> out) const;
+};
+
+// What a node's bx or bw gets.
+template <class T>
+struct Backward {
+  Rank& rank;
+  Node& node;
+  const TensorList& keep;  // what it kept for this function
+
+  Op op() const { return {rank, node.op, node.at}; }
+  const Tensor& dy(int output = 0) const { return node.grad[output]; }
+  GradSlot slot(int input) const { return grad_slot(rank, node.in[input], node.at); }
+  Slot<T> to(int input) const {
+    const GradSlot s = slot(input);
+    return {s.grad.as<T>(), s.add};
+  }
+  // For what only adds: a fresh gradient begins as zeros. Undefined if not wanted.
+  Tensor zeroed(int input) const {
+    const GradSlot s = slot(input);
+    if (s.grad.data && !s.add) std::memset(s.grad.data, 0, s.grad.bytes());
+    return s.grad;
+  }
+};
+
+template <class F>
+void run_backward(Rank& rank, Node& node, const TensorList& keep) {
+  Op{rank, node.op, node.at}.on_cpu(node.in[0], [&]<class T>(T*) {
+    F{}(Backward<T>{rank, node, keep});
+  });
+}
+
+// A node that record() made, if it did. Functions are captureless, `[]<class T>(Backward<T> b)`.
+template <class Bx>
+struct Recorded {
+  Node* node;
+
+  Recorded numbers(std::initializer_list<int64_t> i, std::initializer_list<double> f = {}) const {
+    if (node) std::memcpy(node->i, i.begin(), i.size() * sizeof(int64_t));
+    if (node) std::memcpy(node->f, f.begin(), f.size() * sizeof(double));
+    return *this;
+  }
+  template <class F>
+  Recorded<F> bx(const TensorList& keep, F) const {
+    if (node) node->bx_keep = keep;
+    if (node) node->bx = [](Rank& r, Node& n) { run_backward<F>(r, n, n.bx_keep); };
+    return {node};
+  }
+  // Gradients of the inputs from `first` on, which are weights. They can wait only where they go to
+  // accumulators: one that another op made the weight from is due in bx, before that op's.
+  template <class F>
+  void bw(int first, const TensorList& keep, F) const {
+    if (!node) return;
+    node->bw_keep = keep;
+    bool made = false;
+    for (int k = first; k < node->in.count; k++) made |= node->in[k].var >= 0 && !node->in[k].grad;
+    if (made)
+      node->bx = [](Rank& r, Node& n) {
+        run_backward<Bx>(r, n, n.bx_keep);
+        run_backward<F>(r, n, n.bw_keep);
+      };
+    else
+      node->bw = [](Rank& r, Node* const* nodes, int count) {
+        for (int i = 0; i < count; i++) run_backward<F>(r, *nodes[i], nodes[i]->bw_keep);
+      };
+  }
+};
+
+inline Recorded<NoGradient> Op::record(std::initializer_list<Tensor> in,
+                                       std::initializer_list<Tensor*> out) const {
+  return {pith::record(rank, name, at, in, out)};
+}
+
+}  // namespace pith
