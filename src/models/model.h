@@ -1,8 +1,5 @@
-// model: what every model file offers, and the few plain types that it shares with the engine.
-//
-// A layer is five stages: (1) attention, router, shared experts; (2) dispatch; (3) experts;
-// (4) combine; (5) sum over ranks + shared experts + residual. The model writes 1, 3 and 5; the
-// engine does the communication between. Dimension letters as in ops.h.
+// model: what every model file offers, and the plain types that it shares with the engine. Letters
+// as in ops.h.
 #pragma once
 #include <concepts>
 
@@ -11,7 +8,7 @@
 
 namespace pith {
 
-// How a tensor begins: normal with standard deviation `value`, or constant `value`.
+// Normal with standard deviation `value`, or constant `value`.
 enum class InitKind : uint8_t { Normal, Constant };
 struct Init {
   InitKind kind = InitKind::Constant;
@@ -21,17 +18,16 @@ struct Init {
 // Groups of tensors that are gathered, reduced and updated together (one flat buffer each).
 enum class UnitKind : uint8_t { Embedding, Layer, Experts, Head };
 
-// One tensor of a Hugging Face checkpoint.
+// One tensor of a Hugging Face checkpoint, under its name there.
 struct Piece {
-  string name;  // as in the checkpoint: "model.layers.0.self_attn.q_proj.weight"
+  string name;
   Dims dims;
   Init init;
   bool muon = false;  // a matrix that Muon orthogonalises
 };
 
-// One tensor of the running model: pieces that lie one after another in memory, so that weights
-// that share an input are one product. The engine binds `target` to values and gradient
-// accumulator.
+// One tensor of the running model: pieces one after another in memory, so that weights that share
+// an input are one product. The engine binds `target` to values and gradient accumulator.
 struct Parameter {
   Tensor* target = nullptr;
   Dims dims;
@@ -56,11 +52,11 @@ struct Batch {
   AttentionMask mask;
 };
 
-// What stage 1 hands on.
+// What stage 1 hands on, each [T, D].
 struct MoeInput {
-  Tensor hidden;    // [T, D]: the rows to dispatch
-  Tensor residual;  // [T, D]
-  Tensor shared;    // [T, D]: output of shared experts; undefined where there are none
+  Tensor hidden;  // the rows to dispatch
+  Tensor residual;
+  Tensor shared;    // output of shared experts; undefined where there are none
   Routing routing;  // ids undefined in a dense layer, where stages 2 and 4 do nothing
 };
 
@@ -74,16 +70,17 @@ struct ModelShape {
 };
 
 // A model M is the weights of one pipeline stage: M::Config and M::Layer, a vector `layers` of the
-// stage's layers, and these functions. A wrong signature is one readable compile error here.
+// stage's layers, and these functions. Between stages 1, 3 and 5 of a layer the engine does the
+// communication: dispatch and combine.
 template <class M>
 concept Model = requires(Rank& rank, const Json& json, const typename M::Config& config, M& model,
                          const M& stage, const StagePart& part, const typename M::Layer& layer,
                          Tensor x, const Batch& batch, const RouterOptions& routing,
                          const MoeInput& in, const Dispatched& d, double scale) {
-  // Reads and validates config.json; refuses by name what it does not implement.
+  // Refuses by name what it does not implement.
   { M::read_config(json) } -> std::same_as<typename M::Config>;
   { M::shape(config) } -> std::same_as<ModelShape>;
-  // The stage's parameter table; sizes model.layers. init_std as in the run's configuration.
+  // The stage's parameter table; sizes model.layers. scale: model.init_std.
   { model.parameters(config, part, scale) } -> std::same_as<ParameterTable>;
   // Tables that depend on the sequence length alone (rotary cos and sin).
   { model.prepare(rank, config, int64_t{}) } -> std::same_as<void>;

@@ -1,9 +1,6 @@
-// attention: softmax(scale q k^T + bias) v over the keys that a mask lets each query see.
-//   in     f32|f64, one dtype     keeps  inputs, out, lse [B,H,S] and the table of positions
-//   grad   bx: with p = exp(score - lse), dv = p^T dout, ds = p (dout v^T - <dout, out>),
-//          dq = scale ds k, dk = scale ds^T q, dbias = ds.  Dao et al. 2022, arXiv:2205.14135
-//   errors shapes; dtypes differ; order or a row of doc_ends that descends; with cp > 1: another
-//          order than the rank's chunks, a bias or mask tensor, S != Z                 bitwise yes
+// attention: checks and tape node of both forms.
+//   grad   p = exp(score - lse), dv = p^T dout, ds = p (dout v^T - <dout, out>), dq = scale ds k,
+//          dk = scale ds^T q, dbias = ds.  Dao et al. 2022, arXiv:2205.14135
 #include "ops/attention.h"
 
 #include <algorithm>
@@ -14,70 +11,62 @@
 namespace pith {
 namespace {
 
-// What a node keeps. In the packed form q, k and v are qkv from their first element on.
+// What a node keeps. q, k and v are [B, positions, heads, size]; parts of a packed projection are
+// `width` elements from one position to the next.
 enum Keep { kQ, kK, kV, kOut, kLse, kTable, kBias, kVisible };
-enum Number { kBatch, kHeads, kKvHeads, kSize, kVSize, kCausal, kWindow };
+enum Number { kWidth, kCausal, kWindow };
 
-// Heads of x, [B*S, ...] or [B, S, heads, size].
-HeadView heads_of(const Tensor& x, int64_t positions, int64_t size) {
-  const int64_t width = x.dim.rank == 2 ? x.dim[1] : x.dim[2] * x.dim[3];
-  return {x.data, positions * width, width, size};
+// Heads [first, first + count) of a packed projection.
+Tensor packed_part(Tensor qkv, int64_t batch, int64_t first, int64_t count, int64_t size) {
+  if (qkv.data) qkv.data += first * size * size_of(qkv.dtype);
+  qkv.home_offset += first * size;
+  qkv.dim = {batch, batch ? qkv.dim[0] / batch : 0, count, size};
+  return qkv;
+}
+HeadView heads_of(const Tensor& t, int64_t width) {
+  if (width == 0) width = t.dim[2] * t.dim[3];
+  return {t.data, t.dim[1] * width, width, t.dim[3]};
+}
+HeadView out_of(const AttentionCore& core, const Tensor& out) {
+  const int64_t width = core.heads * core.v_size;
+  return {out.data, core.query.count * width, width, core.v_size};
 }
 HeadView scores_of(const Tensor& t) {  // of [1|B, 1|H, S, Z]
   const int64_t head = t.dim[2] * t.dim[3];
   return {t.data, t.dim[0] > 1 ? t.dim[1] * head : 0, t.dim[3], t.dim[1] > 1 ? head : 0};
 }
-// qkv from its element `first` on.
-Tensor packed_part(Tensor qkv, int64_t first) {
-  if (qkv.data) qkv.data += first * size_of(qkv.dtype);
-  qkv.home_offset += first;
-  return qkv;
-}
 
 AttentionCore core_of(const TensorList& t, const int64_t* i, double scale) {
-  const Tensor& table = t[kTable];
-  const int64_t S = t[kLse].dim[2], Z = t[kK].dim.rank == 2 ? S : t[kK].dim[1];
-  AttentionCore core{t[kQ].dtype, i[kBatch], i[kHeads], i[kKvHeads], i[kSize], i[kVSize]};
-  core.scale = scale;
-  core.causal = i[kCausal];
-  core.window = i[kWindow];
-  // Queries and keys end together; the table covers the longer of them.
-  core.query = positions_of(table, table.dim[1] - S, S);
-  core.key = positions_of(table, table.dim[1] - Z, Z);
-  core.in = {heads_of(t[kQ], S, core.size), heads_of(t[kK], Z, core.size),
-             heads_of(t[kV], Z, core.v_size), scores_of(t[kBias])};
-  core.visible = scores_of(t[kVisible]);
-  return core;
+  const Dims &q = t[kQ].dim, &k = t[kK].dim, &v = t[kV].dim;
+  const int64_t width = i[kWidth];
+  return {
+      t[kQ].dtype,
+      q[0],
+      q[2],
+      k[2],
+      q[3],
+      v[3],
+      scale,
+      i[kCausal] != 0,
+      i[kWindow],
+      // Queries and keys end together; the table covers the longer of them.
+      positions_of(t[kTable], q[1]),
+      positions_of(t[kTable], k[1]),
+      {heads_of(t[kQ], width), heads_of(t[kK], width), heads_of(t[kV], width), scores_of(t[kBias])},
+      scores_of(t[kVisible])};
 }
 
 void attention_bx(const auto& b) {
   const TensorList& t = b.keep;
   const AttentionCore core = core_of(t, b.node.i, b.node.f[0]);
-  const int64_t S = core.query.count, Z = core.key.count, k_end = core.heads + core.kv_heads;
-  const bool packed = t[kQ].dim.rank == 2;
-  const Tensor dq = b.zeroed(0);
-  const Tensor dk = packed ? packed_part(dq, core.heads * core.size) : b.zeroed(1);
-  const Tensor dv = packed ? packed_part(dq, k_end * core.size) : b.zeroed(2);
-  AttentionViews grads{
-      heads_of(dq, S, core.size), heads_of(dk, Z, core.size), heads_of(dv, Z, core.v_size), {}};
-  if (!packed) grads.bias = scores_of(b.zeroed(3));
-  ring_backward(b.op(), core, heads_of(t[kOut], S, core.v_size), t[kLse],
-                heads_of(b.dy(), S, core.v_size), grads);
-}
-
-// Both forms, once checked. `x`: q, k, v; `in`: where gradients go.
-Tensor attend(const Op& op, const TensorList& x, const AttentionCore& c, const Tensor& table,
-              const AttentionBias& bias, const Dims& dims, std::initializer_list<Tensor> in) {
-  const int64_t S = dims.rank == 4 ? dims[1] : c.batch ? dims[0] / c.batch : 0;
-  Tensor out = op.empty(dims, x[0].dtype);
-  const Tensor lse = op.empty({c.batch, c.heads, S}, out.dtype);
-  const TensorList all = {x[0], x[1], x[2], out, lse, table, bias.bias, bias.visible};
-  const int64_t i[] = {c.batch, c.heads, c.kv_heads, c.size, c.v_size, c.causal, c.window};
-  ring_forward(op, core_of(all, i, c.scale), heads_of(out, S, c.v_size), lse);
-  op.record(in, {&out})
-      .numbers({i[0], i[1], i[2], i[3], i[4], i[5], i[6]}, {c.scale})
-      .bx(all, [](const auto& b) { attention_bx(b); });
-  return out;
+  const int64_t width = b.node.i[kWidth], H = core.heads, K = core.kv_heads, N = core.size;
+  Tensor d[3] = {b.zeroed(0)};
+  for (int k = 1; k < 3; k++)
+    d[k] = width ? packed_part(d[0], core.batch, k == 1 ? H : H + K, K, N) : b.zeroed(k);
+  if (width) d[0] = packed_part(d[0], core.batch, 0, H, N);
+  ring_backward(b.op(), core, out_of(core, t[kOut]), t[kLse], out_of(core, b.dy()),
+                {heads_of(d[0], width), heads_of(d[1], width), heads_of(d[2], width),
+                 width ? HeadView{} : scores_of(b.zeroed(3))});
 }
 
 bool rows_ascend(const Tensor& x) {
@@ -92,11 +81,8 @@ bool rows_ascend(const Tensor& x) {
 Tensor mask_table(const Op& op, const AttentionMask& mask, int64_t batch, int64_t queries,
                   int64_t keys) {
   const Tensor &order = mask.order, &ends = mask.doc_ends;
-  const auto fits = [](const Tensor& t, Dims dims) {
-    return !t.defined() || (t.dtype == DType::I32 && t.dim == dims);
-  };
-  op.check({{"mask.order i32 [S]", fits(order, {queries})},
-            {"mask.doc_ends i32 [B, S]", fits(ends, {batch, queries})},
+  op.check({{"mask.order i32 [S]", !order.defined() || is_i32(order, {queries})},
+            {"mask.doc_ends i32 [B, S]", !ends.defined() || is_i32(ends, {batch, queries})},
             {"S == Z where mask.order or mask.doc_ends is given",
              queries == keys || !(order.defined() || ends.defined())},
             {"mask.window >= 0", mask.window >= 0}},
@@ -114,6 +100,23 @@ Tensor mask_table(const Op& op, const AttentionMask& mask, int64_t batch, int64_
   return table;
 }
 
+// Both forms, once checked. width: of a packed projection; `in`: where gradients go.
+Tensor attend(const Op& op, const Tensor& q, const Tensor& k, const Tensor& v, int64_t width,
+              double scale, const AttentionMask& mask, const AttentionBias& bias, const Dims& dims,
+              std::initializer_list<Tensor> in) {
+  const Tensor table = mask_table(op, mask, q.dim[0], q.dim[1], k.dim[1]);
+  Tensor out = op.empty(dims, q.dtype);
+  const Tensor lse = op.empty({q.dim[0], q.dim[2], q.dim[1]}, q.dtype);
+  const TensorList all = {q, k, v, out, lse, table, bias.bias, bias.visible};
+  const int64_t numbers[] = {width, mask.causal, mask.window};
+  const AttentionCore core = core_of(all, numbers, scale);
+  ring_forward(op, core, out_of(core, out), lse);
+  op.record(in, {&out})
+      .numbers({width, mask.causal, mask.window}, {scale})
+      .bx(all, [](const auto& b) { attention_bx(b); });
+  return out;
+}
+
 }  // namespace
 
 Tensor attention(Rank& rank, Tensor qkv, Heads heads, int64_t batch, AttentionMask mask, At at) {
@@ -125,12 +128,9 @@ Tensor attention(Rank& rank, Tensor qkv, Heads heads, int64_t batch, AttentionMa
             {"batch that divides qkv.dim[0]",
              batch > 0 ? qkv.dim[0] % batch == 0 : batch == 0 && qkv.dim[0] == 0}},
            {&qkv});
-  const int64_t S = batch ? qkv.dim[0] / batch : 0;
-  const Tensor table = mask_table(op, mask, batch, S, S);
-  const TensorList x = {qkv, packed_part(qkv, H * N), packed_part(qkv, (H + K) * N)};
-  return attend(op, x,
-                {qkv.dtype, batch, H, K, N, N, 1 / std::sqrt(double(N)), mask.causal, mask.window},
-                table, {}, {qkv.dim[0], H * N}, {qkv});
+  return attend(op, packed_part(qkv, batch, 0, H, N), packed_part(qkv, batch, H, K, N),
+                packed_part(qkv, batch, H + K, K, N), (H + 2 * K) * N, 1 / std::sqrt(double(N)),
+                mask, {}, {qkv.dim[0], H * N}, {qkv});
 }
 
 Tensor attention(Rank& rank, Tensor q, Tensor k, Tensor v, double scale, AttentionMask mask,
@@ -145,8 +145,7 @@ Tensor attention(Rank& rank, Tensor q, Tensor k, Tensor v, double scale, Attenti
              k.dim[2] >= 1 && q.dim[2] >= 1 && q.dim[2] % k.dim[2] == 0},
             {"equal dtypes", q.dtype == k.dtype && q.dtype == v.dtype}},
            {&q, &k, &v});
-  const int64_t B = q.dim[0], S = q.dim[1], H = q.dim[2], N = q.dim[3];
-  const int64_t Z = k.dim[1], K = k.dim[2], M = v.dim[3];
+  const int64_t B = q.dim[0], S = q.dim[1], H = q.dim[2], Z = k.dim[1];
   const auto fits = [&](const Tensor& t, DType dtype) {
     return !t.defined() || (t.dtype == dtype && (t.dim == Dims{t.dim[0], t.dim[1], S, Z}) &&
                             (t.dim[0] == 1 || t.dim[0] == B) && (t.dim[1] == 1 || t.dim[1] == H));
@@ -156,9 +155,7 @@ Tensor attention(Rank& rank, Tensor q, Tensor k, Tensor v, double scale, Attenti
             {"no bias, no visible and S == Z where cp > 1",
              rank.mesh.cp == 1 || (!extra.defined() && !visible.defined() && S == Z)}},
            {&q, &k, &extra, &visible});
-  const Tensor table = mask_table(op, mask, B, S, Z);
-  return attend(op, {q, k, v}, {q.dtype, B, H, K, N, M, scale, mask.causal, mask.window}, table,
-                bias, {B, S, H, M}, {q, k, v, extra});
+  return attend(op, q, k, v, 0, scale, mask, bias, {B, S, H, v.dim[3]}, {q, k, v, extra});
 }
 
 }  // namespace pith

@@ -1,5 +1,4 @@
-// attention: softmax attention between heads that lie anywhere in memory, which every form of
-// attention comes down to.
+// attention: softmax attention between heads that lie anywhere in memory.
 #pragma once
 #include "ops/op.h"
 
@@ -15,26 +14,24 @@ struct HeadView {
   }
 };
 
-// Row coordinates of a block of positions and the ends of their documents; both ascend, so that
-// what a query sees is one range of keys.
+// Row coordinates of some positions and the ends of their documents; both ascend, so that what a
+// query sees is one range of keys.
 struct Positions {
   int64_t count = 0;
   const int32_t* coord = nullptr;    // [count]
   const int32_t* doc_end = nullptr;  // of batch row b from b * doc_stride; null: one document
   int64_t doc_stride = 0;
 };
-// Positions [begin, begin + count) of a table I32 [1 or 1+B, n]: coordinates and, by batch row,
-// ends.
-inline Positions positions_of(const Tensor& table, int64_t begin, int64_t count) {
-  const int32_t* ends = table.dim[0] > 1 ? table.i32() + table.dim[1] + begin : nullptr;
-  return {count, table.i32() + begin, ends, table.dim[1]};
+// The last `count` of a table I32 [1 or 1+B, n]: coordinates and, by batch row, ends.
+inline Positions positions_of(const Tensor& table, int64_t count) {
+  const int64_t n = table.dim[1], begin = n - count;
+  return {count, table.i32() + begin, table.dim[0] > 1 ? table.i32() + n + begin : nullptr, n};
 }
 
 struct KeyRange {
   int64_t begin = 0, end = 0;
   int64_t count() const { return begin < end ? end - begin : 0; }
-  // Grows to hold `o` too.
-  void cover(KeyRange o) {
+  void cover(KeyRange o) {  // grows to hold `o` too
     if (o.count() == 0) return;
     if (count() == 0) *this = o;
     begin = begin < o.begin ? begin : o.begin;
@@ -63,20 +60,15 @@ struct AttentionCore {
 // The keys that query i of batch row b may see, before `visible`.
 KeyRange visible_keys(const AttentionCore& core, int64_t b, int64_t i);
 
-// out = softmax(scale q k^T + bias) v and lse [B, H, queries] = log of the sum of exponentials. A
-// query that sees nothing gives out = 0 and lse = -inf.
+// out, and lse [B, H, queries] = log of the sum of exponentials; 0 and -inf where no key is seen.
 void attention_forward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse);
-// From the final out and lse, which may cover more keys than this block's: the gradients of this
-// block's part of the sum.
+// With out and lse over any more keys than the core's.
 void attention_backward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse,
                         HeadView dout, const AttentionViews& grads);
 
-// Whether `coord` [count] are those that this member of the cp group holds of a row cut into 2*cp
-// equal chunks: of chunk r and then of chunk 2*cp-1-r, r being its place in the group.
+// Whether `coord` [count] are those of this cp member's chunks (ring_attention.cpp).
 bool is_zigzag_part(const Rank& rank, const int32_t* coord, int64_t count);
-
-// The same where `core` holds the local queries, keys and values, which every member has as many
-// of, without bias or `visible`: out, lse and gradients are those of the whole rows.
+// The same over the keys of all members, where each has as many and there is no bias or `visible`.
 void ring_forward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse);
 void ring_backward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse,
                    HeadView dout, const AttentionViews& grads);

@@ -1,6 +1,5 @@
-// cpu: loops and products of the CPU forms. Results never depend on the number of threads or the
-// width of vectors: outputs alone are divided among threads, in pieces of fixed size, and sums have
-// one order.
+// cpu: loops and products of the CPU forms. Outputs alone are divided among threads, in pieces of
+// fixed size, and sums have one order: results never depend on their number.
 #pragma once
 #include <bit>
 #include <cmath>
@@ -157,25 +156,27 @@ template <class T>
 void gemm(int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, T beta, T* c, int64_t ldc,
           T alpha = 1);
 
-// Those of y = x w^T, x [..., in], w [out, in]: each assigned or added, if wanted.
+// c = or += a b, tensors seen as [rows, cols] or, Transposed, as the transpose of that; if wanted.
+template <class T>
+void product(const Tensor& a, Layout a_layout, const Tensor& b, Layout b_layout, Slot<T> c) {
+  const bool at = a_layout == Layout::Transposed, bt = b_layout == Layout::Transposed;
+  const int64_t n = bt ? b.rows() : b.cols();
+  if (!c.data) return;
+  gemm<T>(at ? a.cols() : a.rows(), n, at ? a.rows() : a.cols(), {a.as<T>(), a.cols(), a_layout},
+          {b.as<T>(), b.cols(), b_layout}, c.add, c.data, n);
+}
+// Those of y = x w^T.
 template <class T>
 void linear_y(const Tensor& x, const Tensor& w, Slot<T> y) {
-  const int64_t out = w.dim[0], in = w.dim[1];
-  gemm<T>(x.rows(), out, in, {x.as<T>(), in}, {w.as<T>(), in, Layout::Transposed}, y.add, y.data,
-          out);
+  product(x, Layout::Normal, w, Layout::Transposed, y);
 }
 template <class T>
-void linear_dx(const Tensor& dy, const Tensor& w, Slot<T> dx) {  // dy w
-  const int64_t out = w.dim[0], in = w.dim[1];
-  if (!dx.data) return;
-  gemm<T>(dy.rows(), in, out, {dy.as<T>(), out}, {w.as<T>(), in}, dx.add, dx.data, in);
+void linear_dx(const Tensor& dy, const Tensor& w, Slot<T> dx) {
+  product(dy, Layout::Normal, w, Layout::Normal, dx);
 }
 template <class T>
-void linear_dw(const Tensor& dy, const Tensor& x, Slot<T> dw) {  // dy^T x
-  const int64_t out = dy.cols(), in = x.cols();
-  if (!dw.data) return;
-  gemm<T>(out, in, x.rows(), {dy.as<T>(), out, Layout::Transposed}, {x.as<T>(), in}, dw.add,
-          dw.data, in);
+void linear_dw(const Tensor& dy, const Tensor& x, Slot<T> dw) {
+  product(dy, Layout::Transposed, x, Layout::Normal, dw);
 }
 
 }  // namespace pith

@@ -1,8 +1,5 @@
-// lm_head_cross_entropy: sum over tokens of log(sum of e^logits) - logits[label], logits = x w^T.
-//   in     f32|f64, one dtype; labels i32      keeps  bx: dx
-//   grad   dlogits = scale (softmax(logits) - one-hot(label)), formed in the forward by chunks
-//          of rows; w's gradient dlogits^T x is added there too   bx: dx += dlogits w
-//   errors shapes; a label outside [0, V); dtypes differ                               bitwise yes
+// lm_head_cross_entropy.
+//   grad   dlogits = scale (softmax(logits) - one-hot(label)), dx = dlogits w, dw = dlogits^T x
 #include <algorithm>
 
 #include "ops/cpu.h"
@@ -60,7 +57,7 @@ double cross_entropy_cpu(const Op& op, const Tensor& x, const Tensor& w, const T
 Tensor lm_head_cross_entropy(Rank& rank, Tensor x, Tensor w, Tensor labels, double scale, At at) {
   const Op op{rank, "lm_head_cross_entropy", at};
   op.check({{"x [T, D] and w [V, D]", x.dim.rank == 2 && w.dim.rank == 2 && x.dim[1] == w.dim[1]},
-            {"labels I32 [T]", labels.dtype == DType::I32 && labels.dim == Dims{x.dim[0]}},
+            {"labels I32 [T]", is_i32(labels, {x.dim[0]})},
             {"one dtype", x.dtype == w.dtype}},
            {&x, &w, &labels});
   Tensor loss = op.empty({1}, x.dtype);

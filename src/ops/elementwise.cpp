@@ -1,7 +1,5 @@
-// elementwise: y = f(a, b, c) for each element, shapes broadcast.
-//   in     f32|f64, all alike; mask u8       keeps  what gradients read of a (or y), b and c
-//   grad   += its formula, summed over the dimensions in which the input was repeated
-//   errors shapes that do not broadcast; dtypes or devices differ; clamp low > high    bitwise yes
+// elementwise: one loop for all.
+//   grad   the formula, summed over the dimensions in which the input was repeated
 #include <algorithm>
 #include <cmath>
 

@@ -1,10 +1,6 @@
-// grouped_linear: rows [offsets[e], offsets[e+1]) of y are those of x times w[e]^T.
-//   in     f32|f64, one dtype          keeps  bx: w, offsets   bw: x, offsets
-//   grad   bx: dx += dy w[e]   bw: dw[e] += dy^T x over the expert's rows
-//   errors shapes; dtypes differ; offsets that do not ascend from 0 to P               bitwise yes
-// swiglu: y = silu(gate) * up * weight of the row.
-//   in     f32|f64, one dtype          keeps  bx: both
-//   grad   bx: dgate_up +=, dweights += sum over the row of dy silu(gate) up
+// grouped_linear, swiglu.
+//   grad   dx = dy w[e], dw[e] = dy^T x over the expert's rows;
+//          dweights = sum over the row of dy silu(gate) up
 #include <algorithm>
 
 #include "ops/cpu.h"
@@ -13,47 +9,13 @@
 namespace pith {
 namespace {
 
-// f(e, begin, rows, col, cols) for each expert, its rows, and blocks of `width` columns, on all
-// threads. `work`: multiply-adds in all.
+// f(e, begin, end) for each expert and its rows, on all threads. `work`: multiply-adds in all.
 template <class F>
-void expert_columns(const Tensor& offsets, int64_t width, int64_t work, F&& f) {
-  constexpr int64_t kCols = 384;  // those of gemm's own tiles
-  const int64_t blocks = (width + kCols - 1) / kCols, tasks = (offsets.dim[0] - 1) * blocks;
-#pragma omp parallel for schedule(dynamic) if (tasks > 1 && work > kParallelProduct)
-  for (int64_t task = 0; task < tasks; task++) {
-    const int64_t e = task / blocks, col = task % blocks * kCols;
-    const int64_t begin = offsets.i32()[e], end = offsets.i32()[e + 1];
-    f(e, begin, end - begin, col, std::min(kCols, width - col));
-  }
-}
-
-// y [P, width]: an expert's rows = or += those of x times w[e], stored [width, depth] if
-// Transposed, else [depth, width].
-template <class T>
-void grouped_product(const Tensor& x, const Tensor& w, Layout layout, const Tensor& offsets,
-                     Slot<T> y) {
-  const bool transposed = layout == Layout::Transposed;
-  const int64_t depth = x.dim[1], width = w.dim[transposed ? 1 : 2];
-  const int64_t ld = w.dim[2], across = transposed ? ld : 1;
-  if (!y.data) return;
-  expert_columns(offsets, width, x.dim[0] * width * depth,
-                 [&](int64_t e, int64_t begin, int64_t rows, int64_t col, int64_t cols) {
-                   gemm<T>(rows, cols, depth, {x.as<T>() + begin * depth, depth},
-                           {w.as<T>() + e * width * depth + col * across, ld, layout}, y.add,
-                           y.data + begin * width + col, width);
-                 });
-}
-
-template <class T>
-void grouped_dw(const Tensor& dy, const Tensor& x, const Tensor& offsets, Slot<T> dw) {
-  const int64_t out = dy.dim[1], in = x.dim[1];
-  if (!dw.data) return;
-  expert_columns(offsets, in, x.dim[0] * out * in,
-                 [&](int64_t e, int64_t begin, int64_t rows, int64_t col, int64_t cols) {
-                   gemm<T>(out, cols, rows, {dy.as<T>() + begin * out, out, Layout::Transposed},
-                           {x.as<T>() + begin * in + col, in}, dw.add, dw.data + e * out * in + col,
-                           in);
-                 });
+void each_expert(const Tensor& offsets, int64_t work, F&& f) {
+  const int64_t E = offsets.dim[0] - 1;
+  const int32_t* begin = offsets.i32();
+#pragma omp parallel for schedule(dynamic) if (E > 1 && work > kParallelProduct)
+  for (int64_t e = 0; e < E; e++) f(e, begin[e], begin[e + 1]);
 }
 
 template <class T>
@@ -84,8 +46,7 @@ void swiglu_bx_cpu(const Tensor& dy, const Tensor& gate_up, const Tensor& weight
       for (int64_t j = 0; j < n; j++) s[j] = logistic(gate[j]);
       dweight += lane_sum<T>(n, [&](int64_t j) { return g[j] * (gate[j] * s[j] * up[j]); });
       if (!dgate_up.data) continue;
-      const Slot<T> dgate{dgate_up.data + p * 2 * F + first, dgate_up.add};
-      const Slot<T> dup{dgate.data + F, dgate_up.add};
+      const Slot<T> dgate = dgate_up.from(p * 2 * F + first), dup = dgate.from(F);
       for (int64_t j = 0; j < n; j++) dup.put(j, g[j] * weight * (gate[j] * s[j]));
       for (int64_t j = 0; j < n; j++)
         dgate.put(j, g[j] * weight * up[j] * (s[j] + gate[j] * s[j] * (1 - s[j])));
@@ -100,7 +61,7 @@ Tensor grouped_linear(Rank& rank, Tensor x, Tensor w, Tensor offsets, At at) {
   const Op op{rank, "grouped_linear", at};
   op.check(
       {{"x [P, in] and w [E, out, in]", x.dim.rank == 2 && w.dim.rank == 3 && x.dim[1] == w.dim[2]},
-       {"offsets I32 [E+1]", offsets.dtype == DType::I32 && offsets.dim == Dims{w.dim[0] + 1}},
+       {"offsets I32 [E+1]", is_i32(offsets, {w.dim[0] + 1})},
        {"one dtype", x.dtype == w.dtype}},
       {&x, &w, &offsets});
   Tensor y = op.empty({x.dim[0], w.dim[1]}, x.dtype);
@@ -109,15 +70,29 @@ Tensor grouped_linear(Rank& rank, Tensor x, Tensor w, Tensor offsets, At at) {
     op.check({{"offsets ascending from 0 to P",
                *begin == 0 && *last == x.dim[0] && std::is_sorted(begin, last + 1)}},
              {&offsets, &x});
-    grouped_product<T>(x, w, Layout::Transposed, offsets, {y.as<T>()});
+    each_expert(offsets, x.numel() * w.dim[1], [&](int64_t e, int64_t r, int64_t end) {
+      linear_y<T>(x.slice_rows(r, end), w.slice_rows(e, e + 1), {row_of<T>(y, r)});
+    });
   });
   op.record({x, w}, {&y})
       .bx({w, offsets},
-          [](const auto& b) {
-            grouped_product(b.dy(), b.keep[0], Layout::Normal, b.keep[1], b.to(0));
+          []<class T>(const Backward<T>& b) {
+            const Tensor &weight = b.keep[0], &dy = b.dy();
+            const Slot<T> dx = b.to(0);
+            each_expert(b.keep[1], dy.numel() * weight.dim[2],
+                        [&](int64_t e, int64_t r, int64_t end) {
+                          linear_dx<T>(dy.slice_rows(r, end), weight.slice_rows(e, e + 1),
+                                       dx.from(r * weight.dim[2]));
+                        });
           })
-      .bw(1, {x, offsets},
-          [](const auto& b) { grouped_dw(b.dy(), b.keep[0], b.keep[1], b.to(1)); });
+      .bw(1, {x, offsets}, []<class T>(const Backward<T>& b) {
+        const Tensor &rows = b.keep[0], &dy = b.dy();
+        const Slot<T> dw = b.to(1);
+        each_expert(b.keep[1], dy.numel() * rows.cols(), [&](int64_t e, int64_t r, int64_t end) {
+          linear_dw<T>(dy.slice_rows(r, end), rows.slice_rows(r, end),
+                       dw.from(e * dy.cols() * rows.cols()));
+        });
+      });
   return y;
 }
 
@@ -125,7 +100,7 @@ Tensor swiglu(Rank& rank, Tensor gate_up, Tensor weights, At at) {
   const Op op{rank, "swiglu", at};
   op.check({{"gate_up [P, 2F]", gate_up.dim.rank == 2 && gate_up.dim[1] % 2 == 0},
             {"weights [P] or undefined", !weights.defined() || weights.dim == Dims{gate_up.dim[0]}},
-            {"one dtype", !weights.defined() || weights.dtype == gate_up.dtype}},
+            {"one dtype", one_dtype({&gate_up, &weights})}},
            {&gate_up, &weights});
   Tensor y = op.empty({gate_up.dim[0], gate_up.dim[1] / 2}, gate_up.dtype);
   op.on_cpu(gate_up, [&]<class T>(T*) { swiglu_cpu<T>(gate_up, weights, y); });

@@ -1,7 +1,5 @@
-// linear: y = x w^T + bias.
-//   in     f32|f64, one dtype          keeps  bx: w   bw: x
-//   grad   bx: dx += dy w   bw: dw += dy^T x, dbias += sum over rows of dy
-//   errors shapes; dtypes differ                                                       bitwise yes
+// linear.
+//   grad   dx = dy w, dw = dy^T x, dbias = sum over rows of dy
 #include <algorithm>
 
 #include "ops/cpu.h"
@@ -14,7 +12,7 @@ Tensor linear(Rank& rank, Tensor x, Tensor w, Tensor bias, At at) {
   const int64_t out = w.dim[0];
   op.check({{"x [..., in] and w [out, in]", x.defined() && w.dim.rank == 2 && x.cols() == w.dim[1]},
             {"bias [out] or undefined", !bias.defined() || bias.dim == Dims{out}},
-            {"one dtype", x.dtype == w.dtype && (!bias.defined() || bias.dtype == w.dtype)}},
+            {"one dtype", one_dtype({&x, &w, &bias})}},
            {&x, &w, &bias});
   Dims dims = x.dim;
   dims[dims.rank - 1] = out;

@@ -1,7 +1,5 @@
-// matmul: c = a b over the last two dimensions, leading ones repeated where 1.
-//   in     f32|f64, one dtype          keeps  a and b
-//   grad   da += dc b^T, db += a^T dc, each summed over repeated products
-//   errors inner sizes differ; leading sizes differ and neither is 1; dtypes differ    bitwise yes
+// matmul, and gemm for all products.
+//   grad   da = dc b^T, db = a^T dc, each summed over repeated products
 #include <cblas.h>
 
 #include <algorithm>
@@ -55,16 +53,20 @@ Tensor leading(Tensor x) {
 template <class T>
 void products_cpu(const Dims& lead, const Tensor& a, Layout a_layout, const Tensor& b,
                   Layout b_layout, const Tensor& c, bool add) {
-  const int64_t m = c.dim[c.dim.rank - 2], n = c.cols();
-  const int64_t k = a_layout == Layout::Normal ? a.cols() : a.dim[a.dim.rank - 2];
   const View va = view_of(leading(a), lead), vb = view_of(leading(b), lead);
   const View vc = view_of(leading(c), lead);
+  const auto at = [&](Tensor x, const View& v, int64_t p) {
+    const int64_t rows = x.dim[x.dim.rank - 2], cols = x.cols();
+    x.dim = {rows, cols};
+    if (x.data) x.data += v.offset(lead, p) * rows * cols * sizeof(T);
+    return x;
+  };
   const bool apart = vc.x.numel() == lead.numel();
-  parallel_rows(lead.numel(), apart ? m * n * k : 0, [&](int64_t p) {
-    gemm<T>(m, n, k, {a.as<T>() + va.offset(lead, p) * m * k, a.cols(), a_layout},
-            {b.as<T>() + vb.offset(lead, p) * k * n, b.cols(), b_layout}, add,
-            c.as<T>() + vc.offset(lead, p) * m * n, n);
-  });
+  parallel_rows(lead.numel(), apart ? c.cols() * a.dim[a.dim.rank - 2] * a.cols() : 0,
+                [&](int64_t p) {
+                  product<T>(at(a, va, p), a_layout, at(b, vb, p), b_layout,
+                             {at(c, vc, p).template as<T>(), add});
+                });
 }
 
 }  // namespace

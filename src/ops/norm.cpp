@@ -1,8 +1,6 @@
-// rms_norm, and add_rms_norm, the norm of a sum, in one pass.
-//   in     f32|f64, one dtype          keeps  bx: x (or sum), w, rstd [rows]   bw: x (or sum), rstd
-//   grad   with u = dy w:  bx: dx += rstd (u - x rstd^2 mean(u x)), and dsum, to x and residual
-//          bw: dw += sum over rows of dy x rstd
-//   errors shapes; dtypes differ                                                       bitwise yes
+// rms_norm, add_rms_norm.
+//   grad   u = dy w, s = 1/rms: dx = s (u - x s^2 mean(u x)) and dsum, to x and residual;
+//          dw = sum over rows of dy x s
 #include <algorithm>
 
 #include "ops/cpu.h"
@@ -48,7 +46,7 @@ AddRmsNorm norm_of_sum(const Op& op, const Tensor& x, const Tensor& residual, co
   const bool summed = residual.defined();
   op.check({{"x [..., D] and w [D]", x.defined() && w.dim == Dims{x.cols()}},
             {"residual of x's shape", !summed || residual.dim == x.dim},
-            {"one dtype", x.dtype == w.dtype && (!summed || x.dtype == residual.dtype)}},
+            {"one dtype", one_dtype({&x, &residual, &w})}},
            {&x, &residual, &w});
   AddRmsNorm y{summed ? op.like(x) : x, op.like(x)};
   const Tensor rstd = op.empty({x.rows()}, x.dtype);

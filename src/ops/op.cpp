@@ -4,6 +4,15 @@
 
 namespace pith {
 
+bool one_dtype(std::initializer_list<const Tensor*> ts) {
+  const Tensor* first = nullptr;
+  for (const Tensor* t : ts) {
+    if (!first && t->defined()) first = t;
+    if (t->defined() && t->dtype != first->dtype) return false;
+  }
+  return true;
+}
+
 void Op::check_alike(std::initializer_list<const Tensor*> ts) const {
   const Tensor& first = **ts.begin();
   for (const Tensor* t : ts)

@@ -1,4 +1,4 @@
-// op: what the file of every op uses: checks, the choice of element type, nodes of the tape.
+// op: checks, the choice of element type and tape nodes of every op.
 #pragma once
 #include <cstring>
 
@@ -7,12 +7,13 @@
 
 namespace pith {
 
-// Where to write n values, and whether to add; data is null where they are not wanted.
+// Where to write, and whether to add; data is null where nothing is wanted.
 template <class T>
 struct Slot {
   T* data = nullptr;
   bool add = false;
   void put(int64_t i, T value) const { data[i] = add ? data[i] + value : value; }
+  Slot from(int64_t i) const { return {data ? data + i : nullptr, add}; }
 };
 
 template <class Bx>
@@ -20,6 +21,12 @@ struct Recorded;
 struct NoGradient {
   void operator()(const auto&) const {}
 };
+
+inline bool is_i32(const Tensor& t, const Dims& dims) {
+  return t.dtype == DType::I32 && t.dim == dims;
+}
+// Of those that are defined.
+bool one_dtype(std::initializer_list<const Tensor*> ts);
 
 // One call of an op.
 struct Op {
@@ -30,22 +37,20 @@ struct Op {
   void check(std::initializer_list<Need> needs, std::initializer_list<const Tensor*> ts) const {
     pith::check(rank, name, at, needs, ts);
   }
-  // All are defined, of one dtype and on one device.
+  // Defined, of one dtype, on one device.
   void check_alike(std::initializer_list<const Tensor*> ts) const;
-  // Elements of `ids` (I32) are in [0, limit) or `also`; names the first that is not.
+  // Elements of `ids` (I32) are in [0, limit) or `also`.
   void check_ids(const char* what, const Tensor& ids, int64_t limit, int32_t also = 0) const;
-  // dim, counted from the end when negative, is a dimension of x; returns it from the beginning.
+  // `dim` of x, from the end when negative, as one from the beginning.
   int dim_of(const Tensor& x, int dim) const;
-  // The shape to which the shapes broadcast.
   Dims broadcast(std::initializer_list<const Tensor*> ts) const;
 
   Tensor empty(const Dims& dims, DType dtype) const { return pith::empty(rank, dims, dtype, at); }
   Tensor like(const Tensor& x) const { return empty(x.dim, x.dtype); }
 
-  // Throws unless x is in main memory: the place to give way when an op gets a GPU form.
+  // x is in main memory: the place to give way when an op gets a GPU form.
   void check_cpu(const Tensor& x) const;
-  // f(T*) with a null pointer of x's element type, float or double: one `[&]<class T>(T*) {...}`
-  // serves both.
+  // f(T*), a null pointer of x's element type, float or double.
   template <class F>
   void on_cpu(const Tensor& x, F&& f) const {
     check_cpu(x);
@@ -56,7 +61,7 @@ struct Op {
       f(static_cast<float*>(nullptr));
   }
 
-  // The op's node, to be completed on the same line with what it keeps and its backward, or none.
+  // To be completed on the same line with what the node keeps and its backward.
   Recorded<NoGradient> record(std::initializer_list<Tensor> in,
                               std::initializer_list<Tensor*> out) const;
 };
@@ -66,7 +71,7 @@ template <class T>
 struct Backward {
   Rank& rank;
   Node& node;
-  const TensorList& keep;  // what it kept for this function
+  const TensorList& keep;  // for this function
 
   Op op() const { return {rank, node.op, node.at}; }
   const Tensor& dy(int output = 0) const { return node.grad[output]; }
@@ -75,7 +80,7 @@ struct Backward {
     const GradSlot s = slot(input);
     return {s.grad.as<T>(), s.add};
   }
-  // For what only adds: a fresh gradient begins as zeros. Undefined if not wanted.
+  // For what only adds; undefined if not wanted.
   Tensor zeroed(int input) const {
     const GradSlot s = slot(input);
     if (s.grad.data && !s.add) std::memset(s.grad.data, 0, s.grad.bytes());
@@ -90,7 +95,7 @@ void run_backward(Rank& rank, Node& node, const TensorList& keep) {
   });
 }
 
-// A node that record() made, if it did. Functions are captureless, `[]<class T>(Backward<T> b)`.
+// The node that record() made, or null. Functions are captureless, of a Backward<T>.
 template <class Bx>
 struct Recorded {
   Node* node;

@@ -1,8 +1,5 @@
 // adamw_step: g' = grad_scale g; m = b1 m + (1-b1) g'; v = b2 v + (1-b2) g'^2;
 // w -= lr (weight_decay w + (m / (1-b1^step)) / (sqrt(v / (1-b2^step)) + eps)).
-// sum_squares, fill_normal, fill_constant: over blocks of a fixed size.
-//   in     f32|f64, one dtype, any shape       errors  shapes or dtypes differ; step < 1
-//   bitwise yes
 #include <algorithm>
 #include <cmath>
 
@@ -42,7 +39,7 @@ void adamw_block(const AdamW& o, int64_t n, const T* g, T* w, T* m, T* v) {
 void adamw_step(Rank& rank, Tensor w, Tensor g, Tensor m, Tensor v, const AdamW& options, At at) {
   const Op op{rank, "adamw_step", at};
   op.check({{"w, g, m and v of one shape", g.dim == w.dim && m.dim == w.dim && v.dim == w.dim},
-            {"one dtype", g.dtype == w.dtype && m.dtype == w.dtype && v.dtype == w.dtype},
+            {"one dtype", one_dtype({&w, &g, &m, &v})},
             {"step >= 1", options.step >= 1}},
            {&w, &g, &m, &v});
   op.on_cpu(w, [&]<class T>(T*) {

@@ -1,8 +1,6 @@
-// reduce: sum, mean, max, the k largest, running sum and softmax over one dimension.
-//   in     x f32|f64                   keeps  max, top_k: ids i32; softmax: y
-//   grad   sum: += dy; max, top_k: += dy at the ids; cumsum: += the running sum from the end;
-//          softmax: += y * (dy - <dy, y>)
-//   errors no such dimension; mean or max over an empty one; k outside [1, size]       bitwise yes
+// reduce: over one dimension.
+//   grad   sum: dy; max, top_k: dy at the ids; cumsum: the running sum of dy from the end;
+//          softmax: y * (dy - <dy, y>)
 #include <algorithm>
 
 #include "ops/ops.h"

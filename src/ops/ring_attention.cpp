@@ -1,15 +1,13 @@
-// ring_attention: attention over rows that a cp group shares, cut into 2*cp chunks of which member
-// r holds r and 2*cp-1-r (Brandon et al. 2023, arXiv:2311.09431). At step s member r computes with
-// the keys of member r-s, straight from their owner, so that only those travel that a query there
-// may see. Parts of a softmax are merged by their lse (Liu et al. 2023, arXiv:2310.01889):
+// ring_attention: a cp group's rows, cut into 2*cp chunks of which member r holds r and 2*cp-1-r
+// (Brandon et al. 2023, arXiv:2311.09431). At step s member r computes with what its queries see of
+// the keys of member r-s. Parts of a softmax merge (Liu et al. 2023, arXiv:2310.01889) as
 //     out = out + sigmoid(lse' - lse) (out' - out),  lse = log(e^lse + e^lse')
-// Backward needs the final lse only; keys travel again and their gradients go back to their owner,
-// who adds them in the order of steps.
+// Backward: keys travel again, and their gradients go back to their owner.
 #include <algorithm>
 
 #include "comm/communicator.h"
 #include "ops/attention.h"
-#include "ops/cpu.h"
+#include "ops/views.h"
 
 namespace pith {
 namespace {
@@ -48,19 +46,22 @@ AttentionViews key_views(const Tensor& kv, const AttentionCore& core) {
   return {{}, {kv.data, batch, width, core.size}, {values, batch, width, core.v_size}, {}};
 }
 
-// f(at `kv`, local, n) for the n elements of the keys and of the values of each position in `range`
-// of the local ones, all of which `kv` holds.
-template <class T, class F>
-void each_position(const Tensor& kv, const AttentionCore& core, const AttentionViews& local,
-                   KeyRange range, F&& f) {
-  T* at = kv.as<T>();
-  for (int64_t b = 0; b < kv.dim[0]; b++)
-    for (int64_t i = range.begin; i < range.end; i++)
-      for (const HeadView* view : {&local.k, &local.v}) {
-        const int64_t n = core.kv_heads * view->head;
-        if (view->data) f(at, view->at<T>(b, 0, i), n);
-        at += n;
-      }
+// to = or += the keys and values of `from`, n positions of each from `from_first` and `to_first`
+// on.
+template <class T>
+void copy_keys(const AttentionCore& core, const AttentionViews& from, int64_t from_first,
+               const AttentionViews& to, int64_t to_first, int64_t n, bool add) {
+  const auto view = [](const HeadView& x, int64_t first) {
+    View v{{}, first * x.position, {x.batch, x.position, 1}};
+    v.x.data = x.data;
+    return v;
+  };
+  const auto copy = [&](const HeadView& a, const HeadView& b) {
+    const Dims space{core.batch, n, core.kv_heads * a.head};
+    if (b.data) copy_elements<T>(space, view(a, from_first), view(b, to_first), add);
+  };
+  copy(from.k, to.k);
+  copy(from.v, to.v);
 }
 
 // Sends to one member and receives from another; an empty message is not sent.
@@ -97,15 +98,14 @@ Step take_step(const Op& op, const AttentionCore& core, int number) {
   const Tensor sent = empty_keys(op, core, mine);
   const Tensor sent_table = op.empty({tables, mine.count()}, DType::I32);
   op.on_cpu(sent, [&]<class T>(T*) {
-    each_position<T>(sent, core, core.in, mine,
-                     [](T* to, const T* local, int64_t count) { std::copy_n(local, count, to); });
+    copy_keys<T>(core, core.in, mine.begin, key_views(sent, core), 0, mine.count(), false);
   });
   int32_t* to = std::copy_n(core.key.coord + mine.begin, mine.count(), sent_table.i32());
   for (int64_t b = 0; b + 1 < tables; b++)
     to = std::copy_n(core.key.doc_end + b * core.key.doc_stride + mine.begin, mine.count(), to);
   exchange(op, "keys and values", number, {sent, sent_table}, reader, {step.keys, step.table},
            owner);
-  step.core.key = positions_of(step.table, 0, theirs.count());
+  step.core.key = positions_of(step.table, theirs.count());
   const AttentionViews views = key_views(step.keys, core);
   step.core.in.k = views.k;
   step.core.in.v = views.v;
@@ -164,9 +164,7 @@ void ring_backward(const Op& op, const AttentionCore& core, HeadView out, const 
     const Tensor mine = empty_keys(op, core, step.mine);
     exchange(op, "gradients of keys and values", number, {theirs}, step.owner, {mine}, step.reader);
     op.on_cpu(mine, [&]<class T>(T*) {
-      each_position<T>(mine, core, grads, step.mine, [](const T* from, T* local, int64_t n) {
-        for (int64_t j = 0; j < n; j++) local[j] += from[j];
-      });
+      copy_keys<T>(core, key_views(mine, core), 0, grads, step.mine.begin, step.mine.count(), true);
     });
   }
 }

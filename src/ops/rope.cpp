@@ -1,12 +1,5 @@
-// rope_tables: cos and sin of p * theta^(-2i/size), angles in f64.
-// qk_norm_rope: of each head of q and k, n = rms_norm(x, norm weight, eps) if there are weights,
-// then y1 = n1 cos - n2 sin, y2 = n2 cos + n1 sin of its two halves; v is copied.
-//   in     f32|f64, one dtype; positions i32
-//   keeps  bx: tables, positions; with norms, also qkv, rstd [T, H+K] and the weights
-//          bw: all but the weights
-//   grad   bx: dqkv +=, rotation by the opposite angle, then rms_norm's   bw: the norm weights' +=
-//   errors shapes; a position outside the tables; one norm weight alone; dtypes differ
-//   bitwise yes
+// rope_tables, qk_norm_rope.
+//   grad   rotation by the opposite angle, then rms_norm's
 #include <algorithm>
 
 #include "ops/cpu.h"
@@ -111,17 +104,15 @@ Tensor qk_norm_rope(Rank& rank, Tensor qkv, Heads heads, Tensor q_norm, Tensor k
   const Op op{rank, "qk_norm_rope", at};
   const int64_t N = heads.size, width = (heads.query + 2 * int64_t{heads.kv}) * N;
   const bool normed = q_norm.defined();
-  const auto alike = [&](const Tensor& t) { return !t.defined() || t.dtype == qkv.dtype; };
-  op.check(
-      {{"qkv [T, (H+2K)*N] with an even N",
-        qkv.dim.rank == 2 && qkv.dim[1] == width && N > 0 && N % 2 == 0},
-       {"positions I32 [T]", positions.dtype == DType::I32 && positions.dim == Dims{qkv.dim[0]}},
-       {"q_norm and k_norm [N], or both undefined",
-        normed ? q_norm.dim == Dims{N} && k_norm.dim == Dims{N} : !k_norm.defined()},
-       {"tables [positions, N/2]",
-        rope.cos.dim.rank == 2 && rope.cos.dim[1] == N / 2 && rope.sin.dim == rope.cos.dim},
-       {"one dtype", alike(rope.cos) && alike(rope.sin) && alike(q_norm) && alike(k_norm)}},
-      {&qkv, &q_norm, &k_norm, &rope.cos, &positions});
+  op.check({{"qkv [T, (H+2K)*N] with an even N",
+             qkv.dim.rank == 2 && qkv.dim[1] == width && N > 0 && N % 2 == 0},
+            {"positions I32 [T]", is_i32(positions, {qkv.dim[0]})},
+            {"q_norm and k_norm [N], or both undefined",
+             normed ? q_norm.dim == Dims{N} && k_norm.dim == Dims{N} : !k_norm.defined()},
+            {"tables [positions, N/2]",
+             rope.cos.dim.rank == 2 && rope.cos.dim[1] == N / 2 && rope.sin.dim == rope.cos.dim},
+            {"one dtype", one_dtype({&qkv, &rope.cos, &rope.sin, &q_norm, &k_norm})}},
+           {&qkv, &q_norm, &k_norm, &rope.cos, &positions});
   Tensor y = op.like(qkv);
   const Tensor rstd = normed ? op.empty({qkv.dim[0], heads.query + heads.kv}, qkv.dtype) : Tensor{};
   const TensorList all = {rope.cos, rope.sin, positions, qkv, rstd, q_norm, k_norm};

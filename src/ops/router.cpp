@@ -1,9 +1,6 @@
-// router: probs = softmax(x w^T) over all experts; ids = the k largest (ties: the lower expert), or
-// forced ones; weights = probs at ids, divided by their sum if `normalize`.
-//   in     f32|f64, one dtype          keeps  bx: w, probs, ids   bw: x and, left by bx, dlogits
-//   grad   dprobs is the sum of what arrives at probs and, through the choice, at weights;
-//          dlogits = probs (dprobs - <dprobs, probs>)   bx: dx += dlogits w   bw: dw += dlogits^T x
-//   errors shapes; k outside [1, E]; a forced id outside [0, E); dtypes differ         bitwise yes
+// router.
+//   grad   dprobs: what arrives at probs and, through the choice, at weights;
+//          dlogits = probs (dprobs - <dprobs, probs>), dx = dlogits w, dw = dlogits^T x
 #include <algorithm>
 
 #include "ops/cpu.h"
@@ -72,8 +69,7 @@ Routing router(Rank& rank, Tensor x, Tensor w, RouterOptions options, At at) {
       {{"x [T, D] and w [E, D]", x.dim.rank == 2 && w.dim.rank == 2 && x.dim[1] == w.dim[1]},
        {"one dtype", x.dtype == w.dtype},
        {"top_k in [1, E]", k >= 1 && k <= E},
-       {"forced_ids I32 [T, k] or undefined",
-        !forced.defined() || (forced.dtype == DType::I32 && forced.dim == Dims{T, k})},
+       {"forced_ids I32 [T, k] or undefined", !forced.defined() || is_i32(forced, {T, k})},
        {"forced_ids or force_balanced, not both", !forced.defined() || !options.force_balanced}},
       {&x, &w, &forced});
   Routing out{op.empty({T, k}, DType::I32), op.empty({T, k}, x.dtype), op.empty({T, E}, x.dtype)};

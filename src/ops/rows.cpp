@@ -1,8 +1,5 @@
-// rows: whole rows chosen, repeated and added up: index_select, scatter_add, embedding, and an
-// expert's pairs from token rows and back.
-//   in     f32|f64; indices i32                keeps  indices
+// rows: whole rows chosen, repeated and added up.
 //   grad   of a choice, the sum over where a row went; of a sum, the choice
-//   errors shapes; an index out of range; row_begin that does not ascend             bitwise yes
 #include <algorithm>
 
 #include "ops/ops.h"
@@ -59,18 +56,16 @@ Tensor select(const Op& op, const Tensor& x, const Tensor& ids) {
   Dims dims = ids.dim;
   for (int i = 1; i < x.dim.rank; i++) dims[dims.rank++] = x.dim[i];
   Tensor y = op.empty(dims, x.dtype);
-  op.on_cpu(x, [&]<class T>(T*) {
-    op.check_ids("ids", ids, x.dim[0]);
-    gather_rows<T>(x, width_of(x.dim), ids, {}, {y.as<T>()});
-  });
+  op.on_cpu(x, [&]<class T>(T*) { gather_rows<T>(x, width_of(x.dim), ids, {}, {y.as<T>()}); });
   return y;
 }
 
-void check_rows(const Op& op, const Tensor& x, const Tensor& ids) {
+void check_rows(const Op& op, const Tensor& x, const Tensor& ids, int64_t rows) {
   op.check({{"a defined tensor", x.defined()},
             {"ids of dtype i32 and one dimension", ids.dtype == DType::I32 && ids.dim.rank == 1},
             {"tensors on one device", x.device == ids.device}},
            {&x, &ids});
+  op.check_ids("ids", ids, rows);
 }
 
 bool ascends(const Tensor& t, int64_t last) {
@@ -82,11 +77,8 @@ bool ascends(const Tensor& t, int64_t last) {
 Tensor move_rows(const Op& op, bool to_pairs, const char* need, const Tensor& x,
                  const Dispatched& d) {
   const int64_t P = d.row_of.dim[0], R = d.row_begin.dim[0] - 1;
-  const auto i32 = [](const Tensor& t, int64_t n) {
-    return t.dtype == DType::I32 && t.dim == Dims{n};
-  };
   op.check({{"row_of I32 [P], pair_of I32 [P] and row_begin I32 [R+1]",
-             i32(d.row_of, P) && i32(d.pair_of, P) && i32(d.row_begin, R + 1)},
+             is_i32(d.row_of, {P}) && is_i32(d.pair_of, {P}) && is_i32(d.row_begin, {R + 1})},
             {need, x.dim.rank == 2 && x.dim[0] == (to_pairs ? R : P)}},
            {&x, &d.row_of, &d.pair_of, &d.row_begin});
   Tensor y = op.empty({to_pairs ? P : R, x.dim[1]}, x.dtype);
@@ -107,7 +99,7 @@ Tensor move_rows(const Op& op, bool to_pairs, const char* need, const Tensor& x,
 
 Tensor index_select(Rank& rank, Tensor x, Tensor ids, At at) {
   const Op op{rank, "index_select", at};
-  check_rows(op, x, ids);
+  check_rows(op, x, ids, x.dim[0]);
   Tensor y = select(op, x, ids);
   op.record({x}, {&y}).bx({ids}, kScatterGrad);
   return y;
@@ -119,6 +111,7 @@ Tensor embedding(Rank& rank, Tensor ids, Tensor w, At at) {
              ids.dtype == DType::I32 && ids.defined() && ids.dim.rank < kMaxDims},
             {"w [V, D]", w.dim.rank == 2}},
            {&ids, &w});
+  op.check_ids("ids", ids, w.dim[0]);
   Tensor y = select(op, w, ids);
   op.record({w}, {&y}).bw(0, {ids}, kScatterGrad);
   return y;
@@ -126,16 +119,13 @@ Tensor embedding(Rank& rank, Tensor ids, Tensor w, At at) {
 
 Tensor scatter_add(Rank& rank, Tensor src, Tensor ids, int64_t rows, At at) {
   const Op op{rank, "scatter_add", at};
-  check_rows(op, src, ids);
+  check_rows(op, src, ids, rows);
   op.check({{"rows >= 0", rows >= 0}, {"an id a row of src", ids.numel() == src.dim[0]}},
            {&src, &ids});
   Dims dims = src.dim;
   dims[0] = rows;
   Tensor y = zeros(rank, dims, src.dtype, at);
-  op.on_cpu(src, [&]<class T>(T*) {
-    op.check_ids("ids", ids, rows);
-    scatter_rows<T>(src, ids, y);
-  });
+  op.on_cpu(src, [&]<class T>(T*) { scatter_rows<T>(src, ids, y); });
   op.record({src}, {&y}).bx({ids, {}}, kGatherGrad);
   return y;
 }

@@ -1,7 +1,5 @@
-// shape: the same elements in another order, shape or tensor; all copies but for reshape, which
-// shares storage and gradient.
-//   in     f32|f64; reshape any dtype          grad   += the elements' gradients, moved back
-//   errors sizes, ranges or dimensions that do not fit; dtypes or devices differ       bitwise yes
+// shape: the same elements in another order, shape or tensor.
+//   grad   the elements' gradients, moved back
 #include <algorithm>
 
 #include "ops/ops.h"
