@@ -1,5 +1,4 @@
-// model: what every model file offers, and the plain types that it shares with the engine. Letters
-// as in ops.h.
+// model: what every model file offers, and the types that it shares with the engine.
 #pragma once
 #include <concepts>
 
@@ -15,7 +14,7 @@ struct Init {
   double value = 0;
 };
 
-// Groups of tensors that are gathered, reduced and updated together (one flat buffer each).
+// Tensors that are gathered, reduced and updated together.
 enum class UnitKind : uint8_t { Embedding, Layer, Experts, Head };
 
 // One tensor of a Hugging Face checkpoint, under its name there.
@@ -27,9 +26,9 @@ struct Piece {
 };
 
 // One tensor of the running model: pieces one after another in memory, so that weights that share
-// an input are one product. The engine binds `target` to values and gradient accumulator.
+// an input are one product.
 struct Parameter {
-  Tensor* target = nullptr;
+  Tensor* target = nullptr;  // bound by the engine
   Dims dims;
   UnitKind unit = UnitKind::Layer;
   int layer = -1;        // -1: outside the layers
@@ -37,7 +36,7 @@ struct Parameter {
 };
 using ParameterTable = vector<Parameter>;
 
-// What of a model a pipeline stage holds, and which experts its rank does.
+// What a rank of a pipeline stage holds.
 struct StagePart {
   int first_layer = 0, num_layers = 0;
   bool embedding = true, head = true;
@@ -60,7 +59,7 @@ struct MoeInput {
   Routing routing;  // ids undefined in a dense layer, where stages 2 and 4 do nothing
 };
 
-// The numbers of a model that engine, planner and reports need, whatever its architecture.
+// The numbers of any architecture that engine, planner and reports need.
 struct ModelShape {
   string model_type;
   int64_t hidden = 0, vocab = 0;
@@ -69,9 +68,8 @@ struct ModelShape {
   int64_t max_positions = 0;    // of the configuration; 0: unbounded
 };
 
-// A model M is the weights of one pipeline stage: M::Config and M::Layer, a vector `layers` of the
-// stage's layers, and these functions. Between stages 1, 3 and 5 of a layer the engine does the
-// communication: dispatch and combine.
+// A model M is the weights of one pipeline stage, with a vector<M::Layer> `layers`, and these
+// functions. Between stages 1, 3 and 5 of a layer the engine dispatches and combines.
 template <class M>
 concept Model = requires(Rank& rank, const Json& json, const typename M::Config& config, M& model,
                          const M& stage, const StagePart& part, const typename M::Layer& layer,
@@ -80,9 +78,9 @@ concept Model = requires(Rank& rank, const Json& json, const typename M::Config&
   // Refuses by name what it does not implement.
   { M::read_config(json) } -> std::same_as<typename M::Config>;
   { M::shape(config) } -> std::same_as<ModelShape>;
-  // The stage's parameter table; sizes model.layers. scale: model.init_std.
+  // Sizes model.layers; scale: model.init_std.
   { model.parameters(config, part, scale) } -> std::same_as<ParameterTable>;
-  // Tables that depend on the sequence length alone (rotary cos and sin).
+  // Tables for a sequence length.
   { model.prepare(rank, config, int64_t{}) } -> std::same_as<void>;
   { stage.embed(rank, batch) } -> std::same_as<Tensor>;                                // [T, D]
   { stage.attend(rank, config, layer, x, batch, routing) } -> std::same_as<MoeInput>;  // stage 1

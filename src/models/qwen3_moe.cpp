@@ -67,19 +67,20 @@ static double read_rope_theta(const Json& j) {
 
 Qwen3Moe::Config Qwen3Moe::read_config(const Json& j) {
   refuse_unimplemented(j);
-  const int64_t many = 1 << 30;
+  const auto size = [&](const char* field, int64_t most = 1 << 30) {
+    return int(j[field].as_int(1, most));
+  };
   Config c;
-  c.hidden = j["hidden_size"].as_int(1, many);
-  c.expert_width = j["moe_intermediate_size"].as_int(1, many);
-  c.vocab = j["vocab_size"].as_int(1, many);
+  c.hidden = size("hidden_size");
+  c.expert_width = size("moe_intermediate_size");
+  c.vocab = size("vocab_size");
   c.max_positions = j.int_or("max_position_embeddings", 0);
-  c.num_layers = int(j["num_hidden_layers"].as_int(1, 100000));
+  c.num_layers = size("num_hidden_layers");
   // Published files say num_experts, transformers 5 writes num_local_experts.
-  const char* experts = j.has("num_local_experts") ? "num_local_experts" : "num_experts";
-  c.num_experts = int(j[experts].as_int(1, 100000));
-  c.top_k = int(j["num_experts_per_tok"].as_int(1, c.num_experts));
-  c.heads.query = int(j["num_attention_heads"].as_int(1, 100000));
-  c.heads.kv = int(j["num_key_value_heads"].as_int(1, c.heads.query));
+  c.num_experts = size(j.has("num_local_experts") ? "num_local_experts" : "num_experts");
+  c.top_k = size("num_experts_per_tok", c.num_experts);
+  c.heads.query = size("num_attention_heads", 1 << 15);
+  c.heads.kv = size("num_key_value_heads", c.heads.query);
   c.heads.size = int(j.int_or("head_dim", c.hidden / c.heads.query));
   c.norm_topk_prob = j.bool_or("norm_topk_prob", false);
   c.rms_eps = j.double_or("rms_norm_eps", 1e-6);

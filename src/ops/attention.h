@@ -14,15 +14,14 @@ struct HeadView {
   }
 };
 
-// Row coordinates of some positions and the ends of their documents; both ascend, so that what a
-// query sees is one range of keys.
+// Row coordinates and ends of documents; both ascend, so that a query sees one range of keys.
 struct Positions {
   int64_t count = 0;
   const int32_t* coord = nullptr;    // [count]
   const int32_t* doc_end = nullptr;  // of batch row b from b * doc_stride; null: one document
   int64_t doc_stride = 0;
 };
-// The last `count` of a table I32 [1 or 1+B, n]: coordinates and, by batch row, ends.
+// The last `count` of a table I32 [1 or 1+B, n]: coordinates, then ends by batch row.
 inline Positions positions_of(const Tensor& table, int64_t count) {
   const int64_t n = table.dim[1], begin = n - count;
   return {count, table.i32() + begin, table.dim[0] > 1 ? table.i32() + n + begin : nullptr, n};
@@ -31,7 +30,7 @@ inline Positions positions_of(const Tensor& table, int64_t count) {
 struct KeyRange {
   int64_t begin = 0, end = 0;
   int64_t count() const { return begin < end ? end - begin : 0; }
-  void cover(KeyRange o) {  // grows to hold `o` too
+  void cover(KeyRange o) {
     if (o.count() == 0) return;
     if (count() == 0) *this = o;
     begin = begin < o.begin ? begin : o.begin;
@@ -44,7 +43,6 @@ struct AttentionViews {
   HeadView q, k, v, bias;  // bias: "position" is the query's; batch or head 0: broadcast
 };
 
-// Queries of one block against keys of one block.
 struct AttentionCore {
   DType dtype = DType::F32;
   int64_t batch = 0, heads = 0, kv_heads = 0;  // kv_heads divides heads
@@ -60,9 +58,9 @@ struct AttentionCore {
 // The keys that query i of batch row b may see, before `visible`.
 KeyRange visible_keys(const AttentionCore& core, int64_t b, int64_t i);
 
-// out, and lse [B, H, queries] = log of the sum of exponentials; 0 and -inf where no key is seen.
+// out and lse [B, H, queries], the log of the sum; 0 and -inf where no key is seen.
 void attention_forward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse);
-// With out and lse over any more keys than the core's.
+// out and lse may be over more keys than the core's.
 void attention_backward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse,
                         HeadView dout, const AttentionViews& grads);
 

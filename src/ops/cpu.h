@@ -9,19 +9,18 @@
 
 namespace pith {
 
-// Below so many elementary operations, or multiply-adds of a product, a second thread costs more
-// time than it saves.
+// Operations, or multiply-adds of a product, that pay for a second thread.
 constexpr int64_t kParallelWork = 1 << 16, kParallelProduct = 1 << 20;
 
-// f(i) for i in [0, rows), on all threads when rows * work_per_row pays. f must write to places of
-// its own row only, and must not throw.
+// f(i) for i in [0, rows), on all threads when it pays. f writes to places of its own row only, and
+// does not throw.
 template <class F>
 void parallel_rows(int64_t rows, int64_t work_per_row, F&& f) {
 #pragma omp parallel for schedule(static) if (rows > 1 && rows * work_per_row > kParallelWork)
   for (int64_t i = 0; i < rows; i++) f(i);
 }
 
-// f(first, n) for blocks of at most kBlockColumns columns, on all threads, each taking `rows` rows.
+// f(first, n) for blocks of columns, each taking `rows` rows.
 constexpr int64_t kBlockColumns = 64;
 template <class F>
 void column_blocks(int64_t rows, int64_t cols, F&& f) {
@@ -31,7 +30,7 @@ void column_blocks(int64_t rows, int64_t cols, F&& f) {
   });
 }
 
-// to[c] = or += the sum of f(r, c) over r in [0, rows) in this order, added up as Sum, if wanted.
+// to[c] = or += the sum of f(r, c) over rows r in their order, if wanted.
 template <class Sum, class T, class F>
 void add_columns(int64_t rows, int64_t cols, Slot<T> to, F&& f) {
   if (!to.data) return;
@@ -42,8 +41,6 @@ void add_columns(int64_t rows, int64_t cols, Slot<T> to, F&& f) {
     for (int64_t c = 0; c < n; c++) to.put(first + c, T(sum[c]));
   });
 }
-
-// ---- The elements of a row, in loops that the compiler makes vector instructions of.
 
 // Row r of t seen as [rows, cols].
 template <class T>
@@ -77,7 +74,7 @@ T logistic(T x) {
   return (x < 0 ? e : 1) / (1 + e);
 }
 
-// start joined with f(i) for i in [0, n): in sixteen interleaved lanes, then these.
+// start joined with f(i) for i in [0, n): in sixteen lanes that become vector instructions.
 template <class T, class F, class Join>
 T lane_fold(int64_t n, T start, F&& f, Join&& join) {
   constexpr int kLanes = 16;
@@ -99,20 +96,20 @@ template <class T>
 T dot(const T* a, const T* b, int64_t n) {
   return lane_sum<T>(n, [&](int64_t i) { return a[i] * b[i]; });
 }
-// -inf when n = 0; NaNs are passed over.
+// NaNs are passed over.
 template <class T>
 T max_of(const T* x, int64_t n) {
   return lane_fold(
       n, -std::numeric_limits<T>::infinity(), [x](int64_t i) { return x[i]; },
       [](T a, T b) { return b > a ? b : a; });
 }
-// x = e^(x - shift), shift >= every x up to rounding; the sum.
+// x = e^(x - shift), shift >= every x; the sum.
 template <class T>
 T exp_sum(T* x, int64_t n, T shift) {
   return lane_sum<T>(n, [&](int64_t i) { return x[i] = exp_negative(x[i] - shift); });
 }
 
-// ids [k] of the largest of x [n], descending; NaN is above all numbers, ties keep their order.
+// The ids of the k largest of x [n], descending; NaN is above all, ties keep their order.
 template <class T>
 void largest(const T* x, int64_t n, int64_t k, int32_t* ids) {
   const auto above = [](T a, T b) { return a > b || (a != a && b == b); };
@@ -125,7 +122,7 @@ void largest(const T* x, int64_t n, int64_t k, int32_t* ids) {
   }
 }
 
-// The norm y = x s w of a row, s = 1 / sqrt(mean(x^2) + eps).
+// The norm y = x s w of a row.
 template <class T>
 T rms_scale(const T* x, int64_t n, T eps) {
   return 1 / std::sqrt(dot(x, x, n) / n + eps);
@@ -139,10 +136,8 @@ void rms_norm_grad(int64_t n, const T* dy, const T* w, const T* x, T s, T* dx) {
   for (int64_t j = 0; j < n; j++) dx[j] = dy[j] * w[j] * s - x[j] * c;
 }
 
-// ---- Products.
-
 enum class Layout : uint8_t { Normal, Transposed };
-// A row-major factor; `ld` elements from one stored row to the next.
+// A row-major factor, `ld` elements from a stored row to the next.
 template <class T>
 struct Matrix {
   const T* data;
@@ -150,13 +145,13 @@ struct Matrix {
   Layout layout = Layout::Normal;
 };
 
-// c [m, n] = alpha * a [m, k] b [k, n] + beta * c, where a Transposed factor is stored [k, m] or
-// [n, k]. beta = 0 never reads c; any size may be 0. For float and double (matmul.cpp).
+// c [m, n] = alpha * a [m, k] b [k, n] + beta * c; a Transposed factor is stored [k, m] or [n, k].
+// beta = 0 never reads c; any size may be 0.
 template <class T>
 void gemm(int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, T beta, T* c, int64_t ldc,
           T alpha = 1);
 
-// c = or += a b, tensors seen as [rows, cols] or, Transposed, as the transpose of that; if wanted.
+// c = or += a b, tensors seen as [rows, cols], if wanted.
 template <class T>
 void product(const Tensor& a, Layout a_layout, const Tensor& b, Layout b_layout, Slot<T> c) {
   const bool at = a_layout == Layout::Transposed, bt = b_layout == Layout::Transposed;

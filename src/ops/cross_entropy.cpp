@@ -8,7 +8,7 @@
 namespace pith {
 namespace {
 
-// Rows of logits at a time: enough for one pass over w and dw to be cheap beside the products.
+// Rows of logits at a time: a pass over w and dw is cheap beside their products.
 constexpr int64_t kChunkRows = 256;
 
 // The loss of one row; with `grad`, its logits become their gradient.
@@ -28,7 +28,6 @@ double row_loss(T* logits, int64_t V, int32_t label, T scale, bool grad) {
   return std::log(double(sum)) + double(top - at_label);
 }
 
-// dx and dw.data may be undefined.
 template <class T>
 double cross_entropy_cpu(const Op& op, const Tensor& x, const Tensor& w, const Tensor& labels,
                          T scale, const Tensor& dx, Slot<T> dw) {

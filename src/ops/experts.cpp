@@ -9,7 +9,7 @@
 namespace pith {
 namespace {
 
-// f(e, begin, end) for each expert and its rows, on all threads. `work`: multiply-adds in all.
+// f(e, begin, end) for each expert and its rows; `work`: multiply-adds in all.
 template <class F>
 void each_expert(const Tensor& offsets, int64_t work, F&& f) {
   const int64_t E = offsets.dim[0] - 1;
@@ -29,8 +29,8 @@ void swiglu_cpu(const Tensor& gate_up, const Tensor& weights, const Tensor& y) {
   });
 }
 
-// PERF: one loop an output, over a stretch whose sigmoids are kept: with both outputs in one loop
-// the compiler makes no vector instructions.
+// PERF: one loop an output, over a stretch whose sigmoids are kept: two outputs in one loop become
+// no vector instructions.
 template <class T>
 void swiglu_bx_cpu(const Tensor& dy, const Tensor& gate_up, const Tensor& weights, Slot<T> dgate_up,
                    Slot<T> dweights) {

@@ -7,78 +7,64 @@
 #include "ops/ops.h"
 
 namespace pith {
-namespace {
-
-// `residual` may be undefined; then sum is x already.
-template <class T>
-void rms_norm_cpu(const Tensor& x, const Tensor& residual, const Tensor& w, double eps,
-                  const Tensor& sum, const Tensor& y, const Tensor& rstd) {
-  const int64_t D = x.cols();
-  parallel_rows(x.rows(), D * 4, [&](int64_t r) {
-    T *row = row_of<T>(sum, r), *out = row_of<T>(y, r);
-    const T *a = row_of<T>(x, r), *b = residual.as<T>() + r * D;
-    for (int64_t j = 0; residual.defined() && j < D; j++) row[j] = a[j] + b[j];
-    const T scale = rstd.as<T>()[r] = rms_scale(row, D, T(eps));
-    for (int64_t j = 0; j < D; j++) out[j] = row[j] * scale * w.as<T>()[j];
-  });
-}
-
-// dx = the norm's gradient plus that of the sum; either of dy and dsum may be undefined.
-template <class T>
-void rms_norm_bx_cpu(const Tensor& dy, const Tensor& dsum, const Tensor& x, const Tensor& w,
-                     const Tensor& rstd, const Tensor& dx) {
-  const int64_t D = x.cols();
-  parallel_rows(x.rows(), D * 8, [&](int64_t r) {
-    T* to = row_of<T>(dx, r);
-    if (dy.defined())
-      rms_norm_grad(D, row_of<T>(dy, r), w.as<T>(), row_of<T>(x, r), rstd.as<T>()[r], to);
-    else
-      std::fill_n(to, D, T(0));
-    const T* more = dsum.as<T>() + r * D;
-    for (int64_t j = 0; dsum.defined() && j < D; j++) to[j] += more[j];
-  });
-}
 
 // Both ops: sum is x where there is no residual. Outputs are the normed rows or, with a residual,
 // the sum and these.
-AddRmsNorm norm_of_sum(const Op& op, const Tensor& x, const Tensor& residual, const Tensor& w,
-                       double eps) {
+static AddRmsNorm norm_of_sum(const Op& op, const Tensor& x, const Tensor& residual,
+                              const Tensor& w, double eps) {
   const bool summed = residual.defined();
+  const int64_t D = w.numel();
   op.check({{"x [..., D] and w [D]", x.defined() && w.dim == Dims{x.cols()}},
             {"residual of x's shape", !summed || residual.dim == x.dim},
             {"one dtype", one_dtype({&x, &residual, &w})}},
            {&x, &residual, &w});
   AddRmsNorm y{summed ? op.like(x) : x, op.like(x)};
   const Tensor rstd = op.empty({x.rows()}, x.dtype);
-  op.on_cpu(x, [&]<class T>(T*) { rms_norm_cpu<T>(x, residual, w, eps, y.sum, y.normed, rstd); });
-  const auto node = summed ? op.record({x, residual, w}, {&y.sum, &y.normed})
-                           : op.record({x, residual, w}, {&y.normed});
-  node.bx({y.sum, w, rstd},
-          []<class T>(const Backward<T>& b) {
-            const bool two = b.node.out.count == 2;
-            const Tensor dx = b.op().like(b.keep[0]);
-            rms_norm_bx_cpu<T>(b.dy(two), two ? b.dy() : Tensor{}, b.keep[0], b.keep[1], b.keep[2],
-                               dx);
-            if (two && b.node.in[1].needs_grad()) {
-              const Tensor copy = b.op().like(dx);
-              std::copy_n(dx.data, dx.bytes(), copy.data);
-              add_grad(b.rank, b.node.in[1], copy);
-            }
-            add_grad(b.rank, b.node.in[0], dx);
-          })
-      .bw(2, {y.sum, rstd}, []<class T>(const Backward<T>& b) {
-        const Tensor &dy = b.dy(b.node.out.count - 1), &rows = b.keep[0];
-        if (!dy.defined()) return;
-        const int64_t D = rows.cols();
-        const T *g = dy.as<T>(), *row = rows.as<T>(), *scale = b.keep[1].template as<T>();
-        add_columns<T>(rows.rows(), D, b.to(2), [=](int64_t r, int64_t j) {
-          return g[r * D + j] * (row[r * D + j] * scale[r]);
-        });
-      });
+  op.on_cpu(x, [&]<class T>(T*) {
+    parallel_rows(x.rows(), D * 4, [&](int64_t r) {
+      T *row = row_of<T>(y.sum, r), *out = row_of<T>(y.normed, r);
+      const T *a = row_of<T>(x, r), *b = residual.as<T>() + r * D;
+      for (int64_t j = 0; summed && j < D; j++) row[j] = a[j] + b[j];
+      const T scale = rstd.as<T>()[r] = rms_scale(row, D, T(eps));
+      for (int64_t j = 0; j < D; j++) out[j] = row[j] * scale * w.as<T>()[j];
+    });
+  });
+  const auto bx = []<class T>(const Backward<T>& b) {
+    const bool two = b.node.out.count == 2;
+    const Tensor &dy = b.dy(two), dsum = two ? b.dy() : Tensor{}, dx = b.op().like(b.keep[0]);
+    const int64_t n = dx.cols();
+    parallel_rows(dx.rows(), n * 8, [&](int64_t r) {
+      T* to = row_of<T>(dx, r);
+      if (dy.defined())
+        rms_norm_grad(n, row_of<T>(dy, r), b.keep[1].template as<T>(), row_of<T>(b.keep[0], r),
+                      b.keep[2].template as<T>()[r], to);
+      else
+        std::fill_n(to, n, T(0));
+      const T* more = dsum.as<T>() + r * n;
+      for (int64_t j = 0; dsum.defined() && j < n; j++) to[j] += more[j];
+    });
+    if (two && b.node.in[1].needs_grad()) {
+      const Tensor copy = b.op().like(dx);
+      std::copy_n(dx.data, dx.bytes(), copy.data);
+      add_grad(b.rank, b.node.in[1], copy);
+    }
+    add_grad(b.rank, b.node.in[0], dx);
+  };
+  const auto bw = []<class T>(const Backward<T>& b) {
+    const Tensor &dy = b.dy(b.node.out.count - 1), &rows = b.keep[0];
+    if (!dy.defined()) return;
+    const int64_t n = rows.cols();
+    const T *g = dy.as<T>(), *row = rows.as<T>(), *scale = b.keep[1].template as<T>();
+    add_columns<T>(rows.rows(), n, b.to(2), [=](int64_t r, int64_t j) {
+      return g[r * n + j] * (row[r * n + j] * scale[r]);
+    });
+  };
+  (summed ? op.record({x, residual, w}, {&y.sum, &y.normed})
+          : op.record({x, residual, w}, {&y.normed}))
+      .bx({y.sum, w, rstd}, bx)
+      .bw(2, {y.sum, rstd}, bw);
   return y;
 }
-
-}  // namespace
 
 Tensor rms_norm(Rank& rank, Tensor x, Tensor w, double eps, At at) {
   return norm_of_sum({rank, "rms_norm", at}, x, {}, w, eps).normed;

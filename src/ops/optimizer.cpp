@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t kBlock = 1 << 13;
 
-// f(begin, end) of consecutive blocks of [0, n), on all threads; `work`: operations an element.
+// f(begin, end) of consecutive blocks of [0, n); `work`: operations an element.
 template <class F>
 void parallel_blocks(int64_t n, int64_t work, F&& f) {
   parallel_rows((n + kBlock - 1) / kBlock, kBlock * work,
@@ -66,18 +66,14 @@ double sum_squares(Rank& rank, Tensor x, At at) {
 
 void fill_normal(Rank& rank, Tensor x, uint64_t key, uint64_t first, double std, At at) {
   Op{rank, "fill_normal", at}.on_cpu(x, [&]<class T>(T*) {
-    parallel_blocks(x.numel(), 100, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) x.as<T>()[i] = T(std * normal_at(key, first + i));
-    });
+    parallel_rows(x.numel(), 100,
+                  [&](int64_t i) { x.as<T>()[i] = T(std * normal_at(key, first + i)); });
   });
 }
 
 void fill_constant(Rank& rank, Tensor x, double value, At at) {
-  Op{rank, "fill_constant", at}.on_cpu(x, [&]<class T>(T*) {
-    parallel_blocks(x.numel(), 1, [&](int64_t begin, int64_t end) {
-      std::fill(x.as<T>() + begin, x.as<T>() + end, T(value));
-    });
-  });
+  Op{rank, "fill_constant", at}.on_cpu(
+      x, [&]<class T>(T*) { std::fill_n(x.as<T>(), x.numel(), T(value)); });
 }
 
 }  // namespace pith

@@ -15,7 +15,7 @@ int filled_dim(const Op& op, const Tensor& x, int dim) {
   return d;
 }
 
-// f, which works on the last dimension, on dimension d: the two are exchanged, and back.
+// f, which works on the last dimension, on dimension d.
 template <class F>
 Tensor over_last(const Op& op, const Tensor& x, int d, F f) {
   if (d == x.dim.rank - 1) return f(x);
@@ -35,26 +35,6 @@ void cumsum_cpu(const Tensor& x, Slot<T> to, bool reverse) {
       const int64_t at = r * n + (reverse ? n - 1 - i : i);
       to.put(at, sum += x.as<T>()[at]);
     }
-  });
-}
-
-template <class T>
-void softmax_cpu(const Tensor& x, const Tensor& y) {
-  const int64_t n = x.cols();
-  parallel_rows(x.rows(), n * 4, [&](int64_t r) {
-    T* to = std::copy_n(row_of<T>(x, r), n, row_of<T>(y, r)) - n;
-    const T sum = exp_sum(to, n, max_of(to, n));
-    for (int64_t i = 0; i < n; i++) to[i] /= sum;
-  });
-}
-
-template <class T>
-void softmax_bx_cpu(const Tensor& dy, const Tensor& y, Slot<T> dx) {
-  const int64_t n = y.cols();
-  parallel_rows(y.rows(), n * 2, [&](int64_t r) {
-    const T *g = row_of<T>(dy, r), *p = row_of<T>(y, r);
-    const T mean = dot(g, p, n);
-    for (int64_t i = 0; i < n; i++) dx.put(r * n + i, p[i] * (g[i] - mean));
   });
 }
 
@@ -121,8 +101,21 @@ Tensor softmax(Rank& rank, Tensor x, int dim, At at) {
   const Op op{rank, "softmax", at};
   return over_last(op, x, op.dim_of(x, dim), [&](Tensor t) {
     Tensor y = op.like(t);
-    op.on_cpu(t, [&]<class T>(T*) { softmax_cpu<T>(t, y); });
-    op.record({t}, {&y}).bx({y}, [](const auto& b) { softmax_bx_cpu(b.dy(), b.keep[0], b.to(0)); });
+    op.on_cpu(t, [&, n = t.cols()]<class T>(T*) {
+      parallel_rows(t.rows(), n * 4, [&](int64_t r) {
+        T* to = std::copy_n(row_of<T>(t, r), n, row_of<T>(y, r)) - n;
+        const T sum = exp_sum(to, n, max_of(to, n));
+        for (int64_t i = 0; i < n; i++) to[i] /= sum;
+      });
+    });
+    op.record({t}, {&y}).bx({y}, []<class T>(const Backward<T>& b) {
+      const int64_t n = b.dy().cols();
+      const Slot<T> dx = b.to(0);
+      parallel_rows(b.dy().rows(), n * 2, [&](int64_t r) {
+        const T *g = row_of<T>(b.dy(), r), *p = row_of<T>(b.keep[0], r), mean = dot(g, p, n);
+        for (int64_t i = 0; i < n; i++) dx.put(r * n + i, p[i] * (g[i] - mean));
+      });
+    });
     return y;
   });
 }

@@ -21,13 +21,10 @@ vector<int32_t> zigzag_coords(int members, int member, int64_t count) {
 }
 
 // Positions of `owner` that some query of `reader` may see.
-KeyRange traveling(const AttentionCore& core, int members, int owner, int reader) {
-  const int64_t count = core.key.count;
+KeyRange traveling(AttentionCore rule, int members, int owner, int reader) {
+  const int64_t count = rule.key.count;
   const auto keys = zigzag_coords(members, owner, count);
   const auto queries = zigzag_coords(members, reader, count);
-  AttentionCore rule;
-  rule.causal = core.causal;
-  rule.window = core.window;
   rule.query = {count, queries.data()};
   rule.key = {count, keys.data()};
   KeyRange all;
@@ -35,36 +32,47 @@ KeyRange traveling(const AttentionCore& core, int members, int owner, int reader
   return all;
 }
 
-// Each position's keys and then values, [B, count, K*(N+M)], and views of them.
-Tensor empty_keys(const Op& op, const AttentionCore& core, KeyRange range) {
-  return op.empty({core.batch, range.count(), core.kv_heads * (core.size + core.v_size)},
-                  core.dtype);
-}
-AttentionViews key_views(const Tensor& kv, const AttentionCore& core) {
-  const int64_t width = kv.dim[2], batch = kv.dim[1] * width;
-  char* values = kv.data ? kv.data + core.kv_heads * core.size * size_of(kv.dtype) : nullptr;
-  return {{}, {kv.data, batch, width, core.size}, {values, batch, width, core.v_size}, {}};
+// Keys and then values of some positions, [B, count, K*(N+M)], and where these stand.
+struct Keys {
+  Tensor kv, table;
+  AttentionViews views(const AttentionCore& core) const {
+    const int64_t width = kv.dim[2], batch = kv.dim[1] * width, k = core.kv_heads * core.size;
+    char* v = kv.data ? kv.data + k * size_of(kv.dtype) : nullptr;
+    return {{}, {kv.data, batch, width, core.size}, {v, batch, width, core.v_size}, {}};
+  }
+};
+Keys empty_keys(const Op& op, const AttentionCore& core, int64_t count) {
+  const int64_t width = core.kv_heads * (core.size + core.v_size);
+  return {op.empty({core.batch, count, width}, core.dtype),
+          op.empty({1 + (core.key.doc_end ? core.batch : 0), count}, DType::I32)};
 }
 
-// to = or += the keys and values of `from`, n positions of each from `from_first` and `to_first`
-// on.
+// Keys and values of the positions `range` of `local`: copied to `packed` or, if `home`, added from
+// there.
 template <class T>
-void copy_keys(const AttentionCore& core, const AttentionViews& from, int64_t from_first,
-               const AttentionViews& to, int64_t to_first, int64_t n, bool add) {
+void move_keys(const AttentionCore& core, const AttentionViews& packed, const AttentionViews& local,
+               KeyRange range, bool home) {
   const auto view = [](const HeadView& x, int64_t first) {
     View v{{}, first * x.position, {x.batch, x.position, 1}};
     v.x.data = x.data;
     return v;
   };
-  const auto copy = [&](const HeadView& a, const HeadView& b) {
-    const Dims space{core.batch, n, core.kv_heads * a.head};
-    if (b.data) copy_elements<T>(space, view(a, from_first), view(b, to_first), add);
-  };
-  copy(from.k, to.k);
-  copy(from.v, to.v);
+  for (const auto part : {&AttentionViews::k, &AttentionViews::v}) {
+    const View there = view(packed.*part, 0), here = view(local.*part, range.begin);
+    const Dims space{core.batch, range.count(), core.kv_heads * (packed.*part).head};
+    if (here.x.data) copy_elements<T>(space, home ? there : here, home ? here : there, home);
+  }
 }
 
-// Sends to one member and receives from another; an empty message is not sent.
+// One step: whose keys are here, and who has this member's.
+struct Step {
+  int owner, reader;
+  KeyRange mine;       // positions that the reader has
+  Keys keys;           // the owner's
+  AttentionCore core;  // the queries of before against them
+};
+
+// An empty message is not sent.
 void exchange(const Op& op, const char* what, int step, const TensorList& out, int to,
               const TensorList& in, int from) {
   vector<Transfer> list;
@@ -76,39 +84,22 @@ void exchange(const Op& op, const char* what, int step, const TensorList& out, i
   send_recv(op.rank, Group::Cp, list.data(), int(list.size()), what, op.at);
 }
 
-// One step: whose keys are here, and who has this member's.
-struct Step {
-  int owner, reader;
-  KeyRange mine;       // positions that the reader has
-  Tensor keys, table;  // the owner's, and where they stand
-  AttentionCore core;  // the queries of before against them
-};
-
 Step take_step(const Op& op, const AttentionCore& core, int number) {
   const int n = group_size(op.rank, Group::Cp), me = group_rank(op.rank, Group::Cp);
   const int owner = (me + n - number) % n, reader = (me + number) % n;
   const KeyRange theirs = traveling(core, n, owner, me), mine = traveling(core, n, me, reader);
-  const int64_t tables = 1 + (core.key.doc_end ? core.batch : 0);
-  Step step{owner,
-            reader,
-            mine,
-            empty_keys(op, core, theirs),
-            op.empty({tables, theirs.count()}, DType::I32),
-            core};
-  const Tensor sent = empty_keys(op, core, mine);
-  const Tensor sent_table = op.empty({tables, mine.count()}, DType::I32);
-  op.on_cpu(sent, [&]<class T>(T*) {
-    copy_keys<T>(core, core.in, mine.begin, key_views(sent, core), 0, mine.count(), false);
-  });
-  int32_t* to = std::copy_n(core.key.coord + mine.begin, mine.count(), sent_table.i32());
-  for (int64_t b = 0; b + 1 < tables; b++)
+  const Keys sent = empty_keys(op, core, mine.count());
+  op.on_cpu(sent.kv,
+            [&]<class T>(T*) { move_keys<T>(core, sent.views(core), core.in, mine, false); });
+  int32_t* to = std::copy_n(core.key.coord + mine.begin, mine.count(), sent.table.i32());
+  for (int64_t b = 0; b + 1 < sent.table.dim[0]; b++)
     to = std::copy_n(core.key.doc_end + b * core.key.doc_stride + mine.begin, mine.count(), to);
-  exchange(op, "keys and values", number, {sent, sent_table}, reader, {step.keys, step.table},
-           owner);
-  step.core.key = positions_of(step.table, theirs.count());
-  const AttentionViews views = key_views(step.keys, core);
-  step.core.in.k = views.k;
-  step.core.in.v = views.v;
+  Step step{owner, reader, mine, empty_keys(op, core, theirs.count()), core};
+  exchange(op, "keys and values", number, {sent.kv, sent.table}, reader,
+           {step.keys.kv, step.keys.table}, owner);
+  const AttentionViews views = step.keys.views(core);
+  step.core.key = positions_of(step.keys.table, theirs.count());
+  step.core.in = {core.in.q, views.k, views.v, {}};
   return step;
 }
 
@@ -157,15 +148,15 @@ void ring_backward(const Op& op, const AttentionCore& core, HeadView out, const 
   attention_backward(op, core, out, lse, dout, grads);
   for (int number = 1; number < group_size(op.rank, Group::Cp); number++) {
     const Step step = take_step(op, core, number);
-    const Tensor theirs = zeros(op.rank, step.keys.dim, core.dtype, op.at);
-    AttentionViews d = key_views(theirs, core);
+    const Keys theirs{zeros(op.rank, step.keys.kv.dim, core.dtype, op.at), {}};
+    AttentionViews d = theirs.views(core);
     d.q = grads.q;
     attention_backward(op, step.core, out, lse, dout, d);
-    const Tensor mine = empty_keys(op, core, step.mine);
-    exchange(op, "gradients of keys and values", number, {theirs}, step.owner, {mine}, step.reader);
-    op.on_cpu(mine, [&]<class T>(T*) {
-      copy_keys<T>(core, key_views(mine, core), 0, grads, step.mine.begin, step.mine.count(), true);
-    });
+    const Keys mine = empty_keys(op, core, step.mine.count());
+    exchange(op, "gradients of keys and values", number, {theirs.kv}, step.owner, {mine.kv},
+             step.reader);
+    op.on_cpu(mine.kv,
+              [&]<class T>(T*) { move_keys<T>(core, mine.views(core), grads, step.mine, true); });
   }
 }
 

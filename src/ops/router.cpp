@@ -36,7 +36,7 @@ void router_cpu(const Tensor& x, const Tensor& w, const RouterOptions& o, const 
   });
 }
 
-// d [T, E] = the logits' gradient. Either of dweights and dprobs may be undefined.
+// d [T, E] = the logits' gradient.
 template <class T>
 void router_logits_grad(const Tensor& dweights, const Tensor& dprobs, const Tensor& probs,
                         const Tensor& ids, bool normalize, const Tensor& d) {

@@ -1,4 +1,4 @@
-// views: tensors of several shapes walked over one index space, for the general vocabulary.
+// views: tensors walked over one index space, for the general vocabulary.
 #pragma once
 #include "ops/cpu.h"
 
@@ -14,8 +14,7 @@ inline Extent extent_of(const Dims& dims, int dim) {
   return e;
 }
 
-// Elements of x in an index space: where they begin and how far apart they are along each
-// dimension, in elements (0: repeated).
+// Where elements of x begin and how far apart they are along each dimension of an index space.
 struct View {
   Tensor x;
   int64_t begin = 0;
@@ -37,7 +36,7 @@ inline View view_of(const Tensor& x, const Dims& space) {
 }
 inline View view_of(const Tensor& x) { return view_of(x, x.dim); }
 
-// An inner row of a view, read as T.
+// An inner row of a view, as T.
 template <class T>
 struct Column {
   const T* data;
