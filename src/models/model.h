@@ -7,11 +7,10 @@
 
 namespace pith {
 
-// Normal with standard deviation `value`, or constant `value`.
 enum class InitKind : uint8_t { Normal, Constant };
 struct Init {
   InitKind kind = InitKind::Constant;
-  double value = 0;
+  double value = 0;  // the constant, or the standard deviation
 };
 
 // Tensors that are gathered, reduced and updated together.
@@ -43,11 +42,11 @@ struct StagePart {
   int first_expert = 0, num_experts = 0;
 };
 
-// One micro-batch as a rank sees it. T = rows * length tokens, row after row.
+// One micro-batch as a rank sees it: T = rows * length tokens.
 struct Batch {
   int64_t rows = 0, length = 0;
   Tensor tokens, labels;  // I32 [T]; a label may be kIgnoreLabel
-  Tensor positions;       // I32 [T]: rotary position; restarts in each document under a mask
+  Tensor positions;       // I32 [T]: within the document under a document mask
   AttentionMask mask;
 };
 
@@ -55,8 +54,8 @@ struct Batch {
 struct MoeInput {
   Tensor hidden;  // the rows to dispatch
   Tensor residual;
-  Tensor shared;    // output of shared experts; undefined where there are none
-  Routing routing;  // ids undefined in a dense layer, where stages 2 and 4 do nothing
+  Tensor shared;    // output of shared experts, if any
+  Routing routing;  // ids undefined in a dense layer, which has no stages 2 and 4
 };
 
 // The numbers of any architecture that engine, planner and reports need.
@@ -64,8 +63,8 @@ struct ModelShape {
   string model_type;
   int64_t hidden = 0, vocab = 0;
   int num_layers = 0, num_experts = 0, top_k = 0;
-  int64_t attention_width = 0;  // H * (size of a query head + size of a value head), for FLOPs
-  int64_t max_positions = 0;    // of the configuration; 0: unbounded
+  int64_t attention_width = 0;  // H * (sizes of a query and of a value head)
+  int64_t max_positions = 0;    // 0: unbounded
 };
 
 // A model M is the weights of one pipeline stage, with a vector<M::Layer> `layers`, and these
@@ -83,11 +82,11 @@ concept Model = requires(Rank& rank, const Json& json, const typename M::Config&
   // Tables for a sequence length.
   { model.prepare(rank, config, int64_t{}) } -> std::same_as<void>;
   { stage.embed(rank, batch) } -> std::same_as<Tensor>;                                // [T, D]
-  { stage.attend(rank, config, layer, x, batch, routing) } -> std::same_as<MoeInput>;  // stage 1
-  { stage.experts(rank, config, layer, d) } -> std::same_as<Tensor>;      // stage 3: [R, D]
-  { stage.finish(rank, config, layer, x, in) } -> std::same_as<Tensor>;   // stage 5: [T, D]
-  { stage.loss(rank, config, x, batch, scale) } -> std::same_as<Tensor>;  // F32 [1], a sum
-  { stage.logits(rank, config, x) } -> std::same_as<Tensor>;              // [T, V]
+  { stage.attend(rank, config, layer, x, batch, routing) } -> std::same_as<MoeInput>;  // 1
+  { stage.experts(rank, config, layer, d) } -> std::same_as<Tensor>;                   // 3: [R, D]
+  { stage.finish(rank, config, layer, x, in) } -> std::same_as<Tensor>;                // 5: [T, D]
+  { stage.loss(rank, config, x, batch, scale) } -> std::same_as<Tensor>;               // [1], a sum
+  { stage.logits(rank, config, x) } -> std::same_as<Tensor>;                           // [T, V]
 };
 
 }  // namespace pith

@@ -11,8 +11,7 @@
 namespace pith {
 namespace {
 
-// What a node keeps. q, k and v are [B, positions, heads, size]; parts of a packed projection are
-// `width` elements from one position to the next.
+// q, k and v are [B, positions, heads, size], positions `width` apart in a packed projection.
 enum Keep { kQ, kK, kV, kOut, kLse, kTable, kBias, kVisible };
 enum Number { kWidth, kCausal, kWindow };
 
@@ -28,8 +27,7 @@ HeadView heads_of(const Tensor& t, int64_t width) {
   return {t.data, t.dim[1] * width, width, t.dim[3]};
 }
 HeadView out_of(const AttentionCore& core, const Tensor& out) {
-  const int64_t width = core.heads * core.v_size;
-  return {out.data, core.query.count * width, width, core.v_size};
+  return heads_of(out.view({core.batch, core.query.count, core.heads, core.v_size}), 0);
 }
 HeadView scores_of(const Tensor& t) {  // of [1|B, 1|H, S, Z]
   const int64_t head = t.dim[2] * t.dim[3];
@@ -49,7 +47,6 @@ AttentionCore core_of(const TensorList& t, const int64_t* i, double scale) {
       scale,
       i[kCausal] != 0,
       i[kWindow],
-      // Queries and keys end together; the table covers the longer of them.
       positions_of(t[kTable], q[1]),
       positions_of(t[kTable], k[1]),
       {heads_of(t[kQ], width), heads_of(t[kK], width), heads_of(t[kV], width), scores_of(t[kBias])},
@@ -76,8 +73,7 @@ bool rows_ascend(const Tensor& x) {
   return good;
 }
 
-// Checks the mask and makes a table of max(queries, keys) positions: their row coordinates, which
-// end with the last key's, and with documents, the ends of these by row of the batch.
+// Checks the mask and makes the table of max(queries, keys) positions, see positions_of.
 Tensor mask_table(const Op& op, const AttentionMask& mask, int64_t batch, int64_t queries,
                   int64_t keys) {
   const Tensor &order = mask.order, &ends = mask.doc_ends;
@@ -100,7 +96,6 @@ Tensor mask_table(const Op& op, const AttentionMask& mask, int64_t batch, int64_
   return table;
 }
 
-// Both forms, once checked. width: of a packed projection; `in`: where gradients go.
 Tensor attend(const Op& op, const Tensor& q, const Tensor& k, const Tensor& v, int64_t width,
               double scale, const AttentionMask& mask, const AttentionBias& bias, const Dims& dims,
               std::initializer_list<Tensor> in) {
@@ -124,13 +119,13 @@ Tensor attention(Rank& rank, Tensor qkv, Heads heads, int64_t batch, AttentionMa
   const int64_t H = heads.query, K = heads.kv, N = heads.size;
   op.check({{"heads.query a multiple of heads.kv >= 1", K >= 1 && H >= 1 && H % K == 0},
             {"heads.size >= 1", N >= 1},
-            {"qkv [B*S, (H+2K)*N]", qkv.dim.rank == 2 && qkv.dim[1] == (H + 2 * K) * N},
+            {"qkv [B*S, (H+2K)*N]", qkv.dim.rank == 2 && qkv.dim[1] == heads.width()},
             {"batch that divides qkv.dim[0]",
              batch > 0 ? qkv.dim[0] % batch == 0 : batch == 0 && qkv.dim[0] == 0}},
            {&qkv});
   return attend(op, packed_part(qkv, batch, 0, H, N), packed_part(qkv, batch, H, K, N),
-                packed_part(qkv, batch, H + K, K, N), (H + 2 * K) * N, 1 / std::sqrt(double(N)),
-                mask, {}, {qkv.dim[0], H * N}, {qkv});
+                packed_part(qkv, batch, H + K, K, N), heads.width(), 1 / std::sqrt(double(N)), mask,
+                {}, {qkv.dim[0], H * N}, {qkv});
 }
 
 Tensor attention(Rank& rank, Tensor q, Tensor k, Tensor v, double scale, AttentionMask mask,

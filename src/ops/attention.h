@@ -1,4 +1,4 @@
-// attention: softmax attention between heads that lie anywhere in memory.
+// attention: between heads that lie anywhere in memory.
 #pragma once
 #include "ops/op.h"
 
@@ -38,15 +38,15 @@ struct KeyRange {
   }
 };
 
-// Inputs, or where their gradients are added: a part without data is left out.
+// Inputs, or where their gradients are added if there is data. bias: "position" is the query's.
 struct AttentionViews {
-  HeadView q, k, v, bias;  // bias: "position" is the query's; batch or head 0: broadcast
+  HeadView q, k, v, bias;
 };
 
 struct AttentionCore {
   DType dtype = DType::F32;
-  int64_t batch = 0, heads = 0, kv_heads = 0;  // kv_heads divides heads
-  int64_t size = 0, v_size = 0;                // elements of a head of q and k, and of v
+  int64_t batch = 0, heads = 0, kv_heads = 0;
+  int64_t size = 0, v_size = 0;  // of a head of q and k, and of v
   double scale = 1;
   bool causal = true;
   int64_t window = 0;
@@ -64,9 +64,9 @@ void attention_forward(const Op& op, const AttentionCore& core, HeadView out, co
 void attention_backward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse,
                         HeadView dout, const AttentionViews& grads);
 
-// Whether `coord` [count] are those of this cp member's chunks (ring_attention.cpp).
+// Whether `coord` [count] are those of this cp member's chunks.
 bool is_zigzag_part(const Rank& rank, const int32_t* coord, int64_t count);
-// The same over the keys of all members, where each has as many and there is no bias or `visible`.
+// The same over the keys of all members, which have as many each, without bias or `visible`.
 void ring_forward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse);
 void ring_backward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse,
                    HeadView dout, const AttentionViews& grads);

@@ -6,11 +6,11 @@
 namespace pith {
 namespace {
 
-// Queries a block: few enough that their scores against every key stay in a core's cache.
+// Queries a block: their scores against every key stay in a core's cache.
 constexpr int64_t kBlockRows = 64;
 
-// What one thread works on: queries [first, first + rows) of head h of batch row b, kv its key
-// head; the keys that each sees, and `hull`, those that any of them sees.
+// What a thread works on: queries [first, first + rows) of head h of batch row b; `seen`, the keys
+// that each sees; `hull`, those that any of them sees.
 template <class T>
 struct Block {
   static constexpr T kHidden = -std::numeric_limits<T>::infinity();
@@ -34,21 +34,20 @@ struct Block {
   T* lse_of(const Tensor& lse) const {
     return lse.as<T>() + (b * core.heads + h) * core.query.count + first;
   }
-  // The block's query r in a view of q's kind, and its first key in one of k's.
   template <class A = T>
   A* query(const HeadView& x, int64_t r = 0) const {
     return x.at<A>(b, h, first + r);
   }
   T* key(const HeadView& x) const { return x.at<T>(b, kv, hull.begin); }
   Matrix<T> queries(const HeadView& x) const { return {query(x), x.position}; }
-  Matrix<T> keys(const HeadView& x, Layout layout = Layout::Normal) const {
+  Matrix<T> keys(const HeadView& x, Layout layout = kNormal) const {
     return {key(x), x.position, layout};
   }
 
   // scores [rows, hull] = scale q k^T + bias, -inf where a query sees no key.
   void make_scores() {
     T* s = scores.data();
-    gemm<T>(rows, n, core.size, queries(core.in.q), keys(core.in.k, Layout::Transposed), 0, s, n,
+    gemm<T>(rows, n, core.size, queries(core.in.q), keys(core.in.k, kTransposed), 0, s, n,
             T(core.scale));
     for (int64_t r = 0; r < rows; r++, s += n) {
       if (core.in.bias.data) {
@@ -69,8 +68,7 @@ struct Block {
     T scale[kBlockRows], *s = scores.data(), *y = query(out);
     make_scores();
     for (int64_t r = 0; r < rows; r++) {
-      // A row whose scores are all hidden has the sum 0; one of NaNs, which `top` does not show,
-      // has a NaN.
+      // The sum is 0 where all is hidden, and NaN for NaNs, which `top` does not show.
       const T top = max_of(s + r * n, n), shift = top == kHidden ? 0 : top;
       const T sum = exp_sum(s + r * n, n, shift);
       scale[r] = sum == 0 ? 0 : 1 / sum;
@@ -86,7 +84,7 @@ struct Block {
     make_scores();
     dscores.resize(scores.size());
     T *s = scores.data(), *ds = dscores.data();
-    gemm<T>(rows, n, core.v_size, queries(dout), keys(core.in.v, Layout::Transposed), 0, ds, n);
+    gemm<T>(rows, n, core.v_size, queries(dout), keys(core.in.v, kTransposed), 0, ds, n);
     for (int64_t r = 0; r < rows; r++, s += n, ds += n) {
       if (lse[r] == kHidden)
         std::fill_n(s, n, T(0));
@@ -98,8 +96,8 @@ struct Block {
       for (int64_t j = 0; dbias && j < n; j++) dbias[j] += ds[j];
     }
     const T scale = T(core.scale);
-    const Matrix<T> p_t{scores.data(), n, Layout::Transposed}, d_s{dscores.data(), n};
-    const Matrix<T> d_s_t{dscores.data(), n, Layout::Transposed};
+    const Matrix<T> p_t{scores.data(), n, kTransposed}, d_s{dscores.data(), n};
+    const Matrix<T> d_s_t{dscores.data(), n, kTransposed};
     if (d.v.data) gemm<T>(n, core.v_size, rows, p_t, queries(dout), 1, key(d.v), d.v.position);
     if (d.q.data)
       gemm<T>(rows, core.size, n, d_s, keys(core.in.k), 1, query(d.q), d.q.position, scale);
@@ -147,7 +145,7 @@ void attention_forward(const Op& op, const AttentionCore& core, HeadView out, co
   });
 }
 
-// One task writes all gradients of one key/value head. Only a bias's may be shared between tasks.
+// A task writes all gradients of a key/value head; only a bias's may be shared between tasks.
 void attention_backward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse,
                         HeadView dout, const AttentionViews& grads) {
   const int64_t K = core.kv_heads, group = K ? core.heads / K : 0;

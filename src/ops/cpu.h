@@ -1,5 +1,5 @@
-// cpu: loops and products of the CPU forms. Outputs alone are divided among threads, in pieces of
-// fixed size, and sums have one order: results never depend on their number.
+// cpu: loops and products of the CPU forms. Outputs alone are divided among threads, in fixed
+// pieces, and sums have one order: results never depend on the number of threads.
 #pragma once
 #include <bit>
 #include <cmath>
@@ -42,13 +42,12 @@ void add_columns(int64_t rows, int64_t cols, Slot<T> to, F&& f) {
   });
 }
 
-// Row r of t seen as [rows, cols].
 template <class T>
 T* row_of(const Tensor& t, int64_t r) {
   return t.as<T>() + r * t.cols();
 }
 
-// e^x for x <= 0, within 2 ulp; 0 below -87.3, where the result would no longer be normal.
+// e^x for x <= 0, within 2 ulp; 0 where that is not normal.
 inline float exp_negative(float x) {
   const float low = -87.3f, rounder = 12582912.0f;  // 1.5 * 2^23
   const float z = x < low ? low : x;
@@ -67,7 +66,6 @@ inline float exp_negative(float x) {
 }
 inline double exp_negative(double x) { return std::exp(x); }
 
-// 1 / (1 + e^-x)
 template <class T>
 T logistic(T x) {
   const T e = exp_negative(x < 0 ? x : -x);
@@ -136,13 +134,13 @@ void rms_norm_grad(int64_t n, const T* dy, const T* w, const T* x, T s, T* dx) {
   for (int64_t j = 0; j < n; j++) dx[j] = dy[j] * w[j] * s - x[j] * c;
 }
 
-enum class Layout : uint8_t { Normal, Transposed };
+enum Layout : uint8_t { kNormal, kTransposed };
 // A row-major factor, `ld` elements from a stored row to the next.
 template <class T>
 struct Matrix {
   const T* data;
   int64_t ld;
-  Layout layout = Layout::Normal;
+  Layout layout = kNormal;
 };
 
 // c [m, n] = alpha * a [m, k] b [k, n] + beta * c; a Transposed factor is stored [k, m] or [n, k].
@@ -154,24 +152,23 @@ void gemm(int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, T beta, T* 
 // c = or += a b, tensors seen as [rows, cols], if wanted.
 template <class T>
 void product(const Tensor& a, Layout a_layout, const Tensor& b, Layout b_layout, Slot<T> c) {
-  const bool at = a_layout == Layout::Transposed, bt = b_layout == Layout::Transposed;
+  const bool at = a_layout == kTransposed, bt = b_layout == kTransposed;
   const int64_t n = bt ? b.rows() : b.cols();
   if (!c.data) return;
   gemm<T>(at ? a.cols() : a.rows(), n, at ? a.rows() : a.cols(), {a.as<T>(), a.cols(), a_layout},
           {b.as<T>(), b.cols(), b_layout}, c.add, c.data, n);
 }
-// Those of y = x w^T.
 template <class T>
 void linear_y(const Tensor& x, const Tensor& w, Slot<T> y) {
-  product(x, Layout::Normal, w, Layout::Transposed, y);
+  product(x, kNormal, w, kTransposed, y);
 }
 template <class T>
 void linear_dx(const Tensor& dy, const Tensor& w, Slot<T> dx) {
-  product(dy, Layout::Normal, w, Layout::Normal, dx);
+  product(dy, kNormal, w, kNormal, dx);
 }
 template <class T>
 void linear_dw(const Tensor& dy, const Tensor& x, Slot<T> dw) {
-  product(dy, Layout::Transposed, x, Layout::Normal, dw);
+  product(dy, kTransposed, x, kNormal, dw);
 }
 
 }  // namespace pith

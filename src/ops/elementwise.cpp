@@ -9,8 +9,8 @@
 namespace pith {
 namespace {
 
-// Bit k of a, b or c: input k's gradient reads that operand, or y in the place of a. An operand
-// that is no input is a scalar.
+// Bit k of a, b or c: input k's gradient reads that operand, or y for a. Operands that are no
+// inputs are scalars.
 struct Reads {
   unsigned a = 0, b = 0, c = 0;
   bool y = false;
@@ -34,7 +34,7 @@ void apply_cpu(const Tensor& out, bool add, const TensorList& x, const double* s
 
 // Input k's gradient, f(dy, a, b, c): whole, then summed where the input was repeated.
 template <class T, class F>
-void operand_grad(const Backward<T>& b, int k, F f) {
+void operand_grad(Backward<T> b, int k, F f) {
   const GradSlot d = b.slot(k);
   if (!d.grad.defined()) return;
   const bool repeated = d.grad.numel() != b.dy().numel();
@@ -62,7 +62,7 @@ Tensor apply(const Op& op, const TensorList& in, const Reads& reads, Value value
   op.record({a, b, c}, {&y})
       .numbers({}, {p[0], p[1], p[2]})
       .bx({kept(reads.a, reads.y ? y : a), kept(reads.b, b), kept(reads.c, c)},
-          []<class T>(const Backward<T>& back) {
+          []<class T>(Backward<T> back) {
             int k = 0;
             (operand_grad(back, k++, Grad{}), ...);
           });

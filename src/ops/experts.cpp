@@ -18,17 +18,6 @@ void each_expert(const Tensor& offsets, int64_t work, F&& f) {
   for (int64_t e = 0; e < E; e++) f(e, begin[e], begin[e + 1]);
 }
 
-template <class T>
-void swiglu_cpu(const Tensor& gate_up, const Tensor& weights, const Tensor& y) {
-  const int64_t F = y.dim[1];
-  parallel_rows(y.dim[0], F * 16, [&](int64_t p) {
-    const T *gate = row_of<T>(gate_up, p), *up = gate + F;
-    const T weight = weights.defined() ? weights.as<T>()[p] : 1;
-    T* out = row_of<T>(y, p);
-    for (int64_t j = 0; j < F; j++) out[j] = gate[j] * logistic(gate[j]) * up[j] * weight;
-  });
-}
-
 // PERF: one loop an output, over a stretch whose sigmoids are kept: two outputs in one loop become
 // no vector instructions.
 template <class T>
@@ -76,21 +65,18 @@ Tensor grouped_linear(Rank& rank, Tensor x, Tensor w, Tensor offsets, At at) {
   });
   op.record({x, w}, {&y})
       .bx({w, offsets},
-          []<class T>(const Backward<T>& b) {
-            const Tensor &weight = b.keep[0], &dy = b.dy();
+          []<class T>(Backward<T> b) {
             const Slot<T> dx = b.to(0);
-            each_expert(b.keep[1], dy.numel() * weight.dim[2],
-                        [&](int64_t e, int64_t r, int64_t end) {
-                          linear_dx<T>(dy.slice_rows(r, end), weight.slice_rows(e, e + 1),
-                                       dx.from(r * weight.dim[2]));
-                        });
+            const int64_t in = b.keep[0].dim[2];
+            each_expert(b.keep[1], b.dy().numel() * in, [&](int64_t e, int64_t r, int64_t end) {
+              linear_dx(b.dy().slice_rows(r, end), b.keep[0].slice_rows(e, e + 1), dx.from(r * in));
+            });
           })
-      .bw(1, {x, offsets}, []<class T>(const Backward<T>& b) {
-        const Tensor &rows = b.keep[0], &dy = b.dy();
+      .bw(1, {x, offsets}, []<class T>(Backward<T> b) {
         const Slot<T> dw = b.to(1);
-        each_expert(b.keep[1], dy.numel() * rows.cols(), [&](int64_t e, int64_t r, int64_t end) {
-          linear_dw<T>(dy.slice_rows(r, end), rows.slice_rows(r, end),
-                       dw.from(e * dy.cols() * rows.cols()));
+        const int64_t in = b.keep[0].dim[1], size = in * b.dy().dim[1];
+        each_expert(b.keep[1], b.dy().numel() * in, [&](int64_t e, int64_t r, int64_t end) {
+          linear_dw(b.dy().slice_rows(r, end), b.keep[0].slice_rows(r, end), dw.from(e * size));
         });
       });
   return y;
@@ -103,7 +89,14 @@ Tensor swiglu(Rank& rank, Tensor gate_up, Tensor weights, At at) {
             {"one dtype", one_dtype({&gate_up, &weights})}},
            {&gate_up, &weights});
   Tensor y = op.empty({gate_up.dim[0], gate_up.dim[1] / 2}, gate_up.dtype);
-  op.on_cpu(gate_up, [&]<class T>(T*) { swiglu_cpu<T>(gate_up, weights, y); });
+  op.on_cpu(gate_up, [&, F = y.dim[1]]<class T>(T*) {
+    parallel_rows(y.dim[0], F * 16, [&](int64_t p) {
+      const T *gate = row_of<T>(gate_up, p), *up = gate + F;
+      const T weight = weights.defined() ? weights.as<T>()[p] : 1;
+      T* out = row_of<T>(y, p);
+      for (int64_t j = 0; j < F; j++) out[j] = gate[j] * logistic(gate[j]) * up[j] * weight;
+    });
+  });
   op.record({gate_up, weights}, {&y}).bx({gate_up, weights}, [](const auto& b) {
     swiglu_bx_cpu(b.dy(), b.keep[0], b.keep[1], b.to(0), b.to(1));
   });

@@ -25,7 +25,7 @@ Tensor linear(Rank& rank, Tensor x, Tensor w, Tensor bias, At at) {
   });
   op.record({x, w, bias}, {&y})
       .bx({w}, [](const auto& b) { linear_dx(b.dy(), b.keep[0], b.to(0)); })
-      .bw(1, {x}, []<class T>(const Backward<T>& b) {
+      .bw(1, {x}, []<class T>(Backward<T> b) {
         linear_dw(b.dy(), b.keep[0], b.to(1));
         add_columns<T>(b.dy().rows(), b.dy().cols(), b.to(2),
                        [&, d = b.dy().template as<T>(), n = b.dy().cols()](int64_t r, int64_t j) {

@@ -10,15 +10,14 @@
 
 namespace pith {
 
-// OpenBLAS computes a tile on the calling thread; the tiles are ours, and of one size, so that the
-// order of every sum is the same for any number of threads.
+// OpenBLAS computes a tile on the calling thread; tiles are of one size for any number of threads.
 template <class T>
 void gemm(int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, T beta, T* c, int64_t ldc,
           T alpha) {
   static const bool one_thread = (openblas_set_num_threads(1), true);
   (void)one_thread;
   constexpr int64_t kTileM = 192, kTileN = 384;
-  const bool at = a.layout == Layout::Transposed, bt = b.layout == Layout::Transposed;
+  const bool at = a.layout == kTransposed, bt = b.layout == kTransposed;
   const int64_t across = (n + kTileN - 1) / kTileN, down = (m + kTileM - 1) / kTileM;
   parallel_rows(across * down, std::min(m, kTileM) * std::min(n, kTileN) * k, [&](int64_t tile) {
     const int64_t i = tile / across * kTileM, j = tile % across * kTileN;
@@ -48,8 +47,8 @@ Tensor leading(Tensor x) {
   return x;
 }
 
-// c = or += a b for each index of `lead`, to which all their leading dimensions broadcast. Products
-// go to different threads where they are written to different places.
+// c = or += a b for each index of `lead`, to which all broadcast; on several threads where they are
+// written to different places.
 template <class T>
 void products_cpu(const Dims& lead, const Tensor& a, Layout a_layout, const Tensor& b,
                   Layout b_layout, const Tensor& c, bool add) {
@@ -85,17 +84,16 @@ Tensor matmul(Rank& rank, Tensor a, Tensor b, At at) {
   dims[dims.rank++] = a.dim[a.dim.rank - 2];
   dims[dims.rank++] = b.cols();
   Tensor c = op.empty(dims, a.dtype);
-  op.on_cpu(a, [&]<class T>(T*) {
-    products_cpu<T>(lead, a, Layout::Normal, b, Layout::Normal, c, false);
-  });
+  op.on_cpu(a, [&]<class T>(T*) { products_cpu<T>(lead, a, kNormal, b, kNormal, c, false); });
   op.record({a, b}, {&c})
       .bx({b.needs_grad() ? a : Tensor{}, a.needs_grad() ? b : Tensor{}},
-          []<class T>(const Backward<T>& back) {
+          []<class T>(Backward<T> back) {
             const Tensor &dc = back.dy(), da = back.zeroed(0), db = back.zeroed(1);
             const Dims each = leading(dc).dim;
-            const Layout normal = Layout::Normal, transposed = Layout::Transposed;
-            if (da.defined()) products_cpu<T>(each, dc, normal, back.keep[1], transposed, da, true);
-            if (db.defined()) products_cpu<T>(each, back.keep[0], transposed, dc, normal, db, true);
+            if (da.defined())
+              products_cpu<T>(each, dc, kNormal, back.keep[1], kTransposed, da, true);
+            if (db.defined())
+              products_cpu<T>(each, back.keep[0], kTransposed, dc, kNormal, db, true);
           });
   return c;
 }

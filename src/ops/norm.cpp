@@ -8,8 +8,7 @@
 
 namespace pith {
 
-// Both ops: sum is x where there is no residual. Outputs are the normed rows or, with a residual,
-// the sum and these.
+// Without a residual sum is x, and no output of the node.
 static AddRmsNorm norm_of_sum(const Op& op, const Tensor& x, const Tensor& residual,
                               const Tensor& w, double eps) {
   const bool summed = residual.defined();
@@ -29,7 +28,7 @@ static AddRmsNorm norm_of_sum(const Op& op, const Tensor& x, const Tensor& resid
       for (int64_t j = 0; j < D; j++) out[j] = row[j] * scale * w.as<T>()[j];
     });
   });
-  const auto bx = []<class T>(const Backward<T>& b) {
+  const auto bx = []<class T>(Backward<T> b) {
     const bool two = b.node.out.count == 2;
     const Tensor &dy = b.dy(two), dsum = two ? b.dy() : Tensor{}, dx = b.op().like(b.keep[0]);
     const int64_t n = dx.cols();
@@ -50,7 +49,7 @@ static AddRmsNorm norm_of_sum(const Op& op, const Tensor& x, const Tensor& resid
     }
     add_grad(b.rank, b.node.in[0], dx);
   };
-  const auto bw = []<class T>(const Backward<T>& b) {
+  const auto bw = []<class T>(Backward<T> b) {
     const Tensor &dy = b.dy(b.node.out.count - 1), &rows = b.keep[0];
     if (!dy.defined()) return;
     const int64_t n = rows.cols();

@@ -48,9 +48,9 @@ struct Op {
   Tensor empty(const Dims& dims, DType dtype) const { return pith::empty(rank, dims, dtype, at); }
   Tensor like(const Tensor& x) const { return empty(x.dim, x.dtype); }
 
-  // x is in main memory: the place to give way when an op gets a GPU form.
+  // x is in main memory.
   void check_cpu(const Tensor& x) const;
-  // f(T*), a null pointer of x's element type, float or double.
+  // f(T*), a null pointer, T being x's float or double.
   template <class F>
   void on_cpu(const Tensor& x, F&& f) const {
     check_cpu(x);
@@ -111,8 +111,8 @@ struct Recorded {
     if (node) node->bx = [](Rank& r, Node& n) { run_backward<F>(r, n, n.bx_keep); };
     return {node};
   }
-  // Gradients of the inputs from `first` on, which are weights. They can wait only where they go to
-  // accumulators: one that another op made the weight from is due in bx, before that op's.
+  // Gradients of the inputs from `first` on, weights: due in bx, before that op's, where another op
+  // made one; else they can wait.
   template <class F>
   void bw(int first, const TensorList& keep, F) const {
     if (!node) return;

@@ -1,11 +1,10 @@
 // ops: the one index of every operation; a model includes this and core alone.
 //
-// An op's inputs are contiguous, of one float dtype (F32, or F64 in gradient checks) and on the
-// rank's device; its result is a new tensor, and repeats bit for bit. Sums are in F32 (F64 for F64)
-// unless said otherwise. Any size may be 0. A broken contract throws Error naming the caller's
-// line. Letters: B batch, S sequence, T tokens (B*S), D hidden, H query heads, K key/value heads, N
-// head size, V vocabulary, E experts, k experts a token, F expert width, R rows received by a rank,
-// P (row, expert) pairs. A weight is [out, in].
+// Inputs are of one float dtype, F32 (F64 in gradient checks), and on the rank's device; results
+// are new tensors and repeat bit for bit; any size may be 0. A broken contract throws Error naming
+// the caller's line. Letters: B batch, S sequence, T tokens (B*S), D hidden, H query heads, K
+// key/value heads, N head size, V vocabulary, E experts, k experts a token, F expert width, R rows
+// received by a rank, P (row, expert) pairs.
 #pragma once
 #include "core/rank.h"
 #include "core/tape.h"
@@ -33,8 +32,7 @@ Tensor clamp(Rank& rank, Tensor x, double low, double high, At at = At::here());
 // mask ? a : b, mask U8.
 Tensor where(Rank& rank, Tensor mask, Tensor a, Tensor b, At at = At::here());
 
-// Over one dimension (negative: from the end); sum, mean and max keep it with size 1. The sum of
-// nothing is 0; its mean and max throw.
+// Over one dimension (negative: from the end); sum, mean and max keep it, with size 1.
 Tensor sum(Rank& rank, Tensor x, int dim, At at = At::here());
 Tensor mean(Rank& rank, Tensor x, int dim, At at = At::here());
 Tensor max(Rank& rank, Tensor x, int dim, At at = At::here());  // gradient to the first maximum
@@ -45,18 +43,18 @@ Tensor softmax(Rank& rank, Tensor x, int dim, At at = At::here());
 Tensor matmul(Rank& rank, Tensor a, Tensor b, At at = At::here());
 // Dimension i of the result is dimension order[i] of x.
 Tensor permute(Rank& rank, Tensor x, Dims order, At at = At::here());
-// x itself under another shape (one size may be -1).
+// x itself under another shape; one size may be -1.
 Tensor reshape(Rank& rank, Tensor x, Dims dims, At at = At::here());
-// Elements [begin, end) of dimension dim.
+// Elements [begin, end) of a dimension.
 Tensor slice(Rank& rank, Tensor x, int dim, int64_t begin, int64_t end, At at = At::here());
-// Pieces of the given sizes along dim, which must sum to its size; at most 8, as in concat.
+// Pieces whose sizes sum to the dimension's; at most 8, as in concat.
 TensorList split(Rank& rank, Tensor x, int dim, Dims sizes, At at = At::here());
 Tensor concat(Rank& rank, TensorList xs, int dim, At at = At::here());
-// x laid out `times` times along dim.
+// x laid out `times` times.
 Tensor repeat(Rank& rank, Tensor x, int dim, int64_t times, At at = At::here());
 // Rows ids[i] of the first dimension, ids I32 [n].
 Tensor index_select(Rank& rank, Tensor x, Tensor ids, At at = At::here());
-// `rows` rows of zeros to which row i of src is added at ids[i], in the order of i.
+// Zeros with `rows` rows, plus row i of src at ids[i], in the order of i.
 Tensor scatter_add(Rank& rank, Tensor src, Tensor ids, int64_t rows, At at = At::here());
 // The k largest of the last dimension, descending; ties go to the lower index. ids I32.
 struct TopK {
@@ -70,7 +68,7 @@ Tensor linear(Rank& rank, Tensor x, Tensor w, Tensor bias = {}, At at = At::here
 Tensor embedding(Rank& rank, Tensor ids, Tensor w, At at = At::here());
 // x / sqrt(mean(x^2) + eps) * w over the last dimension.  Zhang & Sennrich 2019, arXiv:1910.07467
 Tensor rms_norm(Rank& rank, Tensor x, Tensor w, double eps, At at = At::here());
-// sum = x + residual and normed = rms_norm(sum, w, eps), in one pass.
+// sum = x + residual, normed = rms_norm(sum, w, eps).
 struct AddRmsNorm {
   Tensor sum, normed;
 };
@@ -80,37 +78,34 @@ AddRmsNorm add_rms_norm(Rank& rank, Tensor x, Tensor residual, Tensor w, double 
 // Heads of a packed projection: rows of q (H*N), then k (K*N), then v (K*N).
 struct Heads {
   int query = 0, kv = 0, size = 0;
+  int64_t width() const { return (query + 2 * int64_t(kv)) * size; }
 };
-// Rotary embedding: cos and sin of position * theta^(-2i/N), F32 [positions, N/2] (F64 if the rank
-// computes in it).  Su et al. 2021, arXiv:2104.09864
+// cos and sin of position * theta^(-2i/N), [positions, N/2].  Su et al. 2021, arXiv:2104.09864
 struct Rope {
   Tensor cos, sin;
 };
 // Tables for positions [0, positions).
 Rope rope_tables(Rank& rank, int64_t positions, int size, double theta, At at = At::here());
-// Per head: rms_norm of q and of k with weights [N] (both undefined: none), then rotation of the
-// two halves of each head, (x1 cos - x2 sin, x2 cos + x1 sin); v is copied.
-//   qkv [T, (H+2K)*N]   positions I32 [T]   -> like qkv
+// Per head of q and k: rms_norm with weights [N] (both undefined: none), then rotation of its
+// halves, (x1 cos - x2 sin, x2 cos + x1 sin).  qkv [T, (H+2K)*N], positions I32 [T]
 Tensor qk_norm_rope(Rank& rank, Tensor qkv, Heads heads, Tensor q_norm, Tensor k_norm, double eps,
                     Rope rope, Tensor positions, At at = At::here());
 
-// Which keys a query sees. Row coordinates: position within the sequence of its row of the batch.
+// Which keys a query sees. Row coordinate: position within the whole row of the batch.
 struct AttentionMask {
   bool causal = true;  // key coordinate <= query coordinate
   int window = 0;      // > 0: also query - key < window
   Tensor order;        // I32 [S]: row coordinate of each local position; undefined: 0..S-1
-  Tensor doc_ends;     // I32 [B, S]: exclusive end of the position's document, the only one a query
-                       // there sees, in row coordinates; undefined: one document
+  Tensor doc_ends;     // I32 [B, S]: exclusive end of the position's document, in row coordinates;
+                       // a query sees its own only; undefined: one document
 };
-// Softmax attention on a packed projection, scores scaled by 1/sqrt(N); grouped queries share keys.
-// With mesh.cp > 1 a ring over the cp group: `order` says which part of the row is here.
-// Vaswani et al. 2017, arXiv:1706.03762; Ainslie et al. 2023, arXiv:2305.13245
-//   qkv [B*S, (H+2K)*N] -> [B*S, H*N]
+// qkv [B*S, (H+2K)*N] -> [B*S, H*N], scores scaled by 1/sqrt(N); with mesh.cp > 1 a ring over the
+// cp group.  Vaswani et al. 2017, arXiv:1706.03762; Ainslie et al. 2023, arXiv:2305.13245
 Tensor attention(Rank& rank, Tensor qkv, Heads heads, int64_t batch, AttentionMask mask,
                  At at = At::here());
-// q [B,S,H,N], k [B,Z,K,N], v [B,Z,K,M] -> [B,S,H,M], any scale, an additive bias (with a gradient)
-// or a boolean mask (U8, 1 = visible), each [1|B, 1|H, S, Z]. The last query stands at the last
-// key; one that sees nothing gives zeros.
+// q [B,S,H,N], k [B,Z,K,N], v [B,Z,K,M] -> [B,S,H,M], with an additive bias or a boolean mask (U8,
+// 1 = visible) [1|B, 1|H, S, Z]. The last query stands at the last key; one that sees nothing gives
+// zeros.
 struct AttentionBias {
   Tensor bias, visible;
 };
@@ -120,7 +115,7 @@ Tensor attention(Rank& rank, Tensor q, Tensor k, Tensor v, double scale, Attenti
 struct RouterOptions {
   int top_k = 1;
   bool normalize = false;       // weights of a token divided by their sum
-  bool force_balanced = false;  // token t, slot j -> expert (t + j*(E/k)) mod E (for benchmarks)
+  bool force_balanced = false;  // token t, slot j -> expert (t + j*(E/k)) mod E
   Tensor forced_ids;            // I32 [T, k]: these experts instead of the k largest
 };
 struct Routing {
@@ -130,8 +125,8 @@ struct Routing {
 // probs = softmax(x w^T), x [T, D], w [E, D], and the top k of them.
 Routing router(Rank& rank, Tensor x, Tensor w, RouterOptions options, At at = At::here());
 
-// The expert side of a dispatch: R token rows and the P (row, local expert) pairs to compute,
-// sorted by expert and within an expert by row. Indices are I32.
+// The expert side of a dispatch: token rows and their pairs, sorted by expert and then by row.
+// Indices are I32.
 struct Dispatched {
   Tensor rows;       // [R, D]
   Tensor weights;    // [P]: routing weight of each pair
@@ -146,13 +141,13 @@ Tensor expand_rows(Rank& rank, const Dispatched& d, At at = At::here());
 Tensor reduce_pairs(Rank& rank, Tensor y, const Dispatched& d, At at = At::here());
 // Rows [offsets[e], offsets[e+1]) of x [P, in] times w[e]^T, w [E, out, in] -> [P, out].
 Tensor grouped_linear(Rank& rank, Tensor x, Tensor w, Tensor offsets, At at = At::here());
-// silu(gate) * up * weight a row.  gate_up [P, 2F] = gate | up, weights [P] or undefined (1)
-// -> [P, F].  Shazeer 2020, arXiv:2002.05202
+// silu(gate) * up * weight, gate_up [P, 2F] = gate | up, weights [P] or undefined -> [P, F].
+// Shazeer 2020, arXiv:2002.05202
 Tensor swiglu(Rank& rank, Tensor gate_up, Tensor weights = {}, At at = At::here());
 
-// The sum over tokens of -log softmax(x w^T)[label], x [T, D], w [V, D], labels I32 [T]
-// (kIgnoreLabel counts nothing) -> [1]. Logits are made in chunks of rows, never whole. A terminal
-// op: its gradient is taken to be `scale` whatever arrives, and w's is added in the forward.
+// The sum over tokens of -log softmax(x w^T)[label], x [T, D], w [V, D], labels I32 [T] or
+// kIgnoreLabel -> [1], in chunks of rows. A terminal op: its gradient is taken to be `scale`
+// whatever arrives, and w's is added in the forward.
 Tensor lm_head_cross_entropy(Rank& rank, Tensor x, Tensor w, Tensor labels, double scale,
                              At at = At::here());
 
@@ -160,7 +155,7 @@ Tensor lm_head_cross_entropy(Rank& rank, Tensor x, Tensor w, Tensor labels, doub
 // Algorithm 2
 struct AdamW {
   double lr = 0, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 0.1;
-  double grad_scale = 1;  // gradients are multiplied by this first (clipping)
+  double grad_scale = 1;  // for clipping
   int64_t step = 1;       // 1-based, for the bias corrections
 };
 void adamw_step(Rank& rank, Tensor w, Tensor g, Tensor m, Tensor v, const AdamW& options,

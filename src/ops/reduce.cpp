@@ -46,7 +46,7 @@ Tensor sum(Rank& rank, Tensor x, int dim, At at) {
   dims[op.dim_of(x, dim)] = 1;
   Tensor y = op.empty(dims, x.dtype);
   op.on_cpu(x, [&]<class T>(T*) { sum_to<T>(op, x, {y}); });
-  op.record({x}, {&y}).bx({}, []<class T>(const Backward<T>& b) {
+  op.record({x}, {&y}).bx({}, []<class T>(Backward<T> b) {
     const GradSlot dx = b.slot(0);
     copy_elements<T>(dx.grad.dim, view_of(b.dy(), dx.grad.dim), view_of(dx.grad), dx.add);
   });
@@ -79,7 +79,7 @@ TopK top_k(Rank& rank, Tensor x, int k, At at) {
       for (int j = 0; j < k; j++) row_of<T>(y.values, r)[j] = row_of<T>(x, r)[ids[j]];
     });
   });
-  op.record({x}, {&y.values}).bx({y.ids}, []<class T>(const Backward<T>& b) {
+  op.record({x}, {&y.values}).bx({y.ids}, []<class T>(Backward<T> b) {
     const Tensor dx = b.zeroed(0), &ids = b.keep[0];
     for (int64_t i = 0; i < ids.numel(); i++)
       row_of<T>(dx, i / ids.cols())[ids.i32()[i]] += b.dy().template as<T>()[i];
@@ -108,7 +108,7 @@ Tensor softmax(Rank& rank, Tensor x, int dim, At at) {
         for (int64_t i = 0; i < n; i++) to[i] /= sum;
       });
     });
-    op.record({t}, {&y}).bx({y}, []<class T>(const Backward<T>& b) {
+    op.record({t}, {&y}).bx({y}, []<class T>(Backward<T> b) {
       const int64_t n = b.dy().cols();
       const Slot<T> dx = b.to(0);
       parallel_rows(b.dy().rows(), n * 2, [&](int64_t r) {

@@ -1,8 +1,8 @@
 // ring_attention: a cp group's rows, cut into 2*cp chunks of which member r holds r and 2*cp-1-r
-// (Brandon et al. 2023, arXiv:2311.09431). At step s member r computes with what its queries see of
-// the keys of member r-s. Parts of a softmax merge (Liu et al. 2023, arXiv:2310.01889) as
-//     out = out + sigmoid(lse' - lse) (out' - out),  lse = log(e^lse + e^lse')
-// Backward: keys travel again, and their gradients go back to their owner.
+// (Brandon et al. 2023, arXiv:2311.09431). At step s member r gets the keys of member r-s that its
+// queries see and merges what they give (Liu et al. 2023, arXiv:2310.01889):
+//   out = out + sigmoid(lse' - lse) (out' - out), lse = log(e^lse + e^lse')
+// Backward: keys travel again, and their gradients go back.
 #include <algorithm>
 
 #include "comm/communicator.h"
@@ -32,7 +32,7 @@ KeyRange traveling(AttentionCore rule, int members, int owner, int reader) {
   return all;
 }
 
-// Keys and then values of some positions, [B, count, K*(N+M)], and where these stand.
+// Keys and then values of some positions, [B, count, K*(N+M)], and the table of these.
 struct Keys {
   Tensor kv, table;
   AttentionViews views(const AttentionCore& core) const {
@@ -47,8 +47,7 @@ Keys empty_keys(const Op& op, const AttentionCore& core, int64_t count) {
           op.empty({1 + (core.key.doc_end ? core.batch : 0), count}, DType::I32)};
 }
 
-// Keys and values of the positions `range` of `local`: copied to `packed` or, if `home`, added from
-// there.
+// Copies the positions `range` of `local` to `packed` or, if `home`, adds them from there.
 template <class T>
 void move_keys(const AttentionCore& core, const AttentionViews& packed, const AttentionViews& local,
                KeyRange range, bool home) {
@@ -103,7 +102,6 @@ Step take_step(const Op& op, const AttentionCore& core, int number) {
   return step;
 }
 
-// Adds a part of the softmax over other keys to out and lse.
 template <class T>
 void merge_cpu(const AttentionCore& core, HeadView out, T* lse, HeadView part_out,
                const T* part_lse) {

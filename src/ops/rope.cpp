@@ -15,7 +15,7 @@ struct Turns {
   const TensorList& keep;  // cos, sin, positions, qkv, rstd, q_norm, k_norm; norms undefined: none
 
   int turned() const { return heads.query + heads.kv; }
-  int64_t width() const { return int64_t(turned() + heads.kv) * heads.size; }
+  int64_t width() const { return heads.width(); }
   const T* x() const { return keep[3].as<T>(); }
   T& rstd(int64_t t, int h) const { return keep[4].as<T>()[t * turned() + h]; }
   const T* weight(int h) const { return keep[h < heads.query ? 5 : 6].as<T>(); }
@@ -71,7 +71,7 @@ struct Turns {
 
 // Without the norms' weights in `keep` they turn only.
 template <class T>
-Turns<T> turns_of(const Backward<T>& b) {
+Turns<T> turns_of(Backward<T> b) {
   const int64_t* i = b.node.i;
   return {{int(i[0]), int(i[1]), int(i[2])}, b.keep};
 }
@@ -102,10 +102,10 @@ Rope rope_tables(Rank& rank, int64_t positions, int size, double theta, At at) {
 Tensor qk_norm_rope(Rank& rank, Tensor qkv, Heads heads, Tensor q_norm, Tensor k_norm, double eps,
                     Rope rope, Tensor positions, At at) {
   const Op op{rank, "qk_norm_rope", at};
-  const int64_t N = heads.size, width = (heads.query + 2 * int64_t{heads.kv}) * N;
+  const int64_t N = heads.size;
   const bool normed = q_norm.defined();
   op.check({{"qkv [T, (H+2K)*N] with an even N",
-             qkv.dim.rank == 2 && qkv.dim[1] == width && N > 0 && N % 2 == 0},
+             qkv.dim.rank == 2 && qkv.dim[1] == heads.width() && N > 0 && N % 2 == 0},
             {"positions I32 [T]", is_i32(positions, {qkv.dim[0]})},
             {"q_norm and k_norm [N], or both undefined",
              normed ? q_norm.dim == Dims{N} && k_norm.dim == Dims{N} : !k_norm.defined()},

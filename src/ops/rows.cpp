@@ -8,8 +8,8 @@
 namespace pith {
 namespace {
 
-// Row r of y [rows, n] = or += the sum of rows index[i] of x over i in [begin[r], begin[r+1]), or
-// row index[r] where begin is undefined.
+// Row r of y, of n elements, = or += the sum of rows index[i] of x, i in [begin[r], begin[r+1]) or,
+// where begin is undefined, r.
 template <class T>
 void gather_rows(const Tensor& x, int64_t n, const Tensor& index, const Tensor& begin, Slot<T> y) {
   const int64_t rows = begin.defined() ? begin.dim[0] - 1 : index.numel();
@@ -26,7 +26,7 @@ void gather_rows(const Tensor& x, int64_t n, const Tensor& index, const Tensor& 
   });
 }
 
-// Adds row i of x to row ids[i] of y, in the order of i: threads divide the columns.
+// Row ids[i] of y += row i of x, in the order of i.
 template <class T>
 void scatter_rows(const Tensor& x, const Tensor& ids, const Tensor& y) {
   const int64_t count = ids.numel(), n = count ? x.numel() / count : 0;
@@ -40,13 +40,11 @@ void scatter_rows(const Tensor& x, const Tensor& ids, const Tensor& y) {
   });
 }
 
-// Elements of a row of a tensor with these dimensions.
 int64_t width_of(const Dims& dims) { return extent_of(dims, 0).inner; }
 
-constexpr auto kScatterGrad = []<class T>(const Backward<T>& b) {
+constexpr auto kScatterGrad = []<class T>(Backward<T> b) {
   scatter_rows<T>(b.dy(), b.keep[0], b.zeroed(0));
 };
-// keep: index and begin
 constexpr auto kGatherGrad = [](const auto& b) {
   gather_rows(b.dy(), width_of(b.node.in[0].dim), b.keep[0], b.keep[1], b.to(0));
 };

@@ -22,7 +22,7 @@ Tensor taken(const Op& op, const View& part, const Dims& dims) {
   const int64_t* s = part.step;
   op.record({part.x}, {&y})
       .numbers({s[0], s[1], s[2], s[3], s[4], part.begin})
-      .bx({}, []<class T>(const Backward<T>& b) {
+      .bx({}, []<class T>(Backward<T> b) {
         View to{b.zeroed(0), b.node.i[kMaxDims]};
         std::copy_n(b.node.i, kMaxDims, to.step);
         copy_elements<T>(b.dy().dim, view_of(b.dy()), to, true);
@@ -105,7 +105,7 @@ Tensor concat(Rank& rank, TensorList xs, int dim, At at) {
   });
   op.record({xs[0], xs[1], xs[2], xs[3], xs[4], xs[5], xs[6], xs[7]}, {&y})
       .numbers({d})
-      .bx({}, []<class T>(const Backward<T>& b) {
+      .bx({}, []<class T>(Backward<T> b) {
         const int along = int(b.node.i[0]);
         int64_t begin = 0;
         for (int k = 0; k < b.node.in.count && b.node.in[k].defined();
