@@ -1,62 +1,37 @@
-// linear: y = x w^T + bias.
-//   in     x [..., in]   w [out, in]   bias [out] or undefined   f32|f64, one dtype
-//   out    [..., out]
-//   keeps  bx: w   bw: x      grad  bx: dx += dy w   bw: dw += dy^T x, dbias += sum over rows of dy
-//   errors w.dim[1] != x's last size; bias is not [out]; dtypes differ
-//   bitwise run-to-run: yes, for any number of threads
+// linear.
+//   grad   dx = dy w, dw = dy^T x, dbias = sum over rows of dy
 #include <algorithm>
 
-#include "ops/layer_parts.h"
+#include "ops/cpu.h"
 #include "ops/ops.h"
 
 namespace pith {
 
-template <class T>
-static void linear_cpu(const Tensor& x, const Tensor& w, const Tensor& bias, const Tensor& y) {
-  const int64_t out = w.dim[0];
-  if (bias.defined())
-    parallel_rows(x.rows(), out,
-                  [&](int64_t r) { std::copy_n(bias.as<T>(), out, y.as<T>() + r * out); });
-  linear_y<T>(x, w, {y.as<T>(), bias.defined()});
-}
-
-template <class T>
-static void linear_bw_cpu(const Tensor& dy, const Tensor& x, Slot<T> dw, Slot<T> dbias) {
-  const int64_t out = dy.cols();
-  linear_dw(dy, x, dw);
-  add_columns(x.rows(), out, dbias,
-              [&, d = dy.as<T>()](int64_t r, int64_t j) { return d[r * out + j]; });
-}
-
-static void linear_bx(Rank& rank, Node& node) {
-  float_kernel(rank, node, [&]<class T>(T*) {
-    linear_dx(node.grad[0], node.bx_keep[0], writable<T>(rank, node, 0));
-  });
-}
-
-static void linear_bw(Rank& rank, Node& node) {
-  float_kernel(rank, node, [&]<class T>(T*) {
-    linear_bw_cpu(node.grad[0], node.bw_keep[0], writable<T>(rank, node, 1),
-                  writable<T>(rank, node, 2));
-  });
-}
-
 Tensor linear(Rank& rank, Tensor x, Tensor w, Tensor bias, At at) {
+  const Op op{rank, "linear", at};
   const int64_t out = w.dim[0];
-  check(rank, "linear", at,
-        {{"x [..., in] and w [out, in]", x.defined() && w.dim.rank == 2 && x.cols() == w.dim[1]},
-         {"bias [out] or undefined", !bias.defined() || bias.dim == Dims{out}},
-         {"one dtype", x.dtype == w.dtype && (!bias.defined() || bias.dtype == w.dtype)}},
-        {&x, &w, &bias});
+  op.check({{"x [..., in] and w [out, in]", x.defined() && w.dim.rank == 2 && x.cols() == w.dim[1]},
+            {"bias [out] or undefined", !bias.defined() || bias.dim == Dims{out}},
+            {"one dtype", one_dtype({&x, &w, &bias})}},
+           {&x, &w, &bias});
   Dims dims = x.dim;
   dims[dims.rank - 1] = out;
-  Tensor y = empty(rank, dims, x.dtype, at);
-  float_kernel(rank, "linear", at, x, [&]<class T>(T*) { linear_cpu<T>(x, w, bias, y); });
-  if (Node* n = record(rank, "linear", at, {x, w, bias}, {&y})) {
-    n->bx_keep = {w};
-    n->bw_keep = {x};
-    set_backward<linear_bx, linear_bw>(*n, {1, 2});
-  }
+  Tensor y = op.empty(dims, x.dtype);
+  op.on_cpu(x, [&]<class T>(T*) {
+    if (bias.defined())
+      parallel_rows(x.rows(), out,
+                    [&](int64_t r) { std::copy_n(bias.as<T>(), out, row_of<T>(y, r)); });
+    linear_y<T>(x, w, {y.as<T>(), bias.defined()});
+  });
+  op.record({x, w, bias}, {&y})
+      .bx({w}, [](const auto& b) { linear_dx(b.dy(), b.keep[0], b.to(0)); })
+      .bw(1, {x}, []<class T>(Backward<T> b) {
+        linear_dw(b.dy(), b.keep[0], b.to(1));
+        add_columns<T>(b.dy().rows(), b.dy().cols(), b.to(2),
+                       [&, d = b.dy().template as<T>(), n = b.dy().cols()](int64_t r, int64_t j) {
+                         return d[r * n + j];
+                       });
+      });
   return y;
 }
 
