@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
-#include <numeric>
 
 #include "comm/world.h"
 
@@ -11,106 +10,142 @@ namespace pith {
 
 namespace {
 
+using ParcelRef = std::shared_ptr<const Parcel>;
+
 [[noreturn]] void fail_call(const Call& call, const string& what) {
   throw Error(kExitFailed,
               text("%s:%d: %s \"%s\"", call.at.file, call.at.line, call.op, call.what) + what);
 }
 
-string names_of(const vector<int>& ranks) {
-  string names = ranks.size() > 1 ? "ranks" : "rank";
-  for (size_t i = 0; i < ranks.size(); i++) names += text("%s %d", i ? "," : "", ranks[i]);
-  return names;
-}
-
-// The one place where the host waits for other ranks. Three exits: ready() holds; another rank
-// failed; the time limit, which is this rank's failure, as is a rank that has ended without coming.
-// missing() lists the ranks that are waited for.
-template <class Ready, class Missing>
-void wait_for_others(Rank& rank, GroupState& g, std::unique_lock<std::mutex>& lock,
-                     const Call& call, Ready ready, Missing missing) {
+// One call of one rank: it posts what it sends and what it is to receive, then waits, holding
+// World::mutex all the while. Every collective and message is one.
+struct Exchange {
+  Rank& rank;
+  const Call& call;
   World& world = *rank.comm->world;
+  GroupState& group = *rank.comm->group[int(call.group)];
   RankState& mine = world.ranks[rank.id];
-  const double limit_s = rank.comm->limit_s;
-  const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(limit_s);
-  mine.waits = true;
-  mine.call = call;
-  rank.status->waiting = call.what;
-  bool timed_out = false;
-  while (world.failed_rank < 0 && !ready()) {
-    const vector<int> late = missing();
-    if (std::any_of(late.begin(), late.end(), [&](int r) { return world.ranks[r].finished; }))
-      fail_call(call, " waits for " + names_of(late) + ", of which one has ended");
-    if (timed_out)
-      fail_call(call, text(" waited %g s for %s (%s group)", limit_s, names_of(late).c_str(),
-                           name_of(call.group)));
-    timed_out = g.changed.wait_until(lock, deadline) == std::cv_status::timeout;
-  }
-  if (world.failed_rank >= 0)
-    throw Error(kExitFailed, text("stopped, because rank %d failed", world.failed_rank));
-  mine.waits = false;
-  rank.status->waiting = "";
-}
+  int n = int(group.members.size()), me = rank.comm->place[int(call.group)];
+  std::unique_lock<std::mutex> lock{world.mutex};
 
-// A collective under way. Its slots stay as they are until the caller has entered the next one.
-struct Meeting {
-  GroupState& g;
-  Call call;
-  int me, n;
-  const vector<Slot>& slots;
+  Channel& channel(int from, int to) { return group.channels[from * n + to]; }
+
+  void send(int to, const ParcelRef& parcel) {
+    channel(me, to).parcels.push_back(parcel);
+    mine.open += parcel->message.defined();
+    match(me, to);
+  }
+
+  void receive(int from) {
+    channel(from, me).wanted++;
+    mine.open++;
+    match(from, me);
+  }
+
+  void match(int from, int to) {
+    Channel& c = channel(from, to);
+    while (c.wanted > 0 && c.matched < c.parcels.size()) {
+      c.wanted--;
+      settle(to);
+      if (c.parcels[c.matched++]->message.defined()) settle(from);
+    }
+  }
+
+  void settle(int member) {
+    RankState& state = world.ranks[group.members[member]];
+    if (--state.open == 0) state.changed.notify_one();
+  }
+
+  // A matched parcel; in the order of receive() a member.
+  ParcelRef pick_up(int from) {
+    Channel& c = channel(from, me);
+    const ParcelRef parcel = c.parcels.front();
+    c.parcels.pop_front();
+    c.matched--;
+    return parcel;
+  }
+
+  // The ranks that are waited for.
+  vector<int> missing() {
+    vector<int> late;
+    for (int peer = 0; peer < n; peer++) {
+      const Channel& out = channel(me, peer);
+      const bool unsent = out.matched < out.parcels.size() && out.parcels.back()->message.defined();
+      if (unsent || channel(peer, me).wanted > 0) late.push_back(group.members[peer]);
+    }
+    return late;
+  }
+
+  // The one place where the host waits for other ranks. Three exits: all is matched; another rank
+  // failed; the time limit, which is this rank's failure, as is a rank that ended without coming.
+  void wait() {
+    const double limit_s = rank.comm->limit_s;
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(limit_s);
+    mine.waits = true;
+    mine.call = call;
+    rank.status->waiting = call.what;
+    for (bool timed_out = false; world.failed_rank < 0 && mine.open > 0;) {
+      const vector<int> late = missing();
+      string names = late.size() > 1 ? "ranks" : "rank";
+      for (const int r : late) names += text("%s %d", r == late[0] ? "" : ",", r);
+      if (std::ranges::any_of(late, [&](int r) { return world.ranks[r].finished; }))
+        fail_call(call, " waits for " + names + ", of which one has ended");
+      if (timed_out)
+        fail_call(call, text(" waited %g s for %s (%s group)", limit_s, names.c_str(),
+                             name_of(call.group)));
+      timed_out = mine.changed.wait_until(lock, deadline) == std::cv_status::timeout;
+    }
+    if (world.failed_rank >= 0)
+      throw Error(kExitFailed, text("stopped, because rank %d failed", world.failed_rank));
+    mine.waits = false;
+    rank.status->waiting = "";
+  }
 };
 
-// Every member brings a copy of `data` and waits for the others, who must be in the same call.
-Meeting meet(Rank& rank, const Call& call, const void* data, int64_t bytes, DType dtype,
-             int detail = 0, const int64_t* counts = nullptr) {
-  Comm& comm = *rank.comm;
-  const int index = int(call.group), me = comm.place[index];
-  GroupState& g = *comm.group[index];
-  const int n = int(g.members.size());
-  vector<Slot>& slots = g.slots[comm.calls[index]++ & 1];
-  Slot& mine = slots[me];
-  const char* from = static_cast<const char*>(data);
-  mine.call = call;
-  mine.dtype = dtype;
-  mine.detail = detail;
-  mine.data.assign(from, from + bytes);
-  mine.counts.assign(counts, counts ? counts + n : counts);
-  std::unique_lock lock(comm.world->mutex);
-  const int64_t round = g.round;
-  g.here[me] = 1;
-  if (std::count(g.here.begin(), g.here.end(), 1) == n) {
-    g.here.assign(n, 0);
-    g.round++;
-    g.changed.notify_all();
-  }
-  const auto missing = [&] {
-    vector<int> late;
-    for (int i = 0; i < n; i++)
-      if (!g.here[i]) late.push_back(g.members[i]);
-    return late;
-  };
-  wait_for_others(
-      rank, g, lock, call, [&] { return g.round != round; }, missing);
-  for (int i = 0; i < n; i++) {
-    const Slot& other = slots[i];
-    if (std::strcmp(other.call.op, call.op) == 0 && other.dtype == dtype &&
-        other.detail == detail && other.counts.empty() == mine.counts.empty())
-      continue;
-    fail_call(call,
-              text(": the members' calls differ: rank %d is in %s \"%s\" of %s, detail "
-                   "%d, called at %s:%d (this one: %s, detail %d)",
-                   g.members[i], other.call.op, other.call.what, name_of(other.dtype), other.detail,
-                   other.call.at.file, other.call.at.line, name_of(dtype), detail));
-  }
-  return {g, call, me, n, slots};
-}
+// What the members of a collective brought, in their order.
+struct Meeting {
+  const Rank& rank;
+  Call call;
+  vector<ParcelRef> parcels;
 
-// What a member brought, `want` bytes.
-const char* brought(const Meeting& m, int member, int64_t want) {
-  const vector<char>& data = m.slots[member].data;
-  if (int64_t(data.size()) != want)
-    fail_call(m.call, text(": rank %d brings %zu bytes (need %ld)", m.g.members[member],
-                           data.size(), want));
-  return data.data();
+  // The data of member `i`, which must be `want` bytes.
+  const char* data(int i, int64_t want) const {
+    const vector<char>& bytes = parcels[i]->data;
+    if (int64_t(bytes.size()) != want)
+      fail_call(call, text(": rank %d brings %zu bytes (need %ld)",
+                           group_member(rank, call.group, i), bytes.size(), want));
+    return bytes.data();
+  }
+};
+
+// Brings a copy of `data` to all members, and waits for theirs, in the same call.
+Meeting meet(Rank& rank, const Call& call, const char* data, int64_t bytes, DType dtype,
+             int detail = 0, const vector<int64_t>& offsets = {}) {
+  const ParcelRef mine = std::make_shared<Parcel>(Parcel{.call = call,
+                                                         .dtype = dtype,
+                                                         .detail = detail,
+                                                         .offsets = offsets,
+                                                         .data = {data, data + bytes}});
+  const int n = group_size(rank, call.group);
+  if (n == 1) return {rank, call, {mine}};
+  Meeting meeting{rank, call, {}};
+  {
+    Exchange exchange{rank, call};
+    for (int i = 0; i < n; i++) exchange.send(i, mine);
+    for (int i = 0; i < n; i++) exchange.receive(i);
+    exchange.wait();
+    for (int i = 0; i < n; i++) meeting.parcels.push_back(exchange.pick_up(i));
+  }
+  for (int i = 0; i < n; i++) {
+    const Parcel& other = *meeting.parcels[i];
+    if (std::strcmp(other.call.op, call.op) != 0 || other.dtype != dtype || other.detail != detail)
+      fail_call(call, text(": the members' calls differ: rank %d is in %s \"%s\" of %s, detail %d, "
+                           "called at %s:%d (this one: %s, detail %d)",
+                           group_member(rank, call.group, i), other.call.op, other.call.what,
+                           name_of(other.dtype), other.detail, other.call.at.file,
+                           other.call.at.line, name_of(dtype), detail));
+  }
+  return meeting;
 }
 
 int64_t row_bytes(const Tensor& t) {
@@ -119,59 +154,60 @@ int64_t row_bytes(const Tensor& t) {
   return bytes;
 }
 
-// Byte offsets of n parts in a tensor of `total` rows, n + 1 of them; equal parts without counts.
-vector<int64_t> part_offsets(const int64_t* rows, int n, int64_t total, int64_t bytes_a_row) {
+// Byte offsets of the n parts of `whole`, and their sum; equal parts without counts.
+vector<int64_t> part_offsets(const Tensor& whole, const int64_t* rows, int n) {
   vector<int64_t> offset(n + 1, 0);
   for (int i = 0; i < n; i++)
-    offset[i + 1] = offset[i] + (rows ? rows[i] : total / n) * bytes_a_row;
+    offset[i + 1] = offset[i] + (rows ? rows[i] : whole.dim[0] / n) * row_bytes(whole);
   return offset;
 }
 
 void copy(char* to, const char* from, int64_t bytes) {
-  if (bytes > 0 && to != from) std::memmove(to, from, bytes);
+  if (bytes > 0) std::memcpy(to, from, bytes);
 }
 
-// to [bytes] = reduction over members, in their order, of what they brought from byte `begin` on,
-// of `all` bytes.
 template <class T>
-void reduce_as(const Meeting& m, char* to, int64_t begin, int64_t bytes, int64_t all,
-               Reduce reduce) {
-  T* out = reinterpret_cast<T*>(to);
-  copy(to, brought(m, 0, all) + begin, bytes);
-  for (int i = 1; i < m.n; i++) {
-    const T* x = reinterpret_cast<const T*>(brought(m, i, all) + begin);
-    for (int64_t k = 0, count = bytes / int64_t{sizeof(T)}; k < count; k++) {
-      if (reduce == Reduce::Sum)
-        out[k] += x[k];
-      else if (!(out[k] >= x[k]) && out[k] == out[k])  // a NaN stays
-        out[k] = x[k];
-    }
+void add(T* to, const T* x, int64_t bytes, Reduce reduce) {
+  for (int64_t i = 0, n = bytes / int64_t{sizeof(T)}; i < n; i++) {
+    if (reduce == Reduce::Sum)
+      to[i] += x[i];
+    else if (!(to[i] >= x[i]) && to[i] == to[i])  // a NaN stays
+      to[i] = x[i];
   }
 }
 
+// to [bytes] = reduction over members, in their order, of what they brought, `all` bytes, from byte
+// `begin` on.
 void reduce_members(const Meeting& m, DType dtype, char* to, int64_t begin, int64_t bytes,
                     int64_t all, Reduce reduce) {
-  if (dtype == DType::F32) return reduce_as<float>(m, to, begin, bytes, all, reduce);
-  if (dtype == DType::F64) return reduce_as<double>(m, to, begin, bytes, all, reduce);
-  reduce_as<int32_t>(m, to, begin, bytes, all, reduce);
+  for (size_t i = 0; i < m.parcels.size(); i++) {
+    const char* x = m.data(int(i), all) + begin;
+    if (i == 0)
+      copy(to, x, bytes);
+    else if (dtype == DType::F32)
+      add(reinterpret_cast<float*>(to), reinterpret_cast<const float*>(x), bytes, reduce);
+    else if (dtype == DType::F64)
+      add(reinterpret_cast<double*>(to), reinterpret_cast<const double*>(x), bytes, reduce);
+    else
+      add(reinterpret_cast<int32_t*>(to), reinterpret_cast<const int32_t*>(x), bytes, reduce);
+  }
 }
 
 bool reducible(DType dtype) {
   return dtype == DType::F32 || dtype == DType::F64 || dtype == DType::I32;
 }
 
-void all_reduce_bytes(Rank& rank, const Call& call, void* data, int64_t bytes, DType dtype,
+void all_reduce_bytes(Rank& rank, const Call& call, char* data, int64_t bytes, DType dtype,
                       Reduce reduce) {
   if (group_size(rank, call.group) == 1) return;
   const Meeting m = meet(rank, call, data, bytes, dtype, int(reduce));
-  reduce_members(m, dtype, static_cast<char*>(data), 0, bytes, bytes, reduce);
+  reduce_members(m, dtype, data, 0, bytes, bytes, reduce);
 }
 
 }  // namespace
 
 int group_size(const Rank& rank, Group group) {
-  if (!rank.comm) return 1;
-  return int(rank.comm->group[int(group)]->members.size());
+  return rank.comm ? int(rank.comm->group[int(group)]->members.size()) : 1;
 }
 
 int group_rank(const Rank& rank, Group group) {
@@ -187,201 +223,123 @@ const Mesh& mesh_of(const Rank& rank) { return rank.comm->world->mesh; }
 void all_gather(Rank& rank, Group group, const Tensor& in, const Tensor& out, const char* what,
                 const int64_t* rows, At at) {
   const int n = group_size(rank, group), me = group_rank(rank, group);
-  const int64_t row = row_bytes(out);
-  const auto offset = part_offsets(rows, n, out.dim[0], row);
+  const auto offset = part_offsets(out, rows, n);
   check(rank, "all_gather", at,
-        {{"both on the cpu", in.device == Device::CPU && out.device == Device::CPU},
-         {"equal dtypes", in.dtype == out.dtype},
+        {{"equal dtypes", in.dtype == out.dtype},
          {"in's rows are this member's part", in.bytes() == offset[me + 1] - offset[me]},
          {"out's rows are all parts", out.bytes() == offset[n]}},
         {&in, &out});
-  copy(out.data + offset[me], in.data, in.bytes());
-  if (n == 1) return;
   const Meeting m = meet(rank, {"all_gather", what, group, at}, in.data, in.bytes(), in.dtype);
   for (int i = 0; i < n; i++) {
     const int64_t bytes = offset[i + 1] - offset[i];
-    copy(out.data + offset[i], brought(m, i, bytes), bytes);
+    copy(out.data + offset[i], m.data(i, bytes), bytes);
   }
 }
 
 void reduce_scatter(Rank& rank, Group group, const Tensor& in, const Tensor& out, const char* what,
                     const int64_t* rows, At at) {
   const int n = group_size(rank, group), me = group_rank(rank, group);
-  const auto offset = part_offsets(rows, n, in.dim[0], row_bytes(in));
+  const auto offset = part_offsets(in, rows, n);
   check(rank, "reduce_scatter", at,
-        {{"both on the cpu", in.device == Device::CPU && out.device == Device::CPU},
-         {"dtype is f32, f64 or i32", reducible(in.dtype)},
+        {{"dtype is f32, f64 or i32", reducible(in.dtype)},
          {"equal dtypes", in.dtype == out.dtype},
          {"out's rows are this member's part", out.bytes() == offset[me + 1] - offset[me]},
          {"in's rows are all parts", in.bytes() == offset[n]}},
         {&in, &out});
-  if (n == 1) return copy(out.data, in.data, in.bytes());
   const Meeting m = meet(rank, {"reduce_scatter", what, group, at}, in.data, in.bytes(), in.dtype);
   reduce_members(m, in.dtype, out.data, offset[me], out.bytes(), in.bytes(), Reduce::Sum);
 }
 
 void all_reduce(Rank& rank, Group group, const Tensor& t, Reduce reduce, const char* what, At at) {
-  check(
-      rank, "all_reduce", at,
-      {{"t on the cpu", t.device == Device::CPU}, {"dtype is f32, f64 or i32", reducible(t.dtype)}},
-      {&t});
+  check(rank, "all_reduce", at, {{"dtype is f32, f64 or i32", reducible(t.dtype)}}, {&t});
   all_reduce_bytes(rank, {"all_reduce", what, group, at}, t.data, t.bytes(), t.dtype, reduce);
 }
 
 void all_reduce(Rank& rank, Group group, double* values, int n, Reduce reduce, const char* what,
                 At at) {
-  all_reduce_bytes(rank, {"all_reduce", what, group, at}, values, n * int64_t{sizeof(double)},
-                   DType::F64, reduce);
+  all_reduce_bytes(rank, {"all_reduce", what, group, at}, reinterpret_cast<char*>(values),
+                   n * int64_t{sizeof(double)}, DType::F64, reduce);
 }
 
 void all_to_all(Rank& rank, Group group, const Tensor& in, const int64_t* send_rows,
                 const Tensor& out, const int64_t* recv_rows, const char* what, At at) {
   const int n = group_size(rank, group), me = group_rank(rank, group);
-  const int64_t row = row_bytes(in);
-  const auto from = part_offsets(send_rows, n, in.dim[0], row);
-  const auto to = part_offsets(recv_rows, n, out.dim[0], row);
+  const auto from = part_offsets(in, send_rows, n), to = part_offsets(out, recv_rows, n);
   check(rank, "all_to_all", at,
-        {{"both on the cpu", in.device == Device::CPU && out.device == Device::CPU},
-         {"equal dtypes", in.dtype == out.dtype},
-         {"rows of equal length", row == row_bytes(out)},
+        {{"equal dtypes", in.dtype == out.dtype},
+         {"rows of equal length", row_bytes(in) == row_bytes(out)},
          {"both counts or none", !send_rows == !recv_rows},
          {"in's rows are the sent ones", send_rows ? from[n] <= in.bytes() : from[n] == in.bytes()},
          {"out has room", recv_rows ? to[n] <= out.bytes() : to[n] == out.bytes()}},
         {&in, &out});
   if (n == 1) return copy(out.data, in.data, from[1]);
-  vector<int64_t> sizes(n);
-  for (int i = 0; i < n; i++) sizes[i] = from[i + 1] - from[i];
   const Meeting m =
-      meet(rank, {"all_to_all", what, group, at}, in.data, from[n], in.dtype, 0, sizes.data());
+      meet(rank, {"all_to_all", what, group, at}, in.data, from[n], in.dtype, 0, from);
   for (int i = 0; i < n; i++) {
-    const vector<int64_t>& sent = m.slots[i].counts;
-    const int64_t want = to[i + 1] - to[i];
-    if (sent[me] != want)
+    const vector<int64_t>& sent = m.parcels[i]->offsets;
+    const int64_t got = sent[me + 1] - sent[me], want = to[i + 1] - to[i];
+    if (got != want)
       fail_call(m.call, text(": rank %d sends %ld bytes to rank %d (need %ld, of %ld-byte rows)",
-                             m.g.members[i], sent[me], rank.id, want, row));
-    const int64_t begin = std::accumulate(sent.begin(), sent.begin() + me, int64_t{0});
-    copy(out.data + to[i], m.slots[i].data.data() + begin, want);
+                             group_member(rank, group, i), got, rank.id, want, row_bytes(in)));
+    copy(out.data + to[i], m.parcels[i]->data.data() + sent[me], want);
   }
 }
 
 void broadcast(Rank& rank, Group group, const Tensor& t, int root, const char* what, At at) {
-  const int n = group_size(rank, group);
   check(rank, "broadcast", at,
-        {{"t on the cpu", t.device == Device::CPU},
-         {"root is a member of the group", root >= 0 && root < n}},
-        {&t});
-  if (n == 1) return;
-  const bool is_root = group_rank(rank, group) == root;
-  const Meeting m =
-      meet(rank, {"broadcast", what, group, at}, t.data, is_root ? t.bytes() : 0, t.dtype, root);
-  copy(t.data, brought(m, root, t.bytes()), t.bytes());
+        {{"root is a member of the group", root >= 0 && root < group_size(rank, group)}}, {&t});
+  const int64_t bytes = group_rank(rank, group) == root ? t.bytes() : 0;
+  const Meeting m = meet(rank, {"broadcast", what, group, at}, t.data, bytes, t.dtype, root);
+  copy(t.data, m.data(root, t.bytes()), t.bytes());
 }
 
 void barrier(Rank& rank, Group group, const char* what, At at) {
   check(rank, "barrier", at, {}, {});
-  if (group_size(rank, group) > 1) meet(rank, {"barrier", what, group, at}, nullptr, 0, DType::U8);
+  meet(rank, {"barrier", what, group, at}, nullptr, 0, DType::U8);
 }
 
-namespace {
-
-string tag_text(const Transfer& t) {
-  return text("kind %d, stage %d, micro-batch %d, %s", t.tag.kind, t.tag.stage, t.tag.micro_batch,
-              describe(t.tensor).c_str());
+static string message_text(const MessageTag& tag, const Tensor& t) {
+  return text("kind %d, stage %d, micro-batch %d, ", tag.kind, tag.stage, tag.micro_batch) +
+         describe(t);
 }
-
-// Receives `sent` into `t`.
-void deliver(const Call& call, int from_rank, const Posted& sent, const Transfer& t) {
-  const Tensor& tensor = sent.transfer.tensor;
-  if (sent.transfer.tag != t.tag || tensor.dtype != t.tensor.dtype ||
-      tensor.bytes() != t.tensor.bytes())
-    fail_call(call,
-              text(": message from rank %d is not the one expected (got %s, sent by "
-                   "\"%s\"; need %s)",
-                   from_rank, tag_text(sent.transfer).c_str(), sent.what, tag_text(t).c_str()));
-  copy(t.tensor.data, tensor.data, tensor.bytes());
-}
-
-// One rank's group call of sends and receives.
-struct Exchange {
-  Rank& rank;
-  GroupState& g;
-  Call call;
-  int me, n;
-  vector<const Transfer*> recvs;  // still to come, in posted order
-
-  vector<Posted>& channel(int from, int to) { return g.sends[from * n + to]; }
-  int& unreceived(int member) { return rank.comm->world->ranks[g.members[member]].unreceived; }
-
-  // The first receive that has a message, or the end. Only the first of each peer may take one.
-  auto takeable() {
-    return std::find_if(recvs.begin(), recvs.end(), [&](const Transfer* t) {
-      const auto first = std::find_if(recvs.begin(), recvs.end(), [&](const Transfer* other) {
-        return other->peer == t->peer;
-      });
-      return *first == t && !channel(t->peer, me).empty();
-    });
-  }
-
-  vector<int> missing() {
-    vector<int> ranks;
-    for (int peer = 0; peer < n; peer++)
-      if (!channel(me, peer).empty() ||
-          std::any_of(recvs.begin(), recvs.end(),
-                      [&](const Transfer* t) { return t->peer == peer; }))
-        ranks.push_back(g.members[peer]);
-    return ranks;
-  }
-
-  void run(const vector<const Transfer*>& sends) {
-    std::unique_lock lock(rank.comm->world->mutex);
-    g.sends.resize(size_t(n) * n);
-    for (const Transfer* t : sends) channel(me, t->peer).push_back({*t, call.what});
-    unreceived(me) = int(sends.size());
-    g.changed.notify_all();
-    while (!recvs.empty() || unreceived(me) > 0) {
-      wait_for_others(
-          rank, g, lock, call,
-          [&] { return takeable() != recvs.end() || (recvs.empty() && unreceived(me) == 0); },
-          [&] { return missing(); });
-      if (recvs.empty()) break;
-      const auto taken = takeable();
-      const Transfer& t = **taken;
-      recvs.erase(taken);
-      vector<Posted>& queue = channel(t.peer, me);
-      const Posted sent = std::move(queue.front());
-      queue.erase(queue.begin());
-      lock.unlock();
-      deliver(call, g.members[t.peer], sent, t);
-      lock.lock();
-      unreceived(t.peer)--;
-      g.changed.notify_all();
-    }
-  }
-};
-
-}  // namespace
 
 void send_recv(Rank& rank, Group group, const Transfer* list, int n, const char* what, At at) {
-  const int size = group_size(rank, group), me = group_rank(rank, group);
   const Call call{"send_recv", what, group, at};
-  vector<const Transfer*> sends, recvs, own_sends, own_recvs;
-  for (const Transfer* t = list; t < list + n; t++) {
+  vector<ParcelRef> parcels(n);
+  for (int i = 0; i < n; i++) {
+    const Transfer& t = list[i];
     check(rank, "send_recv", at,
-          {{"tensor on the cpu", t->tensor.device == Device::CPU},
-           {"peer is a member of the group", t->peer >= 0 && t->peer < size}},
-          {&t->tensor});
-    if (t->kind == Transfer::Send)
-      (t->peer == me ? own_sends : sends).push_back(t);
-    else
-      (t->peer == me ? own_recvs : recvs).push_back(t);
+          {{"peer is a member of the group", t.peer >= 0 && t.peer < group_size(rank, group)}},
+          {&t.tensor});
+    if (t.kind == Transfer::Send)
+      parcels[i] = std::make_shared<Parcel>(
+          Parcel{.call = call,
+                 .dtype = t.tensor.dtype,
+                 .tag = t.tag,
+                 .message = t.tensor.meta(),
+                 .data = {t.tensor.data, t.tensor.data + t.tensor.bytes()}});
   }
-  if (own_sends.size() != own_recvs.size())
-    fail_call(call, text(": rank %d's messages to itself do not match in one call", rank.id));
-  for (size_t i = 0; i < own_sends.size(); i++)
-    deliver(call, rank.id, {*own_sends[i], what}, *own_recvs[i]);
-  if (sends.empty() && recvs.empty()) return;
-  GroupState& g = *rank.comm->group[int(group)];
-  Exchange{rank, g, call, me, size, std::move(recvs)}.run(sends);
+  if (n == 0) return;
+  {
+    Exchange exchange{rank, call};
+    for (int i = 0; i < n; i++)
+      parcels[i] ? exchange.send(list[i].peer, parcels[i]) : exchange.receive(list[i].peer);
+    exchange.wait();
+    for (int i = 0; i < n; i++)
+      if (!parcels[i]) parcels[i] = exchange.pick_up(list[i].peer);
+  }
+  for (int i = 0; i < n; i++) {
+    const Transfer& t = list[i];
+    const Parcel& sent = *parcels[i];
+    if (t.kind == Transfer::Send) continue;
+    if (sent.tag != t.tag || sent.dtype != t.tensor.dtype ||
+        int64_t(sent.data.size()) != t.tensor.bytes())
+      fail_call(call, text(": message from rank %d is not the one expected (got ",
+                           group_member(rank, group, t.peer)) +
+                          message_text(sent.tag, sent.message) + ", sent by \"" + sent.call.what +
+                          "\"; need " + message_text(t.tag, t.tensor) + ")");
+    copy(t.tensor.data, sent.data.data(), t.tensor.bytes());
+  }
 }
 
 }  // namespace pith

@@ -1,14 +1,13 @@
 // mesh: how the ranks are laid out over the axes, and which of them talk to each other.
-// defines: Mesh, Group, make_mesh, coord_of, rank_of, group_members
 #pragma once
 
 #include "core/rank.h"
 
 namespace pith {
 
-// Axes outer to inner: (pp, dp, cp, ep), rank = ((pp*D + dp)*X + cp)*P + ep. dp is split once more
-// into dp_replicate (outer) x dp_shard: weights are sharded over dp_shard and replicated over
-// dp_replicate ("hsdp"; dp_replicate = 1 is "fsdp").
+// Axes outer to inner: (pp, dp, cp, ep). dp is split once more into dp_replicate (outer) x
+// dp_shard: weights are sharded over dp_shard and replicated over dp_replicate ("hsdp"; 1 is
+// "fsdp").
 struct Mesh {
   int pp = 1, dp = 1, cp = 1, ep = 1;
   int dp_replicate = 1;
@@ -21,22 +20,18 @@ struct Mesh {
 enum class Group : uint8_t {
   World,
   Pp,
-  Dp,
   Cp,
   Ep,
-  DpCp,
-  DpEp,    // the ranks a batch is split over
-  DpCpEp,  // all ranks of one pipeline coordinate
-  CpEp,
+  DpCpEp,       // all ranks of one pipeline coordinate
   ExpertShard,  // dp_shard x cp: over which a layer's experts are sharded
   DenseShard,   // dp_shard x cp x ep: over which everything else is
   Replicate,    // dp_replicate: holders of the same shard
 };
-constexpr int kGroups = 12;
+constexpr int kGroups = 8;
 const char* name_of(Group group);
 
-// The mesh of `world` ranks; dp is what pp, cp and ep leave. Throws bad_input when they do not
-// divide the world, or dp_replicate does not divide dp, saying what to change.
+// The mesh of `world` ranks; dp is what pp, cp and ep leave. Throws bad_input, saying what to
+// change, where sizes do not divide.
 Mesh make_mesh(int world, int pp, int cp, int ep, int dp_replicate = 1);
 
 MeshCoord coord_of(const Mesh& mesh, int rank);

@@ -1,8 +1,8 @@
-// world: what the ranks of a process share: the groups' meeting places, who waits where, and the
-// first failure. Included by communicator.cpp and launch.cpp only.
-// defines: World, Comm, GroupState
+// world: what the ranks of a process share: parcels on their way, who waits where, and the first
+// failure. Included by communicator.cpp and launch.cpp only.
 #pragma once
 #include <condition_variable>
+#include <deque>
 #include <memory>
 #include <mutex>
 
@@ -18,45 +18,45 @@ struct Call {
   At at;
 };
 
-// What a member brings to a collective, copied. There are two a member, used in turn, so that a
-// member may enter the next call while others still read this one.
-struct Slot {
+// What one member brings to another, copied.
+struct Parcel {
   Call call;
   DType dtype = DType::F32;
-  int detail = 0;  // Reduce, or the root
+  int detail = 0;           // of a collective: Reduce, or the root
+  vector<int64_t> offsets;  // of all_to_all: where the part of each destination begins, and the end
+  MessageTag tag;
+  Tensor message;  // of send_recv, whose sender waits until it is received: the tensor as meta
   vector<char> data;
-  vector<int64_t> counts;  // all_to_all: bytes by destination
 };
 
-// A message on its way; it keeps the sent tensor's memory.
-struct Posted {
-  Transfer transfer;
-  const char* what = "";
+// From one member to another: parcels are received in the order in which both ends post.
+struct Channel {
+  std::deque<std::shared_ptr<const Parcel>> parcels;  // sent and not yet picked up
+  size_t matched = 0;                                 // parcels whose receive is posted
+  int wanted = 0;                                     // posted receives that have no parcel yet
 };
 
-// One set of ranks that communicate. Everything but what slots hold is guarded by World::mutex.
+// One set of ranks that communicate.
 struct GroupState {
   vector<int> members;
-  std::condition_variable changed;
-  int64_t round = 0;  // meetings that are over
-  vector<char> here;  // members at the current meeting
-  vector<Slot> slots[2];
-  vector<vector<Posted>> sends;  // by source * n + destination, in posted order
+  vector<Channel> channels;  // by source * n + destination
 };
 
 struct RankState {
+  std::condition_variable changed;  // done waiting, or some rank failed or ended
   bool waits = false, finished = false;
-  Call call;           // while it waits
-  int unreceived = 0;  // messages it has sent that were not copied yet
+  Call call;     // while it waits
+  int open = 0;  // receives, and sends of messages, that it waits for
   const Status* board = nullptr;
 };
 
+// Everything is guarded by `mutex`, but for parcels, which do not change once sent.
 struct World {
   Mesh mesh;
   std::mutex mutex;
-  vector<std::unique_ptr<GroupState>> groups;
+  std::deque<GroupState> groups;
   vector<RankState> ranks;
-  int finished = 0;
+  int returned = 0;              // ranks, well or not
   std::condition_variable over;  // a rank failed or all have finished
   int failed_rank = -1;          // the first that failed
   int exit_code = 0;
@@ -67,9 +67,8 @@ struct World {
 struct Comm {
   World* world = nullptr;
   GroupState* group[kGroups] = {};
-  int place[kGroups] = {};      // of this rank among the group's members
-  int64_t calls[kGroups] = {};  // collectives begun
-  double limit_s = 0;           // longest wait
+  int place[kGroups] = {};  // of this rank among the group's members
+  double limit_s = 0;       // longest wait
   double limit_after_startup_s = 0;
 };
 

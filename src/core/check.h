@@ -1,6 +1,6 @@
 // check: where code was called from, the one form of every error, and its exit code.
-// defines: At, Error, text, bad_input, failed, check
 #pragma once
+#include <cstdarg>
 #include <cstdint>
 #include <initializer_list>
 #include <stdexcept>
@@ -22,31 +22,26 @@ struct At {
   }
 };
 
-// Exit codes of the program.
 enum ExitCode : int {
-  kExitDone = 0,      // the work was finished
-  kExitFailed = 1,    // failed while running: disk full, NaN, lost rank
+  kExitDone = 0,
+  kExitFailed = 1,    // while running: disk full, NaN, lost rank
   kExitBadInput = 2,  // bad usage, configuration or input
   kExitStopped = 3,   // stopped early by a signal, state saved
 };
 
-// An error that reached its final wording, `PLACE: WHAT (got ..., need ...). Try: ...`; main prints
-// it behind "error: " and leaves with `exit_code`.
+// Its message is final, `PLACE: WHAT (got ..., need ...). Try: ...`.
 class Error : public std::runtime_error {
  public:
   Error(int code, const string& message) : std::runtime_error(message), exit_code(code) {}
   int exit_code;
 };
 
-// printf into a string; the compiler checks the arguments against the format.
+// printf into a string.
 [[gnu::format(printf, 1, 2)]] string text(const char* format, ...);
+string vtext(const char* format, va_list args);
 
-// Throws Error with exit code 2: the user's command, configuration or file is wrong. `place` is the
-// file, key, or command; `what` ends in "(got ..., need ...)" where there are values; `remedy` is
-// one thing to try.
+// The user's command, configuration or file is wrong (exit code 2), or the run went wrong (1).
 [[noreturn]] void bad_input(const string& place, const string& what, const string& remedy);
-
-// Throws Error with exit code 1: the input was fine, the run was not.
 [[noreturn]] void failed(const string& place, const string& what, const string& remedy = "");
 
 struct Tensor;
@@ -58,10 +53,12 @@ struct Need {
   bool holds;
 };
 
-// Throws Error (exit code 1) unless every need holds. The message names the caller's file:line, the
-// op, the need, each tensor's shape, dtype, device and where it was made, and the rank, layer,
-// stage and micro-batch.
+// An op begins: noted on the status board. Throws Error (exit code 1) unless every need holds; the
+// message names caller, op, need, tensors, and where the rank stands.
 void check(const Rank& rank, const char* op, At at, std::initializer_list<Need> needs,
            std::initializer_list<const Tensor*> tensors);
+// The same form of error for what `op` finds later; `got` says what it met.
+[[noreturn]] void op_failed(const Rank& rank, const char* op, At at, const string& what,
+                            const string& got);
 
 }  // namespace pith

@@ -1,6 +1,4 @@
 // json: reading JSON with errors that name the file and the key, and writing it in a given order.
-// Light on purpose: the JSON library stays in json.cpp.
-// defines: Json, JsonWriter, read_text_file
 #pragma once
 #include <concepts>
 #include <memory>
@@ -12,23 +10,20 @@ namespace pith {
 // The whole file. Exit code 2, naming the path, if it cannot be read.
 string read_text_file(const string& path);
 
-// A value inside a parsed document. Copies are cheap and share the document, which lives as long as
-// any of them. Every error names the file and the full key: "config.json: rope_scaling.factor: is a
-// string (got "x", need a number)". A default Json is null. All errors have exit code 2.
+// A value inside a parsed document, which lives as long as any copy. A default Json is null. Errors
+// (exit code 2) name the file and the full key: "config.json: rope_scaling.factor: is a string
+// (got "x", need a number)".
 class Json {
  public:
-  // `place` is the file's name in errors. Malformed or truncated text (with line and column), a
-  // key that occurs twice in one object, and trailing text are refused.
+  // `place` is the file's name in errors. Refuses malformed text (with line and column) and a key
+  // that occurs twice in one object.
   static Json parse(const string& text, const string& place);
   static Json parse_file(const string& path);
 
   bool is_null() const;
   bool is_object() const;
   bool is_array() const;
-  bool is_string() const;
-  bool is_number() const;
   bool is_int() const;  // written as an integer
-  bool is_bool() const;
 
   // Object members and array elements. A missing one is an error; has() asks first.
   bool has(const string& key) const;
@@ -42,7 +37,7 @@ class Json {
   double as_double() const;
   string as_string() const;
   bool as_bool() const;
-  vector<int64_t> as_ints() const;  // an array of whole numbers
+  vector<int64_t> as_ints() const;
 
   // The member `key` of an object, or `value` where it is absent or null.
   int64_t int_or(const string& key, int64_t value) const;
@@ -50,24 +45,23 @@ class Json {
   string string_or(const string& key, const string& value) const;
   bool bool_or(const string& key, bool value) const;
 
-  // The value as JSON text; indent -1 is one line. Object keys are sorted.
+  // The value as JSON text with sorted keys; indent -1 is one line.
   string dump(int indent = -1) const;
   // "config.json: rope_scaling.factor": the `place` for an error about this value.
   const string& place() const { return place_; }
 
  private:
-  Json child(const void* node, string place) const;
+  Json member(const string& key) const;  // or null
   [[noreturn]] void wrong_type(const char* need) const;
   std::shared_ptr<const void> node_;  // in the JSON library's form; keeps the document
   string place_;
-  bool top_ = false;  // of the document
+  const char* separator_ = ": ";  // between place_ and a member's key
 };
 
 // Writes JSON text piece by piece, keys in the order given:
 //   JsonWriter w(2);
 //   w.object().key("step").value(3).key("loss").value(2.5).end();
 // Doubles are the shortest text that reads back to the same bits; NaN and Inf are written as null.
-// Text that is not UTF-8 has its bad bytes replaced by U+FFFD.
 class JsonWriter {
  public:
   explicit JsonWriter(int indent = -1) : indent_(indent) {}
@@ -87,7 +81,6 @@ class JsonWriter {
 
  private:
   JsonWriter& open(char begin, char end);
-  void separate();
   void new_line();
   string out_, closers_;
   int indent_;

@@ -5,28 +5,25 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
 
 namespace pith {
 
-// The globals of this file are the program's only ones; handlers may run at any instruction, so
-// what they use is plain words, preallocated.
+// Handlers may run at any instruction: what they use is plain words, preallocated.
 static Status boards[kMaxRanks];
 static pthread_t board_thread[kMaxRanks];
-static int boards_used = 0;
+static int boards_used = 0;  // one more than the highest id asked for
 static volatile sig_atomic_t stop_signal_number = 0;
 static LogSink sink;
 
 LogSink& log_sink() { return sink; }
 
-int status_boards() { return __atomic_load_n(&boards_used, __ATOMIC_RELAXED); }
-
 Status& status_board(int id) {
   if (id < 0 || id >= kMaxRanks) failed("status_board", text("rank %d (need < %d)", id, kMaxRanks));
-  if (id >= status_boards()) __atomic_store_n(&boards_used, id + 1, __ATOMIC_RELAXED);
+  if (id >= __atomic_load_n(&boards_used, __ATOMIC_RELAXED))
+    __atomic_store_n(&boards_used, id + 1, __ATOMIC_RELAXED);
   boards[id].rank = id;
   return boards[id];
 }
@@ -44,20 +41,26 @@ static void on_stop(int signal_number) {
   if (write(2, note, sizeof note - 1) < 0) return;
 }
 
-// snprintf is not async-signal-safe by the letter, but allocates nothing for these formats; a crash
-// report that can fail is better than none.
+// snprintf is not async-signal-safe by the letter, but allocates nothing for these formats. Fields
+// of a board that is being written can be of different moments; each is whole.
+[[gnu::no_sanitize("thread")]] size_t status_line(char* out, size_t size, const Status& s,
+                                                  const char* doing, const char* waiting) {
+  const int n = snprintf(out, size,
+                         "  rank %d%s: step %d, layer %d, stage %d, micro-batch %d, last op %s "
+                         "called at %s:%d%s\n",
+                         s.rank, doing, s.step, s.layer, s.stage, s.micro_batch, s.op, s.at.file,
+                         s.at.line, waiting);
+  return std::min(size_t(std::max(n, 0)), size - 1);
+}
+
 static void print_boards() {
-  for (int i = 0; i < status_boards(); i++) {
+  for (int i = 0; i < boards_used; i++) {
     const Status& s = boards[i];
+    char waiting[128] = "", line[512];
+    if (s.waiting[0]) snprintf(waiting, sizeof waiting, ", waiting in %s", s.waiting);
     const bool mine = pthread_equal(board_thread[i], pthread_self());
-    char line[512];
-    const int n =
-        snprintf(line, sizeof line,
-                 "  rank %d%s: step %d, layer %d, stage %d, micro-batch %d, last op "
-                 "%s called at %s:%d%s%s\n",
-                 s.rank, mine ? " (crashed here)" : "", s.step, s.layer, s.stage, s.micro_batch,
-                 s.op, s.file, s.line, s.waiting[0] ? ", waiting in " : "", s.waiting);
-    if (n > 0 && write(2, line, std::min<size_t>(n, sizeof line - 1)) < 0) return;
+    const size_t n = status_line(line, sizeof line, s, mine ? " (crashed here)" : "", waiting);
+    if (write(2, line, n) < 0) return;
   }
 }
 

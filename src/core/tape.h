@@ -1,10 +1,6 @@
-// tape: reverse-mode differentiation over a visible list of plain nodes.
-//
-// An op runs its forward and pushes one Node. bx computes input gradients, bw weight gradients;
-// both are captureless functions, so what a node keeps alive is exactly its two lists. Gradients
-// live in the tape with the activation's dtype: the first writer assigns, later ones add, and they
-// are freed once the producer's bx has run. There is one tape per (chunk, micro-batch). defines:
-// TensorList, Node, Tape, record, add_grad, grad_slot, backward, weight_grads
+// tape: reverse-mode differentiation over a visible list of plain nodes, one tape a (chunk,
+// micro-batch). Gradients live in it with the activation's dtype: the first writer assigns, later
+// ones add, and they are freed once the producer's bx has run.
 #pragma once
 
 #include "core/tensor.h"
@@ -19,12 +15,11 @@ struct TensorList {
     for (const Tensor& t : ts) push(t);
   }
   void push(const Tensor& t);
-  void clear() {
-    for (int i = 0; i < count; i++) item[i] = Tensor{};
-    count = 0;
-  }
+  void clear() { *this = TensorList(); }
   Tensor& operator[](int i) { return item[i]; }
   const Tensor& operator[](int i) const { return item[i]; }
+  Tensor* begin() { return item; }
+  Tensor* end() { return item + count; }
   Tensor item[kMax];
   int count = 0;
 };
@@ -41,7 +36,7 @@ struct Node {
   TensorList bw_keep;  // values that bw needs; released after bw
   double f[4] = {};    // scalars: eps, scale, ...
   int64_t i[8] = {};   // integers: sizes, flags, ...
-  void (*bx)(Rank&, Node&) = nullptr;
+  void (*bx)(Rank&, Node&) = nullptr;  // gradients of inputs
   // Weight gradients of n nodes that share op and weights (one a deferred micro-batch), in order.
   void (*bw)(Rank&, Node* const* nodes, int n) = nullptr;
   bool bw_done = false;
@@ -55,15 +50,11 @@ struct Tape {
     return int(grads.size()) - 1;
   }
   int size() const { return int(nodes.size()); }
-  void clear() {
-    nodes.clear();
-    grads.clear();
-  }
+  void clear() { *this = Tape(); }
 };
 
-// Records a node if the rank has a tape and an input needs a gradient: gives the outputs variables
-// and returns the node, to be completed by the caller at once; else returns null. The pointer is
-// valid until the next record().
+// If the rank has a tape and an input needs a gradient: gives the outputs variables and returns the
+// node, valid until the next record(), for the caller to complete; else null.
 Node* record(Rank& rank, const char* op, At at, std::initializer_list<Tensor> in,
              std::initializer_list<Tensor*> out);
 
@@ -72,14 +63,13 @@ void make_leaf(Rank& rank, Tensor& t);
 // The gradient that has arrived for `t`, or an undefined tensor.
 Tensor grad_of(const Tape& tape, const Tensor& t);
 
-// Adds `g` (t's shape and dtype) to the gradient of `t`: assigned if it is the first (g's storage
-// is taken over, so the caller must not write to it again), summed into a weight's accumulator if
-// `t` is a weight, ignored if no gradient flows to `t`.
+// Adds `g` (t's shape and dtype) to the gradient of `t`, which takes over g's storage if it is the
+// first; to the accumulator if `t` is a weight; nowhere if no gradient flows to `t`.
 void add_grad(Rank& rank, const Tensor& t, Tensor g);
 // to += from; equal element counts and dtypes (F32 or F64).
 void add_into(Rank& rank, const Tensor& to, const Tensor& from, At at = At::here());
-// For ops that write a gradient in place: the buffer to write, and whether to add to it. A weight's
-// slot is its accumulator (always add). Undefined if no gradient flows to `t`.
+// For ops that write a gradient in place: the buffer (undefined if none flows to `t`), and whether
+// to add to it; to a weight's accumulator always.
 struct GradSlot {
   Tensor grad;
   bool add = false;

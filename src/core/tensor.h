@@ -1,6 +1,4 @@
-// tensor: a contiguous view of reference-counted storage. Light on purpose: every model and op
-// includes it (no <vector>, <functional>, no CUDA headers).
-// defines: DType, Device, Storage, StorageRef, Dims, Tensor, empty, zeros, tensor_from
+// tensor: a contiguous view of reference-counted storage.
 #pragma once
 #include <cstdint>
 #include <initializer_list>
@@ -12,24 +10,22 @@ namespace pith {
 enum class DType : uint8_t { F32, F64, BF16, F8, I32, U8 };
 enum class Device : uint8_t { CPU, CUDA };
 
-int64_t size_of(DType dtype);        // bytes of one element
-const char* name_of(DType dtype);    // "f32", "bf16", ...
-const char* name_of(Device device);  // "cpu", "cuda"
+int64_t size_of(DType dtype);  // bytes of one element
+const char* name_of(DType dtype);
+const char* name_of(Device device);
 inline bool is_float(DType d) { return d != DType::I32 && d != DType::U8; }
 
 // One allocation. It returns to its allocator when the last StorageRef goes.
 struct Allocator;
-enum class MemoryKind : uint8_t { Activations, Weights, Gradients, Optimizer, Workspace };
 struct Storage {
   Allocator* allocator = nullptr;
   void* data = nullptr;
   int64_t bytes = 0;
   int refs = 0;
-  MemoryKind kind = MemoryKind::Activations;
 };
 void release(Storage* storage);
 
-// Intrusive reference to a Storage; copies are counted, atomically.
+// Counts atomically. Intrusive, because <memory> is heavy.
 class StorageRef {
  public:
   StorageRef() = default;
@@ -46,7 +42,6 @@ class StorageRef {
     if (s_ && __atomic_sub_fetch(&s_->refs, 1, __ATOMIC_ACQ_REL) == 0) release(s_);
   }
   Storage* get() const { return s_; }
-  int count() const { return s_ ? __atomic_load_n(&s_->refs, __ATOMIC_ACQUIRE) : 0; }
 
  private:
   void add() {
@@ -58,7 +53,6 @@ class StorageRef {
 constexpr int kMaxDims = 5;
 constexpr int32_t kIgnoreLabel = -100;  // a label that counts nothing in the loss
 
-// A shape of up to five dimensions.
 struct Dims {
   Dims() = default;
   Dims(std::initializer_list<int64_t> sizes);
@@ -79,15 +73,14 @@ struct Tensor {
   DType dtype = DType::F32;
   Device device = Device::CPU;
   int32_t var = -1;       // variable on the tape that recorded it; -1: no gradient flows
-  const char* name = "";  // weights: a Hugging Face name; else empty
+  const char* name = "";  // weights: a Hugging Face name
   // Weights: the bound tensor this one is a view of, `home_offset` elements in. Its memory may be
-  // freed after the forward and be elsewhere in the backward; refresh() follows it.
+  // elsewhere in the backward; refresh() follows it.
   const Tensor* home = nullptr;
   int64_t home_offset = 0;
   At made;  // the caller's line that made it
 
   bool defined() const { return dim.rank > 0; }
-  // Its accumulator may be away (layer-wise sharding frees it between uses).
   bool is_weight() const { return home || grad; }
   bool needs_grad() const { return var >= 0 || is_weight(); }
   int64_t numel() const { return dim.numel(); }
@@ -101,14 +94,12 @@ struct Tensor {
   float* f32() const { return as<float>(); }
   int32_t* i32() const { return as<int32_t>(); }
 
-  // The same elements under another shape; same variable, so its gradient is shared. At most one
-  // dimension may be -1. Throws when numel differs.
+  // The same elements and variable under another shape; at most one dimension may be -1.
   Tensor view(Dims dims, At at = At::here()) const;
-  // Rows [begin, end) of the first dimension. A weight's gradient is sliced along; an
-  // activation's slice has no variable (use ops.h slice() inside a model).
+  // Rows [begin, end) of the first dimension, without a variable; a weight's gradient is sliced
+  // along.
   Tensor slice_rows(int64_t begin, int64_t end, At at = At::here()) const;
-  // Shape, dtype, variable and gradient pointer without the storage: what a tape node remembers
-  // of a tensor whose values it does not need.
+  // Without the storage: what a tape node remembers of a tensor whose values it does not need.
   Tensor meta() const;
   void refresh();
 };

@@ -74,13 +74,10 @@ Parameters make_parameters(Rank& rank, ParameterTable table, const vector<int>& 
   Parameters p = layout_parameters(std::move(table), chunk_sizes, gather_layer,
                                    place(Group::DenseShard), place(Group::ExpertShard));
   for (FlatUnit& unit : p.units) {
-    rank.allocator->kind = MemoryKind::Weights;
     unit.master = zeros(rank, {unit.shard_count}, DType::F32);
-    rank.allocator->kind = MemoryKind::Optimizer;
     unit.m = zeros(rank, {unit.shard_count}, DType::F32);
     unit.v = zeros(rank, {unit.shard_count}, DType::F32);
   }
-  rank.allocator->kind = MemoryKind::Activations;
   return p;
 }
 
@@ -167,17 +164,14 @@ static void bind(Parameters& p, FlatUnit& unit) {
 
 void gather(Rank& rank, Parameters& p, FlatUnit& unit, bool with_grads) {
   const bool whole = unit.cuts.size() == 1;
-  rank.allocator->kind = MemoryKind::Weights;
   if (!unit.weights.defined())
     unit.weights =
         whole && rank.compute == DType::F32 ? unit.master : empty(rank, {unit.numel}, rank.compute);
   if (!is_shared(unit))
     all_gather(rank, unit.group, unit.master, unit.weights, "all_gather weights", unit.cuts.data());
-  rank.allocator->kind = MemoryKind::Gradients;
   if (with_grads && !unit.grads.defined()) unit.grads = zeros(rank, {unit.numel}, DType::F32);
   if (with_grads && !unit.grad_shard.defined())
     unit.grad_shard = whole ? unit.grads : zeros(rank, {unit.shard_count}, DType::F32);
-  rank.allocator->kind = MemoryKind::Activations;
   bind(p, unit);
 }
 
