@@ -74,7 +74,7 @@ void print_plan(const RunPlan& plan, const PlanNumbers& n) {
          with_commas(n.samples_available * length).c_str(),
          with_commas(plan.config.data.max_epochs).c_str(),
          plan.config.data.max_epochs == 1 ? "" : "es");
-  printf("%s", memory_table(n.memory, 0).c_str());
+  printf("%s", memory_table(n.memory).c_str());
 }
 
 int dry_run(const RunPlan& plan, bool json) {
@@ -94,7 +94,7 @@ void write_report(const RunPlan& plan) {
   const string& folder = plan.config.run.folder;
   const vector<StepMetrics> steps = read_metrics(folder + "/metrics.jsonl");
   if (steps.empty()) return;
-  ReportInput input{.title = folder, .config = to_toml(plan.config)};
+  ReportInput input{.title = folder};
   const auto row = [&](const char* name, const string& value) {
     input.summary.push_back({name, value});
     log_info("%s: %s", name, value.c_str());
@@ -117,11 +117,8 @@ void write_report(const RunPlan& plan) {
       return text("%.4f nats a token", nats) + (bits > 0 ? text(", %.4f bits a byte", bits) : "");
     };
     row("held-out loss", both(eval_loss));
-    if (plan.shape.vocab <= kBigramMaxVocab) {
-      input.reference_loss = bigram_nats(data);
-      input.reference_name = "interpolated bigram model";
-      row("bigram model on the same text", both(input.reference_loss));
-    }
+    if (plan.shape.vocab <= kBigramMaxVocab)
+      row("bigram model on the same text", both(bigram_nats(data)));
   }
   write_file_durably(folder + "/report.html", report_html(steps, input));
   log_info("loss over the steps: %s", sparkline(losses, 60).c_str());

@@ -1,7 +1,7 @@
 #include "comm/communicator.h"
 
-#include <algorithm>
 #include <chrono>
+#include <cstdio>
 #include <cstring>
 
 #include "comm/world.h"
@@ -12,13 +12,14 @@ namespace {
 
 using ParcelRef = std::shared_ptr<const Parcel>;
 
+// The call, in front of what went wrong with it.
 [[noreturn]] void fail_call(const Call& call, const string& what) {
   throw Error(kExitFailed,
               text("%s:%d: %s \"%s\"", call.at.file, call.at.line, call.op, call.what) + what);
 }
 
-// One call of one rank: it posts what it sends and what it is to receive, then waits, holding
-// World::mutex all the while. Every collective and message is one.
+// One call of one rank, under World::mutex: it posts what it sends and what it is to receive,
+// waits, and picks up. Every collective and message is one.
 struct Exchange {
   Rank& rank;
   const Call& call;
@@ -32,7 +33,7 @@ struct Exchange {
 
   void send(int to, const ParcelRef& parcel) {
     channel(me, to).parcels.push_back(parcel);
-    mine.open += parcel->message.defined();
+    mine.open += parcel->is_message;
     match(me, to);
   }
 
@@ -47,7 +48,7 @@ struct Exchange {
     while (c.wanted > 0 && c.matched < c.parcels.size()) {
       c.wanted--;
       settle(to);
-      if (c.parcels[c.matched++]->message.defined()) settle(from);
+      if (c.parcels[c.matched++]->is_message) settle(from);
     }
   }
 
@@ -56,7 +57,6 @@ struct Exchange {
     if (--state.open == 0) state.changed.notify_one();
   }
 
-  // A matched parcel; in the order of receive() a member.
   ParcelRef pick_up(int from) {
     Channel& c = channel(from, me);
     const ParcelRef parcel = c.parcels.front();
@@ -65,15 +65,20 @@ struct Exchange {
     return parcel;
   }
 
-  // The ranks that are waited for.
-  vector<int> missing() {
-    vector<int> late;
+  // Are any of the ranks that are waited for gone? `names` becomes "ranks 1, 2".
+  bool missing(string& names) {
+    bool gone = false;
+    int count = 0;
+    names.clear();
     for (int peer = 0; peer < n; peer++) {
       const Channel& out = channel(me, peer);
-      const bool unsent = out.matched < out.parcels.size() && out.parcels.back()->message.defined();
-      if (unsent || channel(peer, me).wanted > 0) late.push_back(group.members[peer]);
+      const bool unsent = out.matched < out.parcels.size() && out.parcels.back()->is_message;
+      if (!unsent && channel(peer, me).wanted == 0) continue;
+      names += text("%s %d", count++ ? "," : "", group.members[peer]);
+      gone |= world.ranks[group.members[peer]].finished;
     }
-    return late;
+    names = (count > 1 ? "ranks" : "rank") + names;
+    return gone;
   }
 
   // The one place where the host waits for other ranks. Three exits: all is matched; another rank
@@ -81,15 +86,12 @@ struct Exchange {
   void wait() {
     const double limit_s = rank.comm->limit_s;
     const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(limit_s);
-    mine.waits = true;
-    mine.call = call;
-    rank.status->waiting = call.what;
+    char* waiting = rank.status->waiting;
+    snprintf(waiting, sizeof rank.status->waiting, "%s \"%s\" (%s group) called at %s:%d", call.op,
+             call.what, name_of(call.group), call.at.file, call.at.line);
+    string names;
     for (bool timed_out = false; world.failed_rank < 0 && mine.open > 0;) {
-      const vector<int> late = missing();
-      string names = late.size() > 1 ? "ranks" : "rank";
-      for (const int r : late) names += text("%s %d", r == late[0] ? "" : ",", r);
-      if (std::ranges::any_of(late, [&](int r) { return world.ranks[r].finished; }))
-        fail_call(call, " waits for " + names + ", of which one has ended");
+      if (missing(names)) fail_call(call, " waits for " + names + ", of which one has ended");
       if (timed_out)
         fail_call(call, text(" waited %g s for %s (%s group)", limit_s, names.c_str(),
                              name_of(call.group)));
@@ -97,10 +99,13 @@ struct Exchange {
     }
     if (world.failed_rank >= 0)
       throw Error(kExitFailed, text("stopped, because rank %d failed", world.failed_rank));
-    mine.waits = false;
-    rank.status->waiting = "";
+    waiting[0] = 0;
   }
 };
+
+std::shared_ptr<Parcel> pack(const Call& call, const Tensor& t) {
+  return std::make_shared<Parcel>(Parcel{call, t.meta(), {t.data, t.data + t.bytes()}});
+}
 
 // What the members of a collective brought, in their order.
 struct Meeting {
@@ -108,24 +113,20 @@ struct Meeting {
   Call call;
   vector<ParcelRef> parcels;
 
-  // The data of member `i`, which must be `want` bytes.
-  const char* data(int i, int64_t want) const {
-    const vector<char>& bytes = parcels[i]->data;
+  const char* data(int member, int64_t want) const {
+    const vector<char>& bytes = parcels[member]->data;
     if (int64_t(bytes.size()) != want)
       fail_call(call, text(": rank %d brings %zu bytes (need %ld)",
-                           group_member(rank, call.group, i), bytes.size(), want));
+                           group_member(rank, call.group, member), bytes.size(), want));
     return bytes.data();
   }
 };
 
-// Brings a copy of `data` to all members, and waits for theirs, in the same call.
-Meeting meet(Rank& rank, const Call& call, const char* data, int64_t bytes, DType dtype,
-             int detail = 0, const vector<int64_t>& offsets = {}) {
-  const ParcelRef mine = std::make_shared<Parcel>(Parcel{.call = call,
-                                                         .dtype = dtype,
-                                                         .detail = detail,
-                                                         .offsets = offsets,
-                                                         .data = {data, data + bytes}});
+Meeting meet(Rank& rank, const Call& call, const Tensor& t, int detail = 0,
+             const vector<int64_t>& offsets = {}) {
+  const auto mine = pack(call, t);
+  mine->detail = detail;
+  mine->offsets = offsets;
   const int n = group_size(rank, call.group);
   if (n == 1) return {rank, call, {mine}};
   Meeting meeting{rank, call, {}};
@@ -138,12 +139,14 @@ Meeting meet(Rank& rank, const Call& call, const char* data, int64_t bytes, DTyp
   }
   for (int i = 0; i < n; i++) {
     const Parcel& other = *meeting.parcels[i];
-    if (std::strcmp(other.call.op, call.op) != 0 || other.dtype != dtype || other.detail != detail)
-      fail_call(call, text(": the members' calls differ: rank %d is in %s \"%s\" of %s, detail %d, "
-                           "called at %s:%d (this one: %s, detail %d)",
-                           group_member(rank, call.group, i), other.call.op, other.call.what,
-                           name_of(other.dtype), other.detail, other.call.at.file,
-                           other.call.at.line, name_of(dtype), detail));
+    const Call& its = other.call;
+    if (std::strcmp(its.op, call.op) != 0 || other.tensor.dtype != t.dtype ||
+        other.detail != detail)
+      fail_call(call, text(": the members' calls differ (got %s \"%s\" of %s, %d, on rank %d at "
+                           "%s:%d; need %s, %d)",
+                           its.op, its.what, name_of(other.tensor.dtype), other.detail,
+                           group_member(rank, call.group, i), its.at.file, its.at.line,
+                           name_of(t.dtype), detail));
   }
   return meeting;
 }
@@ -154,9 +157,9 @@ int64_t row_bytes(const Tensor& t) {
   return bytes;
 }
 
-// Byte offsets of the n parts of `whole`, and their sum; equal parts without counts.
+// Byte offsets of the n parts of `whole`, and their sum.
 vector<int64_t> part_offsets(const Tensor& whole, const int64_t* rows, int n) {
-  vector<int64_t> offset(n + 1, 0);
+  vector<int64_t> offset(n + 1);
   for (int i = 0; i < n; i++)
     offset[i + 1] = offset[i] + (rows ? rows[i] : whole.dim[0] / n) * row_bytes(whole);
   return offset;
@@ -167,41 +170,33 @@ void copy(char* to, const char* from, int64_t bytes) {
 }
 
 template <class T>
-void add(T* to, const T* x, int64_t bytes, Reduce reduce) {
-  for (int64_t i = 0, n = bytes / int64_t{sizeof(T)}; i < n; i++) {
-    if (reduce == Reduce::Sum)
-      to[i] += x[i];
-    else if (!(to[i] >= x[i]) && to[i] == to[i])  // a NaN stays
-      to[i] = x[i];
+void reduce_as(const Meeting& m, const Tensor& in, const Tensor& out, int64_t begin,
+               Reduce reduce) {
+  copy(out.data, m.data(0, in.bytes()) + begin, out.bytes());
+  for (size_t i = 1; i < m.parcels.size(); i++) {
+    const T* x = reinterpret_cast<const T*>(m.data(int(i), in.bytes()) + begin);
+    T* sum = out.as<T>();
+    for (int64_t k = 0, n = out.numel(); k < n; k++) {
+      if (reduce == Reduce::Sum)
+        sum[k] += x[k];
+      else if (!(sum[k] >= x[k]) && sum[k] == sum[k])  // a NaN stays
+        sum[k] = x[k];
+    }
   }
 }
 
-// to [bytes] = reduction over members, in their order, of what they brought, `all` bytes, from byte
-// `begin` on.
-void reduce_members(const Meeting& m, DType dtype, char* to, int64_t begin, int64_t bytes,
-                    int64_t all, Reduce reduce) {
-  for (size_t i = 0; i < m.parcels.size(); i++) {
-    const char* x = m.data(int(i), all) + begin;
-    if (i == 0)
-      copy(to, x, bytes);
-    else if (dtype == DType::F32)
-      add(reinterpret_cast<float*>(to), reinterpret_cast<const float*>(x), bytes, reduce);
-    else if (dtype == DType::F64)
-      add(reinterpret_cast<double*>(to), reinterpret_cast<const double*>(x), bytes, reduce);
-    else
-      add(reinterpret_cast<int32_t*>(to), reinterpret_cast<const int32_t*>(x), bytes, reduce);
-  }
+// out = reduction over members, in their order, of their `in` from byte `begin` on.
+void reduce_members(Rank& rank, const Call& call, const Tensor& in, const Tensor& out,
+                    int64_t begin, Reduce reduce) {
+  const Meeting m = meet(rank, call, in, int(reduce));
+  if (in.dtype == DType::F32) return reduce_as<float>(m, in, out, begin, reduce);
+  if (in.dtype == DType::F64) return reduce_as<double>(m, in, out, begin, reduce);
+  reduce_as<int32_t>(m, in, out, begin, reduce);
 }
 
-bool reducible(DType dtype) {
-  return dtype == DType::F32 || dtype == DType::F64 || dtype == DType::I32;
-}
-
-void all_reduce_bytes(Rank& rank, const Call& call, char* data, int64_t bytes, DType dtype,
-                      Reduce reduce) {
-  if (group_size(rank, call.group) == 1) return;
-  const Meeting m = meet(rank, call, data, bytes, dtype, int(reduce));
-  reduce_members(m, dtype, data, 0, bytes, bytes, reduce);
+Need reducible(DType dtype) {
+  return {"dtype is f32, f64 or i32",
+          dtype == DType::F32 || dtype == DType::F64 || dtype == DType::I32};
 }
 
 }  // namespace
@@ -229,7 +224,7 @@ void all_gather(Rank& rank, Group group, const Tensor& in, const Tensor& out, co
          {"in's rows are this member's part", in.bytes() == offset[me + 1] - offset[me]},
          {"out's rows are all parts", out.bytes() == offset[n]}},
         {&in, &out});
-  const Meeting m = meet(rank, {"all_gather", what, group, at}, in.data, in.bytes(), in.dtype);
+  const Meeting m = meet(rank, {"all_gather", what, group, at}, in);
   for (int i = 0; i < n; i++) {
     const int64_t bytes = offset[i + 1] - offset[i];
     copy(out.data + offset[i], m.data(i, bytes), bytes);
@@ -241,24 +236,27 @@ void reduce_scatter(Rank& rank, Group group, const Tensor& in, const Tensor& out
   const int n = group_size(rank, group), me = group_rank(rank, group);
   const auto offset = part_offsets(in, rows, n);
   check(rank, "reduce_scatter", at,
-        {{"dtype is f32, f64 or i32", reducible(in.dtype)},
+        {reducible(in.dtype),
          {"equal dtypes", in.dtype == out.dtype},
          {"out's rows are this member's part", out.bytes() == offset[me + 1] - offset[me]},
          {"in's rows are all parts", in.bytes() == offset[n]}},
         {&in, &out});
-  const Meeting m = meet(rank, {"reduce_scatter", what, group, at}, in.data, in.bytes(), in.dtype);
-  reduce_members(m, in.dtype, out.data, offset[me], out.bytes(), in.bytes(), Reduce::Sum);
+  reduce_members(rank, {"reduce_scatter", what, group, at}, in, out, offset[me], Reduce::Sum);
 }
 
 void all_reduce(Rank& rank, Group group, const Tensor& t, Reduce reduce, const char* what, At at) {
-  check(rank, "all_reduce", at, {{"dtype is f32, f64 or i32", reducible(t.dtype)}}, {&t});
-  all_reduce_bytes(rank, {"all_reduce", what, group, at}, t.data, t.bytes(), t.dtype, reduce);
+  check(rank, "all_reduce", at, {reducible(t.dtype)}, {&t});
+  if (group_size(rank, group) > 1)
+    reduce_members(rank, {"all_reduce", what, group, at}, t, t, 0, reduce);
 }
 
 void all_reduce(Rank& rank, Group group, double* values, int n, Reduce reduce, const char* what,
                 At at) {
-  all_reduce_bytes(rank, {"all_reduce", what, group, at}, reinterpret_cast<char*>(values),
-                   n * int64_t{sizeof(double)}, DType::F64, reduce);
+  Tensor t;
+  t.dim = {n};
+  t.dtype = DType::F64;
+  t.data = reinterpret_cast<char*>(values);
+  all_reduce(rank, group, t, reduce, what, at);
 }
 
 void all_to_all(Rank& rank, Group group, const Tensor& in, const int64_t* send_rows,
@@ -268,34 +266,31 @@ void all_to_all(Rank& rank, Group group, const Tensor& in, const int64_t* send_r
   check(rank, "all_to_all", at,
         {{"equal dtypes", in.dtype == out.dtype},
          {"rows of equal length", row_bytes(in) == row_bytes(out)},
-         {"both counts or none", !send_rows == !recv_rows},
-         {"in's rows are the sent ones", send_rows ? from[n] <= in.bytes() : from[n] == in.bytes()},
-         {"out has room", recv_rows ? to[n] <= out.bytes() : to[n] == out.bytes()}},
+         {"in's rows are the sent ones", from[n] == in.bytes()},
+         {"out has room", to[n] <= out.bytes()}},
         {&in, &out});
   if (n == 1) return copy(out.data, in.data, from[1]);
-  const Meeting m =
-      meet(rank, {"all_to_all", what, group, at}, in.data, from[n], in.dtype, 0, from);
+  const Meeting m = meet(rank, {"all_to_all", what, group, at}, in, 0, from);
   for (int i = 0; i < n; i++) {
-    const vector<int64_t>& sent = m.parcels[i]->offsets;
-    const int64_t got = sent[me + 1] - sent[me], want = to[i + 1] - to[i];
-    if (got != want)
+    const Parcel& sent = *m.parcels[i];
+    const int64_t bytes = sent.offsets[me + 1] - sent.offsets[me], want = to[i + 1] - to[i];
+    if (bytes != want)
       fail_call(m.call, text(": rank %d sends %ld bytes to rank %d (need %ld, of %ld-byte rows)",
-                             group_member(rank, group, i), got, rank.id, want, row_bytes(in)));
-    copy(out.data + to[i], m.parcels[i]->data.data() + sent[me], want);
+                             group_member(rank, group, i), bytes, rank.id, want, row_bytes(in)));
+    copy(out.data + to[i], sent.data.data() + sent.offsets[me], want);
   }
 }
 
 void broadcast(Rank& rank, Group group, const Tensor& t, int root, const char* what, At at) {
   check(rank, "broadcast", at,
         {{"root is a member of the group", root >= 0 && root < group_size(rank, group)}}, {&t});
-  const int64_t bytes = group_rank(rank, group) == root ? t.bytes() : 0;
-  const Meeting m = meet(rank, {"broadcast", what, group, at}, t.data, bytes, t.dtype, root);
+  const Meeting m = meet(rank, {"broadcast", what, group, at}, t, root);
   copy(t.data, m.data(root, t.bytes()), t.bytes());
 }
 
 void barrier(Rank& rank, Group group, const char* what, At at) {
   check(rank, "barrier", at, {}, {});
-  meet(rank, {"barrier", what, group, at}, nullptr, 0, DType::U8);
+  meet(rank, {"barrier", what, group, at}, Tensor{});
 }
 
 static string message_text(const MessageTag& tag, const Tensor& t) {
@@ -304,22 +299,18 @@ static string message_text(const MessageTag& tag, const Tensor& t) {
 }
 
 void send_recv(Rank& rank, Group group, const Transfer* list, int n, const char* what, At at) {
-  const Call call{"send_recv", what, group, at};
-  vector<ParcelRef> parcels(n);
-  for (int i = 0; i < n; i++) {
-    const Transfer& t = list[i];
-    check(rank, "send_recv", at,
-          {{"peer is a member of the group", t.peer >= 0 && t.peer < group_size(rank, group)}},
-          {&t.tensor});
-    if (t.kind == Transfer::Send)
-      parcels[i] = std::make_shared<Parcel>(
-          Parcel{.call = call,
-                 .dtype = t.tensor.dtype,
-                 .tag = t.tag,
-                 .message = t.tensor.meta(),
-                 .data = {t.tensor.data, t.tensor.data + t.tensor.bytes()}});
-  }
   if (n == 0) return;
+  const Call call{"send_recv", what, group, at};
+  vector<ParcelRef> parcels;
+  for (const Transfer* t = list; t < list + n; t++) {
+    check(rank, "send_recv", at,
+          {{"peer is a member of the group", t->peer >= 0 && t->peer < group_size(rank, group)}},
+          {&t->tensor});
+    const auto parcel = t->kind == Transfer::Send ? pack(call, t->tensor) : nullptr;
+    if (parcel) parcel->tag = t->tag;
+    if (parcel) parcel->is_message = true;
+    parcels.push_back(parcel);
+  }
   {
     Exchange exchange{rank, call};
     for (int i = 0; i < n; i++)
@@ -329,16 +320,16 @@ void send_recv(Rank& rank, Group group, const Transfer* list, int n, const char*
       if (!parcels[i]) parcels[i] = exchange.pick_up(list[i].peer);
   }
   for (int i = 0; i < n; i++) {
-    const Transfer& t = list[i];
-    const Parcel& sent = *parcels[i];
-    if (t.kind == Transfer::Send) continue;
-    if (sent.tag != t.tag || sent.dtype != t.tensor.dtype ||
-        int64_t(sent.data.size()) != t.tensor.bytes())
+    const Transfer& want = list[i];
+    const Parcel& got = *parcels[i];
+    if (want.kind == Transfer::Send) continue;
+    if (got.tag != want.tag || got.tensor.dtype != want.tensor.dtype ||
+        int64_t(got.data.size()) != want.tensor.bytes())
       fail_call(call, text(": message from rank %d is not the one expected (got ",
-                           group_member(rank, group, t.peer)) +
-                          message_text(sent.tag, sent.message) + ", sent by \"" + sent.call.what +
-                          "\"; need " + message_text(t.tag, t.tensor) + ")");
-    copy(t.tensor.data, sent.data.data(), t.tensor.bytes());
+                           group_member(rank, group, want.peer)) +
+                          message_text(got.tag, got.tensor) + ", sent by \"" + got.call.what +
+                          "\"; need " + message_text(want.tag, want.tensor) + ")");
+    copy(want.tensor.data, got.data.data(), want.tensor.bytes());
   }
 }
 

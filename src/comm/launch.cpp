@@ -9,31 +9,14 @@
 #include "core/allocator.h"
 #include "core/process.h"
 
-// Present when the program is linked with OpenBLAS, whose threads are global to the process, and
-// with OpenMP, whose number of threads is each thread's own.
+// Present when linked: OpenBLAS's number of threads is the process's, OpenMP's each thread's own.
 extern "C" [[gnu::weak]] void openblas_set_num_threads(int);
 extern "C" [[gnu::weak]] void omp_set_num_threads(int);
 extern "C" [[gnu::weak]] int omp_get_max_threads();
 
 namespace pith {
 
-static string state_of(const RankState& state) {
-  if (state.finished) return text("  rank %d has ended\n", state.board->rank);
-  const Call& c = state.call;
-  const string doing = state.waits ? text(" waits in %s \"%s\" (%s group) called at %s:%d", c.op,
-                                          c.what, name_of(c.group), c.at.file, c.at.line)
-                                   : " runs";
-  char line[1024];
-  return {line, status_line(line, sizeof line, *state.board, doing.c_str())};
-}
-
-// Wakes all who wait, to see that a rank has failed or ended. The caller holds world.mutex.
-static void wake_all(World& world) {
-  for (RankState& state : world.ranks) state.changed.notify_all();
-  world.over.notify_all();
-}
-
-// Every distinct group of the mesh once, shared by its members.
+// Every group of the mesh once, shared by its members.
 static void connect(World& world, vector<Comm>& comms) {
   for (int kind = 0; kind < kGroups; kind++)
     for (int rank = 0; rank < world.mesh.world(); rank++) {
@@ -50,7 +33,7 @@ static void connect(World& world, vector<Comm>& comms) {
 }
 
 static void run_rank(World& world, Rank& rank, void (*call)(void*, Rank&), void* fn) {
-  set_thread_status(rank.status);
+  rank.status->thread = gettid();
   if (rank.world > 1 && omp_set_num_threads)
     omp_set_num_threads(std::max(1, omp_get_max_threads() / rank.world));
   int code = kExitDone;
@@ -70,12 +53,17 @@ static void run_rank(World& world, Rank& rank, void (*call)(void*, Rank&), void*
   } else if (world.failed_rank < 0) {
     world.failed_rank = rank.id;
     world.exit_code = code;
-    world.message = text("rank %d: ", rank.id) + error + "\n";
-    for (const RankState& state : world.ranks) world.message += state_of(state);
-    world.message.pop_back();
+    world.message = text("rank %d: ", rank.id) + error;
+    for (int id = 0; id < rank.world; id++) {
+      const Status& s = status_board(id);
+      const char* doing = world.ranks[id].finished ? " has ended" : s.waiting[0] ? " waits" : " runs";
+      char line[1024];
+      world.message += string(line, status_line(line, sizeof line, s, doing));
+    }
   }
   world.returned++;
-  wake_all(world);
+  for (RankState& state : world.ranks) state.changed.notify_all();
+  world.over.notify_all();
 }
 
 void run_rank_threads(const Mesh& mesh, Device device, const LaunchOptions& options,
@@ -96,7 +84,6 @@ void run_rank_threads(const Mesh& mesh, Device device, const LaunchOptions& opti
     comms[id].limit_after_startup_s = options.limit_s;
     Status& board = status_board(id);
     board = Status{.rank = id};
-    world.ranks[id].board = &board;
     ranks[id] = {.id = id,
                  .world = n,
                  .mesh = coord_of(mesh, id),
@@ -114,7 +101,7 @@ void run_rank_threads(const Mesh& mesh, Device device, const LaunchOptions& opti
     std::unique_lock lock(world.mutex);
     world.over.wait(lock, [&] { return world.failed_rank >= 0 || world.returned == n; });
     if (world.failed_rank >= 0) {
-      // Not through stdio, whose locks a rank that hangs may hold.
+      // A rank that hangs may hold the locks of stdio.
       const string line = "error: " + world.message + "\n";
       if (write(2, line.data(), line.size()) < 0) _exit(kExitFailed);
       _exit(world.exit_code);

@@ -7,22 +7,20 @@ namespace pith {
 struct LaunchOptions {
   double startup_limit_s = 600;  // longest wait for other ranks, until end_startup
   double limit_s = 120;          // and after it
-  // The program's policy: on failure print one message and leave the process at once, without
-  // destructors, which must not run beside ranks that hang. Otherwise run_ranks throws the message,
-  // when every rank has returned.
+  // On failure print one message and leave at once, without destructors, which must not run beside
+  // ranks that hang. Otherwise run_ranks throws it, when every rank has returned.
   bool exit_on_failure = false;
   DType compute = DType::F32;
   bool debug = false;
 };
 
-// This rank's first step is over.
 void end_startup(Rank& rank);
 
 void run_rank_threads(const Mesh& mesh, Device device, const LaunchOptions& options,
                       void (*call)(void*, Rank&), void* fn);
 
 // Calls fn(Rank&) on mesh.world() threads; tensors made in it must not outlive the call. The first
-// exception wins: it wakes every other rank from its wait, and the error tells what each was doing.
+// exception wakes every rank from its wait; the error tells what each was doing.
 template <class Fn>
 void run_ranks(const Mesh& mesh, Device device, const LaunchOptions& options, Fn&& fn) {
   run_rank_threads(

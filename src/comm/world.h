@@ -1,5 +1,4 @@
-// world: what the ranks of a process share: parcels on their way, who waits where, and the first
-// failure. Included by communicator.cpp and launch.cpp only.
+// world: what the ranks of a process share. For communicator.cpp and launch.cpp only.
 #pragma once
 #include <condition_variable>
 #include <deque>
@@ -10,64 +9,58 @@
 
 namespace pith {
 
-// A communication call, as named in messages.
 struct Call {
-  const char* op = "";
-  const char* what = "";
-  Group group = Group::World;
+  const char *op, *what;
+  Group group;
   At at;
 };
 
-// What one member brings to another, copied.
+// What one member brings to others, copied; it does not change once sent.
 struct Parcel {
   Call call;
-  DType dtype = DType::F32;
+  Tensor tensor;            // as meta
+  vector<char> data;        // its values
   int detail = 0;           // of a collective: Reduce, or the root
-  vector<int64_t> offsets;  // of all_to_all: where the part of each destination begins, and the end
+  vector<int64_t> offsets;  // of all_to_all: where each destination's part begins, and the end
+  bool is_message = false;  // its sender waits until a receive is posted
   MessageTag tag;
-  Tensor message;  // of send_recv, whose sender waits until it is received: the tensor as meta
-  vector<char> data;
 };
 
 // From one member to another: parcels are received in the order in which both ends post.
 struct Channel {
-  std::deque<std::shared_ptr<const Parcel>> parcels;  // sent and not yet picked up
-  size_t matched = 0;                                 // parcels whose receive is posted
-  int wanted = 0;                                     // posted receives that have no parcel yet
+  std::deque<std::shared_ptr<const Parcel>> parcels;  // not yet picked up
+  size_t matched = 0;                                 // of them, those whose receive is posted
+  int wanted = 0;                                     // receives that have no parcel yet
 };
 
-// One set of ranks that communicate.
 struct GroupState {
   vector<int> members;
   vector<Channel> channels;  // by source * n + destination
 };
 
 struct RankState {
-  std::condition_variable changed;  // done waiting, or some rank failed or ended
-  bool waits = false, finished = false;
-  Call call;     // while it waits
-  int open = 0;  // receives, and sends of messages, that it waits for
-  const Status* board = nullptr;
+  std::condition_variable changed;  // it need not wait, or a rank has failed or ended
+  int open = 0;                     // receives, and sends of messages, that it waits for
+  bool finished = false;
 };
 
-// Everything is guarded by `mutex`, but for parcels, which do not change once sent.
 struct World {
   Mesh mesh;
-  std::mutex mutex;
+  std::mutex mutex;  // guards all that follows
   std::deque<GroupState> groups;
   vector<RankState> ranks;
   int returned = 0;              // ranks, well or not
-  std::condition_variable over;  // a rank failed or all have finished
-  int failed_rank = -1;          // the first that failed
+  std::condition_variable over;  // a rank has failed or all have returned
+  int failed_rank = -1;          // the first
   int exit_code = 0;
-  string message;  // complete
+  string message;
 };
 
 // One rank's way to the others.
 struct Comm {
   World* world = nullptr;
   GroupState* group[kGroups] = {};
-  int place[kGroups] = {};  // of this rank among the group's members
+  int place[kGroups] = {};  // of this rank among the members
   double limit_s = 0;       // longest wait
   double limit_after_startup_s = 0;
 };

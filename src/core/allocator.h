@@ -1,12 +1,9 @@
-// allocator: where a rank's tensors live, and how many bytes are out.
 #pragma once
-#include <cstdint>
-
 #include "core/tensor.h"
 
 namespace pith {
 
-// Blocks are 64-byte aligned and may be released by another thread than the one that took them.
+// Of one rank. Blocks are 64-byte aligned; another thread may release them.
 struct Allocator {
   int64_t live_bytes = 0;
   int64_t peak_bytes = 0;  // since reset_peak

@@ -12,8 +12,7 @@ namespace pith {
 
 using std::string, std::string_view, std::vector;
 
-// A caller's source position. Every op ends in a defaulted parameter `At at = At::here()`, so that
-// its errors name the line of the model, not of the op.
+// A caller's source position, of the model's line and not the op's: the last parameter of every op.
 struct At {
   const char* file = "";
   int line = 0;
@@ -26,12 +25,11 @@ enum ExitCode : int {
   kExitDone = 0,
   kExitFailed = 1,    // while running: disk full, NaN, lost rank
   kExitBadInput = 2,  // bad usage, configuration or input
-  kExitStopped = 3,   // stopped early by a signal, state saved
+  kExitStopped = 3,   // by a signal, state saved
 };
 
-// Its message is final, `PLACE: WHAT (got ..., need ...). Try: ...`.
-class Error : public std::runtime_error {
- public:
+// Its message is final: `PLACE: WHAT (got ..., need ...). Try: ...`.
+struct Error : std::runtime_error {
   Error(int code, const string& message) : std::runtime_error(message), exit_code(code) {}
   int exit_code;
 };
@@ -40,24 +38,23 @@ class Error : public std::runtime_error {
 [[gnu::format(printf, 1, 2)]] string text(const char* format, ...);
 string vtext(const char* format, va_list args);
 
-// The user's command, configuration or file is wrong (exit code 2), or the run went wrong (1).
+// Exit code 2: the user's command, configuration or file is wrong; exit code 1: the run is.
 [[noreturn]] void bad_input(const string& place, const string& what, const string& remedy);
 [[noreturn]] void failed(const string& place, const string& what, const string& remedy = "");
 
 struct Tensor;
 struct Rank;
 
-// One condition of an op's contract, with its wording: {"x.dim[1] == w.dim[1]", x.dim[1] == ...}.
+// One condition of an op's contract: {"x.dim[1] == w.dim[1]", x.dim[1] == w.dim[1]}.
 struct Need {
   const char* what;
   bool holds;
 };
 
-// An op begins: noted on the status board. Throws Error (exit code 1) unless every need holds; the
-// message names caller, op, need, tensors, and where the rank stands.
+// An op begins. Throws Error (exit code 1), naming caller, tensors and the rank's place, unless
+// every need holds.
 void check(const Rank& rank, const char* op, At at, std::initializer_list<Need> needs,
            std::initializer_list<const Tensor*> tensors);
-// The same form of error for what `op` finds later; `got` says what it met.
 [[noreturn]] void op_failed(const Rank& rank, const char* op, At at, const string& what,
                             const string& got);
 

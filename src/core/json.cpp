@@ -78,14 +78,19 @@ void Json::wrong_type(const char* need) const {
 
 bool Json::has(const string& key) const { return is_object() && value_of(node_).contains(key); }
 
+Json Json::child(const void* node, const string& place) const {
+  Json value;
+  value.node_ = {node_, node};
+  value.place_ = place;
+  value.separator_ = ".";
+  return value;
+}
+
 Json Json::operator[](const string& key) const {
   if (!is_object()) wrong_type("an object");
-  Json child;
-  child.place_ = place_ + separator_ + key;
-  child.separator_ = ".";
-  if (!has(key)) bad_input(child.place_, "is missing", "add the key");
-  child.node_ = {node_, &value_of(node_)[key]};
-  return child;
+  const string place = place_ + separator_ + key;
+  if (!has(key)) bad_input(place, "is missing", "add the key");
+  return child(&value_of(node_)[key], place);
 }
 
 Json Json::operator[](int64_t index) const {
@@ -93,11 +98,7 @@ Json Json::operator[](int64_t index) const {
   if (index < 0 || index >= size())
     bad_input(place_, text("has too few elements (got %ld, need element %ld)", size(), index),
               "add the element");
-  Json child;
-  child.place_ = place_ + text("[%ld]", index);
-  child.separator_ = ".";
-  child.node_ = {node_, &value_of(node_)[size_t(index)]};
-  return child;
+  return child(&value_of(node_)[size_t(index)], place_ + text("[%ld]", index));
 }
 
 int64_t Json::size() const {
@@ -150,25 +151,6 @@ vector<int64_t> Json::as_ints() const {
   vector<int64_t> all;
   for (int64_t i = 0; i < size(); i++) all.push_back((*this)[i].as_int());
   return all;
-}
-
-Json Json::member(const string& key) const { return has(key) ? (*this)[key] : Json(); }
-
-int64_t Json::int_or(const string& key, int64_t value) const {
-  const Json found = member(key);
-  return found.is_null() ? value : found.as_int();
-}
-double Json::double_or(const string& key, double value) const {
-  const Json found = member(key);
-  return found.is_null() ? value : found.as_double();
-}
-string Json::string_or(const string& key, const string& value) const {
-  const Json found = member(key);
-  return found.is_null() ? value : found.as_string();
-}
-bool Json::bool_or(const string& key, bool value) const {
-  const Json found = member(key);
-  return found.is_null() ? value : found.as_bool();
 }
 
 string Json::dump(int indent) const { return dumped(value_of(node_), indent); }

@@ -8,14 +8,14 @@ namespace pith {
 [[gnu::format(printf, 1, 2)]] void log_info(const char* format, ...);
 [[gnu::format(printf, 1, 2)]] void log_warning(const char* format, ...);
 
-// Appends all later lines to `path` too; an empty path closes the file. Exit code 1 if it cannot.
+// Appends later lines to `path` too, until called with "".
 void log_to_file(const string& path);
 
 // Seconds of a monotonic clock.
 double now_s();
 
-// Progress of long work: on a terminal one line that is redrawn, else a plain line every 10 s.
-// `done` and `total` share a unit; total 0 means unknown.
+// Of long work: on a terminal one line that is redrawn, else a plain line every 10 s. A total of 0
+// is unknown.
 class Progress {
  public:
   Progress(string what, double total, string unit);

@@ -14,14 +14,14 @@ struct MeshCoord {
   int pp_rank = 0, dp_rank = 0, cp_rank = 0, ep_rank = 0;
 };
 
-// What a rank is doing. Written by the rank alone, read by other threads and signal handlers at any
-// moment: plain words.
+// What a rank is doing. Other threads and signal handlers read it at any moment: plain words.
 struct Status {
   int rank = 0;
+  int thread = 0;  // as gettid()
   int step = 0, layer = -1, stage = 0, micro_batch = -1, chunk = 0;
-  const char* op = "";       // last op begun
-  At at;                     // its caller
-  const char* waiting = "";  // collective it waits in; empty when running
+  const char* op = "";     // last op begun
+  At at;                   // its caller
+  char waiting[160] = "";  // the call in which it waits for others
   void begin(const char* next_op, At caller) {
     op = next_op;
     at = caller;
@@ -35,10 +35,10 @@ struct Rank {
   Device device = Device::CPU;
   DType compute = DType::F32;  // dtype of activations and gathered weights
   Allocator* allocator = nullptr;
-  Tape* tape = nullptr;      // null: nothing is recorded
-  Comm* comm = nullptr;      // null: alone
-  Status* status = nullptr;  // set on every rank that run_ranks started
-  bool debug = false;        // PITH_DEBUG=1: every op's outputs are checked for NaN and Inf
+  Tape* tape = nullptr;  // null: nothing is recorded
+  Comm* comm = nullptr;  // null: alone
+  Status* status = nullptr;
+  bool debug = false;  // every op's outputs are checked for NaN and Inf
 };
 
 }  // namespace pith

@@ -11,7 +11,6 @@ void TensorList::push(const Tensor& t) {
   item[count++] = t;
 }
 
-// PITH_DEBUG: names the op and the caller that first produced a NaN or Inf.
 static void check_finite(const Rank& rank, const char* op, At at, const Tensor& t) {
   if (!t.data || (t.dtype != DType::F32 && t.dtype != DType::F64)) return;
   for (int64_t i = 0, n = t.numel(); i < n; i++) {
@@ -94,7 +93,6 @@ GradSlot grad_slot(Rank& rank, const Tensor& t, At at) {
   return {slot, false};
 }
 
-// Says so on the status board, and follows weights that have moved since the forward.
 static void begin_backward(Rank& rank, Node& node, TensorList& kept) {
   if (rank.status) {
     rank.status->begin(node.op, node.at);

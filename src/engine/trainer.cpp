@@ -234,7 +234,7 @@ StepMetrics train_step(Rank& rank, Run& run, RankState& state, CheckpointSaver* 
   m.step = state.step;
   m.steps = run.steps();
   m.tokens = run.global_tokens();
-  m.forced_balanced = config.router.force == "balanced";
+  if (config.router.force == "balanced") m.router_forced = config.router.force;
   if (state.balance.kind != BalanceKind::None) m.balance_loss = totals.balance_loss;
   m.load = expert_load(totals.counts, run.plan.shape.num_experts);
   double most[] = {now_s() - began, double(rank.allocator->peak_bytes),
