@@ -86,7 +86,7 @@ StepMetrics Trainer::update(const StepTotals& totals) {
   StepMetrics m{.steps = config.train.steps,
                 .loss = totals.loss,
                 .gradient_norm = gradient_norm(rank, parameters),
-                .forced_balanced = config.router.force == "balanced",
+                .router_forced = config.router.force == "balanced" ? "balanced" : "",
                 .tokens = plan.step_tokens(),
                 .load = expert_load(totals.counts, plan.shape.num_experts)};
   if (balance.kind != BalanceKind::None) m.balance_loss = totals.balance_loss;
