@@ -6,7 +6,6 @@
 
 #include "app/arguments.h"
 #include "app/commands.h"
-#include "app/held_out.h"
 #include "app/model_folder.h"
 #include "core/json.h"
 #include "core/log.h"
