@@ -40,7 +40,8 @@ TokenFile open_token_file(const string& path) {
   const char* const end_of_file = file.map.data() + file.map.size();
   const auto refuse = [&](const string& what) { bad_input(path, what, "pith tokenize again"); };
   const auto read = [&](const char* at, const char* what, const char* order, NpyType least) {
-    NpyHeader array = parse_npy_header(at, end_of_file - at, path + " (" + what + ")");
+    const string place = at == file.map.data() ? path : path + " (" + what + ")";
+    NpyHeader array = parse_npy_header(at, end_of_file - at, place);
     if (array.shape.size() != 1 || array.type < least || array.type > NpyType::U8)
       refuse(text("does not hold %s %s (got %s of %zu dimensions, need %s to <u8 of one)", what,
                   order, name_of(array.type), array.shape.size(), name_of(least)));

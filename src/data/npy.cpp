@@ -1,8 +1,7 @@
 #include "data/npy.h"
 
 #include <algorithm>
-
-#include "core/json.h"
+#include <cstring>
 
 namespace pith {
 
@@ -21,18 +20,6 @@ int64_t NpyHeader::numel() const {
   return n;
 }
 
-// The Python literal {'descr': '<u2', 'fortran_order': False, 'shape': (3, 4), } as JSON: other
-// quotes and brackets, words in small letters, no comma before a bracket.
-static string as_json(string_view literal) {
-  string json;
-  for (const char c : literal) {
-    const size_t at = string_view("'()TF").find(c);
-    if (string_view("})").find(c) != string::npos && json.ends_with(',')) json.pop_back();
-    if (c != ' ' && c != '\n') json += at == string::npos ? c : "\"[]tf"[at];
-  }
-  return json;
-}
-
 NpyHeader parse_npy_header(const char* data, int64_t size, const string& place) {
   const auto refuse = [&](const string& what) {
     bad_input(place, what, "write or fetch the file again");
@@ -45,17 +32,22 @@ NpyHeader parse_npy_header(const char* data, int64_t size, const string& place) 
   const int64_t room = size - header.header_bytes;
   if (room < 0)
     refuse(text("is cut short (got %ld bytes, need a header of %ld)", size, header.header_bytes));
-  const Json json = Json::parse(as_json(string_view(data, header.header_bytes).substr(10)),
-                                place + ": NPY header");
-  const string type = json["descr"].as_string();
-  const auto known = std::ranges::find_if(kTypes, [&](auto& t) { return type == t.name; });
+  const string dict(data + 10, data + header.header_bytes);
+  char type[8] = "", fortran[8] = "";
+  int shape = 0;  // where it begins
+  sscanf(dict.c_str(), "{'descr': '%7[^']', 'fortran_order': %7[a-zA-Z], 'shape': (%n", type,
+         fortran, &shape);
+  if (shape == 0 || fortran != string("False"))
+    refuse("has a header that numpy does not write for an array in C order (got " + dict + ")");
+  const auto known = std::ranges::find_if(kTypes, [&](auto& t) { return t.name == string(type); });
   if (known == std::end(kTypes))
-    refuse("has an unknown dtype (got \"" + type + "\", need |u1, <u2, ...)");
+    refuse(text("has an unknown dtype (got \"%s\", need |u1, <u2, ...)", type));
   header.type = NpyType(known - kTypes);
-  if (json["fortran_order"].as_bool()) refuse("is in Fortran order (need C order)");
   int64_t bytes = known->bytes;
-  for (int64_t i = 0; i < json["shape"].size(); i++) {
-    header.shape.push_back(json["shape"][i].as_int(0));
+  const char* at = &dict[shape];
+  for (char* end = nullptr; *at != ')'; at = end + strspn(end, ", ")) {
+    header.shape.push_back(strtoll(at, &end, 10));
+    if (end == at || header.shape.back() < 0) refuse("has a bad shape (got " + dict + ")");
     const int64_t extent = std::max<int64_t>(header.shape.back(), 1);
     if (__builtin_mul_overflow(bytes, extent, &bytes)) refuse("has a shape that is too large");
   }
