@@ -81,19 +81,15 @@ int run_tokenize(int argc, char** argv) {
   string format = "auto", encoded;
   bool json = false;
   args.option("--tokenizer", o.tokenizer, "tokenizer.json, or the folder that holds it");
-  args.list("--input", o.inputs,
-            "files and folders (all below, hidden ones aside), or - for standard input", ' ');
+  args.list("--input", o.inputs, "files and folders, or - for standard input", ' ');
   args.option("--output", o.output, "folder for the token files");
   args.choice("--format", format, {"auto", "text", "jsonl"},
-              "auto: by name (.txt, .jsonl; also .gz, .zst, .zstd); text: each file is a "
-              "document; jsonl: each line is one");
+              "text: a file is a document; jsonl: a line is one; auto: as the file's name says");
   args.list("--include", o.include, "only files of these patterns: '*.c,*.h'", ',');
-  args.option("--join", o.join,
-              "put all documents into NAME-00000.bin and so on, instead of a token file each");
+  args.option("--join", o.join, "put all into NAME-00000.bin and so on, not into a file each");
   args.option("--key", o.key, "the JSON member that holds the text");
   args.option("--eos", o.eos, "end-of-text token; default: the tokenizer's own");
-  args.flag("--special-as-text", o.special_as_text,
-            "special tokens' text in documents is ordinary text");
+  args.flag("--special-as-text", o.special_as_text, "special tokens' text is ordinary text");
   args.flag("--skip-bad", o.skip_bad, "leave out malformed documents and list them");
   args.option("--threads", o.threads, "0: every core", 0, 1024);
   args.option("--decode", encoded, "print the text of FILE.bin, or of ids such as 9707,11");

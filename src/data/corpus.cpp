@@ -23,7 +23,6 @@
 #include "core/json.h"
 #include "core/log.h"
 #include "core/process.h"
-#include "data/corpus_plan.h"
 #include "data/tokenizer.h"
 
 namespace pith {
@@ -52,7 +51,6 @@ class SourceStream {
     close(fd_);
   }
 
-  // Up to kReadBytes; 0 at the end.
   size_t read(char* to) {
     if (!gzip_ && !zstd_) return read_stored(to);
     buffer_.resize(kReadBytes);
@@ -63,12 +61,11 @@ class SourceStream {
       if (begin_ < end_) continue;
       begin_ = 0;
       end_ = read_stored(buffer_.data());
-      if (end_ > 0) continue;
-      if (inside_) damaged("is truncated: its compressed data end in the middle");
-      return 0;
+      if (end_ == 0 && inside_) damaged("is truncated: its compressed data end in the middle");
+      if (end_ == 0) return 0;
     }
   }
-  int64_t stored_bytes = 0;  // read, before decompression
+  int64_t stored_bytes = 0;  // read so far
 
  private:
   size_t read_stored(char* to) {
@@ -110,16 +107,11 @@ class SourceStream {
   const string path_;
   const int fd_;
   const bool gzip_;
-  bool inside_ = true;  // a gzip member or zstd frame that has not ended
-  string buffer_;       // stored bytes, of which [begin_, end_) are not yet used
+  bool inside_ = true;  // of a gzip member or zstd frame
+  string buffer_;       // stored bytes; [begin_, end_) are not used yet
   size_t begin_ = 0, end_ = 0;
   z_stream inflater_{};
   ZSTD_DStream* zstd_ = nullptr;
-};
-
-struct BadDocument {
-  string place;  // "file:line"
-  string what;
 };
 
 // Part of a unit: about a MiB, or one larger document.
@@ -127,17 +119,17 @@ struct Batch {
   // Whole lines of a source, or a whole text file: raw[begin, end).
   struct Piece {
     const CorpusSource* source;
-    int64_t first_line;  // from 1
+    int64_t first_line;
     size_t begin, end;
   };
   string raw;
   vector<Piece> pieces;
   int64_t stored_bytes = 0;
-  bool last = false;              // of the unit
-  vector<string_view> documents;  // in `raw`
-  vector<BadDocument> bad;
+  bool last = false;
+  vector<string_view> documents;
+  vector<std::pair<string, string>> bad;  // "file:line", what is wrong
   vector<uint32_t> tokens;
-  vector<uint64_t> ends;  // of the documents, in `tokens`
+  vector<uint64_t> ends;  // of documents
 };
 
 class BatchReader {
@@ -192,13 +184,12 @@ class BatchReader {
   size_t next_ = 0;
   std::optional<SourceStream> stream_;
   int64_t line_ = 1;
-  string carry_;  // the begin of a line that the last batch did not end
+  string carry_;  // the begin of a line
 };
 
-// Parses line[0, n), line[n] being 0; `document` then points into it. Returns what is wrong.
+// Overwrites line[0, n), where line[n] is 0; `document` points into it. Returns what is wrong.
 string parse_line(char* line, size_t n, const string& key, string_view& document) {
-  // Python's json also takes NaN and Infinity, and so do files made by it. Iterative: deep nesting
-  // must not use up the stack.
+  // Python's json writes NaN and Infinity. Iterative: deep nesting must not use up the stack.
   constexpr unsigned kFlags = rapidjson::kParseIterativeFlag | rapidjson::kParseNanAndInfFlag;
   if (n > UINT32_MAX) return "longer than 4 GiB";
   if (!is_valid_utf8({line, n})) return "not valid UTF-8";
@@ -210,14 +201,13 @@ string parse_line(char* line, size_t n, const string& key, string_view& document
     return text("not valid JSON at byte %zu of the line: %s", json.GetErrorOffset() + 1,
                 rapidjson::GetParseError_En(json.GetParseError()));
   if (!json.IsObject()) return "not a JSON object";
-  const rapidjson::Value* found = nullptr;  // the last of several, as in Python
+  const rapidjson::Value* found = nullptr;  // the last, as in Python
   for (const auto& member : json.GetObject())
     if (key == string_view(member.name.GetString(), member.name.GetStringLength()))
       found = &member.value;
   if (!found) return text("no key \"%s\"", key.c_str());
   if (!found->IsString()) return text("the value of \"%s\" is not a string", key.c_str());
   document = {found->GetString(), found->GetStringLength()};
-  // Only an escape can have written that.
   if (!is_valid_utf8(document)) return text("half of a surrogate pair in \"%s\"", key.c_str());
   return "";
 }
@@ -234,7 +224,6 @@ string check_text(string_view document, int64_t& line) {
   }
 }
 
-// Overwrites batch.raw.
 void find_documents(Batch& batch, const string& key) {
   constexpr string_view kBom = "\xef\xbb\xbf";
   for (const Batch::Piece& piece : batch.pieces) {
@@ -289,7 +278,7 @@ struct LockedFile {
       bytes.remove_prefix(n);
     }
   }
-  // Puts `begin` at the begin of the file, and the file on disk.
+  // On disk, with `begin` at its begin.
   void complete(const string& begin) const {
     need_io(pwrite(fd, begin.data(), begin.size(), 0) == ssize_t(begin.size()) && fsync(fd) == 0,
             path, "cannot be completed");
@@ -299,8 +288,8 @@ struct LockedFile {
   bool held;
 };
 
-// A unit at work: claimed by the lock on its record, which holds the ends of the documents so far
-// and at last what the token file was made of.
+// A unit at work, claimed by the lock on its record, which holds the ends of its documents and at
+// last what the token file was made of.
 struct OpenUnit {
   explicit OpenUnit(const CorpusUnit& u)
       : unit(u), reader(u.sources), record(u.record, LOCK_EX | LOCK_NB) {}
@@ -327,7 +316,6 @@ struct OpenUnit {
     num_documents += batch.ends.size();
   }
 
-  // On disk, then under its name.
   void finish(NpyType type) {
     file->append(npy_header(NpyType::U8, {num_documents}));
     string block(1 << 20, '\0');
@@ -345,7 +333,7 @@ struct OpenUnit {
     sync_folder(folder_of(unit.path));
   }
 
-  // Batches that are being encoded; read first by those that have none.
+  // Batches not written yet.
   int64_t load() const { return reading ? INT64_MAX : batches_read - batches_written; }
 
   const CorpusUnit& unit;
@@ -397,7 +385,6 @@ class CorpusRun {
  private:
   using Lock = std::unique_lock<std::mutex>;
 
-  // Bytes to read.
   int64_t find_work() {
     int64_t bytes = 0;
     for (size_t i = 0; i < units_.size(); i++) {
@@ -408,22 +395,21 @@ class CorpusRun {
     return bytes;
   }
 
-  // A finished file must have been made by this command, from these sources as they are.
   bool is_finished(const CorpusUnit& unit) {
     if (!fs::exists(unit.path)) return false;
-    const bool ours = fs::exists(unit.record);
-    if (!ours || read_text_file(unit.record) != unit.identity)
-      bad_input(unit.path,
-                text("is there already, %s",
-                     ours ? "from other sources (names, sizes, times or --format differ)"
-                          : "but was not made by this command"),
+    const char* why = unit.sources[0].path == "-" ? "and standard input cannot be resumed"
+                      : !fs::exists(unit.record)  ? "but was not made by this command"
+                      : read_text_file(unit.record) != unit.identity
+                          ? "from other sources (names, sizes, times or --format differ)"
+                          : nullptr;
+    if (why)
+      bad_input(unit.path, text("is there already, %s", why),
                 "deleting it to make it again, or another --output");
     report_.files_done_before++;
     return true;
   }
 
-  // Writes tokenizer.json and corpus.json, or finds that they say the same; under a lock, because
-  // several processes may begin at once. Then marks the folder as not whole until a run completes.
+  // Under a lock, because several processes may begin at once. Marks the folder as not whole.
   void open_folder() const {
     const string &folder = options_.output, path = folder + "/corpus.json";
     JsonWriter w(2);
@@ -461,6 +447,7 @@ class CorpusRun {
         if (batch.last) std::erase(open_, unit);
         changed_.notify_all();
         lock.unlock();
+        find_documents(batch, options_.key);
         encode(batch, scratch);
         lock.lock();
         changed_.wait(lock, [&] { return error_ || unit->batches_written == turn; });
@@ -474,7 +461,7 @@ class CorpusRun {
     changed_.notify_all();
   }
 
-  // A unit to read on; null when nothing is left to read.
+  // Null when nothing is left to read.
   std::shared_ptr<OpenUnit> next_unit(Lock& lock) {
     while (!error_ && !stop_requested() && !(to_do_.empty() && open_.empty())) {
       if (!to_do_.empty() && int(open_.size()) < threads_ && claim_next()) continue;
@@ -485,7 +472,7 @@ class CorpusRun {
     return nullptr;
   }
 
-  // False when other processes are at work on all units that are left.
+  // False when other processes hold all that are left.
   bool claim_next() {
     const size_t i = to_do_.front();
     to_do_.pop_front();
@@ -503,7 +490,6 @@ class CorpusRun {
   }
 
   void encode(Batch& batch, EncodeScratch& scratch) const {
-    find_documents(batch, options_.key);
     const EncodeOptions options = {.parse_special = !options_.special_as_text};
     for (const string_view document : batch.documents) {
       tokenizer_.encode(document, batch.tokens, options, scratch);
@@ -512,15 +498,14 @@ class CorpusRun {
     }
   }
 
-  // Finishes the unit behind its last batch.
   void write(Lock& lock, OpenUnit& unit, Batch& batch) {
-    for (const BadDocument& bad : batch.bad) leave_out(bad);
+    for (const auto& [place, what] : batch.bad) leave_out(place, what);
     lock.unlock();
     unit.append(batch, type_);
     const bool make = batch.last && unit.num_documents > 0;
     if (make) unit.finish(type_);
     lock.lock();
-    if (batch.last && !make) leave_out({unit.unit.sources[0].path, "holds no document"});
+    if (batch.last && !make) leave_out(unit.unit.sources[0].path, "holds no document");
     unit.batches_written++;
     report_.files += make;
     report_.documents += batch.documents.size();
@@ -532,10 +517,9 @@ class CorpusRun {
     changed_.notify_all();
   }
 
-  void leave_out(const BadDocument& bad) const {
-    if (!options_.skip_bad)
-      bad_input(bad.place, bad.what, "--skip-bad to leave such documents out");
-    log_warning("left out: %s: %s", bad.place.c_str(), bad.what.c_str());
+  void leave_out(const string& place, const string& what) const {
+    if (!options_.skip_bad) bad_input(place, what, "--skip-bad to leave such documents out");
+    log_warning("left out: %s: %s", place.c_str(), what.c_str());
   }
 
   const CorpusOptions& options_;
@@ -547,9 +531,9 @@ class CorpusRun {
   NpyType type_;
   std::mutex mutex_;  // guards all below
   std::condition_variable changed_;
-  std::deque<size_t> to_do_;                // units that are not open here
-  size_t refused_ = 0;                      // claims since the last that was had
-  vector<std::shared_ptr<OpenUnit>> open_;  // not read to their end
+  std::deque<size_t> to_do_;
+  size_t refused_ = 0;                      // claims in a row
+  vector<std::shared_ptr<OpenUnit>> open_;  // not read to the end
   int64_t bytes_done_ = 0;
   CorpusReport report_;
   std::exception_ptr error_;

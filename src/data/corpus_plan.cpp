@@ -1,12 +1,13 @@
-#include "data/corpus_plan.h"
+// corpus_plan: which files become which token file.
 
 #include <fnmatch.h>
 #include <xxhash.h>
 
 #include <algorithm>
-#include <chrono>
 #include <filesystem>
 #include <map>
+
+#include "data/corpus.h"
 
 namespace pith {
 namespace fs = std::filesystem;
@@ -17,7 +18,7 @@ static bool cut_suffix(string& name, string_view suffix) {
   return true;
 }
 
-// Sets the format; returns the name without the suffixes.
+// Sets the format; returns the name without suffixes.
 static string classify(CorpusSource& source, CorpusFormat wanted) {
   string stem = source.name;
   for (const char* packed : {".gz", ".zst", ".zstd"})
@@ -32,8 +33,7 @@ static string classify(CorpusSource& source, CorpusFormat wanted) {
   return stem;
 }
 
-// Linked folders, which in source trees lead to the same files again, and the output are not
-// entered.
+// Linked folders are left out: in source trees they lead to the same files again.
 static vector<CorpusSource> find_sources(const string& input, const CorpusOptions& o) {
   if (input == "-") return {{"-", "stdin"}};
   vector<CorpusSource> found;
@@ -60,12 +60,10 @@ static vector<CorpusSource> find_sources(const string& input, const CorpusOption
 }
 
 static void add_source(CorpusUnit& unit, CorpusSource& source) {
-  // Standard input is never the same again.
-  const auto time =
-      source.path == "-" ? fs::file_time_type::clock::now() : fs::last_write_time(source.path);
-  const string all =
-      unit.identity + text("%s\t%ld\t%ld\t%d", source.name.c_str(), source.bytes,
-                           int64_t(time.time_since_epoch().count()), int(source.format));
+  std::error_code none;  // standard input has no time
+  const int64_t time = fs::last_write_time(source.path, none).time_since_epoch().count();
+  const string all = unit.identity + text("%s\t%ld\t%ld\t%d", source.name.c_str(), source.bytes,
+                                          time, int(source.format));
   unit.identity = std::to_string(XXH3_64bits(all.data(), all.size()));
   unit.bytes += source.bytes;
   unit.sources.push_back(std::move(source));
@@ -79,7 +77,7 @@ vector<CorpusUnit> plan_corpus(const CorpusOptions& o) {
     const string hidden = o.output + "/.pith/" + name;
     units.push_back({o.output + "/" + name + ".bin", hidden + ".part", hidden + ".sources"});
   };
-  std::map<string, string> taken;  // token file -> its source
+  std::map<string, string> taken;  // name -> its source
   vector<CorpusSource> sources;
   for (const string& input : o.inputs)
     std::ranges::move(find_sources(input, o), std::back_inserter(sources));

@@ -217,7 +217,7 @@ TEST(Corpus, EveryFormatGivesTheSameDocuments) {
     tokenize_corpus(from_pipe);
     EXPECT_EQ(difference(files_of(from_pipe.output), {{"stdin.bin", expected[c.is_text]}}), "");
     expect_part(error_of(kExitBadInput, [&] { tokenize_corpus(from_pipe); }),
-                "stdin.bin: is there already, from other sources");
+                "stdin.bin: is there already, and standard input cannot be resumed");
   }
   dup2(standard_input, 0);
 }
