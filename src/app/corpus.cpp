@@ -53,7 +53,7 @@ static void decode(const string& encoded, const string& tokenizer_option, bool j
   if (tokenizer_option.empty() && !is_file)
     bad_input("--decode", "needs a tokenizer for ids", "--tokenizer tokenizer.json");
   const string path =
-      tokenizer_option.empty() ? find_tokenizer(encoded) : tokenizer_of("", tokenizer_option);
+      tokenizer_option.empty() ? find_tokenizer(encoded) : tokenizer_file(tokenizer_option);
   if (path.empty())
     bad_input(encoded, "has no tokenizer.json in its folder or above", "--tokenizer PATH");
   (is_file ? decode_file : decode_ids)(encoded, Tokenizer::load(path), json);
@@ -102,7 +102,7 @@ int run_tokenize(int argc, char** argv) {
   if (o.tokenizer.empty() || o.inputs.empty() || o.output.empty())
     bad_input("pith tokenize", "needs --tokenizer, --input and --output", "--help");
   if (format != "auto") o.format = format == "text" ? CorpusFormat::Text : CorpusFormat::Jsonl;
-  o.tokenizer = tokenizer_of("", o.tokenizer);
+  o.tokenizer = tokenizer_file(o.tokenizer);
   const CorpusReport report = tokenize_corpus(o);
   print_report(report, json);
   return report.stopped ? kExitStopped : kExitDone;

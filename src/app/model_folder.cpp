@@ -27,6 +27,10 @@ ModelFolder open_model(const string& folder) {
   return m;
 }
 
+string tokenizer_file(const string& path) {
+  return fs::is_directory(path) ? path + "/tokenizer.json" : path;
+}
+
 string find_tokenizer(const string& path) {
   for (fs::path at = fs::absolute(path);; at = at.parent_path()) {
     if (fs::exists(at / "tokenizer.json")) return at / "tokenizer.json";

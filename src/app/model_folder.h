@@ -32,6 +32,8 @@ void with_model(const ModelFolder& model, int64_t length, Fn&& fn) {
   });
 }
 
+// `path`, or the tokenizer.json in it if it is a folder.
+string tokenizer_file(const string& path);
 // The tokenizer.json in the folder `path` or one above; empty if none.
 string find_tokenizer(const string& path);
 
