@@ -48,7 +48,7 @@ void append_char(string& out, uint32_t code);
 // Bytes of the valid UTF-8 at the front of `bytes`: its size if all of it is valid.
 size_t valid_utf8_prefix(string_view bytes);
 // `text` in NFC, into `out`. False, leaving `out` alone, when `text` is in NFC already.
-bool nfc(string_view text, string& out);
+bool to_nfc(string_view text, string& out);
 
 // ---- tokenizer_regex.cpp ----
 
@@ -155,7 +155,7 @@ class EncodeScratch {
   uint64_t owner_ = 0;
   vector<uint32_t> ids_, ranks_;  // of the word at hand
   SplitBuffers split_;
-  string normalized_, other_;
+  string normalized_;
 };
 
 class Bpe {

@@ -97,10 +97,6 @@ def variants():
                 "special_tokens": {t["content"]: {"id": t["content"], "ids": [t["id"]],
                                                   "tokens": [t["content"]]} for t in special[:2]}}
     nfc = {"type": "NFC"}
-    replace = {"type": "Sequence", "normalizers": [
-        {"type": "Replace", "pattern": {"String": "o"}, "content": "0"},
-        {"type": "Replace", "pattern": {"Regex": "\\s{3,}"}, "content": " "},
-        {"type": "Prepend", "prepend": "> "}, nfc]}
     for name, pattern in (("qwen2", vocabularies.QWEN2), ("cl100k", vocabularies.CL100K),
                           ("qwen3.5", vocabularies.QWEN35), ("o200k", vocabularies.O200K)):
         steps = sequence(split(pattern), BYTE_LEVEL)
@@ -115,7 +111,8 @@ def variants():
     yield "deepseek-v2", {"pre_tokenizer": sequence(
         *map(split, DEEPSEEK_V2), {"type": "Digits", "individual_digits": True}, BYTE_LEVEL),
                           "added_tokens": normalized}, {}
-    yield "flags", {"pre_tokenizer": GPT2, "added_tokens": flags, "normalizer": replace}, {}
+    yield "flags", {"pre_tokenizer": GPT2, "added_tokens": flags,
+                     "normalizer": {"type": "Sequence", "normalizers": [nfc]}}, {}
     yield "template", {"pre_tokenizer": GPT2, "added_tokens": special, "decoder": None,
                        "post_processor": {"type": "Sequence",
                                           "processors": [BYTE_LEVEL, template]}}, {}
