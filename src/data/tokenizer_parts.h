@@ -75,8 +75,6 @@ string escape_regex(const string& literal);
 
 // ---- tokenizer_split.cpp: text to words ----
 
-extern const char* const kGpt2Pattern;  // of `ByteLevel` with its own regular expression
-
 // Splits by hand-written code: the next words of `text`, at most `most`, are appended to `words`
 // and taken off `text`.
 using FastSplit = void (*)(string_view& text, vector<string_view>& words, size_t most);
@@ -167,7 +165,6 @@ class Bpe {
   // Merges, best first. `bytes` are the tokens' bytes by id, empty if it has none; they outlive
   // this. With `ignore_merges` a word that is a token always becomes that token.
   Bpe(const vector<Merge>& merges, const vector<string_view>& bytes, bool ignore_merges);
-  uint32_t id_of_byte(uint8_t byte) const { return byte_ids_[byte]; }
   // Appends the ids of each word to `out`. The cache of `scratch` must belong to this.
   void encode(const vector<string_view>& words, EncodeScratch& scratch,
               vector<uint32_t>& out) const;

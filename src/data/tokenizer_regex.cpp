@@ -9,8 +9,8 @@ namespace pith {
 
 // ---- Oniguruma's patterns as PCRE2's ----
 
-// Oniguruma has Unicode 16; PCRE2's own tables may be older, and its \s and \w differ. So
-// properties and these escapes become members of a class.
+// Oniguruma has Unicode 16; PCRE2's own tables may be older, and its \s differs. So
+// properties, \s and \d become members of a class.
 
 // Members of a class: what has a general category that starts with `category`.
 static string in_category(const string& category) {
@@ -25,18 +25,9 @@ static string in_category(const string& category) {
   return out;
 }
 
-static string class_of(char escape) {
-  if (escape == 's')
-    return "\\x{9}-\\x{d}\\x{20}\\x{85}\\x{a0}\\x{1680}\\x{2000}-\\x{200a}\\x{2028}\\x{2029}\\x{"
-           "202f}"
-           "\\x{205f}\\x{3000}";
-  if (escape == 'd') return in_category("Nd");
-  // \w: also some numbers of Latin-1, and letters in circles.
-  return in_category("L") + in_category("M") + in_category("Nd") + in_category("Nl") +
-         in_category("Pc") +
-         "\\x{b2}\\x{b3}\\x{b9}\\x{bc}-\\x{be}\\x{24b6}-\\x{24e9}\\x{1f130}-\\x{1f149}\\x{1f150}-"
-         "\\x{1f169}\\x{1f170}-\\x{1f189}";
-}
+static constexpr const char* kSpaces =
+    "\\x{9}-\\x{d}\\x{20}\\x{85}\\x{a0}\\x{1680}\\x{2000}-\\x{200a}\\x{2028}\\x{2029}\\x{202f}"
+    "\\x{205f}\\x{3000}";
 
 static string translate(const string& pattern, const string& place) {
   // What means the same in both, and what only looks so, at the front of what is left; the first
@@ -70,8 +61,8 @@ static string translate(const string& pattern, const string& place) {
           refuse(size);
         members = in_category(name);
         negated = next == 'P';
-      } else if (next && strchr("sSdDwW", next)) {
-        members = class_of(char(next | 0x20));
+      } else if (next && strchr("sSdD", next)) {
+        members = (next | 0x20) == 's' ? kSpaces : in_category("Nd");
         negated = isupper(next);
       } else if (!next || (isalnum(uint8_t(next)) && !strchr("rntfaexAz", next))) {
         refuse(2);

@@ -4,9 +4,6 @@ namespace pith {
 
 // ---- hand-written patterns ----
 
-const char* const kGpt2Pattern =
-    R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
-
 namespace {
 constexpr const char* kQwen2 = R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N})"
                                R"(| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
@@ -32,24 +29,20 @@ struct Splitter {
   const char* end;
 
   // Flags and size of the character at `p`; at the end of the text 0 and 0.
-  struct At {
-    uint32_t flags, size;
-  };
-  At at(const char* p) const {
+  Char at(const char* p) const {
     if (p >= end) return {0, 0};
-    const auto byte = uint8_t(*p);
-    if (byte < 0x80) return {flags[byte], 1};
+    if (uint8_t(*p) < 0x80) return {flags[uint8_t(*p)], 1};
     const Char c = decode_char(p);
     return {flags[c.code], c.size};
   }
 
   // The end of the characters with a flag of `mask`, or without any.
   const char* run(const char* p, uint32_t mask) const {
-    for (At c; (c = at(p)).flags & mask;) p += c.size;
+    for (Char c; (c = at(p)).code & mask;) p += c.size;
     return p;
   }
   const char* run_without(const char* p, uint32_t mask) const {
-    for (At c; !((c = at(p)).flags & mask) && c.size;) p += c.size;
+    for (Char c; !((c = at(p)).code & mask) && c.size;) p += c.size;
     return p;
   }
 
@@ -60,54 +53,43 @@ struct Splitter {
     return p;
   }
   const char* digits(const char* p, int most) const {
-    for (At c; most-- > 0 && (c = at(p)).flags & kNumber;) p += c.size;
+    for (Char c; most-- > 0 && (c = at(p)).code & kNumber;) p += c.size;
     return p;
   }
-  // 's|'t|'re|'ve|'m|'ll|'d, or with any_case (?i:...), which knows the long s too; `p` if none.
-  const char* contraction(const char* p, bool any_case) const {
+  // (?i:'s|'t|'re|'ve|'m|'ll|'d), which knows the long s too; `p` if there is none.
+  const char* contraction(const char* p) const {
     if (end - p < 2 || *p != '\'') return p;
-    const char fold = any_case ? 0x20 : 0;
-    const char a = char(p[1] | fold);
+    const char a = char(p[1] | 0x20);
     if (a == 's' || a == 't' || a == 'm' || a == 'd') return p + 2;
     if (end - p < 3) return p;
-    const char b = char(p[2] | fold);
-    if ((a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l')) return p + 3;
-    return any_case && p[1] == '\xc5' && p[2] == '\xbf' ? p + 3 : p;
+    const char b = char(p[2] | 0x20);
+    const bool two = ((a == 'r' || a == 'v') && b == 'e') || (a == 'l' && b == 'l');
+    return two || (p[1] == '\xc5' && p[2] == '\xbf') ? p + 3 : p;
   }
-  // \s*[\r\n]+ (if lines), \s+(?!\S), \s+
-  const char* spaces(const char* p, bool lines) const {
+  // \s*[\r\n]+|\s+(?!\S)|\s+
+  const char* spaces(const char* p) const {
     const char *q = p, *last = p, *line_end = nullptr;
-    for (At c; (c = at(q)).flags & kSpace;) {
+    for (Char c; (c = at(q)).code & kSpace;) {
       last = q;
       q += c.size;
       if (is_newline(last)) line_end = q;
     }
-    if (lines && line_end) return line_end;
+    if (line_end) return line_end;
     return q == end || last == p ? q : last;
-  }
-
-  const char* gpt2(const char* p) const {
-    if (const char* q = contraction(p, false); q > p) return q;
-    const char* q = p + (*p == ' ');
-    const At c = at(q);
-    for (const uint32_t mask : {kLetter, kNumber})
-      if (c.flags & mask) return run(q + c.size, mask);
-    if (c.size && !(c.flags & kSpace)) return run_without(q, kSpace | kLetter | kNumber);
-    return spaces(p, false);
   }
 
   // Words of `Word`: \p{L} or [\p{L}\p{M}]; up to `Digits` digits.
   template <uint32_t Word, int Digits>
   const char* cl100k(const char* p) const {
-    const At c = at(p);
+    const Char c = at(p);
     const char* second = p + c.size;
-    if (c.flags & Word) return run(second, Word);
-    if (c.flags & kNumber) return digits(p, Digits);
-    if (const char* q = contraction(p, true); q > p) return q;
-    if (!is_newline(p) && at(second).flags & Word) return run(second, Word);
+    if (c.code & Word) return run(second, Word);
+    if (c.code & kNumber) return digits(p, Digits);
+    if (const char* q = contraction(p); q > p) return q;
+    if (!is_newline(p) && at(second).code & Word) return run(second, Word);
     const char* q = p + (*p == ' ');
     const char* others = run_without(q, kSpace | Word | kNumber);
-    return others > q ? newlines(others) : spaces(p, true);
+    return others > q ? newlines(others) : spaces(p);
   }
 
   // O200k's U*W+: U letters that are not lower case, W those that are not upper case; some are
@@ -119,46 +101,45 @@ struct Splitter {
     while (upper > p) {  // the last that is both ends it
       const char* last = upper - 1;
       while ((*last & 0xc0) == 0x80) last--;
-      if (at(last).flags & kLower) return upper;
+      if (at(last).code & kLower) return upper;
       upper = last;
     }
     return nullptr;
   }
   const char* o200k(const char* p) const {
-    const At c = at(p);
-    if (c.flags & kNumber) return digits(p, 3);
+    const Char c = at(p);
+    if (c.code & kNumber) return digits(p, 3);
     const char* second = p + c.size;
-    const bool in_word = c.flags & (kUpper | kLower);
+    const bool in_word = c.code & (kUpper | kLower);
     const bool prefix =
-        !(c.flags & kLetter) && !is_newline(p) && at(second).flags & (kUpper | kLower);
+        !(c.code & kLetter) && !is_newline(p) && at(second).code & (kUpper | kLower);
     const char* word = prefix ? cased(second) : nullptr;
     if (!word && in_word) word = cased(p);
     if (!word && prefix) word = run(second, kUpper);
     if (!word && in_word) word = run(p, kUpper);
-    if (word) return contraction(word, true);
+    if (word) return contraction(word);
     const char* q = p + (*p == ' ');
     const char* others = run_without(q, kSpace | kLetter | kNumber);
-    return others > q ? newlines(others, true) : spaces(p, true);
+    return others > q ? newlines(others, true) : spaces(p);
   }
 
   // With what no alternative matches.
   const char* deepseek_v3(const char* p) const {
     constexpr uint32_t kWord = kLetter | kMark;
-    const At c = at(p);
+    const Char c = at(p);
     const char* second = p + c.size;
-    if (c.flags & kWord) return run(second, kWord);
-    if (c.flags & kPunct && c.size == 1) {
+    if (c.code & kWord) return run(second, kWord);
+    if (c.code & kPunct && c.size == 1) {
       const char* q = second;
       while (q < end && uint8_t(*q) < 0x80 && flags[uint8_t(*q)] & kLetter) q++;
       if (q > second) return q;
     }
-    if (!(c.flags & kPunct) && !is_newline(p) && at(second).flags & kWord)
-      return run(second, kWord);
+    if (!(c.code & kPunct) && !is_newline(p) && at(second).code & kWord) return run(second, kWord);
     const char* q = p + (*p == ' ');
     if (const char* others = run(q, kPunct); others > q) return newlines(others);
-    if (c.flags & kSpace) return spaces(p, true);
-    for (At next; (next = at(second)).size; second += next.size)
-      if (next.flags & (kWord | kPunct | kSpace) || at(second + next.size).flags & kWord) break;
+    if (c.code & kSpace) return spaces(p);
+    for (Char next; (next = at(second)).size; second += next.size)
+      if (next.code & (kWord | kPunct | kSpace) || at(second + next.size).code & kWord) break;
     return second;
   }
 };
@@ -179,7 +160,6 @@ const struct {
   const char* pattern;
   FastSplit split;
 } kFast[] = {
-    {kGpt2Pattern, fast_split<&Splitter::gpt2>},
     {kQwen2, fast_split<&Splitter::cl100k<kLetter, 1>>},
     {kCl100k, fast_split<&Splitter::cl100k<kLetter, 3>>},
     {kQwen35, fast_split<&Splitter::cl100k<kLetter | kMark, 1>>},

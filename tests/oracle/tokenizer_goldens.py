@@ -117,7 +117,7 @@ def variants():
                        "post_processor": {"type": "Sequence",
                                           "processors": [BYTE_LEVEL, template]}}, {}
     yield "digits", {"pre_tokenizer": sequence(
-        {"type": "Digits", "individual_digits": False}, split("\\w+|[^\\w\\s]"),
+        {"type": "Digits", "individual_digits": False}, split("[\\p{L}\\p{Nl}_]+|[^\\p{Lu}\\s]"),
         vocabularies.byte_level(add_prefix_space=True))}, {}
     yield "digit-each", {"pre_tokenizer": sequence(
         {"type": "Digits", "individual_digits": True}, BYTE_LEVEL)}, {}
