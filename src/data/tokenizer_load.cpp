@@ -207,7 +207,7 @@ static void read_pre_tokenizer(TokenizerTables& t, const Json& json) {
   } else if (type == "Digits") {
     t.steps.emplace_back(json["individual_digits"].as_bool() ? "\\p{N}" : "\\p{N}+", json.place());
   } else if (type == "ByteLevel") {
-    if (json["add_prefix_space"].as_bool()) t.steps.emplace_back();
+    if (json["add_prefix_space"].as_bool()) unsupported(json["add_prefix_space"], "true");
     if (json.bool_or("use_regex", true)) t.steps.emplace_back(kGpt2Pattern, json.place());
   } else {
     unsupported(json, "the pre-tokenizer " + type);

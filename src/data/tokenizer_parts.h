@@ -86,14 +86,12 @@ enum class SplitBehavior : uint8_t {
   Contiguous
 };
 
-// One step of the pre-tokenizer: cuts every piece of text at the matches of a pattern. A step
-// without one puts a space before each piece that does not start with one.
+// One step of the pre-tokenizer: cuts every piece of text at the matches of a pattern.
 struct SplitStep {
-  SplitStep() = default;
   SplitStep(const string& pattern, const string& place, SplitBehavior how = SplitBehavior::Isolated,
-            bool inverted = false, bool use_fast = true);
-  SplitBehavior behavior = SplitBehavior::Isolated;
-  bool invert = false;
+            bool inverted = false);
+  SplitBehavior behavior;
+  bool invert;
   FastSplit fast = nullptr;
   std::optional<Regex> regex;  // of a pattern that is not fast
 };
@@ -101,10 +99,9 @@ struct SplitStep {
 struct SplitBuffers {
   vector<string_view> pieces, next;
   vector<Match> matches;
-  string text;
   std::shared_ptr<void> room;
 };
-// All words of `text`, into buffers.pieces; they lie in `text` or in buffers.text.
+// All words of `text`, into buffers.pieces.
 void split(const vector<SplitStep>& steps, string_view text, SplitBuffers& buffers);
 
 // ---- tokenizer.cpp: added tokens ----

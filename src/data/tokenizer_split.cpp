@@ -7,12 +7,6 @@ namespace pith {
 namespace {
 constexpr const char* kQwen2 = R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N})"
                                R"(| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
-constexpr const char* kCl100k =
-    R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3})"
-    R"(| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
-constexpr const char* kQwen35 =
-    R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N})"
-    R"(| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
 constexpr const char* kO200k =
     R"([^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+)"
     R"((?i:'s|'t|'re|'ve|'m|'ll|'d)?|)"
@@ -52,10 +46,6 @@ struct Splitter {
     while (p < end && (is_newline(p) || (slash && *p == '/'))) p++;
     return p;
   }
-  const char* digits(const char* p, int most) const {
-    for (Char c; most-- > 0 && (c = at(p)).code & kNumber;) p += c.size;
-    return p;
-  }
   // (?i:'s|'t|'re|'ve|'m|'ll|'d), which knows the long s too; `p` if there is none.
   const char* contraction(const char* p) const {
     if (end - p < 2 || *p != '\'') return p;
@@ -78,17 +68,15 @@ struct Splitter {
     return q == end || last == p ? q : last;
   }
 
-  // Words of `Word`: \p{L} or [\p{L}\p{M}]; up to `Digits` digits.
-  template <uint32_t Word, int Digits>
-  const char* cl100k(const char* p) const {
+  const char* qwen2(const char* p) const {
     const Char c = at(p);
     const char* second = p + c.size;
-    if (c.code & Word) return run(second, Word);
-    if (c.code & kNumber) return digits(p, Digits);
+    if (c.code & kNumber) return second;
+    if (c.code & kLetter) return run(second, kLetter);
     if (const char* q = contraction(p); q > p) return q;
-    if (!is_newline(p) && at(second).code & Word) return run(second, Word);
+    if (!is_newline(p) && at(second).code & kLetter) return run(second, kLetter);
     const char* q = p + (*p == ' ');
-    const char* others = run_without(q, kSpace | Word | kNumber);
+    const char* others = run_without(q, kSpace | kLetter | kNumber);
     return others > q ? newlines(others) : spaces(p);
   }
 
@@ -108,8 +96,11 @@ struct Splitter {
   }
   const char* o200k(const char* p) const {
     const Char c = at(p);
-    if (c.code & kNumber) return digits(p, 3);
     const char* second = p + c.size;
+    if (c.code & kNumber) {
+      const char* third = at(second).code & kNumber ? second + at(second).size : second;
+      return third > second && at(third).code & kNumber ? third + at(third).size : third;
+    }
     const bool in_word = c.code & (kUpper | kLower);
     const bool prefix =
         !(c.code & kLetter) && !is_newline(p) && at(second).code & (kUpper | kLower);
@@ -160,9 +151,7 @@ const struct {
   const char* pattern;
   FastSplit split;
 } kFast[] = {
-    {kQwen2, fast_split<&Splitter::cl100k<kLetter, 1>>},
-    {kCl100k, fast_split<&Splitter::cl100k<kLetter, 3>>},
-    {kQwen35, fast_split<&Splitter::cl100k<kLetter | kMark, 1>>},
+    {kQwen2, fast_split<&Splitter::qwen2>},
     {kO200k, fast_split<&Splitter::o200k>},
     {kDeepSeekV3, fast_split<&Splitter::deepseek_v3>},
 };
@@ -170,30 +159,29 @@ const struct {
 
 // ---- steps ----
 
-SplitStep::SplitStep(const string& pattern, const string& place, SplitBehavior how, bool inverted,
-                     bool use_fast)
+SplitStep::SplitStep(const string& pattern, const string& place, SplitBehavior how, bool inverted)
     : behavior(how), invert(inverted) {
   for (const auto& known : kFast)
-    if (use_fast && how == SplitBehavior::Isolated && pattern == known.pattern) fast = known.split;
+    if (how == SplitBehavior::Isolated && pattern == known.pattern) fast = known.split;
   if (!fast) regex.emplace(pattern, place);
 }
 
-// Joins matches and what is between them as `behavior` says, into `pieces`.
-static void join(SplitBehavior behavior, bool invert, string_view text,
-                 const vector<Match>& matches, vector<string_view>& pieces) {
+// Joins matches and what is between them as the step says, into `pieces`.
+static void join(const SplitStep& step, string_view text, const vector<Match>& matches,
+                 vector<string_view>& pieces) {
   Match piece{0, 0, false};
   const auto flush = [&] {
-    const bool removed = behavior == SplitBehavior::Removed && piece.is_match;
+    const bool removed = step.behavior == SplitBehavior::Removed && piece.is_match;
     if (piece.begin < piece.end && !removed)
       pieces.push_back(text.substr(piece.begin, piece.end - piece.begin));
   };
   bool before = false;
   for (const Match& m : matches) {
-    const bool now = m.is_match != invert;
-    const bool joins = behavior == SplitBehavior::MergedWithPrevious ? now && !before
-                       : behavior == SplitBehavior::MergedWithNext   ? before && !now
-                       : behavior == SplitBehavior::Contiguous       ? now == before
-                                                                     : false;
+    const bool now = m.is_match != step.invert;
+    bool joins = false;
+    if (step.behavior == SplitBehavior::MergedWithPrevious) joins = now && !before;
+    if (step.behavior == SplitBehavior::MergedWithNext) joins = before && !now;
+    if (step.behavior == SplitBehavior::Contiguous) joins = now == before;
     if (!joins) {
       flush();
       piece = {m.begin, m.end, now};
@@ -204,32 +192,16 @@ static void join(SplitBehavior behavior, bool invert, string_view text,
   flush();
 }
 
-// Puts a space before every piece that does not start with one, into another text. (Only the last
-// component of a pre-tokenizer does this, so no piece lies in that text yet.)
-static void prefix_spaces(SplitBuffers& buffers) {
-  size_t size = 0;
-  for (const string_view piece : buffers.pieces) size += piece.size() + 1;
-  buffers.text.clear();
-  buffers.text.reserve(size);
-  for (const string_view piece : buffers.pieces) {
-    const size_t begin = buffers.text.size();
-    if (piece[0] != ' ') buffers.text += ' ';
-    buffers.text += piece;
-    buffers.next.emplace_back(buffers.text.data() + begin, buffers.text.size() - begin);
-  }
-}
-
 void split(const vector<SplitStep>& steps, string_view text, SplitBuffers& buffers) {
   buffers.pieces.assign(1, text);
   for (const SplitStep& step : steps) {
     buffers.next.clear();
-    if (!step.fast && !step.regex) prefix_spaces(buffers);
     for (string_view piece : buffers.pieces) {
-      if (step.regex) {
-        step.regex->matches(piece, buffers.room, buffers.matches);
-        join(step.behavior, step.invert, piece, buffers.matches, buffers.next);
-      } else if (step.fast) {
+      if (step.fast) {
         step.fast(piece, buffers.next, SIZE_MAX);
+      } else {
+        step.regex->matches(piece, buffers.room, buffers.matches);
+        join(step, piece, buffers.matches, buffers.next);
       }
     }
     buffers.pieces.swap(buffers.next);

@@ -171,7 +171,11 @@ static std::vector<std::string> words_of(const std::vector<SplitStep>& steps,
 static std::vector<SplitStep> steps_of(const std::string& name, bool use_fast) {
   std::vector<SplitStep> steps;
   const auto add = [&](const std::string& pattern) {
-    steps.emplace_back(pattern, name, SplitBehavior::Isolated, false, use_fast);
+    steps.emplace_back(pattern, name);
+    if (!use_fast && steps.back().fast) {
+      steps.back().fast = nullptr;
+      steps.back().regex.emplace(pattern, name);
+    }
   };
   const Json json = Json::parse(golden_text(name), name)["pre_tokenizer"]["pretokenizers"];
   for (int64_t i = 0; i + 1 < json.size(); i++) add(json[i]["pattern"]["Regex"].as_string());
@@ -179,7 +183,7 @@ static std::vector<SplitStep> steps_of(const std::string& name, bool use_fast) {
 }
 
 TEST(SlowTokenizer, FastSplittersEqualTheirPatterns) {
-  for (const char* name : {"qwen2", "cl100k", "qwen3.5", "o200k", "deepseek-v3"}) {
+  for (const char* name : {"qwen2", "o200k", "deepseek-v3"}) {
     const std::vector<SplitStep> plain = steps_of(name, false), fast = steps_of(name, true);
     ASSERT_TRUE(fast.back().fast) << name;
     std::mt19937 rng(7);

@@ -104,8 +104,6 @@ def variants():
                      "normalizer": nfc if name.startswith("qwen") else None}, {
                          "ignore_merges": name == "o200k"}
     yield "gpt2", {"pre_tokenizer": GPT2, "added_tokens": special}, {"string_merges": True}
-    yield "gpt2-prefix", {"pre_tokenizer": vocabularies.byte_level(
-        use_regex=True, add_prefix_space=True), "added_tokens": special}, {}
     yield "deepseek-v3", {"pre_tokenizer": sequence(*map(split, DEEPSEEK_V3), BYTE_LEVEL),
                           "added_tokens": normalized}, {}
     yield "deepseek-v2", {"pre_tokenizer": sequence(
@@ -118,7 +116,7 @@ def variants():
                                           "processors": [BYTE_LEVEL, template]}}, {}
     yield "digits", {"pre_tokenizer": sequence(
         {"type": "Digits", "individual_digits": False}, split("[\\p{L}\\p{Nl}_]+|[^\\p{Lu}\\s]"),
-        vocabularies.byte_level(add_prefix_space=True))}, {}
+        BYTE_LEVEL)}, {}
     yield "digit-each", {"pre_tokenizer": sequence(
         {"type": "Digits", "individual_digits": True}, BYTE_LEVEL)}, {}
     for behavior in ("Removed", "Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous"):
