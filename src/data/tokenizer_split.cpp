@@ -98,8 +98,9 @@ struct Splitter {
     const Char c = at(p);
     const char* second = p + c.size;
     if (c.code & kNumber) {
-      const char* third = at(second).code & kNumber ? second + at(second).size : second;
-      return third > second && at(third).code & kNumber ? third + at(third).size : third;
+      const char* q = second;
+      for (int i = 1; i < 3 && at(q).code & kNumber; i++) q += at(q).size;
+      return q;
     }
     const bool in_word = c.code & (kUpper | kLower);
     const bool prefix =
