@@ -43,6 +43,8 @@ class Tokenizer : TokenizerTables {
   // Throws bad_input, naming the part, for a file that is missing, damaged, or uses what is not
   // supported. The file's truncation and padding are not applied.
   static Tokenizer load(const string& path);
+  Tokenizer(Tokenizer&&) = default;
+  Tokenizer& operator=(Tokenizer&&) = default;
 
   // Appends the ids of `utf8`. Throws bad_input with the byte offset where it is not valid UTF-8.
   void encode(string_view utf8, vector<uint32_t>& out, EncodeOptions options,
@@ -58,13 +60,14 @@ class Tokenizer : TokenizerTables {
   string_view token_text(uint32_t id) const { return id < texts.size() ? texts[id] : ""; }
   bool is_special(uint32_t id) const { return id < special.size() && special[id]; }
   // End-of-text, from the first of: eos_token in a tokenizer_config.json beside the file;
-  // eos_token_id in a config.json beside it (the first of a list); an added token with a well-known
-  // name, such as <|endoftext|>. A named token that the vocabulary lacks is bad_input at load.
+  // eos_token_id in a config.json beside it (the first of a list); a token with a well-known name,
+  // such as <|endoftext|>. A named token that the vocabulary lacks is bad_input at load.
   std::optional<uint32_t> eos_id() const { return eos; }
   // XXH3 of tokenizer.json's bytes.
   uint64_t fingerprint() const { return file_hash; }
 
  private:
+  Tokenizer() = default;
   void encode_text(string_view text, bool normalized, bool parse_special, EncodeScratch& scratch,
                    vector<uint32_t>& out) const;
   void encode_words(string_view text, EncodeScratch& scratch, vector<uint32_t>& out) const;

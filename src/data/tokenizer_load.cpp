@@ -190,20 +190,27 @@ static void read_added(TokenizerTables& t, const Json& tokens) {
 
 // ---- components ----
 
+// A regular expression that matches `literal`.
+static string escape(const string& literal) {
+  string out;
+  for (const char c : literal) out += isalnum(c) || c < 0 ? string(1, c) : string("\\") + c;
+  return out;
+}
+
 static void read_pre_tokenizer(TokenizerTables& t, const Json& json) {
   static const char* const kBehaviors[] = {"Removed", "Isolated", "MergedWithPrevious",
                                            "MergedWithNext", "Contiguous"};
   const string type = type_of(json);
   if (type == "Split") {
     const Json pattern = json["pattern"];
-    const bool has_text = pattern.has("String");
+    const string regex = pattern.has("String") ? escape(pattern["String"].as_string())
+                                               : pattern["Regex"].as_string();
     const string behavior = json["behavior"].as_string();
     const auto at = std::find(std::begin(kBehaviors), std::end(kBehaviors), behavior);
     if (at == std::end(kBehaviors)) unsupported(json["behavior"], behavior);
-    t.steps.emplace_back(
-        has_text ? escape_regex(pattern["String"].as_string()) : pattern["Regex"].as_string(),
-        pattern.place(), static_cast<SplitBehavior>(at - std::begin(kBehaviors)),
-        json["invert"].as_bool());
+    t.steps.emplace_back(regex, pattern.place(),
+                         static_cast<SplitBehavior>(at - std::begin(kBehaviors)),
+                         json["invert"].as_bool());
   } else if (type == "Digits") {
     t.steps.emplace_back(json["individual_digits"].as_bool() ? "\\p{N}" : "\\p{N}+", json.place());
   } else if (type == "ByteLevel") {
@@ -215,51 +222,41 @@ static void read_pre_tokenizer(TokenizerTables& t, const Json& json) {
 }
 
 static void read_template(TokenizerTables& t, const Json& json) {
-  if (!t.prefix.empty() || !t.suffix.empty()) unsupported(json, "a second template");
   const Json single = json["single"];
-  bool behind = false;
+  int64_t sequences = 0;
   for (int64_t i = 0; i < single.size(); i++) {
-    const Json piece = single[i];
-    if (piece.has("Sequence")) {
-      if (behind || piece["Sequence"]["id"].as_string() != "A")
-        unsupported(piece, "another sequence");
-      behind = true;
-      continue;
-    }
-    const string name = piece["SpecialToken"]["id"].as_string();
+    sequences += single[i].has("Sequence");
+    if (single[i].has("Sequence")) continue;
+    const string name = single[i]["SpecialToken"]["id"].as_string();
     for (const int64_t id : json["special_tokens"][name]["ids"].as_ints()) {
       if (!is_token(t, id))
         bad_input(json.place() + ".special_tokens." + name, text("is no token (got id %ld)", id),
                   kRefetch);
-      (behind ? t.suffix : t.prefix).push_back(uint32_t(id));
+      (sequences ? t.suffix : t.prefix).push_back(uint32_t(id));
     }
   }
-  if (!behind) unsupported(single, "a template without the text");
+  if (sequences != 1) unsupported(single, text("%ld sequences", sequences));
 }
 
-// ---- end-of-text ----
-
-// The token that `key` of a file beside tokenizer.json names: a string, an object with "content",
-// or an id or a list of ids, of which the first counts.
-static std::optional<uint32_t> named_token(const TokenizerTables& t, const char* file,
-                                           const char* key) {
-  const string path = (std::filesystem::path(t.path).parent_path() / file).string();
-  if (!std::filesystem::exists(path)) return std::nullopt;
-  const Json json = Json::parse_file(path);
-  if (!json.has(key) || json[key].is_null()) return std::nullopt;
-  Json value = json[key];
-  if (value.is_array()) value = value[0];
-  if (value.is_object()) value = value["content"];
-  const uint32_t id = value.is_int() ? value.as_int(0, kMostIds) : find(t, value.as_string());
-  if (!is_token(t, id))
-    bad_input(value.place(), "is no token of " + t.path + " (got " + value.dump() + ")",
-              "use the files of one model");
-  return id;
-}
-
+// In the files beside tokenizer.json a token is a string, an object with "content", an id, or a
+// list of ids, of which the first counts.
 static std::optional<uint32_t> find_eos(const TokenizerTables& t) {
-  if (const auto id = named_token(t, "tokenizer_config.json", "eos_token")) return id;
-  if (const auto id = named_token(t, "config.json", "eos_token_id")) return id;
+  static const std::pair<const char*, const char*> kPlaces[] = {
+      {"tokenizer_config.json", "eos_token"}, {"config.json", "eos_token_id"}};
+  for (const auto& [file, key] : kPlaces) {
+    const string path = (std::filesystem::path(t.path).parent_path() / file).string();
+    if (!std::filesystem::exists(path)) continue;
+    const Json json = Json::parse_file(path);
+    if (!json.has(key) || json[key].is_null()) continue;
+    Json value = json[key];
+    if (value.is_array()) value = value[0];
+    if (value.is_object()) value = value["content"];
+    const uint32_t id = value.is_int() ? value.as_int(0, kMostIds) : find(t, value.as_string());
+    if (!is_token(t, id))
+      bad_input(value.place(), "is no token of " + t.path + " (got " + value.dump() + ")",
+                "use the files of one model");
+    return id;
+  }
   for (const char* name : {"<|endoftext|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|return|>",
                            "<|end_of_text|>", "<|im_end|>", "<eos>", "</s>"})
     if (const uint32_t id = find(t, name); id != kNoId) return id;

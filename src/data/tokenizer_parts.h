@@ -71,7 +71,6 @@ class Regex {
   bool jit_ = false, may_be_empty_ = false;
   std::array<bool, 256> starts_{};  // bytes that a match may start with
 };
-string escape_regex(const string& literal);
 
 // ---- tokenizer_split.cpp: text to words ----
 

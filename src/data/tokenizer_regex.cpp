@@ -30,9 +30,7 @@ static constexpr const char* kSpaces =
     "\\x{205f}\\x{3000}";
 
 static string translate(const string& pattern, const string& place) {
-  // What means the same in both, and what only looks so, at the front of what is left; the first
-  // that matches counts.
-  static const char* const kSame[] = {
+  static const char* const kGroups[] = {
       "(?:", "(?=", "(?!", "(?>", "(?<=", "(?<!", "(?i)", "(?i:", "(?-i)", "(?-i:"};
   string out;
   bool in_class = false;
@@ -51,12 +49,10 @@ static string translate(const string& pattern, const string& place) {
     if (c == '\\') {
       size = 2;
       if (next == 'p' || next == 'P') {
-        const size_t end = rest.find('}');
-        const bool braces = rest.size() > 2 && rest[2] == '{';
-        if (rest.size() < 3 || (braces && end == rest.npos)) refuse(3);
-        const string name(braces ? rest.substr(3, end - 3) : rest.substr(2, 1));
-        size = braces ? end + 1 : 3;
-        if (name.empty() || name.size() > 2 || !strchr("LMNPSZ", name[0]) ||
+        size = rest.find('}') + 1;
+        if (rest.size() < 4 || rest[2] != '{' || size < 5) refuse(3);
+        const string name(rest.substr(3, size - 4));
+        if (name.size() > 2 || !strchr("LMNPSZ", name[0]) ||
             (name.size() == 2 && !strchr("ultmoncedsifkp", name[1])))
           refuse(size);
         members = in_category(name);
@@ -76,8 +72,8 @@ static string translate(const string& pattern, const string& place) {
       if (rest.substr(size).starts_with("]")) refuse(size + 1);
     } else if (rest.starts_with("(?")) {
       size = 0;
-      for (const char* same : kSame)
-        if (rest.starts_with(same)) size = strlen(same);
+      for (const char* group : kGroups)
+        if (rest.starts_with(group)) size = strlen(group);
       if (!size) refuse(4);
     } else if (c == '{') {
       // {n}, {n,} and {n,m}, not followed by +, which Oniguruma reads as another repetition.
@@ -91,15 +87,6 @@ static string translate(const string& pattern, const string& place) {
       refuse(size);
     else
       out += in_class ? members : (negated ? "[^" : "[") + members + "]";
-  }
-  return out;
-}
-
-string escape_regex(const string& literal) {
-  string out;
-  for (const char c : literal) {
-    if (c && strchr("\\.+*?()|[]{}^$#&-~", c)) out += '\\';
-    out += c;
   }
   return out;
 }
