@@ -41,36 +41,17 @@ const AddedToken* AddedTokens::find(string_view text, size_t from, size_t& begin
 
 // ---- encode ----
 
-string_view Tokenizer::normalize(string_view text, string& buffer, string& other) const {
-  for (const NormalizerStep& step : normalizer_) {
-    if (text.empty()) return text;
-    if (!step.pattern) {
-      if (!nfc(text, other)) continue;
-    } else {
-      vector<Match> matches;
-      std::shared_ptr<void> room;
-      step.pattern->matches(text, room, matches);
-      other.clear();
-      for (const Match& m : matches)
-        other += m.is_match ? string_view(step.replacement) : text.substr(m.begin, m.end - m.begin);
-    }
-    buffer.swap(other);
-    text = buffer;
-  }
-  return text;
-}
-
 void Tokenizer::encode_words(string_view text, EncodeScratch& scratch,
                              vector<uint32_t>& out) const {
   SplitBuffers& buffers = scratch.split_;
-  if (steps_.size() != 1 || !steps_[0].fast) {
-    split(steps_, text, buffers);
-    return bpe_.encode(buffers.pieces, scratch, out);
+  if (steps.size() != 1 || !steps[0].fast) {
+    split(steps, text, buffers);
+    return bpe.encode(buffers.pieces, scratch, out);
   }
   while (!text.empty()) {  // some words at a time stay in the processor's cache
     buffers.pieces.clear();
-    steps_[0].fast(text, buffers.pieces, 256);
-    bpe_.encode(buffers.pieces, scratch, out);
+    steps[0].fast(text, buffers.pieces, 256);
+    bpe.encode(buffers.pieces, scratch, out);
   }
 }
 
@@ -96,10 +77,10 @@ void Tokenizer::encode_text(string_view text, bool normalized, bool parse_specia
     const string_view part = text.substr(begin, end - begin);
     if (part.empty()) return;
     if (normalized) return encode_words(part, scratch, out);
-    encode_text(normalize(part, scratch.normalized_, scratch.other_), true, parse_special, scratch,
-                out);
+    const bool changed = nfc && to_nfc(part, scratch.normalized_);
+    encode_text(changed ? scratch.normalized_ : part, true, parse_special, scratch, out);
   };
-  const AddedTokens& tokens = normalized ? added_normalized_ : added_;
+  const AddedTokens& tokens = normalized ? added_normalized : added;
   size_t done = 0, from = 0, begin = 0;
   while (const AddedToken* token = tokens.find(text, from, begin)) {
     size_t end = from = begin + token->content.size();
@@ -121,31 +102,31 @@ void Tokenizer::encode(string_view utf8, vector<uint32_t>& out, EncodeOptions op
                        EncodeScratch& scratch) const {
   const size_t valid = valid_utf8_prefix(utf8);
   if (valid < utf8.size())
-    bad_input(path_, text("the text to encode is no UTF-8 (got a bad byte at %zu)", valid),
+    bad_input(path, text("the text to encode is no UTF-8 (got a bad byte at %zu)", valid),
               "replace what is invalid");
-  scratch.use(fingerprint_);
-  if (options.add_special) out.insert(out.end(), prefix_.begin(), prefix_.end());
+  scratch.use(file_hash);
+  if (options.add_special) out.insert(out.end(), prefix.begin(), prefix.end());
   encode_text(utf8, false, options.parse_special, scratch, out);
-  if (options.add_special) out.insert(out.end(), suffix_.begin(), suffix_.end());
+  if (options.add_special) out.insert(out.end(), suffix.begin(), suffix.end());
 }
 
 // ---- decode ----
 
-string Tokenizer::decode(std::span<const uint32_t> ids, SpecialTokens special) const {
-  string bytes;
+string Tokenizer::decode(std::span<const uint32_t> tokens, SpecialTokens which) const {
+  string out;
   bool first = true;
-  for (const uint32_t id : ids) {
-    if (token_text(id).empty() || (special == SpecialTokens::Skip && is_special(id))) continue;
-    if (join_with_space_ && !first) bytes += ' ';
-    bytes += join_with_space_ || bytes_[id].empty() ? texts_[id] : bytes_[id];
+  for (const uint32_t id : tokens) {
+    if (token_text(id).empty() || (which == SpecialTokens::Skip && is_special(id))) continue;
+    if (join_with_space && !first) out += ' ';
+    out += join_with_space || bytes[id].empty() ? texts[id] : bytes[id];
     first = false;
   }
-  return replace_invalid_utf8(bytes);
+  return replace_invalid_utf8(out);
 }
 
 std::optional<uint32_t> Tokenizer::id_of(string_view token) const {
-  const auto known = ids_.find(token);
-  return known == ids_.end() ? std::nullopt : std::optional(known->second);
+  const auto known = ids.find(token);
+  return known == ids.end() ? std::nullopt : std::optional(known->second);
 }
 
 }  // namespace pith

@@ -20,58 +20,57 @@ struct EncodeOptions {
 
 enum class SpecialTokens : uint8_t { Keep, Skip };
 
-class Tokenizer {
+// What tokenizer.json says.
+struct TokenizerTables {
+  string path;
+  uint64_t file_hash = 0;
+  std::deque<string> strings;  // where the tokens' text and bytes lie
+  vector<string_view> texts;   // by id; empty: no token
+  vector<string_view> bytes;   // by id: what it stands for; empty: its text
+  vector<bool> special;        // by id
+  std::unordered_map<string_view, uint32_t> ids;
+  AddedTokens added, added_normalized;  // found before and after normalization
+  bool nfc = false;
+  vector<SplitStep> steps;
+  Bpe bpe;
+  vector<uint32_t> prefix, suffix;  // from the post-processor
+  bool join_with_space = false;     // there is no decoder
+  std::optional<uint32_t> eos;
+};
+
+class Tokenizer : TokenizerTables {
  public:
   // Throws bad_input, naming the part, for a file that is missing, damaged, or uses what is not
   // supported. The file's truncation and padding are not applied.
   static Tokenizer load(const string& path);
+  Tokenizer(Tokenizer&&) = default;
+  Tokenizer& operator=(Tokenizer&&) = default;
 
   // Appends the ids of `utf8`. Throws bad_input with the byte offset where it is not valid UTF-8.
   void encode(string_view utf8, vector<uint32_t>& out, EncodeOptions options,
               EncodeScratch& scratch) const;
-  // The text of `ids`; bytes that do not form UTF-8 become U+FFFD, ids without a token nothing, as
-  // in Hugging Face.
-  string decode(std::span<const uint32_t> ids, SpecialTokens special) const;
+  // The text of `tokens`; bytes that do not form UTF-8 become U+FFFD, ids without a token nothing,
+  // as in Hugging Face.
+  string decode(std::span<const uint32_t> tokens, SpecialTokens which) const;
 
-  uint32_t vocab_size() const { return texts_.size(); }  // largest id plus one
+  uint32_t vocab_size() const { return uint32_t(texts.size()); }  // largest id plus one
   std::optional<uint32_t> id_of(string_view token) const;
   // The token as the vocabulary writes it ("Ġthe"), which lives as long as the tokenizer; empty for
   // an id without one.
-  string_view token_text(uint32_t id) const { return id < texts_.size() ? texts_[id] : ""; }
-  bool is_special(uint32_t id) const { return id < special_.size() && special_[id]; }
+  string_view token_text(uint32_t id) const { return id < texts.size() ? texts[id] : ""; }
+  bool is_special(uint32_t id) const { return id < special.size() && special[id]; }
   // End-of-text, from the first of: eos_token in a tokenizer_config.json beside the file;
-  // eos_token_id in a config.json beside it (the first of a list); an added token with a well-known
-  // name, such as <|endoftext|>. A named token that the vocabulary lacks is bad_input at load.
-  std::optional<uint32_t> eos_id() const { return eos_; }
+  // eos_token_id in a config.json beside it (the first of a list); a token with a well-known name,
+  // such as <|endoftext|>. A named token that the vocabulary lacks is bad_input at load.
+  std::optional<uint32_t> eos_id() const { return eos; }
   // XXH3 of tokenizer.json's bytes.
-  uint64_t fingerprint() const { return fingerprint_; }
+  uint64_t fingerprint() const { return file_hash; }
 
  private:
-  friend class TokenizerLoader;
-  // A step of the normalizer: replaces matches of `pattern`; without one, NFC.
-  struct NormalizerStep {
-    std::optional<Regex> pattern;
-    string replacement;
-  };
-  string_view normalize(string_view text, string& buffer, string& other) const;
+  Tokenizer() = default;
   void encode_text(string_view text, bool normalized, bool parse_special, EncodeScratch& scratch,
                    vector<uint32_t>& out) const;
   void encode_words(string_view text, EncodeScratch& scratch, vector<uint32_t>& out) const;
-
-  string path_;
-  uint64_t fingerprint_ = 0;
-  std::deque<string> strings_;  // where the tokens' text and bytes lie
-  vector<string_view> texts_;   // by id; empty: no token
-  vector<string_view> bytes_;   // by id: what it stands for; empty: its text
-  vector<bool> special_;        // by id
-  std::unordered_map<string_view, uint32_t> ids_;
-  AddedTokens added_, added_normalized_;  // found before and after normalization
-  vector<NormalizerStep> normalizer_;
-  vector<SplitStep> steps_;
-  Bpe bpe_;
-  vector<uint32_t> prefix_, suffix_;  // from the post-processor
-  bool join_with_space_ = false;      // there is no decoder
-  std::optional<uint32_t> eos_;
 };
 
 bool is_valid_utf8(string_view bytes);

@@ -92,24 +92,6 @@ void EncodeScratch::use(uint64_t tokenizer) {
   owner_ = tokenizer;
 }
 
-// The key of a word of less than 32 bytes; up to `end` may be read.
-static void set_key(uint64_t (&key)[4], string_view word, const char* end) {
-  static constexpr uint64_t kMask[8] = {UINT64_MAX, UINT64_MAX, UINT64_MAX, UINT64_MAX};
-  memset(key, 0, sizeof key);
-  if (end - word.data() >= 32) {
-    const char* mask = reinterpret_cast<const char*>(kMask) + 32 - word.size();
-    for (int i = 0; i < 4; i++) {
-      uint64_t bytes, keep;
-      memcpy(&bytes, word.data() + 8 * i, 8);
-      memcpy(&keep, mask + 8 * i, 8);
-      key[i] = bytes & keep;
-    }
-  } else {
-    memcpy(key, word.data(), word.size());
-  }
-  key[3] |= uint64_t{word.size()} << 56;
-}
-
 void Bpe::encode(const vector<string_view>& words, EncodeScratch& scratch,
                  vector<uint32_t>& out) const {
   using Entry = EncodeScratch::Entry;
@@ -122,7 +104,9 @@ void Bpe::encode(const vector<string_view>& words, EncodeScratch& scratch,
     for (size_t i = 0; i < batch; i++) {
       const string_view word = words[done + i];
       if (!is_short(word)) continue;
-      set_key(keys[i].key, word, words.back().data() + words.back().size());
+      memset(keys[i].key, 0, sizeof Entry::key);
+      memcpy(keys[i].key, word.data(), word.size());
+      keys[i].key[3] |= uint64_t{word.size()} << 56;
       slots[i] = &scratch.cache_[XXH3_64bits(keys[i].key, sizeof Entry::key) & last_slot];
       __builtin_prefetch(slots[i]);
     }

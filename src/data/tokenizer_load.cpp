@@ -14,6 +14,8 @@ namespace pith {
 
 static const char* const kRefetch = "fetch the file again";
 static const char* const kOther = "a byte-level BPE tokenizer, as Qwen, DeepSeek and GPT-OSS have";
+static const char* const kGpt2Pattern =
+    R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
 static constexpr uint32_t kMostIds = 1u << kIdBits, kMostMerges = 1u << kRankBits;
 
 // The byte that one of GPT-2's characters stands for, or -1. Visible Latin-1 stands for itself, the
@@ -62,123 +64,110 @@ static vector<Json> components(const Json& json, const char* members) {
   return out;
 }
 
-class TokenizerLoader {
- public:
-  explicit TokenizerLoader(const string& path) { t_.path_ = path; }
-  Tokenizer load();
+static string_view keep(TokenizerTables& t, string text) {
+  return t.strings.emplace_back(std::move(text));
+}
 
- private:
-  Json parse();
-  void read_model(const Json& model);
-  vector<Bpe::Merge> read_merges();
-  void read_added(const Json& tokens);
-  void read_normalizer(const Json& json);
-  void read_pre_tokenizer(const Json& json);
-  void read_template(const Json& json);
-  std::optional<uint32_t> named_token(const char* file, const char* key);
-  std::optional<uint32_t> find_eos();
+static uint32_t find(const TokenizerTables& t, string_view token) {
+  const auto known = t.ids.find(token);
+  return known == t.ids.end() ? kNoId : known->second;
+}
 
-  uint32_t find(string_view token) const { return t_.id_of(token).value_or(kNoId); }
-  void set_token(uint32_t id, string_view name, string_view text);
-  string_view keep(string text) { return t_.strings_.emplace_back(std::move(text)); }
+static bool is_token(const TokenizerTables& t, uint64_t id) {
+  return id < t.texts.size() && !t.texts[id].empty();
+}
 
-  Tokenizer t_;
-  rapidjson::Document document_;
-  Value vocabulary_, merges_;
-};
-
-// Parses the file in place, and returns all of it but the large vocabulary_ and merges_.
-Json TokenizerLoader::parse() {
-  string& file = t_.strings_.emplace_back(read_text_file(t_.path_));
-  t_.fingerprint_ = XXH3_64bits(file.data(), file.size());
-  document_.ParseInsitu<rapidjson::kParseValidateEncodingFlag | rapidjson::kParseIterativeFlag>(
+// Parses the file in place, and returns all of it but the large `vocabulary` and `merges`.
+static Json parse(TokenizerTables& t, rapidjson::Document& document, Value& vocabulary,
+                  Value& merges) {
+  string& file = t.strings.emplace_back(read_text_file(t.path));
+  t.file_hash = XXH3_64bits(file.data(), file.size());
+  document.ParseInsitu<rapidjson::kParseValidateEncodingFlag | rapidjson::kParseIterativeFlag>(
       file.data());
-  if (document_.HasParseError())
-    bad_input(t_.path_,
+  if (document.HasParseError())
+    bad_input(t.path,
               text("is damaged or cut short: %s (got that at byte %zu of %zu)",
-                   rapidjson::GetParseError_En(document_.GetParseError()),
-                   document_.GetErrorOffset(), file.size()),
+                   rapidjson::GetParseError_En(document.GetParseError()), document.GetErrorOffset(),
+                   file.size()),
               kRefetch);
-  if (!document_.IsObject() || !document_.HasMember("model") || !document_["model"].IsObject())
-    bad_input(t_.path_, "is no tokenizer.json: it has no \"model\"", kRefetch);
-  Value& model = document_["model"];
-  if (model.HasMember("vocab")) vocabulary_ = model["vocab"];
-  if (model.HasMember("merges")) merges_ = model["merges"];
+  if (!document.IsObject() || !document.HasMember("model") || !document["model"].IsObject())
+    bad_input(t.path, "is no tokenizer.json: it has no \"model\"", kRefetch);
+  Value& model = document["model"];
+  if (model.HasMember("vocab")) vocabulary = model["vocab"];
+  if (model.HasMember("merges")) merges = model["merges"];
   rapidjson::StringBuffer rest;
   rapidjson::Writer<rapidjson::StringBuffer> writer(rest);
-  document_.Accept(writer);
-  return Json::parse(rest.GetString(), t_.path_);
+  document.Accept(writer);
+  return Json::parse(rest.GetString(), t.path);
 }
 
 // `name` is how the vocabulary knows the token, `text` how it is found in a document.
-void TokenizerLoader::set_token(uint32_t id, string_view name, string_view text) {
-  const size_t ids = std::max<size_t>(t_.texts_.size(), id + 1);
-  t_.texts_.resize(ids);
-  t_.bytes_.resize(ids);
-  t_.special_.resize(ids);
-  t_.ids_[name] = id;
-  t_.texts_[id] = text;
-  t_.bytes_[id] = keep(bytes_of(text));
+static void set_token(TokenizerTables& t, uint32_t id, string_view name, string_view text) {
+  const size_t ids = std::max<size_t>(t.texts.size(), id + 1);
+  t.texts.resize(ids);
+  t.bytes.resize(ids);
+  t.special.resize(ids);
+  t.ids[name] = id;
+  t.texts[id] = text;
+  t.bytes[id] = keep(t, bytes_of(text));
 }
 
 // ---- the model ----
 
-vector<Bpe::Merge> TokenizerLoader::read_merges() {
+static vector<Bpe::Merge> read_merges(const TokenizerTables& t, const Value& merges) {
   vector<Bpe::Merge> out;
-  for (rapidjson::SizeType i = 0; i < merges_.Size(); i++) {
-    const Value& merge = merges_[i];
+  for (rapidjson::SizeType i = 0; i < merges.Size(); i++) {
+    const Value& merge = merges[i];
     string pair(view(merge));  // "left right", the older form
     if (pair.starts_with("#version")) continue;
     if (merge.IsArray() && merge.Size() == 2)
       pair = string(view(merge[0])) + " " + string(view(merge[1]));
     const size_t space = std::min(pair.find(' '), pair.size());
     const string left = pair.substr(0, space), right = pair.substr(space + (space < pair.size()));
-    const uint32_t ids[] = {find(left), find(right), find(left + right)};
+    const uint32_t ids[] = {find(t, left), find(t, right), find(t, left + right)};
     if (std::count(ids, ids + 3, kNoId))
-      bad_input(t_.path_ + text(": model.merges[%u]", i), "is no pair of tokens that make a token",
+      bad_input(t.path + text(": model.merges[%u]", i), "is no pair of tokens that make a token",
                 kRefetch);
     out.push_back({ids[0], ids[1], ids[2]});
   }
   return out;
 }
 
-void TokenizerLoader::read_model(const Json& model) {
+static void read_model(TokenizerTables& t, const Json& model, const Value& vocabulary,
+                       const Value& merges) {
   if (model.string_or("type", "BPE") != "BPE") unsupported(model["type"], model["type"].dump());
-  for (const char* key :
-       {"dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"}) {
+  for (const char* key : {"dropout", "byte_fallback", "continuing_subword_prefix",
+                          "end_of_word_suffix", "unk_token"}) {
     const string value = model.has(key) ? model[key].dump() : "null";
     if (value != "null" && value != "false" && value != "\"\"" && value != "0.0")
       unsupported(model[key], value);
   }
-  if (!vocabulary_.IsObject() || vocabulary_.MemberCount() == 0)
+  if (!vocabulary.IsObject() || vocabulary.MemberCount() == 0)
     bad_input(model.place() + ".vocab", "is missing, empty, or not of BPE", kOther);
-  if (!merges_.IsArray() || merges_.Size() >= kMostMerges)
+  if (!merges.IsArray() || merges.Size() >= kMostMerges)
     bad_input(model.place() + ".merges", text("is no list of less than %u", kMostMerges), kOther);
-  for (const auto& [name, id] : vocabulary_.GetObject()) {
+  for (const auto& [name, id] : vocabulary.GetObject()) {
     if (!id.IsUint() || id.GetUint() >= kMostIds)
       bad_input(model.place() + ".vocab." + name.GetString(),
                 text("is no id (need a number < %u)", kMostIds), kRefetch);
-    set_token(id.GetUint(), view(name), view(name));
+    set_token(t, id.GetUint(), view(name), view(name));
   }
-  t_.bpe_ = Bpe(read_merges(), t_.bytes_, model.bool_or("ignore_merges", false));
-  for (int byte = 0; byte < 256 && !model.string_or("unk_token", "").empty(); byte++)
-    if (t_.bpe_.id_of_byte(uint8_t(byte)) == kNoId)
-      bad_input(model.place(), text("has an unk_token, but no token of byte 0x%02x", byte), kOther);
+  t.bpe = Bpe(read_merges(t, merges), t.bytes, model.bool_or("ignore_merges", false));
 }
 
 // ---- added tokens ----
 
 // Ids as Hugging Face gives them: the model's, or the next free one. A file that says otherwise is
 // refused.
-void TokenizerLoader::read_added(const Json& tokens) {
+static void read_added(TokenizerTables& t, const Json& tokens) {
   vector<AddedToken> plain, normalized;
-  string buffer, other;
-  uint32_t next_id = t_.ids_.size();
+  string buffer;
+  uint32_t next_id = t.ids.size();
   for (int64_t i = 0; i < tokens.size(); i++) {
     const Json json = tokens[i];
     const string content = json["content"].as_string();
     if (content.empty()) continue;
-    AddedToken token{.id = find(content),
+    AddedToken token{.id = find(t, content),
                      .single_word = json["single_word"].as_bool(),
                      .lstrip = json["lstrip"].as_bool(),
                      .rstrip = json["rstrip"].as_bool(),
@@ -190,146 +179,127 @@ void TokenizerLoader::read_added(const Json& tokens) {
                 text("has another id in Hugging Face (got %ld, need %u)", said, token.id),
                 kRefetch);
     const bool is_normalized = json["normalized"].as_bool();
-    token.content = is_normalized ? t_.normalize(content, buffer, other) : content;
-    if (token.content.empty()) bad_input(json.place(), "is normalized to nothing", kOther);
-    set_token(token.id, keep(content), keep(token.content));
-    t_.special_[token.id] = token.special;
+    token.content = is_normalized && t.nfc && to_nfc(content, buffer) ? buffer : content;
+    set_token(t, token.id, keep(t, content), keep(t, token.content));
+    t.special[token.id] = token.special;
     (is_normalized ? normalized : plain).push_back(std::move(token));
   }
-  t_.added_ = AddedTokens(std::move(plain));
-  t_.added_normalized_ = AddedTokens(std::move(normalized));
+  t.added = AddedTokens(std::move(plain));
+  t.added_normalized = AddedTokens(std::move(normalized));
 }
 
-// ---- normalizer and pre-tokenizer ----
+// ---- components ----
 
-// The regular expression of a Split or Replace.
-static string read_pattern(const Json& json) {
-  const Json pattern = json["pattern"];
-  if (pattern.has("String")) return escape_regex(pattern["String"].as_string());
-  return pattern["Regex"].as_string();
+// A regular expression that matches `literal`.
+static string escape(const string& literal) {
+  string out;
+  for (const char c : literal) out += isalnum(c) || c < 0 ? string(1, c) : string("\\") + c;
+  return out;
 }
 
-void TokenizerLoader::read_normalizer(const Json& json) {
-  const string type = json["type"].as_string(), place = json.place();
-  if (type == "NFC")
-    t_.normalizer_.push_back({});
-  else if (type == "Prepend")
-    t_.normalizer_.push_back({Regex("\\A", place), json["prepend"].as_string()});
-  else if (type == "Replace")
-    t_.normalizer_.push_back({Regex(read_pattern(json), place), json["content"].as_string()});
-  else
-    unsupported(json, "the normalizer " + type);
-}
-
-void TokenizerLoader::read_pre_tokenizer(const Json& json) {
+static void read_pre_tokenizer(TokenizerTables& t, const Json& json) {
   static const char* const kBehaviors[] = {"Removed", "Isolated", "MergedWithPrevious",
                                            "MergedWithNext", "Contiguous"};
   const string type = type_of(json);
   if (type == "Split") {
+    const Json pattern = json["pattern"];
+    const string regex = pattern.has("String") ? escape(pattern["String"].as_string())
+                                               : pattern["Regex"].as_string();
     const string behavior = json["behavior"].as_string();
     const auto at = std::find(std::begin(kBehaviors), std::end(kBehaviors), behavior);
     if (at == std::end(kBehaviors)) unsupported(json["behavior"], behavior);
-    t_.steps_.emplace_back(read_pattern(json), json["pattern"].place(),
-                           static_cast<SplitBehavior>(at - std::begin(kBehaviors)),
-                           json["invert"].as_bool());
+    t.steps.emplace_back(regex, pattern.place(),
+                         static_cast<SplitBehavior>(at - std::begin(kBehaviors)),
+                         json["invert"].as_bool());
   } else if (type == "Digits") {
-    t_.steps_.emplace_back(json["individual_digits"].as_bool() ? "\\p{N}" : "\\p{N}+",
-                           json.place());
+    t.steps.emplace_back(json["individual_digits"].as_bool() ? "\\p{N}" : "\\p{N}+", json.place());
   } else if (type == "ByteLevel") {
-    if (json["add_prefix_space"].as_bool()) t_.steps_.emplace_back();
-    if (json.bool_or("use_regex", true)) t_.steps_.emplace_back(kGpt2Pattern, json.place());
+    if (json["add_prefix_space"].as_bool()) unsupported(json["add_prefix_space"], "true");
+    if (json.bool_or("use_regex", true)) t.steps.emplace_back(kGpt2Pattern, json.place());
   } else {
     unsupported(json, "the pre-tokenizer " + type);
   }
 }
 
-// ---- post-processor ----
-
-void TokenizerLoader::read_template(const Json& json) {
-  if (!t_.prefix_.empty() || !t_.suffix_.empty()) unsupported(json, "a second template");
+static void read_template(TokenizerTables& t, const Json& json) {
   const Json single = json["single"];
-  bool behind = false;
+  int64_t sequences = 0;
   for (int64_t i = 0; i < single.size(); i++) {
-    const Json piece = single[i];
-    if (piece.has("Sequence")) {
-      if (behind || piece["Sequence"]["id"].as_string() != "A")
-        unsupported(piece, "another sequence");
-      behind = true;
-      continue;
-    }
-    const string name = piece["SpecialToken"]["id"].as_string();
+    sequences += single[i].has("Sequence");
+    if (single[i].has("Sequence")) continue;
+    const string name = single[i]["SpecialToken"]["id"].as_string();
     for (const int64_t id : json["special_tokens"][name]["ids"].as_ints()) {
-      if (id < 0 || t_.token_text(id).empty())
+      if (!is_token(t, id))
         bad_input(json.place() + ".special_tokens." + name, text("is no token (got id %ld)", id),
                   kRefetch);
-      (behind ? t_.suffix_ : t_.prefix_).push_back(uint32_t(id));
+      (sequences ? t.suffix : t.prefix).push_back(uint32_t(id));
     }
   }
-  if (!behind) unsupported(single, "a template without the text");
+  if (sequences != 1) unsupported(single, text("%ld sequences", sequences));
 }
 
-// ---- end-of-text ----
-
-// The token that `key` of a file beside tokenizer.json names: a string, an object with "content",
-// or an id or a list of ids, of which the first counts.
-std::optional<uint32_t> TokenizerLoader::named_token(const char* file, const char* key) {
-  const string path = (std::filesystem::path(t_.path_).parent_path() / file).string();
-  if (!std::filesystem::exists(path)) return std::nullopt;
-  const Json json = Json::parse_file(path);
-  if (!json.has(key) || json[key].is_null()) return std::nullopt;
-  Json value = json[key];
-  if (value.is_array()) value = value[0];
-  if (value.is_object()) value = value["content"];
-  const uint32_t id = value.is_int() ? value.as_int(0, kMostIds) : find(value.as_string());
-  if (t_.token_text(id).empty())
-    bad_input(value.place(), "is no token of " + t_.path_ + " (got " + value.dump() + ")",
-              "use the files of one model");
-  return id;
-}
-
-std::optional<uint32_t> TokenizerLoader::find_eos() {
-  if (const auto id = named_token("tokenizer_config.json", "eos_token")) return id;
-  if (const auto id = named_token("config.json", "eos_token_id")) return id;
+// In the files beside tokenizer.json a token is a string, an object with "content", an id, or a
+// list of ids, of which the first counts.
+static std::optional<uint32_t> find_eos(const TokenizerTables& t) {
+  static const std::pair<const char*, const char*> kPlaces[] = {
+      {"tokenizer_config.json", "eos_token"}, {"config.json", "eos_token_id"}};
+  for (const auto& [file, key] : kPlaces) {
+    const string path = (std::filesystem::path(t.path).parent_path() / file).string();
+    if (!std::filesystem::exists(path)) continue;
+    const Json json = Json::parse_file(path);
+    if (!json.has(key) || json[key].is_null()) continue;
+    Json value = json[key];
+    if (value.is_array()) value = value[0];
+    if (value.is_object()) value = value["content"];
+    const uint32_t id = value.is_int() ? value.as_int(0, kMostIds) : find(t, value.as_string());
+    if (!is_token(t, id))
+      bad_input(value.place(), "is no token of " + t.path + " (got " + value.dump() + ")",
+                "use the files of one model");
+    return id;
+  }
   for (const char* name : {"<|endoftext|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|return|>",
                            "<|end_of_text|>", "<|im_end|>", "<eos>", "</s>"})
-    if (const auto id = t_.id_of(name)) return id;
+    if (const uint32_t id = find(t, name); id != kNoId) return id;
   return std::nullopt;
 }
 
-Tokenizer TokenizerLoader::load() {
-  const Json json = parse();
+Tokenizer Tokenizer::load(const string& path) {
+  Tokenizer t;
+  t.path = path;
+  rapidjson::Document document;
+  Value vocabulary, merges;
+  const Json json = parse(t, document, vocabulary, merges);
   if (json.string_or("version", "1.0") != "1.0")
     unsupported(json["version"], json["version"].dump());
   const auto parts = [&](const char* key, const char* members) {
     return components(json.has(key) ? json[key] : Json(), members);
   };
-  read_model(json["model"]);
-  for (const Json& part : parts("normalizer", "normalizers")) read_normalizer(part);
+  read_model(t, json["model"], vocabulary, merges);
+  for (const Json& part : parts("normalizer", "normalizers"))
+    if (t.nfc = type_of(part) == "NFC"; !t.nfc)
+      unsupported(part, "the normalizer " + type_of(part));
   bool byte_level = false;
-  for (const Json& step : parts("pre_tokenizer", "pretokenizers")) {
-    if (byte_level) unsupported(step, "a pre-tokenizer behind ByteLevel");
-    read_pre_tokenizer(step);
-    byte_level = type_of(step) == "ByteLevel";
+  for (const Json& part : parts("pre_tokenizer", "pretokenizers")) {
+    if (byte_level) unsupported(part, "a pre-tokenizer behind ByteLevel");
+    read_pre_tokenizer(t, part);
+    byte_level = type_of(part) == "ByteLevel";
   }
   if (!byte_level)
-    bad_input(t_.path_ + ": pre_tokenizer", "has no ByteLevel, so is no byte-level BPE", kOther);
-  if (json.has("added_tokens")) read_added(json["added_tokens"]);
+    bad_input(path + ": pre_tokenizer", "has no ByteLevel, so is no byte-level BPE", kOther);
+  if (json.has("added_tokens")) read_added(t, json["added_tokens"]);
   for (const Json& part : parts("post_processor", "processors")) {
-    const string type = type_of(part);
-    if (type == "TemplateProcessing")
-      read_template(part);
-    else if (type != "ByteLevel")  // which changes no ids
-      unsupported(part, "the post-processor " + type);
+    if (type_of(part) == "TemplateProcessing")
+      read_template(t, part);
+    else if (type_of(part) != "ByteLevel")  // which changes no ids
+      unsupported(part, "the post-processor " + type_of(part));
   }
-  const vector<Json> decoders = parts("decoder", "decoders");
-  for (const Json& part : decoders)
-    if (const string type = type_of(part); type != "ByteLevel")
-      unsupported(part, "the decoder " + type);
-  t_.join_with_space_ = decoders.empty();
-  t_.eos_ = find_eos();
-  return std::move(t_);
+  t.join_with_space = true;
+  for (const Json& part : parts("decoder", "decoders")) {
+    if (type_of(part) != "ByteLevel") unsupported(part, "the decoder " + type_of(part));
+    t.join_with_space = false;
+  }
+  t.eos = find_eos(t);
+  return t;
 }
-
-Tokenizer Tokenizer::load(const string& path) { return TokenizerLoader(path).load(); }
 
 }  // namespace pith

@@ -48,7 +48,7 @@ void append_char(string& out, uint32_t code);
 // Bytes of the valid UTF-8 at the front of `bytes`: its size if all of it is valid.
 size_t valid_utf8_prefix(string_view bytes);
 // `text` in NFC, into `out`. False, leaving `out` alone, when `text` is in NFC already.
-bool nfc(string_view text, string& out);
+bool to_nfc(string_view text, string& out);
 
 // ---- tokenizer_regex.cpp ----
 
@@ -71,11 +71,8 @@ class Regex {
   bool jit_ = false, may_be_empty_ = false;
   std::array<bool, 256> starts_{};  // bytes that a match may start with
 };
-string escape_regex(const string& literal);
 
 // ---- tokenizer_split.cpp: text to words ----
-
-extern const char* const kGpt2Pattern;  // of `ByteLevel` with its own regular expression
 
 // Splits by hand-written code: the next words of `text`, at most `most`, are appended to `words`
 // and taken off `text`.
@@ -88,14 +85,12 @@ enum class SplitBehavior : uint8_t {
   Contiguous
 };
 
-// One step of the pre-tokenizer: cuts every piece of text at the matches of a pattern. A step
-// without one puts a space before each piece that does not start with one.
+// One step of the pre-tokenizer: cuts every piece of text at the matches of a pattern.
 struct SplitStep {
-  SplitStep() = default;
   SplitStep(const string& pattern, const string& place, SplitBehavior how = SplitBehavior::Isolated,
-            bool inverted = false, bool use_fast = true);
-  SplitBehavior behavior = SplitBehavior::Isolated;
-  bool invert = false;
+            bool inverted = false);
+  SplitBehavior behavior;
+  bool invert;
   FastSplit fast = nullptr;
   std::optional<Regex> regex;  // of a pattern that is not fast
 };
@@ -103,10 +98,9 @@ struct SplitStep {
 struct SplitBuffers {
   vector<string_view> pieces, next;
   vector<Match> matches;
-  string text;
   std::shared_ptr<void> room;
 };
-// All words of `text`, into buffers.pieces; they lie in `text` or in buffers.text.
+// All words of `text`, into buffers.pieces.
 void split(const vector<SplitStep>& steps, string_view text, SplitBuffers& buffers);
 
 // ---- tokenizer.cpp: added tokens ----
@@ -155,7 +149,7 @@ class EncodeScratch {
   uint64_t owner_ = 0;
   vector<uint32_t> ids_, ranks_;  // of the word at hand
   SplitBuffers split_;
-  string normalized_, other_;
+  string normalized_;
 };
 
 class Bpe {
@@ -167,7 +161,6 @@ class Bpe {
   // Merges, best first. `bytes` are the tokens' bytes by id, empty if it has none; they outlive
   // this. With `ignore_merges` a word that is a token always becomes that token.
   Bpe(const vector<Merge>& merges, const vector<string_view>& bytes, bool ignore_merges);
-  uint32_t id_of_byte(uint8_t byte) const { return byte_ids_[byte]; }
   // Appends the ids of each word to `out`. The cache of `scratch` must belong to this.
   void encode(const vector<string_view>& words, EncodeScratch& scratch,
               vector<uint32_t>& out) const;

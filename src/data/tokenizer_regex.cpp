@@ -9,8 +9,8 @@ namespace pith {
 
 // ---- Oniguruma's patterns as PCRE2's ----
 
-// Oniguruma has Unicode 16; PCRE2's own tables may be older, and its \s and \w differ. So
-// properties and these escapes become members of a class.
+// Oniguruma has Unicode 16; PCRE2's own tables may be older, and its \s differs. So
+// properties, \s and \d become members of a class.
 
 // Members of a class: what has a general category that starts with `category`.
 static string in_category(const string& category) {
@@ -25,23 +25,12 @@ static string in_category(const string& category) {
   return out;
 }
 
-static string class_of(char escape) {
-  if (escape == 's')
-    return "\\x{9}-\\x{d}\\x{20}\\x{85}\\x{a0}\\x{1680}\\x{2000}-\\x{200a}\\x{2028}\\x{2029}\\x{"
-           "202f}"
-           "\\x{205f}\\x{3000}";
-  if (escape == 'd') return in_category("Nd");
-  // \w: also some numbers of Latin-1, and letters in circles.
-  return in_category("L") + in_category("M") + in_category("Nd") + in_category("Nl") +
-         in_category("Pc") +
-         "\\x{b2}\\x{b3}\\x{b9}\\x{bc}-\\x{be}\\x{24b6}-\\x{24e9}\\x{1f130}-\\x{1f149}\\x{1f150}-"
-         "\\x{1f169}\\x{1f170}-\\x{1f189}";
-}
+static constexpr const char* kSpaces =
+    "\\x{9}-\\x{d}\\x{20}\\x{85}\\x{a0}\\x{1680}\\x{2000}-\\x{200a}\\x{2028}\\x{2029}\\x{202f}"
+    "\\x{205f}\\x{3000}";
 
 static string translate(const string& pattern, const string& place) {
-  // What means the same in both, and what only looks so, at the front of what is left; the first
-  // that matches counts.
-  static const char* const kSame[] = {
+  static const char* const kGroups[] = {
       "(?:", "(?=", "(?!", "(?>", "(?<=", "(?<!", "(?i)", "(?i:", "(?-i)", "(?-i:"};
   string out;
   bool in_class = false;
@@ -60,18 +49,16 @@ static string translate(const string& pattern, const string& place) {
     if (c == '\\') {
       size = 2;
       if (next == 'p' || next == 'P') {
-        const size_t end = rest.find('}');
-        const bool braces = rest.size() > 2 && rest[2] == '{';
-        if (rest.size() < 3 || (braces && end == rest.npos)) refuse(3);
-        const string name(braces ? rest.substr(3, end - 3) : rest.substr(2, 1));
-        size = braces ? end + 1 : 3;
-        if (name.empty() || name.size() > 2 || !strchr("LMNPSZ", name[0]) ||
+        size = rest.find('}') + 1;
+        if (rest.size() < 4 || rest[2] != '{' || size < 5) refuse(3);
+        const string name(rest.substr(3, size - 4));
+        if (name.size() > 2 || !strchr("LMNPSZ", name[0]) ||
             (name.size() == 2 && !strchr("ultmoncedsifkp", name[1])))
           refuse(size);
         members = in_category(name);
         negated = next == 'P';
-      } else if (next && strchr("sSdDwW", next)) {
-        members = class_of(char(next | 0x20));
+      } else if (next && strchr("sSdD", next)) {
+        members = (next | 0x20) == 's' ? kSpaces : in_category("Nd");
         negated = isupper(next);
       } else if (!next || (isalnum(uint8_t(next)) && !strchr("rntfaexAz", next))) {
         refuse(2);
@@ -85,8 +72,8 @@ static string translate(const string& pattern, const string& place) {
       if (rest.substr(size).starts_with("]")) refuse(size + 1);
     } else if (rest.starts_with("(?")) {
       size = 0;
-      for (const char* same : kSame)
-        if (rest.starts_with(same)) size = strlen(same);
+      for (const char* group : kGroups)
+        if (rest.starts_with(group)) size = strlen(group);
       if (!size) refuse(4);
     } else if (c == '{') {
       // {n}, {n,} and {n,m}, not followed by +, which Oniguruma reads as another repetition.
@@ -100,15 +87,6 @@ static string translate(const string& pattern, const string& place) {
       refuse(size);
     else
       out += in_class ? members : (negated ? "[^" : "[") + members + "]";
-  }
-  return out;
-}
-
-string escape_regex(const string& literal) {
-  string out;
-  for (const char c : literal) {
-    if (c && strchr("\\.+*?()|[]{}^$#&-~", c)) out += '\\';
-    out += c;
   }
   return out;
 }

@@ -4,18 +4,9 @@ namespace pith {
 
 // ---- hand-written patterns ----
 
-const char* const kGpt2Pattern =
-    R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
-
 namespace {
 constexpr const char* kQwen2 = R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N})"
                                R"(| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
-constexpr const char* kCl100k =
-    R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3})"
-    R"(| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
-constexpr const char* kQwen35 =
-    R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N})"
-    R"(| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
 constexpr const char* kO200k =
     R"([^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+)"
     R"((?i:'s|'t|'re|'ve|'m|'ll|'d)?|)"
@@ -32,24 +23,20 @@ struct Splitter {
   const char* end;
 
   // Flags and size of the character at `p`; at the end of the text 0 and 0.
-  struct At {
-    uint32_t flags, size;
-  };
-  At at(const char* p) const {
+  Char at(const char* p) const {
     if (p >= end) return {0, 0};
-    const auto byte = uint8_t(*p);
-    if (byte < 0x80) return {flags[byte], 1};
+    if (uint8_t(*p) < 0x80) return {flags[uint8_t(*p)], 1};
     const Char c = decode_char(p);
     return {flags[c.code], c.size};
   }
 
   // The end of the characters with a flag of `mask`, or without any.
   const char* run(const char* p, uint32_t mask) const {
-    for (At c; (c = at(p)).flags & mask;) p += c.size;
+    for (Char c; (c = at(p)).code & mask;) p += c.size;
     return p;
   }
   const char* run_without(const char* p, uint32_t mask) const {
-    for (At c; !((c = at(p)).flags & mask) && c.size;) p += c.size;
+    for (Char c; !((c = at(p)).code & mask) && c.size;) p += c.size;
     return p;
   }
 
@@ -59,55 +46,38 @@ struct Splitter {
     while (p < end && (is_newline(p) || (slash && *p == '/'))) p++;
     return p;
   }
-  const char* digits(const char* p, int most) const {
-    for (At c; most-- > 0 && (c = at(p)).flags & kNumber;) p += c.size;
-    return p;
-  }
-  // 's|'t|'re|'ve|'m|'ll|'d, or with any_case (?i:...), which knows the long s too; `p` if none.
-  const char* contraction(const char* p, bool any_case) const {
+  // (?i:'s|'t|'re|'ve|'m|'ll|'d), which knows the long s too; `p` if there is none.
+  const char* contraction(const char* p) const {
     if (end - p < 2 || *p != '\'') return p;
-    const char fold = any_case ? 0x20 : 0;
-    const char a = char(p[1] | fold);
+    const char a = char(p[1] | 0x20);
     if (a == 's' || a == 't' || a == 'm' || a == 'd') return p + 2;
     if (end - p < 3) return p;
-    const char b = char(p[2] | fold);
-    if ((a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l')) return p + 3;
-    return any_case && p[1] == '\xc5' && p[2] == '\xbf' ? p + 3 : p;
+    const char b = char(p[2] | 0x20);
+    const bool two = ((a == 'r' || a == 'v') && b == 'e') || (a == 'l' && b == 'l');
+    return two || (p[1] == '\xc5' && p[2] == '\xbf') ? p + 3 : p;
   }
-  // \s*[\r\n]+ (if lines), \s+(?!\S), \s+
-  const char* spaces(const char* p, bool lines) const {
+  // \s*[\r\n]+|\s+(?!\S)|\s+
+  const char* spaces(const char* p) const {
     const char *q = p, *last = p, *line_end = nullptr;
-    for (At c; (c = at(q)).flags & kSpace;) {
+    for (Char c; (c = at(q)).code & kSpace;) {
       last = q;
       q += c.size;
       if (is_newline(last)) line_end = q;
     }
-    if (lines && line_end) return line_end;
+    if (line_end) return line_end;
     return q == end || last == p ? q : last;
   }
 
-  const char* gpt2(const char* p) const {
-    if (const char* q = contraction(p, false); q > p) return q;
-    const char* q = p + (*p == ' ');
-    const At c = at(q);
-    for (const uint32_t mask : {kLetter, kNumber})
-      if (c.flags & mask) return run(q + c.size, mask);
-    if (c.size && !(c.flags & kSpace)) return run_without(q, kSpace | kLetter | kNumber);
-    return spaces(p, false);
-  }
-
-  // Words of `Word`: \p{L} or [\p{L}\p{M}]; up to `Digits` digits.
-  template <uint32_t Word, int Digits>
-  const char* cl100k(const char* p) const {
-    const At c = at(p);
+  const char* qwen2(const char* p) const {
+    const Char c = at(p);
     const char* second = p + c.size;
-    if (c.flags & Word) return run(second, Word);
-    if (c.flags & kNumber) return digits(p, Digits);
-    if (const char* q = contraction(p, true); q > p) return q;
-    if (!is_newline(p) && at(second).flags & Word) return run(second, Word);
+    if (c.code & kNumber) return second;
+    if (c.code & kLetter) return run(second, kLetter);
+    if (const char* q = contraction(p); q > p) return q;
+    if (!is_newline(p) && at(second).code & kLetter) return run(second, kLetter);
     const char* q = p + (*p == ' ');
-    const char* others = run_without(q, kSpace | Word | kNumber);
-    return others > q ? newlines(others) : spaces(p, true);
+    const char* others = run_without(q, kSpace | kLetter | kNumber);
+    return others > q ? newlines(others) : spaces(p);
   }
 
   // O200k's U*W+: U letters that are not lower case, W those that are not upper case; some are
@@ -119,46 +89,49 @@ struct Splitter {
     while (upper > p) {  // the last that is both ends it
       const char* last = upper - 1;
       while ((*last & 0xc0) == 0x80) last--;
-      if (at(last).flags & kLower) return upper;
+      if (at(last).code & kLower) return upper;
       upper = last;
     }
     return nullptr;
   }
   const char* o200k(const char* p) const {
-    const At c = at(p);
-    if (c.flags & kNumber) return digits(p, 3);
+    const Char c = at(p);
     const char* second = p + c.size;
-    const bool in_word = c.flags & (kUpper | kLower);
+    if (c.code & kNumber) {
+      const char* q = second;
+      for (int i = 1; i < 3 && at(q).code & kNumber; i++) q += at(q).size;
+      return q;
+    }
+    const bool in_word = c.code & (kUpper | kLower);
     const bool prefix =
-        !(c.flags & kLetter) && !is_newline(p) && at(second).flags & (kUpper | kLower);
+        !(c.code & kLetter) && !is_newline(p) && at(second).code & (kUpper | kLower);
     const char* word = prefix ? cased(second) : nullptr;
     if (!word && in_word) word = cased(p);
     if (!word && prefix) word = run(second, kUpper);
     if (!word && in_word) word = run(p, kUpper);
-    if (word) return contraction(word, true);
+    if (word) return contraction(word);
     const char* q = p + (*p == ' ');
     const char* others = run_without(q, kSpace | kLetter | kNumber);
-    return others > q ? newlines(others, true) : spaces(p, true);
+    return others > q ? newlines(others, true) : spaces(p);
   }
 
   // With what no alternative matches.
   const char* deepseek_v3(const char* p) const {
     constexpr uint32_t kWord = kLetter | kMark;
-    const At c = at(p);
+    const Char c = at(p);
     const char* second = p + c.size;
-    if (c.flags & kWord) return run(second, kWord);
-    if (c.flags & kPunct && c.size == 1) {
+    if (c.code & kWord) return run(second, kWord);
+    if (c.code & kPunct && c.size == 1) {
       const char* q = second;
       while (q < end && uint8_t(*q) < 0x80 && flags[uint8_t(*q)] & kLetter) q++;
       if (q > second) return q;
     }
-    if (!(c.flags & kPunct) && !is_newline(p) && at(second).flags & kWord)
-      return run(second, kWord);
+    if (!(c.code & kPunct) && !is_newline(p) && at(second).code & kWord) return run(second, kWord);
     const char* q = p + (*p == ' ');
     if (const char* others = run(q, kPunct); others > q) return newlines(others);
-    if (c.flags & kSpace) return spaces(p, true);
-    for (At next; (next = at(second)).size; second += next.size)
-      if (next.flags & (kWord | kPunct | kSpace) || at(second + next.size).flags & kWord) break;
+    if (c.code & kSpace) return spaces(p);
+    for (Char next; (next = at(second)).size; second += next.size)
+      if (next.code & (kWord | kPunct | kSpace) || at(second + next.size).code & kWord) break;
     return second;
   }
 };
@@ -179,10 +152,7 @@ const struct {
   const char* pattern;
   FastSplit split;
 } kFast[] = {
-    {kGpt2Pattern, fast_split<&Splitter::gpt2>},
-    {kQwen2, fast_split<&Splitter::cl100k<kLetter, 1>>},
-    {kCl100k, fast_split<&Splitter::cl100k<kLetter, 3>>},
-    {kQwen35, fast_split<&Splitter::cl100k<kLetter | kMark, 1>>},
+    {kQwen2, fast_split<&Splitter::qwen2>},
     {kO200k, fast_split<&Splitter::o200k>},
     {kDeepSeekV3, fast_split<&Splitter::deepseek_v3>},
 };
@@ -190,30 +160,29 @@ const struct {
 
 // ---- steps ----
 
-SplitStep::SplitStep(const string& pattern, const string& place, SplitBehavior how, bool inverted,
-                     bool use_fast)
+SplitStep::SplitStep(const string& pattern, const string& place, SplitBehavior how, bool inverted)
     : behavior(how), invert(inverted) {
   for (const auto& known : kFast)
-    if (use_fast && how == SplitBehavior::Isolated && pattern == known.pattern) fast = known.split;
+    if (how == SplitBehavior::Isolated && pattern == known.pattern) fast = known.split;
   if (!fast) regex.emplace(pattern, place);
 }
 
-// Joins matches and what is between them as `behavior` says, into `pieces`.
-static void join(SplitBehavior behavior, bool invert, string_view text,
-                 const vector<Match>& matches, vector<string_view>& pieces) {
+// Joins matches and what is between them as the step says, into `pieces`.
+static void join(const SplitStep& step, string_view text, const vector<Match>& matches,
+                 vector<string_view>& pieces) {
   Match piece{0, 0, false};
   const auto flush = [&] {
-    const bool removed = behavior == SplitBehavior::Removed && piece.is_match;
+    const bool removed = step.behavior == SplitBehavior::Removed && piece.is_match;
     if (piece.begin < piece.end && !removed)
       pieces.push_back(text.substr(piece.begin, piece.end - piece.begin));
   };
   bool before = false;
   for (const Match& m : matches) {
-    const bool now = m.is_match != invert;
-    const bool joins = behavior == SplitBehavior::MergedWithPrevious ? now && !before
-                       : behavior == SplitBehavior::MergedWithNext   ? before && !now
-                       : behavior == SplitBehavior::Contiguous       ? now == before
-                                                                     : false;
+    const bool now = m.is_match != step.invert;
+    bool joins = false;
+    if (step.behavior == SplitBehavior::MergedWithPrevious) joins = now && !before;
+    if (step.behavior == SplitBehavior::MergedWithNext) joins = before && !now;
+    if (step.behavior == SplitBehavior::Contiguous) joins = now == before;
     if (!joins) {
       flush();
       piece = {m.begin, m.end, now};
@@ -224,32 +193,16 @@ static void join(SplitBehavior behavior, bool invert, string_view text,
   flush();
 }
 
-// Puts a space before every piece that does not start with one, into another text. (Only the last
-// component of a pre-tokenizer does this, so no piece lies in that text yet.)
-static void prefix_spaces(SplitBuffers& buffers) {
-  size_t size = 0;
-  for (const string_view piece : buffers.pieces) size += piece.size() + 1;
-  buffers.text.clear();
-  buffers.text.reserve(size);
-  for (const string_view piece : buffers.pieces) {
-    const size_t begin = buffers.text.size();
-    if (piece[0] != ' ') buffers.text += ' ';
-    buffers.text += piece;
-    buffers.next.emplace_back(buffers.text.data() + begin, buffers.text.size() - begin);
-  }
-}
-
 void split(const vector<SplitStep>& steps, string_view text, SplitBuffers& buffers) {
   buffers.pieces.assign(1, text);
   for (const SplitStep& step : steps) {
     buffers.next.clear();
-    if (!step.fast && !step.regex) prefix_spaces(buffers);
     for (string_view piece : buffers.pieces) {
-      if (step.regex) {
-        step.regex->matches(piece, buffers.room, buffers.matches);
-        join(step.behavior, step.invert, piece, buffers.matches, buffers.next);
-      } else if (step.fast) {
+      if (step.fast) {
         step.fast(piece, buffers.next, SIZE_MAX);
+      } else {
+        step.regex->matches(piece, buffers.room, buffers.matches);
+        join(step, piece, buffers.matches, buffers.next);
       }
     }
     buffers.pieces.swap(buffers.next);

@@ -155,7 +155,7 @@ static const char* skip_ascii(const char* p, const char* end) {
   return p;
 }
 
-bool nfc(string_view text, string& out) {
+bool to_nfc(string_view text, string& out) {
   const uint16_t* flags = char_flags();
   const char *const begin = text.data(), *const end = begin + text.size(), *done = begin;
   bool changed = false;
