@@ -13,16 +13,16 @@ namespace {
 
 // Opens a checkpoint, or each of a run's; reads all of them if `whole`.
 int examine(const string& named, bool whole, bool json) {
-  vector<CheckpointFolder> folders = list_checkpoints(named);
-  if (folders.empty()) folders.push_back({0, named});
+  std::map<int64_t, string> folders = list_checkpoints(named);
+  if (folders.empty()) folders[0] = named;
   JsonWriter w(2);
   w.array();
   int code = kExitDone;
-  for (const CheckpointFolder& folder : folders) {
-    Checkpoint c{.state = {.step = folder.step}};
+  for (const auto& [step, path] : folders) {
+    Checkpoint c{.state = {.step = step}};
     string error;
     try {
-      c = open_checkpoint(folder.path);
+      c = open_checkpoint(path);
       if (whole) verify(c);
     } catch (const Error& e) {
       error = e.what();
@@ -30,13 +30,12 @@ int examine(const string& named, bool whole, bool json) {
     }
     int64_t bytes = 0;
     for (const StoredFile& file : c.files) bytes += file.bytes;
-    w.object().key("path").value(folder.path).key("step").value(c.state.step);
+    w.object().key("path").value(path).key("step").value(c.state.step);
     w.key("good").value(error.empty()).key("error").value(error);
     w.key("bytes").value(bytes).key("tensors").value(c.tensors.size()).end();
     if (!json)
-      printf("%s  %s  %s in %zu tensors  %s\n", error.empty() ? "good" : "BAD ",
-             folder.path.c_str(), bytes_text(double(bytes)).c_str(), c.tensors.size(),
-             error.c_str());
+      printf("%s  %s  %s in %zu tensors  %s\n", error.empty() ? "good" : "BAD ", path.c_str(),
+             bytes_text(double(bytes)).c_str(), c.tensors.size(), error.c_str());
   }
   if (json) printf("%s\n", w.end().str().c_str());
   return code;
@@ -86,8 +85,7 @@ int diff(const string& from, const string& to, double limit, bool json) {
 
 int run_checkpoint(int argc, char** argv) {
   Arguments args("pith checkpoint",
-                 "Lists a run's checkpoints, reads them whole and checks every checksum, or "
-                 "compares the weights of two.");
+                 "Lists checkpoints, checks every byte of them, or compares the weights of two.");
   string action, folder, other;
   double limit = 0;
   bool json = false;
@@ -95,9 +93,7 @@ int run_checkpoint(int argc, char** argv) {
               "diff: exit code 1 if weights of the two differ");
   args.positional("folder", folder, "a checkpoint, or a run folder: all of its checkpoints");
   args.positional("other", other,
-                  "diff: what to compare; a run folder's newest checkpoint, or a Hugging Face "
-                  "folder, will do for both",
-                  false);
+                  "diff: to compare with; both may be run or Hugging Face folders too", false);
   args.option("--limit", limit, "diff: relative L2 that a weight may differ by", 0);
   args.flag("--json", json, "print the result as JSON");
   if (!args.parse(argc, argv)) return kExitDone;

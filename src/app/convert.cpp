@@ -39,7 +39,7 @@ void copy_companions(const string& named, const string& beside, const string& to
   }
   if (copied == 0 && !named.empty())
     bad_input(named, "has no tokenizer files", "a folder with tokenizer.json");
-  if (copied == 0) log_info("no tokenizer files were copied; --tokenizer DIR names their folder");
+  if (copied == 0) log_info("no tokenizer files: --tokenizer DIR names their folder");
 }
 
 // config.json with the dtype of the weights beside it, which loaders take as their own.
@@ -53,18 +53,17 @@ string config_with_dtype(const Json& config, FileDType dtype) {
   return w.end().str() + "\n";
 }
 
-void export_hf(const Checkpoint& source, const vector<TensorDecl>& decls, int64_t elements,
-               const string& to) {
+void export_hf(const Checkpoint& source, const vector<TensorDecl>& decls, const string& to) {
   const FileDType dtype = decls[0].dtype;
   SafetensorsWriter writer(to + "/model.safetensors", decls, kMaxShardBytes);
-  Progress progress("exporting", double(elements), "values");
+  Progress progress("exporting", double(decls.size()), "tensors");
   int64_t done = 0;
   for (const TensorDecl& decl : decls) {
     const vector<float> values = read_tensor(source, source.tensors.at(decl.name));
     vector<char> bytes(size_t(decl.bytes()));
     from_f32(dtype, values.data(), bytes.data(), int64_t(values.size()));
     writer.write(bytes.data(), decl.bytes());
-    go_on(progress, done += int64_t(values.size()));
+    go_on(progress, ++done);
   }
   writer.finish();
   write_file_durably(to + "/config.json", config_with_dtype(model_config(source), dtype));
@@ -99,9 +98,7 @@ void import_hf(const Checkpoint& source, const string& to) {
 }  // namespace
 
 int run_convert(int argc, char** argv) {
-  Arguments args("pith convert",
-                 "Exports a checkpoint as a Hugging Face folder, or imports such a folder as a "
-                 "checkpoint.");
+  Arguments args("pith convert", "Exports a checkpoint as a Hugging Face folder, or imports one.");
   string action, from, to, tokenizer, dtype = "bf16";
   bool json = false;
   args.choice("action", action, {"export-hf", "import-hf"}, "the direction");
@@ -126,7 +123,6 @@ int run_convert(int argc, char** argv) {
     for (const Piece& piece : parameter.pieces)
       decls.push_back(
           {piece.name, dtype == "fp32" ? FileDType::F32 : FileDType::BF16, shape_of(piece)});
-  const int64_t elements = total_numel(table);
   // The result grows under another name, so that TO is whole or absent.
   const string temporary = to + ".tmp";
   if (fs::exists(to) && !fs::is_empty(to))
@@ -136,7 +132,7 @@ int run_convert(int argc, char** argv) {
   make_folders(temporary);
   try {
     if (exporting)
-      export_hf(source, decls, elements, temporary);
+      export_hf(source, decls, temporary);
     else
       import_hf(source, temporary);
     copy_companions(tokenizer, source.folder, temporary);
@@ -145,10 +141,10 @@ int run_convert(int argc, char** argv) {
     fs::remove_all(temporary);
     throw;
   }
-  const size_t tensors = decls.size();
-  log_info("%s: %ld parameters in %zu tensors", to.c_str(), elements, tensors);
+  const int64_t elements = total_numel(table);
+  log_info("%s: %ld parameters in %zu tensors", to.c_str(), elements, decls.size());
   JsonWriter w;
-  w.object().key("output").value(to).key("tensors").value(tensors);
+  w.object().key("output").value(to).key("tensors").value(decls.size());
   w.key("parameters").value(elements).end();
   if (json) printf("%s\n", w.str().c_str());
   return kExitDone;

@@ -4,24 +4,33 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <filesystem>
+#include <future>
 #include <nlohmann/json.hpp>
 #include <ranges>
 #include <set>
+#include <span>
 #include <sstream>
 #include <thread>
 
+#include "comm/communicator.h"
 #include "core/json.h"
 #include "core/log.h"
 #include "engine/config.h"
 
 namespace pith {
 namespace fs = std::filesystem;
+using std::chrono::duration;
 
 static constexpr const char* kManifest = "/manifest.json";
 static const char* const kRestore = "restore it, or remove it to use the checkpoint before";
+
+// What is stored of a parameter: the suffix of its name, and its values.
+static constexpr std::pair<const char*, Tensor FlatUnit::*> kStored[] = {
+    {"", &FlatUnit::master}, {".exp_avg", &FlatUnit::m}, {".exp_avg_sq", &FlatUnit::v}};
 
 static string hex(uint64_t value) { return text("%016lx", value); }
 
@@ -31,7 +40,7 @@ static bool is_moment(const string& name) {
   return name.ends_with(kStored[1].first) || name.ends_with(kStored[2].first);
 }
 
-string step_name(int64_t step) { return text("step-%08ld", step); }
+static string step_name(int64_t step) { return text("step-%08ld", step); }
 
 vector<int64_t> shape_of(const Piece& piece) {
   return {piece.dims.size, piece.dims.size + piece.dims.rank};
@@ -47,8 +56,6 @@ static void in_parallel(auto& items, const auto& fn) {
       for (size_t i = next++; i < items.size(); i = next++) fn(items[i]);
     });
 }
-
-// ---- manifest ----
 
 static void to_json(nlohmann::json& json, FileDType dtype) { json = name_of(dtype); }
 static void from_json(const nlohmann::json& json, FileDType& dtype) {
@@ -73,14 +80,11 @@ void write_manifest(const Checkpoint& c, const string& path) {
   write_file_durably(path, sealed(nlohmann::json(c).dump(-1, ' ', false, replace).substr(1)));
 }
 
-Checkpoint read_manifest(const string& path) {
+static Checkpoint read_manifest(const string& path) {
   const string bytes = read_text_file(path);
   const size_t start = std::min(bytes.size(), sealed("").size());
   if (bytes != sealed(bytes.substr(start)))
-    bad_input(path,
-              "is damaged or cut short, or of another version of Pith (its own checksum does "
-              "not hold)",
-              kRestore);
+    bad_input(path, "is damaged or cut short, or of another version of Pith", kRestore);
   return nlohmann::json::parse(bytes).get<Checkpoint>();
 }
 
@@ -92,8 +96,6 @@ StoredFile stored_file(const string& folder, const string& name) {
   file.header_checksum = checksum_of(map.data(), file.header_bytes);
   return file;
 }
-
-// ---- opening and verifying ----
 
 static void check_coverage(const Checkpoint& c, const string& name, const StoredTensor& tensor) {
   bool good = true;
@@ -154,41 +156,46 @@ void verify(const Checkpoint& c, bool weights_only) {
                 kRestore);
 }
 
-vector<CheckpointFolder> list_checkpoints(const string& run_folder) {
-  vector<CheckpointFolder> list;
+std::map<int64_t, string> list_checkpoints(const string& run_folder) {
+  std::map<int64_t, string> list;
   std::error_code error;
   for (const auto& entry : fs::directory_iterator(run_folder, error)) {
     const string name = entry.path().filename();
     const int64_t step = name.starts_with("step-") ? strtoll(name.c_str() + 5, nullptr, 10) : -1;
-    if (name == step_name(step)) list.push_back({step, entry.path()});
+    if (name == step_name(step)) list[step] = entry.path();
   }
-  std::ranges::sort(list, {}, &CheckpointFolder::step);
   return list;
 }
 
 std::optional<Checkpoint> find_checkpoint(const string& run_folder) {
-  const vector<CheckpointFolder> list = list_checkpoints(run_folder);
-  for (const CheckpointFolder& folder : list | std::views::reverse) {
+  const std::map<int64_t, string> list = list_checkpoints(run_folder);
+  for (const auto& [step, path] : list | std::views::reverse) {
     try {
-      Checkpoint c = open_checkpoint(folder.path);
+      Checkpoint c = open_checkpoint(path);
       verify(c);
       return c;
     } catch (const Error& error) {
-      log_warning("checkpoint %s is left aside: %s", folder.path.c_str(), error.what());
+      log_warning("checkpoint %s is left aside: %s", path.c_str(), error.what());
     }
   }
   if (list.empty()) return std::nullopt;
   bad_input(run_folder,
             text("none of its checkpoints is good (got %zu bad ones, named above)", list.size()),
-            "restore one, or name another run.folder to begin anew");
+            "another run.folder, to begin anew");
 }
 
-// A Hugging Face folder in the form of a checkpoint: each tensor is one fragment.
-static Checkpoint open_hugging_face(const string& folder) {
+Checkpoint open_weights(const string& folder) {
+  if (!list_checkpoints(folder).empty()) return *find_checkpoint(folder);
+  if (fs::exists(folder + kManifest)) {
+    Checkpoint c = open_checkpoint(folder);
+    verify(c, true);
+    return c;
+  }
+  // A Hugging Face folder: each tensor is one fragment.
   const SafetensorsReader reader(folder);
-  Checkpoint c{.folder = folder};
-  c.state.optimizer = "none";
-  if (fs::exists(folder + "/config.json")) c.state.model = read_text_file(folder + "/config.json");
+  Checkpoint c{.folder = folder, .state = {.optimizer = "none"}};
+  const string config = folder + "/config.json";
+  if (fs::exists(config)) c.state.model = read_text_file(config);
   for (const MappedFile& file : reader.files())
     c.files.push_back({.name = file.path(), .bytes = file.size(), .map = file});
   for (const TensorEntry& t : reader.tensors()) {
@@ -198,18 +205,7 @@ static Checkpoint open_hugging_face(const string& folder) {
   return c;
 }
 
-Checkpoint open_weights(const string& folder) {
-  if (fs::exists(folder + kManifest)) {
-    Checkpoint c = open_checkpoint(folder);
-    verify(c, true);
-    return c;
-  }
-  return list_checkpoints(folder).empty() ? open_hugging_face(folder) : *find_checkpoint(folder);
-}
-
-// ---- refusing what does not fit ----
-
-// What must be the same in a resumed run, by the words that name it.
+// What a resumed run must keep, by the words that name it.
 static std::map<string, string> identity_of(const RunState& s) {
   std::map<string, string> values;
   string section;
@@ -285,17 +281,15 @@ void check_weights(const Checkpoint& c, const ParameterTable& whole) {
           text("%s (%ld of %ld values)", name.c_str(), bad, tensor.numel()));
   string what;
   for (const auto& [fault, names] : faults) {
-    what += text("%s%zu %s: ", what.empty() ? "" : "; ", names.size(), fault.c_str());
+    what += text("; %zu %s: ", names.size(), fault.c_str());
     for (size_t i = 0; i < std::min<size_t>(names.size(), 10); i++)
       what += (i ? ", " : "") + names[i];
     if (names.size() > 10) what += ", ...";
   }
   if (!what.empty())
-    bad_input(c.folder, "the weights do not fit: " + what,
-              "the config.json of these weights, and weights of a run that did not diverge");
+    bad_input(c.folder, "the weights do not fit" + what,
+              "the config.json of these weights, or weights of a run that did not diverge");
 }
-
-// ---- reading ----
 
 void read_elements(const Checkpoint& c, const StoredTensor& tensor, int64_t begin, int64_t count,
                    float* out) {
@@ -314,25 +308,239 @@ vector<float> read_tensor(const Checkpoint& c, const StoredTensor& tensor) {
   return values;
 }
 
-static void load(Parameters& p, const Checkpoint& c, const char* suffix, Tensor FlatUnit::*shard) {
-  for (const Fragment& f : fragments(p)) {
-    const string name = f.piece->name + suffix;
-    const auto at = c.tensors.find(name);
-    const bool found = at != c.tensors.end();
-    if (!found || at->second.shape != shape_of(*f.piece))
-      bad_input(c.folder + ": " + name, found ? "has another shape than the model's" : "is missing",
-                "the config.json that it was trained with");
-    read_elements(c, at->second, f.begin, f.count,
-                  (p.units[size_t(f.unit)].*shard).f32() + f.offset);
+// The first `kinds` of kStored.
+static void load(Parameters& p, const Checkpoint& c, size_t kinds) {
+  for (const Fragment& f : fragments(p))
+    for (const auto& [suffix, shard] : std::span(kStored).first(kinds)) {
+      const string name = f.piece->name + suffix;
+      const auto at = c.tensors.find(name);
+      const bool found = at != c.tensors.end();
+      if (!found || at->second.shape != shape_of(*f.piece))
+        bad_input(c.folder + ": " + name,
+                  found ? "has another shape than the model's" : "is missing",
+                  "the config.json that it was trained with");
+      read_elements(c, at->second, f.begin, f.count,
+                    (p.units[size_t(f.unit)].*shard).f32() + f.offset);
+    }
+}
+
+void load_state(Rank&, Parameters& p, const Checkpoint& c) { load(p, c, std::size(kStored)); }
+
+void load_weights(Rank&, Parameters& p, const Checkpoint& c) { load(p, c, 1); }
+
+// Of the slowest rank, while the others go on.
+static constexpr int64_t kMostBytesLeft = int64_t{1} << 30;
+static constexpr int kAllUnits = INT32_MAX;
+
+static void remove_tree(const string& path) {
+  std::error_code ignored;
+  fs::remove_all(path, ignored);
+}
+
+// At once, so that a kill leaves no half of it under its name.
+static void move_away(const string& folder, const string& to) {
+  std::error_code error;
+  remove_tree(to);
+  fs::rename(folder, to, error);
+  if (error) log_warning("%s: cannot be moved (%s)", folder.c_str(), error.message().c_str());
+}
+
+static void remove_checkpoint(const string& folder) {
+  move_away(folder, folder + ".old.tmp");
+  remove_tree(folder + ".old.tmp");
+}
+
+void put_in_place(const string& temporary, const string& folder) {
+  sync_folder(temporary);
+  if (fs::exists(folder)) remove_checkpoint(folder);
+  std::error_code error;
+  fs::rename(temporary, folder, error);
+  if (error)
+    failed(folder, "cannot be put in place (" + error.message() + ")",
+           "check the permissions of the folder");
+  sync_folder(folder_of(folder));
+}
+
+// Later ones than `now` are of a course that this run has left: a resume must not take them.
+static void prune(const SaveOptions& options, int64_t now) {
+  const std::map<int64_t, string> list = list_checkpoints(options.folder);
+  int64_t extra = std::distance(list.begin(), list.upper_bound(now)) - options.keep;
+  for (const auto& [step, path] : list) {
+    if (step > now) {
+      log_warning("%s is of an earlier course: moved aside", path.c_str());
+      move_away(path, path + ".aside");
+    } else if (options.keep > 0 && extra-- > 0) {
+      remove_checkpoint(path);
+    }
   }
 }
 
-void load_state(Rank&, Parameters& p, const Checkpoint& c) {
-  for (const auto& [suffix, shard] : kStored) load(p, c, suffix, shard);
+// What the rank's thread and its saver thread share.
+struct CheckpointSaver::Job {
+  const Parameters& parameters;
+  const SaveOptions& options;
+  int rank = 0;
+  Checkpoint checkpoint;     // under way: its folder is the temporary one
+  std::atomic<int> unit{0};  // units before this one are saved
+  std::atomic<int64_t> bytes_left{0};
+  std::atomic<bool> cancel{false};
+  double begun_s = now_s();
+  std::shared_future<string> done;  // what went wrong; empty: nothing
+
+  string folder() const { return options.folder + "/" + step_name(checkpoint.state.step); }
+  string part_path(int r) const { return checkpoint.folder + text("/rank-%05d.json", r); }
+  void reached(int next_unit) {
+    unit = next_unit;
+    unit.notify_all();
+  }
+
+  string run() {
+    string error;
+    try {
+      write_shards();
+      if (rank == 0) seal();
+    } catch (const std::exception& e) {
+      error = e.what();
+    }
+    reached(kAllUnits);
+    return error;
+  }
+
+  // A file, and a manifest of it for rank 0. Of replicas the first writes.
+  void write_shards() {
+    vector<Fragment> list;
+    if (coord_of(checkpoint.mesh, rank).dp_rank < checkpoint.mesh.dp_shard())
+      list = fragments(parameters);
+    vector<TensorDecl> decls;
+    for (const Fragment& f : list)
+      for (const auto& [suffix, shard] : kStored)
+        decls.push_back(
+            {f.piece->name + suffix + "#" + std::to_string(f.begin), FileDType::F32, {f.count}});
+    make_folders(checkpoint.folder);
+    Checkpoint part;
+    if (!list.empty()) {
+      const string name = text("rank-%05d.safetensors", rank);
+      SafetensorsWriter file(checkpoint.folder + "/" + name, decls);
+      for (const Fragment& f : list) {
+        if (cancel) return;
+        reached(f.unit);
+        for (const auto& [suffix, shard] : kStored) {
+          const float* values = (parameters.units[size_t(f.unit)].*shard).f32() + f.offset;
+          const int64_t bytes = f.count * int64_t(sizeof(float));
+          StoredTensor& tensor = part.tensors[f.piece->name + suffix];
+          tensor.shape = shape_of(*f.piece);
+          tensor.fragments.push_back(
+              {f.begin, f.count, 0, file.size(), checksum_of(values, bytes)});
+          file.write(values, bytes);
+          bytes_left -= bytes;
+        }
+      }
+      reached(kAllUnits);
+      file.finish();
+      part.files.push_back(stored_file(checkpoint.folder, name));
+    }
+    write_manifest(part, part_path(rank));
+  }
+
+  // Waits for all ranks, which hold ascending fragments of a tensor.
+  void seal() {
+    for (int r = 0; r < checkpoint.mesh.world(); r++) {
+      for (; !fs::exists(part_path(r)); std::this_thread::sleep_for(duration<double>(5e-3)))
+        if (cancel) return;
+      const Checkpoint part = read_manifest(part_path(r));
+      for (const auto& [name, tensor] : part.tensors) {
+        StoredTensor& whole = checkpoint.tensors[name];
+        whole.shape = tensor.shape;
+        for (StoredFragment f : tensor.fragments) {
+          f.file = int(checkpoint.files.size());
+          whole.fragments.push_back(f);
+        }
+      }
+      checkpoint.files.insert(checkpoint.files.end(), part.files.begin(), part.files.end());
+      remove_tree(part_path(r));
+    }
+    write_manifest(checkpoint, checkpoint.folder + "/manifest.json");
+    open_checkpoint(checkpoint.folder);
+    put_in_place(checkpoint.folder, folder());
+    prune(options, checkpoint.state.step);
+  }
+};
+
+CheckpointSaver::CheckpointSaver(Rank& rank, const Parameters& parameters,
+                                 const SaveOptions& options)
+    : parameters_(parameters), options_(options) {
+  if (rank.id == 0) {
+    std::error_code error;
+    for (const auto& entry : fs::directory_iterator(options.folder, error)) {
+      const string name = entry.path().filename();
+      if (name.starts_with("step-") && name.ends_with(".tmp")) remove_tree(entry.path());
+    }
+  }
+  barrier(rank, Group::World, "checkpoint clean-up");
 }
 
-void load_weights(Rank&, Parameters& p, const Checkpoint& c) {
-  load(p, c, kStored[0].first, kStored[0].second);
+CheckpointSaver::~CheckpointSaver() {
+  if (job_) job_->cancel = true;  // its future waits for the thread
+}
+
+void CheckpointSaver::begin(Rank& rank, const RunState& state) {
+  finish(rank);
+  job_.reset(new Job{parameters_, options_, rank.id});
+  Job& job = *job_;
+  job.checkpoint.state = state;
+  if (rank.comm) job.checkpoint.mesh = mesh_of(rank);
+  job.checkpoint.folder = job.folder() + ".tmp";
+  for (const FlatUnit& unit : parameters_.units)
+    job.bytes_left += unit.shard_count * int64_t(std::size(kStored) * sizeof(float));
+  job.done = std::async(std::launch::async, [&job] { return job.run(); });
+}
+
+// Ends the save once all ranks are done. Bytes that the slowest has yet to write; -1: none is under
+// way.
+int64_t CheckpointSaver::exchange(Rank& rank) {
+  if (!job_) return -1;
+  const bool done = job_->done.wait_for(duration<double>(0)) == std::future_status::ready;
+  const string error = done ? job_->done.get() : "";
+  double v[] = {double(!done), double(!error.empty()), done ? 0 : double(job_->bytes_left)};
+  all_reduce(rank, Group::World, v, 3, Reduce::Max, "checkpoint progress");
+  last_failed_ = v[1] > 0;
+  if (last_failed_) job_->cancel = true;
+  if (v[0] > 0) return int64_t(v[2]);
+  if (!error.empty()) log_warning("rank %d: %s", rank.id, error.c_str());
+  if (last_failed_) {
+    if (rank.id == 0) {
+      remove_tree(job_->checkpoint.folder);
+      log_warning("%s was not saved; the next save tries again", job_->folder().c_str());
+    }
+    barrier(rank, Group::World, "failed checkpoint removed");
+  } else if (rank.id == 0) {
+    log_info("saved %s in %.1f s", job_->folder().c_str(), now_s() - job_->begun_s);
+  }
+  job_.reset();
+  return -1;
+}
+
+void CheckpointSaver::wait(Rank& rank, int64_t most_bytes_left) {
+  for (double pause = 2e-4; exchange(rank) > most_bytes_left; pause = std::min(pause * 1.5, 0.02)) {
+    std::this_thread::sleep_for(duration<double>(pause));
+    stall_s_ += pause;
+  }
+}
+
+void CheckpointSaver::poll(Rank& rank) { wait(rank, kMostBytesLeft); }
+
+bool CheckpointSaver::finish(Rank& rank) {
+  wait(rank, -1);
+  return !last_failed_;
+}
+
+void CheckpointSaver::wait_unit(int unit) {
+  if (!job_) return;
+  for (int saved = job_->unit; saved <= unit; saved = job_->unit) {
+    const double begun = now_s();
+    job_->unit.wait(saved);
+    stall_s_ += now_s() - begun;
+  }
 }
 
 }  // namespace pith

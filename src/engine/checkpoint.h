@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <utility>
 
 #include "data/durable.h"
 #include "data/safetensors.h"
@@ -51,12 +52,8 @@ struct Checkpoint {
   std::map<string, StoredTensor> tensors;  // by Hugging Face name, one an expert
 };
 
-struct CheckpointFolder {
-  int64_t step = 0;
-  string path;
-};
 // The folders step-NNNNNNNN of a run, by step, good or not.
-vector<CheckpointFolder> list_checkpoints(const string& run_folder);
+std::map<int64_t, string> list_checkpoints(const string& run_folder);
 // Checks manifest and sizes; exit code 2 naming what is wrong.
 Checkpoint open_checkpoint(const string& folder);
 // Reads all of it, or all but moments. Exit code 2 naming what differs from its checksum.
@@ -80,17 +77,11 @@ vector<float> read_tensor(const Checkpoint& checkpoint, const StoredTensor& tens
 void load_state(Rank& rank, Parameters& parameters, const Checkpoint& checkpoint);
 void load_weights(Rank& rank, Parameters& parameters, const Checkpoint& checkpoint);
 
-// What is stored of a parameter: the suffix of its name, and its values.
-constexpr std::pair<const char*, Tensor FlatUnit::*> kStored[] = {
-    {"", &FlatUnit::master}, {".exp_avg", &FlatUnit::m}, {".exp_avg_sq", &FlatUnit::v}};
-
-string step_name(int64_t step);  // "step-00000100"
 vector<int64_t> shape_of(const Piece& piece);
 uint64_t checksum_of(const void* bytes, int64_t size);
-// Describes a safetensors file that is complete.
+// Of a complete safetensors file.
 StoredFile stored_file(const string& folder, const string& name);
 void write_manifest(const Checkpoint& checkpoint, const string& path);
-Checkpoint read_manifest(const string& path);
 // Flushes folder `temporary` and renames it; one that was there before is removed.
 void put_in_place(const string& temporary, const string& folder);
 
@@ -112,15 +103,16 @@ class CheckpointSaver {
 
   // Starts to save weights and moments as they are now, once the save before is over.
   void begin(Rank& rank, const RunState& state);
-  // Once a step, before the optimiser pass: learns how far all ranks are. Waits for one that is so
-  // far behind that others could meet the time limit of the next collective.
+  // Once a step, before the optimiser pass: learns how far all ranks are. Waits for one so far
+  // behind that others could meet the time limit of the next collective.
   void poll(Rank& rank);
   // Before the optimiser writes parameters.units[unit]: waits until its shards are saved. Local.
   void wait_unit(int unit);
   // Waits for the save under way, if any. False if the last save failed.
   bool finish(Rank& rank);
   bool under_way() const { return job_ != nullptr; }
-  double take_stall();  // seconds this rank has waited since the last call
+  // Seconds this rank has waited since the last call.
+  double take_stall() { return std::exchange(stall_s_, 0); }
 
  private:
   struct Job;  // a save under way
