@@ -49,8 +49,8 @@ string draw_text(const ScheduleOptions& o, const vector<ActionList>& lists,
       cell.resize(scale * duration(lists[r][i]), '-');
       rows[r].replace(scale * c.begin[r][i], cell.size(), cell);
     }
-  const vector<string> head = heading(o, c);
-  string out = head[0] + "\n  " + head[1] + "\n  " + head[2] + "\n";
+  string out;
+  for (const string& line : heading(o, c)) out += (out.empty() ? "" : "  ") + line + "\n";
   for (size_t begin = 0; begin < width; begin += band) {
     out += text("\n%8s time %d\n", "", int(begin / scale));
     for (int r = 0; r < o.pp; r++)

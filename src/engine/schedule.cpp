@@ -50,9 +50,8 @@ vector<ChunkLayers> chunk_layers(ScheduleKind kind, int pp, int rank, int layers
 }
 
 int message_stage(const ScheduleOptions& o, int rank, const Action& transfer) {
-  const int stage = stage_of(o.kind, o.pp, rank, transfer.chunk);
-  if (transfer.what == Do::Send) return stage;
-  return transfer.payload == Payload::Activation ? stage - 1 : stage + 1;
+  const int step = transfer.payload == Payload::Activation ? -1 : 1;
+  return stage_of(o.kind, o.pp, rank, transfer.chunk) + (transfer.what == Do::Recv ? step : 0);
 }
 
 int rank_beside(const ScheduleOptions& o, int rank, int chunk, int step) {
@@ -224,8 +223,7 @@ void build_1f1b(Builder& s) {
   }
 }
 
-// A micro-batch enters every `chunks` slots and moves on a stage a slot, so no two meet on a rank:
-// the two stages of a DualPipeV rank have odd distance.
+// A micro-batch enters every `chunks` slots and moves on a stage a slot: no two meet on a rank.
 void build_forward(Builder& s) {
   const auto& o = s.o;
   const int chunks = chunks_of(o.kind), n = o.micro_batches;
@@ -236,16 +234,16 @@ void build_forward(Builder& s) {
     }
 }
 
-bool gives_weight_grads(const Action& a, int chunk) {
-  return a.backward_chunk() == chunk && (a.what == Do::W || (a.has_backward() && !a.defer));
-}
-
 // Gathers stand first, where ranks wait anyhow; rank 0 does not, and begins before it gathers its
 // second chunk. A Reduce stands behind the messages that follow its chunk's last weight gradients.
 void add_gathers(const ScheduleOptions& o, int rank, ActionList& list) {
   for (int chunk = 0; chunk < chunks_of(o.kind) && !o.forward_only; chunk++) {
+    const auto gives_gradients = [&](const Action& a) {
+      const bool any = a.what == Do::W || (a.has_backward() && !a.defer);
+      return any && a.backward_chunk() == chunk;
+    };
     size_t at = list.size();
-    while (!gives_weight_grads(list[at - 1], chunk)) at--;
+    while (!gives_gradients(list[at - 1])) at--;
     while (at < list.size() && list[at].is_message()) at++;
     list.insert(list.begin() + at, {.what = Do::Reduce, .chunk = chunk});
   }

@@ -1,5 +1,4 @@
-// schedule: the pipeline as data. A list of actions a rank, which the executor runs, the checker
-// proves and times, and the timeline draws.
+// schedule: the pipeline as data. A list of actions a rank, which is proven, drawn and run.
 #pragma once
 #include <cstdint>
 
@@ -79,7 +78,7 @@ vector<ActionList> make_schedules(const ScheduleOptions& options);
 
 // Stage whose output the message carries.
 int message_stage(const ScheduleOptions& options, int rank, const Action& transfer);
-// Rank of the stage `step` behind chunk's (before it, if negative), or -1 where there is none.
+// Rank of the stage `step` behind chunk's (negative: before it); -1: there is none.
 int rank_beside(const ScheduleOptions& options, int rank, int chunk, int step);
 
 // Units of time: a forward, the gradient of its input and its weight gradients take 1 each.
@@ -100,8 +99,7 @@ struct ScheduleCheck {
 // that match in posted order, no deadlock when every group call blocks until all of it is matched,
 // and live micro-batches bounded (2*pp + 1 for DualPipeV, pp - rank for OneF1B).
 ScheduleCheck check_schedule(const ScheduleOptions& options, const vector<ActionList>& lists);
-// The same for all ranks of a mesh, one list a global rank, with the collectives of sharding,
-// experts and context.
+// The same for all ranks of a mesh, one list each, with sharding, experts and context.
 ScheduleCheck check_collectives(const ScheduleOptions& options, const Mesh& mesh, int layers,
                                 bool gather_layer, const vector<ActionList>& lists);
 

@@ -43,7 +43,7 @@ struct ListWalk {
       throw string("names no chunk and micro-batch of this rank");
     return chunk * n + mb;
   }
-  // The other rank that a chunk's input comes from or its output goes to; -1: there is none.
+  // The other rank before or behind a chunk; -1: there is none.
   int peer(int i, int step) const {
     const int other = rank_beside(o, rank, i / n, step);
     return other == rank ? -1 : other;
@@ -54,19 +54,6 @@ struct ListWalk {
     if (rank_beside(o, rank, i / n, step) == rank) need(step < 0 ? kF : kB, (i + n) % (2 * n));
   }
 
-  void forward(int i) {
-    if (o.gather_step) need(kGather, i / n * n);
-    need_input(i, -1);
-    record(kF, i);
-    if (!o.forward_only) peak_live = std::max(peak_live, ++live);
-  }
-  void backward(int i, bool defer) {
-    need(kF, i);
-    need_input(i, 1);
-    record(kB, i);
-    if (!defer) record(kW, i);
-    live--;
-  }
   void message(const Action& a, int i) {
     const bool send = a.what == Do::Send, activation = a.payload == Payload::Activation;
     const int other = peer(i, send == activation ? 1 : -1);
@@ -105,11 +92,22 @@ struct ListWalk {
       if (peer(i, -1) >= 0) need(kSendB, i + mb);  // W frees what is sent
       record(kW, i + mb);
     }
-    if (a.has_forward()) forward(i);
-    if (a.has_backward()) backward(index(a.backward_chunk(), a.backward_mb()), a.defer);
+    if (a.has_forward()) {
+      if (o.gather_step) need(kGather, a.chunk * n);
+      need_input(i, -1);
+      record(kF, i);
+      if (!o.forward_only) peak_live = std::max(peak_live, ++live);
+    }
+    if (a.has_backward()) {
+      const int b = index(a.backward_chunk(), a.backward_mb());
+      need(kF, b);
+      need_input(b, 1);
+      record(kB, b);
+      if (!a.defer) record(kW, b);
+      live--;
+    }
     bound_live();
   }
-  // What a complete list has done.
   void end() const {
     for (int i = 0; i < n * chunks_of(o.kind); i++) {
       need(kF, i);
@@ -228,7 +226,7 @@ struct Replay {
         if (visits.size() < v.place->at(rank).size()) return member;
     return -1;
   }
-  // Begins the rank's next event, and ends it unless someone is missing. Whether it ended.
+  // Begins the rank's next event and, unless someone is missing, ends it.
   bool advance(int rank) {
     RankState& r = ranks[rank];
     if (r.ended()) return false;

@@ -38,14 +38,15 @@ struct Half {
     reach(0);
     if (enters) add_weights(UnitKind::Head, -1);
     for (int i = 0; i < layers.count; i++) {
+      const int here = layer(i);
       pieces.emplace_back();
-      add(Part::Experts, layer(i));
-      add(backward ? Part::Dispatch : Part::Combine, layer(i));
-      add_weights(UnitKind::Experts, layer(i));
+      add(Part::Experts, here);
+      add(backward ? Part::Dispatch : Part::Combine, here);
+      add_weights(UnitKind::Experts, here);
       pieces.emplace_back();
-      add(backward ? Part::Attention : Part::Residual, layer(i));
+      add(backward ? Part::Attention : Part::Residual, here);
       reach(i + 1);
-      add_weights(UnitKind::Layer, layer(i));
+      add_weights(UnitKind::Layer, here);
     }
     pieces.emplace_back();
     if (leaves) add(backward ? Part::Prolog : Part::Epilog, -1);
