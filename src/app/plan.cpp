@@ -12,7 +12,7 @@ namespace pith {
 
 namespace {
 
-// "F3", or "f3" of chunk 1; "F5b3" where two overlap; empty for what is not drawn.
+// "F3", or "f3" of chunk 1; "F5b3" where two overlap; empty: not drawn.
 string label(const Action& a) {
   const auto half = [](char letter, int chunk, int mb) {
     return text("%c%d", chunk ? tolower(letter) : letter, mb);

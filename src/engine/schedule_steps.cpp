@@ -11,7 +11,7 @@ namespace {
 struct Half {
   bool backward = false;
   int chunk = 0, mb = 0;
-  bool weights = false;  // a backward that is followed by its weight gradients
+  bool weights = false;  // followed by its weight gradients
   ChunkLayers layers = {};
   vector<vector<Step>> pieces = {};
 

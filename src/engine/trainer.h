@@ -4,8 +4,8 @@
 #include <map>
 #include <mutex>
 
-#include "engine/run_plan.h"
 #include "engine/routing_trace.h"
+#include "engine/run_plan.h"
 
 namespace pith {
 
