@@ -1,4 +1,4 @@
-// plan: pith plan, the timeline of a pipeline schedule and the check of lists in a file.
+// plan: pith plan.
 #include <algorithm>
 #include <sstream>
 
@@ -12,7 +12,7 @@ namespace pith {
 
 namespace {
 
-// "F3", or "f3" of chunk 1; "F5b3" where two overlap; empty for what is not drawn.
+// "F3", or "f3" of chunk 1; "F5b3" where two overlap; empty: not drawn.
 string label(const Action& a) {
   const auto half = [](char letter, int chunk, int mb) {
     return text("%c%d", chunk ? tolower(letter) : letter, mb);
@@ -49,8 +49,8 @@ string draw_text(const ScheduleOptions& o, const vector<ActionList>& lists,
       cell.resize(scale * duration(lists[r][i]), '-');
       rows[r].replace(scale * c.begin[r][i], cell.size(), cell);
     }
-  const vector<string> head = heading(o, c);
-  string out = head[0] + "\n  " + head[1] + "\n  " + head[2] + "\n";
+  string out;
+  for (const string& line : heading(o, c)) out += (out.empty() ? "" : "  ") + line + "\n";
   for (size_t begin = 0; begin < width; begin += band) {
     out += text("\n%8s time %d\n", "", int(begin / scale));
     for (int r = 0; r < o.pp; r++)
@@ -63,22 +63,22 @@ string draw_svg(const ScheduleOptions& o, const vector<ActionList>& lists, const
   constexpr int kUnit = 20, kLeft = 60, kTop = 80, kRow = 32, kHeight = 24;
   string out = text(
       "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%d\" height=\"%d\">\n"
-      "<style>rect{stroke:#fff}text{font:12px sans-serif}.n{font-size:10px;text-anchor:middle}"
-      ".F{fill:#7fb2e5}.f{fill:#c4dcf4}.B{fill:#f0a35e}.b{fill:#fad7b3}.W{fill:#7fc29b}"
-      ".w{fill:#c3e5d0}.both{fill:#cdb9e8}.idle{fill:#ededea}.page{fill:#fff}</style>\n",
-      std::max(kLeft + c.makespan * kUnit, 900) + 20, kTop + o.pp * kRow + 20);
-  const auto words = [&](int x, int y, const char* css, const string& s) {
-    out += text("<text x=\"%d\" y=\"%d\" class=\"%s\">%s</text>\n", x, y, css, s.c_str());
+      "<style>svg{background:#fff}rect{stroke:#fff}text{font:12px sans-serif}"
+      "g text{font-size:10px;text-anchor:middle}.F{fill:#7fb2e5}.f{fill:#c4dcf4}.B{fill:#f0a35e}"
+      ".b{fill:#fad7b3}.W{fill:#7fc29b}.w{fill:#c3e5d0}.both{fill:#cdb9e8}.idle{fill:#ededea}"
+      "</style>\n",
+      std::max(kLeft + c.makespan * kUnit, 900) + 20, kTop + o.pp * kRow);
+  const auto words = [&](int x, int y, const string& s) {
+    out += text("<text x=\"%d\" y=\"%d\">%s</text>\n", x, y, s.c_str());
   };
   const auto box = [&](int x, int y, int w, int h, const string& css) {
     out += text("<rect x=\"%d\" y=\"%d\" width=\"%d\" height=\"%d\" class=\"%s\"/>\n", x, y, w, h,
                 css.c_str());
   };
-  box(0, 0, 100000, 100000, "page");
-  for (int i = 0; i < 3; i++) words(kLeft, 20 + 18 * i, "head", heading(o, c)[i]);
+  for (int i = 0; i < 3; i++) words(kLeft, 20 + 18 * i, heading(o, c)[i]);
   for (int r = 0; r < o.pp; r++) {
     const int y = kTop + r * kRow;
-    words(8, y + 16, "rank", text("rank %d", r));
+    words(8, y + 16, text("rank %d", r));
     box(kLeft, y, c.makespan * kUnit, kHeight, "idle");
     for (size_t i = 0; i < lists[r].size(); i++) {
       const Action& a = lists[r][i];
@@ -88,12 +88,10 @@ string draw_svg(const ScheduleOptions& o, const vector<ActionList>& lists, const
       out += text("<g><title>rank %d, action %d: %s, from %d to %d</title>\n", r, int(i),
                   to_text(a).c_str(), begin, begin + duration(a));
       box(x, y, width, kHeight, a.what == Do::FB ? "both" : s.substr(0, 1));
-      words(x + width / 2, y + 16, "n", s);
+      words(x + width / 2, y + 16, s);
       out += "</g>\n";
     }
   }
-  for (int at = 0; at <= c.makespan; at += 5)
-    words(kLeft + at * kUnit, kTop + o.pp * kRow + 6, "time", text("%d", at));
   return out + "</svg>\n";
 }
 
@@ -117,7 +115,7 @@ vector<ActionList> read_lists(const string& path, int pp) {
 }  // namespace
 
 int run_plan(int argc, char** argv) {
-  Arguments args("pith plan", "Shows the timeline of a pipeline schedule, without running it.");
+  Arguments args("pith plan", "Shows the timeline of a pipeline schedule.");
   string kind = "auto", svg, file;
   bool schedule = false, print = false;
   int64_t pp = 4, micro_batches = 0;
@@ -127,9 +125,9 @@ int run_plan(int argc, char** argv) {
   args.option("--pp", pp, "pipeline ranks", 1, 256);
   args.option("--micro-batches", micro_batches, "in a step; 0: 2 * pp + 2", 0, 4096);
   args.flag("--forward-only", o.forward_only, "as in evaluation");
-  args.option("--svg", svg, "draw into this file, too");
+  args.option("--svg", svg, "draw into this file");
   args.flag("--lists", print, "print the lists of actions in place of the timeline");
-  args.option("--check", file, "prove and draw the lists in this file, in the form of --lists");
+  args.option("--check", file, "prove and draw lists in the form of --lists");
   if (!args.parse(argc, argv)) return kExitDone;
   if (!schedule)
     bad_input("pith plan", "does not say what to plan (need --schedule)", "--schedule");

@@ -27,7 +27,7 @@ void write_routing(const string& folder, int64_t step, const RoutingStep& routin
   write_npy(file_of(folder, step, "weights"), NpyType::F4, shape, routing.weights.data());
 }
 
-// Each token's k ids are distinct experts, or all -1 throughout a layer without experts.
+// A token's k ids are distinct experts, or -1 throughout a layer without.
 static void check_ids(const string& path, const RoutingStep& r, int num_experts) {
   const int64_t k = r.top_k, per_layer = r.tokens * k;
   for (int64_t i = 0; i < r.layers * per_layer; i++) {
@@ -49,8 +49,7 @@ void read_routing(const string& folder, int64_t step, int num_experts, RoutingSt
   const vector<int64_t> need = {routing.layers, routing.tokens, routing.top_k};
   if (array.header.type != NpyType::I4 || array.header.shape != need)
     bad_input(path,
-              text("is not this run's routing (need <i4 [%ld, %ld, %ld]: layers, tokens a "
-                   "step, experts a token)",
+              text("is not this run's routing (need <i4 [%ld, %ld, %ld]: layers, tokens, k)",
                    need[0], need[1], need[2]),
               "a trace of the same model and global batch");
   routing.ids.resize(array.header.numel());

@@ -12,17 +12,16 @@ struct RoutingStep {
   int64_t layers = 0, tokens = 0, top_k = 0;
   vector<int32_t> ids;    // [layers, tokens, k]
   vector<float> weights;  // [layers, tokens, k]
-  vector<float> gaps;     // [layers, tokens], not in files: router logit of the last expert chosen,
-                          // less that of the best one left out
+  vector<float> gaps;     // [layers, tokens]: logit of the last expert chosen, less the next one's
   bool forced = false;    // ids were read and are to be used
   bool traced = false;    // ids and weights are to be filled in
 };
 
-// Makes room for a step to trace: ids -1, weights 0, `traced` set.
+// Makes room for a step to trace.
 void begin_trace(RoutingStep& routing, int64_t layers, int64_t tokens, int64_t top_k);
 void write_routing(const string& folder, int64_t step, const RoutingStep& routing);
-// Fills ids and sets `forced`. Exit code 2 if the file is damaged, of another shape than `routing`
-// has, or does not name distinct experts in [0, num_experts) for a token.
+// Fills ids and sets `forced`. Exit code 2 for a file that does not fit the shape of `routing` or
+// does not name distinct experts in [0, num_experts).
 void read_routing(const string& folder, int64_t step, int num_experts, RoutingStep& routing);
 
 // How a rank's micro-batches map to the step's tokens.

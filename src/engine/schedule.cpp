@@ -1,5 +1,3 @@
-// How lists are made: placement of stages, the order of each kind's actions and messages, and
-// actions as text.
 #include "engine/schedule.h"
 
 #include <algorithm>
@@ -52,9 +50,8 @@ vector<ChunkLayers> chunk_layers(ScheduleKind kind, int pp, int rank, int layers
 }
 
 int message_stage(const ScheduleOptions& o, int rank, const Action& transfer) {
-  const int stage = stage_of(o.kind, o.pp, rank, transfer.chunk);
-  if (transfer.what == Do::Send) return stage;
-  return transfer.payload == Payload::Activation ? stage - 1 : stage + 1;
+  const int step = transfer.payload == Payload::Activation ? -1 : 1;
+  return stage_of(o.kind, o.pp, rank, transfer.chunk) + (transfer.what == Do::Recv ? step : 0);
 }
 
 int rank_beside(const ScheduleOptions& o, int rank, int chunk, int step) {
@@ -75,14 +72,13 @@ int duration(const Action& a) {
 namespace {
 
 // Builds one rank's list. Messages are queued, and leave as one group right before the next compute
-// action, so that what a peer waits for and what this rank waits for are under way together.
+// action.
 struct Builder {
   const ScheduleOptions& o;
   int rank;
   ActionList list = {};
-  ActionList queue = {};     // messages of the next group
-  ActionList due = {};       // weight gradients to run behind the next group
-  ActionList deferred = {};  // W of one micro-batch each, oldest first
+  ActionList queue = {}, due = {};  // messages of the next group, W to run behind it
+  ActionList deferred = {};         // W of one micro-batch each, oldest first
   int forwards[2] = {}, received[2] = {}, backwards[2] = {};
   bool zero_bubble = false;  // weight gradients wait for the schedule's own W
 
@@ -108,7 +104,6 @@ struct Builder {
     list.push_back(a);
   }
 
-  // The chunk's oldest deferred micro-batches, at most `most`.
   Action take_deferred(int chunk, int most) {
     Action batch{.what = Do::W, .chunk = chunk, .count = 0};
     std::erase_if(deferred, [&](const Action& w) {
@@ -119,9 +114,8 @@ struct Builder {
     return batch;
   }
   bool defers() const { return zero_bubble || o.weight_grad_batch > 1; }
-  // Batches fall due on all ranks at once, so that none waits for another's. DualPipeV is at
-  // (stage, mb) in `slot` of the steady state, on even slots with one chunk of a rank and on odd
-  // ones with the other, which are half a period apart.
+  // Batches fall due on all ranks at once, so that none waits for another's: DualPipeV is at
+  // (stage, mb) in `slot` of the steady state, even ones of one chunk and odd ones of the other.
   void end_backward(int chunk) {
     const int mb = backwards[chunk]++, n = o.weight_grad_batch;
     if (!defers()) return;
@@ -161,33 +155,26 @@ struct Builder {
     send_f(f_chunk);
     send_b(b_chunk);
   }
-  // Fills a bubble that is one micro-batch's weight gradients long.
-  void w() {
+  void w(int most = 1) {
     commit();
-    if (!deferred.empty()) list.push_back(take_deferred(deferred.front().chunk, 1));
-  }
-  void finish() {
-    commit();
-    while (!deferred.empty())
-      list.push_back(take_deferred(deferred.front().chunk, o.weight_grad_batch));
+    if (!deferred.empty()) list.push_back(take_deferred(deferred.front().chunk, most));
   }
 };
 
 // The eight steps of DualPipeV.
 void build_dualpipev(Builder& s) {
-  const int pp = s.o.pp, r = s.rank;
-  const bool last = r == pp - 1;
-  for (int i = 0; i < 2 * (pp - r - 1); i++) s.f(0);  // 1: fill, down leg
+  const int r = s.rank, below = s.o.pp - r - 1;
+  for (int i = 0; i < 2 * below; i++) s.f(0);  // 1: fill, down leg
   s.recv_f(0);
   for (int i = 0; i <= r; i++) {  // 2: fill, both legs
     s.compute_f(0);
     s.recv_f(0);
     s.recv_f(1);
     s.compute_f(1);
-    if (!(last && i == r)) s.send_f(1);
+    if (below > 0 || i < r) s.send_f(1);
     s.send_f(0);
   }
-  for (int i = 0; i < pp - r - 1; i++) {  // 3: weight gradients fill the bubble
+  for (int i = 0; i < below; i++) {  // 3: weight gradients fill the bubble
     s.zero_bubble = true;
     s.b(1);
     s.zero_bubble = false;
@@ -196,8 +183,8 @@ void build_dualpipev(Builder& s) {
     s.compute_f(1);
     s.send_f(1);
   }
-  for (int i = 0; i < s.o.micro_batches - 2 * pp + r + 1; i++) {  // 4: the steady state
-    if (i == 0 && last) {  // unfused, so that the turn starts its first backward sooner
+  for (int i = 0; i < s.o.micro_batches - s.o.pp - below; i++) {  // 4: the steady state
+    if (i == 0 && below == 0) {  // unfused, so that the turn starts its first backward sooner
       s.compute_f(0);
       s.send_f(1);
       s.b(1);
@@ -206,17 +193,17 @@ void build_dualpipev(Builder& s) {
     }
     s.fb(1);
   }
-  for (int i = 0; i < pp - r - 1; i++) {  // 5: up leg only
+  for (int i = 0; i < below; i++) {  // 5: up leg only
     s.b(1);
     s.fb(1);
   }
   for (int i = 0; i <= r; i++) {  // 6: drain; deferral begins half-way
-    if (i == (r + 1) / 2 && r % 2 == 1) s.zero_bubble = true;
+    if (2 * i == r + 1) s.zero_bubble = true;
     s.b(1);
-    if (i == (r + 1) / 2 && r % 2 == 0) s.zero_bubble = true;
+    if (2 * i == r) s.zero_bubble = true;
     s.b(0);
   }
-  for (int i = 0; i < pp - r - 1; i++) {  // 7: drain, down leg
+  for (int i = 0; i < below; i++) {  // 7: drain, down leg
     s.w();
     s.b(0);
   }
@@ -236,8 +223,7 @@ void build_1f1b(Builder& s) {
   }
 }
 
-// A micro-batch enters every `chunks` slots and moves on a stage a slot, so no two meet on a rank:
-// the two stages of a DualPipeV rank have odd distance.
+// A micro-batch enters every `chunks` slots and moves on a stage a slot: no two meet on a rank.
 void build_forward(Builder& s) {
   const auto& o = s.o;
   const int chunks = chunks_of(o.kind), n = o.micro_batches;
@@ -248,17 +234,16 @@ void build_forward(Builder& s) {
     }
 }
 
-bool gives_weight_grads(const Action& a, int chunk) {
-  return a.backward_chunk() == chunk && (a.what == Do::W || (a.has_backward() && !a.defer));
-}
-
-// Gathers stand first, where ranks but the first wait anyhow; the first begins its first
-// micro-batch before it gathers its second chunk. A Reduce stands behind the group that follows its
-// chunk's last weight gradients.
+// Gathers stand first, where ranks wait anyhow; rank 0 does not, and begins before it gathers its
+// second chunk. A Reduce stands behind the messages that follow its chunk's last weight gradients.
 void add_gathers(const ScheduleOptions& o, int rank, ActionList& list) {
   for (int chunk = 0; chunk < chunks_of(o.kind) && !o.forward_only; chunk++) {
+    const auto gives_gradients = [&](const Action& a) {
+      const bool any = a.what == Do::W || (a.has_backward() && !a.defer);
+      return any && a.backward_chunk() == chunk;
+    };
     size_t at = list.size();
-    while (!gives_weight_grads(list[at - 1], chunk)) at--;
+    while (!gives_gradients(list[at - 1])) at--;
     while (at < list.size() && list[at].is_message()) at++;
     list.insert(list.begin() + at, {.what = Do::Reduce, .chunk = chunk});
   }
@@ -286,7 +271,9 @@ ActionList make_schedule(const ScheduleOptions& o, int rank) {
     build_dualpipev(s);
   else
     build_1f1b(s);
-  s.finish();
+  do {
+    s.w(o.weight_grad_batch);
+  } while (!s.deferred.empty());
   if (o.gather_step) add_gathers(o, rank, s.list);
   return std::move(s.list);
 }
@@ -322,10 +309,8 @@ Action parse_action(const string& line, const string& place) {
   for (int what = 0; what <= int(Do::Reduce); what++) {
     Action a{.what = static_cast<Do>(what), .chunk = n[0], .mb = n[1]};
     if (a.has_backward()) a.defer = line.ends_with('+');
-    if (a.what == Do::FB) {
-      a.chunk2 = n[2];
-      a.mb2 = n[3];
-    }
+    if (a.what == Do::FB) a.chunk2 = n[2];
+    if (a.what == Do::FB) a.mb2 = n[3];
     if (a.what == Do::W && n[2] > 0) a.count = n[2] - n[1] + 1;
     if (a.is_message()) a.peer = n[2];
     if (a.is_message() && line.find('B') != string::npos) a.payload = Payload::Gradient;

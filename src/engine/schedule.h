@@ -1,5 +1,4 @@
-// schedule: the pipeline as data. A list of actions a rank, which the executor runs, the checker
-// proves and times, and the timeline draws.
+// schedule: the pipeline as data. A list of actions a rank, which is proven, drawn and run.
 #pragma once
 #include <cstdint>
 
@@ -13,7 +12,7 @@ namespace pith {
 // OneF1B: pp contiguous stages, chunk 0 only (PipeDream-Flush, arXiv:2006.09503).
 enum class ScheduleKind : uint8_t { DualPipeV, OneF1B };
 const char* name_of(ScheduleKind kind);  // "dualpipev", "1f1b"
-// "auto" is OneF1B at pp = ep = 1 and DualPipeV otherwise. Exit code 2 for an unknown name.
+// "auto" is OneF1B at pp = ep = 1 and DualPipeV otherwise.
 ScheduleKind schedule_kind(const string& name, int pp, int ep);
 
 inline int chunks_of(ScheduleKind kind) { return kind == ScheduleKind::DualPipeV ? 2 : 1; }
@@ -21,15 +20,13 @@ inline int stages_of(ScheduleKind kind, int pp) { return pp * chunks_of(kind); }
 int stage_of(ScheduleKind kind, int pp, int rank, int chunk);
 int rank_of_stage(ScheduleKind kind, int pp, int stage);
 
-// Layers of each stage: as equal as can be, extra layers to the first interior stages. Exit code 2
-// when there are fewer layers than stages.
+// Layers of each stage: as equal as can be, extra layers to the first interior stages.
 vector<int> layer_partition(int layers, int stages);
 
 struct ChunkLayers {
   int first = 0, count = 0;
   bool prolog = false, epilog = false;
 };
-// The layers of each chunk of pipeline rank `rank`.
 vector<ChunkLayers> chunk_layers(ScheduleKind kind, int pp, int rank, int layers);
 
 enum class Do : uint8_t {
@@ -53,7 +50,7 @@ struct Action {
   int count = 1;                          // W
   bool defer = false;                     // B, FB
   Payload payload = Payload::Activation;  // Send, Recv
-  int peer = -1;                          // Send, Recv: pipeline rank at the other end
+  int peer = -1;                          // pipeline rank at the other end
   bool operator==(const Action&) const = default;
 
   bool is_message() const { return what == Do::Send || what == Do::Recv; }
@@ -73,16 +70,15 @@ struct ScheduleOptions {
   int weight_grad_batch = 1;  // micro-batches of a W, except where it fills a bubble
   bool gather_step = false;   // with Gather and Reduce actions
 };
-// 2*pp for DualPipeV with backwards, else 1.
 int min_micro_batches(const ScheduleOptions& options);
 
-// The list of pipeline rank `rank`, and those of all. Exit code 2 for too few micro-batches.
+// The list of a pipeline rank, and those of all. Exit code 2 for too few micro-batches.
 ActionList make_schedule(const ScheduleOptions& options, int rank);
 vector<ActionList> make_schedules(const ScheduleOptions& options);
 
-// Stage whose output the message carries: the one that made it.
+// Stage whose output the message carries.
 int message_stage(const ScheduleOptions& options, int rank, const Action& transfer);
-// Rank of the stage `step` behind chunk's (before it, if negative), or -1 where there is none.
+// Rank of the stage `step` behind chunk's (negative: before it); -1: there is none.
 int rank_beside(const ScheduleOptions& options, int rank, int chunk, int step);
 
 // Units of time: a forward, the gradient of its input and its weight gradients take 1 each.
@@ -90,7 +86,7 @@ int duration(const Action& action);
 
 // Where a set of lists is wrong; rank < 0: it is right, and the rest describes it.
 struct ScheduleCheck {
-  int rank = -1, action = -1;  // index in that rank's list; its size when something is missing
+  int rank = -1, action = -1;  // the list's size when something is missing at its end
   string why;
   bool ok() const { return rank < 0; }
   int peak_live = 0;           // most micro-batches of activations on a rank, both chunks
@@ -103,8 +99,7 @@ struct ScheduleCheck {
 // that match in posted order, no deadlock when every group call blocks until all of it is matched,
 // and live micro-batches bounded (2*pp + 1 for DualPipeV, pp - rank for OneF1B).
 ScheduleCheck check_schedule(const ScheduleOptions& options, const vector<ActionList>& lists);
-// The same for all ranks of a mesh, one list a global rank, with the collectives of sharding,
-// experts and context.
+// The same for all ranks of a mesh, one list each, with sharding, experts and context.
 ScheduleCheck check_collectives(const ScheduleOptions& options, const Mesh& mesh, int layers,
                                 bool gather_layer, const vector<ActionList>& lists);
 
@@ -113,8 +108,7 @@ ScheduleCheck check_collectives(const ScheduleOptions& options, const Mesh& mesh
 string to_text(const Action& action);
 Action parse_action(const string& line, const string& place);
 
-// --- inside an action: the five stages of each layer, as data ---
-
+// Inside an action: the five stages of each layer.
 enum class Part : uint8_t {
   Prolog,     // embedding (first stage)
   Attention,  // stage 1: attention, router, shared experts

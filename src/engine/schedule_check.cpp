@@ -1,6 +1,5 @@
 // Proofs of lists: first each rank's own order, then all ranks together, as they would run when
-// every group call and every collective blocks until all of it is there. What is wrong is thrown as
-// a string.
+// every group call and every collective blocks. What is wrong is thrown as a string.
 #include <algorithm>
 #include <array>
 #include <map>
@@ -17,14 +16,13 @@ string where(const vector<ActionList>& lists, int rank, int action) {
   return text("rank %d, action %d (%s)", rank, action, to_text(lists[rank][action]).c_str());
 }
 
-// What has run of a chunk and micro-batch; Gather and Reduce stand with micro-batch 0.
+// What has run of a chunk and micro-batch; gathers and reduces stand with micro-batch 0.
 enum Fact : uint8_t { kRecvF, kF, kSendF, kRecvB, kB, kW, kSendB, kGather, kReduce };
 constexpr const char* kFacts[] = {"recv F%d.%d", "F%d.%d",    "send F%d.%d",
                                   "recv B%d.%d", "B%d.%d",    "W%d.%d",
                                   "send B%d.%d", "gather %d", "reduce %d"};
 
-// Walks one rank's list; throws the reason at the first action that is wrong. An index `i` is
-// chunk * n + micro-batch.
+// Walks one rank's list. An index `i` is chunk * n + micro-batch.
 struct ListWalk {
   const ScheduleOptions& o;
   int rank;  // of the pipeline
@@ -45,7 +43,7 @@ struct ListWalk {
       throw string("names no chunk and micro-batch of this rank");
     return chunk * n + mb;
   }
-  // The other rank that a chunk's input comes from or its output goes to; -1: there is none.
+  // The other rank before or behind a chunk; -1: there is none.
   int peer(int i, int step) const {
     const int other = rank_beside(o, rank, i / n, step);
     return other == rank ? -1 : other;
@@ -56,24 +54,6 @@ struct ListWalk {
     if (rank_beside(o, rank, i / n, step) == rank) need(step < 0 ? kF : kB, (i + n) % (2 * n));
   }
 
-  void forward(int i) {
-    if (o.gather_step) need(kGather, i / n * n);
-    need_input(i, -1);
-    record(kF, i);
-    if (!o.forward_only) peak_live = std::max(peak_live, ++live);
-  }
-  void backward(int i, bool defer) {
-    need(kF, i);
-    need_input(i, 1);
-    record(kB, i);
-    if (!defer) record(kW, i);
-    live--;
-  }
-  void weight_grads(int i) {
-    need(kB, i);
-    if (peer(i, -1) >= 0) need(kSendB, i);  // W frees what is sent
-    record(kW, i);
-  }
   void message(const Action& a, int i) {
     const bool send = a.what == Do::Send, activation = a.payload == Payload::Activation;
     const int other = peer(i, send == activation ? 1 : -1);
@@ -107,12 +87,27 @@ struct ListWalk {
       for (int mb = 0; mb < n; mb++) need(kW, i + mb);
       record(kReduce, i);
     }
-    for (int mb = 0; mb < a.count && a.what == Do::W; mb++) weight_grads(i + mb);
-    if (a.has_forward()) forward(i);
-    if (a.has_backward()) backward(index(a.backward_chunk(), a.backward_mb()), a.defer);
+    for (int mb = 0; mb < a.count && a.what == Do::W; mb++) {
+      need(kB, i + mb);
+      if (peer(i, -1) >= 0) need(kSendB, i + mb);  // W frees what is sent
+      record(kW, i + mb);
+    }
+    if (a.has_forward()) {
+      if (o.gather_step) need(kGather, a.chunk * n);
+      need_input(i, -1);
+      record(kF, i);
+      if (!o.forward_only) peak_live = std::max(peak_live, ++live);
+    }
+    if (a.has_backward()) {
+      const int b = index(a.backward_chunk(), a.backward_mb());
+      need(kF, b);
+      need_input(b, 1);
+      record(kB, b);
+      if (!a.defer) record(kW, b);
+      live--;
+    }
     bound_live();
   }
-  // What a complete list has done.
   void end() const {
     for (int i = 0; i < n * chunks_of(o.kind); i++) {
       need(kF, i);
@@ -136,8 +131,8 @@ struct Visit {
   string what;  // in which all members must agree
   int time = 0;
 };
-// What a rank does next: stands in a collective, or in the messages of one group call, which begins
-// with `action`; without visits it computes.
+// What a rank does next: a collective, or the messages of one group call, which begins with
+// `action`; without visits it computes.
 struct Event {
   int action;
   vector<Visit> visits = {};
@@ -150,6 +145,7 @@ struct Replay {
     bool inside = false;  // of the next event
     int time = 0;
     bool ended() const { return next == events.size(); }
+    const Event& event() const { return events[next]; }
   };
 
   const ScheduleOptions& o;
@@ -172,8 +168,8 @@ struct Replay {
     const int peer = rank_of(mesh, coord);
     const bool send = a.what == Do::Send;
     add_visit(rank, action, Group::Pp, {send ? rank : peer, send ? peer : rank},
-              text("%s of stage %d, micro-batch %d",
-                   a.payload == Payload::Activation ? "activation" : "gradient", stage, a.mb));
+              text("%c of stage %d, micro-batch %d", a.payload == Payload::Activation ? 'F' : 'B',
+                   stage, a.mb));
   }
   void add_collective(int rank, int action, const Step& s) {
     const bool sharding = s.part == Part::Gather || s.part == Part::Reduce;
@@ -225,21 +221,19 @@ struct Replay {
   }
   // Who has not come to what the rank stands in; -1: nobody.
   int missing(int rank) const {
-    const RankState& r = ranks[rank];
-    for (const Visit& v : r.events[r.next].visits)
+    for (const Visit& v : ranks[rank].event().visits)
       for (const auto& [member, visits] : *v.place)
         if (visits.size() < v.place->at(rank).size()) return member;
     return -1;
   }
-  // Begins the rank's next event, and ends it unless someone is missing. Whether it ended.
+  // Begins the rank's next event and, unless someone is missing, ends it.
   bool advance(int rank) {
     RankState& r = ranks[rank];
     if (r.ended()) return false;
-    const Event& e = r.events[r.next];
+    const Event& e = r.event();
     if (e.visits.empty()) {
       result.begin[rank][e.action] = r.time;
       r.time += duration(lists[rank][e.action]);
-      result.busy += duration(lists[rank][e.action]);
     }
     for (size_t i = 0; i < e.visits.size() && !r.inside; i++) come(rank, e.visits[i]);
     r.inside = missing(rank) >= 0;
@@ -251,14 +245,14 @@ struct Replay {
     return true;
   }
   void deadlock(int rank) {
-    const auto action = [&](int r) { return ranks[r].events[ranks[r].next].action; };
-    result.rank = rank;
-    result.action = action(rank);
     string why = "deadlock: waits";
+    result.rank = rank;
+    result.action = ranks[rank].event().action;
     for (size_t i = 0; i < ranks.size() && !ranks[rank].ended(); i++) {
       rank = missing(rank);
-      why += text(" for rank %d, which ", rank) +
-             (ranks[rank].ended() ? "has ended" : "waits in " + where(lists, rank, action(rank)));
+      why += text(" for rank %d, which ", rank);
+      why += ranks[rank].ended() ? "has ended"
+                                 : "waits in " + where(lists, rank, ranks[rank].event().action);
     }
     throw why;
   }
@@ -292,6 +286,7 @@ ScheduleCheck check_collectives(const ScheduleOptions& o, const Mesh& mesh, int 
       walk.end();
       c.peak_live = std::max(c.peak_live, walk.peak_live);
       c.begin.emplace_back(list.size());
+      for (const Action& a : list) c.busy += duration(a);
     }
     Replay replay{o, mesh, lists, c};
     for (int rank = 0; rank < count; rank++) replay.add_events(rank, layers, gather_layer);

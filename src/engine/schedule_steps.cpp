@@ -1,4 +1,3 @@
-// The five stages of each layer inside an action: their order, and layer-wise sharding's gathers.
 #include <algorithm>
 
 #include "engine/schedule.h"
@@ -12,8 +11,8 @@ namespace {
 struct Half {
   bool backward = false;
   int chunk = 0, mb = 0;
-  ChunkLayers layers;
-  bool weights = false;  // a backward that is followed by its weight gradients
+  bool weights = false;  // followed by its weight gradients
+  ChunkLayers layers = {};
   vector<vector<Step>> pieces = {};
 
   // The i-th layer that it comes to.
@@ -30,7 +29,8 @@ struct Half {
     add(backward ? Part::Combine : Part::Dispatch, layer(i));
   }
   // Weight gradients stand behind communication that has just started.
-  void make() {
+  void make(const ChunkLayers& c) {
+    layers = c;
     const bool enters = backward ? layers.epilog : layers.prolog;
     const bool leaves = backward ? layers.prolog : layers.epilog;
     pieces.emplace_back();
@@ -38,14 +38,15 @@ struct Half {
     reach(0);
     if (enters) add_weights(UnitKind::Head, -1);
     for (int i = 0; i < layers.count; i++) {
+      const int here = layer(i);
       pieces.emplace_back();
-      add(Part::Experts, layer(i));
-      add(backward ? Part::Dispatch : Part::Combine, layer(i));
-      add_weights(UnitKind::Experts, layer(i));
+      add(Part::Experts, here);
+      add(backward ? Part::Dispatch : Part::Combine, here);
+      add_weights(UnitKind::Experts, here);
       pieces.emplace_back();
-      add(backward ? Part::Attention : Part::Residual, layer(i));
+      add(backward ? Part::Attention : Part::Residual, here);
       reach(i + 1);
-      add_weights(UnitKind::Layer, layer(i));
+      add_weights(UnitKind::Layer, here);
     }
     pieces.emplace_back();
     if (leaves) add(backward ? Part::Prolog : Part::Epilog, -1);
@@ -53,9 +54,8 @@ struct Half {
   }
 };
 
-// Each dispatch and combine runs beside compute of the other micro-batch: the forward's beside the
-// backward's experts and attention, the backward's beside the forward's experts and next attention.
-// What one half has more of follows alone.
+// Each dispatch and combine runs beside compute of the other micro-batch. What one half has more of
+// follows alone.
 vector<Step> overlapped(const Half& f, const Half& b) {
   vector<Step> steps;
   const size_t turns = 1 + 2 * std::min(f.layers.count, b.layers.count);
@@ -70,8 +70,6 @@ vector<Step> overlapped(const Half& f, const Half& b) {
   for (size_t i = turns; i < f.pieces.size(); i++) take(f, i);
   return steps;
 }
-
-// ---- Layer-wise sharding ----
 
 bool uses_unit(const Step& s) { return s.part != Part::Dispatch && s.part != Part::Combine; }
 
@@ -88,7 +86,8 @@ bool same_unit(const Step& gathered, const Step& use) {
          gathered.unit == unit_of(use);
 }
 
-// Units in full form are at most two: one in use and the next one, whose gather runs beside it.
+// Adds the steps of layer-wise sharding. At most two units are full: one in use and the next one,
+// whose gather runs beside it.
 struct Gatherer {
   const vector<Step>& in;
   bool forward_only;
@@ -149,22 +148,15 @@ vector<Step> steps_of(const Action& a, const vector<ChunkLayers>& chunks, bool f
   if (forward_only && (a.what == Do::W || a.has_backward()))
     failed("schedule", text("a forward-only list holds %s", to_text(a).c_str()));
   const bool units = a.what == Do::W || a.is_collective();  // a step a unit
-  Half f{.chunk = a.chunk, .mb = a.mb};
-  Half b{.backward = true, .chunk = a.backward_chunk(), .mb = a.backward_mb(), .weights = !a.defer};
-  if (a.has_forward()) {
-    f.layers = chunks[f.chunk];
-    f.make();
-  }
-  if (units || a.has_backward()) {
-    b.layers = chunks[b.chunk];
-    b.make();
-  }
+  Half f{false, a.chunk, a.mb}, b{true, a.backward_chunk(), a.backward_mb(), !a.defer};
+  if (a.has_forward()) f.make(chunks[f.chunk]);
+  if (units || a.has_backward()) b.make(chunks[b.chunk]);
   vector<Step> steps = overlapped(f, b);
   if (units) std::erase_if(steps, [](const Step& s) { return s.part != Part::Weights; });
   for (Step& s : steps) {
     s.count = a.count;
+    if (a.what == Do::Gather) s.backward = !forward_only;
     if (a.is_collective()) s.part = a.what == Do::Gather ? Part::Gather : Part::Reduce;
-    if (a.is_collective()) s.backward = !forward_only;
   }
   if (a.what == Do::Gather) std::ranges::reverse(steps);
   if (!gather_layer) return steps;

@@ -100,7 +100,7 @@ TEST(Plan, TimelineAsSvg) {
                               : ">dualpipev, pp = 3, 8 micro-batches: bubble 7.7%<"),
         std::string::npos);
     EXPECT_EQ(count(svg, "<title>"), compute);
-    EXPECT_EQ(count(svg, "class=\"n\""), compute);
+    EXPECT_EQ(count(svg, "<text"), 3 + 3 + compute);
     EXPECT_EQ(count(svg, "class=\"both\""), overlapped);
     EXPECT_EQ(count(svg, "<g>"), count(svg, "</g>"));
     EXPECT_EQ(count(svg, "<text"), count(svg, "</text>"));

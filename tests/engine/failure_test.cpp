@@ -9,8 +9,8 @@
 #include "core/process.h"
 #include "engine/batches.h"
 #include "engine/child.h"
-#include "layouts/layouts.h"
 #include "engine/small_run.h"
+#include "layouts/layouts.h"
 
 namespace pith {
 namespace {
