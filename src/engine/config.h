@@ -47,14 +47,12 @@ struct RunConfig {
   } checkpoint;
 };
 
-// Reads `path`, applies `overrides` ("a.b=c", later ones win), and validates. Relative paths in the
-// file are relative to its folder, others to the working directory; the result's are absolute. Exit
-// code 2 naming what is wrong.
+// `overrides`: "a.b=c"; later ones win. Paths in the file are relative to its folder, others to the
+// working directory; the result's are absolute. Exit code 2 naming what is wrong.
 RunConfig load_run_config(const string& path, const vector<string>& overrides);
 void validate(const RunConfig& config);  // what needs no model, data or mesh; exit code 2
-// The resolved configuration as TOML; reading it back gives the same.
+// Reading it back gives the same.
 string to_toml(const RunConfig& config);
-// Whether a resumed run may change the key.
 bool may_change_on_resume(const string& key);
 
 }  // namespace pith

@@ -18,7 +18,7 @@ struct LrSchedule {
 // round(decay_ratio * steps) of "wsd", all the rest of "cosine". Half to even.
 double learning_rate(const LrSchedule& schedule, double peak, int64_t s, int64_t steps);
 
-// AdamW on every unit's shard, after the save under way (null: none) has copied it.
+// Updates each unit after the save under way (null: none) has copied it.
 void optimizer_pass(Rank& rank, Parameters& parameters, const AdamW& options,
                     CheckpointSaver* saver);
 

@@ -1,5 +1,4 @@
-// pipeline: the one executor of action lists, for every layout down to one rank. Only
-// engine/pipeline_<model>.cpp includes it.
+// pipeline: the one executor of action lists. Only engine/pipeline_<model>.cpp includes it.
 #pragma once
 #include <map>
 
@@ -22,10 +21,8 @@ struct Flight {
     Nodes of[int(Part::Epilog) + 1];  // on the tape, by part of the forward
   };
   Tape tape;
-  Tensor input;        // a leaf; undefined in the first stage
-  Tensor x;            // running value: [T, D]
-  Tensor output_grad;  // received, or left by the chunk after this one on the same rank
-  Tensor input_grad;
+  Tensor input, x;  // [T, D]: a leaf, undefined in the first stage; the running value
+  Tensor output_grad, input_grad;
   vector<Layer> layers;  // and one more, of prolog and epilog
 };
 
@@ -34,7 +31,6 @@ struct Pipeline {
   static_assert(Model<M>);
   typename M::Config config;
   ModelShape shape;
-  PipelineOptions options;
   vector<M> chunks;               // the stages this rank holds
   vector<ChunkLayers> layers_of;  // by chunk
   Parameters parameters;
@@ -42,11 +38,11 @@ struct Pipeline {
 };
 
 template <class M>
-std::shared_ptr<Pipeline<M>> make_pipeline(Instance& instance, const Json& json, const Mesh& mesh,
-                                           int id, Rank* rank) {
+std::shared_ptr<Pipeline<M>> make_pipeline(Instance& instance, const Json& json,
+                                           const PipelineOptions& o, const Mesh& mesh, int id,
+                                           Rank* rank) {
   auto p = std::make_shared<Pipeline<M>>();
   const MeshCoord at = coord_of(mesh, id);
-  const PipelineOptions& o = p->options = instance.options;
   p->config = M::read_config(json);
   p->shape = instance.shape = M::shape(p->config);
   p->layers_of = chunk_layers(o.schedule, mesh.pp, at.pp_rank, p->shape.num_layers);
@@ -68,7 +64,6 @@ std::shared_ptr<Pipeline<M>> make_pipeline(Instance& instance, const Json& json,
   return p;
 }
 
-// The run of one list.
 template <class M>
 struct Executor {
   Rank& rank;
@@ -166,8 +161,7 @@ struct Executor {
     rank.tape = nullptr;
   }
 
-  // A chunk's input: received, or, where the stage before is on this rank too, the other chunk's
-  // output.
+  // The input was received, or is the output of the other chunk of this rank.
   void begin_forward(int chunk, int mb) {
     Flight& f = p.flights[{chunk, mb}];
     f.layers.resize(p.layers_of[chunk].count + 1);
@@ -192,7 +186,6 @@ struct Executor {
     f.output_grad = {};
   }
 
-  // Hands the input's gradient on and frees what the backward no longer needs.
   void end_backward(int chunk, int mb, bool defer) {
     Flight& f = p.flights.at({chunk, mb});
     f.x = {};
@@ -209,7 +202,7 @@ struct Executor {
     f.layers.clear();
   }
 
-  // Messages [begin, end), as one group call.
+  // Messages only, as one group call.
   void send_and_receive(const Action* begin, const Action* end) {
     vector<Transfer> list;
     for (const Action* a = begin; a < end; a++) {
@@ -237,7 +230,7 @@ struct Executor {
   void compute(const Action& a) {
     if (a.has_forward()) begin_forward(a.chunk, a.mb);
     if (a.has_backward()) begin_backward(a.backward_chunk(), a.backward_mb());
-    for (const Step& s : steps_of(a, p.layers_of, schedule.forward_only, p.options.gather_layer))
+    for (const Step& s : steps_of(a, p.layers_of, schedule.forward_only, p.parameters.gather_layer))
       run_step(s);
     if (a.has_backward()) end_backward(a.backward_chunk(), a.backward_mb(), a.defer);
     if (schedule.forward_only && p.layers_of[a.chunk].epilog) p.flights.erase({a.chunk, a.mb});

@@ -4,34 +4,6 @@
 
 namespace pith {
 
-static void check_model(const RunPlan& plan) {
-  const int64_t length = plan.config.data.sequence_length, most = plan.shape.max_positions;
-  if (plan.shape.num_experts % plan.mesh.ep != 0)
-    bad_input("parallel.ep",
-              text("does not divide the experts (got ep = %d and %d experts, need a divisor)",
-                   plan.mesh.ep, plan.shape.num_experts),
-              "parallel.ep = 1");
-  if (most > 0 && length > most)
-    bad_input("data.sequence_length",
-              text("is beyond the model's positions (got %ld, need at most "
-                   "max_position_embeddings = %ld)",
-                   length, most),
-              "a shorter sequence, or a larger max_position_embeddings in config.json");
-}
-
-static BatchShape plan_batch(const RunConfig& config, const Mesh& mesh) {
-  const BatchShape batch{config.train.global_batch_size, config.train.micro_batch_size, mesh.dp,
-                         mesh.ep};
-  const int64_t unit = batch.micro_batch * mesh.dp * mesh.ep;
-  if (batch.global_batch % unit != 0)
-    bad_input("train.global_batch_size",
-              text("does not split into micro-batches over the mesh (got %ld sequences, need a "
-                   "multiple of micro-batch %ld * dp %d * ep %d = %ld)",
-                   batch.global_batch, batch.micro_batch, mesh.dp, mesh.ep, unit),
-              std::to_string((batch.global_batch / unit + 1) * unit));
-  return batch;
-}
-
 static ScheduleOptions plan_schedule(const RunPlan& plan) {
   const auto& parallel = plan.config.parallel;
   ScheduleOptions s{.kind = schedule_kind(parallel.schedule, parallel.pp, parallel.ep),
@@ -54,17 +26,34 @@ static ScheduleOptions plan_schedule(const RunPlan& plan) {
 
 RunPlan plan_run(const RunConfig& config, Device device, int ranks) {
   validate(config);
-  const auto& parallel = config.parallel;
   RunPlan plan{.config = config, .model = Json::parse_file(config.model.config), .device = device};
-  plan.shape = make_instance(plan.model).shape;
-  plan.mesh = make_mesh(ranks, parallel.pp, parallel.cp, parallel.ep, parallel.dp_replicate);
-  check_model(plan);
-  plan.batch = plan_batch(config, plan.mesh);
+  const ModelShape& shape = plan.shape = make_instance(plan.model).shape;
+  const auto& parallel = config.parallel;
+  const Mesh& mesh = plan.mesh =
+      make_mesh(ranks, parallel.pp, parallel.cp, parallel.ep, parallel.dp_replicate);
+  if (shape.num_experts % mesh.ep != 0)
+    bad_input("parallel.ep",
+              text("does not divide the experts (got ep = %d and %d experts, need a divisor)",
+                   mesh.ep, shape.num_experts),
+              "parallel.ep = 1");
+  const int64_t length = config.data.sequence_length;
+  if (shape.max_positions > 0 && length > shape.max_positions)
+    bad_input("data.sequence_length",
+              text("is beyond the model's positions (got %ld, need at most "
+                   "max_position_embeddings = %ld)",
+                   length, shape.max_positions),
+              "a shorter sequence, or a larger max_position_embeddings in config.json");
+  const BatchShape& batch = plan.batch = {config.train.global_batch_size,
+                                          config.train.micro_batch_size, mesh.dp, mesh.ep};
+  const int64_t unit = batch.micro_batch * mesh.dp * mesh.ep;
+  if (batch.global_batch % unit != 0)
+    bad_input("train.global_batch_size",
+              text("does not split into micro-batches over the mesh (got %ld sequences, need a "
+                   "multiple of micro-batch %ld * dp %d * ep %d = %ld)",
+                   batch.global_batch, batch.micro_batch, mesh.dp, mesh.ep, unit),
+              std::to_string((batch.global_batch / unit + 1) * unit));
   plan.schedule = plan_schedule(plan);
-  plan.pipeline = {.schedule = plan.schedule.kind,
-                   .gather_layer = parallel.gather == "layer",
-                   .length = config.data.sequence_length,
-                   .init_std = config.model.init_std};
+  plan.pipeline = {plan.schedule.kind, !plan.schedule.gather_step, length, config.model.init_std};
   return plan;
 }
 

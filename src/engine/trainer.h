@@ -12,12 +12,12 @@ struct TrainOptions {
   string routing_trace, routing_replay;  // folders; empty: off
   bool exit_on_failure = true;
 };
-// Trains from scratch, from model.init_from, or from the newest good checkpoint in run.folder,
-// until train.steps. False if a signal stopped it, with the state saved. Exit code 2 for input that
-// does not fit, 1 for a run that fails.
+// From scratch, from model.init_from, or from the newest good checkpoint in run.folder. False if a
+// signal stopped it, with the state saved. Exit code 2 for input that does not fit, 1 for a run
+// that fails.
 bool train(const RunPlan& plan, const TrainOptions& options);
 
-// What the ranks of a run share. Written by the main thread before they start, and by rank 0.
+// What the ranks share; written before they start, and by rank 0.
 struct Run {
   const RunPlan& plan;
   string routing_replay;
