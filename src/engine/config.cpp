@@ -3,7 +3,7 @@
 #include <toml++/toml.h>
 #include <algorithm>
 #include <cfloat>
-#include <charconv>
+#include <cmath>
 #include <filesystem>
 #include <numeric>
 #include <sstream>
@@ -102,11 +102,8 @@ vector<Key> keys_of(RunConfig& config) {
 string text_of(const toml::node& node) {
   if (node.is_table()) return "a section";
   if (node.is_array()) return "a list";
-  if (const auto number = node.value_exact<double>()) {
-    char digits[32];  // the shortest that read back the same
-    const string out(digits, std::to_chars(digits, digits + sizeof digits, *number).ptr);
-    return out.find_first_of(".en") == string::npos ? out + ".0" : out;
-  }
+  if (const auto number = node.value_exact<double>(); number && std::isfinite(*number))
+    return JsonWriter().value(*number).str();  // the shortest that reads back the same
   std::ostringstream out;
   out << toml::toml_formatter(node, toml::format_flags::allow_unicode_strings);
   return out.str();

@@ -1,8 +1,15 @@
 // config: a run, as a TOML file and --set overrides fill it.
 #pragma once
-#include "engine/optimizer.h"
+#include "ops/ops.h"
 
 namespace pith {
+
+struct LrSchedule {
+  string kind = "constant";  // "wsd" (warm-up, stable, decay), "cosine"
+  double warmup_ratio = 0, decay_ratio = 0.1;
+  string decay_shape = "cosine";
+  double start_lr = 0, final_lr = 0;
+};
 
 // docs/configuration.md says what each key means; a test keeps it complete.
 struct RunConfig {

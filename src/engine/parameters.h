@@ -37,12 +37,9 @@ struct Fragment {
   int64_t offset = 0;  // in the unit's shard
 };
 
-// Lays out `table` (`chunk_sizes` entries of each chunk) for rank `id` of the mesh, without memory.
-Parameters layout_parameters(ParameterTable table, const vector<int>& chunk_sizes,
-                             bool gather_layer, const Mesh& mesh, int id);
-// The same for this rank, with shards that are zero.
-Parameters make_parameters(Rank& rank, ParameterTable table, const vector<int>& chunk_sizes,
-                           bool gather_layer);
+// Lays out the tables of the chunks of rank `id`; with `rank`, also its shards, which are zero.
+Parameters make_parameters(const vector<ParameterTable>& chunks, bool gather_layer,
+                           const Mesh& mesh, int id, Rank* rank);
 vector<Fragment> fragments(const Parameters& parameters);  // in unit order
 // Draws each element from (seed, Hugging Face name, element index).
 void initialize(Rank& rank, Parameters& parameters, uint64_t seed);

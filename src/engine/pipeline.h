@@ -1,6 +1,7 @@
 // pipeline: the one executor of action lists. Only engine/pipeline_<model>.cpp includes it.
 #pragma once
 #include <map>
+#include <utility>
 
 #include "comm/communicator.h"
 #include "engine/expert_parallel.h"
@@ -47,19 +48,15 @@ std::shared_ptr<Pipeline<M>> make_pipeline(Instance& instance, const Json& json,
   p->shape = instance.shape = M::shape(p->config);
   p->layers_of = chunk_layers(o.schedule, mesh.pp, at.pp_rank, p->shape.num_layers);
   p->chunks.resize(p->layers_of.size());
-  ParameterTable table;
-  vector<int> sizes;
+  vector<ParameterTable> tables;
   const int local = p->shape.num_experts / mesh.ep;
   for (size_t i = 0; i < p->chunks.size(); i++) {
     const ChunkLayers& c = p->layers_of[i];
     const StagePart part{c.first, c.count, c.prolog, c.epilog, at.ep_rank * local, local};
-    const ParameterTable own = p->chunks[i].parameters(p->config, part, o.init_std);
-    sizes.push_back(int(own.size()));
-    table.insert(table.end(), own.begin(), own.end());
+    tables.push_back(p->chunks[i].parameters(p->config, part, o.init_std));
     if (rank) p->chunks[i].prepare(*rank, p->config, o.length);
   }
-  p->parameters = rank ? make_parameters(*rank, std::move(table), sizes, o.gather_layer)
-                       : layout_parameters(std::move(table), sizes, o.gather_layer, mesh, id);
+  p->parameters = make_parameters(tables, o.gather_layer, mesh, id, rank);
   instance.parameters = &p->parameters;
   return p;
 }
@@ -170,20 +167,8 @@ struct Executor {
       f.input = p.flights.at({1 - chunk, mb}).x;
       if (schedule.forward_only) p.flights.erase({1 - chunk, mb});
     }
-    f.input.var = -1;
-    rank.tape = &f.tape;
-    if (!schedule.forward_only) make_leaf(rank, f.input);
-    rank.tape = nullptr;
+    f.input.var = schedule.forward_only ? -1 : f.tape.new_var();
     f.x = f.input;
-  }
-
-  void begin_backward(int chunk, int mb) {
-    Flight& f = p.flights.at({chunk, mb});
-    if (p.layers_of[chunk].epilog) return;
-    rank.tape = &f.tape;
-    add_grad(rank, f.x, f.output_grad);
-    rank.tape = nullptr;
-    f.output_grad = {};
   }
 
   void end_backward(int chunk, int mb, bool defer) {
@@ -193,8 +178,7 @@ struct Executor {
       f.input_grad = grad_of(f.tape, f.input);
       f.tape.grads[f.input.var] = {};
       f.input = {};
-      const int pp = rank.mesh.pp, stage = stage_of(schedule.kind, pp, rank.mesh.pp_rank, chunk);
-      if (chunk == 1 && rank_of_stage(schedule.kind, pp, stage - 1) == rank.mesh.pp_rank)
+      if (rank_beside(schedule, rank.mesh.pp_rank, chunk, -1) == rank.mesh.pp_rank)
         p.flights.at({0, mb}).output_grad = std::move(f.input_grad);
     }
     if (defer) return;
@@ -228,14 +212,17 @@ struct Executor {
   }
 
   void compute(const Action& a) {
+    const int chunk = a.backward_chunk(), mb = a.backward_mb();
     if (a.has_forward()) begin_forward(a.chunk, a.mb);
-    if (a.has_backward()) begin_backward(a.backward_chunk(), a.backward_mb());
+    if (a.has_backward() && !p.layers_of[chunk].epilog) {
+      Flight& f = p.flights.at({chunk, mb});
+      f.tape.grads[f.x.var] = std::exchange(f.output_grad, {});
+    }
     for (const Step& s : steps_of(a, p.layers_of, schedule.forward_only, p.parameters.gather_layer))
       run_step(s);
-    if (a.has_backward()) end_backward(a.backward_chunk(), a.backward_mb(), a.defer);
+    if (a.has_backward()) end_backward(chunk, mb, a.defer);
     if (schedule.forward_only && p.layers_of[a.chunk].epilog) p.flights.erase({a.chunk, a.mb});
-    if (a.what == Do::W)
-      for (int mb = a.mb; mb < a.mb + a.count; mb++) p.flights.erase({a.chunk, mb});
+    for (int w = a.mb; a.what == Do::W && w < a.mb + a.count; w++) p.flights.erase({a.chunk, w});
   }
 };
 

@@ -27,7 +27,13 @@ static ScheduleOptions plan_schedule(const RunPlan& plan) {
 RunPlan plan_run(const RunConfig& config, Device device, int ranks) {
   validate(config);
   RunPlan plan{.config = config, .model = Json::parse_file(config.model.config), .device = device};
-  const ModelShape& shape = plan.shape = make_instance(plan.model).shape;
+  const Instance whole = make_instance(plan.model);
+  const ModelShape& shape = plan.shape = whole.shape;
+  for (const Parameter& p : whole.parameters->table) {
+    const int64_t n = p.dims.numel();
+    plan.parameters += n;
+    plan.active_parameters += p.unit == UnitKind::Experts ? n / shape.num_experts * shape.top_k : n;
+  }
   const auto& parallel = config.parallel;
   const Mesh& mesh = plan.mesh =
       make_mesh(ranks, parallel.pp, parallel.cp, parallel.ep, parallel.dp_replicate);
@@ -68,38 +74,6 @@ Dataset open_data(const RunPlan& plan) {
                                                .document_mask = data.document_mask});
 }
 
-ParameterCounts parameter_counts(const RunPlan& plan) {
-  ParameterCounts n;
-  for (const Parameter& p : whole_table(plan.model)) {
-    const int64_t all = p.dims.numel();
-    n.total += all;
-    n.active += p.unit == UnitKind::Experts ? all / plan.shape.num_experts * plan.shape.top_k : all;
-  }
-  return n;
-}
-
-// Of a rank's parameters while training. Layer-wise gathering holds two units' full buffers at
-// most.
-static RankMemory parameter_bytes(const Parameters& p, DType compute) {
-  RankMemory bytes;
-  int64_t full = 0, largest = 0;  // elements
-  for (const FlatUnit& unit : p.units) {
-    const bool whole = unit.cuts.size() == 1;
-    bytes.weights += 4 * unit.shard_count;
-    bytes.optimizer += 8 * unit.shard_count;
-    if (!whole) bytes.gradients += 4 * unit.shard_count;
-    if (p.gather_layer && !whole) {
-      largest = std::max(largest, unit.numel);
-    } else {
-      bytes.gradients += 4 * unit.numel;
-      if (!whole || compute != DType::F32) full += unit.numel;
-    }
-  }
-  bytes.compute_copy = (full + 2 * largest) * size_of(compute);
-  bytes.gradients += 2 * largest * 4;
-  return bytes;
-}
-
 vector<RankMemory> rank_memory(const RunPlan& plan) {
   const ModelShape& s = plan.shape;
   const int64_t tokens = plan.batch.micro_batch * plan.config.data.sequence_length / plan.mesh.cp;
@@ -107,19 +81,28 @@ vector<RankMemory> rank_memory(const RunPlan& plan) {
   vector<RankMemory> ranks;
   for (int rank = 0; rank < plan.mesh.world(); rank++) {
     const Instance instance = make_instance(plan.model, plan.pipeline, plan.mesh, rank);
-    RankMemory& bytes = ranks.emplace_back(parameter_bytes(*instance.parameters, plan.compute));
+    RankMemory& bytes = ranks.emplace_back();
+    int64_t full = 0, largest = 0;   // elements of gathered units
     int64_t layers = 0, widths = 0;  // of an expert's three products, together
     for (const FlatUnit& unit : instance.parameters->units) {
+      const bool whole = unit.cuts.size() == 1;
+      bytes.weights += 4 * unit.shard_count;
+      bytes.gradients += 4 * unit.shard_count;
+      bytes.optimizer += 8 * unit.shard_count;
+      if (!whole) full += unit.numel;
+      if (!whole) largest = std::max(largest, unit.numel);
       layers += unit.kind == UnitKind::Layer;
       if (unit.kind == UnitKind::Experts)
         widths = unit.numel / (s.num_experts / plan.mesh.ep) / s.hidden;
     }
+    // Layer-wise gathering holds two units' full buffers at most.
+    bytes.compute_copy = 4 * (plan.pipeline.gather_layer ? 2 * largest : full);
+    bytes.gradients += bytes.compute_copy;
     // What a token leaves on the tape in one layer.
     const int64_t values = 5 * s.hidden + 3 * s.attention_width + 2 * s.num_experts +
                            s.top_k * (2 * s.hidden + widths);
-    const int64_t held = layers * live / chunks_of(plan.schedule.kind);
-    bytes.activations = tokens * values * held * size_of(plan.compute);
-    bytes.workspace = 2 * tokens * s.top_k * widths * size_of(plan.compute);
+    bytes.activations = 4 * tokens * values * layers * live / chunks_of(plan.schedule.kind);
+    bytes.workspace = 4 * 2 * tokens * s.top_k * widths;
   }
   return ranks;
 }

@@ -9,7 +9,6 @@
 #include "data/safetensors.h"
 #include "engine/checkpoint.h"
 #include "engine/instance.h"
-#include "engine/optimizer.h"
 #include "engine/routing_slot.h"
 #include "engine/layouts.h"
 
