@@ -17,11 +17,10 @@ static int dry_run(const RunPlan& plan, bool json) {
   const RunConfig& config = plan.config;
   const int64_t length = config.data.sequence_length;
   const int64_t needed = config.train.steps * plan.batch.global_batch;
-  const ParameterCounts parameters = parameter_counts(plan);
   const vector<RankMemory> memory = rank_memory(plan);
   const std::pair<const char*, int64_t> numbers[] = {
-      {"parameters", parameters.total},
-      {"active_parameters", parameters.active},
+      {"parameters", plan.parameters},
+      {"active_parameters", plan.active_parameters},
       {"sequences_a_step", plan.batch.global_batch},
       {"tokens_a_step", plan.step_tokens()},
       {"micro_batches", plan.schedule.micro_batches},
@@ -107,10 +106,9 @@ int run_train(int argc, char** argv) {
   if (ranks == 0) ranks = int64_t{parallel.pp} * parallel.cp * parallel.ep * parallel.dp_replicate;
   const RunPlan plan = plan_run(config, Device::CPU, int(ranks));
   if (dry) return dry_run(plan, json);
-  const ParameterCounts n = parameter_counts(plan);
   log_info("%s: %s parameters (%s active), %d ranks on the CPU, %s", plan.shape.model_type.c_str(),
-           with_commas(n.total).c_str(), with_commas(n.active).c_str(), plan.mesh.world(),
-           name_of(plan.schedule.kind));
+           with_commas(plan.parameters).c_str(), with_commas(plan.active_parameters).c_str(),
+           plan.mesh.world(), name_of(plan.schedule.kind));
   const bool done = train(plan, options);
   write_report(plan);
   return done ? kExitDone : kExitStopped;

@@ -3,14 +3,12 @@
 // Per layer and group of tokens: E * sum_i f_i * p_i, f_i the share of the group's (token, slot)
 // pairs that chose expert i (without gradient), p_i its mean router probability. The training loss
 // adds coefficient * the sum over layers of the mean over groups, weighted by their tokens. A group
-// is a micro-batch or a sequence, over cp; GlobalBatch takes f from the previous step's whole
-// batch.
+// is a micro-batch or a sequence, over cp; GlobalBatch takes f from the step before.
 #pragma once
 #include "ops/ops.h"
 
 namespace pith {
 
-// As router.balance_loss names them: "none", "micro-batch", "sequence", "global-batch".
 enum class BalanceKind : uint8_t { None, MicroBatch, Sequence, GlobalBatch };
 
 struct BalanceState {
@@ -19,8 +17,8 @@ struct BalanceState {
   int num_experts = 0, num_layers = 0;
   double token_share = 0;   // 1 / tokens of the global batch
   vector<double> counts;    // [layers * E]: pairs that chose each expert this step, here
-  vector<double> previous;  // the last step's, of all ranks; empty: none, 1/E each
-  vector<double> loss;      // [layers]: this rank's share of each layer's unscaled loss
+  vector<double> previous;  // the last step's, of all ranks; empty: 1/E each
+  vector<double> loss;      // [layers], unscaled: this rank's share
 };
 void begin_step(BalanceState& state, int64_t global_tokens);
 

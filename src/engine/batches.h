@@ -16,8 +16,8 @@ struct LoadedBatches {
   double global_labels(Rank& rank) const;  // collective over dp * cp * ep
 };
 
-// The micro-batches of 0-based step `step`, or of held-out global batch `step`, in which rows
-// behind the last sample have ignored labels only. `shape` must be the mesh's.
+// Of the 0-based step, or held-out global batch, in which rows behind the last sample have ignored
+// labels only. `shape` must be the mesh's.
 LoadedBatches make_batches(Rank& rank, const Dataset& data, const BatchShape& shape, int64_t step,
                            Split split);
 

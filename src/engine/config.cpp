@@ -3,7 +3,7 @@
 #include <toml++/toml.h>
 #include <algorithm>
 #include <cfloat>
-#include <charconv>
+#include <cmath>
 #include <filesystem>
 #include <numeric>
 #include <sstream>
@@ -102,11 +102,8 @@ vector<Key> keys_of(RunConfig& config) {
 string text_of(const toml::node& node) {
   if (node.is_table()) return "a section";
   if (node.is_array()) return "a list";
-  if (const auto number = node.value_exact<double>()) {
-    char digits[32];  // the shortest that read back the same
-    const string out(digits, std::to_chars(digits, digits + sizeof digits, *number).ptr);
-    return out.find_first_of(".en") == string::npos ? out + ".0" : out;
-  }
+  if (const auto number = node.value_exact<double>(); number && std::isfinite(*number))
+    return JsonWriter().value(*number).str();  // the shortest that reads back the same
   std::ostringstream out;
   out << toml::toml_formatter(node, toml::format_flags::allow_unicode_strings);
   return out.str();
@@ -120,7 +117,7 @@ string value_of(const Key& key) {
       []<class T>(const T* value) { return text_of(toml::value(TomlType<T>(*value))); }, key.slot);
 }
 
-// Levenshtein's, per letter, so that short names are not near everything.
+// Levenshtein's, per letter.
 double distance(string_view a, string_view b) {
   vector<size_t> row(b.size() + 1);
   std::iota(row.begin(), row.end(), 0);
@@ -134,7 +131,7 @@ double distance(string_view a, string_view b) {
   return double(row.back()) / double(std::max(a.size(), b.size()));
 }
 
-// Suggests the key whose name, last word or section is nearest, if there is none called `name`.
+// Or an error that suggests the nearest name, last word or section.
 const Key& find_key(const vector<Key>& keys, const string& name, const string& place) {
   std::pair<double, string> best{2, ""};
   for (const Key& key : keys) {
@@ -154,7 +151,7 @@ const Key& find_key(const vector<Key>& keys, const string& name, const string& p
             key.word() + " = " + value_of(key));
 }
 
-// A path that is not empty becomes absolute, without a slash at its end.
+// Absolute, without a slash at its end.
 void rebase(const Key& key, const fs::path& base) {
   if (!(key.flags & kPath)) return;
   string& path = *std::get<string*>(key.slot);
@@ -228,19 +225,18 @@ RunConfig load_run_config(const string& path, const vector<string>& overrides) {
               "correct it there; text is written in quotes, sections as [train]");
   }
   for (const string& argument : overrides) read_override(keys, argument);
-  for (const Key& key : keys) rebase(key, fs::current_path());
-  validate(config);
-  return config;
-}
-
-void validate(const RunConfig& config) {
-  RunConfig c = config;
-  for (const Key& key : keys_of(c)) {
+  for (const Key& key : keys) {
+    rebase(key, fs::current_path());
     const string value = value_of(key);
     if ((key.flags & kRequired) && (value == "\"\"" || value == "0" || value == "0.0"))
       bad_input(key.name, "is required and not set (got " + value + ")",
                 "set it in the file, or with --set " + key.name + "=...");
   }
+  validate(config);
+  return config;
+}
+
+void validate(const RunConfig& c) {
   const LrSchedule& lr = c.lr_schedule;
   if (lr.kind == "wsd" && lr.warmup_ratio + lr.decay_ratio > 1)
     bad_input("lr_schedule.decay_ratio",

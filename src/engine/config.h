@@ -1,8 +1,15 @@
 // config: a run, as a TOML file and --set overrides fill it.
 #pragma once
-#include "engine/optimizer.h"
+#include "ops/ops.h"
 
 namespace pith {
+
+struct LrSchedule {
+  string kind = "constant";  // "wsd" (warm-up, stable, decay), "cosine"
+  double warmup_ratio = 0, decay_ratio = 0.1;
+  string decay_shape = "cosine";
+  double start_lr = 0, final_lr = 0;
+};
 
 // docs/configuration.md says what each key means; a test keeps it complete.
 struct RunConfig {
@@ -47,14 +54,12 @@ struct RunConfig {
   } checkpoint;
 };
 
-// Reads `path`, applies `overrides` ("a.b=c", later ones win), and validates. Relative paths in the
-// file are relative to its folder, others to the working directory; the result's are absolute. Exit
-// code 2 naming what is wrong.
+// `overrides`: "a.b=c"; later ones win. Paths in the file are relative to its folder, others to the
+// working directory; the result's are absolute. Exit code 2 naming what is wrong.
 RunConfig load_run_config(const string& path, const vector<string>& overrides);
 void validate(const RunConfig& config);  // what needs no model, data or mesh; exit code 2
-// The resolved configuration as TOML; reading it back gives the same.
+// Reading it back gives the same.
 string to_toml(const RunConfig& config);
-// Whether a resumed run may change the key.
 bool may_change_on_resume(const string& key);
 
 }  // namespace pith

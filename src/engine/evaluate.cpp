@@ -60,9 +60,8 @@ int32_t next_token(Rank& rank, Instance& instance, const vector<int32_t>& tokens
   batch.labels = upload(vector<int32_t>(n, kIgnoreLabel));
   batch.positions = upload(positions);
   StepIo io{.batches = {batch}, .want_logits = true};
-  const ScheduleOptions schedule{.kind = instance.options.schedule,
-                                 .forward_only = true,
-                                 .gather_step = !instance.options.gather_layer};
+  const ScheduleOptions schedule{
+      .kind = ScheduleKind::OneF1B, .forward_only = true, .gather_step = true};
   run_actions(rank, instance, io, schedule, make_schedule(schedule, 0));
   const int64_t vocab = instance.shape.vocab;
   return draw(io.logits[0].f32() + (n - 1) * vocab, vocab, options, index);

@@ -1,4 +1,4 @@
-// evaluate: loss on held-out documents, and the next token of a text.
+// evaluate: loss on held-out documents; the next token of a text.
 #pragma once
 #include "data/dataset.h"
 #include "engine/instance.h"
@@ -10,13 +10,13 @@ struct EvalResult {
   int64_t labels = 0;
 };
 
-// Mean loss over the held-out samples. Collective over the world; the same on every rank.
+// Mean loss over the held-out samples, the same on every rank.
 EvalResult evaluate(Rank& rank, Instance& instance, const Dataset& data, const BatchShape& shape,
                     const ScheduleOptions& schedule);
 
 struct SampleOptions {
   double temperature = 0;  // 0: the most likely token
-  double top_p = 1;        // drawn from the smallest set of at least this probability
+  double top_p = 1;        // probability of the set that is drawn from
   uint64_t seed = 0;
 };
 // The `index`-th token to be drawn, after `tokens`, by a world of one rank.

@@ -10,8 +10,7 @@ static Tensor upload(Rank& rank, const vector<int32_t>& values) {
   return tensor_from(rank, {int64_t(values.size())}, DType::I32, values.data());
 }
 
-// Rows of x, grouped by destination, to the ranks of the ep group; -> rows received, by source. The
-// gradient travels back.
+// Rows of x, by destination in the ep group -> rows received, by source. The gradient goes back.
 static Tensor exchange(Rank& rank, Tensor x, const vector<int64_t>& send,
                        const vector<int64_t>& recv, const char* what, At at) {
   if (send.size() == 1) return x;
@@ -36,13 +35,13 @@ static Tensor exchange(Rank& rank, Tensor x, const vector<int64_t>& send,
   return y;
 }
 
-// A (row, expert) pair to compute: the row among those of one sender, the expert on its rank.
+// To compute: a row of one sender's, by an expert of this rank.
 struct Pair {
   int32_t row, expert;
 };
 
-// The pairs received, by (sender, row, slot), as indices of the expert side. Sets recv_rows;
-// returns which pair stands at each place of the order by expert.
+// Indices of the expert side from the pairs received, which come by (sender, row, slot). Sets
+// recv_rows; returns which pair stands at each place of the order by expert.
 static Tensor index_pairs(Rank& rank, const Pair* pairs, const vector<int64_t>& pairs_from,
                           int experts, Dispatch& out) {
   vector<int32_t> row;

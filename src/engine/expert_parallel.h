@@ -6,14 +6,13 @@
 namespace pith {
 
 struct Dispatch {
-  Dispatched at_experts;                 // what stage 3 computes on
-  Tensor sent_tokens;                    // I32: token of each row sent, by destination rank
+  Dispatched at_experts;
+  Tensor sent_tokens;                    // I32: of each row sent, by destination
   vector<int64_t> send_rows, recv_rows;  // to and from each rank of the ep group
   int64_t tokens = 0;
 };
 
 // Stage 2. hidden [T, D]; rank r of the ep group holds experts [r*E/ep, (r+1)*E/ep).
-// Differentiable in hidden and routing.weights.
 Dispatch dispatch(Rank& rank, Tensor hidden, const Routing& routing, int num_experts,
                   At at = At::here());
 // Stage 4: rows [R, D] go home, where each token sums the ranks' rows in rank order. -> [T, D]

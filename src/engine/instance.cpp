@@ -6,10 +6,10 @@ namespace pith {
 
 Instance make_instance(const Json& config, const PipelineOptions& options, const Mesh& mesh, int id,
                        Rank* rank) {
-  Instance instance{.options = options};
+  Instance instance;
   const string type = config["model_type"].as_string();
   if (type == "qwen3_moe")
-    instance.qwen3_moe = make_pipeline<Qwen3Moe>(instance, config, mesh, id, rank);
+    instance.qwen3_moe = make_pipeline<Qwen3Moe>(instance, config, options, mesh, id, rank);
   else
     bad_input(config.place() + ": model_type",
               "is not implemented (got \"" + type + "\", need \"qwen3_moe\")",

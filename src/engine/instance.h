@@ -1,4 +1,4 @@
-// instance: a model on a rank, whatever its architecture; behind it every call is direct.
+// instance: a model on a rank, whatever its architecture.
 #pragma once
 #include <memory>
 
@@ -11,7 +11,7 @@ namespace pith {
 struct Qwen3Moe;
 struct RoutingSlot;
 template <class M>
-struct Pipeline;  // engine/pipeline.h
+struct Pipeline;
 
 struct PipelineOptions {
   ScheduleKind schedule = ScheduleKind::OneF1B;
@@ -20,31 +20,29 @@ struct PipelineOptions {
   double init_std = 0.02;
 };
 
-// What goes into and comes out of running one list of actions.
+// What goes into and comes out of running one list of actions, by micro-batch.
 struct StepIo {
-  vector<Batch> batches;  // by micro-batch
+  vector<Batch> batches;
   double loss_scale = 1;  // of each token's gradient: 1 / labels of the global batch
   bool force_balanced = false, want_logits = false;
   BalanceState* balance = nullptr;       // null: no balance loss, no counts
-  const RoutingSlot* routing = nullptr;  // to trace or replay; null: neither
-  // Out, by micro-batch, on ranks with the head: sum over tokens; [T, V].
+  const RoutingSlot* routing = nullptr;  // null: no trace, no replay
+  // On ranks with the head: sum over tokens; [T, V].
   vector<double> loss;
   vector<Tensor> logits;
 };
 
 struct Instance {
   ModelShape shape;
-  PipelineOptions options;
-  Parameters* parameters = nullptr;  // of this rank's stages; owned by the pipeline
+  Parameters* parameters = nullptr;  // owned by the pipeline
   std::shared_ptr<Pipeline<Qwen3Moe>> qwen3_moe;
 };
 
-// The stages of rank `id` of a mesh. Its shards, if `rank` is given, are zero until initialize() or
-// a load. Exit code 2 for a config.json that is wrong or not implemented.
+// The stages of rank `id` of a mesh; with `rank`, also its shards, which are zero. Exit code 2 for
+// a config.json that is wrong or not implemented.
 Instance make_instance(const Json& config, const PipelineOptions& options = {},
                        const Mesh& mesh = {}, int id = 0, Rank* rank = nullptr);
 Instance make_instance(Rank& rank, const Json& config, const PipelineOptions& options);
-// Runs this rank's list.
 void run_actions(Rank& rank, Instance& instance, StepIo& io, const ScheduleOptions& schedule,
                  const ActionList& actions);
 // Every tensor of the whole model; `target`s are null.
@@ -52,8 +50,9 @@ ParameterTable whole_table(const Json& config);
 
 // Instantiated in engine/pipeline_<model>.cpp.
 template <class M>
-std::shared_ptr<Pipeline<M>> make_pipeline(Instance& instance, const Json& config, const Mesh& mesh,
-                                           int id, Rank* rank);
+std::shared_ptr<Pipeline<M>> make_pipeline(Instance& instance, const Json& config,
+                                           const PipelineOptions& options, const Mesh& mesh, int id,
+                                           Rank* rank);
 template <class M>
 void run_pipeline(Rank& rank, Pipeline<M>& pipeline, StepIo& io, const ScheduleOptions& schedule,
                   const ActionList& actions);

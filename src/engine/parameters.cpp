@@ -21,21 +21,20 @@ static bool is_shared(const FlatUnit& unit) {
   return unit.weights.defined() && unit.weights.data == unit.master.data;
 }
 
-Parameters layout_parameters(ParameterTable table, const vector<int>& chunk_sizes,
-                             bool gather_layer, const Mesh& mesh, int id) {
-  Parameters p{.table = std::move(table), .gather_layer = gather_layer};
-  int index = 0;
-  for (int chunk = 0; chunk < int(chunk_sizes.size()); chunk++)
-    for (const int end = index + chunk_sizes[chunk]; index < end; index++) {
-      const Parameter& entry = p.table[index];
+Parameters make_parameters(const vector<ParameterTable>& chunks, bool gather_layer,
+                           const Mesh& mesh, int id, Rank* rank) {
+  Parameters p{.gather_layer = gather_layer};
+  for (int chunk = 0; chunk < int(chunks.size()); chunk++)
+    for (const Parameter& entry : chunks[chunk]) {
       auto unit = std::ranges::find_if(p.units, [&](const FlatUnit& u) {
         return u.kind == entry.unit && u.layer == entry.layer && u.chunk == chunk;
       });
       if (unit == p.units.end())
         unit = p.units.insert(unit, {.kind = entry.unit, .layer = entry.layer, .chunk = chunk});
-      unit->entries.push_back(index);
+      unit->entries.push_back(int(p.table.size()));
       unit->offsets.push_back(unit->numel);
       unit->numel += (entry.dims.numel() + kAlign - 1) / kAlign * kAlign;
+      p.table.push_back(entry);
     }
   for (FlatUnit& unit : p.units) {
     if (unit.kind == UnitKind::Experts) unit.group = Group::ExpertShard;
@@ -48,17 +47,10 @@ Parameters layout_parameters(ParameterTable table, const vector<int>& chunk_size
       unit.shard_begin = begin;
       unit.shard_count = end - begin;
     }
-  }
-  return p;
-}
-
-Parameters make_parameters(Rank& rank, ParameterTable table, const vector<int>& chunk_sizes,
-                           bool gather_layer) {
-  Parameters p =
-      layout_parameters(std::move(table), chunk_sizes, gather_layer, mesh_of(rank), rank.id);
-  for (FlatUnit& unit : p.units)
+    if (!rank) continue;
     for (Tensor* t : {&unit.master, &unit.m, &unit.v})
-      *t = zeros(rank, {unit.shard_count}, DType::F32);
+      *t = zeros(*rank, {unit.shard_count}, DType::F32);
+  }
   return p;
 }
 

@@ -37,14 +37,10 @@ struct Fragment {
   int64_t offset = 0;  // in the unit's shard
 };
 
-// Lays out `table` (`chunk_sizes` entries of each chunk) for rank `id` of the mesh, without memory.
-Parameters layout_parameters(ParameterTable table, const vector<int>& chunk_sizes,
-                             bool gather_layer, const Mesh& mesh, int id);
-// The same for this rank, with its shards of master and moments, all zero.
-Parameters make_parameters(Rank& rank, ParameterTable table, const vector<int>& chunk_sizes,
-                           bool gather_layer);
-// What this rank's shards hold, in unit order.
-vector<Fragment> fragments(const Parameters& parameters);
+// Lays out the tables of the chunks of rank `id`; with `rank`, also its shards, which are zero.
+Parameters make_parameters(const vector<ParameterTable>& chunks, bool gather_layer,
+                           const Mesh& mesh, int id, Rank* rank);
+vector<Fragment> fragments(const Parameters& parameters);  // in unit order
 // Draws each element from (seed, Hugging Face name, element index).
 void initialize(Rank& rank, Parameters& parameters, uint64_t seed);
 
@@ -53,11 +49,10 @@ void zero_grads(Rank& rank, Parameters& parameters);
 void gather(Rank& rank, Parameters& parameters, FlatUnit& unit, bool with_grads);
 void release_unit(Parameters& parameters, FlatUnit& unit);
 // Sums the unit's full gradients over the shard group into grad_shard. With gather_layer, adds to
-// what earlier calls of the step left there, and zeroes the full gradients.
+// what the step left there, and zeroes the full gradients.
 void reduce(Rank& rank, Parameters& parameters, FlatUnit& unit);
-// Sums grad_shard over the replicas (hsdp), once a step.
-void reduce_replicas(Rank& rank, Parameters& parameters);
-// L2 norm of all reduced gradients of all ranks, each element counted once.
+void reduce_replicas(Rank& rank, Parameters& parameters);  // grad_shard, once a step
+// L2, of all ranks' reduced gradients, each element counted once.
 double gradient_norm(Rank& rank, const Parameters& parameters);
 
 int64_t total_numel(const ParameterTable& table);

@@ -1,7 +1,7 @@
-// pipeline: the one executor of action lists, for every layout down to one rank. Only
-// engine/pipeline_<model>.cpp includes it.
+// pipeline: the one executor of action lists. Only engine/pipeline_<model>.cpp includes it.
 #pragma once
 #include <map>
+#include <utility>
 
 #include "comm/communicator.h"
 #include "engine/expert_parallel.h"
@@ -22,10 +22,8 @@ struct Flight {
     Nodes of[int(Part::Epilog) + 1];  // on the tape, by part of the forward
   };
   Tape tape;
-  Tensor input;        // a leaf; undefined in the first stage
-  Tensor x;            // running value: [T, D]
-  Tensor output_grad;  // received, or left by the chunk after this one on the same rank
-  Tensor input_grad;
+  Tensor input, x;  // [T, D]: a leaf, undefined in the first stage; the running value
+  Tensor output_grad, input_grad;
   vector<Layer> layers;  // and one more, of prolog and epilog
 };
 
@@ -34,7 +32,6 @@ struct Pipeline {
   static_assert(Model<M>);
   typename M::Config config;
   ModelShape shape;
-  PipelineOptions options;
   vector<M> chunks;               // the stages this rank holds
   vector<ChunkLayers> layers_of;  // by chunk
   Parameters parameters;
@@ -42,33 +39,28 @@ struct Pipeline {
 };
 
 template <class M>
-std::shared_ptr<Pipeline<M>> make_pipeline(Instance& instance, const Json& json, const Mesh& mesh,
-                                           int id, Rank* rank) {
+std::shared_ptr<Pipeline<M>> make_pipeline(Instance& instance, const Json& json,
+                                           const PipelineOptions& o, const Mesh& mesh, int id,
+                                           Rank* rank) {
   auto p = std::make_shared<Pipeline<M>>();
   const MeshCoord at = coord_of(mesh, id);
-  const PipelineOptions& o = p->options = instance.options;
   p->config = M::read_config(json);
   p->shape = instance.shape = M::shape(p->config);
   p->layers_of = chunk_layers(o.schedule, mesh.pp, at.pp_rank, p->shape.num_layers);
   p->chunks.resize(p->layers_of.size());
-  ParameterTable table;
-  vector<int> sizes;
+  vector<ParameterTable> tables;
   const int local = p->shape.num_experts / mesh.ep;
   for (size_t i = 0; i < p->chunks.size(); i++) {
     const ChunkLayers& c = p->layers_of[i];
     const StagePart part{c.first, c.count, c.prolog, c.epilog, at.ep_rank * local, local};
-    const ParameterTable own = p->chunks[i].parameters(p->config, part, o.init_std);
-    sizes.push_back(int(own.size()));
-    table.insert(table.end(), own.begin(), own.end());
+    tables.push_back(p->chunks[i].parameters(p->config, part, o.init_std));
     if (rank) p->chunks[i].prepare(*rank, p->config, o.length);
   }
-  p->parameters = rank ? make_parameters(*rank, std::move(table), sizes, o.gather_layer)
-                       : layout_parameters(std::move(table), sizes, o.gather_layer, mesh, id);
+  p->parameters = make_parameters(tables, o.gather_layer, mesh, id, rank);
   instance.parameters = &p->parameters;
   return p;
 }
 
-// The run of one list.
 template <class M>
 struct Executor {
   Rank& rank;
@@ -166,8 +158,7 @@ struct Executor {
     rank.tape = nullptr;
   }
 
-  // A chunk's input: received, or, where the stage before is on this rank too, the other chunk's
-  // output.
+  // The input was received, or is the output of the other chunk of this rank.
   void begin_forward(int chunk, int mb) {
     Flight& f = p.flights[{chunk, mb}];
     f.layers.resize(p.layers_of[chunk].count + 1);
@@ -176,23 +167,10 @@ struct Executor {
       f.input = p.flights.at({1 - chunk, mb}).x;
       if (schedule.forward_only) p.flights.erase({1 - chunk, mb});
     }
-    f.input.var = -1;
-    rank.tape = &f.tape;
-    if (!schedule.forward_only) make_leaf(rank, f.input);
-    rank.tape = nullptr;
+    f.input.var = schedule.forward_only ? -1 : f.tape.new_var();
     f.x = f.input;
   }
 
-  void begin_backward(int chunk, int mb) {
-    Flight& f = p.flights.at({chunk, mb});
-    if (p.layers_of[chunk].epilog) return;
-    rank.tape = &f.tape;
-    add_grad(rank, f.x, f.output_grad);
-    rank.tape = nullptr;
-    f.output_grad = {};
-  }
-
-  // Hands the input's gradient on and frees what the backward no longer needs.
   void end_backward(int chunk, int mb, bool defer) {
     Flight& f = p.flights.at({chunk, mb});
     f.x = {};
@@ -200,8 +178,7 @@ struct Executor {
       f.input_grad = grad_of(f.tape, f.input);
       f.tape.grads[f.input.var] = {};
       f.input = {};
-      const int pp = rank.mesh.pp, stage = stage_of(schedule.kind, pp, rank.mesh.pp_rank, chunk);
-      if (chunk == 1 && rank_of_stage(schedule.kind, pp, stage - 1) == rank.mesh.pp_rank)
+      if (rank_beside(schedule, rank.mesh.pp_rank, chunk, -1) == rank.mesh.pp_rank)
         p.flights.at({0, mb}).output_grad = std::move(f.input_grad);
     }
     if (defer) return;
@@ -209,7 +186,7 @@ struct Executor {
     f.layers.clear();
   }
 
-  // Messages [begin, end), as one group call.
+  // Messages only, as one group call.
   void send_and_receive(const Action* begin, const Action* end) {
     vector<Transfer> list;
     for (const Action* a = begin; a < end; a++) {
@@ -235,15 +212,18 @@ struct Executor {
   }
 
   void compute(const Action& a) {
+    const int chunk = a.backward_chunk(), mb = a.backward_mb();
     if (a.has_forward()) begin_forward(a.chunk, a.mb);
-    if (a.has_backward()) begin_backward(a.backward_chunk(), a.backward_mb());
-    for (const Step& s : steps_of(a, p.layers_of, schedule.forward_only, p.options.gather_layer))
+    if (a.has_backward() && !p.layers_of[chunk].epilog) {
+      Flight& f = p.flights.at({chunk, mb});
+      f.tape.grads[f.x.var] = std::exchange(f.output_grad, {});
+    }
+    for (const Step& s : steps_of(a, p.layers_of, schedule.forward_only, p.parameters.gather_layer))
       run_step(s);
-    if (a.has_backward()) end_backward(a.backward_chunk(), a.backward_mb(), a.defer);
+    if (a.has_backward()) end_backward(chunk, mb, a.defer);
     if (a.has_forward() && schedule.forward_only && p.layers_of[a.chunk].epilog)
       p.flights.erase({a.chunk, a.mb});
-    if (a.what == Do::W)
-      for (int mb = a.mb; mb < a.mb + a.count; mb++) p.flights.erase({a.chunk, mb});
+    for (int w = a.mb; a.what == Do::W && w < a.mb + a.count; w++) p.flights.erase({a.chunk, w});
   }
 };
 

@@ -4,34 +4,6 @@
 
 namespace pith {
 
-static void check_model(const RunPlan& plan) {
-  const int64_t length = plan.config.data.sequence_length, most = plan.shape.max_positions;
-  if (plan.shape.num_experts % plan.mesh.ep != 0)
-    bad_input("parallel.ep",
-              text("does not divide the experts (got ep = %d and %d experts, need a divisor)",
-                   plan.mesh.ep, plan.shape.num_experts),
-              "parallel.ep = 1");
-  if (most > 0 && length > most)
-    bad_input("data.sequence_length",
-              text("is beyond the model's positions (got %ld, need at most "
-                   "max_position_embeddings = %ld)",
-                   length, most),
-              "a shorter sequence, or a larger max_position_embeddings in config.json");
-}
-
-static BatchShape plan_batch(const RunConfig& config, const Mesh& mesh) {
-  const BatchShape batch{config.train.global_batch_size, config.train.micro_batch_size, mesh.dp,
-                         mesh.ep};
-  const int64_t unit = batch.micro_batch * mesh.dp * mesh.ep;
-  if (batch.global_batch % unit != 0)
-    bad_input("train.global_batch_size",
-              text("does not split into micro-batches over the mesh (got %ld sequences, need a "
-                   "multiple of micro-batch %ld * dp %d * ep %d = %ld)",
-                   batch.global_batch, batch.micro_batch, mesh.dp, mesh.ep, unit),
-              std::to_string((batch.global_batch / unit + 1) * unit));
-  return batch;
-}
-
 static ScheduleOptions plan_schedule(const RunPlan& plan) {
   const auto& parallel = plan.config.parallel;
   ScheduleOptions s{.kind = schedule_kind(parallel.schedule, parallel.pp, parallel.ep),
@@ -54,17 +26,40 @@ static ScheduleOptions plan_schedule(const RunPlan& plan) {
 
 RunPlan plan_run(const RunConfig& config, Device device, int ranks) {
   validate(config);
-  const auto& parallel = config.parallel;
   RunPlan plan{.config = config, .model = Json::parse_file(config.model.config), .device = device};
-  plan.shape = make_instance(plan.model).shape;
-  plan.mesh = make_mesh(ranks, parallel.pp, parallel.cp, parallel.ep, parallel.dp_replicate);
-  check_model(plan);
-  plan.batch = plan_batch(config, plan.mesh);
+  const Instance whole = make_instance(plan.model);
+  const ModelShape& shape = plan.shape = whole.shape;
+  for (const Parameter& p : whole.parameters->table) {
+    const int64_t n = p.dims.numel();
+    plan.parameters += n;
+    plan.active_parameters += p.unit == UnitKind::Experts ? n / shape.num_experts * shape.top_k : n;
+  }
+  const auto& parallel = config.parallel;
+  const Mesh& mesh = plan.mesh =
+      make_mesh(ranks, parallel.pp, parallel.cp, parallel.ep, parallel.dp_replicate);
+  if (shape.num_experts % mesh.ep != 0)
+    bad_input("parallel.ep",
+              text("does not divide the experts (got ep = %d and %d experts, need a divisor)",
+                   mesh.ep, shape.num_experts),
+              "parallel.ep = 1");
+  const int64_t length = config.data.sequence_length;
+  if (shape.max_positions > 0 && length > shape.max_positions)
+    bad_input("data.sequence_length",
+              text("is beyond the model's positions (got %ld, need at most "
+                   "max_position_embeddings = %ld)",
+                   length, shape.max_positions),
+              "a shorter sequence, or a larger max_position_embeddings in config.json");
+  const BatchShape& batch = plan.batch = {config.train.global_batch_size,
+                                          config.train.micro_batch_size, mesh.dp, mesh.ep};
+  const int64_t unit = batch.micro_batch * mesh.dp * mesh.ep;
+  if (batch.global_batch % unit != 0)
+    bad_input("train.global_batch_size",
+              text("does not split into micro-batches over the mesh (got %ld sequences, need a "
+                   "multiple of micro-batch %ld * dp %d * ep %d = %ld)",
+                   batch.global_batch, batch.micro_batch, mesh.dp, mesh.ep, unit),
+              std::to_string((batch.global_batch / unit + 1) * unit));
   plan.schedule = plan_schedule(plan);
-  plan.pipeline = {.schedule = plan.schedule.kind,
-                   .gather_layer = parallel.gather == "layer",
-                   .length = config.data.sequence_length,
-                   .init_std = config.model.init_std};
+  plan.pipeline = {plan.schedule.kind, !plan.schedule.gather_step, length, config.model.init_std};
   return plan;
 }
 
@@ -79,38 +74,6 @@ Dataset open_data(const RunPlan& plan) {
                                                .document_mask = data.document_mask});
 }
 
-ParameterCounts parameter_counts(const RunPlan& plan) {
-  ParameterCounts n;
-  for (const Parameter& p : whole_table(plan.model)) {
-    const int64_t all = p.dims.numel();
-    n.total += all;
-    n.active += p.unit == UnitKind::Experts ? all / plan.shape.num_experts * plan.shape.top_k : all;
-  }
-  return n;
-}
-
-// Of a rank's parameters while training. Layer-wise gathering holds two units' full buffers at
-// most.
-static RankMemory parameter_bytes(const Parameters& p, DType compute) {
-  RankMemory bytes;
-  int64_t full = 0, largest = 0;  // elements
-  for (const FlatUnit& unit : p.units) {
-    const bool whole = unit.cuts.size() == 1;
-    bytes.weights += 4 * unit.shard_count;
-    bytes.optimizer += 8 * unit.shard_count;
-    if (!whole) bytes.gradients += 4 * unit.shard_count;
-    if (p.gather_layer && !whole) {
-      largest = std::max(largest, unit.numel);
-    } else {
-      bytes.gradients += 4 * unit.numel;
-      if (!whole || compute != DType::F32) full += unit.numel;
-    }
-  }
-  bytes.compute_copy = (full + 2 * largest) * size_of(compute);
-  bytes.gradients += 2 * largest * 4;
-  return bytes;
-}
-
 vector<RankMemory> rank_memory(const RunPlan& plan) {
   const ModelShape& s = plan.shape;
   const int64_t tokens = plan.batch.micro_batch * plan.config.data.sequence_length / plan.mesh.cp;
@@ -118,19 +81,28 @@ vector<RankMemory> rank_memory(const RunPlan& plan) {
   vector<RankMemory> ranks;
   for (int rank = 0; rank < plan.mesh.world(); rank++) {
     const Instance instance = make_instance(plan.model, plan.pipeline, plan.mesh, rank);
-    RankMemory& bytes = ranks.emplace_back(parameter_bytes(*instance.parameters, plan.compute));
+    RankMemory& bytes = ranks.emplace_back();
+    int64_t full = 0, largest = 0;   // elements of gathered units
     int64_t layers = 0, widths = 0;  // of an expert's three products, together
     for (const FlatUnit& unit : instance.parameters->units) {
+      const bool whole = unit.cuts.size() == 1;
+      bytes.weights += 4 * unit.shard_count;
+      bytes.gradients += 4 * unit.shard_count;
+      bytes.optimizer += 8 * unit.shard_count;
+      if (!whole) full += unit.numel;
+      if (!whole) largest = std::max(largest, unit.numel);
       layers += unit.kind == UnitKind::Layer;
       if (unit.kind == UnitKind::Experts)
         widths = unit.numel / (s.num_experts / plan.mesh.ep) / s.hidden;
     }
+    // Layer-wise gathering holds two units' full buffers at most.
+    bytes.compute_copy = 4 * (plan.pipeline.gather_layer ? 2 * largest : full);
+    bytes.gradients += bytes.compute_copy;
     // What a token leaves on the tape in one layer.
     const int64_t values = 5 * s.hidden + 3 * s.attention_width + 2 * s.num_experts +
                            s.top_k * (2 * s.hidden + widths);
-    const int64_t held = layers * live / chunks_of(plan.schedule.kind);
-    bytes.activations = tokens * values * held * size_of(plan.compute);
-    bytes.workspace = 2 * tokens * s.top_k * widths * size_of(plan.compute);
+    bytes.activations = 4 * tokens * values * layers * live / chunks_of(plan.schedule.kind);
+    bytes.workspace = 4 * 2 * tokens * s.top_k * widths;
   }
   return ranks;
 }

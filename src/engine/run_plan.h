@@ -13,11 +13,11 @@ struct RunPlan {
   RunConfig config;
   Json model;  // config.json
   ModelShape shape;
+  int64_t parameters = 0, active_parameters = 0;  // a token uses top_k of the experts
   Mesh mesh;
   ScheduleOptions schedule;
   BatchShape batch;
   PipelineOptions pipeline;
-  DType compute = DType::F32;
   Device device = Device::CPU;
   int64_t step_tokens() const { return batch.global_batch * config.data.sequence_length; }
 };
@@ -27,12 +27,6 @@ RunPlan plan_run(const RunConfig& config, Device device, int ranks);
 
 // The run's token files, as its samples are cut and dealt.
 Dataset open_data(const RunPlan& plan);
-
-struct ParameterCounts {
-  int64_t total = 0;
-  int64_t active = 0;  // that one token uses: top_k of the experts, all of the rest
-};
-ParameterCounts parameter_counts(const RunPlan& plan);
 
 // Bytes by kind of every rank; activations and workspace are estimates.
 vector<RankMemory> rank_memory(const RunPlan& plan);

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <ctime>
+#include <numbers>
 
 #include "comm/launch.h"
 #include "core/allocator.h"
@@ -13,6 +14,28 @@
 #include "engine/evaluate.h"
 
 namespace pith {
+
+double learning_rate(const LrSchedule& schedule, double peak, int64_t s, int64_t steps) {
+  const double x = double(s), n = double(steps);
+  const double warmup = std::nearbyint(schedule.warmup_ratio * n);
+  if (x < warmup) return schedule.start_lr + (peak - schedule.start_lr) * x / warmup;
+  if (schedule.kind == "constant") return peak;
+  const bool wsd = schedule.kind == "wsd";
+  const double decay = wsd ? std::nearbyint(schedule.decay_ratio * n) : n - warmup;
+  if (decay == 0 || x < n - decay) return peak;
+  const double t = std::min((x - (n - decay)) / decay, 1.0);
+  if (wsd && schedule.decay_shape == "linear") return peak + (schedule.final_lr - peak) * t;
+  return schedule.final_lr + (peak - schedule.final_lr) * (1 + std::cos(std::numbers::pi * t)) / 2;
+}
+
+void optimizer_pass(Rank& rank, Parameters& parameters, const AdamW& options,
+                    CheckpointSaver* saver) {
+  for (size_t i = 0; i < parameters.units.size(); i++) {
+    const FlatUnit& unit = parameters.units[i];
+    if (saver) saver->wait_unit(int(i));
+    adamw_step(rank, unit.master, unit.grad_shard, unit.m, unit.v, options);
+  }
+}
 
 Trainer::Trainer(Rank& rank_in, Run& run_in) : rank(rank_in), run(run_in) {
   const string kinds[] = {"none", "micro-batch", "sequence", "global-batch"};
@@ -29,7 +52,7 @@ Trainer::Trainer(Rank& rank_in, Run& run_in) : rank(rank_in), run(run_in) {
     initialize(rank, parameters, config.data.seed);
 }
 
-StepTotals Trainer::compute_gradients() {
+StepMetrics Trainer::compute_gradients() {
   step_began_s = now_s();
   rank.status->step = int(state.step + 1);
   rank.allocator->reset_peak();
@@ -61,8 +84,16 @@ StepTotals Trainer::compute_gradients() {
   sums.insert(sums.end(), balance.counts.begin(), balance.counts.end());
   all_reduce(rank, Group::World, sums.data(), int(sums.size()), Reduce::Sum,
              "all_reduce step totals");
-  const auto losses = sums.begin() + 2, counts = losses + plan.shape.num_layers;
-  return {sums[0] / labels, sums[1] > 0, {losses, counts}, {counts, sums.end()}};
+  const auto losses = sums.begin() + 2, rest = losses + plan.shape.num_layers;
+  stop = sums[1] > 0;
+  counts.assign(rest, sums.end());
+  StepMetrics m{.steps = config.train.steps,
+                .loss = sums[0] / labels,
+                .router_forced = io.force_balanced ? "balanced" : "",
+                .tokens = plan.step_tokens(),
+                .load = expert_load(counts, plan.shape.num_experts)};
+  if (balance.kind != BalanceKind::None) m.balance_loss.assign(losses, rest);
+  return m;
 }
 
 // Runs a step whose loss or gradient is not finite again with every op's outputs checked, so that
@@ -82,14 +113,8 @@ StepTotals Trainer::compute_gradients() {
   failed(where, what, "a lower optimizer.lr, or train.on_nonfinite = \"skip\"");
 }
 
-StepMetrics Trainer::update(const StepTotals& totals) {
-  StepMetrics m{.steps = config.train.steps,
-                .loss = totals.loss,
-                .gradient_norm = gradient_norm(rank, parameters),
-                .router_forced = config.router.force == "balanced" ? "balanced" : "",
-                .tokens = plan.step_tokens(),
-                .load = expert_load(totals.counts, plan.shape.num_experts)};
-  if (balance.kind != BalanceKind::None) m.balance_loss = totals.balance_loss;
+void Trainer::update(StepMetrics& m) {
+  m.gradient_norm = gradient_norm(rank, parameters);
   m.skipped = !std::isfinite(m.loss) || !std::isfinite(m.gradient_norm);
   if (m.skipped && config.train.on_nonfinite == "stop") explain_nonfinite(*this, m);
   AdamW adamw = config.optimizer;
@@ -103,7 +128,7 @@ StepMetrics Trainer::update(const StepTotals& totals) {
     adamw.step = ++state.updates;
     optimizer_pass(rank, parameters, adamw, saver ? &*saver : nullptr);
   }
-  balance.previous = totals.counts;
+  balance.previous = counts;
   m.step = ++state.step;
   double most[] = {now_s() - step_began_s, double(rank.allocator->peak_bytes),
                    saver ? saver->take_stall() : 0.0};
@@ -111,19 +136,17 @@ StepMetrics Trainer::update(const StepTotals& totals) {
   m.seconds = most[0];
   m.peak_memory_bytes = most[1];
   m.checkpoint_stall_s = most[2];
-  return m;
 }
 
 void Trainer::train(const string& routing_trace) {
   saver.emplace(rank, parameters, SaveOptions{config.run.folder, config.checkpoint.keep});
   const double began = now_s();
-  bool stop = false, saving = false;
+  bool saving = false;
   while (state.step < config.train.steps && !stop) {
-    const StepTotals totals = compute_gradients();
+    StepMetrics m = compute_gradients();
     if (rank.id == 0 && run.tracing) write_routing(routing_trace, state.step + 1, run.routing);
-    StepMetrics m = update(totals);
+    update(m);
     end_startup(rank);
-    stop = totals.stop;
     const bool last = m.step == m.steps;
     const auto due = [&](int64_t interval) {
       return interval > 0 && (m.step % interval == 0 || last);
@@ -175,9 +198,8 @@ bool train(const RunPlan& plan, const TrainOptions& options) {
   if (run.resume_from) {
     check_resumable(*run.resume_from, run.state);
     log_info("going on from %s", run.resume_from->folder.c_str());
-    run.state.step = run.resume_from->state.step;
-    run.state.updates = run.resume_from->state.updates;
-    run.state.balance_counts = run.resume_from->state.balance_counts;
+    run.state = run.resume_from->state;
+    run.state.config = to_toml(config);
   }
   write_file_durably(folder + "/config.toml", run.state.config);
   run.metrics.emplace(folder + "/metrics.jsonl", run.state.step);
@@ -186,7 +208,6 @@ bool train(const RunPlan& plan, const TrainOptions& options) {
   const LaunchOptions launch{.startup_limit_s = config.parallel.startup_timeout_s,
                              .limit_s = config.parallel.timeout_s,
                              .exit_on_failure = options.exit_on_failure,
-                             .compute = plan.compute,
                              .debug = debug && *debug == '1'};
   run_ranks(plan.mesh, plan.device, launch,
             [&](Rank& rank) { Trainer(rank, run).train(options.routing_trace); });

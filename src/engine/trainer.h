@@ -12,12 +12,19 @@ struct TrainOptions {
   string routing_trace, routing_replay;  // folders; empty: off
   bool exit_on_failure = true;
 };
-// Trains from scratch, from model.init_from, or from the newest good checkpoint in run.folder,
-// until train.steps. False if a signal stopped it, with the state saved. Exit code 2 for input that
-// does not fit, 1 for a run that fails.
+// From scratch, from model.init_from, or from the newest good checkpoint in run.folder. False if a
+// signal stopped it, with the state saved. Exit code 2 for input that does not fit, 1 for a run
+// that fails.
 bool train(const RunPlan& plan, const TrainOptions& options);
 
-// What the ranks of a run share. Written by the main thread before they start, and by rank 0.
+// Of 0-based step s of `steps`. Warm-up takes round(warmup_ratio * steps) steps, the decay the last
+// round(decay_ratio * steps) of "wsd", all the rest of "cosine". Half to even.
+double learning_rate(const LrSchedule& schedule, double peak, int64_t s, int64_t steps);
+// AdamW; updates each unit after the save under way (null: none) has copied it.
+void optimizer_pass(Rank& rank, Parameters& parameters, const AdamW& options,
+                    CheckpointSaver* saver);
+
+// What the ranks share; written before they start, and by rank 0.
 struct Run {
   const RunPlan& plan;
   string routing_replay;
@@ -32,18 +39,11 @@ struct Run {
   bool stopped = false;
 };
 
-// Of a step, over all ranks.
-struct StepTotals {
-  double loss = 0;  // mean over the labels
-  bool stop = false;
-  vector<double> balance_loss, counts;
-};
-
-// A rank's part of the run: compute_gradients() and update() are a step.
+// A rank's part of the run. A step: compute_gradients(), which leaves them reduced, and update().
 struct Trainer {
   Trainer(Rank& rank, Run& run);
-  StepTotals compute_gradients();  // leaves them reduced
-  StepMetrics update(const StepTotals& totals);
+  StepMetrics compute_gradients();
+  void update(StepMetrics& metrics);
   void train(const string& routing_trace);
 
   Rank& rank;
@@ -56,7 +56,9 @@ struct Trainer {
   RunState state = run.state;
   BalanceState balance;
   std::optional<CheckpointSaver> saver;
+  vector<double> counts;  // BalanceState::counts of all ranks
   double step_began_s = 0;
+  bool stop = false;  // a signal came to a rank
 };
 
 }  // namespace pith

@@ -91,8 +91,7 @@ const Tensor& kind_of(const FlatUnit& unit, int kind) {
 
 Parameters parameters_of(Rank& rank) {
   ParameterTable table = table_of(rank.mesh);
-  const int size = static_cast<int>(table.size());
-  return make_parameters(rank, std::move(table), {size}, false);
+  return make_parameters({std::move(table)}, false, mesh_of(rank), rank.id, &rank);
 }
 
 void fill(const Parameters& p, int salt, int only_unit = -1) {
@@ -538,8 +537,8 @@ TEST(Checkpoint, LoadNamesTensorsThatDoNotFit) {
                          [&] {
                            run_ranks(Mesh{}, Device::CPU, quick(), [&](Rank& rank) {
                              Parameters p = make_parameters(
-                                 rank, {{nullptr, {33}, UnitKind::Head, -1, {one.piece}}}, {1},
-                                 false);
+                                 {{{nullptr, {33}, UnitKind::Head, -1, {one.piece}}}}, false,
+                                 mesh_of(rank), rank.id, &rank);
                              load_state(rank, p, c);
                            });
                          }),

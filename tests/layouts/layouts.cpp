@@ -87,13 +87,13 @@ static void collect(Trainer& t, Probe& probe, std::map<string, vector<float>>& o
 
 static void probe_rank(Trainer& t, Probe& probe) {
   while (t.state.step < probe.steps) {
-    const StepTotals totals = t.compute_gradients();
+    StepMetrics m = t.compute_gradients();
     for (const FlatUnit& unit : t.parameters.units)
       for (int64_t i = 0; unit.kind == UnitKind::Experts && i < unit.shard_count; i++)
         unit.grad_shard.f32()[i] *= float(probe.gradient_fault);
     if (t.state.step == 0) collect(t, probe, probe.gradients, &FlatUnit::grad_shard);
     if (t.rank.id == 0) probe.routing.push_back(t.run.routing);
-    const StepMetrics m = t.update(totals);
+    t.update(m);
     if (t.rank.id != 0) continue;
     probe.loss.push_back(m.loss);
     probe.norm.push_back(m.gradient_norm);
