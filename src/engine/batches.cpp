@@ -59,7 +59,6 @@ LoadedBatches make_batches(Rank& rank, const Dataset& data, const BatchShape& sh
     batch.tokens = upload({rows * local}, here.tokens);
     batch.labels = upload({rows * local}, here.labels);
     batch.positions = upload({rows * local}, here.positions);
-    if (mesh.cp > 1) batch.mask.order = upload({local}, order);
     if (data.options().document_mask) batch.mask.doc_ends = upload({rows, local}, here.ends);
   }
   return loaded;

@@ -24,7 +24,7 @@ struct LoadedBatches {
 
 // The micro-batches of 0-based step `step`: training samples [step * G, (step + 1) * G) of the run
 // (see Dataset::train_sample), or, of held-out samples, global batch `step`, in which rows behind
-// the last sample have ignored labels only. mask.order is defined if cp > 1, mask.doc_ends if the
+// the last sample have ignored labels only. mask.doc_ends is defined if the
 // dataset keeps documents apart; positions then restart in each document. `shape` must be the
 // mesh's.
 LoadedBatches make_batches(Rank& rank, const Dataset& data, const BatchShape& shape, int64_t step,

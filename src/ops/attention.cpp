@@ -4,8 +4,8 @@
 #include "ops/attention.h"
 
 #include <algorithm>
-#include <cmath>
 
+#include "ops/cpu.h"
 #include "ops/ops.h"
 
 namespace pith {
@@ -66,33 +66,26 @@ void attention_bx(const auto& b) {
                  width ? HeadView{} : scores_of(b.zeroed(3))});
 }
 
-bool rows_ascend(const Tensor& x) {
-  bool good = true;
-  for (int64_t r = 0; x.defined() && r < x.rows(); r++)
-    good &= std::is_sorted(x.i32() + r * x.cols(), x.i32() + (r + 1) * x.cols());
-  return good;
-}
-
 // Checks the mask and makes the table of max(queries, keys) positions, see positions_of.
 Tensor mask_table(const Op& op, const AttentionMask& mask, int64_t batch, int64_t queries,
                   int64_t keys) {
-  const Tensor &order = mask.order, &ends = mask.doc_ends;
-  op.check({{"mask.order i32 [S]", !order.defined() || is_i32(order, {queries})},
-            {"mask.doc_ends i32 [B, S]", !ends.defined() || is_i32(ends, {batch, queries})},
-            {"S == Z where mask.order or mask.doc_ends is given",
-             queries == keys || !(order.defined() || ends.defined())},
-            {"mask.window >= 0", mask.window >= 0}},
-           {&order, &ends});
-  op.check({{"mask.order that ascends", rows_ascend(order)},
-            {"mask.doc_ends that ascend in a row", rows_ascend(ends)},
-            {"mask.order of this rank's chunks r and 2*cp-1-r of the row",
-             op.rank.mesh.cp == 1 ||
-                 (order.defined() && is_zigzag_part(op.rank, order.i32(), queries))}},
-           {&order, &ends});
+  const Tensor& ends = mask.doc_ends;
+  const bool documents = ends.defined();
+  op.check(
+      {{"mask.doc_ends i32 [B, S]", !documents || is_i32(ends, {batch, queries})},
+       {"S == Z where mask.doc_ends is given", queries == keys || !documents},
+       {"chunks r and 2*cp-1-r of a row, of equal size", op.rank.mesh.cp == 1 || queries % 2 == 0},
+       {"mask.window >= 0", mask.window >= 0}},
+      {&ends});
+  bool ascend = true;
+  for (int64_t r = 0; documents && r < batch; r++)
+    ascend &= std::is_sorted(row_of<int32_t>(ends, r), row_of<int32_t>(ends, r + 1));
+  op.check({{"mask.doc_ends that ascend in a row", ascend}}, {&ends});
   const int64_t count = std::max(queries, keys), first = std::min<int64_t>(0, keys - queries);
-  const Tensor table = op.empty({1 + (ends.defined() ? batch : 0), count}, DType::I32);
-  for (int64_t i = 0; i < count; i++) table.i32()[i] = order.defined() ? order.i32()[i] : first + i;
-  if (ends.defined()) std::copy_n(ends.i32(), ends.numel(), table.i32() + count);
+  const Tensor table = op.empty({1 + (documents ? batch : 0), count}, DType::I32);
+  const auto coord = local_coords(op.rank, count);
+  for (int64_t i = 0; i < count; i++) table.i32()[i] = int32_t(first + coord[i]);
+  if (documents) std::copy_n(ends.i32(), ends.numel(), table.i32() + count);
   return table;
 }
 

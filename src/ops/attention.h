@@ -64,8 +64,8 @@ void attention_forward(const Op& op, const AttentionCore& core, HeadView out, co
 void attention_backward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse,
                         HeadView dout, const AttentionViews& grads);
 
-// Whether `coord` [count] are those of this cp member's chunks.
-bool is_zigzag_part(const Rank& rank, const int32_t* coord, int64_t count);
+// Row coordinates of the `count` positions that this member of the cp group holds.
+vector<int32_t> local_coords(const Rank& rank, int64_t count);
 // The same over the keys of all members, which have as many each, without bias or `visible`.
 void ring_forward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse);
 void ring_backward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse,

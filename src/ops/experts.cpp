@@ -55,10 +55,7 @@ Tensor grouped_linear(Rank& rank, Tensor x, Tensor w, Tensor offsets, At at) {
       {&x, &w, &offsets});
   Tensor y = op.empty({x.dim[0], w.dim[1]}, x.dtype);
   op.on_cpu(x, [&]<class T>(T*) {
-    const int32_t *begin = offsets.i32(), *last = begin + w.dim[0];
-    op.check({{"offsets ascending from 0 to P",
-               *begin == 0 && *last == x.dim[0] && std::is_sorted(begin, last + 1)}},
-             {&offsets, &x});
+    op.check_offsets("offsets", offsets, x.dim[0]);
     each_expert(offsets, x.numel() * w.dim[1], [&](int64_t e, int64_t r, int64_t end) {
       linear_y<T>(x.slice_rows(r, end), w.slice_rows(e, e + 1), {row_of<T>(y, r)});
     });

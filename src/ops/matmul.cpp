@@ -1,5 +1,6 @@
-// matmul, and gemm for all products.
-//   grad   da = dc b^T, db = a^T dc, each summed over repeated products
+// gemm, linear, matmul.
+//   grad   linear: dx = dy w, dw = dy^T x, dbias = sum over rows of dy;
+//          matmul: da = dc b^T, db = a^T dc, each summed over repeated products
 #include <cblas.h>
 
 #include <algorithm>
@@ -14,8 +15,7 @@ namespace pith {
 template <class T>
 void gemm(int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, T beta, T* c, int64_t ldc,
           T alpha) {
-  static const bool one_thread = (openblas_set_num_threads(1), true);
-  (void)one_thread;
+  [[maybe_unused]] static const bool one_thread = (openblas_set_num_threads(1), true);
   constexpr int64_t kTileM = 192, kTileN = 384;
   const bool at = a.layout == kTransposed, bt = b.layout == kTransposed;
   const int64_t across = (n + kTileN - 1) / kTileN, down = (m + kTileM - 1) / kTileM;
@@ -37,6 +37,34 @@ template void gemm(int64_t, int64_t, int64_t, Matrix<float>, Matrix<float>, floa
                    float);
 template void gemm(int64_t, int64_t, int64_t, Matrix<double>, Matrix<double>, double, double*,
                    int64_t, double);
+
+Tensor linear(Rank& rank, Tensor x, Tensor w, Tensor bias, At at) {
+  const Op op{rank, "linear", at};
+  const int64_t out = w.dim[0];
+  op.check({{"x [..., in] and w [out, in]", x.defined() && w.dim.rank == 2 && x.cols() == w.dim[1]},
+            {"bias [out] or undefined", !bias.defined() || bias.dim == Dims{out}},
+            {"one dtype", one_dtype({&x, &w, &bias})}},
+           {&x, &w, &bias});
+  Dims dims = x.dim;
+  dims[dims.rank - 1] = out;
+  Tensor y = op.empty(dims, x.dtype);
+  op.on_cpu(x, [&]<class T>(T*) {
+    if (bias.defined())
+      parallel_rows(x.rows(), out,
+                    [&](int64_t r) { std::copy_n(bias.as<T>(), out, row_of<T>(y, r)); });
+    linear_y<T>(x, w, {y.as<T>(), bias.defined()});
+  });
+  op.record({x, w, bias}, {&y})
+      .bx({w}, [](const auto& b) { linear_dx(b.dy(), b.keep[0], b.to(0)); })
+      .bw(1, {x}, []<class T>(Backward<T> b) {
+        linear_dw(b.dy(), b.keep[0], b.to(1));
+        add_columns<T>(b.dy().rows(), b.dy().cols(), b.to(2),
+                       [&, d = b.dy().template as<T>(), n = b.dy().cols()](int64_t r, int64_t j) {
+                         return d[r * n + j];
+                       });
+      });
+  return y;
+}
 
 namespace {
 

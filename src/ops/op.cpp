@@ -32,6 +32,13 @@ void Op::check_ids(const char* what, const Tensor& ids, int64_t limit, int32_t a
   }
 }
 
+void Op::check_offsets(const char* what, const Tensor& offsets, int64_t last) const {
+  check_cpu(offsets);
+  const int32_t *begin = offsets.i32(), *end = begin + offsets.numel();
+  const bool good = begin != end && *begin == 0 && end[-1] == last && std::is_sorted(begin, end);
+  check({{text("%s ascending from 0 to P", what).c_str(), good}}, {&offsets});
+}
+
 int Op::dim_of(const Tensor& x, int dim) const {
   check({{"a defined tensor", x.defined()}}, {&x});
   const int d = dim < 0 ? dim + x.dim.rank : dim;

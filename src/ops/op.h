@@ -41,6 +41,8 @@ struct Op {
   void check_alike(std::initializer_list<const Tensor*> ts) const;
   // Elements of `ids` (I32) are in [0, limit) or `also`.
   void check_ids(const char* what, const Tensor& ids, int64_t limit, int32_t also = 0) const;
+  // `offsets` (I32) ascend from 0 to P = last.
+  void check_offsets(const char* what, const Tensor& offsets, int64_t last) const;
   // `dim` of x, from the end when negative, as one from the beginning.
   int dim_of(const Tensor& x, int dim) const;
   Dims broadcast(std::initializer_list<const Tensor*> ts) const;

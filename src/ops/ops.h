@@ -95,12 +95,12 @@ Tensor qk_norm_rope(Rank& rank, Tensor qkv, Heads heads, Tensor q_norm, Tensor k
 struct AttentionMask {
   bool causal = true;  // key coordinate <= query coordinate
   int window = 0;      // > 0: also query - key < window
-  Tensor order;        // I32 [S]: row coordinate of each local position; undefined: 0..S-1
   Tensor doc_ends;     // I32 [B, S]: exclusive end of the position's document, in row coordinates;
                        // a query sees its own only; undefined: one document
 };
 // qkv [B*S, (H+2K)*N] -> [B*S, H*N], scores scaled by 1/sqrt(N); with mesh.cp > 1 a ring over the
-// cp group.  Vaswani et al. 2017, arXiv:1706.03762; Ainslie et al. 2023, arXiv:2305.13245
+// cp group, whose member r holds chunks r and 2*cp-1-r of each row.  Vaswani et al. 2017,
+// arXiv:1706.03762; Ainslie et al. 2023, arXiv:2305.13245
 Tensor attention(Rank& rank, Tensor qkv, Heads heads, int64_t batch, AttentionMask mask,
                  At at = At::here());
 // q [B,S,H,N], k [B,Z,K,N], v [B,Z,K,M] -> [B,S,H,M], with an additive bias or a boolean mask (U8,

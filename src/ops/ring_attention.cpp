@@ -120,10 +120,8 @@ void merge_cpu(const AttentionCore& core, HeadView out, T* lse, HeadView part_ou
 
 }  // namespace
 
-bool is_zigzag_part(const Rank& rank, const int32_t* coord, int64_t count) {
-  const int n = group_size(rank, Group::Cp), me = group_rank(rank, Group::Cp);
-  const auto want = zigzag_coords(n, me, count);
-  return (n == 1 || count % 2 == 0) && std::equal(want.begin(), want.end(), coord);
+vector<int32_t> local_coords(const Rank& rank, int64_t count) {
+  return zigzag_coords(group_size(rank, Group::Cp), group_rank(rank, Group::Cp), count);
 }
 
 void ring_forward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse) {

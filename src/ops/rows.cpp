@@ -66,11 +66,6 @@ void check_rows(const Op& op, const Tensor& x, const Tensor& ids, int64_t rows) 
   op.check_ids("ids", ids, rows);
 }
 
-bool ascends(const Tensor& t, int64_t last) {
-  const int32_t *begin = t.i32(), *end = begin + t.numel();
-  return begin != end && *begin == 0 && end[-1] == last && std::is_sorted(begin, end);
-}
-
 // Rows to pairs or pairs to rows. `need` tells x's shape.
 Tensor move_rows(const Op& op, bool to_pairs, const char* need, const Tensor& x,
                  const Dispatched& d) {
@@ -83,8 +78,7 @@ Tensor move_rows(const Op& op, bool to_pairs, const char* need, const Tensor& x,
   const TensorList pairs = {d.row_of, {}}, rows = {d.pair_of, d.row_begin};
   const TensorList &forth = to_pairs ? pairs : rows, &back = to_pairs ? rows : pairs;
   op.on_cpu(x, [&]<class T>(T*) {
-    op.check({{"row_begin ascending from 0 to P", ascends(d.row_begin, P)}},
-             {&d.row_begin, &d.row_of});
+    op.check_offsets("row_begin", d.row_begin, P);
     op.check_ids("row_of", d.row_of, R);
     op.check_ids("pair_of", d.pair_of, P);
     gather_rows<T>(x, x.dim[1], forth[0], forth[1], {y.as<T>()});
