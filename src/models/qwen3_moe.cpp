@@ -95,14 +95,9 @@ Qwen3Moe::Config Qwen3Moe::read_config(const Json& j) {
 }
 
 ModelShape Qwen3Moe::shape(const Config& c) {
-  return {.model_type = "qwen3_moe",
-          .hidden = c.hidden,
-          .vocab = c.vocab,
-          .num_layers = c.num_layers,
-          .num_experts = c.num_experts,
-          .top_k = c.top_k,
-          .attention_width = int64_t{2} * c.heads.query * c.heads.size,
-          .max_positions = c.max_positions};
+  const int64_t attention_width = int64_t{2} * c.heads.query * c.heads.size;
+  return {"qwen3_moe",   c.hidden, c.vocab,         c.num_layers,
+          c.num_experts, c.top_k,  attention_width, c.max_positions};
 }
 
 ParameterTable Qwen3Moe::parameters(const Config& c, const StagePart& part, double init_std) {

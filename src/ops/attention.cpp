@@ -12,7 +12,7 @@ namespace pith {
 namespace {
 
 // q, k and v are [B, positions, heads, size], positions `width` apart in a packed projection.
-enum Keep { kQ, kK, kV, kOut, kLse, kTable, kBias, kVisible };
+enum Keep { kQ, kK, kV, kOut, kLse, kTable, kBias };
 enum Number { kWidth, kCausal, kWindow };
 
 // Heads [first, first + count) of a packed projection.
@@ -37,20 +37,19 @@ HeadView scores_of(const Tensor& t) {  // of [1|B, 1|H, S, Z]
 AttentionCore core_of(const TensorList& t, const int64_t* i, double scale) {
   const Dims &q = t[kQ].dim, &k = t[kK].dim, &v = t[kV].dim;
   const int64_t width = i[kWidth];
-  return {
-      t[kQ].dtype,
-      q[0],
-      q[2],
-      k[2],
-      q[3],
-      v[3],
-      scale,
-      i[kCausal] != 0,
-      i[kWindow],
-      positions_of(t[kTable], q[1]),
-      positions_of(t[kTable], k[1]),
-      {heads_of(t[kQ], width), heads_of(t[kK], width), heads_of(t[kV], width), scores_of(t[kBias])},
-      scores_of(t[kVisible])};
+  return {t[kQ].dtype,
+          q[0],
+          q[2],
+          k[2],
+          q[3],
+          v[3],
+          scale,
+          i[kCausal] != 0,
+          i[kWindow],
+          positions_of(t[kTable], q[1]),
+          positions_of(t[kTable], k[1]),
+          {heads_of(t[kQ], width), heads_of(t[kK], width), heads_of(t[kV], width),
+           scores_of(t[kBias])}};
 }
 
 void attention_bx(const auto& b) {
@@ -90,12 +89,12 @@ Tensor mask_table(const Op& op, const AttentionMask& mask, int64_t batch, int64_
 }
 
 Tensor attend(const Op& op, const Tensor& q, const Tensor& k, const Tensor& v, int64_t width,
-              double scale, const AttentionMask& mask, const AttentionBias& bias, const Dims& dims,
+              double scale, const AttentionMask& mask, const Tensor& bias, const Dims& dims,
               std::initializer_list<Tensor> in) {
   const Tensor table = mask_table(op, mask, q.dim[0], q.dim[1], k.dim[1]);
   Tensor out = op.empty(dims, q.dtype);
   const Tensor lse = op.empty({q.dim[0], q.dim[2], q.dim[1]}, q.dtype);
-  const TensorList all = {q, k, v, out, lse, table, bias.bias, bias.visible};
+  const TensorList all = {q, k, v, out, lse, table, bias};
   const int64_t numbers[] = {width, mask.causal, mask.window};
   const AttentionCore core = core_of(all, numbers, scale);
   ring_forward(op, core, out_of(core, out), lse);
@@ -124,7 +123,7 @@ Tensor attention(Rank& rank, Tensor qkv, Heads heads, int64_t batch, AttentionMa
 Tensor attention(Rank& rank, Tensor q, Tensor k, Tensor v, double scale, AttentionMask mask,
                  AttentionBias bias, At at) {
   const Op op{rank, "attention", at};
-  const Tensor &extra = bias.bias, &visible = bias.visible;
+  Tensor &extra = bias.bias, &visible = bias.visible;
   op.check({{"q, k and v of rank 4", q.dim.rank == 4 && k.dim.rank == 4 && v.dim.rank == 4},
             {"k [B,Z,K,N] for q [B,S,H,N]", k.dim[0] == q.dim[0] && k.dim[3] == q.dim[3]},
             {"v [B,Z,K,M] for k [B,Z,K,N]",
@@ -143,7 +142,13 @@ Tensor attention(Rank& rank, Tensor q, Tensor k, Tensor v, double scale, Attenti
             {"no bias, no visible and S == Z where cp > 1",
              rank.mesh.cp == 1 || (!extra.defined() && !visible.defined() && S == Z)}},
            {&q, &k, &extra, &visible});
-  return attend(op, q, k, v, 0, scale, mask, bias, {B, S, H, v.dim[3]}, {q, k, v, extra});
+  if (visible.defined()) {
+    Tensor hidden = op.empty({1}, q.dtype);
+    fill_constant(rank, hidden, -std::numeric_limits<double>::infinity(), at);
+    if (!extra.defined()) extra = zeros(rank, {1}, q.dtype, at);
+    extra = where(rank, visible, extra, hidden, at);
+  }
+  return attend(op, q, k, v, 0, scale, mask, extra, {B, S, H, v.dim[3]}, {q, k, v, extra});
 }
 
 }  // namespace pith

@@ -52,10 +52,9 @@ struct AttentionCore {
   int64_t window = 0;
   Positions query, key;
   AttentionViews in;
-  HeadView visible;  // U8, as bias
 };
 
-// The keys that query i of batch row b may see, before `visible`.
+// The keys that query i of batch row b may see, before any bias.
 KeyRange visible_keys(const AttentionCore& core, int64_t b, int64_t i);
 
 // out and lse [B, H, queries], the log of the sum; 0 and -inf where no key is seen.
@@ -66,7 +65,7 @@ void attention_backward(const Op& op, const AttentionCore& core, HeadView out, c
 
 // Row coordinates of the `count` positions that this member of the cp group holds.
 vector<int32_t> local_coords(const Rank& rank, int64_t count);
-// The same over the keys of all members, which have as many each, without bias or `visible`.
+// The same over the keys of all members, which have as many each, without a bias.
 void ring_forward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse);
 void ring_backward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse,
                    HeadView dout, const AttentionViews& grads);

@@ -149,26 +149,16 @@ template <class T>
 void gemm(int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, T beta, T* c, int64_t ldc,
           T alpha = 1);
 
-// c = or += a b, tensors seen as [rows, cols], if wanted.
+// c = or += a b, tensors seen as [rows, cols], if wanted. Of y = x w^T: product(x, w, y, kNormal,
+// kTransposed), product(dy, w, dx) and product(dy, x, dw, kTransposed).
 template <class T>
-void product(const Tensor& a, Layout a_layout, const Tensor& b, Layout b_layout, Slot<T> c) {
-  const bool at = a_layout == kTransposed, bt = b_layout == kTransposed;
-  const int64_t n = bt ? b.rows() : b.cols();
+void product(const Tensor& a, const Tensor& b, Slot<T> c, Layout a_layout = kNormal,
+             Layout b_layout = kNormal) {
+  const bool at = a_layout == kTransposed;
+  const int64_t n = b_layout == kTransposed ? b.rows() : b.cols();
   if (!c.data) return;
   gemm<T>(at ? a.cols() : a.rows(), n, at ? a.rows() : a.cols(), {a.as<T>(), a.cols(), a_layout},
           {b.as<T>(), b.cols(), b_layout}, c.add, c.data, n);
-}
-template <class T>
-void linear_y(const Tensor& x, const Tensor& w, Slot<T> y) {
-  product(x, kNormal, w, kTransposed, y);
-}
-template <class T>
-void linear_dx(const Tensor& dy, const Tensor& w, Slot<T> dx) {
-  product(dy, kNormal, w, kNormal, dx);
-}
-template <class T>
-void linear_dw(const Tensor& dy, const Tensor& x, Slot<T> dw) {
-  product(dy, kTransposed, x, kNormal, dw);
 }
 
 }  // namespace pith

@@ -57,7 +57,8 @@ Tensor grouped_linear(Rank& rank, Tensor x, Tensor w, Tensor offsets, At at) {
   op.on_cpu(x, [&]<class T>(T*) {
     op.check_offsets("offsets", offsets, x.dim[0]);
     each_expert(offsets, x.numel() * w.dim[1], [&](int64_t e, int64_t r, int64_t end) {
-      linear_y<T>(x.slice_rows(r, end), w.slice_rows(e, e + 1), {row_of<T>(y, r)});
+      product<T>(x.slice_rows(r, end), w.slice_rows(e, e + 1), {row_of<T>(y, r)}, kNormal,
+                 kTransposed);
     });
   });
   op.record({x, w}, {&y})
@@ -66,14 +67,15 @@ Tensor grouped_linear(Rank& rank, Tensor x, Tensor w, Tensor offsets, At at) {
             const Slot<T> dx = b.to(0);
             const int64_t in = b.keep[0].dim[2];
             each_expert(b.keep[1], b.dy().numel() * in, [&](int64_t e, int64_t r, int64_t end) {
-              linear_dx(b.dy().slice_rows(r, end), b.keep[0].slice_rows(e, e + 1), dx.from(r * in));
+              product(b.dy().slice_rows(r, end), b.keep[0].slice_rows(e, e + 1), dx.from(r * in));
             });
           })
       .bw(1, {x, offsets}, []<class T>(Backward<T> b) {
         const Slot<T> dw = b.to(1);
         const int64_t in = b.keep[0].dim[1], size = in * b.dy().dim[1];
         each_expert(b.keep[1], b.dy().numel() * in, [&](int64_t e, int64_t r, int64_t end) {
-          linear_dw(b.dy().slice_rows(r, end), b.keep[0].slice_rows(r, end), dw.from(e * size));
+          product(b.dy().slice_rows(r, end), b.keep[0].slice_rows(r, end), dw.from(e * size),
+                  kTransposed);
         });
       });
   return y;

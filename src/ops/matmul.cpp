@@ -52,12 +52,12 @@ Tensor linear(Rank& rank, Tensor x, Tensor w, Tensor bias, At at) {
     if (bias.defined())
       parallel_rows(x.rows(), out,
                     [&](int64_t r) { std::copy_n(bias.as<T>(), out, row_of<T>(y, r)); });
-    linear_y<T>(x, w, {y.as<T>(), bias.defined()});
+    product<T>(x, w, {y.as<T>(), bias.defined()}, kNormal, kTransposed);
   });
   op.record({x, w, bias}, {&y})
-      .bx({w}, [](const auto& b) { linear_dx(b.dy(), b.keep[0], b.to(0)); })
+      .bx({w}, [](const auto& b) { product(b.dy(), b.keep[0], b.to(0)); })
       .bw(1, {x}, []<class T>(Backward<T> b) {
-        linear_dw(b.dy(), b.keep[0], b.to(1));
+        product(b.dy(), b.keep[0], b.to(1), kTransposed);
         add_columns<T>(b.dy().rows(), b.dy().cols(), b.to(2),
                        [&, d = b.dy().template as<T>(), n = b.dy().cols()](int64_t r, int64_t j) {
                          return d[r * n + j];
@@ -91,8 +91,8 @@ void products_cpu(const Dims& lead, const Tensor& a, Layout a_layout, const Tens
   const bool apart = vc.x.numel() == lead.numel();
   parallel_rows(lead.numel(), apart ? c.cols() * a.dim[a.dim.rank - 2] * a.cols() : 0,
                 [&](int64_t p) {
-                  product<T>(at(a, va, p), a_layout, at(b, vb, p), b_layout,
-                             {at(c, vc, p).template as<T>(), add});
+                  product<T>(at(a, va, p), at(b, vb, p), {at(c, vc, p).template as<T>(), add},
+                             a_layout, b_layout);
                 });
 }
 

@@ -29,7 +29,7 @@ Routing router(Rank& rank, Tensor x, Tensor w, RouterOptions options, At at) {
   Routing out{op.empty({T, k}, DType::I32), op.empty({T, k}, x.dtype), op.empty({T, E}, x.dtype)};
   op.on_cpu(x, [&]<class F>(F*) {
     if (forced.defined()) op.check_ids("forced_ids", forced, E);
-    linear_y<F>(x, w, {out.probs.as<F>()});
+    product<F>(x, w, {out.probs.as<F>()}, kNormal, kTransposed);
     parallel_rows(T, E * 8, [&](int64_t t) {
       F *p = row_of<F>(out.probs, t), *weights = row_of<F>(out.weights, t);
       int32_t* ids = row_of<int32_t>(out.ids, t);
@@ -68,10 +68,10 @@ Routing router(Rank& rank, Tensor x, Tensor w, RouterOptions options, At at) {
               const F along = dot(row, p, experts);
               for (int64_t e = 0; e < experts; e++) row[e] = p[e] * (row[e] - along);
             });
-            linear_dx(d, b.keep[0], b.to(0));
+            product(d, b.keep[0], b.to(0));
             b.node.bw_keep.push(d);
           })
-      .bw(1, {x}, [](const auto& b) { linear_dw(b.keep[1], b.keep[0], b.to(1)); });
+      .bw(1, {x}, [](const auto& b) { product(b.keep[1], b.keep[0], b.to(1), kTransposed); });
   return out;
 }
 
