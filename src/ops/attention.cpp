@@ -37,19 +37,12 @@ HeadView scores_of(const Tensor& t) {  // of [1|B, 1|H, S, Z]
 AttentionCore core_of(const TensorList& t, const int64_t* i, double scale) {
   const Dims &q = t[kQ].dim, &k = t[kK].dim, &v = t[kV].dim;
   const int64_t width = i[kWidth];
-  return {t[kQ].dtype,
-          q[0],
-          q[2],
-          k[2],
-          q[3],
-          v[3],
-          scale,
-          i[kCausal] != 0,
-          i[kWindow],
-          positions_of(t[kTable], q[1]),
-          positions_of(t[kTable], k[1]),
-          {heads_of(t[kQ], width), heads_of(t[kK], width), heads_of(t[kV], width),
-           scores_of(t[kBias])}};
+  AttentionCore core{t[kQ].dtype, q[0], q[2], k[2], q[3], v[3], scale, i[kCausal] != 0, i[kWindow]};
+  core.query = positions_of(t[kTable], q[1]);
+  core.key = positions_of(t[kTable], k[1]);
+  core.in = {heads_of(t[kQ], width), heads_of(t[kK], width), heads_of(t[kV], width),
+             scores_of(t[kBias])};
+  return core;
 }
 
 void attention_bx(const auto& b) {
@@ -98,7 +91,7 @@ Tensor attend(const Op& op, const Tensor& q, const Tensor& k, const Tensor& v, i
   const int64_t numbers[] = {width, mask.causal, mask.window};
   const AttentionCore core = core_of(all, numbers, scale);
   ring_forward(op, core, out_of(core, out), lse);
-  op.record(in, {&out})
+  record(op, in, {&out})
       .numbers({width, mask.causal, mask.window}, {scale})
       .bx(all, [](const auto& b) { attention_bx(b); });
   return out;

@@ -67,7 +67,7 @@ Tensor lm_head_cross_entropy(Rank& rank, Tensor x, Tensor w, Tensor labels, doub
     *loss.as<T>() =
         T(cross_entropy_cpu<T>(op, x, w, labels, T(scale), dx, {dw.grad.as<T>(), dw.add}));
   });
-  op.record({x, w}, {&loss}).bx({dx}, [](const auto& b) {
+  record(op, {x, w}, {&loss}).bx({dx}, [](const auto& b) {
     if (b.keep[0].defined()) add_grad(b.rank, b.node.in[0], b.keep[0]);
   });
   return loss;

@@ -47,9 +47,9 @@ void operand_grad(Backward<T> b, int k, F f) {
 // y = value(a, b, c), and the gradient(dy, a, b, c) of each input that may have one.
 template <class Value, class... Grad>
 Tensor apply(const Op& op, const TensorList& in, const Reads& reads, Value value, Grad...) {
-  const Tensor &a = in[0], &b = in[1], &c = in[2];
-  op.check_alike({&a, in.count > 1 ? &b : &a});
-  Tensor y = op.empty(op.broadcast({&a, in.count > 1 ? &b : &a, in.count > 2 ? &c : &a}), a.dtype);
+  const Tensor &a = in[0], &b = in[in.count > 1], &c = in[in.count > 2 ? 2 : 0];
+  op.check_alike({&a, &b});
+  Tensor y = op.empty(op.broadcast({&a, &b, &c}), a.dtype);
   op.on_cpu(a, [&]<class T>(T*) {
     apply_cpu<T>(y, false, in, reads.scalar, [=](T u, T v, T w) -> T { return value(u, v, w); });
   });
@@ -59,7 +59,7 @@ Tensor apply(const Op& op, const TensorList& in, const Reads& reads, Value value
     return needed ? x : Tensor{};
   };
   const double* p = reads.scalar;
-  op.record({a, b, c}, {&y})
+  record(op, {in[0], in[1], in[2]}, {&y})
       .numbers({}, {p[0], p[1], p[2]})
       .bx({kept(reads.a, reads.y ? y : a), kept(reads.b, b), kept(reads.c, c)},
           []<class T>(Backward<T> back) {

@@ -61,7 +61,7 @@ Tensor grouped_linear(Rank& rank, Tensor x, Tensor w, Tensor offsets, At at) {
                  kTransposed);
     });
   });
-  op.record({x, w}, {&y})
+  record(op, {x, w}, {&y})
       .bx({w, offsets},
           []<class T>(Backward<T> b) {
             const Slot<T> dx = b.to(0);
@@ -96,7 +96,7 @@ Tensor swiglu(Rank& rank, Tensor gate_up, Tensor weights, At at) {
       for (int64_t j = 0; j < F; j++) out[j] = gate[j] * logistic(gate[j]) * up[j] * weight;
     });
   });
-  op.record({gate_up, weights}, {&y}).bx({gate_up, weights}, [](const auto& b) {
+  record(op, {gate_up, weights}, {&y}).bx({gate_up, weights}, [](const auto& b) {
     swiglu_bx_cpu(b.dy(), b.keep[0], b.keep[1], b.to(0), b.to(1));
   });
   return y;

@@ -45,16 +45,14 @@ Tensor linear(Rank& rank, Tensor x, Tensor w, Tensor bias, At at) {
             {"bias [out] or undefined", !bias.defined() || bias.dim == Dims{out}},
             {"one dtype", one_dtype({&x, &w, &bias})}},
            {&x, &w, &bias});
-  Dims dims = x.dim;
-  dims[dims.rank - 1] = out;
-  Tensor y = op.empty(dims, x.dtype);
+  Tensor y = op.empty(with_size(x.dim, x.dim.rank - 1, out), x.dtype);
   op.on_cpu(x, [&]<class T>(T*) {
     if (bias.defined())
       parallel_rows(x.rows(), out,
                     [&](int64_t r) { std::copy_n(bias.as<T>(), out, row_of<T>(y, r)); });
     product<T>(x, w, {y.as<T>(), bias.defined()}, kNormal, kTransposed);
   });
-  op.record({x, w, bias}, {&y})
+  record(op, {x, w, bias}, {&y})
       .bx({w}, [](const auto& b) { product(b.dy(), b.keep[0], b.to(0)); })
       .bw(1, {x}, []<class T>(Backward<T> b) {
         product(b.dy(), b.keep[0], b.to(1), kTransposed);
@@ -113,7 +111,7 @@ Tensor matmul(Rank& rank, Tensor a, Tensor b, At at) {
   dims[dims.rank++] = b.cols();
   Tensor c = op.empty(dims, a.dtype);
   op.on_cpu(a, [&]<class T>(T*) { products_cpu<T>(lead, a, kNormal, b, kNormal, c, false); });
-  op.record({a, b}, {&c})
+  record(op, {a, b}, {&c})
       .bx({b.needs_grad() ? a : Tensor{}, a.needs_grad() ? b : Tensor{}},
           []<class T>(Backward<T> back) {
             const Tensor &dc = back.dy(), da = back.zeroed(0), db = back.zeroed(1);

@@ -9,9 +9,8 @@
 namespace pith {
 
 // Without a residual sum is x, and no output of the node.
-static AddRmsNorm norm_of_sum(const Op& op, const Tensor& x, const Tensor& residual,
+static AddRmsNorm norm_of_sum(const Op& op, bool summed, const Tensor& x, const Tensor& residual,
                               const Tensor& w, double eps) {
-  const bool summed = residual.defined();
   const int64_t D = w.numel();
   op.check({{"x [..., D] and w [D]", x.defined() && w.dim == Dims{x.cols()}},
             {"residual of x's shape", !summed || residual.dim == x.dim},
@@ -58,21 +57,19 @@ static AddRmsNorm norm_of_sum(const Op& op, const Tensor& x, const Tensor& resid
       return g[r * n + j] * (row[r * n + j] * scale[r]);
     });
   };
-  (summed ? op.record({x, residual, w}, {&y.sum, &y.normed})
-          : op.record({x, residual, w}, {&y.normed}))
+  (summed ? record(op, {x, residual, w}, {&y.sum, &y.normed})
+          : record(op, {x, residual, w}, {&y.normed}))
       .bx({y.sum, w, rstd}, bx)
       .bw(2, {y.sum, rstd}, bw);
   return y;
 }
 
 Tensor rms_norm(Rank& rank, Tensor x, Tensor w, double eps, At at) {
-  return norm_of_sum({rank, "rms_norm", at}, x, {}, w, eps).normed;
+  return norm_of_sum({rank, "rms_norm", at}, false, x, {}, w, eps).normed;
 }
 
 AddRmsNorm add_rms_norm(Rank& rank, Tensor x, Tensor residual, Tensor w, double eps, At at) {
-  const Op op{rank, "add_rms_norm", at};
-  op.check({{"a residual", residual.defined()}}, {&x, &residual});
-  return norm_of_sum(op, x, residual, w, eps);
+  return norm_of_sum({rank, "add_rms_norm", at}, true, x, residual, w, eps);
 }
 
 }  // namespace pith

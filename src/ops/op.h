@@ -16,14 +16,12 @@ struct Slot {
   Slot from(int64_t i) const { return {data ? data + i : nullptr, add}; }
 };
 
-template <class Bx>
-struct Recorded;
-struct NoGradient {
-  void operator()(const auto&) const {}
-};
-
 inline bool is_i32(const Tensor& t, const Dims& dims) {
   return t.dtype == DType::I32 && t.dim == dims;
+}
+inline Dims with_size(Dims dims, int d, int64_t size) {
+  dims[d] = size;
+  return dims;
 }
 // Of those that are defined.
 bool one_dtype(std::initializer_list<const Tensor*> ts);
@@ -62,10 +60,6 @@ struct Op {
     else
       f(static_cast<float*>(nullptr));
   }
-
-  // To be completed on the same line with what the node keeps and its backward.
-  Recorded<NoGradient> record(std::initializer_list<Tensor> in,
-                              std::initializer_list<Tensor*> out) const;
 };
 
 // What a node's bx or bw gets.
@@ -97,8 +91,11 @@ void run_backward(Rank& rank, Node& node, const TensorList& keep) {
   });
 }
 
+struct NoGradient {
+  void operator()(const auto&) const {}
+};
 // The node that record() made, or null. Functions are captureless, of a Backward<T>.
-template <class Bx>
+template <class Bx = NoGradient>
 struct Recorded {
   Node* node;
 
@@ -133,9 +130,10 @@ struct Recorded {
   }
 };
 
-inline Recorded<NoGradient> Op::record(std::initializer_list<Tensor> in,
-                                       std::initializer_list<Tensor*> out) const {
-  return {pith::record(rank, name, at, in, out)};
+// To be completed at once with what the node keeps and its backward.
+inline Recorded<> record(const Op& op, std::initializer_list<Tensor> in,
+                         std::initializer_list<Tensor*> out) {
+  return {record(op.rank, op.name, op.at, in, out)};
 }
 
 }  // namespace pith

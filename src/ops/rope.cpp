@@ -121,7 +121,7 @@ Tensor qk_norm_rope(Rank& rank, Tensor qkv, Heads heads, Tensor q_norm, Tensor k
     Turns<T>{heads, all}.forward(qkv.dim[0], T(eps), y.as<T>());
   });
   const auto node =
-      op.record({qkv, q_norm, k_norm}, {&y})
+      record(op, {qkv, q_norm, k_norm}, {&y})
           .numbers({heads.query, heads.kv, N})
           .bx(normed ? all : TensorList{rope.cos, rope.sin, positions}, [](const auto& b) {
             const Tensor dx = b.op().like(b.dy());

@@ -45,7 +45,7 @@ Routing router(Rank& rank, Tensor x, Tensor w, RouterOptions options, At at) {
       for (int64_t j = 0; j < k; j++) weights[j] = p[ids[j]] / divisor;
     });
   });
-  op.record({x, w}, {&out.weights, &out.probs})
+  record(op, {x, w}, {&out.weights, &out.probs})
       .numbers({options.normalize})
       .bx({w, out.probs, out.ids},
           []<class F>(Backward<F> b) {

@@ -83,7 +83,7 @@ Tensor move_rows(const Op& op, bool to_pairs, const char* need, const Tensor& x,
     op.check_ids("pair_of", d.pair_of, P);
     gather_rows<T>(x, x.dim[1], forth[0], forth[1], {y.as<T>()});
   });
-  op.record({x}, {&y}).bx(back, kGatherGrad);
+  record(op, {x}, {&y}).bx(back, kGatherGrad);
   return y;
 }
 
@@ -93,7 +93,7 @@ Tensor index_select(Rank& rank, Tensor x, Tensor ids, At at) {
   const Op op{rank, "index_select", at};
   check_rows(op, x, ids, x.dim[0]);
   Tensor y = select(op, x, ids);
-  op.record({x}, {&y}).bx({ids}, kScatterGrad);
+  record(op, {x}, {&y}).bx({ids}, kScatterGrad);
   return y;
 }
 
@@ -105,7 +105,7 @@ Tensor embedding(Rank& rank, Tensor ids, Tensor w, At at) {
            {&ids, &w});
   op.check_ids("ids", ids, w.dim[0]);
   Tensor y = select(op, w, ids);
-  op.record({w}, {&y}).bw(0, {ids}, kScatterGrad);
+  record(op, {w}, {&y}).bw(0, {ids}, kScatterGrad);
   return y;
 }
 
@@ -114,11 +114,9 @@ Tensor scatter_add(Rank& rank, Tensor src, Tensor ids, int64_t rows, At at) {
   check_rows(op, src, ids, rows);
   op.check({{"rows >= 0", rows >= 0}, {"an id a row of src", ids.numel() == src.dim[0]}},
            {&src, &ids});
-  Dims dims = src.dim;
-  dims[0] = rows;
-  Tensor y = zeros(rank, dims, src.dtype, at);
+  Tensor y = zeros(rank, with_size(src.dim, 0, rows), src.dtype, at);
   op.on_cpu(src, [&]<class T>(T*) { scatter_rows<T>(src, ids, y); });
-  op.record({src}, {&y}).bx({ids, {}}, kGatherGrad);
+  record(op, {src}, {&y}).bx({ids, {}}, kGatherGrad);
   return y;
 }
 

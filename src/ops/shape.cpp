@@ -20,7 +20,7 @@ Tensor taken(const Op& op, const View& part, const Dims& dims) {
   Tensor y = op.empty(dims, part.x.dtype);
   op.on_cpu(part.x, [&]<class T>(T*) { copy_elements<T>(dims, part, view_of(y), false); });
   const int64_t* s = part.step;
-  op.record({part.x}, {&y})
+  record(op, {part.x}, {&y})
       .numbers({s[0], s[1], s[2], s[3], s[4], part.begin})
       .bx({}, []<class T>(Backward<T> b) {
         View to{b.zeroed(0), b.node.i[kMaxDims]};
@@ -66,9 +66,7 @@ Tensor slice(Rank& rank, Tensor x, int dim, int64_t begin, int64_t end, At at) {
   const string need =
       text("0 <= begin <= end <= size for [%ld,%ld) of dimension %d", begin, end, d);
   op.check({{need.c_str(), begin >= 0 && begin <= end && end <= x.dim[d]}}, {&x});
-  Dims dims = x.dim;
-  dims[d] = end - begin;
-  return taken(op, part_of(x, d, begin), dims);
+  return taken(op, part_of(x, d, begin), with_size(x.dim, d, end - begin));
 }
 
 TensorList split(Rank& rank, Tensor x, int dim, Dims sizes, At at) {
@@ -88,13 +86,11 @@ Tensor concat(Rank& rank, TensorList xs, int dim, At at) {
   const Op op{rank, "concat", at};
   op.check({{"at least one tensor", xs.count > 0}}, {&xs[0]});
   const int d = op.dim_of(xs[0], dim);
-  Dims dims = xs[0].dim;
-  dims[d] = 0;
+  Dims dims = with_size(xs[0].dim, d, 0);
   for (int k = 0; k < xs.count; k++) {
     op.check_alike({&xs[0], &xs[k]});
-    Dims others = xs[k].dim;
-    others[d] = xs[0].dim[d];
-    op.check({{"equal sizes but for the one dimension", others == xs[0].dim}}, {&xs[0], &xs[k]});
+    const bool fits = with_size(xs[k].dim, d, xs[0].dim[d]) == xs[0].dim;
+    op.check({{"equal sizes but for the one dimension", fits}}, {&xs[0], &xs[k]});
     dims[d] += xs[k].dim[d];
   }
   Tensor y = op.empty(dims, xs[0].dtype);
@@ -103,7 +99,7 @@ Tensor concat(Rank& rank, TensorList xs, int dim, At at) {
     for (int k = 0; k < xs.count; begin += xs[k++].dim[d])
       copy_elements<T>(xs[k].dim, view_of(xs[k]), part_of(y, d, begin), false);
   });
-  op.record({xs[0], xs[1], xs[2], xs[3], xs[4], xs[5], xs[6], xs[7]}, {&y})
+  record(op, {xs[0], xs[1], xs[2], xs[3], xs[4], xs[5], xs[6], xs[7]}, {&y})
       .numbers({d})
       .bx({}, []<class T>(Backward<T> b) {
         const int along = int(b.node.i[0]);
@@ -122,12 +118,11 @@ Tensor repeat(Rank& rank, Tensor x, int dim, int64_t times, At at) {
   const Op op{rank, "repeat", at};
   const int d = op.dim_of(x, dim);
   op.check({{"times >= 0", times >= 0}}, {&x});
-  Dims dims = x.dim;
-  dims[d] *= times;
   const Extent e = extent_of(x.dim, d);
   Tensor ones = op.empty({1, times, 1}, x.dtype);
   fill_constant(rank, ones, 1, at);
-  return mul(rank, x.view({e.outer, 1, e.n * e.inner}), ones, at).view(dims, at);
+  return mul(rank, x.view({e.outer, 1, e.n * e.inner}), ones, at)
+      .view(with_size(x.dim, d, x.dim[d] * times), at);
 }
 
 }  // namespace pith

@@ -75,9 +75,7 @@ void sum_to(const Op& op, Tensor x, const GradSlot& to) {
   for (int d = 0; d < x.dim.rank; d++) {
     if (x.dim[d] == 1 || (d >= missing && to.grad.dim[d - missing] != 1)) continue;
     const Extent e = extent_of(x.dim, d);
-    Dims dims = x.dim;
-    dims[d] = 1;
-    const Tensor y = op.empty(dims, x.dtype);
+    const Tensor y = op.empty(with_size(x.dim, d, 1), x.dtype);
     parallel_rows(e.outer, e.n * e.inner, [&](int64_t o) {
       const T* from = x.as<T>() + o * e.n * e.inner;
       add_columns<double>(e.n, e.inner, Slot<T>{y.as<T>() + o * e.inner},
