@@ -50,7 +50,7 @@ static void refuse_unimplemented(const Json& j) {
       refuse(j, "layer_types", "\"full_attention\" throughout");
 }
 
-// transformers 5 writes rope_parameters {rope_theta, rope_type}; earlier ones rope_theta beside
+// transformers 5 writes rope_parameters {rope_theta, rope_type}, older ones rope_theta and
 // rope_scaling {rope_type | type}.
 static double read_rope_theta(const Json& j) {
   double theta = j.double_or("rope_theta", 10000);
@@ -87,10 +87,9 @@ Qwen3Moe::Config Qwen3Moe::read_config(const Json& j) {
   c.rope_theta = read_rope_theta(j);
   if (c.heads.query % c.heads.kv != 0 || c.heads.size < 2 || c.heads.size % 2 != 0)
     bad_input(j.place(),
-              text("heads do not fit (got num_attention_heads %d, num_key_value_heads %d, head_dim "
-                   "%d, need a multiple of num_key_value_heads and an even head_dim)",
-                   c.heads.query, c.heads.kv, c.heads.size),
-              "head counts that divide");
+              text("got num_attention_heads %d, num_key_value_heads %d, head_dim %d", c.heads.query,
+                   c.heads.kv, c.heads.size),
+              "head counts that divide and an even head_dim");
   return c;
 }
 

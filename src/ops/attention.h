@@ -63,11 +63,4 @@ void attention_forward(const Op& op, const AttentionCore& core, HeadView out, co
 void attention_backward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse,
                         HeadView dout, const AttentionViews& grads);
 
-// Row coordinates of the `count` positions that this member of the cp group holds.
-vector<int32_t> local_coords(const Rank& rank, int64_t count);
-// The same over the keys of all members, which have as many each, without a bias.
-void ring_forward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse);
-void ring_backward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse,
-                   HeadView dout, const AttentionViews& grads);
-
 }  // namespace pith

@@ -40,7 +40,7 @@ void scatter_rows(const Tensor& x, const Tensor& ids, const Tensor& y) {
   });
 }
 
-int64_t width_of(const Dims& dims) { return extent_of(dims, 0).inner; }
+int64_t width_of(const Dims& dims) { return dims[0] ? dims.numel() / dims[0] : 0; }
 
 constexpr auto kScatterGrad = []<class T>(Backward<T> b) {
   scatter_rows<T>(b.dy(), b.keep[0], b.zeroed(0));
