@@ -130,7 +130,8 @@ void ring_forward(const Op& op, const AttentionCore& core, HeadView out, const T
         const int64_t b = row / S / H, h = row / S % H, i = row % S;
         const T mine = lse.as<T>()[row], other = part_lse.as<T>()[row];
         if (other == -std::numeric_limits<T>::infinity()) return;
-        T *y = out.at<T>(b, h, i), *x = part_out.at<T>(b, h, i), weight = logistic(other - mine);
+        T *y = out.at<T>(b, h, i), *x = part_out.at<T>(b, h, i);
+        const T weight = logistic(other - mine);
         for (int64_t n = 0; n < M; n++) y[n] += weight * (x[n] - y[n]);
         lse.as<T>()[row] = std::max(mine, other) + std::log1p(std::exp(-std::abs(mine - other)));
       });
