@@ -7,8 +7,7 @@
 #include <algorithm>
 
 #include "comm/communicator.h"
-#include "ops/ops.h"
-#include "ops/views.h"
+#include "ops/cpu.h"
 
 namespace pith {
 namespace {

@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "ops/cpu.h"
-#include "ops/ops.h"
 
 namespace pith {
 namespace {

@@ -3,8 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "ops/ops.h"
-#include "ops/views.h"
+#include "ops/cpu.h"
 
 namespace pith {
 namespace {

@@ -6,8 +6,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "ops/ops.h"
-#include "ops/views.h"
+#include "ops/cpu.h"
 
 namespace pith {
 

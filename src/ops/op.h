@@ -2,8 +2,7 @@
 #pragma once
 #include <cstring>
 
-#include "core/rank.h"
-#include "core/tape.h"
+#include "ops/ops.h"
 
 namespace pith {
 

@@ -5,7 +5,6 @@
 
 #include "core/rng.h"
 #include "ops/cpu.h"
-#include "ops/ops.h"
 
 namespace pith {
 namespace {

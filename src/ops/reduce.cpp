@@ -3,8 +3,7 @@
 //          softmax: y * (dy - <dy, y>)
 #include <algorithm>
 
-#include "ops/ops.h"
-#include "ops/views.h"
+#include "ops/cpu.h"
 
 namespace pith {
 namespace {
