@@ -67,8 +67,8 @@ static double read_rope_theta(const Json& j) {
 
 Qwen3Moe::Config Qwen3Moe::read_config(const Json& j) {
   refuse_unimplemented(j);
-  const auto size = [&](const char* field, int64_t most = 1 << 30) {
-    return int(j[field].as_int(1, most));
+  const auto size = [&](const char* key, int most = 1 << 30) {
+    return int(j[key].as_int(1, most));
   };
   Config c;
   c.hidden = size("hidden_size");

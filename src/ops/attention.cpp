@@ -24,8 +24,6 @@ HeadView out_of(const AttentionCore& core, const Tensor& out) {
 // The ring: at step s member r gets the keys of member r-s that its queries see and merges what
 // they give (Liu et al. 2023, arXiv:2310.01889):
 //   out = out + sigmoid(lse' - lse) (out' - out), lse = log(e^lse + e^lse')
-// Backward: keys travel again, and their gradients go back.
-
 vector<int32_t> zigzag_coords(int members, int member, int64_t count) {
   const int64_t half = count / 2;
   vector<int32_t> coord(count);
@@ -62,18 +60,20 @@ Keys empty_keys(const Op& op, const AttentionCore& core, int64_t count) {
 }
 
 // Copies the positions `range` of `local` to `packed` or, if `home`, adds them from there.
-template <class T>
-void move_keys(const AttentionCore& core, const AttentionViews& packed, const AttentionViews& local,
-               KeyRange range, bool home) {
+void move_keys(const Op& op, const AttentionCore& core, const Keys& packed,
+               const AttentionViews& local, KeyRange range, bool home) {
   const auto view = [](const HeadView& x, int64_t first) {
     View v{{}, first * x.position, {x.batch, x.position, 1}};
     v.x.data = x.data;
     return v;
   };
+  const AttentionViews views = packed.views(core);
   for (const auto part : {&AttentionViews::k, &AttentionViews::v}) {
-    const View there = view(packed.*part, 0), here = view(local.*part, range.begin);
-    const Dims space{core.batch, range.count(), core.kv_heads * (packed.*part).head};
-    if (here.x.data) copy_elements<T>(space, home ? there : here, home ? here : there, home);
+    const View there = view(views.*part, 0), here = view(local.*part, range.begin);
+    const Dims space{core.batch, range.count(), core.kv_heads * (views.*part).head};
+    op.on_cpu(packed.kv, [&]<class T>(T*) {
+      if (here.x.data) copy_elements<T>(space, home ? there : here, home ? here : there, home);
+    });
   }
 }
 
@@ -102,8 +102,7 @@ Step take_step(const Op& op, const AttentionCore& core, int number) {
   const int owner = (me + n - number) % n, reader = (me + number) % n;
   const KeyRange theirs = traveling(core, n, owner, me), mine = traveling(core, n, me, reader);
   const Keys sent = empty_keys(op, core, mine.count());
-  op.on_cpu(sent.kv,
-            [&]<class T>(T*) { move_keys<T>(core, sent.views(core), core.in, mine, false); });
+  move_keys(op, core, sent, core.in, mine, false);
   int32_t* to = std::copy_n(core.key.coord + mine.begin, mine.count(), sent.table.i32());
   for (int64_t b = 0; b + 1 < sent.table.dim[0]; b++)
     to = std::copy_n(core.key.doc_end + b * core.key.doc_stride + mine.begin, mine.count(), to);
@@ -150,8 +149,7 @@ void ring_backward(const Op& op, const AttentionCore& core, HeadView out, const 
     const Keys mine = empty_keys(op, core, step.mine.count());
     exchange(op, "gradients of keys and values", number, {theirs.kv}, step.owner, {mine.kv},
              step.reader);
-    op.on_cpu(mine.kv,
-              [&]<class T>(T*) { move_keys<T>(core, mine.views(core), grads, step.mine, true); });
+    move_keys(op, core, mine, grads, step.mine, true);
   }
 }
 
@@ -225,12 +223,10 @@ Tensor attend(const Op& op, const Tensor& q, const Tensor& k, const Tensor& v, i
   Tensor out = op.empty(dims, q.dtype);
   const Tensor lse = op.empty({q.dim[0], q.dim[2], q.dim[1]}, q.dtype);
   const TensorList all = {q, k, v, out, lse, table, bias};
-  const int64_t numbers[] = {width, mask.causal, mask.window};
-  const AttentionCore core = core_of(all, numbers, scale);
+  const std::initializer_list<int64_t> numbers = {width, mask.causal, mask.window};
+  const AttentionCore core = core_of(all, numbers.begin(), scale);
   ring_forward(op, core, out_of(core, out), lse);
-  record(op, in, {&out})
-      .numbers({width, mask.causal, mask.window}, {scale})
-      .bx(all, [](const auto& b) { attention_bx(b); });
+  record(op, in, {&out}).numbers(numbers, {scale}).bx(all, [](const auto& b) { attention_bx(b); });
   return out;
 }
 

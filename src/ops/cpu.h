@@ -12,8 +12,7 @@ namespace pith {
 // Operations, or multiply-adds of a product, that pay for a second thread.
 constexpr int64_t kParallelWork = 1 << 16, kParallelProduct = 1 << 20;
 
-// f(i) for i in [0, rows), on all threads when it pays. f writes to places of its own row only, and
-// does not throw.
+// f(i) for rows i, on all threads when it pays. f writes to its own row only and does not throw.
 template <class F>
 void parallel_rows(int64_t rows, int64_t work_per_row, F&& f) {
 #pragma omp parallel for schedule(static) if (rows > 1 && rows * work_per_row > kParallelWork)

@@ -56,9 +56,7 @@ Tensor linear(Rank& rank, Tensor x, Tensor w, Tensor bias, At at) {
       .bw(1, {x}, []<class T>(Backward<T> b) {
         product(b.dy(), b.keep[0], b.to(1), kTransposed);
         add_columns<T>(b.dy().rows(), b.dy().cols(), b.to(2),
-                       [&, d = b.dy().template as<T>(), n = b.dy().cols()](int64_t r, int64_t j) {
-                         return d[r * n + j];
-                       });
+                       [&](int64_t r, int64_t j) { return row_of<T>(b.dy(), r)[j]; });
       });
   return y;
 }
@@ -72,11 +70,11 @@ Tensor leading(Tensor x) {
   return x;
 }
 
-// c = or += a b for each index of `lead`, to which all broadcast; on several threads where they are
-// written to different places.
+// c = or += a b at each index of `lead`, on several threads where products go to different places.
 template <class T>
 void products_cpu(const Dims& lead, const Tensor& a, Layout a_layout, const Tensor& b,
                   Layout b_layout, const Tensor& c, bool add) {
+  if (!c.defined()) return;
   const View va = view_of(leading(a), lead), vb = view_of(leading(b), lead);
   const View vc = view_of(leading(c), lead);
   const auto at = [&](Tensor x, const View& v, int64_t p) {
@@ -115,10 +113,8 @@ Tensor matmul(Rank& rank, Tensor a, Tensor b, At at) {
           []<class T>(Backward<T> back) {
             const Tensor &dc = back.dy(), da = back.zeroed(0), db = back.zeroed(1);
             const Dims each = leading(dc).dim;
-            if (da.defined())
-              products_cpu<T>(each, dc, kNormal, back.keep[1], kTransposed, da, true);
-            if (db.defined())
-              products_cpu<T>(each, back.keep[0], kTransposed, dc, kNormal, db, true);
+            products_cpu<T>(each, dc, kNormal, back.keep[1], kTransposed, da, true);
+            products_cpu<T>(each, back.keep[0], kTransposed, dc, kNormal, db, true);
           });
   return c;
 }

@@ -39,10 +39,10 @@ struct Turns {
     });
   }
 
-  void forward(int64_t tokens, T eps, T* out) const {
-    each_head(tokens, x(), out, [&](int64_t t, int h, int64_t first) {
-      const T *from = x() + first, *w = weight(h);
-      T* y = out + first;
+  void forward(const Tensor& qkv, T eps, const Tensor& out) const {
+    each_head(qkv.rows(), qkv.as<T>(), out.as<T>(), [&](int64_t t, int h, int64_t first) {
+      const T *from = qkv.as<T>() + first, *w = weight(h);
+      T* y = out.as<T>() + first;
       if (w) {
         const T scale = rstd(t, h) = rms_scale(from, heads.size, eps);
         for (int i = 0; i < heads.size; i++) y[i] = from[i] * scale * w[i];
@@ -178,19 +178,19 @@ Tensor qk_norm_rope(Rank& rank, Tensor qkv, Heads heads, Tensor q_norm, Tensor k
            {&qkv, &q_norm, &k_norm, &rope.cos, &positions});
   Tensor y = op.like(qkv);
   const Tensor rstd = normed ? op.empty({qkv.dim[0], heads.query + heads.kv}, qkv.dtype) : Tensor{};
-  const TensorList all = {rope.cos, rope.sin, positions, qkv, rstd, q_norm, k_norm};
+  const TensorList all = {rope.cos, rope.sin, positions, normed ? qkv : Tensor{},
+                          rstd,     q_norm,   k_norm};
   op.on_cpu(qkv, [&]<class T>(T*) {
     op.check_ids("positions", positions, rope.cos.dim[0]);
-    Turns<T>{heads, all}.forward(qkv.dim[0], T(eps), y.as<T>());
+    Turns<T>{heads, all}.forward(qkv, T(eps), y);
   });
-  const auto node =
-      record(op, {qkv, q_norm, k_norm}, {&y})
-          .numbers({heads.query, heads.kv, N})
-          .bx(normed ? all : TensorList{rope.cos, rope.sin, positions}, [](const auto& b) {
-            const Tensor dx = b.op().like(b.dy());
-            turns_of(b).backward(b.dy(), dx);
-            add_grad(b.rank, b.node.in[0], dx);
-          });
+  const auto node = record(op, {qkv, q_norm, k_norm}, {&y})
+                        .numbers({heads.query, heads.kv, N})
+                        .bx(all, [](const auto& b) {
+                          const Tensor dx = b.op().like(b.dy());
+                          turns_of(b).backward(b.dy(), dx);
+                          add_grad(b.rank, b.node.in[0], dx);
+                        });
   if (normed)
     node.bw(1, {rope.cos, rope.sin, positions, qkv, rstd}, [](const auto& b) {
       const auto turns = turns_of(b);

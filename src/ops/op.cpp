@@ -5,11 +5,9 @@
 namespace pith {
 
 bool one_dtype(std::initializer_list<const Tensor*> ts) {
-  const Tensor* first = nullptr;
-  for (const Tensor* t : ts) {
-    if (!first && t->defined()) first = t;
-    if (t->defined() && t->dtype != first->dtype) return false;
-  }
+  for (const Tensor* a : ts)
+    for (const Tensor* b : ts)
+      if (a->defined() && b->defined() && a->dtype != b->dtype) return false;
   return true;
 }
 

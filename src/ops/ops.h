@@ -1,5 +1,4 @@
 // ops: the one index of every operation; a model includes this and core alone.
-//
 // Inputs are of one float dtype, F32 (F64 in gradient checks), and on the rank's device; results
 // are new tensors and repeat bit for bit; any size may be 0. A broken contract throws Error naming
 // the caller's line. Letters: B batch, S sequence, T tokens (B*S), D hidden, H query heads, K
