@@ -79,9 +79,8 @@ concept Model = requires(Rank& rank, const Json& json, const typename M::Config&
   { M::shape(config) } -> std::same_as<ModelShape>;
   // Sizes model.layers; scale: model.init_std.
   { model.parameters(config, part, scale) } -> std::same_as<ParameterTable>;
-  // Tables for a sequence length.
-  { model.prepare(rank, config, int64_t{}) } -> std::same_as<void>;
-  { stage.embed(rank, batch) } -> std::same_as<Tensor>;                                // [T, D]
+  { model.prepare(rank, config, int64_t{}) } -> std::same_as<void>;  // for a sequence length
+  { stage.embed(rank, batch) } -> std::same_as<Tensor>;              // [T, D]
   { stage.attend(rank, config, layer, x, batch, routing) } -> std::same_as<MoeInput>;  // 1
   { stage.experts(rank, config, layer, d) } -> std::same_as<Tensor>;                   // 3: [R, D]
   { stage.finish(rank, config, layer, x, in) } -> std::same_as<Tensor>;                // 5: [T, D]

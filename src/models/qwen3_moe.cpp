@@ -50,7 +50,7 @@ static void refuse_unimplemented(const Json& j) {
       refuse(j, "layer_types", "\"full_attention\" throughout");
 }
 
-// transformers 5 writes rope_parameters {rope_theta, rope_type}; earlier ones rope_theta beside
+// transformers 5 writes rope_parameters {rope_theta, rope_type}, older ones rope_theta and
 // rope_scaling {rope_type | type}.
 static double read_rope_theta(const Json& j) {
   double theta = j.double_or("rope_theta", 10000);
@@ -67,8 +67,8 @@ static double read_rope_theta(const Json& j) {
 
 Qwen3Moe::Config Qwen3Moe::read_config(const Json& j) {
   refuse_unimplemented(j);
-  const auto size = [&](const char* field, int64_t most = 1 << 30) {
-    return int(j[field].as_int(1, most));
+  const auto size = [&](const char* key, int most = 1 << 30) {
+    return int(j[key].as_int(1, most));
   };
   Config c;
   c.hidden = size("hidden_size");
@@ -87,22 +87,16 @@ Qwen3Moe::Config Qwen3Moe::read_config(const Json& j) {
   c.rope_theta = read_rope_theta(j);
   if (c.heads.query % c.heads.kv != 0 || c.heads.size < 2 || c.heads.size % 2 != 0)
     bad_input(j.place(),
-              text("heads do not fit (got num_attention_heads %d, num_key_value_heads %d, head_dim "
-                   "%d, need a multiple of num_key_value_heads and an even head_dim)",
-                   c.heads.query, c.heads.kv, c.heads.size),
-              "head counts that divide");
+              text("got num_attention_heads %d, num_key_value_heads %d, head_dim %d", c.heads.query,
+                   c.heads.kv, c.heads.size),
+              "head counts that divide and an even head_dim");
   return c;
 }
 
 ModelShape Qwen3Moe::shape(const Config& c) {
-  return {.model_type = "qwen3_moe",
-          .hidden = c.hidden,
-          .vocab = c.vocab,
-          .num_layers = c.num_layers,
-          .num_experts = c.num_experts,
-          .top_k = c.top_k,
-          .attention_width = int64_t{2} * c.heads.query * c.heads.size,
-          .max_positions = c.max_positions};
+  const int64_t attention_width = int64_t{2} * c.heads.query * c.heads.size;
+  return {"qwen3_moe",   c.hidden, c.vocab,         c.num_layers,
+          c.num_experts, c.top_k,  attention_width, c.max_positions};
 }
 
 ParameterTable Qwen3Moe::parameters(const Config& c, const StagePart& part, double init_std) {

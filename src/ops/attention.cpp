@@ -1,18 +1,159 @@
-// attention: checks and tape node of both forms.
+// attention: both forms, and the ring of a cp group, whose member r holds the chunks r and 2*cp-1-r
+// of each row (Brandon et al. 2023, arXiv:2311.09431).
 //   grad   p = exp(score - lse), dv = p^T dout, ds = p (dout v^T - <dout, out>), dq = scale ds k,
 //          dk = scale ds^T q, dbias = ds.  Dao et al. 2022, arXiv:2205.14135
 #include "ops/attention.h"
 
 #include <algorithm>
-#include <cmath>
 
-#include "ops/ops.h"
+#include "comm/communicator.h"
+#include "ops/cpu.h"
 
 namespace pith {
 namespace {
 
-// q, k and v are [B, positions, heads, size], positions `width` apart in a packed projection.
-enum Keep { kQ, kK, kV, kOut, kLse, kTable, kBias, kVisible };
+// Heads of x [B, positions, heads, size], positions `width` apart if that is not 0.
+HeadView heads_of(const Tensor& t, int64_t width) {
+  if (width == 0) width = t.dim[2] * t.dim[3];
+  return {t.data, t.dim[1] * width, width, t.dim[3]};
+}
+HeadView out_of(const AttentionCore& core, const Tensor& out) {
+  return heads_of(out.view({core.batch, core.query.count, core.heads, core.v_size}), 0);
+}
+
+// The ring: at step s member r gets the keys of member r-s that its queries see and merges what
+// they give (Liu et al. 2023, arXiv:2310.01889):
+//   out = out + sigmoid(lse' - lse) (out' - out), lse = log(e^lse + e^lse')
+vector<int32_t> zigzag_coords(int members, int member, int64_t count) {
+  const int64_t half = count / 2;
+  vector<int32_t> coord(count);
+  for (int64_t i = 0; i < count; i++)
+    coord[i] = (i < half ? member : 2 * members - 2 - member) * half + i;
+  return coord;
+}
+
+// Positions of `owner` that some query of `reader` may see.
+KeyRange traveling(AttentionCore rule, int members, int owner, int reader) {
+  const int64_t count = rule.key.count;
+  const auto keys = zigzag_coords(members, owner, count);
+  const auto queries = zigzag_coords(members, reader, count);
+  rule.query = {count, queries.data()};
+  rule.key = {count, keys.data()};
+  KeyRange all;
+  for (int64_t i = 0; i < count; i++) all.cover(visible_keys(rule, 0, i));
+  return all;
+}
+
+// Keys and then values of some positions, [B, count, K*(N+M)], and the table of these.
+struct Keys {
+  Tensor kv, table;
+  AttentionViews views(const AttentionCore& core) const {
+    const int64_t width = kv.dim[2], batch = kv.dim[1] * width, k = core.kv_heads * core.size;
+    char* v = kv.data ? kv.data + k * size_of(kv.dtype) : nullptr;
+    return {{}, {kv.data, batch, width, core.size}, {v, batch, width, core.v_size}, {}};
+  }
+};
+Keys empty_keys(const Op& op, const AttentionCore& core, int64_t count) {
+  const int64_t width = core.kv_heads * (core.size + core.v_size);
+  return {op.empty({core.batch, count, width}, core.dtype),
+          op.empty({1 + (core.key.doc_end ? core.batch : 0), count}, DType::I32)};
+}
+
+// Copies the positions `range` of `local` to `packed` or, if `home`, adds them from there.
+void move_keys(const Op& op, const AttentionCore& core, const Keys& packed,
+               const AttentionViews& local, KeyRange range, bool home) {
+  const auto view = [](const HeadView& x, int64_t first) {
+    View v{{}, first * x.position, {x.batch, x.position, 1}};
+    v.x.data = x.data;
+    return v;
+  };
+  const AttentionViews views = packed.views(core);
+  for (const auto part : {&AttentionViews::k, &AttentionViews::v}) {
+    const View there = view(views.*part, 0), here = view(local.*part, range.begin);
+    const Dims space{core.batch, range.count(), core.kv_heads * (views.*part).head};
+    op.on_cpu(packed.kv, [&]<class T>(T*) {
+      if (here.x.data) copy_elements<T>(space, home ? there : here, home ? here : there, home);
+    });
+  }
+}
+
+// One step: whose keys are here, and who has this member's.
+struct Step {
+  int owner, reader;
+  KeyRange mine;       // positions that the reader has
+  Keys keys;           // the owner's
+  AttentionCore core;  // the queries of before against them
+};
+
+// An empty message is not sent.
+void exchange(const Op& op, const char* what, int step, const TensorList& out, int to,
+              const TensorList& in, int from) {
+  vector<Transfer> list;
+  for (int i = 0; i < out.count; i++) {
+    const MessageTag tag{i, step, 0};
+    if (out[i].numel() > 0) list.push_back({Transfer::Send, to, out[i], tag});
+    if (in[i].numel() > 0) list.push_back({Transfer::Recv, from, in[i], tag});
+  }
+  send_recv(op.rank, Group::Cp, list.data(), int(list.size()), what, op.at);
+}
+
+Step take_step(const Op& op, const AttentionCore& core, int number) {
+  const int n = group_size(op.rank, Group::Cp), me = group_rank(op.rank, Group::Cp);
+  const int owner = (me + n - number) % n, reader = (me + number) % n;
+  const KeyRange theirs = traveling(core, n, owner, me), mine = traveling(core, n, me, reader);
+  const Keys sent = empty_keys(op, core, mine.count());
+  move_keys(op, core, sent, core.in, mine, false);
+  int32_t* to = std::copy_n(core.key.coord + mine.begin, mine.count(), sent.table.i32());
+  for (int64_t b = 0; b + 1 < sent.table.dim[0]; b++)
+    to = std::copy_n(core.key.doc_end + b * core.key.doc_stride + mine.begin, mine.count(), to);
+  Step step{owner, reader, mine, empty_keys(op, core, theirs.count()), core};
+  exchange(op, "keys and values", number, {sent.kv, sent.table}, reader,
+           {step.keys.kv, step.keys.table}, owner);
+  const AttentionViews views = step.keys.views(core);
+  step.core.key = positions_of(step.keys.table, theirs.count());
+  step.core.in = {core.in.q, views.k, views.v, {}};
+  return step;
+}
+
+void ring_forward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse) {
+  attention_forward(op, core, out, lse);
+  const int64_t S = core.query.count, H = core.heads, M = core.v_size;
+  for (int number = 1; number < group_size(op.rank, Group::Cp); number++) {
+    const Step step = take_step(op, core, number);
+    const Tensor part = op.empty({core.batch, S, H, M}, core.dtype), part_lse = op.like(lse);
+    const HeadView part_out = out_of(core, part);
+    attention_forward(op, step.core, part_out, part_lse);
+    op.on_cpu(lse, [&]<class T>(T*) {
+      parallel_rows(lse.numel(), M, [&](int64_t row) {
+        const int64_t b = row / S / H, h = row / S % H, i = row % S;
+        const T mine = lse.as<T>()[row], other = part_lse.as<T>()[row];
+        if (other == -std::numeric_limits<T>::infinity()) return;
+        T *y = out.at<T>(b, h, i), *x = part_out.at<T>(b, h, i);
+        const T weight = logistic(other - mine);
+        for (int64_t n = 0; n < M; n++) y[n] += weight * (x[n] - y[n]);
+        lse.as<T>()[row] = std::max(mine, other) + std::log1p(std::exp(-std::abs(mine - other)));
+      });
+    });
+  }
+}
+
+void ring_backward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse,
+                   HeadView dout, const AttentionViews& grads) {
+  attention_backward(op, core, out, lse, dout, grads);
+  for (int number = 1; number < group_size(op.rank, Group::Cp); number++) {
+    const Step step = take_step(op, core, number);
+    const Keys theirs{zeros(op.rank, step.keys.kv.dim, core.dtype, op.at), {}};
+    AttentionViews d = theirs.views(core);
+    d.q = grads.q;
+    attention_backward(op, step.core, out, lse, dout, d);
+    const Keys mine = empty_keys(op, core, step.mine.count());
+    exchange(op, "gradients of keys and values", number, {theirs.kv}, step.owner, {mine.kv},
+             step.reader);
+    move_keys(op, core, mine, grads, step.mine, true);
+  }
+}
+
+enum Keep { kQ, kK, kV, kOut, kLse, kTable, kBias };
 enum Number { kWidth, kCausal, kWindow };
 
 // Heads [first, first + count) of a packed projection.
@@ -22,13 +163,6 @@ Tensor packed_part(Tensor qkv, int64_t batch, int64_t first, int64_t count, int6
   qkv.dim = {batch, batch ? qkv.dim[0] / batch : 0, count, size};
   return qkv;
 }
-HeadView heads_of(const Tensor& t, int64_t width) {
-  if (width == 0) width = t.dim[2] * t.dim[3];
-  return {t.data, t.dim[1] * width, width, t.dim[3]};
-}
-HeadView out_of(const AttentionCore& core, const Tensor& out) {
-  return heads_of(out.view({core.batch, core.query.count, core.heads, core.v_size}), 0);
-}
 HeadView scores_of(const Tensor& t) {  // of [1|B, 1|H, S, Z]
   const int64_t head = t.dim[2] * t.dim[3];
   return {t.data, t.dim[0] > 1 ? t.dim[1] * head : 0, t.dim[3], t.dim[1] > 1 ? head : 0};
@@ -37,20 +171,12 @@ HeadView scores_of(const Tensor& t) {  // of [1|B, 1|H, S, Z]
 AttentionCore core_of(const TensorList& t, const int64_t* i, double scale) {
   const Dims &q = t[kQ].dim, &k = t[kK].dim, &v = t[kV].dim;
   const int64_t width = i[kWidth];
-  return {
-      t[kQ].dtype,
-      q[0],
-      q[2],
-      k[2],
-      q[3],
-      v[3],
-      scale,
-      i[kCausal] != 0,
-      i[kWindow],
-      positions_of(t[kTable], q[1]),
-      positions_of(t[kTable], k[1]),
-      {heads_of(t[kQ], width), heads_of(t[kK], width), heads_of(t[kV], width), scores_of(t[kBias])},
-      scores_of(t[kVisible])};
+  AttentionCore core{t[kQ].dtype, q[0], q[2], k[2], q[3], v[3], scale, i[kCausal] != 0, i[kWindow]};
+  core.query = positions_of(t[kTable], q[1]);
+  core.key = positions_of(t[kTable], k[1]);
+  core.in = {heads_of(t[kQ], width), heads_of(t[kK], width), heads_of(t[kV], width),
+             scores_of(t[kBias])};
+  return core;
 }
 
 void attention_bx(const auto& b) {
@@ -66,49 +192,41 @@ void attention_bx(const auto& b) {
                  width ? HeadView{} : scores_of(b.zeroed(3))});
 }
 
-bool rows_ascend(const Tensor& x) {
-  bool good = true;
-  for (int64_t r = 0; x.defined() && r < x.rows(); r++)
-    good &= std::is_sorted(x.i32() + r * x.cols(), x.i32() + (r + 1) * x.cols());
-  return good;
-}
-
 // Checks the mask and makes the table of max(queries, keys) positions, see positions_of.
 Tensor mask_table(const Op& op, const AttentionMask& mask, int64_t batch, int64_t queries,
                   int64_t keys) {
-  const Tensor &order = mask.order, &ends = mask.doc_ends;
-  op.check({{"mask.order i32 [S]", !order.defined() || is_i32(order, {queries})},
-            {"mask.doc_ends i32 [B, S]", !ends.defined() || is_i32(ends, {batch, queries})},
-            {"S == Z where mask.order or mask.doc_ends is given",
-             queries == keys || !(order.defined() || ends.defined())},
-            {"mask.window >= 0", mask.window >= 0}},
-           {&order, &ends});
-  op.check({{"mask.order that ascends", rows_ascend(order)},
-            {"mask.doc_ends that ascend in a row", rows_ascend(ends)},
-            {"mask.order of this rank's chunks r and 2*cp-1-r of the row",
-             op.rank.mesh.cp == 1 ||
-                 (order.defined() && is_zigzag_part(op.rank, order.i32(), queries))}},
-           {&order, &ends});
+  const Tensor& ends = mask.doc_ends;
+  const bool documents = ends.defined();
+  op.check(
+      {{"mask.doc_ends i32 [B, S]", !documents || is_i32(ends, {batch, queries})},
+       {"S == Z where mask.doc_ends is given", queries == keys || !documents},
+       {"chunks r and 2*cp-1-r of a row, of equal size", op.rank.mesh.cp == 1 || queries % 2 == 0},
+       {"mask.window >= 0", mask.window >= 0}},
+      {&ends});
+  bool ascend = true;
+  for (int64_t r = 0; documents && r < batch; r++)
+    ascend &= std::is_sorted(row_of<int32_t>(ends, r), row_of<int32_t>(ends, r + 1));
+  op.check({{"mask.doc_ends that ascend in a row", ascend}}, {&ends});
   const int64_t count = std::max(queries, keys), first = std::min<int64_t>(0, keys - queries);
-  const Tensor table = op.empty({1 + (ends.defined() ? batch : 0), count}, DType::I32);
-  for (int64_t i = 0; i < count; i++) table.i32()[i] = order.defined() ? order.i32()[i] : first + i;
-  if (ends.defined()) std::copy_n(ends.i32(), ends.numel(), table.i32() + count);
+  const Tensor table = op.empty({1 + (documents ? batch : 0), count}, DType::I32);
+  const auto coord =
+      zigzag_coords(group_size(op.rank, Group::Cp), group_rank(op.rank, Group::Cp), count);
+  for (int64_t i = 0; i < count; i++) table.i32()[i] = int32_t(first + coord[i]);
+  if (documents) std::copy_n(ends.i32(), ends.numel(), table.i32() + count);
   return table;
 }
 
 Tensor attend(const Op& op, const Tensor& q, const Tensor& k, const Tensor& v, int64_t width,
-              double scale, const AttentionMask& mask, const AttentionBias& bias, const Dims& dims,
+              double scale, const AttentionMask& mask, const Tensor& bias, const Dims& dims,
               std::initializer_list<Tensor> in) {
   const Tensor table = mask_table(op, mask, q.dim[0], q.dim[1], k.dim[1]);
   Tensor out = op.empty(dims, q.dtype);
   const Tensor lse = op.empty({q.dim[0], q.dim[2], q.dim[1]}, q.dtype);
-  const TensorList all = {q, k, v, out, lse, table, bias.bias, bias.visible};
-  const int64_t numbers[] = {width, mask.causal, mask.window};
-  const AttentionCore core = core_of(all, numbers, scale);
+  const TensorList all = {q, k, v, out, lse, table, bias};
+  const std::initializer_list<int64_t> numbers = {width, mask.causal, mask.window};
+  const AttentionCore core = core_of(all, numbers.begin(), scale);
   ring_forward(op, core, out_of(core, out), lse);
-  op.record(in, {&out})
-      .numbers({width, mask.causal, mask.window}, {scale})
-      .bx(all, [](const auto& b) { attention_bx(b); });
+  record(op, in, {&out}).numbers(numbers, {scale}).bx(all, [](const auto& b) { attention_bx(b); });
   return out;
 }
 
@@ -131,7 +249,7 @@ Tensor attention(Rank& rank, Tensor qkv, Heads heads, int64_t batch, AttentionMa
 Tensor attention(Rank& rank, Tensor q, Tensor k, Tensor v, double scale, AttentionMask mask,
                  AttentionBias bias, At at) {
   const Op op{rank, "attention", at};
-  const Tensor &extra = bias.bias, &visible = bias.visible;
+  Tensor &extra = bias.bias, &visible = bias.visible;
   op.check({{"q, k and v of rank 4", q.dim.rank == 4 && k.dim.rank == 4 && v.dim.rank == 4},
             {"k [B,Z,K,N] for q [B,S,H,N]", k.dim[0] == q.dim[0] && k.dim[3] == q.dim[3]},
             {"v [B,Z,K,M] for k [B,Z,K,N]",
@@ -150,7 +268,13 @@ Tensor attention(Rank& rank, Tensor q, Tensor k, Tensor v, double scale, Attenti
             {"no bias, no visible and S == Z where cp > 1",
              rank.mesh.cp == 1 || (!extra.defined() && !visible.defined() && S == Z)}},
            {&q, &k, &extra, &visible});
-  return attend(op, q, k, v, 0, scale, mask, bias, {B, S, H, v.dim[3]}, {q, k, v, extra});
+  if (visible.defined()) {
+    Tensor hidden = op.empty({1}, q.dtype);
+    fill_constant(rank, hidden, -std::numeric_limits<double>::infinity(), at);
+    if (!extra.defined()) extra = zeros(rank, {1}, q.dtype, at);
+    extra = where(rank, visible, extra, hidden, at);
+  }
+  return attend(op, q, k, v, 0, scale, mask, extra, {B, S, H, v.dim[3]}, {q, k, v, extra});
 }
 
 }  // namespace pith

@@ -52,10 +52,9 @@ struct AttentionCore {
   int64_t window = 0;
   Positions query, key;
   AttentionViews in;
-  HeadView visible;  // U8, as bias
 };
 
-// The keys that query i of batch row b may see, before `visible`.
+// The keys that query i of batch row b may see, before any bias.
 KeyRange visible_keys(const AttentionCore& core, int64_t b, int64_t i);
 
 // out and lse [B, H, queries], the log of the sum; 0 and -inf where no key is seen.
@@ -63,12 +62,5 @@ void attention_forward(const Op& op, const AttentionCore& core, HeadView out, co
 // out and lse may be over more keys than the core's.
 void attention_backward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse,
                         HeadView dout, const AttentionViews& grads);
-
-// Whether `coord` [count] are those of this cp member's chunks.
-bool is_zigzag_part(const Rank& rank, const int32_t* coord, int64_t count);
-// The same over the keys of all members, which have as many each, without bias or `visible`.
-void ring_forward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse);
-void ring_backward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse,
-                   HeadView dout, const AttentionViews& grads);
 
 }  // namespace pith

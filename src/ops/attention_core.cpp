@@ -19,25 +19,20 @@ struct Block {
   int64_t b = 0, first = 0, rows = 0, h = 0, kv = 0, n = 0;
   KeyRange seen[kBlockRows] = {}, hull = {};
 
-  void take(int64_t row, int64_t begin) {
+  void take(int64_t row, int64_t begin, int64_t head) {
     b = row;
     first = begin;
+    h = head;
+    kv = head / (core.heads / core.kv_heads);
     rows = std::min(kBlockRows, core.query.count - begin);
     hull = {};
     for (int64_t r = 0; r < rows; r++) hull.cover(seen[r] = visible_keys(core, b, first + r));
     n = hull.count();
   }
-  void take_head(int64_t head) {
-    h = head;
-    kv = head / (core.heads / core.kv_heads);
-  }
   T* lse_of(const Tensor& lse) const {
     return lse.as<T>() + (b * core.heads + h) * core.query.count + first;
   }
-  template <class A = T>
-  A* query(const HeadView& x, int64_t r = 0) const {
-    return x.at<A>(b, h, first + r);
-  }
+  T* query(const HeadView& x, int64_t r = 0) const { return x.at<T>(b, h, first + r); }
   T* key(const HeadView& x) const { return x.at<T>(b, kv, hull.begin); }
   Matrix<T> queries(const HeadView& x) const { return {query(x), x.position}; }
   Matrix<T> keys(const HeadView& x, Layout layout = kNormal) const {
@@ -53,10 +48,6 @@ struct Block {
       if (core.in.bias.data) {
         const T* bias = query(core.in.bias, r) + hull.begin;
         for (int64_t j = 0; j < n; j++) s[j] += bias[j];
-      }
-      if (core.visible.data) {
-        const uint8_t* on = query<uint8_t>(core.visible, r) + hull.begin;
-        for (int64_t j = 0; j < n; j++) s[j] = on[j] ? s[j] : kHidden;
       }
       const int64_t count = seen[r].count(), from = count ? seen[r].begin - hull.begin : n;
       std::fill(s, s + from, kHidden);
@@ -137,8 +128,7 @@ void attention_forward(const Op& op, const AttentionCore& core, HeadView out, co
       Block<T> block{core};
 #pragma omp for schedule(dynamic)
       for (int64_t task = 0; task < core.batch * blocks * H; task++) {
-        block.take(task / H / blocks, task / H % blocks * kBlockRows);
-        block.take_head(task % H);
+        block.take(task / H / blocks, task / H % blocks * kBlockRows, task % H);
         block.forward(out, block.lse_of(lse));
       }
     }
@@ -155,13 +145,11 @@ void attention_backward(const Op& op, const AttentionCore& core, HeadView out, c
       Block<T> block{core};
 #pragma omp for schedule(dynamic)
       for (int64_t task = 0; task < core.batch * K; task++)
-        for (int64_t first = 0; first < core.query.count; first += kBlockRows) {
-          block.take(task / K, first);
+        for (int64_t first = 0; first < core.query.count; first += kBlockRows)
           for (int64_t h = task % K * group; h < (task % K + 1) * group; h++) {
-            block.take_head(h);
+            block.take(task / K, first, h);
             block.backward(out, block.lse_of(lse), dout, grads);
           }
-        }
     }
   });
 }

@@ -12,8 +12,7 @@ namespace pith {
 // Operations, or multiply-adds of a product, that pay for a second thread.
 constexpr int64_t kParallelWork = 1 << 16, kParallelProduct = 1 << 20;
 
-// f(i) for i in [0, rows), on all threads when it pays. f writes to places of its own row only, and
-// does not throw.
+// f(i) for rows i, on all threads when it pays. f writes to its own row only and does not throw.
 template <class F>
 void parallel_rows(int64_t rows, int64_t work_per_row, F&& f) {
 #pragma omp parallel for schedule(static) if (rows > 1 && rows * work_per_row > kParallelWork)
@@ -149,26 +148,100 @@ template <class T>
 void gemm(int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, T beta, T* c, int64_t ldc,
           T alpha = 1);
 
-// c = or += a b, tensors seen as [rows, cols], if wanted.
+// c = or += a b, tensors seen as [rows, cols], if wanted. Of y = x w^T: product(x, w, y, kNormal,
+// kTransposed), product(dy, w, dx) and product(dy, x, dw, kTransposed).
 template <class T>
-void product(const Tensor& a, Layout a_layout, const Tensor& b, Layout b_layout, Slot<T> c) {
-  const bool at = a_layout == kTransposed, bt = b_layout == kTransposed;
-  const int64_t n = bt ? b.rows() : b.cols();
+void product(const Tensor& a, const Tensor& b, Slot<T> c, Layout a_layout = kNormal,
+             Layout b_layout = kNormal) {
+  const bool at = a_layout == kTransposed;
+  const int64_t n = b_layout == kTransposed ? b.rows() : b.cols();
   if (!c.data) return;
   gemm<T>(at ? a.cols() : a.rows(), n, at ? a.rows() : a.cols(), {a.as<T>(), a.cols(), a_layout},
           {b.as<T>(), b.cols(), b_layout}, c.add, c.data, n);
 }
+
+// ---- Tensors walked over one index space, for the general vocabulary.
+
+// A tensor seen from one dimension: [outer, n, inner].
+struct Extent {
+  int64_t outer = 1, n = 1, inner = 1;
+};
+inline Extent extent_of(const Dims& dims, int dim) {
+  Extent e;
+  for (int i = 0; i < dims.rank; i++) (i < dim ? e.outer : i == dim ? e.n : e.inner) *= dims[i];
+  return e;
+}
+
+// Where elements of x begin and how far apart they are along each dimension of an index space.
+struct View {
+  Tensor x;
+  int64_t begin = 0;
+  int64_t step[kMaxDims] = {};
+  // Where element i of the space lies.
+  int64_t offset(const Dims& space, int64_t i) const {
+    int64_t at = begin;
+    for (int d = space.rank - 1; d >= 0; i /= space[d--]) at += i % space[d] * step[d];
+    return at;
+  }
+};
+// x broadcast to `space`, aligned at the last dimension.
+inline View view_of(const Tensor& x, const Dims& space) {
+  View view{x};
+  int64_t step = 1;
+  for (int i = x.dim.rank - 1; i >= 0; step *= x.dim[i--])
+    view.step[space.rank - x.dim.rank + i] = x.dim[i] == 1 ? 0 : step;
+  return view;
+}
+inline View view_of(const Tensor& x) { return view_of(x, x.dim); }
+
+// An inner row of a view, as T.
 template <class T>
-void linear_y(const Tensor& x, const Tensor& w, Slot<T> y) {
-  product(x, kNormal, w, kTransposed, y);
+struct Column {
+  const T* data;
+  const uint8_t* bytes;
+  int64_t step;
+  Column(const View& v, const Dims& space, int64_t i) : step(v.step[space.rank - 1]) {
+    const int64_t at = v.offset(space, i);
+    data = v.x.as<T>() + at;
+    bytes = v.x.dtype == DType::U8 ? v.x.as<uint8_t>() + at : nullptr;
+  }
+  T operator[](int64_t i) const { return bytes ? T(bytes[i * step]) : data[i * step]; }
+};
+
+// out = or += f(in...) at each index of `space`.
+template <class T, class F, class... In>
+void elementwise(const Dims& space, const View& out, bool add, F f, const In&... in) {
+  const int64_t n = space[space.rank - 1], rows = n ? space.numel() / n : 0;
+  parallel_rows(rows, n, [&](int64_t row) {
+    const Slot<T> to{out.x.as<T>() + out.offset(space, row * n), add};
+    const int64_t step = out.step[space.rank - 1];
+    [&](const auto... x) {
+      for (int64_t i = 0; i < n; i++) to.put(i * step, f(x[i]...));
+    }(Column<T>(in, space, row * n)...);
+  });
 }
 template <class T>
-void linear_dx(const Tensor& dy, const Tensor& w, Slot<T> dx) {
-  product(dy, kNormal, w, kNormal, dx);
+void copy_elements(const Dims& space, const View& from, const View& to, bool add) {
+  elementwise<T>(
+      space, to, add, [](T x) { return x; }, from);
 }
+
+// to = or += the sum of x over the dimensions that are missing or 1 in to, in F64.
 template <class T>
-void linear_dw(const Tensor& dy, const Tensor& x, Slot<T> dw) {
-  product(dy, kTransposed, x, kNormal, dw);
+void sum_to(const Op& op, Tensor x, const GradSlot& to) {
+  const int missing = x.dim.rank - to.grad.dim.rank;
+  for (int d = 0; d < x.dim.rank; d++) {
+    if (x.dim[d] == 1 || (d >= missing && to.grad.dim[d - missing] != 1)) continue;
+    const Extent e = extent_of(x.dim, d);
+    const Tensor y = op.empty(with_size(x.dim, d, 1), x.dtype);
+    parallel_rows(e.outer, e.n * e.inner, [&](int64_t o) {
+      const T* from = x.as<T>() + o * e.n * e.inner;
+      add_columns<double>(e.n, e.inner, Slot<T>{y.as<T>() + o * e.inner},
+                          [&](int64_t i, int64_t c) { return from[i * e.inner + c]; });
+    });
+    x = y;
+  }
+  copy_elements<T>(x.dim, view_of(x), view_of(to.grad, x.dim), to.add);
 }
 
 }  // namespace pith

@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "ops/cpu.h"
-#include "ops/ops.h"
 
 namespace pith {
 namespace {
@@ -30,7 +29,8 @@ double row_loss(T* logits, int64_t V, int32_t label, T scale, bool grad) {
 
 template <class T>
 double cross_entropy_cpu(const Op& op, const Tensor& x, const Tensor& w, const Tensor& labels,
-                         T scale, const Tensor& dx, Slot<T> dw) {
+                         double scale, const Tensor& dx, const GradSlot& slot) {
+  const Slot<T> dw{slot.grad.as<T>(), slot.add};
   const int64_t tokens = x.dim[0], V = w.dim[0], most = std::min(kChunkRows, tokens);
   const bool grad = dx.defined() || dw.data;
   const Tensor logits = op.empty({most, V}, x.dtype);
@@ -39,13 +39,13 @@ double cross_entropy_cpu(const Op& op, const Tensor& x, const Tensor& w, const T
   for (int64_t first = 0; first < tokens; first += kChunkRows) {
     const int64_t rows = std::min(kChunkRows, tokens - first);
     const Tensor part = x.slice_rows(first, first + rows), d = logits.slice_rows(0, rows);
-    linear_y<T>(part, w, {d.as<T>()});
+    product<T>(part, w, {d.as<T>()}, kNormal, kTransposed);
     parallel_rows(rows, V * 8, [&](int64_t r) {
-      losses[r] = row_loss(row_of<T>(d, r), V, labels.i32()[first + r], scale, grad);
+      losses[r] = row_loss(row_of<T>(d, r), V, labels.i32()[first + r], T(scale), grad);
     });
     for (int64_t r = 0; r < rows; r++) sum += losses[r];
-    if (dx.defined()) linear_dx<T>(d, w, {row_of<T>(dx, first)});
-    linear_dw<T>(d, part, {dw.data, dw.add || first > 0});
+    if (dx.defined()) product<T>(d, w, {row_of<T>(dx, first)});
+    product<T>(d, part, {dw.data, dw.add || first > 0}, kTransposed);
   }
   if (dw.data && !dw.add && tokens == 0) std::fill_n(dw.data, w.numel(), T(0));
   return sum;
@@ -64,10 +64,9 @@ Tensor lm_head_cross_entropy(Rank& rank, Tensor x, Tensor w, Tensor labels, doub
   op.on_cpu(x, [&]<class T>(T*) {
     op.check_ids("labels", labels, w.dim[0], kIgnoreLabel);
     const GradSlot dw = rank.tape ? grad_slot(rank, w, at) : GradSlot{};
-    *loss.as<T>() =
-        T(cross_entropy_cpu<T>(op, x, w, labels, T(scale), dx, {dw.grad.as<T>(), dw.add}));
+    *loss.as<T>() = T(cross_entropy_cpu<T>(op, x, w, labels, scale, dx, dw));
   });
-  op.record({x, w}, {&loss}).bx({dx}, [](const auto& b) {
+  record(op, {x, w}, {&loss}).bx({dx}, [](const auto& b) {
     if (b.keep[0].defined()) add_grad(b.rank, b.node.in[0], b.keep[0]);
   });
   return loss;

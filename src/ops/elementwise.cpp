@@ -3,20 +3,17 @@
 #include <algorithm>
 #include <cmath>
 
-#include "ops/ops.h"
-#include "ops/views.h"
+#include "ops/cpu.h"
 
 namespace pith {
 namespace {
 
-// Bit k of a, b or c: input k's gradient reads that operand, or y for a. Operands that are no
-// inputs are scalars.
+// Bit k of a, b or c: input k's gradient reads that operand. Operands that are no inputs are
+// scalars.
 struct Reads {
   unsigned a = 0, b = 0, c = 0;
-  bool y = false;
   double scalar[3] = {};
 };
-constexpr Reads kNothing{}, kInput{.a = 1}, kOutput{.a = 1, .y = true};
 
 // out (+)= f(first..., operands), an undefined operand being its scalar.
 template <class T, class F, class... First>
@@ -47,9 +44,9 @@ void operand_grad(Backward<T> b, int k, F f) {
 // y = value(a, b, c), and the gradient(dy, a, b, c) of each input that may have one.
 template <class Value, class... Grad>
 Tensor apply(const Op& op, const TensorList& in, const Reads& reads, Value value, Grad...) {
-  const Tensor &a = in[0], &b = in[1], &c = in[2];
-  op.check_alike({&a, in.count > 1 ? &b : &a});
-  Tensor y = op.empty(op.broadcast({&a, in.count > 1 ? &b : &a, in.count > 2 ? &c : &a}), a.dtype);
+  const Tensor &a = in[0], &b = in[in.count > 1], &c = in[in.count > 2 ? 2 : 0];
+  op.check_alike({&a, &b});
+  Tensor y = op.empty(op.broadcast({&a, &b, &c}), a.dtype);
   op.on_cpu(a, [&]<class T>(T*) {
     apply_cpu<T>(y, false, in, reads.scalar, [=](T u, T v, T w) -> T { return value(u, v, w); });
   });
@@ -59,14 +56,25 @@ Tensor apply(const Op& op, const TensorList& in, const Reads& reads, Value value
     return needed ? x : Tensor{};
   };
   const double* p = reads.scalar;
-  op.record({a, b, c}, {&y})
+  record(op, {in[0], in[1], in[2]}, {&y})
       .numbers({}, {p[0], p[1], p[2]})
-      .bx({kept(reads.a, reads.y ? y : a), kept(reads.b, b), kept(reads.c, c)},
-          []<class T>(Backward<T> back) {
-            int k = 0;
-            (operand_grad(back, k++, Grad{}), ...);
-          });
+      .bx({kept(reads.a, a), kept(reads.b, b), kept(reads.c, c)}, []<class T>(Backward<T> back) {
+        int k = 0;
+        (operand_grad(back, k++, Grad{}), ...);
+      });
   return y;
+}
+
+template <class T>
+struct Dual {
+  T y, slope;
+};
+// y and the slope at x are f(x).
+template <class F>
+Tensor unary(const Op& op, const Tensor& x, F) {
+  return apply(
+      op, {x}, {.a = 1}, [](auto v, auto...) { return F{}(v).y; },
+      [](auto g, auto v, auto...) { return g * F{}(v).slope; });
 }
 
 constexpr auto kPass = [](auto g, auto...) { return g; };
@@ -75,12 +83,11 @@ constexpr auto kPass = [](auto g, auto...) { return g; };
 
 Tensor add(Rank& rank, Tensor a, Tensor b, At at) {
   return apply(
-      {rank, "add", at}, {a, b}, kNothing, [](auto u, auto v, auto) { return u + v; }, kPass,
-      kPass);
+      {rank, "add", at}, {a, b}, {}, [](auto u, auto v, auto) { return u + v; }, kPass, kPass);
 }
 Tensor sub(Rank& rank, Tensor a, Tensor b, At at) {
   return apply(
-      {rank, "sub", at}, {a, b}, kNothing, [](auto u, auto v, auto) { return u - v; }, kPass,
+      {rank, "sub", at}, {a, b}, {}, [](auto u, auto v, auto) { return u - v; }, kPass,
       [](auto g, auto...) { return -g; });
 }
 Tensor mul(Rank& rank, Tensor a, Tensor b, At at) {
@@ -106,42 +113,37 @@ Tensor mul(Rank& rank, Tensor a, double b, At at) {
       [](auto g, auto, auto p, auto) { return g * p; });
 }
 Tensor exp(Rank& rank, Tensor x, At at) {
-  return apply(
-      {rank, "exp", at}, {x}, kOutput, [](auto v, auto...) { return std::exp(v); },
-      [](auto g, auto y, auto...) { return g * y; });
+  return unary({rank, "exp", at}, x, [](auto v) { return Dual{std::exp(v), std::exp(v)}; });
 }
 Tensor log(Rank& rank, Tensor x, At at) {
-  return apply(
-      {rank, "log", at}, {x}, kInput, [](auto v, auto...) { return std::log(v); },
-      [](auto g, auto v, auto...) { return g / v; });
+  return unary({rank, "log", at}, x, [](auto v) { return Dual{std::log(v), 1 / v}; });
 }
 Tensor sqrt(Rank& rank, Tensor x, At at) {
-  return apply(
-      {rank, "sqrt", at}, {x}, kOutput, [](auto v, auto...) { return std::sqrt(v); },
-      [](auto g, auto y, auto...) { return g / (2 * y); });
+  return unary({rank, "sqrt", at}, x, [](auto v) {
+    return Dual{std::sqrt(v), 1 / (2 * std::sqrt(v))};
+  });
 }
 Tensor tanh(Rank& rank, Tensor x, At at) {
-  return apply(
-      {rank, "tanh", at}, {x}, kOutput, [](auto v, auto...) { return std::tanh(v); },
-      [](auto g, auto y, auto...) { return g * (1 - y * y); });
+  return unary({rank, "tanh", at}, x, [](auto v) {
+    return Dual{std::tanh(v), 1 - std::tanh(v) * std::tanh(v)};
+  });
 }
 Tensor sigmoid(Rank& rank, Tensor x, At at) {
-  return apply(
-      {rank, "sigmoid", at}, {x}, kOutput, [](auto v, auto...) { return logistic(v); },
-      [](auto g, auto y, auto...) { return g * y * (1 - y); });
+  return unary({rank, "sigmoid", at}, x, [](auto v) {
+    return Dual{logistic(v), logistic(v) * (1 - logistic(v))};
+  });
+}
+Tensor softplus(Rank& rank, Tensor x, At at) {
+  return unary({rank, "softplus", at}, x, [](auto v) {
+    return Dual{(v < 0 ? 0 : v) + std::log1p(std::exp(-std::fabs(v))), logistic(v)};
+  });
 }
 Tensor silu(Rank& rank, Tensor x, At at) { return mul(rank, x, sigmoid(rank, x, at), at); }
-Tensor softplus(Rank& rank, Tensor x, At at) {
-  return apply(
-      {rank, "softplus", at}, {x}, kInput,
-      [](auto v, auto...) { return (v < 0 ? 0 : v) + std::log1p(std::exp(-std::fabs(v))); },
-      [](auto g, auto v, auto...) { return g * logistic(v); });
-}
 // Here and in clamp a NaN stays one.
 Tensor relu(Rank& rank, Tensor x, At at) {
-  return apply(
-      {rank, "relu", at}, {x}, kOutput, [](auto v, auto...) { return v < 0 ? 0 : v; },
-      [](auto g, auto y, auto...) { return g * (y > 0); });
+  return unary({rank, "relu", at}, x, [](auto v) {
+    return Dual{v < 0 ? 0 : v, decltype(v)(v > 0)};
+  });
 }
 Tensor clamp(Rank& rank, Tensor x, double low, double high, At at) {
   const Op op{rank, "clamp", at};

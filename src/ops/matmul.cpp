@@ -1,12 +1,12 @@
-// matmul, and gemm for all products.
-//   grad   da = dc b^T, db = a^T dc, each summed over repeated products
+// gemm, linear, matmul.
+//   grad   linear: dx = dy w, dw = dy^T x, dbias = sum over rows of dy;
+//          matmul: da = dc b^T, db = a^T dc, each summed over repeated products
 #include <cblas.h>
 
 #include <algorithm>
 #include <type_traits>
 
-#include "ops/ops.h"
-#include "ops/views.h"
+#include "ops/cpu.h"
 
 namespace pith {
 
@@ -14,8 +14,7 @@ namespace pith {
 template <class T>
 void gemm(int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, T beta, T* c, int64_t ldc,
           T alpha) {
-  static const bool one_thread = (openblas_set_num_threads(1), true);
-  (void)one_thread;
+  [[maybe_unused]] static const bool one_thread = (openblas_set_num_threads(1), true);
   constexpr int64_t kTileM = 192, kTileN = 384;
   const bool at = a.layout == kTransposed, bt = b.layout == kTransposed;
   const int64_t across = (n + kTileN - 1) / kTileN, down = (m + kTileM - 1) / kTileM;
@@ -38,6 +37,30 @@ template void gemm(int64_t, int64_t, int64_t, Matrix<float>, Matrix<float>, floa
 template void gemm(int64_t, int64_t, int64_t, Matrix<double>, Matrix<double>, double, double*,
                    int64_t, double);
 
+Tensor linear(Rank& rank, Tensor x, Tensor w, Tensor bias, At at) {
+  const Op op{rank, "linear", at};
+  const int64_t out = w.dim[0];
+  op.check({{"x [..., in] and w [out, in]", x.defined() && w.dim.rank == 2 && x.cols() == w.dim[1]},
+            {"bias [out] or undefined", !bias.defined() || bias.dim == Dims{out}},
+            {"one dtype", one_dtype({&x, &w, &bias})}},
+           {&x, &w, &bias});
+  Tensor y = op.empty(with_size(x.dim, x.dim.rank - 1, out), x.dtype);
+  op.on_cpu(x, [&]<class T>(T*) {
+    if (bias.defined())
+      parallel_rows(x.rows(), out,
+                    [&](int64_t r) { std::copy_n(bias.as<T>(), out, row_of<T>(y, r)); });
+    product<T>(x, w, {y.as<T>(), bias.defined()}, kNormal, kTransposed);
+  });
+  record(op, {x, w, bias}, {&y})
+      .bx({w}, [](const auto& b) { product(b.dy(), b.keep[0], b.to(0)); })
+      .bw(1, {x}, []<class T>(Backward<T> b) {
+        product(b.dy(), b.keep[0], b.to(1), kTransposed);
+        add_columns<T>(b.dy().rows(), b.dy().cols(), b.to(2),
+                       [&](int64_t r, int64_t j) { return row_of<T>(b.dy(), r)[j]; });
+      });
+  return y;
+}
+
 namespace {
 
 // x with only its leading dimensions, at least one.
@@ -47,11 +70,11 @@ Tensor leading(Tensor x) {
   return x;
 }
 
-// c = or += a b for each index of `lead`, to which all broadcast; on several threads where they are
-// written to different places.
+// c = or += a b at each index of `lead`, on several threads where products go to different places.
 template <class T>
 void products_cpu(const Dims& lead, const Tensor& a, Layout a_layout, const Tensor& b,
                   Layout b_layout, const Tensor& c, bool add) {
+  if (!c.defined()) return;
   const View va = view_of(leading(a), lead), vb = view_of(leading(b), lead);
   const View vc = view_of(leading(c), lead);
   const auto at = [&](Tensor x, const View& v, int64_t p) {
@@ -63,8 +86,8 @@ void products_cpu(const Dims& lead, const Tensor& a, Layout a_layout, const Tens
   const bool apart = vc.x.numel() == lead.numel();
   parallel_rows(lead.numel(), apart ? c.cols() * a.dim[a.dim.rank - 2] * a.cols() : 0,
                 [&](int64_t p) {
-                  product<T>(at(a, va, p), a_layout, at(b, vb, p), b_layout,
-                             {at(c, vc, p).template as<T>(), add});
+                  product<T>(at(a, va, p), at(b, vb, p), {at(c, vc, p).template as<T>(), add},
+                             a_layout, b_layout);
                 });
 }
 
@@ -85,15 +108,13 @@ Tensor matmul(Rank& rank, Tensor a, Tensor b, At at) {
   dims[dims.rank++] = b.cols();
   Tensor c = op.empty(dims, a.dtype);
   op.on_cpu(a, [&]<class T>(T*) { products_cpu<T>(lead, a, kNormal, b, kNormal, c, false); });
-  op.record({a, b}, {&c})
+  record(op, {a, b}, {&c})
       .bx({b.needs_grad() ? a : Tensor{}, a.needs_grad() ? b : Tensor{}},
           []<class T>(Backward<T> back) {
             const Tensor &dc = back.dy(), da = back.zeroed(0), db = back.zeroed(1);
             const Dims each = leading(dc).dim;
-            if (da.defined())
-              products_cpu<T>(each, dc, kNormal, back.keep[1], kTransposed, da, true);
-            if (db.defined())
-              products_cpu<T>(each, back.keep[0], kTransposed, dc, kNormal, db, true);
+            products_cpu<T>(each, dc, kNormal, back.keep[1], kTransposed, da, true);
+            products_cpu<T>(each, back.keep[0], kTransposed, dc, kNormal, db, true);
           });
   return c;
 }

@@ -1,17 +1,83 @@
-// rms_norm, add_rms_norm.
+// rms_norm, add_rms_norm, qk_norm_rope.
 //   grad   u = dy w, s = 1/rms: dx = s (u - x s^2 mean(u x)) and dsum, to x and residual;
-//          dw = sum over rows of dy x s
+//          dw = sum over rows of dy x s; of a rotation, that by the opposite angle
 #include <algorithm>
 
 #include "ops/cpu.h"
-#include "ops/ops.h"
 
 namespace pith {
+namespace {
+
+// The heads of a packed projection, and what they are normed and turned by.
+template <class T>
+struct Turns {
+  Heads heads;
+  const TensorList& keep;  // cos, sin, positions, qkv, rstd, q_norm, k_norm; norms undefined: none
+
+  int turned() const { return heads.query + heads.kv; }
+  const T* x() const { return keep[3].as<T>(); }
+  T& rstd(int64_t t, int h) const { return keep[4].as<T>()[t * turned() + h]; }
+  const T* weight(int h) const { return keep[h < heads.query ? 5 : 6].as<T>(); }
+  // to = from, one head of token t, turned by the token's angle times `sign`. May be in place.
+  void turn(int64_t t, T sign, const T* from, T* to) const {
+    const int64_t half = heads.size / 2, position = keep[2].i32()[t];
+    const T *cos = row_of<T>(keep[0], position), *sin = row_of<T>(keep[1], position);
+#pragma GCC ivdep
+    for (int64_t i = 0; i < half; i++) {
+      const T a = from[i], b = from[i + half], s = sign * sin[i];
+      to[i] = a * cos[i] - b * s;
+      to[i + half] = b * cos[i] + a * s;
+    }
+  }
+  // f(t, h, first element) of each head to turn; v's elements are copied.
+  template <class F>
+  void each_head(int64_t tokens, const T* from, T* to, F&& f) const {
+    parallel_rows(tokens, heads.width() * 8, [&](int64_t t) {
+      const int64_t first = t * heads.width(), v = first + turned() * heads.size;
+      for (int h = 0; h < turned(); h++) f(t, h, first + h * heads.size);
+      std::copy_n(from + v, heads.kv * heads.size, to + v);
+    });
+  }
+
+  void forward(const Tensor& qkv, T eps, const Tensor& out) const {
+    each_head(qkv.rows(), qkv.as<T>(), out.as<T>(), [&](int64_t t, int h, int64_t first) {
+      const T *from = qkv.as<T>() + first, *w = weight(h);
+      T* y = out.as<T>() + first;
+      if (w) {
+        const T scale = rstd(t, h) = rms_scale(from, heads.size, eps);
+        for (int i = 0; i < heads.size; i++) y[i] = from[i] * scale * w[i];
+      }
+      turn(t, 1, w ? y : from, y);
+    });
+  }
+  void backward(const Tensor& dy, const Tensor& dx) const {
+    each_head(dy.rows(), dy.as<T>(), dx.as<T>(), [&](int64_t t, int h, int64_t first) {
+      T* u = dx.as<T>() + first;
+      turn(t, -1, dy.as<T>() + first, u);
+      if (const T* w = weight(h)) rms_norm_grad(heads.size, u, w, x() + first, rstd(t, h), u);
+    });
+  }
+  // dw = or += the gradients u of the normed heads [first, end) times these without w.
+  void weight_grad(const Tensor& u, int first, int end, Slot<T> dw) const {
+    const int64_t count = end - first;
+    add_columns<T>(u.rows() * count, heads.size, dw, [&](int64_t row, int64_t i) {
+      const int64_t t = row / count, h = first + row % count;
+      const int64_t at = t * heads.width() + h * heads.size + i;
+      return u.as<T>()[at] * (x()[at] * rstd(t, h));
+    });
+  }
+};
+
+// Without the norms' weights in `keep` they turn only.
+template <class T>
+Turns<T> turns_of(Backward<T> b) {
+  const int64_t* i = b.node.i;
+  return {{int(i[0]), int(i[1]), int(i[2])}, b.keep};
+}
 
 // Without a residual sum is x, and no output of the node.
-static AddRmsNorm norm_of_sum(const Op& op, const Tensor& x, const Tensor& residual,
-                              const Tensor& w, double eps) {
-  const bool summed = residual.defined();
+AddRmsNorm norm_of_sum(const Op& op, bool summed, const Tensor& x, const Tensor& residual,
+                       const Tensor& w, double eps) {
   const int64_t D = w.numel();
   op.check({{"x [..., D] and w [D]", x.defined() && w.dim == Dims{x.cols()}},
             {"residual of x's shape", !summed || residual.dim == x.dim},
@@ -58,21 +124,83 @@ static AddRmsNorm norm_of_sum(const Op& op, const Tensor& x, const Tensor& resid
       return g[r * n + j] * (row[r * n + j] * scale[r]);
     });
   };
-  (summed ? op.record({x, residual, w}, {&y.sum, &y.normed})
-          : op.record({x, residual, w}, {&y.normed}))
+  (summed ? record(op, {x, residual, w}, {&y.sum, &y.normed})
+          : record(op, {x, residual, w}, {&y.normed}))
       .bx({y.sum, w, rstd}, bx)
       .bw(2, {y.sum, rstd}, bw);
   return y;
 }
 
+}  // namespace
+
 Tensor rms_norm(Rank& rank, Tensor x, Tensor w, double eps, At at) {
-  return norm_of_sum({rank, "rms_norm", at}, x, {}, w, eps).normed;
+  return norm_of_sum({rank, "rms_norm", at}, false, x, {}, w, eps).normed;
 }
 
 AddRmsNorm add_rms_norm(Rank& rank, Tensor x, Tensor residual, Tensor w, double eps, At at) {
-  const Op op{rank, "add_rms_norm", at};
-  op.check({{"a residual", residual.defined()}}, {&x, &residual});
-  return norm_of_sum(op, x, residual, w, eps);
+  return norm_of_sum({rank, "add_rms_norm", at}, true, x, residual, w, eps);
+}
+
+Rope rope_tables(Rank& rank, int64_t positions, int size, double theta, At at) {
+  const Op op{rank, "rope_tables", at};
+  op.check({{"an even head size", size > 0 && size % 2 == 0},
+            {"positions >= 0", positions >= 0},
+            {"theta > 0", theta > 0}},
+           {});
+  const DType dtype = rank.compute == DType::F64 ? DType::F64 : DType::F32;
+  const int64_t half = size / 2;
+  Rope rope{op.empty({positions, half}, dtype), op.empty({positions, half}, dtype)};
+  op.on_cpu(rope.cos, [&]<class T>(T*) {
+    parallel_rows(positions, half * 100, [&](int64_t p) {
+      for (int64_t i = 0; i < half; i++) {
+        const double turn = double(p) * std::pow(theta, -2.0 * i / size);
+        row_of<T>(rope.cos, p)[i] = T(std::cos(turn));
+        row_of<T>(rope.sin, p)[i] = T(std::sin(turn));
+      }
+    });
+  });
+  return rope;
+}
+
+Tensor qk_norm_rope(Rank& rank, Tensor qkv, Heads heads, Tensor q_norm, Tensor k_norm, double eps,
+                    Rope rope, Tensor positions, At at) {
+  const Op op{rank, "qk_norm_rope", at};
+  const int64_t N = heads.size;
+  const bool normed = q_norm.defined();
+  op.check({{"qkv [T, (H+2K)*N] with an even N",
+             qkv.dim.rank == 2 && qkv.dim[1] == heads.width() && N > 0 && N % 2 == 0},
+            {"positions I32 [T]", is_i32(positions, {qkv.dim[0]})},
+            {"q_norm and k_norm [N], or both undefined",
+             normed ? q_norm.dim == Dims{N} && k_norm.dim == Dims{N} : !k_norm.defined()},
+            {"tables [positions, N/2]",
+             rope.cos.dim.rank == 2 && rope.cos.dim[1] == N / 2 && rope.sin.dim == rope.cos.dim},
+            {"one dtype", one_dtype({&qkv, &rope.cos, &rope.sin, &q_norm, &k_norm})}},
+           {&qkv, &q_norm, &k_norm, &rope.cos, &positions});
+  Tensor y = op.like(qkv);
+  const Tensor rstd = normed ? op.empty({qkv.dim[0], heads.query + heads.kv}, qkv.dtype) : Tensor{};
+  const TensorList all = {rope.cos, rope.sin, positions, normed ? qkv : Tensor{},
+                          rstd,     q_norm,   k_norm};
+  op.on_cpu(qkv, [&]<class T>(T*) {
+    op.check_ids("positions", positions, rope.cos.dim[0]);
+    Turns<T>{heads, all}.forward(qkv, T(eps), y);
+  });
+  const auto node = record(op, {qkv, q_norm, k_norm}, {&y})
+                        .numbers({heads.query, heads.kv, N})
+                        .bx(all, [](const auto& b) {
+                          const Tensor dx = b.op().like(b.dy());
+                          turns_of(b).backward(b.dy(), dx);
+                          add_grad(b.rank, b.node.in[0], dx);
+                        });
+  if (normed)
+    node.bw(1, {rope.cos, rope.sin, positions, qkv, rstd}, [](const auto& b) {
+      const auto turns = turns_of(b);
+      const Tensor u = b.op().like(b.dy());
+      turns.backward(b.dy(), u);
+      // One after the other: one weight may serve both, and the first writer assigns.
+      turns.weight_grad(u, 0, turns.heads.query, b.to(1));
+      turns.weight_grad(u, turns.heads.query, turns.turned(), b.to(2));
+    });
+  return y;
 }
 
 }  // namespace pith

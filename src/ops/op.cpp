@@ -5,11 +5,9 @@
 namespace pith {
 
 bool one_dtype(std::initializer_list<const Tensor*> ts) {
-  const Tensor* first = nullptr;
-  for (const Tensor* t : ts) {
-    if (!first && t->defined()) first = t;
-    if (t->defined() && t->dtype != first->dtype) return false;
-  }
+  for (const Tensor* a : ts)
+    for (const Tensor* b : ts)
+      if (a->defined() && b->defined() && a->dtype != b->dtype) return false;
   return true;
 }
 
@@ -30,6 +28,13 @@ void Op::check_ids(const char* what, const Tensor& ids, int64_t limit, int32_t a
     check({{text("%s in [0,%ld), not %d at element %ld", what, limit, id[i], i).c_str(), false}},
           {&ids});
   }
+}
+
+void Op::check_offsets(const char* what, const Tensor& offsets, int64_t last) const {
+  check_cpu(offsets);
+  const int32_t *begin = offsets.i32(), *end = begin + offsets.numel();
+  const bool good = begin != end && *begin == 0 && end[-1] == last && std::is_sorted(begin, end);
+  check({{text("%s ascending from 0 to P", what).c_str(), good}}, {&offsets});
 }
 
 int Op::dim_of(const Tensor& x, int dim) const {

@@ -2,8 +2,7 @@
 #pragma once
 #include <cstring>
 
-#include "core/rank.h"
-#include "core/tape.h"
+#include "ops/ops.h"
 
 namespace pith {
 
@@ -16,14 +15,12 @@ struct Slot {
   Slot from(int64_t i) const { return {data ? data + i : nullptr, add}; }
 };
 
-template <class Bx>
-struct Recorded;
-struct NoGradient {
-  void operator()(const auto&) const {}
-};
-
 inline bool is_i32(const Tensor& t, const Dims& dims) {
   return t.dtype == DType::I32 && t.dim == dims;
+}
+inline Dims with_size(Dims dims, int d, int64_t size) {
+  dims[d] = size;
+  return dims;
 }
 // Of those that are defined.
 bool one_dtype(std::initializer_list<const Tensor*> ts);
@@ -41,6 +38,8 @@ struct Op {
   void check_alike(std::initializer_list<const Tensor*> ts) const;
   // Elements of `ids` (I32) are in [0, limit) or `also`.
   void check_ids(const char* what, const Tensor& ids, int64_t limit, int32_t also = 0) const;
+  // `offsets` (I32) ascend from 0 to P = last.
+  void check_offsets(const char* what, const Tensor& offsets, int64_t last) const;
   // `dim` of x, from the end when negative, as one from the beginning.
   int dim_of(const Tensor& x, int dim) const;
   Dims broadcast(std::initializer_list<const Tensor*> ts) const;
@@ -60,10 +59,6 @@ struct Op {
     else
       f(static_cast<float*>(nullptr));
   }
-
-  // To be completed on the same line with what the node keeps and its backward.
-  Recorded<NoGradient> record(std::initializer_list<Tensor> in,
-                              std::initializer_list<Tensor*> out) const;
 };
 
 // What a node's bx or bw gets.
@@ -95,8 +90,11 @@ void run_backward(Rank& rank, Node& node, const TensorList& keep) {
   });
 }
 
+struct NoGradient {
+  void operator()(const auto&) const {}
+};
 // The node that record() made, or null. Functions are captureless, of a Backward<T>.
-template <class Bx>
+template <class Bx = NoGradient>
 struct Recorded {
   Node* node;
 
@@ -131,9 +129,10 @@ struct Recorded {
   }
 };
 
-inline Recorded<NoGradient> Op::record(std::initializer_list<Tensor> in,
-                                       std::initializer_list<Tensor*> out) const {
-  return {pith::record(rank, name, at, in, out)};
+// To be completed at once with what the node keeps and its backward.
+inline Recorded<> record(const Op& op, std::initializer_list<Tensor> in,
+                         std::initializer_list<Tensor*> out) {
+  return {record(op.rank, op.name, op.at, in, out)};
 }
 
 }  // namespace pith

@@ -1,5 +1,4 @@
 // ops: the one index of every operation; a model includes this and core alone.
-//
 // Inputs are of one float dtype, F32 (F64 in gradient checks), and on the rank's device; results
 // are new tensors and repeat bit for bit; any size may be 0. A broken contract throws Error naming
 // the caller's line. Letters: B batch, S sequence, T tokens (B*S), D hidden, H query heads, K
@@ -43,7 +42,7 @@ Tensor softmax(Rank& rank, Tensor x, int dim, At at = At::here());
 Tensor matmul(Rank& rank, Tensor a, Tensor b, At at = At::here());
 // Dimension i of the result is dimension order[i] of x.
 Tensor permute(Rank& rank, Tensor x, Dims order, At at = At::here());
-// x itself under another shape; one size may be -1.
+// x itself; one size may be -1.
 Tensor reshape(Rank& rank, Tensor x, Dims dims, At at = At::here());
 // Elements [begin, end) of a dimension.
 Tensor slice(Rank& rank, Tensor x, int dim, int64_t begin, int64_t end, At at = At::here());
@@ -54,9 +53,9 @@ Tensor concat(Rank& rank, TensorList xs, int dim, At at = At::here());
 Tensor repeat(Rank& rank, Tensor x, int dim, int64_t times, At at = At::here());
 // Rows ids[i] of the first dimension, ids I32 [n].
 Tensor index_select(Rank& rank, Tensor x, Tensor ids, At at = At::here());
-// Zeros with `rows` rows, plus row i of src at ids[i], in the order of i.
+// `rows` rows of zeros, plus row i of src at ids[i].
 Tensor scatter_add(Rank& rank, Tensor src, Tensor ids, int64_t rows, At at = At::here());
-// The k largest of the last dimension, descending; ties go to the lower index. ids I32.
+// The k largest of the last dimension, descending; ties go to the lower id, I32.
 struct TopK {
   Tensor values, ids;
 };
@@ -95,12 +94,12 @@ Tensor qk_norm_rope(Rank& rank, Tensor qkv, Heads heads, Tensor q_norm, Tensor k
 struct AttentionMask {
   bool causal = true;  // key coordinate <= query coordinate
   int window = 0;      // > 0: also query - key < window
-  Tensor order;        // I32 [S]: row coordinate of each local position; undefined: 0..S-1
   Tensor doc_ends;     // I32 [B, S]: exclusive end of the position's document, in row coordinates;
                        // a query sees its own only; undefined: one document
 };
 // qkv [B*S, (H+2K)*N] -> [B*S, H*N], scores scaled by 1/sqrt(N); with mesh.cp > 1 a ring over the
-// cp group.  Vaswani et al. 2017, arXiv:1706.03762; Ainslie et al. 2023, arXiv:2305.13245
+// cp group, whose member r holds chunks r and 2*cp-1-r of each row.  Vaswani et al. 2017,
+// arXiv:1706.03762; Ainslie et al. 2023, arXiv:2305.13245
 Tensor attention(Rank& rank, Tensor qkv, Heads heads, int64_t batch, AttentionMask mask,
                  At at = At::here());
 // q [B,S,H,N], k [B,Z,K,N], v [B,Z,K,M] -> [B,S,H,M], with an additive bias or a boolean mask (U8,
@@ -132,12 +131,12 @@ struct Dispatched {
   Tensor weights;    // [P]: routing weight of each pair
   Tensor row_of;     // [P]: row of each pair
   Tensor offsets;    // [E+1]: first pair of each local expert
-  Tensor pair_of;    // [P]: pairs of row 0, then of row 1, ...; inverse of row_of
+  Tensor pair_of;    // [P]: pairs of row 0, then of row 1, ...
   Tensor row_begin;  // [R+1]: where a row's pairs begin in pair_of
 };
 // [P, D]: row d.row_of[p] for each pair.
 Tensor expand_rows(Rank& rank, const Dispatched& d, At at = At::here());
-// [R, D]: each row sums its pairs of y [P, D] in the order of pair_of.
+// [R, D]: each row sums its pairs of y [P, D].
 Tensor reduce_pairs(Rank& rank, Tensor y, const Dispatched& d, At at = At::here());
 // Rows [offsets[e], offsets[e+1]) of x [P, in] times w[e]^T, w [E, out, in] -> [P, out].
 Tensor grouped_linear(Rank& rank, Tensor x, Tensor w, Tensor offsets, At at = At::here());

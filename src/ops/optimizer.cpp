@@ -5,7 +5,6 @@
 
 #include "core/rng.h"
 #include "ops/cpu.h"
-#include "ops/ops.h"
 
 namespace pith {
 namespace {
@@ -21,11 +20,10 @@ void parallel_blocks(int64_t n, int64_t work, F&& f) {
 
 template <class T>
 void adamw_block(const AdamW& o, int64_t n, const T* g, T* w, T* m, T* v) {
-  const double step = double(o.step);
   const T b1 = T(o.beta1), c1 = T(1 - o.beta1), b2 = T(o.beta2), c2 = T(1 - o.beta2);
   const T scale = T(o.grad_scale), eps = T(o.eps), keep = T(1 - o.lr * o.weight_decay);
-  const T rate = T(o.lr / (1 - std::pow(o.beta1, step)));
-  const T root = T(1 / std::sqrt(1 - std::pow(o.beta2, step)));
+  const T rate = T(o.lr / (1 - std::pow(o.beta1, double(o.step))));
+  const T root = T(1 / std::sqrt(1 - std::pow(o.beta2, double(o.step))));
   for (int64_t i = 0; i < n; i++) {
     const T grad = g[i] * scale;
     m[i] = m[i] * b1 + grad * c1;
@@ -53,10 +51,9 @@ double sum_squares(Rank& rank, Tensor x, At at) {
   vector<double> sums((x.numel() + kBlock - 1) / kBlock);
   Op{rank, "sum_squares", at}.on_cpu(x, [&]<class T>(T*) {
     parallel_blocks(x.numel(), 2, [&](int64_t begin, int64_t end) {
-      sums[begin / kBlock] = lane_sum<double>(end - begin, [&](int64_t i) {
-        const double value = x.as<T>()[begin + i];
-        return value * value;
-      });
+      const T* v = x.as<T>() + begin;
+      sums[begin / kBlock] =
+          lane_sum<double>(end - begin, [&](int64_t i) { return double(v[i]) * v[i]; });
     });
   });
   double total = 0;

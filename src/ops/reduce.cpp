@@ -3,8 +3,7 @@
 //          softmax: y * (dy - <dy, y>)
 #include <algorithm>
 
-#include "ops/ops.h"
-#include "ops/views.h"
+#include "ops/cpu.h"
 
 namespace pith {
 namespace {
@@ -42,11 +41,9 @@ void cumsum_cpu(const Tensor& x, Slot<T> to, bool reverse) {
 
 Tensor sum(Rank& rank, Tensor x, int dim, At at) {
   const Op op{rank, "sum", at};
-  Dims dims = x.dim;
-  dims[op.dim_of(x, dim)] = 1;
-  Tensor y = op.empty(dims, x.dtype);
+  Tensor y = op.empty(with_size(x.dim, op.dim_of(x, dim), 1), x.dtype);
   op.on_cpu(x, [&]<class T>(T*) { sum_to<T>(op, x, {y}); });
-  op.record({x}, {&y}).bx({}, []<class T>(Backward<T> b) {
+  record(op, {x}, {&y}).bx({}, []<class T>(Backward<T> b) {
     const GradSlot dx = b.slot(0);
     copy_elements<T>(dx.grad.dim, view_of(b.dy(), dx.grad.dim), view_of(dx.grad), dx.add);
   });
@@ -69,8 +66,7 @@ TopK top_k(Rank& rank, Tensor x, int k, At at) {
   op.check_alike({&x});
   const string need = text("1 <= k <= size of the last dimension for k = %d", k);
   op.check({{need.c_str(), k >= 1 && k <= x.cols()}}, {&x});
-  Dims dims = x.dim;
-  dims[dims.rank - 1] = k;
+  const Dims dims = with_size(x.dim, x.dim.rank - 1, k);
   TopK y{op.empty(dims, x.dtype), op.empty(dims, DType::I32)};
   op.on_cpu(x, [&]<class T>(T*) {
     parallel_rows(x.rows(), x.cols() * 2, [&](int64_t r) {
@@ -79,7 +75,7 @@ TopK top_k(Rank& rank, Tensor x, int k, At at) {
       for (int j = 0; j < k; j++) row_of<T>(y.values, r)[j] = row_of<T>(x, r)[ids[j]];
     });
   });
-  op.record({x}, {&y.values}).bx({y.ids}, []<class T>(Backward<T> b) {
+  record(op, {x}, {&y.values}).bx({y.ids}, []<class T>(Backward<T> b) {
     const Tensor dx = b.zeroed(0), &ids = b.keep[0];
     for (int64_t i = 0; i < ids.numel(); i++)
       row_of<T>(dx, i / ids.cols())[ids.i32()[i]] += b.dy().template as<T>()[i];
@@ -92,7 +88,7 @@ Tensor cumsum(Rank& rank, Tensor x, int dim, At at) {
   return over_last(op, x, op.dim_of(x, dim), [&](Tensor t) {
     Tensor y = op.like(t);
     op.on_cpu(t, [&]<class T>(T*) { cumsum_cpu<T>(t, {y.as<T>()}, false); });
-    op.record({t}, {&y}).bx({}, [](const auto& b) { cumsum_cpu(b.dy(), b.to(0), true); });
+    record(op, {t}, {&y}).bx({}, [](const auto& b) { cumsum_cpu(b.dy(), b.to(0), true); });
     return y;
   });
 }
@@ -108,7 +104,7 @@ Tensor softmax(Rank& rank, Tensor x, int dim, At at) {
         for (int64_t i = 0; i < n; i++) to[i] /= sum;
       });
     });
-    op.record({t}, {&y}).bx({y}, []<class T>(Backward<T> b) {
+    record(op, {t}, {&y}).bx({y}, []<class T>(Backward<T> b) {
       const int64_t n = b.dy().cols();
       const Slot<T> dx = b.to(0);
       parallel_rows(b.dy().rows(), n * 2, [&](int64_t r) {

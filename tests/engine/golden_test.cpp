@@ -11,7 +11,7 @@
 #include "engine/instance.h"
 #include "engine/optimizer.h"
 #include "engine/routing_trace.h"
-#include "engine/layouts.h"
+#include "layouts/layouts.h"
 
 namespace pith {
 namespace {
