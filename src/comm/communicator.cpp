@@ -12,14 +12,13 @@ namespace {
 
 using ParcelRef = std::shared_ptr<const Parcel>;
 
-// The call, in front of what went wrong with it.
 [[noreturn]] void fail_call(const Call& call, const string& what) {
   throw Error(kExitFailed,
               text("%s:%d: %s \"%s\"", call.at.file, call.at.line, call.op, call.what) + what);
 }
 
-// One call of one rank, under World::mutex: it posts what it sends and what it is to receive,
-// waits, and picks up. Every collective and message is one.
+// Every collective and message: a rank posts what it sends and what it is to receive, waits, and
+// picks up. Holds World::mutex.
 struct Exchange {
   Rank& rank;
   const Call& call;
@@ -65,7 +64,7 @@ struct Exchange {
     return parcel;
   }
 
-  // Are any of the ranks that are waited for gone? `names` becomes "ranks 1, 2".
+  // Has one that is waited for ended? `names` becomes "ranks 1, 2".
   bool missing(string& names) {
     bool gone = false;
     int count = 0;
@@ -81,8 +80,8 @@ struct Exchange {
     return gone;
   }
 
-  // The one place where the host waits for other ranks. Three exits: all is matched; another rank
-  // failed; the time limit, which is this rank's failure, as is a rank that ended without coming.
+  // Three exits: all is matched; another rank failed; the time limit or a rank that has ended,
+  // which is this rank's failure.
   void wait() {
     const double limit_s = rank.comm->limit_s;
     const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(limit_s);
@@ -107,7 +106,7 @@ std::shared_ptr<Parcel> pack(const Call& call, const Tensor& t) {
   return std::make_shared<Parcel>(Parcel{call, t.meta(), {t.data, t.data + t.bytes()}});
 }
 
-// What the members of a collective brought, in their order.
+// What the members of a collective brought.
 struct Meeting {
   const Rank& rank;
   Call call;
@@ -157,7 +156,7 @@ int64_t row_bytes(const Tensor& t) {
   return bytes;
 }
 
-// Byte offsets of the n parts of `whole`, and their sum.
+// Byte offsets of n parts, and their sum.
 vector<int64_t> part_offsets(const Tensor& whole, const int64_t* rows, int n) {
   vector<int64_t> offset(n + 1);
   for (int i = 0; i < n; i++)
@@ -185,7 +184,7 @@ void reduce_as(const Meeting& m, const Tensor& in, const Tensor& out, int64_t be
   }
 }
 
-// out = reduction over members, in their order, of their `in` from byte `begin` on.
+// out = sum or maximum over members, in their order, of their `in` from byte `begin` on.
 void reduce_members(Rank& rank, const Call& call, const Tensor& in, const Tensor& out,
                     int64_t begin, Reduce reduce) {
   const Meeting m = meet(rank, call, in, int(reduce));

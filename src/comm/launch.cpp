@@ -6,7 +6,6 @@
 #include <thread>
 
 #include "comm/world.h"
-#include "core/allocator.h"
 #include "core/process.h"
 
 // Present when linked: OpenBLAS's number of threads is the process's, OpenMP's each thread's own.
@@ -56,7 +55,9 @@ static void run_rank(World& world, Rank& rank, void (*call)(void*, Rank&), void*
     world.message = text("rank %d: ", rank.id) + error;
     for (int id = 0; id < rank.world; id++) {
       const Status& s = status_board(id);
-      const char* doing = world.ranks[id].finished ? " has ended" : s.waiting[0] ? " waits" : " runs";
+      const char* doing = world.ranks[id].finished ? " has ended"
+                          : s.waiting[0]           ? " waits"
+                                                   : " runs";
       char line[1024];
       world.message += string(line, status_line(line, sizeof line, s, doing));
     }

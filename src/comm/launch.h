@@ -6,9 +6,9 @@ namespace pith {
 
 struct LaunchOptions {
   double startup_limit_s = 600;  // longest wait for other ranks, until end_startup
-  double limit_s = 120;          // and after it
-  // On failure print one message and leave at once, without destructors, which must not run beside
-  // ranks that hang. Otherwise run_ranks throws it, when every rank has returned.
+  double limit_s = 120;
+  // Print a failure and leave at once, without destructors, which must not run beside ranks that
+  // hang. Otherwise run_ranks throws it, when every rank has returned.
   bool exit_on_failure = false;
   DType compute = DType::F32;
   bool debug = false;

@@ -2,7 +2,6 @@
 
 namespace pith {
 
-// The axes along which the members of a group differ.
 struct GroupAxes {
   const char* name;
   bool pp, dp_replicate, dp_shard, cp, ep;

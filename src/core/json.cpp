@@ -162,16 +162,14 @@ void JsonWriter::new_line() {
 JsonWriter& JsonWriter::open(char begin, char end) {
   raw(string(1, begin));
   closers_ += end;
-  first_ = true;
   return *this;
 }
 
 JsonWriter& JsonWriter::end() {
   const char closer = closers_.back();
   closers_.pop_back();
-  if (!first_) new_line();
+  if (!opened()) new_line();
   out_ += closer;
-  first_ = false;
   return *this;
 }
 
@@ -180,7 +178,6 @@ JsonWriter& JsonWriter::key(const string& name) {
     failed("JsonWriter", "a key outside an object: " + name);
   value(name);
   out_ += ": ";
-  after_key_ = true;
   return *this;
 }
 
@@ -194,12 +191,12 @@ JsonWriter& JsonWriter::value(double number) {
 
 JsonWriter& JsonWriter::value(const string& text_in) { return raw(dumped(text_in)); }
 
+// What stands before tells what is due: a key ends in a space.
 JsonWriter& JsonWriter::raw(const string& json) {
-  if (!after_key_) {
-    if (!first_) out_ += indent_ < 0 ? ", " : ",";
-    if (!closers_.empty()) new_line();
+  if (!out_.empty() && out_.back() != ' ') {
+    if (!opened()) out_ += indent_ < 0 ? ", " : ",";
+    new_line();
   }
-  first_ = after_key_ = false;
   out_ += json;
   return *this;
 }

@@ -1,4 +1,3 @@
-// log: one line on the terminal and in the run's log.txt; never from two threads at once.
 #pragma once
 #include "core/check.h"
 
@@ -8,14 +7,12 @@ namespace pith {
 [[gnu::format(printf, 1, 2)]] void log_info(const char* format, ...);
 [[gnu::format(printf, 1, 2)]] void log_warning(const char* format, ...);
 
-// Appends later lines to `path` too, until called with "".
+// Until called with "".
 void log_to_file(const string& path);
 
-// Seconds of a monotonic clock.
 double now_s();
 
-// Of long work: on a terminal one line that is redrawn, else a plain line every 10 s. A total of 0
-// is unknown.
+// On a terminal one line that is redrawn, else a plain line every 10 s. A total of 0 is unknown.
 class Progress {
  public:
   Progress(string what, double total, string unit);

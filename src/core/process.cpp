@@ -44,15 +44,13 @@ static void on_stop(int signal_number) {
 }
 
 [[noreturn]] static void crash(const char* what, const char* detail) {
-  char line[1024];
-  int n = snprintf(line, sizeof line, "error: crash: %.500s%.500s", what, detail);
-  for (int i = -1; i < boards_used; i++) {
-    if (i >= 0)
-      n = int(status_line(line, sizeof line, boards[i],
-                          boards[i].thread == gettid() ? " (crashed here)" : ""));
-    if (write(2, line, n) < 0) break;
-  }
-  if (write(2, "\n", 1) == 1) _exit(kExitFailed);
+  constexpr size_t kLine = 512;
+  static char report[(kMaxRanks + 2) * kLine];
+  size_t n = snprintf(report, kLine, "error: crash: %.200s%.200s", what, detail);
+  for (const Status* s = boards; s < boards + boards_used; s++)
+    n += status_line(report + n, kLine, *s, s->thread == gettid() ? " (crashed here)" : "");
+  report[n] = '\n';
+  [[maybe_unused]] const ssize_t written = write(2, report, n + 1);
   _exit(kExitFailed);
 }
 

@@ -3,7 +3,6 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "core/allocator.h"
 #include "core/rank.h"
 
 namespace pith {

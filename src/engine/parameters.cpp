@@ -5,7 +5,6 @@
 #include <cstring>
 
 #include "comm/communicator.h"
-#include "core/allocator.h"
 #include "core/rng.h"
 
 namespace pith {

@@ -5,7 +5,6 @@
 #include <ctime>
 
 #include "comm/launch.h"
-#include "core/allocator.h"
 #include "core/log.h"
 #include "core/process.h"
 #include "engine/batches.h"
@@ -14,7 +13,7 @@
 #include "engine/optimizer.h"
 #include "engine/routing_slot.h"
 #include "observe/metrics.h"
-#include "observe/tensorboard.h"
+#include "observe/metrics.h"
 
 namespace pith {
 namespace {

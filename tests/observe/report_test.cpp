@@ -6,7 +6,6 @@
 
 #include "core/check.h"
 #include "core/json.h"
-#include "observe/memory_report.h"
 
 namespace pith {
 
