@@ -15,7 +15,7 @@ int group_rank(const Rank& rank, Group group);
 int group_member(const Rank& rank, Group group, int member);
 const Mesh& mesh_of(const Rank& rank);  // requires rank.comm
 
-// Counts are rows, one a member; null: equal parts. Reductions take F32, F64 and I32.
+// Counts are rows, one a member; null: equal parts. Reductions take F32 and F64.
 
 // out [sum(rows), ...] = the members' in [rows[me], ...]; `in` may lie in `out`.
 void all_gather(Rank& rank, Group group, const Tensor& in, const Tensor& out, const char* what,

@@ -1,7 +1,6 @@
 #include "core/json.h"
 
 #include <cerrno>
-#include <charconv>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -117,9 +116,9 @@ int64_t Json::as_int(int64_t min, int64_t max) const {
   const Value& v = value_of(node_);
   if (v.is_number_unsigned() && v.get<uint64_t>() > uint64_t(INT64_MAX))
     wrong_type("a whole number below 2^63");
-  const bool whole = is_int() || (v.is_number() && std::fabs(v.get<double>()) <= 0x1p53 &&
-                                  v.get<double>() == std::floor(v.get<double>()));
-  if (!whole) wrong_type("a whole number");
+  const double exact = v.is_number() ? v.get<double>() : NAN;
+  if (!is_int() && !(std::fabs(exact) <= 0x1p53 && exact == std::floor(exact)))
+    wrong_type("a whole number");
   const int64_t number = v.get<int64_t>();
   if (number < min || number > max) {
     string need = min == INT64_MIN ? "" : text("at least %ld", min);
@@ -181,14 +180,7 @@ JsonWriter& JsonWriter::key(const string& name) {
   return *this;
 }
 
-JsonWriter& JsonWriter::value(double number) {
-  if (!std::isfinite(number)) return null();
-  char digits[32];
-  string shortest(digits, std::to_chars(digits, digits + sizeof digits, number).ptr);
-  if (shortest.find_first_of(".e") == string::npos) shortest += ".0";
-  return raw(shortest);
-}
-
+JsonWriter& JsonWriter::value(double number) { return raw(dumped(number)); }
 JsonWriter& JsonWriter::value(const string& text_in) { return raw(dumped(text_in)); }
 
 // What stands before tells what is due: a key ends in a space.

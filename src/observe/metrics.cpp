@@ -73,51 +73,47 @@ static void each_field(Metrics& m, Io io) {
   io("expert_load_dead", m.load.dead_share);
 }
 
+struct LineWriter {
+  JsonWriter& w;
+  void operator()(const char* key, const auto& value) { w.key(key).value(value); }
+  void operator()(const char* key, const std::optional<double>& value) {
+    if (value) w.key(key).value(*value);
+  }
+  void operator()(const char* key, const string& value) {
+    if (!value.empty()) w.key(key).value(value);
+  }
+  void operator()(const char* key, const vector<double>& values) {
+    if (values.empty()) return;
+    w.key(key).array();
+    for (const double value : values) w.value(value);
+    w.end();
+  }
+};
+
 string step_json(const StepMetrics& m) {
   JsonWriter w;
   w.object();
-  each_field(m, [&]<class T>(const char* key, const T& value) {
-    if constexpr (std::is_same_v<T, vector<double>> || std::is_same_v<T, string>)
-      if (value.empty()) return;
-    if constexpr (std::is_same_v<T, std::optional<double>>)
-      if (!value) return;
-    w.key(key);
-    if constexpr (std::is_same_v<T, vector<double>>) {
-      w.array();
-      for (const double number : value) w.value(number);
-      w.end();
-    } else if constexpr (std::is_same_v<T, std::optional<double>>) {
-      w.value(*value);
-    } else {
-      w.value(value);
-    }
-  });
+  each_field(m, LineWriter{w});
   return w.end().str();
 }
 
 // Numbers that are not finite were written as null.
 static double number(const Json& value) { return value.is_null() ? NAN : value.as_double(); }
 
-static StepMetrics parse_step(const Json& line) {
-  StepMetrics m;
-  each_field(m, [&]<class T>(const char* key, T& value) {
-    if constexpr (std::is_same_v<T, int64_t>)
-      value = line[key].as_int(0);
-    else if constexpr (std::is_same_v<T, bool>)
-      value = line[key].as_bool();
-    else if constexpr (std::is_same_v<T, double>)
-      value = number(line[key]);
-    else if (!line.has(key))
-      return;
-    else if constexpr (std::is_same_v<T, string>)
-      value = line[key].as_string();
-    else if constexpr (std::is_same_v<T, std::optional<double>>)
-      value = number(line[key]);
-    else
-      for (int64_t i = 0; i < line[key].size(); i++) value.push_back(number(line[key][i]));
-  });
-  return m;
-}
+struct LineReader {
+  const Json& line;
+  void operator()(const char* key, int64_t& value) { value = line[key].as_int(0); }
+  void operator()(const char* key, bool& value) { value = line[key].as_bool(); }
+  void operator()(const char* key, double& value) { value = number(line[key]); }
+  void operator()(const char* key, string& value) { value = line.string_or(key, ""); }
+  void operator()(const char* key, std::optional<double>& value) {
+    if (line.has(key)) value = number(line[key]);
+  }
+  void operator()(const char* key, vector<double>& values) {
+    for (int64_t i = 0; line.has(key) && i < line[key].size(); i++)
+      values.push_back(number(line[key][i]));
+  }
+};
 
 static AppendedFile open_appended(const string& path) {
   AppendedFile file(fopen(path.c_str(), "ab"), fclose);
@@ -174,9 +170,11 @@ void MetricsFile::sync() {
 vector<StepMetrics> read_metrics(const string& path) {
   const string bytes = read_text_file(path);
   vector<StepMetrics> steps;
-  for (size_t begin = 0, end; (end = bytes.find('\n', begin)) != string::npos; begin = end + 1)
-    steps.push_back(parse_step(Json::parse(bytes.substr(begin, end - begin),
-                                           text("%s: line %zu", path.c_str(), steps.size() + 1))));
+  for (size_t begin = 0, end; (end = bytes.find('\n', begin)) != string::npos; begin = end + 1) {
+    const string place = text("%s: line %zu", path.c_str(), steps.size() + 1);
+    const Json line = Json::parse(bytes.substr(begin, end - begin), place);
+    each_field(steps.emplace_back(), LineReader{line});
+  }
   return steps;
 }
 
