@@ -15,12 +15,13 @@ double now_s();
 // On a terminal one line that is redrawn, else a plain line every 10 s. A total of 0 is unknown.
 class Progress {
  public:
-  Progress(string what, double total, string unit);
+  Progress(const string& what, double total, const string& unit)
+      : what_(what), unit_(unit), total_(total) {}
   void update(double done, const string& extra = "");
 
  private:
   string what_, unit_;
-  double total_, start_s_, last_s_;
+  double total_, start_s_ = now_s(), last_s_ = start_s_;
 };
 
 // "1,234,567"; "3 min 20 s"; "1.50 GiB".

@@ -11,7 +11,6 @@ enum class Device : uint8_t { CPU, CUDA };
 
 int64_t size_of(DType dtype);
 const char* name_of(DType dtype);
-const char* name_of(Device device);
 inline bool is_float(DType d) { return d != DType::I32 && d != DType::U8; }
 
 struct Allocator;
