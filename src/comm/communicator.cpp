@@ -51,7 +51,15 @@ struct GroupState {
   vector<Channel> channels;  // by source * n + destination
 };
 
-struct RankState {
+struct World;
+
+struct Comm {
+  World* world = nullptr;
+  Rank rank;
+  Allocator allocator;
+  GroupState* group[kGroups] = {};
+  int place[kGroups] = {};
+  double limit_s = 0, limit_after_startup_s = 0;
   std::condition_variable changed;
   int open = 0;  // receives, and sends of messages, that it waits for
   bool finished = false;
@@ -59,21 +67,14 @@ struct RankState {
 
 struct World {
   Mesh mesh;
-  std::mutex mutex;  // of all that follows
+  std::mutex mutex;  // of what changes
   std::deque<GroupState> groups;
-  vector<RankState> ranks;
+  vector<Comm> ranks;
   int returned = 0;
   std::condition_variable over;
   int failed_rank = -1;  // the first
   int exit_code = 0;
   string message;
-};
-
-struct Comm {
-  World* world = nullptr;
-  GroupState* group[kGroups] = {};
-  int place[kGroups] = {};
-  double limit_s = 0, limit_after_startup_s = 0;
 };
 
 namespace {
@@ -88,12 +89,11 @@ using ParcelRef = std::shared_ptr<const Parcel>;
 // Every collective and message: a rank posts what it sends and what it is to receive, waits, and
 // picks up. Holds World::mutex.
 struct Exchange {
-  Rank& rank;
+  Comm& mine;
   const Call& call;
-  World& world = *rank.comm->world;
-  GroupState& group = *rank.comm->group[int(call.group)];
-  RankState& mine = world.ranks[rank.id];
-  int n = int(group.members.size()), me = rank.comm->place[int(call.group)];
+  World& world = *mine.world;
+  GroupState& group = *mine.group[int(call.group)];
+  int n = int(group.members.size()), me = mine.place[int(call.group)];
   std::unique_lock<std::mutex> lock{world.mutex};
 
   Channel& channel(int from, int to) { return group.channels[from * n + to]; }
@@ -120,7 +120,7 @@ struct Exchange {
   }
 
   void settle(int member) {
-    RankState& state = world.ranks[group.members[member]];
+    Comm& state = world.ranks[group.members[member]];
     if (--state.open == 0) state.changed.notify_one();
   }
 
@@ -158,16 +158,16 @@ struct Exchange {
   // Three exits: all is matched; another rank failed; the time limit or a rank that has ended,
   // which is this rank's failure.
   void wait() {
-    const double limit_s = rank.comm->limit_s;
-    const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(limit_s);
-    char* waiting = rank.status->waiting;
-    snprintf(waiting, sizeof rank.status->waiting, "%s \"%s\" (%s group) called at %s:%d", call.op,
-             call.what, name_of(call.group), call.at.file, call.at.line);
+    const std::chrono::duration<double> limit(mine.limit_s);
+    const auto deadline = std::chrono::steady_clock::now() + limit;
+    auto& waiting = mine.rank.status->waiting;
+    snprintf(waiting, sizeof waiting, "%s \"%s\" (%s group) called at %s:%d", call.op, call.what,
+             name_of(call.group), call.at.file, call.at.line);
     string names;
     for (bool timed_out = false; world.failed_rank < 0 && mine.open > 0;) {
       if (missing(names)) fail_call(call, " waits for " + names + ", of which one has ended");
       if (timed_out)
-        fail_call(call, text(" waited %g s for %s (%s group)", limit_s, names.c_str(),
+        fail_call(call, text(" waited %g s for %s (%s group)", limit.count(), names.c_str(),
                              name_of(call.group)));
       timed_out = mine.changed.wait_until(lock, deadline) == std::cv_status::timeout;
     }
@@ -204,7 +204,7 @@ Meeting meet(Rank& rank, const Call& call, const Tensor& t, int detail = 0,
   const int n = group_size(rank, call.group);
   if (n == 1) return {rank, call, {mine}};
   Meeting meeting{rank, call, {}};
-  Exchange exchange{rank, call};
+  Exchange exchange{*rank.comm, call};
   for (int i = 0; i < n; i++) exchange.send(i, mine);
   for (int i = 0; i < n; i++) exchange.receive(i);
   exchange.wait();
@@ -371,7 +371,7 @@ void send_recv(Rank& rank, Group group, const Transfer* list, int n, const char*
     parcels.push_back(parcel);
   }
   {
-    Exchange exchange{rank, call};
+    Exchange exchange{*rank.comm, call};
     for (int i = 0; i < n; i++)
       parcels[i] ? exchange.send(list[i].peer, parcels[i]) : exchange.receive(list[i].peer);
     exchange.wait();
@@ -392,29 +392,29 @@ void send_recv(Rank& rank, Group group, const Transfer* list, int n, const char*
 }
 
 // Every group of the mesh once, shared by its members.
-static void connect(World& world, vector<Comm>& comms) {
+static void connect(World& world) {
   for (int kind = 0; kind < kGroups; kind++)
-    for (int rank = 0; rank < world.mesh.world(); rank++) {
-      if (comms[rank].group[kind]) continue;
+    for (size_t rank = 0; rank < world.ranks.size(); rank++) {
+      if (world.ranks[rank].group[kind]) continue;
       GroupState& g = world.groups.emplace_back();
-      g.members = group_members(world.mesh, Group(kind), rank);
+      g.members = group_members(world.mesh, Group(kind), int(rank));
       const size_t n = g.members.size();
       g.channels.resize(n * n);
       for (size_t i = 0; i < n; i++) {
-        comms[g.members[i]].group[kind] = &g;
-        comms[g.members[i]].place[kind] = int(i);
+        world.ranks[g.members[i]].group[kind] = &g;
+        world.ranks[g.members[i]].place[kind] = int(i);
       }
     }
 }
 
-static void run_rank(World& world, Rank& rank, void (*call)(void*, Rank&), void* fn) {
-  rank.status->thread = gettid();
-  if (rank.world > 1 && omp_set_num_threads)
-    omp_set_num_threads(std::max(1, omp_get_max_threads() / rank.world));
+static void run_rank(World& world, Comm& mine, void (*call)(void*, Rank&), void* fn) {
+  const int n = int(world.ranks.size());
+  mine.rank.status->thread = gettid();
+  if (n > 1 && omp_set_num_threads) omp_set_num_threads(std::max(1, omp_get_max_threads() / n));
   int code = kExitDone;
   string error;
   try {
-    call(fn, rank);
+    call(fn, mine.rank);
   } catch (const Error& e) {
     code = e.exit_code;
     error = e.what();
@@ -423,23 +423,20 @@ static void run_rank(World& world, Rank& rank, void (*call)(void*, Rank&), void*
     error = e.what();
   }
   const std::lock_guard lock(world.mutex);
-  if (code == kExitDone) {
-    world.ranks[rank.id].finished = true;
-  } else if (world.failed_rank < 0) {
-    world.failed_rank = rank.id;
+  mine.finished = code == kExitDone;
+  if (!mine.finished && world.failed_rank < 0) {
+    world.failed_rank = mine.rank.id;
     world.exit_code = code;
-    world.message = text("rank %d: ", rank.id) + error;
-    for (int id = 0; id < rank.world; id++) {
-      const Status& s = status_board(id);
-      const char* doing = world.ranks[id].finished ? " has ended"
-                          : s.waiting[0]           ? " waits"
-                                                   : " runs";
+    world.message = text("rank %d: ", mine.rank.id) + error;
+    for (const Comm& other : world.ranks) {
+      const Status& s = *other.rank.status;
+      const char* doing = other.finished ? " has ended" : s.waiting[0] ? " waits" : " runs";
       char line[1024];
       world.message += string(line, status_line(line, sizeof line, s, doing));
     }
   }
   world.returned++;
-  for (RankState& state : world.ranks) state.changed.notify_all();
+  for (Comm& other : world.ranks) other.changed.notify_all();
   world.over.notify_all();
 }
 
@@ -450,30 +447,27 @@ void run_rank_threads(const Mesh& mesh, Device device, const LaunchOptions& opti
     bad_input("ranks", text("too many in one process (got %d, need at most %d)", n, kMaxRanks),
               "fewer ranks");
   if (n > 1 && openblas_set_num_threads) openblas_set_num_threads(1);
-  World world{.mesh = mesh, .ranks = vector<RankState>(n)};
-  vector<Allocator> allocators(n);
-  vector<Comm> comms(n);
-  connect(world, comms);
-  vector<Rank> ranks(n);
+  World world{.mesh = mesh, .ranks = vector<Comm>(n)};
+  connect(world);
   for (int id = 0; id < n; id++) {
-    comms[id].world = &world;
-    comms[id].limit_s = options.startup_limit_s;
-    comms[id].limit_after_startup_s = options.limit_s;
+    Comm& comm = world.ranks[id];
+    comm.world = &world;
+    comm.limit_s = options.startup_limit_s;
+    comm.limit_after_startup_s = options.limit_s;
     Status& board = status_board(id);
     board = Status{.rank = id};
-    ranks[id] = {.id = id,
+    comm.rank = {.id = id,
                  .world = n,
                  .mesh = coord_of(mesh, id),
                  .device = device,
                  .compute = options.compute,
-                 .allocator = &allocators[id],
-                 .comm = &comms[id],
+                 .allocator = &comm.allocator,
+                 .comm = &comm,
                  .status = &board,
                  .debug = options.debug};
   }
   vector<std::thread> threads;
-  for (int id = 0; id < n; id++)
-    threads.emplace_back([&, id] { run_rank(world, ranks[id], call, fn); });
+  for (Comm& comm : world.ranks) threads.emplace_back([&] { run_rank(world, comm, call, fn); });
   if (options.exit_on_failure) {
     std::unique_lock lock(world.mutex);
     world.over.wait(lock, [&] { return world.failed_rank >= 0 || world.returned == n; });

@@ -43,7 +43,10 @@ Node* record(Rank& rank, const char* op, At at, std::initializer_list<Tensor> in
   return &node;
 }
 
-void make_leaf(Rank& rank, Tensor& t) { t.var = rank.tape->new_var(); }
+void make_leaf(Rank& rank, Tensor& t) {
+  t.var = int32_t(rank.tape->grads.size());
+  rank.tape->grads.emplace_back();
+}
 
 Tensor grad_of(const Tape& tape, const Tensor& t) {
   if (t.var < 0) return {};

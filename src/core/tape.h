@@ -40,10 +40,6 @@ struct Node {
 struct Tape {
   vector<Node> nodes;
   vector<Tensor> grads;  // by variable
-  int new_var() {
-    grads.emplace_back();
-    return int(grads.size()) - 1;
-  }
   int size() const { return int(nodes.size()); }
   void clear() { *this = Tape(); }
 };

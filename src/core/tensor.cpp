@@ -109,8 +109,6 @@ Storage* Allocator::allocate(int64_t bytes, At at) {
   return new Storage{this, data, bytes};
 }
 
-void Allocator::reset_peak() { peak_bytes = __atomic_load_n(&live_bytes, __ATOMIC_RELAXED); }
-
 void release(Storage* s) {
   __atomic_sub_fetch(&s->allocator->live_bytes, s->bytes, __ATOMIC_RELAXED);
   std::free(s->data);
