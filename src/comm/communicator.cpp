@@ -31,11 +31,11 @@ struct Call {
 // What one member brings to others, copied; constant once sent.
 struct Parcel {
   Call call;
-  Tensor tensor;  // as meta
+  Tensor tensor;
   vector<char> data;
   int detail = 0;           // Reduce, or the root
-  vector<int64_t> offsets;  // of all_to_all: where each destination's part begins, and the end
-  bool is_message = false;  // of send_recv: its sender waits until a receive is posted
+  vector<int64_t> offsets;  // of the parts by destination, in all_to_all
+  bool is_message = false;  // its sender waits until a receive is posted
   MessageTag tag;
 };
 
@@ -67,12 +67,12 @@ struct Comm {
 
 struct World {
   Mesh mesh;
-  std::mutex mutex;  // of what changes
+  std::mutex mutex;
   std::deque<GroupState> groups;
   vector<Comm> ranks;
   int returned = 0;
   std::condition_variable over;
-  int failed_rank = -1;  // the first
+  int failed_rank = -1;
   int exit_code = 0;
   string message;
 };
@@ -86,8 +86,7 @@ using ParcelRef = std::shared_ptr<const Parcel>;
               text("%s:%d: %s \"%s\"", call.at.file, call.at.line, call.op, call.what) + what);
 }
 
-// Every collective and message: a rank posts what it sends and what it is to receive, waits, and
-// picks up. Holds World::mutex.
+// Under every collective and message: post what is sent and what is to be received, wait, pick up.
 struct Exchange {
   Comm& mine;
   const Call& call;
@@ -139,20 +138,10 @@ struct Exchange {
     return parcel;
   }
 
-  // Has one that is waited for ended? `names` becomes "ranks 1, 2".
-  bool missing(string& names) {
-    bool gone = false;
-    int count = 0;
-    names.clear();
-    for (int peer = 0; peer < n; peer++) {
-      const Channel& out = channel(me, peer);
-      const bool unsent = out.matched < out.parcels.size() && out.parcels.back()->is_message;
-      if (!unsent && channel(peer, me).wanted == 0) continue;
-      names += text("%s %d", count++ ? "," : "", group.members[peer]);
-      gone |= world.ranks[group.members[peer]].finished;
-    }
-    names = (count > 1 ? "ranks" : "rank") + names;
-    return gone;
+  bool waits_for(int peer) {
+    const Channel& out = channel(me, peer);
+    const bool unmatched = out.matched < out.parcels.size() && out.parcels.back()->is_message;
+    return unmatched || channel(peer, me).wanted > 0;
   }
 
   // Three exits: all is matched; another rank failed; the time limit or a rank that has ended,
@@ -163,13 +152,19 @@ struct Exchange {
     auto& waiting = mine.rank.status->waiting;
     snprintf(waiting, sizeof waiting, "%s \"%s\" (%s group) called at %s:%d", call.op, call.what,
              name_of(call.group), call.at.file, call.at.line);
-    string names;
-    for (bool timed_out = false; world.failed_rank < 0 && mine.open > 0;) {
-      if (missing(names)) fail_call(call, " waits for " + names + ", of which one has ended");
-      if (timed_out)
-        fail_call(call, text(" waited %g s for %s (%s group)", limit.count(), names.c_str(),
+    for (bool late = false; world.failed_rank < 0 && mine.open > 0;) {
+      string names;
+      bool ended = false;
+      for (int peer = 0; peer < n; peer++) {
+        if (!waits_for(peer)) continue;
+        names += text("%s %d", names.empty() ? "" : ",", group.members[peer]);
+        ended |= world.ranks[group.members[peer]].finished;
+      }
+      if (ended) fail_call(call, " waits for rank" + names + ", of which one has ended");
+      if (late)
+        fail_call(call, text(" waited %g s for rank%s (%s group)", limit.count(), names.c_str(),
                              name_of(call.group)));
-      timed_out = mine.changed.wait_until(lock, deadline) == std::cv_status::timeout;
+      late = mine.changed.wait_until(lock, deadline) == std::cv_status::timeout;
     }
     if (world.failed_rank >= 0)
       throw Error(kExitFailed, text("stopped, because rank %d failed", world.failed_rank));
@@ -181,7 +176,6 @@ std::shared_ptr<Parcel> pack(const Call& call, const Tensor& t) {
   return std::make_shared<Parcel>(Parcel{call, t.meta(), {t.data, t.data + t.bytes()}});
 }
 
-// What the members of a collective brought.
 struct Meeting {
   const Rank& rank;
   Call call;
@@ -246,7 +240,7 @@ void reduce_as(const Meeting& m, const Tensor& in, const Tensor& out, int64_t be
   }
 }
 
-// out = sum or maximum over members, in their order, of their `in` from byte `begin` on.
+// out = reduction, in the members' order, of their `in` from byte `begin` on.
 void reduce_members(Rank& rank, const Call& call, const Tensor& in, const Tensor& out,
                     int64_t begin, Reduce reduce) {
   const Meeting m = meet(rank, call, in, int(reduce));
@@ -391,7 +385,6 @@ void send_recv(Rank& rank, Group group, const Transfer* list, int n, const char*
   }
 }
 
-// Every group of the mesh once, shared by its members.
 static void connect(World& world) {
   for (int kind = 0; kind < kGroups; kind++)
     for (size_t rank = 0; rank < world.ranks.size(); rank++) {

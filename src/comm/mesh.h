@@ -5,8 +5,7 @@
 
 namespace pith {
 
-// Axes outer to inner. Weights are replicated over dp_replicate, the outer factor of dp, and
-// sharded over the rest.
+// Axes outer to inner. Weights are replicated over dp_replicate, the outer factor of dp.
 struct Mesh {
   int pp = 1, dp = 1, cp = 1, ep = 1;
   int dp_replicate = 1;
@@ -35,7 +34,6 @@ Mesh make_mesh(int world, int pp, int cp, int ep, int dp_replicate = 1);
 MeshCoord coord_of(const Mesh& mesh, int rank);
 int rank_of(const Mesh& mesh, const MeshCoord& coord);
 
-// Ascending.
 vector<int> group_members(const Mesh& mesh, Group group, int rank);
 
 }  // namespace pith

@@ -37,14 +37,13 @@ struct Error : std::runtime_error {
 [[gnu::format(printf, 1, 2)]] string text(const char* format, ...);
 string vtext(const char* format, va_list args);
 
-// The user's command, configuration or file is wrong; the run is.
+// Exit codes 2, of wrong input, and 1.
 [[noreturn]] void bad_input(const string& place, const string& what, const string& remedy);
 [[noreturn]] void failed(const string& place, const string& what, const string& remedy = "");
 
 struct Tensor;
 struct Rank;
 
-// {"x.dim[1] == w.dim[1]", x.dim[1] == w.dim[1]}
 struct Need {
   const char* what;
   bool holds;

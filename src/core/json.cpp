@@ -50,7 +50,7 @@ Json Json::parse(const string& text_in, const string& place) {
   document.place_ = place;
   try {
     document.node_ = std::make_shared<const Value>(Value::parse(text_in, refuse_duplicates));
-  } catch (const Value::exception& error) {  // "[json.exception...] parse error at line 1, ..."
+  } catch (const Value::exception& error) {
     const string why = error.what();
     bad_input(place, "is not valid JSON: " + why.substr(why.find("] ") + 2),
               "correct it there; if the file was cut short, fetch or write it again");

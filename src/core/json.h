@@ -1,4 +1,4 @@
-// json: reading JSON with errors that name the file and the key, and writing it in a given order.
+// json: reading JSON, and writing it in a given order.
 #pragma once
 #include <concepts>
 #include <memory>
@@ -9,11 +9,9 @@ namespace pith {
 
 string read_text_file(const string& path);
 
-// A value inside a parsed document, which it keeps alive. Errors (exit code 2) name the file and
-// the full key: "config.json: rope_scaling.factor: is a string (got ...".
+// A value of a parsed document. Errors (exit code 2) name the file and the full key.
 class Json {
  public:
-  // A key that occurs twice in an object is refused.
   static Json parse(const string& text, const string& place);
   static Json parse_file(const string& path);
 
@@ -34,25 +32,23 @@ class Json {
   bool as_bool() const;
   vector<int64_t> as_ints() const;
 
-  // `value` where it is absent or null.
-  int64_t int_or(const string& key, int64_t value) const {
-    return member(key).is_null() ? value : member(key).as_int();
+  // `v` where it is absent or null.
+  int64_t int_or(const string& key, int64_t v) const {
+    return set(key) ? (*this)[key].as_int() : v;
   }
-  double double_or(const string& key, double value) const {
-    return member(key).is_null() ? value : member(key).as_double();
+  double double_or(const string& key, double v) const {
+    return set(key) ? (*this)[key].as_double() : v;
   }
-  string string_or(const string& key, const string& value) const {
-    return member(key).is_null() ? value : member(key).as_string();
+  string string_or(const string& key, const string& v) const {
+    return set(key) ? (*this)[key].as_string() : v;
   }
-  bool bool_or(const string& key, bool value) const {
-    return member(key).is_null() ? value : member(key).as_bool();
-  }
+  bool bool_or(const string& key, bool v) const { return set(key) ? (*this)[key].as_bool() : v; }
 
   string dump(int indent = -1) const;
   const string& place() const { return place_; }
 
  private:
-  Json member(const string& key) const { return has(key) ? (*this)[key] : Json(); }
+  bool set(const string& key) const { return has(key) && !(*this)[key].is_null(); }
   Json child(const void* node, const string& place) const;
   [[noreturn]] void wrong_type(const char* need) const;
   std::shared_ptr<const void> node_;

@@ -7,12 +7,12 @@ namespace pith {
 [[gnu::format(printf, 1, 2)]] void log_info(const char* format, ...);
 [[gnu::format(printf, 1, 2)]] void log_warning(const char* format, ...);
 
-// Until called with "".
+// "" closes the file.
 void log_to_file(const string& path);
 
 double now_s();
 
-// On a terminal one line that is redrawn, else a plain line every 10 s. A total of 0 is unknown.
+// Redrawn on a terminal, else a line every 10 s. A total of 0 is unknown.
 class Progress {
  public:
   Progress(const string& what, double total, const string& unit)

@@ -9,7 +9,6 @@ namespace pith {
 
 constexpr int kMaxRanks = 256;
 
-// Never freed.
 Status& status_board(int id);
 // "\n  rank 3 runs: step 7, ...", `doing` being " runs"; for signal handlers too. Its length.
 size_t status_line(char* out, size_t size, const Status& s, const char* doing);
@@ -17,7 +16,7 @@ size_t status_line(char* out, size_t size, const Status& s, const char* doing);
 // SIGINT and SIGTERM ask to stop, the second at once. A crash prints every board.
 void install_signal_handlers();
 bool stop_requested();
-int stop_signal();  // or 0
+int stop_signal();
 void request_stop();
 
 struct LogSink {

@@ -14,7 +14,6 @@ struct Allocator {
   void reset_peak() { peak_bytes = __atomic_load_n(&live_bytes, __ATOMIC_RELAXED); }
 };
 
-// Sizes of the mesh axes and a rank's coordinates.
 struct MeshCoord {
   int pp = 1, dp = 1, cp = 1, ep = 1;
   int pp_rank = 0, dp_rank = 0, cp_rank = 0, ep_rank = 0;
@@ -23,10 +22,10 @@ struct MeshCoord {
 // What a rank is doing; other threads and signal handlers read it at any moment.
 struct Status {
   int rank = 0;
-  int thread = 0;  // as gettid()
+  int thread = 0;
   int step = 0, layer = -1, stage = 0, micro_batch = -1, chunk = 0;
-  const char* op = "";  // last op begun
-  At at;                // its caller
+  const char* op = "";
+  At at;
   char waiting[160] = "";
   void begin(const char* next_op, At caller) {
     op = next_op;
@@ -39,12 +38,12 @@ struct Rank {
   int world = 1;
   MeshCoord mesh;
   Device device = Device::CPU;
-  DType compute = DType::F32;  // dtype of activations and gathered weights
+  DType compute = DType::F32;  // of activations and gathered weights
   Allocator* allocator = nullptr;
   Tape* tape = nullptr;
   Comm* comm = nullptr;  // null: alone
   Status* status = nullptr;
-  bool debug = false;  // every op's outputs are checked for NaN and Inf
+  bool debug = false;  // PITH_DEBUG=1
 };
 
 }  // namespace pith

@@ -35,7 +35,7 @@ double uniform_at(uint64_t key, uint64_t index) {
   return index % 2 ? unit(b[2], b[3]) : unit(b[0], b[1]);
 }
 
-// Box-Muller; 2i and 2i + 1 are of one block.
+// Box-Muller.
 double normal_at(uint64_t key, uint64_t index) {
   const Words b = philox(key, index / 2);
   const double radius = std::sqrt(-2.0 * std::log(1.0 - unit(b[0], b[1])));

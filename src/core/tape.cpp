@@ -69,7 +69,6 @@ void add_into(Rank& rank, const Tensor& to, const Tensor& from, At at) {
   add_elements<float>(to, from);
 }
 
-// A weight's accumulator as a tensor.
 static Tensor accumulator(const Tensor& weight) {
   if (!weight.grad)
     failed("tape", text("the gradient of %s has no accumulator to go to", weight.name));

@@ -39,23 +39,20 @@ struct Node {
 
 struct Tape {
   vector<Node> nodes;
-  vector<Tensor> grads;  // by variable
+  vector<Tensor> grads;  // by Tensor::var
   int size() const { return int(nodes.size()); }
   void clear() { *this = Tape(); }
 };
 
-// A node for the caller to complete at once, its outputs variables; null without a tape or without
-// an input that needs a gradient.
+// A node for the caller to complete at once; null if no gradient is needed.
 Node* record(Rank& rank, const char* op, At at, std::initializer_list<Tensor> in,
              std::initializer_list<Tensor*> out);
 
 void make_leaf(Rank& rank, Tensor& t);
-// May be undefined.
 Tensor grad_of(const Tape& tape, const Tensor& t);
 
 // Adds `g`, whose storage is taken over if it is the first, to the gradient of `t`, if one flows.
 void add_grad(Rank& rank, const Tensor& t, Tensor g);
-// to += from, F32 or F64.
 void add_into(Rank& rank, const Tensor& to, const Tensor& from, At at = At::here());
 // Where an op may write the gradient of `t` in place, undefined if none flows.
 struct GradSlot {
@@ -66,7 +63,7 @@ GradSlot grad_slot(Rank& rank, const Tensor& t, At at = At::here());
 
 // bx, then bw unless it is deferred, of nodes [begin, end) in reverse.
 void backward(Rank& rank, int begin, int end, bool defer_weights = false);
-// What was deferred, in reverse.
+// What was deferred.
 void weight_grads(Rank& rank, Tape& tape, int begin, int end);
 
 }  // namespace pith

@@ -43,7 +43,7 @@ class StorageRef {
 };
 
 constexpr int kMaxDims = 5;
-constexpr int32_t kIgnoreLabel = -100;  // a label that counts nothing in the loss
+constexpr int32_t kIgnoreLabel = -100;  // counts nothing in the loss
 
 struct Dims {
   Dims() = default;
@@ -77,7 +77,7 @@ struct Tensor {
   int64_t numel() const { return dim.numel(); }
   int64_t bytes() const { return numel() * size_of(dtype); }
   int64_t cols() const { return dim[dim.rank - 1]; }
-  int64_t rows() const;  // of all other dimensions
+  int64_t rows() const;
   template <class T>
   T* as() const {
     return reinterpret_cast<T*>(data);
@@ -89,14 +89,13 @@ struct Tensor {
   Tensor view(Dims dims, At at = At::here()) const;
   // Of the first dimension, with a weight's gradient but without a variable.
   Tensor slice_rows(int64_t begin, int64_t end, At at = At::here()) const;
-  Tensor meta() const;  // without storage and data
+  Tensor meta() const;  // without the data
   void refresh();
 };
 
-// "[3,16] f32 cpu, made at qwen3_moe.cpp:10", or a weight's name.
+// "[3,16] f32 cpu, made at qwen3_moe.cpp:10"
 string describe(const Tensor& t);
 
-// Uninitialised, zeroed, or copied from host memory of `dtype`.
 Tensor empty(Rank& rank, Dims dims, DType dtype, At at = At::here());
 Tensor zeros(Rank& rank, Dims dims, DType dtype, At at = At::here());
 Tensor tensor_from(Rank& rank, Dims dims, DType dtype, const void* host, At at = At::here());

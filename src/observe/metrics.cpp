@@ -46,7 +46,7 @@ string step_line(const StepMetrics& m) {
   return line;
 }
 
-// A line of metrics.jsonl: `io` writes or reads each field; what is derived is read in vain.
+// `io` writes or reads each field of a line.
 template <class Metrics, class Io>
 static void each_field(Metrics& m, Io io) {
   double rate = m.tokens_per_second();
@@ -127,7 +127,7 @@ static bool write_all(const AppendedFile& file, const string& bytes) {
   return fwrite(bytes.data(), 1, bytes.size(), file.get()) == bytes.size();
 }
 
-// The end of the lines of steps up to `last_step`. A line is taken for whole by its two ends.
+// The end of the lines up to `last_step`, taken for whole by their two ends.
 static size_t kept_bytes(const string& bytes, int64_t last_step, const string& path) {
   size_t begin = 0;
   for (int64_t step = 0, previous = 0; begin < bytes.size(); previous = step) {
@@ -198,7 +198,7 @@ static string varint(uint64_t value) {
   return bytes + char(value);
 }
 
-// Protobuf fields: the tag is number << 3 | wire type (0 varint, 1 64 bits, 2 bytes, 5 32 bits).
+// Protobuf: number << 3 | wire type (0 varint, 1 64 bits, 2 bytes, 5 32 bits).
 static string field(int number, const string& bytes) {
   return varint(number << 3 | 2) + varint(bytes.size()) + bytes;
 }
@@ -206,7 +206,7 @@ static string field(int number, int64_t value) { return varint(number << 3) + va
 static string field(int number, double value) { return varint(number << 3 | 1) + fixed(value); }
 static string field(int number, float value) { return varint(number << 3 | 5) + fixed(value); }
 
-// A CRC as TFRecord keeps it (tensorflow/core/lib/hash/crc32c.h).
+// As TFRecord keeps it.
 static string masked_crc(const string& bytes) {
   const uint32_t crc = crc32c(bytes);
   return fixed((crc >> 15 | crc << 17) + 0xa282ead8u);
@@ -219,8 +219,8 @@ static string event_file(const string& folder, double wall_s) {
   return folder + text("/events.out.tfevents.%010ld.%s.%d", int64_t(wall_s), host, int(getpid()));
 }
 
-// tensorflow/core/util/event.proto: wall_time = 1, step = 2, file_version = 3, summary = 5,
-// session_log = 7 {status = 1: START = 1}; a summary is value = 1 {tag = 1, simple_value = 2}.
+// event.proto: 1 wall_time, 2 step, 3 file_version, 5 summary {1 value {1 tag, 2 simple_value}},
+// 7 session_log {1 status}.
 TensorBoardFile::TensorBoardFile(const string& folder, int64_t first_step, double wall_s)
     : path_(event_file(folder, wall_s)), file_(open_appended(path_)) {
   event(0, wall_s, field(3, string("brain.Event:2")));

@@ -9,34 +9,34 @@
 
 namespace pith {
 
-// How a step's (token, slot) pairs spread over the E experts of each layer.
+// By layer.
 struct ExpertLoad {
   vector<double> max_over_mean;  // 1 is balance, E the worst
-  vector<double> dead_share;     // of the experts
+  vector<double> dead_share;
 };
-// counts [layers * E]
+// counts [layers * experts]
 ExpertLoad expert_load(const vector<double>& counts, int num_experts);
 
 struct StepMetrics {
   int64_t step = 0, steps = 0;  // from 1, and of the run
-  double loss = 0;              // nats a label
+  double loss = 0;
   vector<double> balance_loss;  // [layers], unscaled: 1 is balance; empty: not in use
   double learning_rate = 0;
   double gradient_norm = 0;  // before clipping
   bool clipped = false;
-  bool skipped = false;  // not finite: the update was left out
+  bool skipped = false;  // the update was not finite
   string router_forced;  // "balanced", or empty
-  int64_t tokens = 0;    // of the global batch
-  double seconds = 0;    // of the slowest rank, without evaluation and saving
+  int64_t tokens = 0;
+  double seconds = 0;  // of the slowest rank, without evaluation and saving
   std::optional<double> mfu;
-  double peak_memory_bytes = 0;   // of the fullest rank
-  double checkpoint_stall_s = 0;  // waited for a save in the background
-  double left_s = 0;              // of the run; not kept
+  double peak_memory_bytes = 0;  // of the fullest rank
+  double checkpoint_stall_s = 0;
+  double left_s = 0;  // not kept
   std::optional<double> eval_loss;
   ExpertLoad load;
 
   double tokens_per_second() const { return seconds > 0 ? double(tokens) / seconds : 0; }
-  double mean_balance_loss() const;  // 0 if not in use
+  double mean_balance_loss() const;
 };
 
 // What is unknown or not in use is left out.
@@ -48,11 +48,11 @@ using AppendedFile = std::unique_ptr<FILE, int (*)(FILE*)>;
 // metrics.jsonl: one object a step, whole lines only.
 class MetricsFile {
  public:
-  // Cuts an existing file back to the whole lines of steps up to `last_step`.
+  // Cuts the file back to steps up to `last_step`.
   MetricsFile(const string& path, int64_t last_step);
-  // A line that does not fit on the disk is taken back whole, with a warning.
+  // A line that does not fit on the disk is taken back, with a warning.
   void append(const StepMetrics& metrics);
-  // Call before a checkpoint is sealed.
+  // Before a checkpoint is sealed.
   void sync();
 
  private:
@@ -61,15 +61,13 @@ class MetricsFile {
   AppendedFile file_;
 };
 
-// Exit code 2 naming the line if one is damaged.
+// Exit code 2 naming a damaged line.
 vector<StepMetrics> read_metrics(const string& path);
 
 class TensorBoardFile {
  public:
-  // In a new file of the folder. With `first_step` > 1 what earlier ones say of steps from there on
-  // is voided. `wall_s` is Unix time.
+  // A new file of the folder, which voids what others say of `first_step` on.
   TensorBoardFile(const string& folder, int64_t first_step, double wall_s);
-  // A failing write is a warning, and the last.
   void scalars(int64_t step, double wall_s, const vector<std::pair<string, double>>& values);
   void step(const StepMetrics& metrics, double wall_s);
   const string& path() const { return path_; }
@@ -80,7 +78,6 @@ class TensorBoardFile {
   AppendedFile file_;  // null once a write failed
 };
 
-// CRC-32C, as in RFC 3720 B.4.
 uint32_t crc32c(const string& bytes);
 
 }  // namespace pith

@@ -57,7 +57,7 @@ struct Range {
   double share(double v) const { return high > low ? (v - low) / (high - low) : 0; }
 };
 
-// Means of at most `columns` stretches of the values; NaN where nothing is finite.
+// Means of stretches; NaN where nothing is finite.
 static vector<double> stretches(const vector<double>& values, int columns) {
   const size_t n = std::min(values.size(), size_t(columns));
   vector<double> sum(n), count(n);
@@ -78,7 +78,7 @@ static string escape(const string& raw) {
 
 struct Curve {
   string name;
-  vector<double> values;  // a step each
+  vector<double> values;  // by step
 };
 
 // A line a curve, with its name as a tooltip.
