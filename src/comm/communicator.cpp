@@ -1,32 +1,98 @@
 #include "comm/communicator.h"
 
+#include <unistd.h>
+
+#include <algorithm>
 #include <chrono>
+#include <condition_variable>
 #include <cstdio>
 #include <cstring>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <thread>
 
-#include "comm/world.h"
+#include "comm/launch.h"
+#include "core/process.h"
+
+// Present when linked: OpenBLAS's number of threads is the process's, OpenMP's each thread's own.
+extern "C" [[gnu::weak]] void openblas_set_num_threads(int);
+extern "C" [[gnu::weak]] void omp_set_num_threads(int);
+extern "C" [[gnu::weak]] int omp_get_max_threads();
 
 namespace pith {
+
+struct Call {
+  const char *op, *what;
+  Group group;
+  At at;
+};
+
+// What one member brings to others, copied; constant once sent.
+struct Parcel {
+  Call call;
+  Tensor tensor;
+  vector<char> data;
+  int detail = 0;           // Reduce, or the root
+  vector<int64_t> offsets;  // of the parts by destination, in all_to_all
+  bool is_message = false;  // its sender waits until a receive is posted
+  MessageTag tag;
+};
+
+// From one member to another: parcels are received in the order in which both ends post.
+struct Channel {
+  std::deque<std::shared_ptr<const Parcel>> parcels;
+  size_t matched = 0;  // parcels that have a receive
+  int wanted = 0;      // receives that have no parcel
+};
+
+struct GroupState {
+  vector<int> members;
+  vector<Channel> channels;  // by source * n + destination
+};
+
+struct World;
+
+struct Comm {
+  World* world = nullptr;
+  Rank rank;
+  Allocator allocator;
+  GroupState* group[kGroups] = {};
+  int place[kGroups] = {};
+  double limit_s = 0, limit_after_startup_s = 0;
+  std::condition_variable changed;
+  int open = 0;  // receives, and sends of messages, that it waits for
+  bool finished = false;
+};
+
+struct World {
+  Mesh mesh;
+  std::mutex mutex;
+  std::deque<GroupState> groups;
+  vector<Comm> ranks;
+  int returned = 0;
+  std::condition_variable over;
+  int failed_rank = -1;
+  int exit_code = 0;
+  string message;
+};
 
 namespace {
 
 using ParcelRef = std::shared_ptr<const Parcel>;
 
-// The call, in front of what went wrong with it.
 [[noreturn]] void fail_call(const Call& call, const string& what) {
   throw Error(kExitFailed,
               text("%s:%d: %s \"%s\"", call.at.file, call.at.line, call.op, call.what) + what);
 }
 
-// One call of one rank, under World::mutex: it posts what it sends and what it is to receive,
-// waits, and picks up. Every collective and message is one.
+// Under every collective and message: post what is sent and what is to be received, wait, pick up.
 struct Exchange {
-  Rank& rank;
+  Comm& mine;
   const Call& call;
-  World& world = *rank.comm->world;
-  GroupState& group = *rank.comm->group[int(call.group)];
-  RankState& mine = world.ranks[rank.id];
-  int n = int(group.members.size()), me = rank.comm->place[int(call.group)];
+  World& world = *mine.world;
+  GroupState& group = *mine.group[int(call.group)];
+  int n = int(group.members.size()), me = mine.place[int(call.group)];
   std::unique_lock<std::mutex> lock{world.mutex};
 
   Channel& channel(int from, int to) { return group.channels[from * n + to]; }
@@ -53,49 +119,52 @@ struct Exchange {
   }
 
   void settle(int member) {
-    RankState& state = world.ranks[group.members[member]];
+    Comm& state = world.ranks[group.members[member]];
     if (--state.open == 0) state.changed.notify_one();
   }
 
-  ParcelRef pick_up(int from) {
+  ParcelRef pick_up(int from, DType dtype, int detail = 0) {
     Channel& c = channel(from, me);
     const ParcelRef parcel = c.parcels.front();
     c.parcels.pop_front();
     c.matched--;
+    const Call& its = parcel->call;
+    const DType its_dtype = parcel->tensor.dtype;
+    if (std::strcmp(its.op, call.op) != 0 || its_dtype != dtype || parcel->detail != detail)
+      fail_call(call, text(": the members' calls differ (got %s \"%s\" of %s, %d, on rank %d at "
+                           "%s:%d; need %s, %d)",
+                           its.op, its.what, name_of(its_dtype), parcel->detail,
+                           group.members[from], its.at.file, its.at.line, name_of(dtype), detail));
     return parcel;
   }
 
-  // Are any of the ranks that are waited for gone? `names` becomes "ranks 1, 2".
-  bool missing(string& names) {
-    bool gone = false;
-    int count = 0;
-    names.clear();
-    for (int peer = 0; peer < n; peer++) {
-      const Channel& out = channel(me, peer);
-      const bool unsent = out.matched < out.parcels.size() && out.parcels.back()->is_message;
-      if (!unsent && channel(peer, me).wanted == 0) continue;
-      names += text("%s %d", count++ ? "," : "", group.members[peer]);
-      gone |= world.ranks[group.members[peer]].finished;
-    }
-    names = (count > 1 ? "ranks" : "rank") + names;
-    return gone;
+  bool waits_for(int peer) {
+    const Channel& out = channel(me, peer);
+    const bool unmatched = out.matched < out.parcels.size() && out.parcels.back()->is_message;
+    return unmatched || channel(peer, me).wanted > 0;
   }
 
-  // The one place where the host waits for other ranks. Three exits: all is matched; another rank
-  // failed; the time limit, which is this rank's failure, as is a rank that ended without coming.
+  // Three exits: all is matched; another rank failed; the time limit or a rank that has ended,
+  // which is this rank's failure.
   void wait() {
-    const double limit_s = rank.comm->limit_s;
-    const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(limit_s);
-    char* waiting = rank.status->waiting;
-    snprintf(waiting, sizeof rank.status->waiting, "%s \"%s\" (%s group) called at %s:%d", call.op,
-             call.what, name_of(call.group), call.at.file, call.at.line);
-    string names;
-    for (bool timed_out = false; world.failed_rank < 0 && mine.open > 0;) {
-      if (missing(names)) fail_call(call, " waits for " + names + ", of which one has ended");
-      if (timed_out)
-        fail_call(call, text(" waited %g s for %s (%s group)", limit_s, names.c_str(),
+    const std::chrono::duration<double> limit(mine.limit_s);
+    const auto deadline = std::chrono::steady_clock::now() + limit;
+    auto& waiting = mine.rank.status->waiting;
+    snprintf(waiting, sizeof waiting, "%s \"%s\" (%s group) called at %s:%d", call.op, call.what,
+             name_of(call.group), call.at.file, call.at.line);
+    for (bool late = false; world.failed_rank < 0 && mine.open > 0;) {
+      string names;
+      bool ended = false;
+      for (int peer = 0; peer < n; peer++) {
+        if (!waits_for(peer)) continue;
+        names += text("%s %d", names.empty() ? "" : ",", group.members[peer]);
+        ended |= world.ranks[group.members[peer]].finished;
+      }
+      if (ended) fail_call(call, " waits for rank" + names + ", of which one has ended");
+      if (late)
+        fail_call(call, text(" waited %g s for rank%s (%s group)", limit.count(), names.c_str(),
                              name_of(call.group)));
-      timed_out = mine.changed.wait_until(lock, deadline) == std::cv_status::timeout;
+      late = mine.changed.wait_until(lock, deadline) == std::cv_status::timeout;
     }
     if (world.failed_rank >= 0)
       throw Error(kExitFailed, text("stopped, because rank %d failed", world.failed_rank));
@@ -107,7 +176,6 @@ std::shared_ptr<Parcel> pack(const Call& call, const Tensor& t) {
   return std::make_shared<Parcel>(Parcel{call, t.meta(), {t.data, t.data + t.bytes()}});
 }
 
-// What the members of a collective brought, in their order.
 struct Meeting {
   const Rank& rank;
   Call call;
@@ -130,24 +198,11 @@ Meeting meet(Rank& rank, const Call& call, const Tensor& t, int detail = 0,
   const int n = group_size(rank, call.group);
   if (n == 1) return {rank, call, {mine}};
   Meeting meeting{rank, call, {}};
-  {
-    Exchange exchange{rank, call};
-    for (int i = 0; i < n; i++) exchange.send(i, mine);
-    for (int i = 0; i < n; i++) exchange.receive(i);
-    exchange.wait();
-    for (int i = 0; i < n; i++) meeting.parcels.push_back(exchange.pick_up(i));
-  }
-  for (int i = 0; i < n; i++) {
-    const Parcel& other = *meeting.parcels[i];
-    const Call& its = other.call;
-    if (std::strcmp(its.op, call.op) != 0 || other.tensor.dtype != t.dtype ||
-        other.detail != detail)
-      fail_call(call, text(": the members' calls differ (got %s \"%s\" of %s, %d, on rank %d at "
-                           "%s:%d; need %s, %d)",
-                           its.op, its.what, name_of(other.tensor.dtype), other.detail,
-                           group_member(rank, call.group, i), its.at.file, its.at.line,
-                           name_of(t.dtype), detail));
-  }
+  Exchange exchange{*rank.comm, call};
+  for (int i = 0; i < n; i++) exchange.send(i, mine);
+  for (int i = 0; i < n; i++) exchange.receive(i);
+  exchange.wait();
+  for (int i = 0; i < n; i++) meeting.parcels.push_back(exchange.pick_up(i, t.dtype, detail));
   return meeting;
 }
 
@@ -157,7 +212,7 @@ int64_t row_bytes(const Tensor& t) {
   return bytes;
 }
 
-// Byte offsets of the n parts of `whole`, and their sum.
+// Byte offsets of n parts, and their sum.
 vector<int64_t> part_offsets(const Tensor& whole, const int64_t* rows, int n) {
   vector<int64_t> offset(n + 1);
   for (int i = 0; i < n; i++)
@@ -185,18 +240,16 @@ void reduce_as(const Meeting& m, const Tensor& in, const Tensor& out, int64_t be
   }
 }
 
-// out = reduction over members, in their order, of their `in` from byte `begin` on.
+// out = reduction, in the members' order, of their `in` from byte `begin` on.
 void reduce_members(Rank& rank, const Call& call, const Tensor& in, const Tensor& out,
                     int64_t begin, Reduce reduce) {
   const Meeting m = meet(rank, call, in, int(reduce));
-  if (in.dtype == DType::F32) return reduce_as<float>(m, in, out, begin, reduce);
   if (in.dtype == DType::F64) return reduce_as<double>(m, in, out, begin, reduce);
-  reduce_as<int32_t>(m, in, out, begin, reduce);
+  reduce_as<float>(m, in, out, begin, reduce);
 }
 
 Need reducible(DType dtype) {
-  return {"dtype is f32, f64 or i32",
-          dtype == DType::F32 || dtype == DType::F64 || dtype == DType::I32};
+  return {"dtype is f32 or f64", dtype == DType::F32 || dtype == DType::F64};
 }
 
 }  // namespace
@@ -312,25 +365,118 @@ void send_recv(Rank& rank, Group group, const Transfer* list, int n, const char*
     parcels.push_back(parcel);
   }
   {
-    Exchange exchange{rank, call};
+    Exchange exchange{*rank.comm, call};
     for (int i = 0; i < n; i++)
       parcels[i] ? exchange.send(list[i].peer, parcels[i]) : exchange.receive(list[i].peer);
     exchange.wait();
     for (int i = 0; i < n; i++)
-      if (!parcels[i]) parcels[i] = exchange.pick_up(list[i].peer);
+      if (!parcels[i]) parcels[i] = exchange.pick_up(list[i].peer, list[i].tensor.dtype);
   }
   for (int i = 0; i < n; i++) {
     const Transfer& want = list[i];
     const Parcel& got = *parcels[i];
     if (want.kind == Transfer::Send) continue;
-    if (got.tag != want.tag || got.tensor.dtype != want.tensor.dtype ||
-        int64_t(got.data.size()) != want.tensor.bytes())
+    if (got.tag != want.tag || int64_t(got.data.size()) != want.tensor.bytes())
       fail_call(call, text(": message from rank %d is not the one expected (got ",
                            group_member(rank, group, want.peer)) +
                           message_text(got.tag, got.tensor) + ", sent by \"" + got.call.what +
                           "\"; need " + message_text(want.tag, want.tensor) + ")");
     copy(want.tensor.data, got.data.data(), want.tensor.bytes());
   }
+}
+
+static void connect(World& world) {
+  for (int kind = 0; kind < kGroups; kind++)
+    for (size_t rank = 0; rank < world.ranks.size(); rank++) {
+      if (world.ranks[rank].group[kind]) continue;
+      GroupState& g = world.groups.emplace_back();
+      g.members = group_members(world.mesh, Group(kind), int(rank));
+      const size_t n = g.members.size();
+      g.channels.resize(n * n);
+      for (size_t i = 0; i < n; i++) {
+        world.ranks[g.members[i]].group[kind] = &g;
+        world.ranks[g.members[i]].place[kind] = int(i);
+      }
+    }
+}
+
+static void run_rank(World& world, Comm& mine, void (*call)(void*, Rank&), void* fn) {
+  const int n = int(world.ranks.size());
+  mine.rank.status->thread = gettid();
+  if (n > 1 && omp_set_num_threads) omp_set_num_threads(std::max(1, omp_get_max_threads() / n));
+  int code = kExitDone;
+  string error;
+  try {
+    call(fn, mine.rank);
+  } catch (const Error& e) {
+    code = e.exit_code;
+    error = e.what();
+  } catch (const std::exception& e) {
+    code = kExitFailed;
+    error = e.what();
+  }
+  const std::lock_guard lock(world.mutex);
+  mine.finished = code == kExitDone;
+  if (!mine.finished && world.failed_rank < 0) {
+    world.failed_rank = mine.rank.id;
+    world.exit_code = code;
+    world.message = text("rank %d: ", mine.rank.id) + error;
+    for (const Comm& other : world.ranks) {
+      const Status& s = *other.rank.status;
+      const char* doing = other.finished ? " has ended" : s.waiting[0] ? " waits" : " runs";
+      char line[1024];
+      world.message += string(line, status_line(line, sizeof line, s, doing));
+    }
+  }
+  world.returned++;
+  for (Comm& other : world.ranks) other.changed.notify_all();
+  world.over.notify_all();
+}
+
+void run_rank_threads(const Mesh& mesh, Device device, const LaunchOptions& options,
+                      void (*call)(void*, Rank&), void* fn) {
+  const int n = mesh.world();
+  if (n > kMaxRanks)
+    bad_input("ranks", text("too many in one process (got %d, need at most %d)", n, kMaxRanks),
+              "fewer ranks");
+  if (n > 1 && openblas_set_num_threads) openblas_set_num_threads(1);
+  World world{.mesh = mesh, .ranks = vector<Comm>(n)};
+  connect(world);
+  for (int id = 0; id < n; id++) {
+    Comm& comm = world.ranks[id];
+    comm.world = &world;
+    comm.limit_s = options.startup_limit_s;
+    comm.limit_after_startup_s = options.limit_s;
+    Status& board = status_board(id);
+    board = Status{.rank = id};
+    comm.rank = {.id = id,
+                 .world = n,
+                 .mesh = coord_of(mesh, id),
+                 .device = device,
+                 .compute = options.compute,
+                 .allocator = &comm.allocator,
+                 .comm = &comm,
+                 .status = &board,
+                 .debug = options.debug};
+  }
+  vector<std::thread> threads;
+  for (Comm& comm : world.ranks) threads.emplace_back([&] { run_rank(world, comm, call, fn); });
+  if (options.exit_on_failure) {
+    std::unique_lock lock(world.mutex);
+    world.over.wait(lock, [&] { return world.failed_rank >= 0 || world.returned == n; });
+    if (world.failed_rank >= 0) {
+      // A rank that hangs may hold the locks of stdio.
+      const string line = "error: " + world.message + "\n";
+      if (write(2, line.data(), line.size()) < 0) _exit(kExitFailed);
+      _exit(world.exit_code);
+    }
+  }
+  for (std::thread& thread : threads) thread.join();
+  if (world.failed_rank >= 0) throw Error(world.exit_code, world.message);
+}
+
+void end_startup(Rank& rank) {
+  if (rank.comm) rank.comm->limit_s = rank.comm->limit_after_startup_s;
 }
 
 }  // namespace pith

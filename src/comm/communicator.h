@@ -1,7 +1,7 @@
-// communicator: every collective and message between ranks. All members of a group make the same
-// calls in the same order; when one returns, its inputs may be written again. Reductions add in the
-// order of the ranks, so results repeat bit for bit. A call that does not fit the others', a member
-// that failed, ended or is late: exit code 1. `what`, a literal, labels the call in messages.
+// communicator: collectives and messages between ranks. All members of a group make the same calls
+// in the same order. Reductions add in the order of the ranks, so results repeat bit for bit. Calls
+// that differ, a member that failed, ended or is late: exit code 1. `what` labels the call in
+// messages.
 #pragma once
 #include "comm/mesh.h"
 
@@ -9,14 +9,12 @@ namespace pith {
 
 enum class Reduce : uint8_t { Sum, Max };
 
-// Members of the rank's group, its place among them, the global rank of one.
 int group_size(const Rank& rank, Group group);
 int group_rank(const Rank& rank, Group group);
 int group_member(const Rank& rank, Group group, int member);
-const Mesh& mesh_of(const Rank& rank);  // requires rank.comm
+const Mesh& mesh_of(const Rank& rank);
 
-// Counts are rows of the first dimension, one a member, any of them zero; null: equal parts.
-// Reductions take F32, F64 and I32, the others any dtype.
+// Counts are rows, one a member; null: equal parts. Reductions take F32 and F64.
 
 // out [sum(rows), ...] = the members' in [rows[me], ...]; `in` may lie in `out`.
 void all_gather(Rank& rank, Group group, const Tensor& in, const Tensor& out, const char* what,
@@ -26,7 +24,6 @@ void all_gather(Rank& rank, Group group, const Tensor& in, const Tensor& out, co
 void reduce_scatter(Rank& rank, Group group, const Tensor& in, const Tensor& out, const char* what,
                     const int64_t* rows = nullptr, At at = At::here());
 
-// In place; a NaN stays.
 void all_reduce(Rank& rank, Group group, const Tensor& t, Reduce reduce, const char* what,
                 At at = At::here());
 void all_reduce(Rank& rank, Group group, double* values, int n, Reduce reduce, const char* what,
@@ -41,7 +38,6 @@ void broadcast(Rank& rank, Group group, const Tensor& t, int root, const char* w
 
 void barrier(Rank& rank, Group group, const char* what, At at = At::here());
 
-// Must be the same at both ends.
 struct MessageTag {
   int kind = 0, stage = 0, micro_batch = 0;
   bool operator==(const MessageTag&) const = default;
@@ -50,13 +46,13 @@ struct MessageTag {
 struct Transfer {
   enum Kind : uint8_t { Send, Recv };
   Kind kind = Send;
-  int peer = 0;   // member of the group
-  Tensor tensor;  // sent, or received into
+  int peer = 0;  // member of the group
+  Tensor tensor;
   MessageTag tag;
 };
 
-// Sends and receives that are under way at once. Messages between two members are matched in the
-// order both post them; a send blocks until its receive is posted.
+// All under way at once. Messages between two members match in posted order; a send blocks until
+// its receive is posted.
 void send_recv(Rank& rank, Group group, const Transfer* list, int n, const char* what,
                At at = At::here());
 

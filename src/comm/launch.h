@@ -5,10 +5,9 @@
 namespace pith {
 
 struct LaunchOptions {
-  double startup_limit_s = 600;  // longest wait for other ranks, until end_startup
-  double limit_s = 120;          // and after it
-  // On failure print one message and leave at once, without destructors, which must not run beside
-  // ranks that hang. Otherwise run_ranks throws it, when every rank has returned.
+  double startup_limit_s = 600;  // longest wait, until end_startup
+  double limit_s = 120;
+  // Print a failure and leave at once, for ranks may hang; else throw it when all have returned.
   bool exit_on_failure = false;
   DType compute = DType::F32;
   bool debug = false;
@@ -19,8 +18,8 @@ void end_startup(Rank& rank);
 void run_rank_threads(const Mesh& mesh, Device device, const LaunchOptions& options,
                       void (*call)(void*, Rank&), void* fn);
 
-// Calls fn(Rank&) on mesh.world() threads; tensors made in it must not outlive the call. The first
-// exception wakes every rank from its wait; the error tells what each was doing.
+// Calls fn(Rank&) on mesh.world() threads. The first exception wakes all who wait; the error tells
+// what each was doing.
 template <class Fn>
 void run_ranks(const Mesh& mesh, Device device, const LaunchOptions& options, Fn&& fn) {
   run_rank_threads(

@@ -1,22 +1,21 @@
 #include "comm/mesh.h"
 
+#include <cstring>
+
 namespace pith {
 
-// The axes along which the members of a group differ.
 struct GroupAxes {
   const char* name;
-  bool pp, dp_replicate, dp_shard, cp, ep;
+  const char* free;  // where members differ: pp, dp_Replicate, dp_Shard, cp, ep
 };
-static constexpr GroupAxes kAxes[kGroups] = {
-    {"world", true, true, true, true, true},
-    {"pp", true, false, false, false, false},
-    {"cp", false, false, false, true, false},
-    {"ep", false, false, false, false, true},
-    {"dp*cp*ep", false, true, true, true, true},
-    {"expert shard", false, false, true, true, false},
-    {"dense shard", false, false, true, true, true},
-    {"replicate", false, true, false, false, false},
-};
+static constexpr GroupAxes kAxes[kGroups] = {{"world", "pRSce"},
+                                             {"pp", "p"},
+                                             {"cp", "c"},
+                                             {"ep", "e"},
+                                             {"dp*cp*ep", "RSce"},
+                                             {"expert shard", "Sc"},
+                                             {"dense shard", "Sce"},
+                                             {"replicate", "R"}};
 
 const char* name_of(Group group) { return kAxes[int(group)].name; }
 
@@ -62,16 +61,17 @@ int rank_of(const Mesh& mesh, const MeshCoord& c) {
 }
 
 vector<int> group_members(const Mesh& mesh, Group group, int rank) {
-  const GroupAxes& free = kAxes[int(group)];
   const MeshCoord mine = coord_of(mesh, rank);
   const int shard = mesh.dp_shard();
+  const auto fits = [&](char axis, int a, int b) {
+    return a == b || std::strchr(kAxes[int(group)].free, axis);
+  };
   vector<int> members;
   for (int other = 0; other < mesh.world(); other++) {
     const MeshCoord c = coord_of(mesh, other);
-    if ((free.pp || c.pp_rank == mine.pp_rank) &&
-        (free.dp_replicate || c.dp_rank / shard == mine.dp_rank / shard) &&
-        (free.dp_shard || c.dp_rank % shard == mine.dp_rank % shard) &&
-        (free.cp || c.cp_rank == mine.cp_rank) && (free.ep || c.ep_rank == mine.ep_rank))
+    if (fits('p', c.pp_rank, mine.pp_rank) && fits('R', c.dp_rank / shard, mine.dp_rank / shard) &&
+        fits('S', c.dp_rank % shard, mine.dp_rank % shard) && fits('c', c.cp_rank, mine.cp_rank) &&
+        fits('e', c.ep_rank, mine.ep_rank))
       members.push_back(other);
   }
   return members;

@@ -5,8 +5,7 @@
 
 namespace pith {
 
-// Axes outer to inner: (pp, dp, cp, ep). Weights are replicated over dp_replicate, the outer factor
-// of dp, and sharded over the other.
+// Axes outer to inner. Weights are replicated over dp_replicate, the outer factor of dp.
 struct Mesh {
   int pp = 1, dp = 1, cp = 1, ep = 1;
   int dp_replicate = 1;
@@ -22,9 +21,9 @@ enum class Group : uint8_t {
   Cp,
   Ep,
   DpCpEp,
-  ExpertShard,  // dp_shard x cp: over these a layer's experts are sharded
-  DenseShard,   // dp_shard x cp x ep: over these everything else is
-  Replicate,    // dp_replicate
+  ExpertShard,  // dp_shard x cp: a layer's experts
+  DenseShard,   // dp_shard x cp x ep: everything else
+  Replicate,
 };
 constexpr int kGroups = 8;
 const char* name_of(Group group);
@@ -35,7 +34,6 @@ Mesh make_mesh(int world, int pp, int cp, int ep, int dp_replicate = 1);
 MeshCoord coord_of(const Mesh& mesh, int rank);
 int rank_of(const Mesh& mesh, const MeshCoord& coord);
 
-// The group that `rank` belongs to, ascending.
 vector<int> group_members(const Mesh& mesh, Group group, int rank);
 
 }  // namespace pith

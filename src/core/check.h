@@ -12,7 +12,7 @@ namespace pith {
 
 using std::string, std::string_view, std::vector;
 
-// A caller's source position, of the model's line and not the op's: the last parameter of every op.
+// The model's line that called: the last parameter of every op.
 struct At {
   const char* file = "";
   int line = 0;
@@ -23,9 +23,9 @@ struct At {
 
 enum ExitCode : int {
   kExitDone = 0,
-  kExitFailed = 1,    // while running: disk full, NaN, lost rank
-  kExitBadInput = 2,  // bad usage, configuration or input
-  kExitStopped = 3,   // by a signal, state saved
+  kExitFailed = 1,
+  kExitBadInput = 2,
+  kExitStopped = 3,  // by a signal, state saved
 };
 
 // Its message is final: `PLACE: WHAT (got ..., need ...). Try: ...`.
@@ -34,25 +34,22 @@ struct Error : std::runtime_error {
   int exit_code;
 };
 
-// printf into a string.
 [[gnu::format(printf, 1, 2)]] string text(const char* format, ...);
 string vtext(const char* format, va_list args);
 
-// Exit code 2: the user's command, configuration or file is wrong; exit code 1: the run is.
+// Exit codes 2, of wrong input, and 1.
 [[noreturn]] void bad_input(const string& place, const string& what, const string& remedy);
 [[noreturn]] void failed(const string& place, const string& what, const string& remedy = "");
 
 struct Tensor;
 struct Rank;
 
-// One condition of an op's contract: {"x.dim[1] == w.dim[1]", x.dim[1] == w.dim[1]}.
 struct Need {
   const char* what;
   bool holds;
 };
 
-// An op begins. Throws Error (exit code 1), naming caller, tensors and the rank's place, unless
-// every need holds.
+// An op begins; failed() unless every need holds.
 void check(const Rank& rank, const char* op, At at, std::initializer_list<Need> needs,
            std::initializer_list<const Tensor*> tensors);
 [[noreturn]] void op_failed(const Rank& rank, const char* op, At at, const string& what,

@@ -1,7 +1,6 @@
 #include "core/json.h"
 
 #include <cerrno>
-#include <charconv>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -51,7 +50,7 @@ Json Json::parse(const string& text_in, const string& place) {
   document.place_ = place;
   try {
     document.node_ = std::make_shared<const Value>(Value::parse(text_in, refuse_duplicates));
-  } catch (const Value::exception& error) {  // "[json.exception...] parse error at line 1, ..."
+  } catch (const Value::exception& error) {
     const string why = error.what();
     bad_input(place, "is not valid JSON: " + why.substr(why.find("] ") + 2),
               "correct it there; if the file was cut short, fetch or write it again");
@@ -117,9 +116,9 @@ int64_t Json::as_int(int64_t min, int64_t max) const {
   const Value& v = value_of(node_);
   if (v.is_number_unsigned() && v.get<uint64_t>() > uint64_t(INT64_MAX))
     wrong_type("a whole number below 2^63");
-  const bool whole = is_int() || (v.is_number() && std::fabs(v.get<double>()) <= 0x1p53 &&
-                                  v.get<double>() == std::floor(v.get<double>()));
-  if (!whole) wrong_type("a whole number");
+  const double exact = v.is_number() ? v.get<double>() : NAN;
+  if (!is_int() && !(std::fabs(exact) <= 0x1p53 && exact == std::floor(exact)))
+    wrong_type("a whole number");
   const int64_t number = v.get<int64_t>();
   if (number < min || number > max) {
     string need = min == INT64_MIN ? "" : text("at least %ld", min);
@@ -162,16 +161,14 @@ void JsonWriter::new_line() {
 JsonWriter& JsonWriter::open(char begin, char end) {
   raw(string(1, begin));
   closers_ += end;
-  first_ = true;
   return *this;
 }
 
 JsonWriter& JsonWriter::end() {
   const char closer = closers_.back();
   closers_.pop_back();
-  if (!first_) new_line();
+  if (!opened()) new_line();
   out_ += closer;
-  first_ = false;
   return *this;
 }
 
@@ -180,26 +177,18 @@ JsonWriter& JsonWriter::key(const string& name) {
     failed("JsonWriter", "a key outside an object: " + name);
   value(name);
   out_ += ": ";
-  after_key_ = true;
   return *this;
 }
 
-JsonWriter& JsonWriter::value(double number) {
-  if (!std::isfinite(number)) return null();
-  char digits[32];
-  string shortest(digits, std::to_chars(digits, digits + sizeof digits, number).ptr);
-  if (shortest.find_first_of(".e") == string::npos) shortest += ".0";
-  return raw(shortest);
-}
-
+JsonWriter& JsonWriter::value(double number) { return raw(dumped(number)); }
 JsonWriter& JsonWriter::value(const string& text_in) { return raw(dumped(text_in)); }
 
+// What stands before tells what is due: a key ends in a space.
 JsonWriter& JsonWriter::raw(const string& json) {
-  if (!after_key_) {
-    if (!first_) out_ += indent_ < 0 ? ", " : ",";
-    if (!closers_.empty()) new_line();
+  if (!out_.empty() && out_.back() != ' ') {
+    if (!opened()) out_ += indent_ < 0 ? ", " : ",";
+    new_line();
   }
-  first_ = after_key_ = false;
   out_ += json;
   return *this;
 }

@@ -55,13 +55,6 @@ double now_s() {
   return std::chrono::duration<double>(t).count();
 }
 
-Progress::Progress(string what, double total, string unit)
-    : what_(std::move(what)),
-      unit_(std::move(unit)),
-      total_(total),
-      start_s_(now_s()),
-      last_s_(start_s_) {}
-
 void Progress::update(double done, const string& extra) {
   const bool terminal = isatty(2);
   const double now = now_s();

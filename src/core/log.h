@@ -1,4 +1,3 @@
-// log: one line on the terminal and in the run's log.txt; never from two threads at once.
 #pragma once
 #include "core/check.h"
 
@@ -8,22 +7,21 @@ namespace pith {
 [[gnu::format(printf, 1, 2)]] void log_info(const char* format, ...);
 [[gnu::format(printf, 1, 2)]] void log_warning(const char* format, ...);
 
-// Appends later lines to `path` too, until called with "".
+// "" closes the file.
 void log_to_file(const string& path);
 
-// Seconds of a monotonic clock.
 double now_s();
 
-// Of long work: on a terminal one line that is redrawn, else a plain line every 10 s. A total of 0
-// is unknown.
+// Redrawn on a terminal, else a line every 10 s. A total of 0 is unknown.
 class Progress {
  public:
-  Progress(string what, double total, string unit);
+  Progress(const string& what, double total, const string& unit)
+      : what_(what), unit_(unit), total_(total) {}
   void update(double done, const string& extra = "");
 
  private:
   string what_, unit_;
-  double total_, start_s_, last_s_;
+  double total_, start_s_ = now_s(), last_s_ = start_s_;
 };
 
 // "1,234,567"; "3 min 20 s"; "1.50 GiB".

@@ -32,7 +32,7 @@ static void on_stop(int signal_number) {
   if (write(2, note, sizeof note - 1) < 0) return;
 }
 
-// snprintf allocates nothing for these formats. A board's fields may be of different moments.
+// Fields of a board may be of different moments.
 [[gnu::no_sanitize("thread")]] size_t status_line(char* out, size_t size, const Status& s,
                                                   const char* doing) {
   const int n = snprintf(out, size,
@@ -44,15 +44,13 @@ static void on_stop(int signal_number) {
 }
 
 [[noreturn]] static void crash(const char* what, const char* detail) {
-  char line[1024];
-  int n = snprintf(line, sizeof line, "error: crash: %.500s%.500s", what, detail);
-  for (int i = -1; i < boards_used; i++) {
-    if (i >= 0)
-      n = int(status_line(line, sizeof line, boards[i],
-                          boards[i].thread == gettid() ? " (crashed here)" : ""));
-    if (write(2, line, n) < 0) break;
-  }
-  if (write(2, "\n", 1) == 1) _exit(kExitFailed);
+  constexpr size_t kLine = 512;
+  static char report[(kMaxRanks + 2) * kLine];
+  size_t n = snprintf(report, kLine, "error: crash: %.200s%.200s", what, detail);
+  for (const Status* s = boards; s < boards + boards_used; s++)
+    n += status_line(report + n, kLine, *s, s->thread == gettid() ? " (crashed here)" : "");
+  report[n] = '\n';
+  [[maybe_unused]] const ssize_t written = write(2, report, n + 1);
   _exit(kExitFailed);
 }
 
@@ -77,7 +75,7 @@ void install_signal_handlers() {
   struct sigaction stop = {};
   stop.sa_handler = on_stop;
   for (const int s : {SIGINT, SIGTERM}) sigaction(s, &stop, nullptr);
-  // The crash handler runs on its own stack: a stack overflow is a crash too.
+  // For a stack overflow.
   static char alternate[64 * 1024];
   const stack_t stack = {.ss_sp = alternate, .ss_flags = 0, .ss_size = sizeof alternate};
   sigaltstack(&stack, nullptr);
@@ -86,7 +84,7 @@ void install_signal_handlers() {
   on.sa_flags = SA_ONSTACK;
   for (const int s : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT}) sigaction(s, &on, nullptr);
   std::set_terminate(on_terminate);
-  // Writes to a closed pipe or beyond the file size limit say so by errno.
+  // Failing writes say so by errno.
   for (const int s : {SIGPIPE, SIGXFSZ}) signal(s, SIG_IGN);
 }
 

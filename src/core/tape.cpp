@@ -43,7 +43,10 @@ Node* record(Rank& rank, const char* op, At at, std::initializer_list<Tensor> in
   return &node;
 }
 
-void make_leaf(Rank& rank, Tensor& t) { t.var = rank.tape->new_var(); }
+void make_leaf(Rank& rank, Tensor& t) {
+  t.var = int32_t(rank.tape->grads.size());
+  rank.tape->grads.emplace_back();
+}
 
 Tensor grad_of(const Tape& tape, const Tensor& t) {
   if (t.var < 0) return {};
@@ -66,7 +69,6 @@ void add_into(Rank& rank, const Tensor& to, const Tensor& from, At at) {
   add_elements<float>(to, from);
 }
 
-// A weight's accumulator as a tensor.
 static Tensor accumulator(const Tensor& weight) {
   if (!weight.grad)
     failed("tape", text("the gradient of %s has no accumulator to go to", weight.name));

@@ -1,5 +1,5 @@
-// tape: reverse-mode differentiation over a visible list of plain nodes, one tape a (chunk,
-// micro-batch). A gradient's first writer assigns, later ones add; it goes when bx has used it.
+// tape: reverse-mode differentiation over a list of plain nodes, one a (chunk, micro-batch). A
+// gradient's first writer assigns, later ones add; it goes when bx has used it.
 #pragma once
 
 #include "core/tensor.h"
@@ -26,43 +26,33 @@ struct Node {
   const char* op = "";
   At at;
   int layer = -1, stage = 0;
-  TensorList in, out;  // as meta
-  TensorList grad;     // of the outputs, while bx and bw run; undefined where none arrived
-  TensorList bx_keep;  // values that bx needs; released after it
-  TensorList bw_keep;
-  double f[4] = {};                    // eps, scale, ...
-  int64_t i[8] = {};                   // sizes, flags, ...
-  void (*bx)(Rank&, Node&) = nullptr;  // gradients of inputs
-  // Weight gradients of n nodes that share op and weights, one a deferred micro-batch.
+  TensorList in, out;           // as meta
+  TensorList grad;              // of the outputs; undefined where none arrived
+  TensorList bx_keep, bw_keep;  // values that bx and bw need, released after it
+  double f[4] = {};
+  int64_t i[8] = {};
+  // Gradients of inputs; of the weights that n nodes, one a deferred micro-batch, share.
+  void (*bx)(Rank&, Node&) = nullptr;
   void (*bw)(Rank&, Node* const* nodes, int n) = nullptr;
   bool bw_done = false;
 };
 
 struct Tape {
   vector<Node> nodes;
-  vector<Tensor> grads;  // by variable
-  int new_var() {
-    grads.emplace_back();
-    return int(grads.size()) - 1;
-  }
+  vector<Tensor> grads;  // by Tensor::var
   int size() const { return int(nodes.size()); }
   void clear() { *this = Tape(); }
 };
 
-// A node for the caller to complete at once, its outputs variables; null without a tape or without
-// an input that needs a gradient.
+// A node for the caller to complete at once; null if no gradient is needed.
 Node* record(Rank& rank, const char* op, At at, std::initializer_list<Tensor> in,
              std::initializer_list<Tensor*> out);
 
-// Makes `t` a variable of the rank's tape.
 void make_leaf(Rank& rank, Tensor& t);
-// What has arrived for `t`; may be undefined.
 Tensor grad_of(const Tape& tape, const Tensor& t);
 
-// Adds `g` to the gradient of `t`, which takes over g's storage if it is the first; to the
-// accumulator of a weight; nowhere if no gradient flows to `t`.
+// Adds `g`, whose storage is taken over if it is the first, to the gradient of `t`, if one flows.
 void add_grad(Rank& rank, const Tensor& t, Tensor g);
-// to += from, F32 or F64.
 void add_into(Rank& rank, const Tensor& to, const Tensor& from, At at = At::here());
 // Where an op may write the gradient of `t` in place, undefined if none flows.
 struct GradSlot {
@@ -71,10 +61,9 @@ struct GradSlot {
 };
 GradSlot grad_slot(Rank& rank, const Tensor& t, At at = At::here());
 
-// Walks nodes [begin, end) of the rank's tape in reverse: bx, then bw unless it is deferred, of
-// those whose outputs have a gradient.
+// bx, then bw unless it is deferred, of nodes [begin, end) in reverse.
 void backward(Rank& rank, int begin, int end, bool defer_weights = false);
-// The deferred weight gradients of nodes [begin, end), in reverse.
+// What was deferred.
 void weight_grads(Rank& rank, Tape& tape, int begin, int end);
 
 }  // namespace pith

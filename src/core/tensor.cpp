@@ -3,7 +3,6 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "core/allocator.h"
 #include "core/rank.h"
 
 namespace pith {
@@ -17,7 +16,6 @@ static constexpr DTypeInfo kDTypes[] = {{"f32", 4}, {"f64", 8}, {"bf16", 2},
 
 int64_t size_of(DType dtype) { return kDTypes[int(dtype)].size; }
 const char* name_of(DType dtype) { return kDTypes[int(dtype)].name; }
-const char* name_of(Device device) { return device == Device::CPU ? "cpu" : "cuda"; }
 
 Dims::Dims(std::initializer_list<int64_t> sizes) {
   if (sizes.size() > kMaxDims) failed("Dims", text("%zu dimensions (need <= 5)", sizes.size()));
@@ -38,7 +36,7 @@ string describe(const Tensor& t) {
   if (!t.defined()) return "undefined tensor";
   string s = "[";
   for (int i = 0; i < t.dim.rank; i++) s += (i ? "," : "") + std::to_string(t.dim[i]);
-  s += text("] %s %s, ", name_of(t.dtype), name_of(t.device));
+  s += text("] %s %s, ", name_of(t.dtype), t.device == Device::CPU ? "cpu" : "cuda");
   return s + (t.name[0] ? t.name : text("made at %s:%d", t.made.file, t.made.line));
 }
 
@@ -110,8 +108,6 @@ Storage* Allocator::allocate(int64_t bytes, At at) {
   if (live > peak_bytes) peak_bytes = live;
   return new Storage{this, data, bytes};
 }
-
-void Allocator::reset_peak() { peak_bytes = __atomic_load_n(&live_bytes, __ATOMIC_RELAXED); }
 
 void release(Storage* s) {
   __atomic_sub_fetch(&s->allocator->live_bytes, s->bytes, __ATOMIC_RELAXED);

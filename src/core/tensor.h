@@ -9,13 +9,12 @@ namespace pith {
 enum class DType : uint8_t { F32, F64, BF16, F8, I32, U8 };
 enum class Device : uint8_t { CPU, CUDA };
 
-int64_t size_of(DType dtype);  // bytes of one element
+int64_t size_of(DType dtype);
 const char* name_of(DType dtype);
-const char* name_of(Device device);
 inline bool is_float(DType d) { return d != DType::I32 && d != DType::U8; }
 
 struct Allocator;
-struct Storage {  // one allocation, released when the last StorageRef goes
+struct Storage {
   Allocator* allocator = nullptr;
   void* data = nullptr;
   int64_t bytes = 0;
@@ -44,7 +43,7 @@ class StorageRef {
 };
 
 constexpr int kMaxDims = 5;
-constexpr int32_t kIgnoreLabel = -100;  // a label that counts nothing in the loss
+constexpr int32_t kIgnoreLabel = -100;  // counts nothing in the loss
 
 struct Dims {
   Dims() = default;
@@ -67,8 +66,7 @@ struct Tensor {
   Device device = Device::CPU;
   int32_t var = -1;       // variable on its tape; -1: no gradient flows
   const char* name = "";  // weights: a Hugging Face name
-  // Weights: the tensor this one is a view of, `home_offset` elements in. It may have moved when
-  // the backward runs; refresh() follows it.
+  // Weights: the tensor this is a view of, from an element on; refresh() follows where it moved.
   const Tensor* home = nullptr;
   int64_t home_offset = 0;
   At made;
@@ -79,7 +77,7 @@ struct Tensor {
   int64_t numel() const { return dim.numel(); }
   int64_t bytes() const { return numel() * size_of(dtype); }
   int64_t cols() const { return dim[dim.rank - 1]; }
-  int64_t rows() const;  // product of all other dimensions
+  int64_t rows() const;
   template <class T>
   T* as() const {
     return reinterpret_cast<T*>(data);
@@ -87,18 +85,17 @@ struct Tensor {
   float* f32() const { return as<float>(); }
   int32_t* i32() const { return as<int32_t>(); }
 
-  // The same elements and variable; at most one dimension may be -1.
+  // At most one dimension may be -1.
   Tensor view(Dims dims, At at = At::here()) const;
-  // Rows [begin, end) of the first dimension, with a weight's gradient but without a variable.
+  // Of the first dimension, with a weight's gradient but without a variable.
   Tensor slice_rows(int64_t begin, int64_t end, At at = At::here()) const;
-  Tensor meta() const;  // without storage and data
+  Tensor meta() const;  // without the data
   void refresh();
 };
 
-// "[3,16] f32 cpu, made at qwen3_moe.cpp:10", or a weight's name.
+// "[3,16] f32 cpu, made at qwen3_moe.cpp:10"
 string describe(const Tensor& t);
 
-// Uninitialised, zeroed, or copied from host memory of `dtype`.
 Tensor empty(Rank& rank, Dims dims, DType dtype, At at = At::here());
 Tensor zeros(Rank& rank, Dims dims, DType dtype, At at = At::here());
 Tensor tensor_from(Rank& rank, Dims dims, DType dtype, const void* host, At at = At::here());

@@ -5,7 +5,7 @@
 #include "data/dataset.h"
 #include "engine/config.h"
 #include "engine/instance.h"
-#include "observe/memory_report.h"
+#include "observe/report.h"
 
 namespace pith {
 

@@ -7,7 +7,6 @@
 #include <numbers>
 
 #include "comm/launch.h"
-#include "core/allocator.h"
 #include "core/log.h"
 #include "core/process.h"
 #include "engine/batches.h"

@@ -4,7 +4,6 @@
 #include "engine/routing_trace.h"
 #include "engine/run_plan.h"
 #include "observe/metrics.h"
-#include "observe/tensorboard.h"
 
 namespace pith {
 

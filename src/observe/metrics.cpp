@@ -6,34 +6,27 @@
 #include <cerrno>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 #include "core/json.h"
 #include "core/log.h"
+#include "data/durable.h"
 
 namespace pith {
 
 ExpertLoad expert_load(const vector<double>& counts, int num_experts) {
   ExpertLoad load;
   for (auto layer = counts.begin(); layer < counts.end(); layer += num_experts) {
-    double total = 0, most = 0, used = 0, entropy = 0;
-    for (auto count = layer; count < layer + num_experts; count++) total += *count;
-    for (auto count = layer; count < layer + num_experts; count++) {
-      if (*count == 0) continue;
-      most = std::max(most, *count);
-      used++;
-      entropy -= *count / total * std::log(*count / total);
-    }
-    const double E = num_experts;
-    load.max_over_mean.push_back(total > 0 ? most * E / total : 0);
-    load.dead_share.push_back(total > 0 ? (E - used) / E : 0);
-    load.entropy.push_back(num_experts > 1 ? entropy / std::log(E) : total > 0);
+    const auto end = layer + num_experts;
+    const double total = std::accumulate(layer, end, 0.0), E = num_experts;
+    load.max_over_mean.push_back(total > 0 ? *std::max_element(layer, end) * E / total : 0);
+    load.dead_share.push_back(total > 0 ? double(std::count(layer, end, 0)) / E : 0);
   }
   return load;
 }
 
 double StepMetrics::mean_balance_loss() const {
-  double sum = 0;
-  for (const double layer : balance_loss) sum += layer;
+  const double sum = std::accumulate(balance_loss.begin(), balance_loss.end(), 0.0);
   return balance_loss.empty() ? 0 : sum / double(balance_loss.size());
 }
 
@@ -53,7 +46,7 @@ string step_line(const StepMetrics& m) {
   return line;
 }
 
-// A line of metrics.jsonl: `io` writes or reads each field; what is derived is read in vain.
+// `io` writes or reads each field of a line.
 template <class Metrics, class Io>
 static void each_field(Metrics& m, Io io) {
   double rate = m.tokens_per_second();
@@ -78,56 +71,51 @@ static void each_field(Metrics& m, Io io) {
   io("load_balance_loss_per_layer", m.balance_loss);
   io("expert_load_max", m.load.max_over_mean);
   io("expert_load_dead", m.load.dead_share);
-  io("expert_load_entropy", m.load.entropy);
 }
+
+struct LineWriter {
+  JsonWriter& w;
+  void operator()(const char* key, const auto& value) { w.key(key).value(value); }
+  void operator()(const char* key, const std::optional<double>& value) {
+    if (value) w.key(key).value(*value);
+  }
+  void operator()(const char* key, const string& value) {
+    if (!value.empty()) w.key(key).value(value);
+  }
+  void operator()(const char* key, const vector<double>& values) {
+    if (values.empty()) return;
+    w.key(key).array();
+    for (const double value : values) w.value(value);
+    w.end();
+  }
+};
 
 string step_json(const StepMetrics& m) {
   JsonWriter w;
   w.object();
-  each_field(m, [&]<class T>(const char* key, const T& value) {
-    if constexpr (std::is_same_v<T, vector<double>> || std::is_same_v<T, string>)
-      if (value.empty()) return;
-    if constexpr (std::is_same_v<T, std::optional<double>>)
-      if (!value) return;
-    w.key(key);
-    if constexpr (std::is_same_v<T, vector<double>>) {
-      w.array();
-      for (const double number : value) w.value(number);
-      w.end();
-    } else if constexpr (std::is_same_v<T, std::optional<double>>) {
-      w.value(*value);
-    } else {
-      w.value(value);
-    }
-  });
+  each_field(m, LineWriter{w});
   return w.end().str();
 }
 
 // Numbers that are not finite were written as null.
 static double number(const Json& value) { return value.is_null() ? NAN : value.as_double(); }
 
-static StepMetrics parse_step(const Json& line) {
-  StepMetrics m;
-  each_field(m, [&]<class T>(const char* key, T& value) {
-    if constexpr (std::is_same_v<T, int64_t>)
-      value = line[key].as_int(0);
-    else if constexpr (std::is_same_v<T, bool>)
-      value = line[key].as_bool();
-    else if constexpr (std::is_same_v<T, double>)
-      value = number(line[key]);
-    else if (!line.has(key))
-      return;
-    else if constexpr (std::is_same_v<T, string>)
-      value = line[key].as_string();
-    else if constexpr (std::is_same_v<T, std::optional<double>>)
-      value = number(line[key]);
-    else
-      for (int64_t i = 0; i < line[key].size(); i++) value.push_back(number(line[key][i]));
-  });
-  return m;
-}
+struct LineReader {
+  const Json& line;
+  void operator()(const char* key, int64_t& value) { value = line[key].as_int(0); }
+  void operator()(const char* key, bool& value) { value = line[key].as_bool(); }
+  void operator()(const char* key, double& value) { value = number(line[key]); }
+  void operator()(const char* key, string& value) { value = line.string_or(key, ""); }
+  void operator()(const char* key, std::optional<double>& value) {
+    if (line.has(key)) value = number(line[key]);
+  }
+  void operator()(const char* key, vector<double>& values) {
+    for (int64_t i = 0; line.has(key) && i < line[key].size(); i++)
+      values.push_back(number(line[key][i]));
+  }
+};
 
-AppendedFile open_appended(const string& path) {
+static AppendedFile open_appended(const string& path) {
   AppendedFile file(fopen(path.c_str(), "ab"), fclose);
   if (!file)
     failed(path, text("cannot be opened (%s)", strerror(errno)), "a folder that can be written to");
@@ -135,15 +123,18 @@ AppendedFile open_appended(const string& path) {
   return file;
 }
 
-// The end of the lines of steps up to `last_step`. A line is taken for whole by its two ends.
+static bool write_all(const AppendedFile& file, const string& bytes) {
+  return fwrite(bytes.data(), 1, bytes.size(), file.get()) == bytes.size();
+}
+
+// The end of the lines up to `last_step`, taken for whole by their two ends.
 static size_t kept_bytes(const string& bytes, int64_t last_step, const string& path) {
-  const string start = "{\"step\":";
   size_t begin = 0;
   for (int64_t step = 0, previous = 0; begin < bytes.size(); previous = step) {
     const size_t end = bytes.find('\n', begin);
-    step = atol(bytes.c_str() + std::min(begin + start.size(), bytes.size()));
+    const string start = bytes.substr(begin, 30);
     const bool whole = end != string::npos && bytes[end - 1] == '}' &&
-                       bytes.compare(begin, start.size(), start) == 0 && step > previous;
+                       sscanf(start.c_str(), "{\"step\":%ld,", &step) == 1 && step > previous;
     if (!whole)
       log_warning("%s: damaged or cut short after step %ld: what follows is dropped", path.c_str(),
                   previous);
@@ -154,26 +145,21 @@ static size_t kept_bytes(const string& bytes, int64_t last_step, const string& p
 }
 
 MetricsFile::MetricsFile(const string& path, int64_t last_step)
-    : path_(path),
-      file_(open_appended(path)),
-      size_(kept_bytes(read_text_file(path), last_step, path)) {
-  cut_back();
+    : path_(path), file_(open_appended(path)) {
+  cut_back(kept_bytes(read_text_file(path), last_step, path));
 }
 
-void MetricsFile::cut_back() {
-  if (ftruncate(fileno(file_.get()), off_t(size_)) != 0)
+void MetricsFile::cut_back(size_t size) {
+  if (ftruncate(fileno(file_.get()), off_t(size)) != 0)
     failed(path_, text("cannot be cut back (%s)", strerror(errno)), "check the disk");
 }
 
 void MetricsFile::append(const StepMetrics& metrics) {
-  const string line = step_json(metrics) + "\n";
-  if (fwrite(line.data(), 1, line.size(), file_.get()) == line.size()) {
-    size_ += line.size();
-    return;
-  }
+  const off_t before = lseek(fileno(file_.get()), 0, SEEK_END);
+  if (write_all(file_, step_json(metrics) + "\n")) return;
   log_warning("%s: step %ld is not recorded: cannot be written (%s)", path_.c_str(), metrics.step,
               strerror(errno));
-  cut_back();
+  cut_back(size_t(before));
 }
 
 void MetricsFile::sync() {
@@ -184,10 +170,95 @@ void MetricsFile::sync() {
 vector<StepMetrics> read_metrics(const string& path) {
   const string bytes = read_text_file(path);
   vector<StepMetrics> steps;
-  for (size_t begin = 0, end; (end = bytes.find('\n', begin)) != string::npos; begin = end + 1)
-    steps.push_back(parse_step(Json::parse(bytes.substr(begin, end - begin),
-                                           text("%s: line %zu", path.c_str(), steps.size() + 1))));
+  for (size_t begin = 0, end; (end = bytes.find('\n', begin)) != string::npos; begin = end + 1) {
+    const string place = text("%s: line %zu", path.c_str(), steps.size() + 1);
+    const Json line = Json::parse(bytes.substr(begin, end - begin), place);
+    each_field(steps.emplace_back(), LineReader{line});
+  }
   return steps;
+}
+
+uint32_t crc32c(const string& bytes) {
+  uint32_t crc = ~0u;
+  for (const char byte : bytes) {
+    crc ^= uint8_t(byte);
+    for (int bit = 0; bit < 8; bit++) crc = crc >> 1 ^ (crc & 1 ? 0x82f63b78u : 0);
+  }
+  return ~crc;
+}
+
+template <class T>
+static string fixed(T value) {
+  return {reinterpret_cast<const char*>(&value), sizeof value};
+}
+
+static string varint(uint64_t value) {
+  string bytes;
+  for (; value >= 128; value >>= 7) bytes += char(value | 128);
+  return bytes + char(value);
+}
+
+// Protobuf: number << 3 | wire type (0 varint, 1 64 bits, 2 bytes, 5 32 bits).
+static string field(int number, const string& bytes) {
+  return varint(number << 3 | 2) + varint(bytes.size()) + bytes;
+}
+static string field(int number, int64_t value) { return varint(number << 3) + varint(value); }
+static string field(int number, double value) { return varint(number << 3 | 1) + fixed(value); }
+static string field(int number, float value) { return varint(number << 3 | 5) + fixed(value); }
+
+// As TFRecord keeps it.
+static string masked_crc(const string& bytes) {
+  const uint32_t crc = crc32c(bytes);
+  return fixed((crc >> 15 | crc << 17) + 0xa282ead8u);
+}
+
+static string event_file(const string& folder, double wall_s) {
+  make_folders(folder);
+  char host[256] = "localhost";
+  gethostname(host, sizeof host - 1);
+  return folder + text("/events.out.tfevents.%010ld.%s.%d", int64_t(wall_s), host, int(getpid()));
+}
+
+// event.proto: 1 wall_time, 2 step, 3 file_version, 5 summary {1 value {1 tag, 2 simple_value}},
+// 7 session_log {1 status}.
+TensorBoardFile::TensorBoardFile(const string& folder, int64_t first_step, double wall_s)
+    : path_(event_file(folder, wall_s)), file_(open_appended(path_)) {
+  event(0, wall_s, field(3, string("brain.Event:2")));
+  if (first_step > 1) event(first_step, wall_s, field(7, field(1, int64_t{1})));
+}
+
+void TensorBoardFile::event(int64_t step, double wall_s, const string& fields) {
+  if (!file_) return;
+  const string data = field(1, wall_s) + (step ? field(2, step) : "") + fields;
+  const string length = fixed(uint64_t(data.size()));
+  const string bytes = length + masked_crc(length) + data + masked_crc(data);
+  if (write_all(file_, bytes)) return;
+  // Readers stop at a torn frame, so nothing may follow it.
+  log_warning("%s: cannot be written (%s): no more events", path_.c_str(), strerror(errno));
+  file_.reset();
+}
+
+void TensorBoardFile::scalars(int64_t step, double wall_s,
+                              const vector<std::pair<string, double>>& values) {
+  string summary;
+  for (const auto& [tag, value] : values)
+    summary += field(1, field(1, tag) + field(2, float(value)));
+  event(step, wall_s, field(5, summary));
+}
+
+void TensorBoardFile::step(const StepMetrics& m, double wall_s) {
+  vector<std::pair<string, double>> values = {
+      {"train/cross-entropy-loss", m.loss},
+      {"train/learning-rate", m.learning_rate},
+      {"train/gradient-norm", m.gradient_norm},
+      {"infra/step-time", m.seconds},
+      {"infra/tokens-per-second", m.tokens_per_second()},
+      {"infra/peak-memory-gib", m.peak_memory_bytes / (1 << 30)}};
+  if (!m.balance_loss.empty())
+    values.emplace_back("train/load-balance-loss", m.mean_balance_loss());
+  if (m.mfu) values.emplace_back("infra/mfu", *m.mfu);
+  if (m.eval_loss) values.emplace_back("eval/cross-entropy-loss", *m.eval_loss);
+  scalars(m.step, wall_s, values);
 }
 
 }  // namespace pith

@@ -3,11 +3,47 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/json.h"
 #include "core/log.h"
 
 namespace pith {
 
-static constexpr double kLeft = 70, kWidth = 560, kHeight = 180;
+struct Kind {
+  const char *key, *heading;
+  int64_t RankMemory::*bytes;
+};
+static constexpr Kind kKinds[] = {
+    {"weights", "weights", &RankMemory::weights},
+    {"compute_copy", "compute copy", &RankMemory::compute_copy},
+    {"gradients", "gradients", &RankMemory::gradients},
+    {"optimizer", "optimizer", &RankMemory::optimizer},
+    {"activations", "activations*", &RankMemory::activations},
+    {"workspace", "workspace*", &RankMemory::workspace},
+};
+
+string memory_table(const vector<RankMemory>& ranks) {
+  string out = "rank";
+  const auto cell = [&](const string& words) { out += text(" %12s", words.c_str()); };
+  for (const Kind& kind : kKinds) cell(kind.heading);
+  cell("total");
+  for (size_t i = 0; i < ranks.size(); i++) {
+    out += text("\n%4zu", i);
+    for (const Kind& kind : kKinds) cell(bytes_text(double(ranks[i].*kind.bytes)));
+    cell(bytes_text(double(ranks[i].total())));
+  }
+  return out + "\n* estimated\n";
+}
+
+string memory_json(const vector<RankMemory>& ranks) {
+  JsonWriter w;
+  w.array();
+  for (size_t i = 0; i < ranks.size(); i++) {
+    w.object().key("rank").value(i);
+    for (const Kind& kind : kKinds) w.key(kind.key).value(ranks[i].*kind.bytes);
+    w.key("total").value(ranks[i].total()).end();
+  }
+  return w.end().str();
+}
 
 struct Range {
   double low = HUGE_VAL, high = -HUGE_VAL;
@@ -21,7 +57,7 @@ struct Range {
   double share(double v) const { return high > low ? (v - low) / (high - low) : 0; }
 };
 
-// Means of at most `columns` stretches of the values; NaN where nothing is finite.
+// Means of stretches; NaN where nothing is finite.
 static vector<double> stretches(const vector<double>& values, int columns) {
   const size_t n = std::min(values.size(), size_t(columns));
   vector<double> sum(n), count(n);
@@ -40,100 +76,72 @@ static string escape(const string& raw) {
   return out;
 }
 
-static string label(double x, double y, const string& words) {
-  return text("<text x=\"%.1f\" y=\"%.1f\">", x, y) + words + "</text>";
-}
+struct Curve {
+  string name;
+  vector<double> values;  // by step
+};
 
-static string figure(const string& caption, double height, const string& svg) {
-  return "<figure><figcaption>" + caption +
-         text("</figcaption><svg viewBox=\"0 0 720 %.0f\">", height) + svg + "</svg></figure>\n";
-}
-
-static string loss_html(const vector<StepMetrics>& steps) {
-  vector<double> train, held_out;
-  for (const StepMetrics& m : steps) {
-    train.push_back(m.loss);
-    held_out.push_back(m.eval_loss.value_or(NAN));
-  }
-  const vector<double> curves[] = {stretches(train, 280), stretches(held_out, 280)};
+// A line a curve, with its name as a tooltip.
+static string chart(const char* caption, vector<Curve> curves, const vector<StepMetrics>& steps) {
+  constexpr double kLeft = 70, kWidth = 560, kHeight = 180;
   Range range;
-  for (const auto& curve : curves) range.add(curve);
-  string svg = label(kLeft, kHeight + 18, text("step %ld", steps[0].step)) +
-               label(kWidth, kHeight + 18, text("step %ld", steps.back().step));
-  if (range.low <= range.high)
-    svg += label(0, 12, text("%.4g", range.high)) + label(0, kHeight, text("%.4g", range.low));
-  for (const auto& curve : curves) {
-    string line;
-    for (size_t i = 0; i < curve.size(); i++)
-      if (std::isfinite(curve[i]))
-        line += text("%c%.1f %.1f", line.empty() ? 'M' : 'L',
-                     kLeft + kWidth * double(i) / double(curve.size()),
-                     kHeight * (1 - range.share(curve[i])));
-    svg += text("<path class=\"%c\" d=\"", &curve == curves ? 'a' : 'b') + line + "\"/>";
+  for (Curve& curve : curves) {
+    curve.values = stretches(curve.values, 120);
+    range.add(curve.values);
   }
-  return figure("Loss, nats a token: <b class=\"a\">training</b>, <b class=\"b\">held-out</b>",
-                kHeight + 24, svg);
-}
-
-static string load_html(const vector<StepMetrics>& steps) {
-  vector<vector<double>> rows(steps.back().load.max_over_mean.size());
-  Range range{1, 2};
-  for (size_t l = 0; l < rows.size(); l++) {
-    for (const StepMetrics& m : steps) {
-      const vector<double>& load = m.load.max_over_mean;
-      rows[l].push_back(l < load.size() ? load[l] : NAN);
-    }
-    rows[l] = stretches(rows[l], 60);
-    range.add(rows[l]);
-  }
+  if (range.low > range.high) return "";
   string svg;
-  for (size_t l = 0; l < rows.size(); l++) {
-    const double width = kWidth / double(rows[l].size()), y = 14.0 * double(l);
-    svg += label(0, y + 11, text("layer %zu", l));
-    for (size_t c = 0; c < rows[l].size(); c++)
-      if (std::isfinite(rows[l][c]))
-        svg += text("<path opacity=\"%.2f\" d=\"M%.1f %.0fh%.1fv13h-%.1fz\"/>",
-                    range.share(rows[l][c]), kLeft + double(c) * width, y, width, width);
+  const auto label = [&](double x, double y, const string& words) {
+    svg += text("<text x=\"%.0f\" y=\"%.0f\">", x, y) + words + "</text>";
+  };
+  label(0, 12, text("%.4g", range.high));
+  label(0, kHeight, text("%.4g", range.low));
+  label(kLeft, kHeight + 18, text("step %ld", steps[0].step));
+  label(kWidth, kHeight + 18, text("step %ld", steps.back().step));
+  for (size_t c = 0; c < curves.size(); c++) {
+    const vector<double>& values = curves[c].values;
+    string line;
+    for (size_t i = 0; i < values.size(); i++)
+      if (std::isfinite(values[i]))
+        line += text("%c%.1f %.1f", line.empty() ? 'M' : 'L',
+                     kLeft + kWidth * double(i) / double(values.size()),
+                     kHeight * (1 - range.share(values[i])));
+    svg += text("<path stroke=\"hsl(%zu 60%% 50%%)\" d=\"", c * 360 / curves.size()) + line +
+           "\"><title>" + curves[c].name + "</title></path>";
   }
-  return figure(text("Fullest expert over the mean, from 1 (empty) to %.1f (full)", range.high),
-                14.0 * double(rows.size()), svg);
+  return string("<figure><figcaption>") + caption + "</figcaption><svg viewBox=\"0 0 720 204\">" +
+         svg + "</svg></figure>\n";
 }
 
-static vector<ReportRow> rows_of(const vector<StepMetrics>& steps) {
-  StepMetrics sum = steps.back();
-  sum.tokens = 0;
-  sum.seconds = 0;
+string report_html(const vector<StepMetrics>& steps, const ReportInput& input) {
+  Curve train{"training"}, held_out{"held-out"};
+  vector<Curve> load;
+  vector<ReportRow> rows = input.summary;
+  StepMetrics sum;
   int64_t skipped = 0;
   for (const StepMetrics& m : steps) {
+    train.values.push_back(m.loss);
+    held_out.values.push_back(m.eval_loss.value_or(NAN));
+    for (size_t l = 0; l < m.load.max_over_mean.size(); l++) {
+      if (l == load.size()) load.push_back({text("layer %zu", l)});
+      load[l].values.push_back(m.load.max_over_mean[l]);
+    }
     sum.tokens += m.tokens;
     sum.seconds += m.seconds;
     sum.peak_memory_bytes = std::max(sum.peak_memory_bytes, m.peak_memory_bytes);
     skipped += m.skipped;
   }
-  return {{"steps", with_commas(sum.step) + " of " + with_commas(sum.steps)},
-          {"router forced", sum.router_forced.empty() ? "no" : sum.router_forced},
-          {"tokens trained on", with_commas(sum.tokens)},
-          {"tokens a second", with_commas(std::llround(sum.tokens_per_second()))},
-          {"peak memory, fullest rank", bytes_text(sum.peak_memory_bytes)},
-          {"updates skipped: not finite", with_commas(skipped)}};
-}
-
-static const char* const kStyle = R"(
-body{margin:auto;max-width:900px;font:15px/1.5 sans-serif}svg text{font-size:12px}
-path{fill:#d1603d}.a,.b{fill:none;stroke-width:2}td{padding-right:24px}
-.a{stroke:#3b82c4;color:#3b82c4}.b{stroke:#d1603d;color:#d1603d}
-)";
-
-string report_html(const vector<StepMetrics>& steps, const ReportInput& input) {
+  rows.push_back({"tokens trained on", with_commas(sum.tokens)});
+  rows.push_back({"tokens a second", with_commas(std::llround(sum.tokens_per_second()))});
+  rows.push_back({"peak memory, fullest rank", bytes_text(sum.peak_memory_bytes)});
+  rows.push_back({"updates skipped: not finite", with_commas(skipped)});
   const string title = escape(input.title);
   string out = "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"/><title>" + title +
-               "</title><style>" + kStyle + "</style></head>\n<body><h1>" + title + "</h1>\n";
-  vector<ReportRow> rows = input.summary;
-  if (!steps.empty()) {
-    out += loss_html(steps) + load_html(steps);
-    for (const ReportRow& row : rows_of(steps)) rows.push_back(row);
-  }
-  out += "<table>";
+               "</title><style>svg{font:12px sans-serif}path{fill:none;stroke-width:2}</style>"
+               "</head>\n<body><h1>" +
+               title + "</h1>\n" + chart("Loss, nats a token", {train, held_out}, steps) +
+               chart("Expert load: the fullest expert over the mean, a line a layer", load, steps) +
+               "<table>";
   for (const ReportRow& row : rows)
     out += "<tr><td>" + escape(row.name) + "</td><td>" + escape(row.value) + "</td></tr>\n";
   return out + "</table></body></html>\n";
@@ -145,9 +153,10 @@ string sparkline(const vector<double>& values, int width) {
   range.add(means);
   string out;
   for (const double v : means) {
+    const bool finite = std::isfinite(v);
     // U+2581 to U+2588 are e2 96 81 to e2 96 88.
-    const int level = std::min(7, int(range.share(v) * 8));
-    out += std::isfinite(v) ? string("\xe2\x96") + char(0x81 + level) : "\u00b7";
+    const int level = finite ? std::min(7, int(range.share(v) * 8)) : 0;
+    out += finite ? string("\xe2\x96") + char(0x81 + level) : "\u00b7";
   }
   return out;
 }

@@ -1,8 +1,24 @@
-// report: a run on one page, which needs no network, and as a line for the terminal.
+// report: what people read of a run: bytes before it, and a page and a line after it.
 #pragma once
 #include "observe/metrics.h"
 
 namespace pith {
+
+// Bytes.
+struct RankMemory {
+  int64_t weights = 0;       // F32 master shard
+  int64_t compute_copy = 0;  // gathered weights
+  int64_t gradients = 0;     // full accumulators and reduced shard
+  int64_t optimizer = 0;
+  int64_t activations = 0;  // estimate
+  int64_t workspace = 0;    // estimate
+  int64_t total() const {
+    return weights + compute_copy + gradients + optimizer + activations + workspace;
+  }
+};
+
+string memory_table(const vector<RankMemory>& ranks);
+string memory_json(const vector<RankMemory>& ranks);
 
 struct ReportRow {
   string name, value;
@@ -13,10 +29,10 @@ struct ReportInput {
   vector<ReportRow> summary;
 };
 
-// Loss curve and expert load as inline SVG, and a table; of any number of steps.
+// Loss curve, expert load and key figures.
 string report_html(const vector<StepMetrics>& steps, const ReportInput& input);
 
-// `values` as at most `width` blocks; a dot where nothing is finite.
+// A block is a mean; a dot: nothing is finite.
 string sparkline(const vector<double>& values, int width);
 
 }  // namespace pith

@@ -187,8 +187,7 @@ void every_collective(Rank& rank, Group group) {
           t, 0, count, [&](int64_t i) { return value<T>(group_member(rank, group, root), i); },
           text("broadcast from %d", root));
     }
-  if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double> ||
-                std::is_same_v<T, int32_t>) {
+  if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>) {
     for (int pattern = 0; pattern < kPatterns; pattern++)
       reduce_scatter_case<T>(rank, group, pattern);
     for (const int64_t count : {0, 1, 7, 20011})

@@ -9,7 +9,6 @@
 #include "data/safetensors.h"
 #include "engine/checkpoint.h"
 #include "engine/instance.h"
-#include "engine/optimizer.h"
 #include "engine/routing_trace.h"
 #include "layouts/layouts.h"
 

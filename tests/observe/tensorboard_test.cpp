@@ -1,4 +1,4 @@
-#include "observe/tensorboard.h"
+#include "observe/metrics.h"
 
 #include <gtest/gtest.h>
 #include <unistd.h>

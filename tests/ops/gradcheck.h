@@ -16,7 +16,6 @@
 #include <type_traits>
 #include <vector>
 
-#include "core/allocator.h"
 #include "core/rank.h"
 #include "core/rng.h"
 #include "core/tape.h"
