@@ -114,19 +114,22 @@ void Tokenizer::encode(string_view utf8, vector<uint32_t>& out, EncodeOptions op
 
 string Tokenizer::decode(std::span<const uint32_t> tokens, SpecialTokens which) const {
   string out;
-  bool first = true;
   for (const uint32_t id : tokens) {
     if (token_text(id).empty() || (which == SpecialTokens::Skip && is_special(id))) continue;
-    if (join_with_space && !first) out += ' ';
+    if (join_with_space && !out.empty()) out += ' ';
     out += join_with_space || bytes[id].empty() ? texts[id] : bytes[id];
-    first = false;
   }
   return replace_invalid_utf8(out);
 }
 
-std::optional<uint32_t> Tokenizer::id_of(string_view token) const {
+uint32_t TokenizerTables::find(string_view token) const {
   const auto known = ids.find(token);
-  return known == ids.end() ? std::nullopt : std::optional(known->second);
+  return known == ids.end() ? kNoId : known->second;
+}
+
+std::optional<uint32_t> Tokenizer::id_of(string_view token) const {
+  const uint32_t id = find(token);
+  return id == kNoId ? std::nullopt : std::optional(id);
 }
 
 }  // namespace pith

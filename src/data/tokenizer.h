@@ -36,6 +36,8 @@ struct TokenizerTables {
   vector<uint32_t> prefix, suffix;  // from the post-processor
   bool join_with_space = false;     // there is no decoder
   std::optional<uint32_t> eos;
+
+  uint32_t find(string_view token) const;  // kNoId if there is none
 };
 
 class Tokenizer : TokenizerTables {

@@ -166,11 +166,12 @@ class Bpe {
               vector<uint32_t>& out) const;
 
  private:
+  size_t slot_of(uint32_t left, uint32_t right) const;
   uint32_t rank_of(uint32_t left, uint32_t right) const;
   void merge(vector<uint32_t>& ids, vector<uint32_t>& ranks) const;
   void encode_word(string_view word, EncodeScratch& scratch) const;
 
-  vector<uint64_t> pairs_;   // left, right and rank; open addressing, a power of two
+  vector<uint64_t> pairs_;   // left, right, rank; open addressing; packed for one cache miss
   vector<uint32_t> joined_;  // by rank
   std::array<uint32_t, 256> byte_ids_{};
   std::unordered_map<string_view, uint32_t> whole_;  // words that become one token
