@@ -2,8 +2,6 @@
 
 #include <algorithm>
 
-#include "core/check.h"
-
 namespace pith {
 
 // ---- added tokens ----
@@ -64,9 +62,7 @@ static Char flags_at(string_view text, size_t at) {
 
 static Char flags_before(string_view text, size_t at) {
   if (at == 0) return {0, 0};
-  do at--;
-  while ((text[at] & 0xc0) == 0x80);
-  return flags_at(text, at);
+  return flags_at(text, size_t(char_before(text.data() + at) - text.data()));
 }
 
 // Cuts `text` at added tokens as Hugging Face does: first at those found in the text as it is, and

@@ -1,8 +1,4 @@
 // tokenizer: byte-level BPE from a Hugging Face tokenizer.json, giving Hugging Face's ids.
-//
-//   const Tokenizer tokenizer = Tokenizer::load("tokenizer.json");  // shared by all threads
-//   EncodeScratch scratch;                                          // one a thread
-//   tokenizer.encode(text, ids, {}, scratch);                       // appends
 #pragma once
 #include <deque>
 
@@ -40,6 +36,7 @@ struct TokenizerTables {
   uint32_t find(string_view token) const;  // kNoId if there is none
 };
 
+// Shared by all threads, each with an EncodeScratch of its own.
 class Tokenizer : TokenizerTables {
  public:
   // Throws bad_input, naming the part, for a file that is missing, damaged, or uses what is not

@@ -44,6 +44,12 @@ inline Char decode_char(const char* p) {
   if (b[0] < 0xf0) return {(b[0] & 15u) << 12 | (b[1] & 63u) << 6 | (b[2] & 63u), 3};
   return {(b[0] & 7u) << 18 | (b[1] & 63u) << 12 | (b[2] & 63u) << 6 | (b[3] & 63u), 4};
 }
+// The character that ends at `p`.
+inline const char* char_before(const char* p) {
+  do p--;
+  while ((*p & 0xc0) == 0x80);
+  return p;
+}
 void append_char(string& out, uint32_t code);
 // Bytes of the valid UTF-8 at the front of `bytes`: its size if all of it is valid.
 size_t valid_utf8_prefix(string_view bytes);
@@ -68,7 +74,7 @@ class Regex {
  private:
   std::shared_ptr<void> code_;  // pcre2_code
   string place_;
-  bool jit_ = false, may_be_empty_ = false;
+  bool may_be_empty_ = false;
   std::array<bool, 256> starts_{};  // bytes that a match may start with
 };
 

@@ -87,8 +87,7 @@ struct Splitter {
     const char* lower = run(upper, kLower);
     if (lower > upper) return lower;
     while (upper > p) {  // the last that is both ends it
-      const char* last = upper - 1;
-      while ((*last & 0xc0) == 0x80) last--;
+      const char* last = char_before(upper);
       if (at(last).code & kLower) return upper;
       upper = last;
     }

@@ -107,8 +107,7 @@ static void compose(vector<int32_t>& codes) {
   codes.swap(parts);
 }
 
-// Sets kUnstable on everything that NFC moves, replaces or joins to the character before it. (What
-// composes with something before it is a later part of some decomposition.)
+// What joins the character before it is a later part of some decomposition.
 static void mark_unstable(vector<uint16_t>& flags) {
   const auto mark = [&](uint32_t code) {
     if (!(flags[code] & kUnknownToNfc)) flags[code] |= kUnstable;
@@ -165,12 +164,8 @@ bool to_nfc(string_view text, string& out) {
       p += c.size;
       continue;
     }
-    const char* first = p;  // the character before may join in
-    if (first > begin) {
-      do first--;
-      while ((*first & 0xc0) == 0x80);
-      if (flags[decode_char(first).code] & kUnknownToNfc) first = p;
-    }
+    const char* first = p > begin ? char_before(p) : p;  // which may join in
+    if (flags[decode_char(first).code] & kUnknownToNfc) first = p;
     codes.clear();
     if (first < p) codes.push_back(int32_t(decode_char(first).code));
     for (Char next; p < end && flags[(next = decode_char(p)).code] & kUnstable; p += next.size)
