@@ -4,40 +4,30 @@
 
 namespace pith {
 
-// ---- added tokens ----
-
 AddedTokens::AddedTokens(vector<AddedToken> tokens) : tokens_(std::move(tokens)) {
   std::stable_sort(tokens_.begin(), tokens_.end(),
                    [](const auto& a, const auto& b) { return a.content < b.content; });
   for (const AddedToken& token : tokens_) starts_[uint8_t(token.content[0])] = true;
 }
 
-// The longest token that `text` starts with is the last one that is not above it in order, or that
-// one's common part with `text` has it at its front.
-const AddedToken* AddedTokens::longest_at_front(string_view text) const {
-  while (!text.empty()) {
-    const auto above =
-        std::upper_bound(tokens_.begin(), tokens_.end(), text,
-                         [](string_view a, const AddedToken& b) { return a < b.content; });
-    if (above == tokens_.begin()) break;
-    const AddedToken& token = above[-1];
-    if (text.starts_with(token.content)) return &token;
-    const auto differs =
-        std::mismatch(text.begin(), text.end(), token.content.begin(), token.content.end());
-    text = text.substr(0, size_t(differs.first - text.begin()));
+// The longest token at the front of `rest` is the last one that is not above it in order, or is at
+// the front of what that one shares with it.
+const AddedToken* AddedTokens::find(string_view text, size_t from, size_t& begin) const {
+  if (tokens_.empty()) return nullptr;
+  const auto above = [](string_view a, const AddedToken& b) { return a < b.content; };
+  for (begin = from; begin < text.size(); begin++) {
+    if (!starts_[uint8_t(text[begin])]) continue;
+    for (string_view rest = text.substr(begin); !rest.empty();) {
+      const auto at = std::upper_bound(tokens_.begin(), tokens_.end(), rest, above);
+      if (at == tokens_.begin()) break;
+      const string& token = at[-1].content;
+      if (rest.starts_with(token)) return &at[-1];
+      const auto differs = std::mismatch(rest.begin(), rest.end(), token.begin(), token.end());
+      rest = rest.substr(0, size_t(differs.first - rest.begin()));
+    }
   }
   return nullptr;
 }
-
-const AddedToken* AddedTokens::find(string_view text, size_t from, size_t& begin) const {
-  if (tokens_.empty()) return nullptr;
-  for (begin = from; begin < text.size(); begin++)
-    if (starts_[uint8_t(text[begin])])
-      if (const AddedToken* token = longest_at_front(text.substr(begin))) return token;
-  return nullptr;
-}
-
-// ---- encode ----
 
 void Tokenizer::encode_words(string_view text, EncodeScratch& scratch,
                              vector<uint32_t>& out) const {
@@ -105,8 +95,6 @@ void Tokenizer::encode(string_view utf8, vector<uint32_t>& out, EncodeOptions op
   encode_text(utf8, false, options.parse_special, scratch, out);
   if (options.add_special) out.insert(out.end(), suffix.begin(), suffix.end());
 }
-
-// ---- decode ----
 
 string Tokenizer::decode(std::span<const uint32_t> tokens, SpecialTokens which) const {
   string out;

@@ -9,8 +9,6 @@
 
 namespace pith {
 
-// ---- merges ----
-
 static constexpr uint64_t kNoPair = UINT64_MAX;
 
 // Where the pair is in `pairs_`, or would be.
@@ -76,8 +74,6 @@ void Bpe::encode_word(string_view word, EncodeScratch& scratch) const {
     if (const uint32_t id = byte_ids_[uint8_t(c)]; id != kNoId) ids.push_back(id);
   merge(ids, scratch.ranks_);
 }
-
-// ---- words through the cache ----
 
 EncodeScratch::EncodeScratch(size_t cache_bytes)
     : entries_(std::bit_floor(std::max(cache_bytes / sizeof(Entry), size_t{1}))) {}

@@ -107,8 +107,6 @@ static void set_token(TokenizerTables& t, uint32_t id, string_view name, string_
   t.bytes[id] = keep(t, bytes_of(text));
 }
 
-// ---- the model ----
-
 static vector<Bpe::Merge> read_merges(const TokenizerTables& t, const Value& merges) {
   vector<Bpe::Merge> out;
   for (rapidjson::SizeType i = 0; i < merges.Size(); i++) {
@@ -149,8 +147,6 @@ static void read_model(TokenizerTables& t, const Json& model, const Value& vocab
   t.bpe = Bpe(read_merges(t, merges), t.bytes, model.bool_or("ignore_merges", false));
 }
 
-// ---- added tokens ----
-
 // Ids as Hugging Face gives them: the model's, or the next free one. A file that says otherwise is
 // refused.
 static void read_added(TokenizerTables& t, const Json& tokens) {
@@ -181,8 +177,6 @@ static void read_added(TokenizerTables& t, const Json& tokens) {
   t.added = AddedTokens(std::move(plain));
   t.added_normalized = AddedTokens(std::move(normalized));
 }
-
-// ---- components ----
 
 // A regular expression that matches `literal`.
 static string escape(const string& literal) {

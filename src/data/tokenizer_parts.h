@@ -10,7 +10,7 @@
 
 namespace pith {
 
-// ---- tokenizer_unicode.cpp: UTF-8, classes of characters, NFC ----
+// tokenizer_unicode.cpp
 
 // What a character is, in the Unicode version of Hugging Face's regular expressions, 16.0.
 enum CharFlag : uint16_t {
@@ -56,7 +56,7 @@ size_t valid_utf8_prefix(string_view bytes);
 // `text` in NFC, into `out`. False, leaving `out` alone, when `text` is in NFC already.
 bool to_nfc(string_view text, string& out);
 
-// ---- tokenizer_regex.cpp ----
+// tokenizer_regex.cpp
 
 struct Match {
   size_t begin, end;
@@ -78,7 +78,7 @@ class Regex {
   std::array<bool, 256> starts_{};  // bytes that a match may start with
 };
 
-// ---- tokenizer_split.cpp: text to words ----
+// tokenizer_split.cpp
 
 // Splits by hand-written code: the next words of `text`, at most `most`, are appended to `words`
 // and taken off `text`.
@@ -109,7 +109,7 @@ struct SplitBuffers {
 // All words of `text`, into buffers.pieces.
 void split(const vector<SplitStep>& steps, string_view text, SplitBuffers& buffers);
 
-// ---- tokenizer.cpp: added tokens ----
+// tokenizer.cpp
 
 struct AddedToken {
   string content;  // in the form to be found
@@ -125,12 +125,11 @@ class AddedTokens {
   const AddedToken* find(string_view text, size_t from, size_t& begin) const;
 
  private:
-  const AddedToken* longest_at_front(string_view text) const;
   vector<AddedToken> tokens_;  // sorted by content
   std::array<bool, 256> starts_{};
 };
 
-// ---- tokenizer_bpe.cpp: words to ids ----
+// tokenizer_bpe.cpp
 
 constexpr uint32_t kNoId = UINT32_MAX;
 constexpr int kIdBits = 21, kRankBits = 64 - 2 * kIdBits;  // of a packed merge

@@ -7,8 +7,6 @@
 
 namespace pith {
 
-// ---- Oniguruma's patterns as PCRE2's ----
-
 // Oniguruma has Unicode 16; PCRE2's own tables may be older, and its \s differs. So
 // properties, \s and \d become members of a class.
 
@@ -90,8 +88,6 @@ static string translate(const string& pattern, const string& place) {
   }
   return out;
 }
-
-// ---- matching ----
 
 Regex::Regex(const string& pattern, const string& place) : place_(place) {
   const string translated = translate(pattern, place);

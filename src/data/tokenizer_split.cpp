@@ -2,8 +2,6 @@
 
 namespace pith {
 
-// ---- hand-written patterns ----
-
 namespace {
 constexpr const char* kQwen2 = R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N})"
                                R"(| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
@@ -156,8 +154,6 @@ const struct {
     {kDeepSeekV3, fast_split<&Splitter::deepseek_v3>},
 };
 }  // namespace
-
-// ---- steps ----
 
 SplitStep::SplitStep(const string& pattern, const string& place, SplitBehavior how, bool inverted)
     : behavior(how), invert(inverted) {

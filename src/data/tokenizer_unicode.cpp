@@ -7,8 +7,6 @@
 
 namespace pith {
 
-// ---- classes of characters ----
-
 // Of Unicode 15.0, 15.1 and 16.0.
 static constexpr NewerCodes kNewer[] = {
     {"Cf", "13439-1343f"},
@@ -79,8 +77,6 @@ static uint16_t flags_of(uint32_t code, const char* category) {
     flags |= kWordChar;
   return flags;
 }
-
-// ---- NFC ----
 
 static void append_decomposed(int32_t code, vector<int32_t>& out) {
   int32_t parts[32];
@@ -182,8 +178,6 @@ bool to_nfc(string_view text, string& out) {
   out.append(done, end);
   return true;
 }
-
-// ---- UTF-8 ----
 
 void append_char(string& out, uint32_t code) {
   uint8_t bytes[4];
