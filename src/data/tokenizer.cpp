@@ -2,11 +2,7 @@
 
 #include <algorithm>
 
-#include "core/check.h"
-
 namespace pith {
-
-// ---- added tokens ----
 
 AddedTokens::AddedTokens(vector<AddedToken> tokens) : tokens_(std::move(tokens)) {
   std::stable_sort(tokens_.begin(), tokens_.end(),
@@ -14,32 +10,24 @@ AddedTokens::AddedTokens(vector<AddedToken> tokens) : tokens_(std::move(tokens))
   for (const AddedToken& token : tokens_) starts_[uint8_t(token.content[0])] = true;
 }
 
-// The longest token that `text` starts with is the last one that is not above it in order, or that
-// one's common part with `text` has it at its front.
-const AddedToken* AddedTokens::longest_at_front(string_view text) const {
-  while (!text.empty()) {
-    const auto above =
-        std::upper_bound(tokens_.begin(), tokens_.end(), text,
-                         [](string_view a, const AddedToken& b) { return a < b.content; });
-    if (above == tokens_.begin()) break;
-    const AddedToken& token = above[-1];
-    if (text.starts_with(token.content)) return &token;
-    const auto differs =
-        std::mismatch(text.begin(), text.end(), token.content.begin(), token.content.end());
-    text = text.substr(0, size_t(differs.first - text.begin()));
+// The longest token at the front of `rest` is the last one that is not above it in order, or is at
+// the front of what that one shares with it.
+const AddedToken* AddedTokens::find(string_view text, size_t from, size_t& begin) const {
+  if (tokens_.empty()) return nullptr;
+  const auto above = [](string_view a, const AddedToken& b) { return a < b.content; };
+  for (begin = from; begin < text.size(); begin++) {
+    if (!starts_[uint8_t(text[begin])]) continue;
+    for (string_view rest = text.substr(begin); !rest.empty();) {
+      const auto at = std::upper_bound(tokens_.begin(), tokens_.end(), rest, above);
+      if (at == tokens_.begin()) break;
+      const string& token = at[-1].content;
+      if (rest.starts_with(token)) return &at[-1];
+      const auto differs = std::mismatch(rest.begin(), rest.end(), token.begin(), token.end());
+      rest = rest.substr(0, size_t(differs.first - rest.begin()));
+    }
   }
   return nullptr;
 }
-
-const AddedToken* AddedTokens::find(string_view text, size_t from, size_t& begin) const {
-  if (tokens_.empty()) return nullptr;
-  for (begin = from; begin < text.size(); begin++)
-    if (starts_[uint8_t(text[begin])])
-      if (const AddedToken* token = longest_at_front(text.substr(begin))) return token;
-  return nullptr;
-}
-
-// ---- encode ----
 
 void Tokenizer::encode_words(string_view text, EncodeScratch& scratch,
                              vector<uint32_t>& out) const {
@@ -64,9 +52,7 @@ static Char flags_at(string_view text, size_t at) {
 
 static Char flags_before(string_view text, size_t at) {
   if (at == 0) return {0, 0};
-  do at--;
-  while ((text[at] & 0xc0) == 0x80);
-  return flags_at(text, at);
+  return flags_at(text, size_t(char_before(text.data() + at) - text.data()));
 }
 
 // Cuts `text` at added tokens as Hugging Face does: first at those found in the text as it is, and
@@ -110,23 +96,24 @@ void Tokenizer::encode(string_view utf8, vector<uint32_t>& out, EncodeOptions op
   if (options.add_special) out.insert(out.end(), suffix.begin(), suffix.end());
 }
 
-// ---- decode ----
-
 string Tokenizer::decode(std::span<const uint32_t> tokens, SpecialTokens which) const {
   string out;
-  bool first = true;
   for (const uint32_t id : tokens) {
     if (token_text(id).empty() || (which == SpecialTokens::Skip && is_special(id))) continue;
-    if (join_with_space && !first) out += ' ';
+    if (join_with_space && !out.empty()) out += ' ';
     out += join_with_space || bytes[id].empty() ? texts[id] : bytes[id];
-    first = false;
   }
   return replace_invalid_utf8(out);
 }
 
-std::optional<uint32_t> Tokenizer::id_of(string_view token) const {
+uint32_t TokenizerTables::find(string_view token) const {
   const auto known = ids.find(token);
-  return known == ids.end() ? std::nullopt : std::optional(known->second);
+  return known == ids.end() ? kNoId : known->second;
+}
+
+std::optional<uint32_t> Tokenizer::id_of(string_view token) const {
+  const uint32_t id = find(token);
+  return id == kNoId ? std::nullopt : std::optional(id);
 }
 
 }  // namespace pith

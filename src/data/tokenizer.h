@@ -1,8 +1,4 @@
 // tokenizer: byte-level BPE from a Hugging Face tokenizer.json, giving Hugging Face's ids.
-//
-//   const Tokenizer tokenizer = Tokenizer::load("tokenizer.json");  // shared by all threads
-//   EncodeScratch scratch;                                          // one a thread
-//   tokenizer.encode(text, ids, {}, scratch);                       // appends
 #pragma once
 #include <deque>
 
@@ -11,10 +7,10 @@
 namespace pith {
 
 struct EncodeOptions {
-  // A special token's text in a document ("<|endoftext|>") becomes that token, as in Hugging Face.
-  // False: it is ordinary text (Hugging Face's encode_special_tokens = True).
+  // Special tokens' text in a document becomes those tokens. False is Hugging Face's
+  // encode_special_tokens.
   bool parse_special = true;
-  // Add the post-processor's special tokens, such as a leading BOS, as Hugging Face does.
+  // Add the post-processor's special tokens, such as a leading BOS.
   bool add_special = true;
 };
 
@@ -36,8 +32,11 @@ struct TokenizerTables {
   vector<uint32_t> prefix, suffix;  // from the post-processor
   bool join_with_space = false;     // there is no decoder
   std::optional<uint32_t> eos;
+
+  uint32_t find(string_view token) const;  // kNoId if there is none
 };
 
+// Shared by all threads, each with an EncodeScratch of its own.
 class Tokenizer : TokenizerTables {
  public:
   // Throws bad_input, naming the part, for a file that is missing, damaged, or uses what is not
@@ -55,8 +54,7 @@ class Tokenizer : TokenizerTables {
 
   uint32_t vocab_size() const { return uint32_t(texts.size()); }  // largest id plus one
   std::optional<uint32_t> id_of(string_view token) const;
-  // The token as the vocabulary writes it ("Ġthe"), which lives as long as the tokenizer; empty for
-  // an id without one.
+  // As the vocabulary writes it ("Ġthe"), while the tokenizer lives; empty for an id without one.
   string_view token_text(uint32_t id) const { return id < texts.size() ? texts[id] : ""; }
   bool is_special(uint32_t id) const { return id < special.size() && special[id]; }
   // End-of-text, from the first of: eos_token in a tokenizer_config.json beside the file;

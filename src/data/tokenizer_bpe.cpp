@@ -9,39 +9,33 @@
 
 namespace pith {
 
-// ---- merges ----
-
-// A merge is packed into 64 bits, so that a look-up mostly touches one cache line.
 static constexpr uint64_t kNoPair = UINT64_MAX;
-static uint64_t pair_key(uint32_t left, uint32_t right) {
-  return uint64_t{left} << kIdBits | right;
+
+// Where the pair is in `pairs_`, or would be.
+size_t Bpe::slot_of(uint32_t left, uint32_t right) const {
+  const uint64_t key = uint64_t{left} << kIdBits | right;
+  size_t at = key * 0x9e3779b97f4a7c15 >> 32 & (pairs_.size() - 1);
+  while (pairs_[at] != kNoPair && pairs_[at] >> kRankBits != key)
+    at = (at + 1) & (pairs_.size() - 1);
+  return at;
 }
-static size_t pair_slot(uint64_t key, size_t slots) {
-  return (key * 0x9e3779b97f4a7c15 >> 32) & (slots - 1);
+
+uint32_t Bpe::rank_of(uint32_t left, uint32_t right) const {
+  const uint64_t pair = pairs_[slot_of(left, right)];
+  return pair == kNoPair ? kNoId : uint32_t(pair & ((1u << kRankBits) - 1));
 }
 
 Bpe::Bpe(const vector<Merge>& merges, const vector<string_view>& bytes, bool ignore_merges)
     : pairs_(std::bit_ceil(2 * merges.size() + 1), kNoPair) {
-  for (const Merge& merge : merges) {
-    const uint64_t key = pair_key(merge.left, merge.right);
-    size_t at = pair_slot(key, pairs_.size());
-    while (pairs_[at] != kNoPair && pairs_[at] >> kRankBits != key)
-      at = (at + 1) & (pairs_.size() - 1);
-    pairs_[at] = key << kRankBits | joined_.size();  // of equal pairs the last one counts
-    joined_.push_back(merge.joined);
+  for (const auto& [left, right, joined] : merges) {  // of equal pairs the last one counts
+    const uint64_t key = uint64_t{left} << kIdBits | right;
+    pairs_[slot_of(left, right)] = key << kRankBits | joined_.size();
+    joined_.push_back(joined);
   }
   byte_ids_.fill(kNoId);
-  for (uint32_t id = 0; id < bytes.size(); id++)
+  for (uint32_t id = 0; id < bytes.size(); id++) {
     if (bytes[id].size() == 1) byte_ids_[uint8_t(bytes[id][0])] = id;
-  for (uint32_t id = 0; id < bytes.size() && ignore_merges; id++) whole_.emplace(bytes[id], id);
-}
-
-uint32_t Bpe::rank_of(uint32_t left, uint32_t right) const {
-  const uint64_t key = pair_key(left, right);
-  for (size_t at = pair_slot(key, pairs_.size());; at = (at + 1) & (pairs_.size() - 1)) {
-    const uint64_t pair = pairs_[at];
-    if (pair >> kRankBits == key) return uint32_t(pair & ((1u << kRankBits) - 1));
-    if (pair == kNoPair) return kNoId;
+    if (ignore_merges) whole_.emplace(bytes[id], id);
   }
 }
 
@@ -80,8 +74,6 @@ void Bpe::encode_word(string_view word, EncodeScratch& scratch) const {
     if (const uint32_t id = byte_ids_[uint8_t(c)]; id != kNoId) ids.push_back(id);
   merge(ids, scratch.ranks_);
 }
-
-// ---- words through the cache ----
 
 EncodeScratch::EncodeScratch(size_t cache_bytes)
     : entries_(std::bit_floor(std::max(cache_bytes / sizeof(Entry), size_t{1}))) {}

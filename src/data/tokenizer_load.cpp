@@ -68,11 +68,6 @@ static string_view keep(TokenizerTables& t, string text) {
   return t.strings.emplace_back(std::move(text));
 }
 
-static uint32_t find(const TokenizerTables& t, string_view token) {
-  const auto known = t.ids.find(token);
-  return known == t.ids.end() ? kNoId : known->second;
-}
-
 static bool is_token(const TokenizerTables& t, uint64_t id) {
   return id < t.texts.size() && !t.texts[id].empty();
 }
@@ -112,19 +107,16 @@ static void set_token(TokenizerTables& t, uint32_t id, string_view name, string_
   t.bytes[id] = keep(t, bytes_of(text));
 }
 
-// ---- the model ----
-
 static vector<Bpe::Merge> read_merges(const TokenizerTables& t, const Value& merges) {
   vector<Bpe::Merge> out;
   for (rapidjson::SizeType i = 0; i < merges.Size(); i++) {
     const Value& merge = merges[i];
     string pair(view(merge));  // "left right", the older form
-    if (pair.starts_with("#version")) continue;
     if (merge.IsArray() && merge.Size() == 2)
       pair = string(view(merge[0])) + " " + string(view(merge[1]));
     const size_t space = std::min(pair.find(' '), pair.size());
     const string left = pair.substr(0, space), right = pair.substr(space + (space < pair.size()));
-    const uint32_t ids[] = {find(t, left), find(t, right), find(t, left + right)};
+    const uint32_t ids[] = {t.find(left), t.find(right), t.find(left + right)};
     if (std::count(ids, ids + 3, kNoId))
       bad_input(t.path + text(": model.merges[%u]", i), "is no pair of tokens that make a token",
                 kRefetch);
@@ -155,8 +147,6 @@ static void read_model(TokenizerTables& t, const Json& model, const Value& vocab
   t.bpe = Bpe(read_merges(t, merges), t.bytes, model.bool_or("ignore_merges", false));
 }
 
-// ---- added tokens ----
-
 // Ids as Hugging Face gives them: the model's, or the next free one. A file that says otherwise is
 // refused.
 static void read_added(TokenizerTables& t, const Json& tokens) {
@@ -167,7 +157,7 @@ static void read_added(TokenizerTables& t, const Json& tokens) {
     const Json json = tokens[i];
     const string content = json["content"].as_string();
     if (content.empty()) continue;
-    AddedToken token{.id = find(t, content),
+    AddedToken token{.id = t.find(content),
                      .single_word = json["single_word"].as_bool(),
                      .lstrip = json["lstrip"].as_bool(),
                      .rstrip = json["rstrip"].as_bool(),
@@ -187,8 +177,6 @@ static void read_added(TokenizerTables& t, const Json& tokens) {
   t.added = AddedTokens(std::move(plain));
   t.added_normalized = AddedTokens(std::move(normalized));
 }
-
-// ---- components ----
 
 // A regular expression that matches `literal`.
 static string escape(const string& literal) {
@@ -251,7 +239,7 @@ static std::optional<uint32_t> find_eos(const TokenizerTables& t) {
     Json value = json[key];
     if (value.is_array()) value = value[0];
     if (value.is_object()) value = value["content"];
-    const uint32_t id = value.is_int() ? value.as_int(0, kMostIds) : find(t, value.as_string());
+    const uint32_t id = value.is_int() ? value.as_int(0, kMostIds) : t.find(value.as_string());
     if (!is_token(t, id))
       bad_input(value.place(), "is no token of " + t.path + " (got " + value.dump() + ")",
                 "use the files of one model");
@@ -259,7 +247,7 @@ static std::optional<uint32_t> find_eos(const TokenizerTables& t) {
   }
   for (const char* name : {"<|endoftext|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|return|>",
                            "<|end_of_text|>", "<|im_end|>", "<eos>", "</s>"})
-    if (const uint32_t id = find(t, name); id != kNoId) return id;
+    if (const uint32_t id = t.find(name); id != kNoId) return id;
   return std::nullopt;
 }
 

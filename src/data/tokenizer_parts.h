@@ -10,7 +10,7 @@
 
 namespace pith {
 
-// ---- tokenizer_unicode.cpp: UTF-8, classes of characters, NFC ----
+// tokenizer_unicode.cpp
 
 // What a character is, in the Unicode version of Hugging Face's regular expressions, 16.0.
 enum CharFlag : uint16_t {
@@ -44,13 +44,19 @@ inline Char decode_char(const char* p) {
   if (b[0] < 0xf0) return {(b[0] & 15u) << 12 | (b[1] & 63u) << 6 | (b[2] & 63u), 3};
   return {(b[0] & 7u) << 18 | (b[1] & 63u) << 12 | (b[2] & 63u) << 6 | (b[3] & 63u), 4};
 }
+// The character that ends at `p`.
+inline const char* char_before(const char* p) {
+  do p--;
+  while ((*p & 0xc0) == 0x80);
+  return p;
+}
 void append_char(string& out, uint32_t code);
 // Bytes of the valid UTF-8 at the front of `bytes`: its size if all of it is valid.
 size_t valid_utf8_prefix(string_view bytes);
 // `text` in NFC, into `out`. False, leaving `out` alone, when `text` is in NFC already.
 bool to_nfc(string_view text, string& out);
 
-// ---- tokenizer_regex.cpp ----
+// tokenizer_regex.cpp
 
 struct Match {
   size_t begin, end;
@@ -68,11 +74,11 @@ class Regex {
  private:
   std::shared_ptr<void> code_;  // pcre2_code
   string place_;
-  bool jit_ = false, may_be_empty_ = false;
+  bool may_be_empty_ = false;
   std::array<bool, 256> starts_{};  // bytes that a match may start with
 };
 
-// ---- tokenizer_split.cpp: text to words ----
+// tokenizer_split.cpp
 
 // Splits by hand-written code: the next words of `text`, at most `most`, are appended to `words`
 // and taken off `text`.
@@ -103,7 +109,7 @@ struct SplitBuffers {
 // All words of `text`, into buffers.pieces.
 void split(const vector<SplitStep>& steps, string_view text, SplitBuffers& buffers);
 
-// ---- tokenizer.cpp: added tokens ----
+// tokenizer.cpp
 
 struct AddedToken {
   string content;  // in the form to be found
@@ -119,12 +125,11 @@ class AddedTokens {
   const AddedToken* find(string_view text, size_t from, size_t& begin) const;
 
  private:
-  const AddedToken* longest_at_front(string_view text) const;
   vector<AddedToken> tokens_;  // sorted by content
   std::array<bool, 256> starts_{};
 };
 
-// ---- tokenizer_bpe.cpp: words to ids ----
+// tokenizer_bpe.cpp
 
 constexpr uint32_t kNoId = UINT32_MAX;
 constexpr int kIdBits = 21, kRankBits = 64 - 2 * kIdBits;  // of a packed merge
@@ -166,11 +171,12 @@ class Bpe {
               vector<uint32_t>& out) const;
 
  private:
+  size_t slot_of(uint32_t left, uint32_t right) const;
   uint32_t rank_of(uint32_t left, uint32_t right) const;
   void merge(vector<uint32_t>& ids, vector<uint32_t>& ranks) const;
   void encode_word(string_view word, EncodeScratch& scratch) const;
 
-  vector<uint64_t> pairs_;   // left, right and rank; open addressing, a power of two
+  vector<uint64_t> pairs_;   // left, right, rank; open addressing; packed for one cache miss
   vector<uint32_t> joined_;  // by rank
   std::array<uint32_t, 256> byte_ids_{};
   std::unordered_map<string_view, uint32_t> whole_;  // words that become one token

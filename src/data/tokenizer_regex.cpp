@@ -7,8 +7,6 @@
 
 namespace pith {
 
-// ---- Oniguruma's patterns as PCRE2's ----
-
 // Oniguruma has Unicode 16; PCRE2's own tables may be older, and its \s differs. So
 // properties, \s and \d become members of a class.
 
@@ -91,14 +89,6 @@ static string translate(const string& pattern, const string& place) {
   return out;
 }
 
-// ---- matching ----
-
-static string pcre2_message(int code) {
-  char message[256] = "";
-  pcre2_get_error_message(code, reinterpret_cast<PCRE2_UCHAR*>(message), sizeof message);
-  return message;
-}
-
 Regex::Regex(const string& pattern, const string& place) : place_(place) {
   const string translated = translate(pattern, place);
   int error = 0;
@@ -111,10 +101,12 @@ Regex::Regex(const string& pattern, const string& place) : place_(place) {
       PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NO_UTF_CHECK, &error, &offset, context);
   pcre2_compile_context_free(context);
   if (!code)
-    bad_input(place, "has a malformed regular expression: " + pcre2_message(error),
-              "fetch the file again");
+    bad_input(
+        place,
+        text("has a malformed regular expression (PCRE2 error %d at byte %zu)", error, offset),
+        "fetch the file again");
   code_.reset(code, pcre2_code_free);
-  jit_ = pcre2_jit_compile(code, PCRE2_JIT_COMPLETE) == 0;
+  pcre2_jit_compile(code, PCRE2_JIT_COMPLETE);  // which pcre2_match uses, if it succeeds
   const uint8_t* bitmap = nullptr;
   pcre2_pattern_info(code, PCRE2_INFO_FIRSTBITMAP, &bitmap);
   may_be_empty_ = !bitmap;
@@ -130,17 +122,18 @@ void Regex::matches(string_view text, std::shared_ptr<void>& room, vector<Match>
   const auto* subject = reinterpret_cast<PCRE2_SPTR>(text.data());
   const PCRE2_SIZE* found = pcre2_get_ovector_pointer(data);
   size_t from = 0, done = 0;
+  const auto match = [&](uint32_t options) {
+    return pcre2_match(code, subject, text.size(), from, options, data, nullptr);
+  };
   for (bool any = false;;) {
     while (from < text.size() && !starts_[subject[from]]) from++;
     if (from > text.size() || (from == text.size() && !may_be_empty_)) break;
-    int result = PCRE2_ERROR_JIT_STACKLIMIT;
-    if (jit_) result = pcre2_jit_match(code, subject, text.size(), from, 0, data, nullptr);
-    if (result == PCRE2_ERROR_JIT_STACKLIMIT)
-      result = pcre2_match(code, subject, text.size(), from, PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT,
-                           data, nullptr);
+    int result = match(PCRE2_NO_UTF_CHECK);
+    if (result == PCRE2_ERROR_JIT_STACKLIMIT) result = match(PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT);
     if (result == PCRE2_ERROR_NOMATCH) break;
     if (result < 0)
-      failed(place_, "the regular expression could not be matched: " + pcre2_message(result));
+      failed(place_,
+             pith::text("a regular expression could not be matched (PCRE2 error %d)", result));
     const size_t begin = found[0], end = found[1];
     // An empty match right behind the last one does not count.
     if (begin == end && any && end == done) {

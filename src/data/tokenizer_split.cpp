@@ -2,8 +2,6 @@
 
 namespace pith {
 
-// ---- hand-written patterns ----
-
 namespace {
 constexpr const char* kQwen2 = R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N})"
                                R"(| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
@@ -87,8 +85,7 @@ struct Splitter {
     const char* lower = run(upper, kLower);
     if (lower > upper) return lower;
     while (upper > p) {  // the last that is both ends it
-      const char* last = upper - 1;
-      while ((*last & 0xc0) == 0x80) last--;
+      const char* last = char_before(upper);
       if (at(last).code & kLower) return upper;
       upper = last;
     }
@@ -157,8 +154,6 @@ const struct {
     {kDeepSeekV3, fast_split<&Splitter::deepseek_v3>},
 };
 }  // namespace
-
-// ---- steps ----
 
 SplitStep::SplitStep(const string& pattern, const string& place, SplitBehavior how, bool inverted)
     : behavior(how), invert(inverted) {

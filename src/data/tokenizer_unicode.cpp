@@ -7,8 +7,6 @@
 
 namespace pith {
 
-// ---- classes of characters ----
-
 // Of Unicode 15.0, 15.1 and 16.0.
 static constexpr NewerCodes kNewer[] = {
     {"Cf", "13439-1343f"},
@@ -42,13 +40,16 @@ static constexpr NewerCodes kNewer[] = {
      "1fabb-1fabf 1fac6 1face-1facf 1fada-1fadc 1fadf 1fae8-1fae9 1faf7-1faf8 1fbcb-1fbef"},
 };
 
-// Combining marks, and second halves of a composition, of Unicode 10 to 14: Hugging Face's NFC has
-// the tables of Unicode 9, for which they are ordinary characters.
+// Marks of Unicode 10 to 14, which are ordinary characters to Hugging Face's NFC, of Unicode 9.
 static constexpr const char* kUnknownMarks =
     "7fd 898-89f 8ca-8d3 9fe c3c d3b-d3c eba 1715 1abf-1ace 1df6-1dfa a82c 10d24-10d27 "
     "10eab-10eac 10f46-10f50 10f82-10f85 11070 1133b 1145e 11839-1183a 11930 1193d-1193e "
     "11943 119e0 11a34 11a47 11a99 11d42 11d44-11d45 11d97 16ff0-16ff1 1e130-1e136 1e2ae "
     "1e2ec-1e2ef";
+
+// What \w has besides letters, marks, numbers and connectors: joiners, and letters in circles.
+static constexpr const char* kMoreOfWords =
+    "200c-200d 24b6-24e9 1f130-1f149 1f150-1f169 1f170-1f189";
 
 std::span<const NewerCodes> newer_codes() { return kNewer; }
 
@@ -64,8 +65,6 @@ static void for_each_code(const char* ranges, auto&& action) {
 static uint16_t flags_of(uint32_t code, const char* category) {
   const char major = category[0], minor = category[1];
   const bool uncased = major == 'M' || (major == 'L' && (minor == 'm' || minor == 'o'));
-  const bool circled = (code >= 0x24b6 && code <= 0x24e9) || (code >= 0x1f130 && code <= 0x1f149) ||
-                       (code >= 0x1f150 && code <= 0x1f169) || (code >= 0x1f170 && code <= 0x1f189);
   uint16_t flags = 0;
   if (major == 'L') flags |= kLetter;
   if (major == 'M') flags |= kMark;
@@ -74,13 +73,10 @@ static uint16_t flags_of(uint32_t code, const char* category) {
   if (major == 'Z' || (code >= 9 && code <= 13) || code == 0x85) flags |= kSpace;
   if (uncased || (major == 'L' && minor != 'l')) flags |= kUpper;
   if (uncased || (major == 'L' && minor == 'l')) flags |= kLower;
-  if (flags & (kLetter | kMark) || (major == 'N' && minor != 'o') || !strcmp(category, "Pc") ||
-      circled || code == 0x200c || code == 0x200d)
+  if (flags & (kLetter | kMark) || (major == 'N' && minor != 'o') || !strcmp(category, "Pc"))
     flags |= kWordChar;
   return flags;
 }
-
-// ---- NFC ----
 
 static void append_decomposed(int32_t code, vector<int32_t>& out) {
   int32_t parts[32];
@@ -91,8 +87,7 @@ static void append_decomposed(int32_t code, vector<int32_t>& out) {
 
 static auto combining_class(int32_t code) { return utf8proc_get_property(code)->combining_class; }
 
-// `codes` become NFC. The order of marks is by our own stable sort, because utf8proc's takes time
-// quadratic in the marks on one letter.
+// `codes` become NFC. utf8proc's own sort takes time quadratic in the marks on one letter.
 static void compose(vector<int32_t>& codes) {
   vector<int32_t> parts;
   for (const int32_t code : codes) append_decomposed(code, parts);
@@ -108,8 +103,7 @@ static void compose(vector<int32_t>& codes) {
   codes.swap(parts);
 }
 
-// Sets kUnstable on everything that NFC moves, replaces or joins to the character before it. (What
-// composes with something before it is a later part of some decomposition.)
+// What joins the character before it is a later part of some decomposition.
 static void mark_unstable(vector<uint16_t>& flags) {
   const auto mark = [&](uint32_t code) {
     if (!(flags[code] & kUnknownToNfc)) flags[code] |= kUnstable;
@@ -138,6 +132,7 @@ const uint16_t* char_flags() {
     for (const auto& [category, ranges] : kNewer)
       for_each_code(ranges,
                     [&](uint32_t code) { flags[code] = flags_of(code, category) | kUnknownToNfc; });
+    for_each_code(kMoreOfWords, [&](uint32_t code) { flags[code] |= kWordChar; });
     for_each_code(kUnknownMarks, [&](uint32_t code) { flags[code] |= kUnknownToNfc; });
     mark_unstable(flags);
     return flags;
@@ -158,7 +153,6 @@ static const char* skip_ascii(const char* p, const char* end) {
 bool to_nfc(string_view text, string& out) {
   const uint16_t* flags = char_flags();
   const char *const begin = text.data(), *const end = begin + text.size(), *done = begin;
-  bool changed = false;
   vector<int32_t> codes, before;
   for (const char* p = skip_ascii(begin, end); p < end; p = skip_ascii(p, end)) {
     const Char c = decode_char(p);
@@ -166,12 +160,8 @@ bool to_nfc(string_view text, string& out) {
       p += c.size;
       continue;
     }
-    const char* first = p;  // the character before may join in
-    if (first > begin) {
-      do first--;
-      while ((*first & 0xc0) == 0x80);
-      if (flags[decode_char(first).code] & kUnknownToNfc) first = p;
-    }
+    const char* first = p > begin ? char_before(p) : p;  // which may join in
+    if (flags[decode_char(first).code] & kUnknownToNfc) first = p;
     codes.clear();
     if (first < p) codes.push_back(int32_t(decode_char(first).code));
     for (Char next; p < end && flags[(next = decode_char(p)).code] & kUnstable; p += next.size)
@@ -179,17 +169,15 @@ bool to_nfc(string_view text, string& out) {
     before = codes;
     compose(codes);
     if (codes == before) continue;
-    if (!changed) out.clear();
-    changed = true;
+    if (done == begin) out.clear();
     out.append(done, first);
     for (const int32_t code : codes) append_char(out, uint32_t(code));
     done = p;
   }
-  if (changed) out.append(done, end);
-  return changed;
+  if (done == begin) return false;
+  out.append(done, end);
+  return true;
 }
-
-// ---- UTF-8 ----
 
 void append_char(string& out, uint32_t code) {
   uint8_t bytes[4];
