@@ -149,7 +149,7 @@ static void print_table(const CorpusSummary& s) {
 }
 
 int run_corpus(int argc, char** argv) {
-  Arguments args("pith corpus", "Looks into token files: counts documents and tokens, samples.");
+  Arguments args("pith corpus", "Looks into token files.");
   string action, path;
   int64_t top = 20, samples = 3;
   bool json = false;

@@ -1,5 +1,4 @@
-// corpus: the run of tokenize_corpus(). Each thread reads a batch of some unit, finds the documents
-// in it, encodes them, and waits for its turn to write: memory is that of a batch a thread.
+// corpus: each thread reads a batch of some unit, encodes it, and writes what is next in order.
 #include "data/corpus.h"
 
 #include <fcntl.h>
@@ -16,6 +15,7 @@
 #include <cstring>
 #include <deque>
 #include <filesystem>
+#include <map>
 #include <mutex>
 #include <optional>
 #include <thread>
@@ -30,6 +30,7 @@ namespace fs = std::filesystem;
 
 namespace {
 constexpr size_t kReadBytes = 256 << 10, kBatchBytes = 1 << 20;
+constexpr int64_t kAhead = 4;  // batches of a unit encoded before their turn
 
 // The bytes of a source, decompressed as the suffix of its name says.
 class SourceStream {
@@ -51,16 +52,16 @@ class SourceStream {
     close(fd_);
   }
 
-  size_t read(char* to) {
-    if (!gzip_ && !zstd_) return read_stored(to);
+  size_t read(char* to, size_t n) {
+    if (!gzip_ && !zstd_) return read_stored(to, n);
     buffer_.resize(kReadBytes);
     for (;;) {
       // Asked before more is read: a decoder may hold output back.
-      const size_t got = inside_ || begin_ < end_ ? decompress(to) : 0;
+      const size_t got = inside_ || begin_ < end_ ? decompress(to, n) : 0;
       if (got) return got;
       if (begin_ < end_) continue;
       begin_ = 0;
-      end_ = read_stored(buffer_.data());
+      end_ = read_stored(buffer_.data(), kReadBytes);
       if (end_ == 0 && inside_) damaged("is truncated: its compressed data end in the middle");
       if (end_ == 0) return 0;
     }
@@ -68,18 +69,18 @@ class SourceStream {
   int64_t stored_bytes = 0;  // read so far
 
  private:
-  size_t read_stored(char* to) {
+  size_t read_stored(char* to, size_t n) {
     ssize_t got;
-    do got = ::read(fd_, to, kReadBytes);
+    do got = ::read(fd_, to, n);
     while (got < 0 && errno == EINTR);
     if (got < 0) failed(path_, text("cannot be read (%s)", strerror(errno)));
     stored_bytes += got;
     return got;
   }
 
-  size_t decompress(char* to) {
+  size_t decompress(char* to, size_t n) {
     if (zstd_) {
-      ZSTD_outBuffer out{to, kReadBytes, 0};
+      ZSTD_outBuffer out{to, n, 0};
       ZSTD_inBuffer in{buffer_.data(), end_, begin_};
       const size_t code = ZSTD_decompressStream(zstd_, &out, &in);
       if (ZSTD_isError(code)) damaged(text("is not valid zstd data (%s)", ZSTD_getErrorName(code)));
@@ -91,13 +92,13 @@ class SourceStream {
     inflater_.next_in = reinterpret_cast<Bytef*>(buffer_.data() + begin_);
     inflater_.avail_in = end_ - begin_;
     inflater_.next_out = reinterpret_cast<Bytef*>(to);
-    inflater_.avail_out = kReadBytes;
+    inflater_.avail_out = n;
     const int code = inflate(&inflater_, Z_NO_FLUSH);
     if (code != Z_OK && code != Z_STREAM_END && code != Z_BUF_ERROR)
       damaged(text("is not valid gzip data (%s)", inflater_.msg ? inflater_.msg : "damaged"));
     begin_ = end_ - inflater_.avail_in;
     inside_ = code != Z_STREAM_END;
-    return kReadBytes - inflater_.avail_out;
+    return n - inflater_.avail_out;
   }
 
   [[noreturn]] void damaged(const string& what) const {
@@ -157,10 +158,11 @@ class BatchReader {
     }
     raw += carry_;
     carry_.clear();
+    const auto step = std::clamp<size_t>(source.bytes + 1, 16 << 10, kReadBytes);
     for (;;) {
       const size_t size = raw.size();
-      raw.resize(size + kReadBytes);
-      const size_t got = stream_->read(&raw[size]);
+      raw.resize(size + step);
+      const size_t got = stream_->read(&raw[size], step);
       raw.resize(size + got);
       batch.stored_bytes += std::exchange(stream_->stored_bytes, 0);
       if (got == 0) {
@@ -177,6 +179,7 @@ class BatchReader {
       }
     }
     batch.pieces.push_back({&source, line_, begin, raw.size()});
+    if (!lines) return;
     for (size_t at = begin; (at = raw.find('\n', at)) != string::npos; at++) line_++;
   }
 
@@ -208,7 +211,9 @@ string parse_line(char* line, size_t n, const string& key, string_view& document
   if (!found) return text("no key \"%s\"", key.c_str());
   if (!found->IsString()) return text("the value of \"%s\" is not a string", key.c_str());
   document = {found->GetString(), found->GetStringLength()};
-  if (!is_valid_utf8(document)) return text("half of a surrogate pair in \"%s\"", key.c_str());
+  // As U+DC00, which only an escape can write: ED B0 80.
+  if (document.find('\xed') != string::npos && !is_valid_utf8(document))
+    return text("half of a surrogate pair in \"%s\"", key.c_str());
   return "";
 }
 
@@ -305,11 +310,13 @@ struct OpenUnit {
   }
 
   void append(Batch& batch, NpyType type) {
-    const auto put = [&](auto id) {
-      const vector<decltype(id)> ids(batch.tokens.begin(), batch.tokens.end());
-      file->append({reinterpret_cast<const char*>(ids.data()), ids.size() * sizeof id});
+    const auto append_ids = [&](const auto& ids) {
+      file->append({reinterpret_cast<const char*>(ids.data()), ids.size() * sizeof ids[0]});
     };
-    type == NpyType::U2 ? put(uint16_t{}) : put(uint32_t{});
+    if (type == NpyType::U4)
+      append_ids(batch.tokens);
+    else
+      append_ids(vector<uint16_t>(batch.tokens.begin(), batch.tokens.end()));
     for (uint64_t& end : batch.ends) end += num_tokens;
     record.append({reinterpret_cast<const char*>(batch.ends.data()), batch.ends.size() * 8});
     num_tokens += batch.tokens.size();
@@ -338,7 +345,8 @@ struct OpenUnit {
 
   const CorpusUnit& unit;
   BatchReader reader;
-  bool reading = false;
+  bool reading = false, writing = false;
+  std::map<int64_t, Batch> encoded;
   int64_t batches_read = 0, batches_written = 0;
   LockedFile record;
   std::optional<LockedFile> file;
@@ -450,9 +458,9 @@ class CorpusRun {
         find_documents(batch, options_.key);
         encode(batch, scratch);
         lock.lock();
-        changed_.wait(lock, [&] { return error_ || unit->batches_written == turn; });
-        if (error_) break;
-        write(lock, *unit, batch);
+        unit->encoded.emplace(turn, std::move(batch));
+        write_encoded(lock, *unit);
+        changed_.wait(lock, [&] { return error_ || turn < unit->batches_written + kAhead; });
       }
     } catch (...) {
       if (!lock.owns_lock()) lock.lock();
@@ -496,6 +504,12 @@ class CorpusRun {
       batch.tokens.push_back(eos_);
       batch.ends.push_back(batch.tokens.size());
     }
+  }
+
+  void write_encoded(Lock& lock, OpenUnit& unit) {
+    if (std::exchange(unit.writing, true)) return;  // by a thread that goes on
+    while (auto next = unit.encoded.extract(unit.batches_written)) write(lock, unit, next.mapped());
+    unit.writing = false;
   }
 
   void write(Lock& lock, OpenUnit& unit, Batch& batch) {
