@@ -10,9 +10,7 @@
 namespace pith {
 
 int run_eval(int argc, char** argv) {
-  Arguments args("pith eval",
-                 "Loss of a model on held-out text: a run folder, a checkpoint, or a Hugging Face "
-                 "folder.");
+  Arguments args("pith eval", "Loss on held-out text.");
   string folder, path;
   int64_t length = 0;
   double heldout_fraction = -1;

@@ -31,38 +31,28 @@ static vector<double> shares(Rank& rank, const BalanceState& state, int layer,
   return f;
 }
 
-// Each token's gradient: its group's shares times a factor.
-static void balance_bx(Rank& rank, Node& node) {
-  const Tensor& probs = node.in[0];
-  const int64_t T = probs.dim[0], E = probs.dim[1];
-  Tensor g = empty(rank, probs.dim, DType::F32, node.at);
-  for (int64_t t = 0; t < T; t++) {
-    const double* f = node.bx_keep[0].as<double>() + t * node.i[0] / T * E;
-    for (int64_t e = 0; e < E; e++) g.f32()[t * E + e] = float(node.f[0] * f[e]);
-  }
-  add_grad(rank, probs, g);
-}
-
 void add_balance_loss(Rank& rank, BalanceState& state, int layer, const Routing& routing,
                       int64_t rows, At at) {
-  const int64_t T = routing.probs.dim[0], E = state.num_experts;
+  const Tensor& probs = routing.probs;
+  const int64_t T = probs.dim[0], E = state.num_experts;
   for (int64_t i = 0; i < routing.ids.numel(); i++)
     state.counts[layer * E + routing.ids.i32()[i]] += 1;
   if (state.kind == BalanceKind::None) return;
   const int64_t groups = state.kind == BalanceKind::Sequence ? rows : 1;
   const vector<double> f = shares(rank, state, layer, routing, groups);
-  const double scale = double(E) * state.token_share;
+  const double scale = double(E) * state.token_share, factor = state.coefficient * scale;
+  Tensor value = zeros(rank, {1}, DType::F32, at), grad = empty(rank, probs.dim, DType::F32, at);
   double sum = 0;
   for (int64_t t = 0; t < T; t++)
-    for (int64_t e = 0; e < E; e++)
-      sum += f[t * groups / T * E + e] * double(routing.probs.f32()[t * E + e]);
+    for (int64_t e = 0; e < E; e++) {
+      const double share = f[t * groups / T * E + e];
+      sum += share * double(probs.f32()[t * E + e]);
+      grad.f32()[t * E + e] = float(factor * share);
+    }
   state.loss[layer] += sum * scale;
-  Tensor value = zeros(rank, {1}, DType::F32, at);
-  if (Node* n = record(rank, "balance_loss", at, {routing.probs}, {&value})) {
-    n->bx_keep = {tensor_from(rank, {int64_t(f.size())}, DType::F64, f.data())};
-    n->f[0] = state.coefficient * scale;
-    n->i[0] = groups;
-    n->bx = balance_bx;
+  if (Node* n = record(rank, "balance_loss", at, {probs}, {&value})) {
+    n->bx_keep = {grad};
+    n->bx = [](Rank& r, Node& node) { add_grad(r, node.in[0], node.bx_keep[0]); };
     add_grad(rank, value, value);  // terminal: its own gradient only says that it is wanted
   }
 }

@@ -21,7 +21,6 @@ struct Range {
   double least = -DBL_MAX, most = DBL_MAX;
   const char* need = "";  // in words, or the texts allowed, in quotes
 };
-constexpr Range kAny = {};
 constexpr Range kCount = {1, INT32_MAX, "1 or more, at most 2147483647"};
 constexpr Range kPositive = {DBL_TRUE_MIN, DBL_MAX, "more than 0"};
 constexpr Range kNotNegative = {0, DBL_MAX, "0 or more"};
@@ -52,17 +51,17 @@ struct Key {
 vector<Key> keys_of(RunConfig& config) {
   auto& [run, model, data, train, optimizer, lr, router, parallel, checkpoint] = config;
   return {
-      {"run.folder", &run.folder, kAny, kRequired | kPath},
-      {"model.config", &model.config, kAny, kRequired | kPath},
-      {"model.init_from", &model.init_from, kAny, kPath | kKept},
+      {"run.folder", &run.folder, {}, kRequired | kPath},
+      {"model.config", &model.config, {}, kRequired | kPath},
+      {"model.init_from", &model.init_from, {}, kPath | kKept},
       {"model.init_std", &model.init_std, kNotNegative, kKept},
-      {"data.path", &data.path, kAny, kRequired | kPath},
+      {"data.path", &data.path, {}, kRequired | kPath},
       {"data.sequence_length", &data.sequence_length, kCount, kRequired | kKept},
-      {"data.seed", &data.seed, kAny, kKept},
-      {"data.shuffle", &data.shuffle, kAny, kKept},
+      {"data.seed", &data.seed, {}, kKept},
+      {"data.shuffle", &data.shuffle, {}, kKept},
       {"data.max_epochs", &data.max_epochs, kCount},
       {"data.heldout_fraction", &data.heldout_fraction, kBelowOne, kKept},
-      {"data.document_mask", &data.document_mask, kAny, kKept},
+      {"data.document_mask", &data.document_mask, {}, kKept},
       {"train.steps", &train.steps, kCount, kRequired},
       {"train.global_batch_size", &train.global_batch_size, kCount, kRequired | kKept},
       {"train.micro_batch_size", &train.micro_batch_size, kCount},
@@ -151,14 +150,9 @@ const Key& find_key(const vector<Key>& keys, const string& name, const string& p
             key.word() + " = " + value_of(key));
 }
 
-// Absolute, without a slash at its end.
-void rebase(const Key& key, const fs::path& base) {
-  if (!(key.flags & kPath)) return;
-  string& path = *std::get<string*>(key.slot);
-  if (!path.empty()) path = fs::absolute(base / path / "").lexically_normal().parent_path();
-}
-
-void assign(const Key& key, const toml::node& node, const string& place) {
+// Paths become absolute, without a slash at their end.
+void assign(const Key& key, const toml::node& node, const string& place,
+            const fs::path& base = fs::current_path()) {
   const string need = key.range.need;
   const auto take = [&]<class T>(T* to) {
     auto value = node.value_exact<TomlType<T>>();
@@ -176,6 +170,9 @@ void assign(const Key& key, const toml::node& node, const string& place) {
   if (!std::visit(take, key.slot))
     bad_input(place, "is out of range (got " + value_of(key) + ", need " + need + ")",
               "one of these");
+  if (!(key.flags & kPath)) return;
+  string& path = *std::get<string*>(key.slot);
+  if (!path.empty()) path = fs::absolute(base / path / "").lexically_normal().parent_path();
 }
 
 void read_table(const vector<Key>& keys, const toml::table& table, const string& section,
@@ -187,9 +184,7 @@ void read_table(const vector<Key>& keys, const toml::table& table, const string&
       read_table(keys, *node.as_table(), name + ".", file);
       continue;
     }
-    const Key& key = find_key(keys, name, place);
-    assign(key, node, place);
-    rebase(key, folder_of(file));
+    assign(find_key(keys, name, place), node, place, folder_of(file));
   }
 }
 
@@ -215,6 +210,7 @@ void read_override(const vector<Key>& keys, const string& argument) {
 
 RunConfig load_run_config(const string& path, const vector<string>& overrides) {
   RunConfig config;
+  config.run.folder = fs::absolute(config.run.folder);
   const vector<Key> keys = keys_of(config);
   try {
     read_table(keys, toml::parse(read_text_file(path), path), "", path);
@@ -222,11 +218,10 @@ RunConfig load_run_config(const string& path, const vector<string>& overrides) {
     const auto at = error.source().begin;
     bad_input(text("%s:%u:%u", path.c_str(), at.line, at.column),
               "is not valid TOML: " + string(error.description()),
-              "correct it there; text is written in quotes, sections as [train]");
+              "text in quotes, sections as [train]");
   }
   for (const string& argument : overrides) read_override(keys, argument);
   for (const Key& key : keys) {
-    rebase(key, fs::current_path());
     const string value = value_of(key);
     if ((key.flags & kRequired) && (value == "\"\"" || value == "0" || value == "0.0"))
       bad_input(key.name, "is required and not set (got " + value + ")",
@@ -242,7 +237,7 @@ void validate(const RunConfig& c) {
     bad_input("lr_schedule.decay_ratio",
               text("warm-up and decay overlap (got %g + %g, need at most 1 together)",
                    lr.warmup_ratio, lr.decay_ratio),
-              "a smaller lr_schedule.warmup_ratio or decay_ratio");
+              "a smaller one");
   if (c.train.global_batch_size % c.train.micro_batch_size != 0)
     bad_input("train.global_batch_size",
               text("is no multiple of train.micro_batch_size (got %ld and %ld)",

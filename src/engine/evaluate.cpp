@@ -35,17 +35,13 @@ static int32_t draw(const float* logits, int64_t vocab, const SampleOptions& o, 
   std::iota(order.begin(), order.end(), 0);
   std::ranges::stable_sort(order, std::greater(), [&](int32_t id) { return logits[id]; });
   if (o.temperature <= 0) return order[0];
-  vector<double> weight;
+  vector<double> mass;  // of the tokens so far
   for (const int32_t id : order)
-    weight.push_back(std::exp((logits[id] - logits[order[0]]) / o.temperature));
-  const double most = o.top_p * std::accumulate(weight.begin(), weight.end(), 0.0);
-  size_t kept = 0;
-  double mass = 0;
-  while (kept < weight.size() && (kept == 0 || mass < most)) mass += weight[kept++];
-  double point = uniform_at(stream_key(o.seed, "generate"), uint64_t(index)) * mass;
-  size_t i = 0;
-  while (i + 1 < kept && (point -= weight[i]) >= 0) i++;
-  return order[i];
+    mass.push_back((mass.empty() ? 0 : mass.back()) +
+                   std::exp((logits[id] - logits[order[0]]) / o.temperature));
+  const auto last = std::ranges::lower_bound(mass, o.top_p * mass.back());
+  const double point = uniform_at(stream_key(o.seed, "generate"), uint64_t(index)) * *last;
+  return order[std::upper_bound(mass.begin(), last, point) - mass.begin()];
 }
 
 int32_t next_token(Rank& rank, Instance& instance, const vector<int32_t>& tokens,
@@ -59,7 +55,8 @@ int32_t next_token(Rank& rank, Instance& instance, const vector<int32_t>& tokens
   Batch batch{.rows = 1, .length = n, .tokens = upload(tokens)};
   batch.labels = upload(vector<int32_t>(n, kIgnoreLabel));
   batch.positions = upload(positions);
-  StepIo io{.batches = {batch}, .want_logits = true};
+  StepIo io{.batches = {batch}};
+  io.logits.resize(1);
   const ScheduleOptions schedule{
       .kind = ScheduleKind::OneF1B, .forward_only = true, .gather_step = true};
   run_actions(rank, instance, io, schedule, make_schedule(schedule, 0));

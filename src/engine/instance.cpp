@@ -4,12 +4,11 @@
 
 namespace pith {
 
-Instance make_instance(const Json& config, const PipelineOptions& options, const Mesh& mesh, int id,
-                       Rank* rank) {
+Instance make_instance(const Json& config, const PipelineOptions& options) {
   Instance instance;
   const string type = config["model_type"].as_string();
   if (type == "qwen3_moe")
-    instance.qwen3_moe = make_pipeline<Qwen3Moe>(instance, config, options, mesh, id, rank);
+    instance.qwen3_moe = make_pipeline<Qwen3Moe>(instance, config, options);
   else
     bad_input(config.place() + ": model_type",
               "is not implemented (got \"" + type + "\", need \"qwen3_moe\")",
@@ -17,8 +16,11 @@ Instance make_instance(const Json& config, const PipelineOptions& options, const
   return instance;
 }
 
-Instance make_instance(Rank& rank, const Json& config, const PipelineOptions& options) {
-  return make_instance(config, options, mesh_of(rank), rank.id, &rank);
+Instance make_instance(Rank& rank, const Json& config, PipelineOptions options) {
+  options.mesh = mesh_of(rank);
+  options.id = rank.id;
+  options.rank = &rank;
+  return make_instance(config, options);
 }
 
 void run_actions(Rank& rank, Instance& instance, StepIo& io, const ScheduleOptions& schedule,

@@ -13,23 +13,26 @@ struct RoutingSlot;
 template <class M>
 struct Pipeline;
 
+// Where a rank stands, and how the model is spread. `rank` null: without its memory.
 struct PipelineOptions {
   ScheduleKind schedule = ScheduleKind::OneF1B;
   bool gather_layer = false;  // free weights after each use, else gathered for the step
   int64_t length = 0;         // of the longest whole row
   double init_std = 0.02;
+  Mesh mesh = {};
+  int id = 0;
+  Rank* rank = nullptr;
 };
 
 // What goes into and comes out of running one list of actions, by micro-batch.
 struct StepIo {
   vector<Batch> batches;
   double loss_scale = 1;  // of each token's gradient: 1 / labels of the global batch
-  bool force_balanced = false, want_logits = false;
+  bool force_balanced = false;
   BalanceState* balance = nullptr;       // null: no balance loss, no counts
   const RoutingSlot* routing = nullptr;  // null: no trace, no replay
-  // On ranks with the head: sum over tokens; [T, V].
-  vector<double> loss;
-  vector<Tensor> logits;
+  vector<double> loss;                   // on ranks with the head: sum over tokens
+  vector<Tensor> logits;                 // [T, V], if the caller makes room
 };
 
 struct Instance {
@@ -38,11 +41,10 @@ struct Instance {
   std::shared_ptr<Pipeline<Qwen3Moe>> qwen3_moe;
 };
 
-// The stages of rank `id` of a mesh; with `rank`, also its shards, which are zero. Exit code 2 for
-// a config.json that is wrong or not implemented.
-Instance make_instance(const Json& config, const PipelineOptions& options = {},
-                       const Mesh& mesh = {}, int id = 0, Rank* rank = nullptr);
-Instance make_instance(Rank& rank, const Json& config, const PipelineOptions& options);
+// Shards are zero until initialize() or a load. Exit code 2 for a config.json that is wrong or not
+// implemented.
+Instance make_instance(const Json& config, const PipelineOptions& options = {});
+Instance make_instance(Rank& rank, const Json& config, PipelineOptions options);
 void run_actions(Rank& rank, Instance& instance, StepIo& io, const ScheduleOptions& schedule,
                  const ActionList& actions);
 // Every tensor of the whole model; `target`s are null.
@@ -51,8 +53,7 @@ ParameterTable whole_table(const Json& config);
 // Instantiated in engine/pipeline_<model>.cpp.
 template <class M>
 std::shared_ptr<Pipeline<M>> make_pipeline(Instance& instance, const Json& config,
-                                           const PipelineOptions& options, const Mesh& mesh, int id,
-                                           Rank* rank);
+                                           const PipelineOptions& options);
 template <class M>
 void run_pipeline(Rank& rank, Pipeline<M>& pipeline, StepIo& io, const ScheduleOptions& schedule,
                   const ActionList& actions);

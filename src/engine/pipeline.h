@@ -40,23 +40,22 @@ struct Pipeline {
 
 template <class M>
 std::shared_ptr<Pipeline<M>> make_pipeline(Instance& instance, const Json& json,
-                                           const PipelineOptions& o, const Mesh& mesh, int id,
-                                           Rank* rank) {
+                                           const PipelineOptions& o) {
   auto p = std::make_shared<Pipeline<M>>();
-  const MeshCoord at = coord_of(mesh, id);
+  const MeshCoord at = coord_of(o.mesh, o.id);
   p->config = M::read_config(json);
   p->shape = instance.shape = M::shape(p->config);
-  p->layers_of = chunk_layers(o.schedule, mesh.pp, at.pp_rank, p->shape.num_layers);
+  p->layers_of = chunk_layers(o.schedule, o.mesh.pp, at.pp_rank, p->shape.num_layers);
   p->chunks.resize(p->layers_of.size());
   vector<ParameterTable> tables;
-  const int local = p->shape.num_experts / mesh.ep;
+  const int local = p->shape.num_experts / o.mesh.ep;
   for (size_t i = 0; i < p->chunks.size(); i++) {
     const ChunkLayers& c = p->layers_of[i];
     const StagePart part{c.first, c.count, c.prolog, c.epilog, at.ep_rank * local, local};
     tables.push_back(p->chunks[i].parameters(p->config, part, o.init_std));
-    if (rank) p->chunks[i].prepare(*rank, p->config, o.length);
+    if (o.rank) p->chunks[i].prepare(*o.rank, p->config, o.length);
   }
-  p->parameters = make_parameters(tables, o.gather_layer, mesh, id, rank);
+  p->parameters = make_parameters(tables, o.gather_layer, o.mesh, o.id, o.rank);
   instance.parameters = &p->parameters;
   return p;
 }
@@ -101,7 +100,7 @@ struct Executor {
         l.dispatch = {};
         break;
       case Part::Epilog: {
-        if (io.want_logits) io.logits[s.mb] = model.logits(rank, p.config, f.x);
+        if (!io.logits.empty()) io.logits[s.mb] = model.logits(rank, p.config, f.x);
         Tensor loss = model.loss(rank, p.config, f.x, batch, io.loss_scale);
         io.loss[s.mb] = loss.f32()[0];
         add_grad(rank, loss, loss);  // terminal: its own gradient only says that it is wanted
@@ -167,7 +166,10 @@ struct Executor {
       f.input = p.flights.at({1 - chunk, mb}).x;
       if (schedule.forward_only) p.flights.erase({1 - chunk, mb});
     }
-    f.input.var = schedule.forward_only ? -1 : f.tape.new_var();
+    f.input.var = -1;
+    rank.tape = &f.tape;
+    if (!schedule.forward_only) make_leaf(rank, f.input);
+    rank.tape = nullptr;
     f.x = f.input;
   }
 

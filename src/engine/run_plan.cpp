@@ -48,7 +48,7 @@ RunPlan plan_run(const RunConfig& config, Device device, int ranks) {
               text("is beyond the model's positions (got %ld, need at most "
                    "max_position_embeddings = %ld)",
                    length, shape.max_positions),
-              "a shorter sequence, or a larger max_position_embeddings in config.json");
+              "a shorter sequence");
   const BatchShape& batch = plan.batch = {config.train.global_batch_size,
                                           config.train.micro_batch_size, mesh.dp, mesh.ep};
   const int64_t unit = batch.micro_batch * mesh.dp * mesh.ep;
@@ -80,7 +80,10 @@ vector<RankMemory> rank_memory(const RunPlan& plan) {
   const int live = check_schedule(plan.schedule, make_schedules(plan.schedule)).peak_live;
   vector<RankMemory> ranks;
   for (int rank = 0; rank < plan.mesh.world(); rank++) {
-    const Instance instance = make_instance(plan.model, plan.pipeline, plan.mesh, rank);
+    PipelineOptions options = plan.pipeline;
+    options.mesh = plan.mesh;
+    options.id = rank;
+    const Instance instance = make_instance(plan.model, options);
     RankMemory& bytes = ranks.emplace_back();
     int64_t full = 0, largest = 0;   // elements of gathered units
     int64_t layers = 0, widths = 0;  // of an expert's three products, together

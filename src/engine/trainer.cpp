@@ -169,7 +169,7 @@ void Trainer::train(const string& routing_trace) {
   }
   if (saving && !saver->finish(rank))
     failed(config.run.folder, "the last checkpoint could not be saved",
-           "free space there, then run the same command again: it goes on from the last good one");
+           "free space there, then the same command again");
   if (rank.id == 0 && run.stopped)
     log_info("stopped at step %ld; the same command goes on", state.step);
 }

@@ -123,7 +123,7 @@ void check_model(const std::string& name, bool documents) {
     io.batches = {make_batch(rank, shape[0], shape[1], tokens.data(), labels.data(),
                              documents ? ends.data() : nullptr)};
     io.loss_scale = 1.0 / double(count_labels(labels));
-    io.want_logits = true;
+    io.logits.resize(1);
     RoutingStep routing;
     begin_trace(routing, m.model.shape.num_layers, int64_t(tokens.size()), m.model.shape.top_k);
     RoutingSlot slot{&routing, {{}}};
