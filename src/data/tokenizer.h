@@ -1,4 +1,4 @@
-// tokenizer: byte-level BPE from a Hugging Face tokenizer.json, giving Hugging Face's ids.
+// tokenizer: byte-level BPE from a tokenizer.json, giving Hugging Face's ids.
 #pragma once
 #include <deque>
 
@@ -61,7 +61,7 @@ class Tokenizer : TokenizerTables {
   // eos_token_id in a config.json beside it (the first of a list); a token with a well-known name,
   // such as <|endoftext|>. A named token that the vocabulary lacks is bad_input at load.
   std::optional<uint32_t> eos_id() const { return eos; }
-  // XXH3 of tokenizer.json's bytes.
+  // XXH3 of tokenizer.json.
   uint64_t fingerprint() const { return file_hash; }
 
  private:
