@@ -5,9 +5,9 @@
 #   scripts/layouts.sh --all [RUN.toml [OPTION...]]   each also with replicated weights (hsdp), with
 #                                                     weights gathered by layer, and in micro-batches of
 #                                                     2; then every layout with each balance loss
-# OPTIONs are those of pith layouts, such as --layout pp2-ep4 --set train.global_batch_size=32; with
+# OPTIONs are those of layouts_check (tests/layouts), such as --layout pp2-ep4 --set train.global_batch_size=32; with
 # --layout only the named ones are run. Without RUN.toml: a small model on this project's sources.
-# PITH names a program to use instead of building one.
+# PITH names a built pith, with layouts_check beside it, to use instead of building them.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 export OMP_WAIT_POLICY=passive
@@ -25,11 +25,12 @@ fi
 if [ -n "$config" ] && [ ! -e "$config" ]; then
     die "$config" "is not there" "scripts/layouts.sh RUN.toml"
 fi
-pith=${PITH:-build/pith}
+pith=${PITH:-build/cpu/pith}
 if [ -z "${PITH:-}" ]; then
     ensure_packages
-    build cpu pith
+    build cpu pith layouts_check
 fi
+layouts_check=$(dirname "$pith")/layouts_check
 
 if [ -z "$config" ]; then
     config=configs/layouts/run.toml
@@ -55,10 +56,10 @@ product() {
 
 result=0
 if [ $all = yes ]; then
-    "$pith" layouts "$config" --layout "$(product | paste -sd,)" "$@" || result=1
+    "$layouts_check" "$config" --layout "$(product | paste -sd,)" "$@" || result=1
     for kind in micro-batch sequence global-batch; do
         echo "balance loss: $kind"
-        "$pith" layouts "$config" --all --set router.balance_loss=$kind \
+        "$layouts_check" "$config" --all --set router.balance_loss=$kind \
             --set router.balance_coefficient=1 "$@" || result=1
     done
 else
@@ -66,7 +67,7 @@ else
         *' --layout'*) ;;
         *) set -- --all "$@" ;;
     esac
-    "$pith" layouts "$config" "$@" || result=1
+    "$layouts_check" "$config" "$@" || result=1
 fi
 if [ $result = 0 ]; then echo PASS; else echo FAIL; fi
 exit $result

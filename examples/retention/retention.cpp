@@ -102,7 +102,7 @@ Tensor Retention::retain(Rank& rank, const Config& c, const Layer& w, Tensor x_T
   const int64_t B = batch.rows, S = batch.length, H = c.heads, D = c.hidden, N = D / H;
   check(rank, "retention", At::here(),
         {{"a whole causal row without a window",
-          !batch.mask.order.defined() && batch.mask.causal && batch.mask.window == 0},
+          rank.mesh.cp == 1 && batch.mask.causal && batch.mask.window == 0},
          {"a row no longer than prepared", S <= distance_SS.dim[0]}},
         {&x_TD, &distance_SS});
   TensorList qkvg = split(rank, linear(rank, x_TD, w.qkvg), -1, {D, D, D, D});

@@ -1,5 +1,5 @@
-// commands: the subcommands of the program. Each takes argv from its own name on (argv[0] is
-// "tokenize") and returns the exit code; errors are thrown as Error.
+// Each takes argv from its own name on (argv[0] is "tokenize") and returns the exit code; errors
+// are thrown as Error.
 #pragma once
 
 namespace pith {
@@ -12,7 +12,6 @@ int run_generate(int argc, char** argv);
 int run_convert(int argc, char** argv);
 int run_checkpoint(int argc, char** argv);
 int run_plan(int argc, char** argv);
-int run_layouts(int argc, char** argv);
 int run_doctor(int argc, char** argv);
 
 }  // namespace pith

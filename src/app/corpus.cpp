@@ -1,22 +1,120 @@
-// corpus: pith corpus inspect.
+// corpus: pith tokenize, its way back --decode, and pith corpus inspect.
 #include "data/corpus.h"
+
+#include <algorithm>
+#include <cstring>
+
 #include "app/arguments.h"
 #include "app/commands.h"
-#include "core/check.h"
+#include "app/model_folder.h"
 #include "core/json.h"
 #include "core/log.h"
+#include "core/process.h"
+#include "data/tokenizer.h"
 
 namespace pith {
+
+static void print_document(const string& document, bool json) {
+  if (json)
+    printf("%s\n", JsonWriter().object().key("text").value(document).end().str().c_str());
+  else
+    fwrite(document.data(), 1, document.size(), stdout);
+}
+
+static void decode_file(const string& path, const Tokenizer& tokenizer, bool json) {
+  const TokenFile file = open_token_file(path);
+  for (int64_t i = 0; i < file.num_docs && !stop_requested(); i++) {
+    vector<uint32_t> ids = document_ids(file, i, tokenizer.vocab_size());
+    // As JSON without the end-of-text, so that it can be tokenised again.
+    if (json && !ids.empty()) ids.pop_back();
+    print_document(tokenizer.decode(ids, SpecialTokens::Keep), json);
+  }
+}
+
+static void decode_ids(const string& list, const Tokenizer& tokenizer, bool json) {
+  vector<uint32_t> ids;
+  for (const char* at = list.c_str(); *at;) {
+    char* end = nullptr;
+    const unsigned long id = isdigit(*at) ? strtoul(at, &end, 10) : 0;
+    if (!end || id >= tokenizer.vocab_size())
+      bad_input("--decode",
+                text("is neither FILE.bin nor ids (got \"%s\", need numbers < %u)", at,
+                     tokenizer.vocab_size()),
+                "--decode 9707,11");
+    ids.push_back(id);
+    at = end + strspn(end, ", ");
+  }
+  print_document(tokenizer.decode(ids, SpecialTokens::Keep), json);
+  if (!json) printf("\n");
+}
+
+static void decode(const string& encoded, const string& tokenizer_option, bool json) {
+  const bool is_file = encoded.ends_with(".bin");
+  if (tokenizer_option.empty() && !is_file)
+    bad_input("--decode", "needs a tokenizer for ids", "--tokenizer tokenizer.json");
+  const string path =
+      tokenizer_option.empty() ? find_tokenizer(encoded) : tokenizer_file(tokenizer_option);
+  if (path.empty())
+    bad_input(encoded, "has no tokenizer.json in its folder or above", "--tokenizer PATH");
+  (is_file ? decode_file : decode_ids)(encoded, Tokenizer::load(path), json);
+}
+
+static void print_report(const CorpusReport& r, bool json) {
+  log_info("%s%ld of %ld files: %s documents, %s tokens, %.1f MB of text in %.1f s (%.1f MB/s)",
+           r.stopped ? "stopped; the same command goes on. " : "", r.files, r.files_total,
+           with_commas(r.documents).c_str(), with_commas(r.tokens).c_str(), r.text_bytes / 1e6,
+           r.seconds, r.text_bytes / 1e6 / r.seconds);
+  if (r.files_done_before) log_info("%ld files were there before", r.files_done_before);
+  if (r.bad_documents) log_warning("left out: %ld documents", r.bad_documents);
+  if (!json) return;
+  JsonWriter w;
+  w.object().key("files").value(r.files).key("files_done_before").value(r.files_done_before);
+  w.key("files_total").value(r.files_total).key("documents").value(r.documents);
+  w.key("tokens").value(r.tokens).key("text_bytes").value(r.text_bytes);
+  w.key("bad_documents").value(r.bad_documents).key("stopped").value(r.stopped).end();
+  printf("%s\n", w.str().c_str());
+}
+
+int run_tokenize(int argc, char** argv) {
+  Arguments args("pith tokenize", "Turns text into token files that training reads, or back.");
+  CorpusOptions o;
+  string format = "auto", encoded;
+  bool json = false;
+  args.option("--tokenizer", o.tokenizer, "tokenizer.json, or the folder that holds it");
+  args.list("--input", o.inputs, "files and folders, or - for standard input", ' ');
+  args.option("--output", o.output, "folder for the token files");
+  args.choice("--format", format, {"auto", "text", "jsonl"},
+              "text: a file is a document; jsonl: a line is one; auto: as the file's name says");
+  args.list("--include", o.include, "only files of these patterns: '*.c,*.h'", ',');
+  args.option("--join", o.join, "put all into NAME-00000.bin and so on, not into a file each");
+  args.option("--key", o.key, "the JSON member that holds the text");
+  args.option("--eos", o.eos, "end-of-text token; default: the tokenizer's own");
+  args.flag("--special-as-text", o.special_as_text, "special tokens' text is ordinary text");
+  args.flag("--skip-bad", o.skip_bad, "leave out malformed documents and list them");
+  args.option("--threads", o.threads, "0: every core", 0, 1024);
+  args.option("--decode", encoded, "print the text of FILE.bin, or of ids such as 9707,11");
+  args.flag("--json", json, "print the result as JSON; with --decode a line a document");
+  if (!args.parse(argc, argv)) return kExitDone;
+  if (!encoded.empty()) {
+    decode(encoded, o.tokenizer, json);
+    return kExitDone;
+  }
+  if (o.tokenizer.empty() || o.inputs.empty() || o.output.empty())
+    bad_input("pith tokenize", "needs --tokenizer, --input and --output", "--help");
+  if (format != "auto") o.format = format == "text" ? CorpusFormat::Text : CorpusFormat::Jsonl;
+  o.tokenizer = tokenizer_file(o.tokenizer);
+  const CorpusReport report = tokenize_corpus(o);
+  print_report(report, json);
+  return report.stopped ? kExitStopped : kExitDone;
+}
 
 static void print_json(const CorpusSummary& s) {
   JsonWriter w(2);
   w.object().key("files").value(s.files).key("documents").value(s.documents);
   w.key("tokens").value(s.tokens).key("unfinished").value(s.unfinished);
-  w.key("shortest").value(s.shortest).key("longest").value(s.longest);
-  w.key("mean_length").value(s.mean_length).key("distinct_tokens").value(s.distinct_tokens);
   w.key("length_histogram").array();
   for (size_t i = 0; i < s.length_histogram.size(); i++) {
-    w.object().key("from").value(i ? int64_t{1} << i : 0).key("below").value(int64_t{2} << i);
+    w.object().key("below").value(int64_t{2} << i);
     w.key("documents").value(s.length_histogram[i]).end();
   }
   w.end().key("frequent").array();
@@ -30,60 +128,41 @@ static void print_json(const CorpusSummary& s) {
   printf("%s\n", w.end().end().str().c_str());
 }
 
-// As a JSON string, so that white space can be seen and the terminal is left alone.
-static string quoted(const string& text) { return JsonWriter().value(text).str(); }
-
 static void print_table(const CorpusSummary& s) {
-  printf("files      %s\ndocuments  %s\ntokens     %s (%s distinct)\n",
-         with_commas(s.files).c_str(), with_commas(s.documents).c_str(),
-         with_commas(s.tokens).c_str(), with_commas(s.distinct_tokens).c_str());
-  printf("length     %s to %s tokens, mean %.1f\n\n", with_commas(s.shortest).c_str(),
-         with_commas(s.longest).c_str(), s.mean_length);
+  // As a JSON string, so that white space can be seen and the terminal is left alone.
+  const auto quoted = [](const string& text) { return JsonWriter().value(text).str(); };
+  printf("files      %ld\ndocuments  %s\ntokens     %s\n\ntokens in a document     documents\n",
+         s.files, with_commas(s.documents).c_str(), with_commas(s.tokens).c_str());
   int64_t most = 1;
   for (const int64_t n : s.length_histogram) most = std::max(most, n);
-  printf("tokens in a document     documents\n");
   for (size_t i = 0; i < s.length_histogram.size(); i++) {
     const int64_t n = s.length_histogram[i];
     const string bar((n * 40 + most - 1) / most, '#');
-    printf("%10s ..%10s  %12s  %s\n", with_commas(i ? int64_t{1} << i : 0).c_str(),
-           with_commas((int64_t{2} << i) - 1).c_str(), with_commas(n).c_str(), bar.c_str());
+    printf("%10ld ..%10ld  %12ld  %s\n", i ? int64_t{1} << i : 0, (int64_t{2} << i) - 1, n,
+           bar.c_str());
   }
-  printf("\n     token         count   share  text\n");
+  printf("\n     token         count  text\n");
   for (const auto& f : s.frequent)
-    printf("%10u  %12s  %5.2f%%  %s\n", f.id, with_commas(f.count).c_str(),
-           100.0 * f.count / s.tokens, quoted(f.text).c_str());
+    printf("%10u  %12ld  %s\n", f.id, f.count, quoted(f.text).c_str());
   for (const auto& d : s.samples)
-    printf("\n%s, document %s:\n  %s\n", d.file.c_str(), with_commas(d.document).c_str(),
-           quoted(d.text).c_str());
-  if (s.unfinished)
-    log_warning(
-        "not all of it is there: a tokenize run did not finish (%s marks in .pith); "
-        "the same command completes it",
-        with_commas(s.unfinished).c_str());
+    printf("\n%s, document %ld:\n  %s\n", d.file.c_str(), d.document, quoted(d.text).c_str());
 }
 
 int run_corpus(int argc, char** argv) {
   Arguments args("pith corpus", "Looks into token files: counts documents and tokens, samples.");
-  InspectOptions o;
-  string action;
-  int64_t top = o.top, samples = o.samples, sample_tokens = o.sample_tokens;
+  string action, path;
+  int64_t top = 20, samples = 3;
   bool json = false;
   args.choice("action", action, {"inspect"}, "inspect");
-  args.positional("folder", o.folder, "folder of token files, or one");
-  args.option("--tokenizer", o.tokenizer, "default: the tokenizer.json in the folder");
+  args.positional("folder", path, "folder of token files, or one");
   args.option("--top", top, "most frequent tokens to list", 0, 1000);
   args.option("--samples", samples, "documents to decode", 0, 1000);
-  args.option("--sample-tokens", sample_tokens, "tokens of each", 1, 1 << 20);
   args.flag("--json", json, "print it as JSON");
   if (!args.parse(argc, argv)) return kExitDone;
-  o.top = int(top);
-  o.samples = int(samples);
-  o.sample_tokens = int(sample_tokens);
-  const CorpusSummary summary = inspect_corpus(o);
-  if (json)
-    print_json(summary);
-  else
-    print_table(summary);
+  const CorpusSummary summary = inspect_corpus(path, top, samples);
+  (json ? print_json : print_table)(summary);
+  if (summary.unfinished)
+    log_warning("not all of it is there: a tokenize run did not finish; start it again");
   return kExitDone;
 }
 

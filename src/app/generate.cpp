@@ -29,8 +29,7 @@ int run_generate(int argc, char** argv) {
   if (tokenizer_path.empty()) tokenizer_path = find_tokenizer(folder);
   if (tokenizer_path.empty() && model.run) tokenizer_path = find_tokenizer(model.run->data.path);
   if (tokenizer_path.empty()) bad_input(folder, "has no tokenizer.json", "--tokenizer PATH");
-  if (std::filesystem::is_directory(tokenizer_path)) tokenizer_path += "/tokenizer.json";
-  const Tokenizer tokenizer = Tokenizer::load(tokenizer_path);
+  const Tokenizer tokenizer = Tokenizer::load(tokenizer_file(tokenizer_path));
   if (int64_t(tokenizer.vocab_size()) > model.shape.vocab)
     bad_input(folder,
               text("has a smaller vocabulary than the tokenizer (got %ld, need at least %u)",

@@ -1,6 +1,4 @@
-// main: one command a word.
 #include <cstdio>
-#include <cstring>
 #include <new>
 
 #include "app/commands.h"
@@ -9,13 +7,11 @@
 
 namespace pith {
 
-struct Command {
-  const char* name;
+static constexpr struct {
+  string_view name;
   int (*run)(int argc, char** argv);
   const char* about;
-};
-
-static const Command kCommands[] = {
+} kCommands[] = {
     {"train", run_train, "trains a model from a run.toml; the same command goes on after a stop"},
     {"tokenize", run_tokenize, "text to token files, and back"},
     {"corpus", run_corpus, "looks into token files"},
@@ -23,16 +19,15 @@ static const Command kCommands[] = {
     {"generate", run_generate, "continues a text"},
     {"convert", run_convert, "to and from Hugging Face folders"},
     {"checkpoint", run_checkpoint, "lists, verifies and compares checkpoints"},
-    {"plan", run_plan, "memory, and the timeline of a pipeline schedule, without training"},
-    {"layouts", run_layouts, "proves that parallel layouts train the same model"},
+    {"plan", run_plan, "the timeline of a pipeline schedule"},
     {"doctor", run_doctor, "what this machine offers"},
 };
 
 static int usage(FILE* to) {
   fprintf(to,
-          "pith: trains Mixture-of-Experts models.\n\nusage: pith COMMAND [ARGUMENTS]   (pith "
-          "COMMAND --help says more)\n\n");
-  for (const Command& c : kCommands) fprintf(to, "  %-11s %s\n", c.name, c.about);
+          "pith: trains Mixture-of-Experts models.\n\n"
+          "usage: pith COMMAND [ARGUMENTS]   (pith COMMAND --help says more)\n\n");
+  for (const auto& c : kCommands) fprintf(to, "  %-11s %s\n", c.name.data(), c.about);
   fprintf(to,
           "\nexit codes: 0 done; 1 failed while running; 2 bad usage, configuration or input;\n"
           "            3 stopped by a signal, state saved\n");
@@ -41,11 +36,11 @@ static int usage(FILE* to) {
 
 static int run(int argc, char** argv) {
   if (argc < 2) return usage(stderr);
-  const char* name = argv[1];
-  if (!strcmp(name, "--help") || !strcmp(name, "-h") || !strcmp(name, "help")) return usage(stdout);
-  for (const Command& c : kCommands)
-    if (!strcmp(name, c.name)) return c.run(argc - 1, argv + 1);
-  bad_input("pith", text("unknown command (got \"%s\")", name), "pith --help");
+  const string name = argv[1];
+  if (name == "--help" || name == "-h" || name == "help") return usage(stdout);
+  for (const auto& c : kCommands)
+    if (name == c.name) return c.run(argc - 1, argv + 1);
+  bad_input("pith", "unknown command (got \"" + name + "\")", "pith --help");
 }
 
 }  // namespace pith
@@ -59,9 +54,8 @@ int main(int argc, char** argv) {
     return e.exit_code;
   } catch (const std::bad_alloc&) {
     fprintf(stderr, "error: pith: out of memory. Try: a smaller input or batch\n");
-    return pith::kExitFailed;
   } catch (const std::exception& e) {
     fprintf(stderr, "error: pith: %s\n", e.what());
-    return pith::kExitFailed;
   }
+  return pith::kExitFailed;
 }

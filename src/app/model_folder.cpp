@@ -8,10 +8,10 @@
 namespace pith {
 namespace fs = std::filesystem;
 
-Json model_config(const WeightSource& weights) {
-  if (weights.config.empty())
+Json model_config(const Checkpoint& weights) {
+  if (weights.state.model.empty())
     bad_input(weights.folder, "has no config.json", "putting the model's config.json there");
-  return Json::parse(weights.config, weights.folder + "/config.json");
+  return Json::parse(weights.state.model, weights.folder + "/config.json");
 }
 
 ModelFolder open_model(const string& folder) {
@@ -25,6 +25,10 @@ ModelFolder open_model(const string& folder) {
       m.run = load_run_config(at / "config.toml", {});
   m.length = m.run ? m.run->data.sequence_length : std::min<int64_t>(m.shape.max_positions, 2048);
   return m;
+}
+
+string tokenizer_file(const string& path) {
+  return fs::is_directory(path) ? path + "/tokenizer.json" : path;
 }
 
 string find_tokenizer(const string& path) {

@@ -10,10 +10,10 @@
 namespace pith {
 
 // The config.json that came with the weights. Exit code 2 if none did.
-Json model_config(const WeightSource& weights);
+Json model_config(const Checkpoint& weights);
 
 struct ModelFolder {
-  WeightSource weights;
+  Checkpoint weights;
   Json config;
   ModelShape shape;
   std::optional<RunConfig> run;  // that the model comes from, if known
@@ -32,6 +32,8 @@ void with_model(const ModelFolder& model, int64_t length, Fn&& fn) {
   });
 }
 
+// `path`, or the tokenizer.json in it if it is a folder.
+string tokenizer_file(const string& path);
 // The tokenizer.json in the folder `path` or one above; empty if none.
 string find_tokenizer(const string& path);
 

@@ -41,7 +41,7 @@ static int dry_run(const RunPlan& plan, bool json) {
            name_of(plan.schedule.kind));
     for (const auto& [name, number] : numbers)
       printf("%-24s %s\n", name, with_commas(number).c_str());
-    printf("\n%s", memory_table(memory, 0).c_str());
+    printf("\n%s", memory_table(memory).c_str());
   }
   data.require_samples(needed);
   return kExitDone;
@@ -52,7 +52,7 @@ static void write_report(const RunPlan& plan) {
   const string& folder = plan.config.run.folder;
   const vector<StepMetrics> steps = read_metrics(folder + "/metrics.jsonl");
   if (steps.empty()) return;
-  ReportInput input{.title = folder, .config = to_toml(plan.config)};
+  ReportInput input{.title = folder};
   const auto row = [&](const char* name, const string& value) {
     input.summary.push_back({name, value});
     log_info("%s: %s", name, value.c_str());
@@ -73,9 +73,7 @@ static void write_report(const RunPlan& plan) {
     };
     worth("held-out loss", eval_loss);
     if (plan.shape.vocab <= kBigramMaxVocab) {
-      input.reference_loss = bigram_nats(data);
-      input.reference_name = "interpolated bigram model";
-      worth("bigram model on the same text", input.reference_loss);
+      worth("bigram model on the same text", bigram_nats(data));
     }
   }
   write_file_durably(folder + "/report.html", report_html(steps, input));

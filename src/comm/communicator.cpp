@@ -1,9 +1,8 @@
 #include "comm/communicator.h"
 
-#include <algorithm>
 #include <chrono>
+#include <cstdio>
 #include <cstring>
-#include <numeric>
 
 #include "comm/world.h"
 
@@ -11,106 +10,145 @@ namespace pith {
 
 namespace {
 
+using ParcelRef = std::shared_ptr<const Parcel>;
+
+// The call, in front of what went wrong with it.
 [[noreturn]] void fail_call(const Call& call, const string& what) {
   throw Error(kExitFailed,
               text("%s:%d: %s \"%s\"", call.at.file, call.at.line, call.op, call.what) + what);
 }
 
-string names_of(const vector<int>& ranks) {
-  string names = ranks.size() > 1 ? "ranks" : "rank";
-  for (size_t i = 0; i < ranks.size(); i++) names += text("%s %d", i ? "," : "", ranks[i]);
-  return names;
-}
-
-// The one place where the host waits for other ranks. Three exits: ready() holds; another rank
-// failed; the time limit, which is this rank's failure, as is a rank that has ended without coming.
-// missing() lists the ranks that are waited for.
-template <class Ready, class Missing>
-void wait_for_others(Rank& rank, GroupState& g, std::unique_lock<std::mutex>& lock,
-                     const Call& call, Ready ready, Missing missing) {
+// One call of one rank, under World::mutex: it posts what it sends and what it is to receive,
+// waits, and picks up. Every collective and message is one.
+struct Exchange {
+  Rank& rank;
+  const Call& call;
   World& world = *rank.comm->world;
+  GroupState& group = *rank.comm->group[int(call.group)];
   RankState& mine = world.ranks[rank.id];
-  const double limit_s = rank.comm->limit_s;
-  const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(limit_s);
-  mine.waits = true;
-  mine.call = call;
-  rank.status->waiting = call.what;
-  bool timed_out = false;
-  while (world.failed_rank < 0 && !ready()) {
-    const vector<int> late = missing();
-    if (std::any_of(late.begin(), late.end(), [&](int r) { return world.ranks[r].finished; }))
-      fail_call(call, " waits for " + names_of(late) + ", of which one has ended");
-    if (timed_out)
-      fail_call(call, text(" waited %g s for %s (%s group)", limit_s, names_of(late).c_str(),
-                           name_of(call.group)));
-    timed_out = g.changed.wait_until(lock, deadline) == std::cv_status::timeout;
-  }
-  if (world.failed_rank >= 0)
-    throw Error(kExitFailed, text("stopped, because rank %d failed", world.failed_rank));
-  mine.waits = false;
-  rank.status->waiting = "";
-}
+  int n = int(group.members.size()), me = rank.comm->place[int(call.group)];
+  std::unique_lock<std::mutex> lock{world.mutex};
 
-// A collective under way. Its slots stay as they are until the caller has entered the next one.
-struct Meeting {
-  GroupState& g;
-  Call call;
-  int me, n;
-  const vector<Slot>& slots;
+  Channel& channel(int from, int to) { return group.channels[from * n + to]; }
+
+  void send(int to, const ParcelRef& parcel) {
+    channel(me, to).parcels.push_back(parcel);
+    mine.open += parcel->is_message;
+    match(me, to);
+  }
+
+  void receive(int from) {
+    channel(from, me).wanted++;
+    mine.open++;
+    match(from, me);
+  }
+
+  void match(int from, int to) {
+    Channel& c = channel(from, to);
+    while (c.wanted > 0 && c.matched < c.parcels.size()) {
+      c.wanted--;
+      settle(to);
+      if (c.parcels[c.matched++]->is_message) settle(from);
+    }
+  }
+
+  void settle(int member) {
+    RankState& state = world.ranks[group.members[member]];
+    if (--state.open == 0) state.changed.notify_one();
+  }
+
+  ParcelRef pick_up(int from) {
+    Channel& c = channel(from, me);
+    const ParcelRef parcel = c.parcels.front();
+    c.parcels.pop_front();
+    c.matched--;
+    return parcel;
+  }
+
+  // Are any of the ranks that are waited for gone? `names` becomes "ranks 1, 2".
+  bool missing(string& names) {
+    bool gone = false;
+    int count = 0;
+    names.clear();
+    for (int peer = 0; peer < n; peer++) {
+      const Channel& out = channel(me, peer);
+      const bool unsent = out.matched < out.parcels.size() && out.parcels.back()->is_message;
+      if (!unsent && channel(peer, me).wanted == 0) continue;
+      names += text("%s %d", count++ ? "," : "", group.members[peer]);
+      gone |= world.ranks[group.members[peer]].finished;
+    }
+    names = (count > 1 ? "ranks" : "rank") + names;
+    return gone;
+  }
+
+  // The one place where the host waits for other ranks. Three exits: all is matched; another rank
+  // failed; the time limit, which is this rank's failure, as is a rank that ended without coming.
+  void wait() {
+    const double limit_s = rank.comm->limit_s;
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(limit_s);
+    char* waiting = rank.status->waiting;
+    snprintf(waiting, sizeof rank.status->waiting, "%s \"%s\" (%s group) called at %s:%d", call.op,
+             call.what, name_of(call.group), call.at.file, call.at.line);
+    string names;
+    for (bool timed_out = false; world.failed_rank < 0 && mine.open > 0;) {
+      if (missing(names)) fail_call(call, " waits for " + names + ", of which one has ended");
+      if (timed_out)
+        fail_call(call, text(" waited %g s for %s (%s group)", limit_s, names.c_str(),
+                             name_of(call.group)));
+      timed_out = mine.changed.wait_until(lock, deadline) == std::cv_status::timeout;
+    }
+    if (world.failed_rank >= 0)
+      throw Error(kExitFailed, text("stopped, because rank %d failed", world.failed_rank));
+    waiting[0] = 0;
+  }
 };
 
-// Every member brings a copy of `data` and waits for the others, who must be in the same call.
-Meeting meet(Rank& rank, const Call& call, const void* data, int64_t bytes, DType dtype,
-             int detail = 0, const int64_t* counts = nullptr) {
-  Comm& comm = *rank.comm;
-  const int index = int(call.group), me = comm.place[index];
-  GroupState& g = *comm.group[index];
-  const int n = int(g.members.size());
-  vector<Slot>& slots = g.slots[comm.calls[index]++ & 1];
-  Slot& mine = slots[me];
-  const char* from = static_cast<const char*>(data);
-  mine.call = call;
-  mine.dtype = dtype;
-  mine.detail = detail;
-  mine.data.assign(from, from + bytes);
-  mine.counts.assign(counts, counts ? counts + n : counts);
-  std::unique_lock lock(comm.world->mutex);
-  const int64_t round = g.round;
-  g.here[me] = 1;
-  if (std::count(g.here.begin(), g.here.end(), 1) == n) {
-    g.here.assign(n, 0);
-    g.round++;
-    g.changed.notify_all();
-  }
-  const auto missing = [&] {
-    vector<int> late;
-    for (int i = 0; i < n; i++)
-      if (!g.here[i]) late.push_back(g.members[i]);
-    return late;
-  };
-  wait_for_others(
-      rank, g, lock, call, [&] { return g.round != round; }, missing);
-  for (int i = 0; i < n; i++) {
-    const Slot& other = slots[i];
-    if (std::strcmp(other.call.op, call.op) == 0 && other.dtype == dtype &&
-        other.detail == detail && other.counts.empty() == mine.counts.empty())
-      continue;
-    fail_call(call,
-              text(": the members' calls differ: rank %d is in %s \"%s\" of %s, detail "
-                   "%d, called at %s:%d (this one: %s, detail %d)",
-                   g.members[i], other.call.op, other.call.what, name_of(other.dtype), other.detail,
-                   other.call.at.file, other.call.at.line, name_of(dtype), detail));
-  }
-  return {g, call, me, n, slots};
+std::shared_ptr<Parcel> pack(const Call& call, const Tensor& t) {
+  return std::make_shared<Parcel>(Parcel{call, t.meta(), {t.data, t.data + t.bytes()}});
 }
 
-// What a member brought, `want` bytes.
-const char* brought(const Meeting& m, int member, int64_t want) {
-  const vector<char>& data = m.slots[member].data;
-  if (int64_t(data.size()) != want)
-    fail_call(m.call, text(": rank %d brings %zu bytes (need %ld)", m.g.members[member],
-                           data.size(), want));
-  return data.data();
+// What the members of a collective brought, in their order.
+struct Meeting {
+  const Rank& rank;
+  Call call;
+  vector<ParcelRef> parcels;
+
+  const char* data(int member, int64_t want) const {
+    const vector<char>& bytes = parcels[member]->data;
+    if (int64_t(bytes.size()) != want)
+      fail_call(call, text(": rank %d brings %zu bytes (need %ld)",
+                           group_member(rank, call.group, member), bytes.size(), want));
+    return bytes.data();
+  }
+};
+
+Meeting meet(Rank& rank, const Call& call, const Tensor& t, int detail = 0,
+             const vector<int64_t>& offsets = {}) {
+  const auto mine = pack(call, t);
+  mine->detail = detail;
+  mine->offsets = offsets;
+  const int n = group_size(rank, call.group);
+  if (n == 1) return {rank, call, {mine}};
+  Meeting meeting{rank, call, {}};
+  {
+    Exchange exchange{rank, call};
+    for (int i = 0; i < n; i++) exchange.send(i, mine);
+    for (int i = 0; i < n; i++) exchange.receive(i);
+    exchange.wait();
+    for (int i = 0; i < n; i++) meeting.parcels.push_back(exchange.pick_up(i));
+  }
+  for (int i = 0; i < n; i++) {
+    const Parcel& other = *meeting.parcels[i];
+    const Call& its = other.call;
+    if (std::strcmp(its.op, call.op) != 0 || other.tensor.dtype != t.dtype ||
+        other.detail != detail)
+      fail_call(call, text(": the members' calls differ (got %s \"%s\" of %s, %d, on rank %d at "
+                           "%s:%d; need %s, %d)",
+                           its.op, its.what, name_of(other.tensor.dtype), other.detail,
+                           group_member(rank, call.group, i), its.at.file, its.at.line,
+                           name_of(t.dtype), detail));
+  }
+  return meeting;
 }
 
 int64_t row_bytes(const Tensor& t) {
@@ -119,59 +157,52 @@ int64_t row_bytes(const Tensor& t) {
   return bytes;
 }
 
-// Byte offsets of n parts in a tensor of `total` rows, n + 1 of them; equal parts without counts.
-vector<int64_t> part_offsets(const int64_t* rows, int n, int64_t total, int64_t bytes_a_row) {
-  vector<int64_t> offset(n + 1, 0);
+// Byte offsets of the n parts of `whole`, and their sum.
+vector<int64_t> part_offsets(const Tensor& whole, const int64_t* rows, int n) {
+  vector<int64_t> offset(n + 1);
   for (int i = 0; i < n; i++)
-    offset[i + 1] = offset[i] + (rows ? rows[i] : total / n) * bytes_a_row;
+    offset[i + 1] = offset[i] + (rows ? rows[i] : whole.dim[0] / n) * row_bytes(whole);
   return offset;
 }
 
 void copy(char* to, const char* from, int64_t bytes) {
-  if (bytes > 0 && to != from) std::memmove(to, from, bytes);
+  if (bytes > 0) std::memcpy(to, from, bytes);
 }
 
-// to [bytes] = reduction over members, in their order, of what they brought from byte `begin` on,
-// of `all` bytes.
 template <class T>
-void reduce_as(const Meeting& m, char* to, int64_t begin, int64_t bytes, int64_t all,
+void reduce_as(const Meeting& m, const Tensor& in, const Tensor& out, int64_t begin,
                Reduce reduce) {
-  T* out = reinterpret_cast<T*>(to);
-  copy(to, brought(m, 0, all) + begin, bytes);
-  for (int i = 1; i < m.n; i++) {
-    const T* x = reinterpret_cast<const T*>(brought(m, i, all) + begin);
-    for (int64_t k = 0, count = bytes / int64_t{sizeof(T)}; k < count; k++) {
+  copy(out.data, m.data(0, in.bytes()) + begin, out.bytes());
+  for (size_t i = 1; i < m.parcels.size(); i++) {
+    const T* x = reinterpret_cast<const T*>(m.data(int(i), in.bytes()) + begin);
+    T* sum = out.as<T>();
+    for (int64_t k = 0, n = out.numel(); k < n; k++) {
       if (reduce == Reduce::Sum)
-        out[k] += x[k];
-      else if (!(out[k] >= x[k]) && out[k] == out[k])  // a NaN stays
-        out[k] = x[k];
+        sum[k] += x[k];
+      else if (!(sum[k] >= x[k]) && sum[k] == sum[k])  // a NaN stays
+        sum[k] = x[k];
     }
   }
 }
 
-void reduce_members(const Meeting& m, DType dtype, char* to, int64_t begin, int64_t bytes,
-                    int64_t all, Reduce reduce) {
-  if (dtype == DType::F32) return reduce_as<float>(m, to, begin, bytes, all, reduce);
-  if (dtype == DType::F64) return reduce_as<double>(m, to, begin, bytes, all, reduce);
-  reduce_as<int32_t>(m, to, begin, bytes, all, reduce);
+// out = reduction over members, in their order, of their `in` from byte `begin` on.
+void reduce_members(Rank& rank, const Call& call, const Tensor& in, const Tensor& out,
+                    int64_t begin, Reduce reduce) {
+  const Meeting m = meet(rank, call, in, int(reduce));
+  if (in.dtype == DType::F32) return reduce_as<float>(m, in, out, begin, reduce);
+  if (in.dtype == DType::F64) return reduce_as<double>(m, in, out, begin, reduce);
+  reduce_as<int32_t>(m, in, out, begin, reduce);
 }
 
-bool reducible(DType dtype) {
-  return dtype == DType::F32 || dtype == DType::F64 || dtype == DType::I32;
-}
-
-void all_reduce_bytes(Rank& rank, const Call& call, void* data, int64_t bytes, DType dtype,
-                      Reduce reduce) {
-  if (group_size(rank, call.group) == 1) return;
-  const Meeting m = meet(rank, call, data, bytes, dtype, int(reduce));
-  reduce_members(m, dtype, static_cast<char*>(data), 0, bytes, bytes, reduce);
+Need reducible(DType dtype) {
+  return {"dtype is f32, f64 or i32",
+          dtype == DType::F32 || dtype == DType::F64 || dtype == DType::I32};
 }
 
 }  // namespace
 
 int group_size(const Rank& rank, Group group) {
-  if (!rank.comm) return 1;
-  return int(rank.comm->group[int(group)]->members.size());
+  return rank.comm ? int(rank.comm->group[int(group)]->members.size()) : 1;
 }
 
 int group_rank(const Rank& rank, Group group) {
@@ -187,201 +218,119 @@ const Mesh& mesh_of(const Rank& rank) { return rank.comm->world->mesh; }
 void all_gather(Rank& rank, Group group, const Tensor& in, const Tensor& out, const char* what,
                 const int64_t* rows, At at) {
   const int n = group_size(rank, group), me = group_rank(rank, group);
-  const int64_t row = row_bytes(out);
-  const auto offset = part_offsets(rows, n, out.dim[0], row);
+  const auto offset = part_offsets(out, rows, n);
   check(rank, "all_gather", at,
-        {{"both on the cpu", in.device == Device::CPU && out.device == Device::CPU},
-         {"equal dtypes", in.dtype == out.dtype},
+        {{"equal dtypes", in.dtype == out.dtype},
          {"in's rows are this member's part", in.bytes() == offset[me + 1] - offset[me]},
          {"out's rows are all parts", out.bytes() == offset[n]}},
         {&in, &out});
-  copy(out.data + offset[me], in.data, in.bytes());
-  if (n == 1) return;
-  const Meeting m = meet(rank, {"all_gather", what, group, at}, in.data, in.bytes(), in.dtype);
+  const Meeting m = meet(rank, {"all_gather", what, group, at}, in);
   for (int i = 0; i < n; i++) {
     const int64_t bytes = offset[i + 1] - offset[i];
-    copy(out.data + offset[i], brought(m, i, bytes), bytes);
+    copy(out.data + offset[i], m.data(i, bytes), bytes);
   }
 }
 
 void reduce_scatter(Rank& rank, Group group, const Tensor& in, const Tensor& out, const char* what,
                     const int64_t* rows, At at) {
   const int n = group_size(rank, group), me = group_rank(rank, group);
-  const auto offset = part_offsets(rows, n, in.dim[0], row_bytes(in));
+  const auto offset = part_offsets(in, rows, n);
   check(rank, "reduce_scatter", at,
-        {{"both on the cpu", in.device == Device::CPU && out.device == Device::CPU},
-         {"dtype is f32, f64 or i32", reducible(in.dtype)},
+        {reducible(in.dtype),
          {"equal dtypes", in.dtype == out.dtype},
          {"out's rows are this member's part", out.bytes() == offset[me + 1] - offset[me]},
          {"in's rows are all parts", in.bytes() == offset[n]}},
         {&in, &out});
-  if (n == 1) return copy(out.data, in.data, in.bytes());
-  const Meeting m = meet(rank, {"reduce_scatter", what, group, at}, in.data, in.bytes(), in.dtype);
-  reduce_members(m, in.dtype, out.data, offset[me], out.bytes(), in.bytes(), Reduce::Sum);
+  reduce_members(rank, {"reduce_scatter", what, group, at}, in, out, offset[me], Reduce::Sum);
 }
 
 void all_reduce(Rank& rank, Group group, const Tensor& t, Reduce reduce, const char* what, At at) {
-  check(
-      rank, "all_reduce", at,
-      {{"t on the cpu", t.device == Device::CPU}, {"dtype is f32, f64 or i32", reducible(t.dtype)}},
-      {&t});
-  all_reduce_bytes(rank, {"all_reduce", what, group, at}, t.data, t.bytes(), t.dtype, reduce);
+  check(rank, "all_reduce", at, {reducible(t.dtype)}, {&t});
+  if (group_size(rank, group) > 1)
+    reduce_members(rank, {"all_reduce", what, group, at}, t, t, 0, reduce);
 }
 
 void all_reduce(Rank& rank, Group group, double* values, int n, Reduce reduce, const char* what,
                 At at) {
-  all_reduce_bytes(rank, {"all_reduce", what, group, at}, values, n * int64_t{sizeof(double)},
-                   DType::F64, reduce);
+  Tensor t;
+  t.dim = {n};
+  t.dtype = DType::F64;
+  t.data = reinterpret_cast<char*>(values);
+  all_reduce(rank, group, t, reduce, what, at);
 }
 
 void all_to_all(Rank& rank, Group group, const Tensor& in, const int64_t* send_rows,
                 const Tensor& out, const int64_t* recv_rows, const char* what, At at) {
   const int n = group_size(rank, group), me = group_rank(rank, group);
-  const int64_t row = row_bytes(in);
-  const auto from = part_offsets(send_rows, n, in.dim[0], row);
-  const auto to = part_offsets(recv_rows, n, out.dim[0], row);
+  const auto from = part_offsets(in, send_rows, n), to = part_offsets(out, recv_rows, n);
   check(rank, "all_to_all", at,
-        {{"both on the cpu", in.device == Device::CPU && out.device == Device::CPU},
-         {"equal dtypes", in.dtype == out.dtype},
-         {"rows of equal length", row == row_bytes(out)},
-         {"both counts or none", !send_rows == !recv_rows},
-         {"in's rows are the sent ones", send_rows ? from[n] <= in.bytes() : from[n] == in.bytes()},
-         {"out has room", recv_rows ? to[n] <= out.bytes() : to[n] == out.bytes()}},
+        {{"equal dtypes", in.dtype == out.dtype},
+         {"rows of equal length", row_bytes(in) == row_bytes(out)},
+         {"in's rows are the sent ones", from[n] == in.bytes()},
+         {"out has room", to[n] <= out.bytes()}},
         {&in, &out});
   if (n == 1) return copy(out.data, in.data, from[1]);
-  vector<int64_t> sizes(n);
-  for (int i = 0; i < n; i++) sizes[i] = from[i + 1] - from[i];
-  const Meeting m =
-      meet(rank, {"all_to_all", what, group, at}, in.data, from[n], in.dtype, 0, sizes.data());
+  const Meeting m = meet(rank, {"all_to_all", what, group, at}, in, 0, from);
   for (int i = 0; i < n; i++) {
-    const vector<int64_t>& sent = m.slots[i].counts;
-    const int64_t want = to[i + 1] - to[i];
-    if (sent[me] != want)
+    const Parcel& sent = *m.parcels[i];
+    const int64_t bytes = sent.offsets[me + 1] - sent.offsets[me], want = to[i + 1] - to[i];
+    if (bytes != want)
       fail_call(m.call, text(": rank %d sends %ld bytes to rank %d (need %ld, of %ld-byte rows)",
-                             m.g.members[i], sent[me], rank.id, want, row));
-    const int64_t begin = std::accumulate(sent.begin(), sent.begin() + me, int64_t{0});
-    copy(out.data + to[i], m.slots[i].data.data() + begin, want);
+                             group_member(rank, group, i), bytes, rank.id, want, row_bytes(in)));
+    copy(out.data + to[i], sent.data.data() + sent.offsets[me], want);
   }
 }
 
 void broadcast(Rank& rank, Group group, const Tensor& t, int root, const char* what, At at) {
-  const int n = group_size(rank, group);
   check(rank, "broadcast", at,
-        {{"t on the cpu", t.device == Device::CPU},
-         {"root is a member of the group", root >= 0 && root < n}},
-        {&t});
-  if (n == 1) return;
-  const bool is_root = group_rank(rank, group) == root;
-  const Meeting m =
-      meet(rank, {"broadcast", what, group, at}, t.data, is_root ? t.bytes() : 0, t.dtype, root);
-  copy(t.data, brought(m, root, t.bytes()), t.bytes());
+        {{"root is a member of the group", root >= 0 && root < group_size(rank, group)}}, {&t});
+  const Meeting m = meet(rank, {"broadcast", what, group, at}, t, root);
+  copy(t.data, m.data(root, t.bytes()), t.bytes());
 }
 
 void barrier(Rank& rank, Group group, const char* what, At at) {
   check(rank, "barrier", at, {}, {});
-  if (group_size(rank, group) > 1) meet(rank, {"barrier", what, group, at}, nullptr, 0, DType::U8);
+  meet(rank, {"barrier", what, group, at}, Tensor{});
 }
 
-namespace {
-
-string tag_text(const Transfer& t) {
-  return text("kind %d, stage %d, micro-batch %d, %s", t.tag.kind, t.tag.stage, t.tag.micro_batch,
-              describe(t.tensor).c_str());
+static string message_text(const MessageTag& tag, const Tensor& t) {
+  return text("kind %d, stage %d, micro-batch %d, ", tag.kind, tag.stage, tag.micro_batch) +
+         describe(t);
 }
-
-// Receives `sent` into `t`.
-void deliver(const Call& call, int from_rank, const Posted& sent, const Transfer& t) {
-  const Tensor& tensor = sent.transfer.tensor;
-  if (sent.transfer.tag != t.tag || tensor.dtype != t.tensor.dtype ||
-      tensor.bytes() != t.tensor.bytes())
-    fail_call(call,
-              text(": message from rank %d is not the one expected (got %s, sent by "
-                   "\"%s\"; need %s)",
-                   from_rank, tag_text(sent.transfer).c_str(), sent.what, tag_text(t).c_str()));
-  copy(t.tensor.data, tensor.data, tensor.bytes());
-}
-
-// One rank's group call of sends and receives.
-struct Exchange {
-  Rank& rank;
-  GroupState& g;
-  Call call;
-  int me, n;
-  vector<const Transfer*> recvs;  // still to come, in posted order
-
-  vector<Posted>& channel(int from, int to) { return g.sends[from * n + to]; }
-  int& unreceived(int member) { return rank.comm->world->ranks[g.members[member]].unreceived; }
-
-  // The first receive that has a message, or the end. Only the first of each peer may take one.
-  auto takeable() {
-    return std::find_if(recvs.begin(), recvs.end(), [&](const Transfer* t) {
-      const auto first = std::find_if(recvs.begin(), recvs.end(), [&](const Transfer* other) {
-        return other->peer == t->peer;
-      });
-      return *first == t && !channel(t->peer, me).empty();
-    });
-  }
-
-  vector<int> missing() {
-    vector<int> ranks;
-    for (int peer = 0; peer < n; peer++)
-      if (!channel(me, peer).empty() ||
-          std::any_of(recvs.begin(), recvs.end(),
-                      [&](const Transfer* t) { return t->peer == peer; }))
-        ranks.push_back(g.members[peer]);
-    return ranks;
-  }
-
-  void run(const vector<const Transfer*>& sends) {
-    std::unique_lock lock(rank.comm->world->mutex);
-    g.sends.resize(size_t(n) * n);
-    for (const Transfer* t : sends) channel(me, t->peer).push_back({*t, call.what});
-    unreceived(me) = int(sends.size());
-    g.changed.notify_all();
-    while (!recvs.empty() || unreceived(me) > 0) {
-      wait_for_others(
-          rank, g, lock, call,
-          [&] { return takeable() != recvs.end() || (recvs.empty() && unreceived(me) == 0); },
-          [&] { return missing(); });
-      if (recvs.empty()) break;
-      const auto taken = takeable();
-      const Transfer& t = **taken;
-      recvs.erase(taken);
-      vector<Posted>& queue = channel(t.peer, me);
-      const Posted sent = std::move(queue.front());
-      queue.erase(queue.begin());
-      lock.unlock();
-      deliver(call, g.members[t.peer], sent, t);
-      lock.lock();
-      unreceived(t.peer)--;
-      g.changed.notify_all();
-    }
-  }
-};
-
-}  // namespace
 
 void send_recv(Rank& rank, Group group, const Transfer* list, int n, const char* what, At at) {
-  const int size = group_size(rank, group), me = group_rank(rank, group);
+  if (n == 0) return;
   const Call call{"send_recv", what, group, at};
-  vector<const Transfer*> sends, recvs, own_sends, own_recvs;
+  vector<ParcelRef> parcels;
   for (const Transfer* t = list; t < list + n; t++) {
     check(rank, "send_recv", at,
-          {{"tensor on the cpu", t->tensor.device == Device::CPU},
-           {"peer is a member of the group", t->peer >= 0 && t->peer < size}},
+          {{"peer is a member of the group", t->peer >= 0 && t->peer < group_size(rank, group)}},
           {&t->tensor});
-    if (t->kind == Transfer::Send)
-      (t->peer == me ? own_sends : sends).push_back(t);
-    else
-      (t->peer == me ? own_recvs : recvs).push_back(t);
+    const auto parcel = t->kind == Transfer::Send ? pack(call, t->tensor) : nullptr;
+    if (parcel) parcel->tag = t->tag;
+    if (parcel) parcel->is_message = true;
+    parcels.push_back(parcel);
   }
-  if (own_sends.size() != own_recvs.size())
-    fail_call(call, text(": rank %d's messages to itself do not match in one call", rank.id));
-  for (size_t i = 0; i < own_sends.size(); i++)
-    deliver(call, rank.id, {*own_sends[i], what}, *own_recvs[i]);
-  if (sends.empty() && recvs.empty()) return;
-  GroupState& g = *rank.comm->group[int(group)];
-  Exchange{rank, g, call, me, size, std::move(recvs)}.run(sends);
+  {
+    Exchange exchange{rank, call};
+    for (int i = 0; i < n; i++)
+      parcels[i] ? exchange.send(list[i].peer, parcels[i]) : exchange.receive(list[i].peer);
+    exchange.wait();
+    for (int i = 0; i < n; i++)
+      if (!parcels[i]) parcels[i] = exchange.pick_up(list[i].peer);
+  }
+  for (int i = 0; i < n; i++) {
+    const Transfer& want = list[i];
+    const Parcel& got = *parcels[i];
+    if (want.kind == Transfer::Send) continue;
+    if (got.tag != want.tag || got.tensor.dtype != want.tensor.dtype ||
+        int64_t(got.data.size()) != want.tensor.bytes())
+      fail_call(call, text(": message from rank %d is not the one expected (got ",
+                           group_member(rank, group, want.peer)) +
+                          message_text(got.tag, got.tensor) + ", sent by \"" + got.call.what +
+                          "\"; need " + message_text(want.tag, want.tensor) + ")");
+    copy(want.tensor.data, got.data.data(), want.tensor.bytes());
+  }
 }
 
 }  // namespace pith

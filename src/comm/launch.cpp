@@ -9,67 +9,23 @@
 #include "core/allocator.h"
 #include "core/process.h"
 
-// Present when the program is linked with OpenBLAS, whose threads are global to the process, and
-// with OpenMP, whose number of threads is each thread's own.
+// Present when linked: OpenBLAS's number of threads is the process's, OpenMP's each thread's own.
 extern "C" [[gnu::weak]] void openblas_set_num_threads(int);
 extern "C" [[gnu::weak]] void omp_set_num_threads(int);
 extern "C" [[gnu::weak]] int omp_get_max_threads();
 
 namespace pith {
 
-// Copies a board that its rank may be writing: fields can be of different moments, each is whole.
-[[gnu::no_sanitize("thread")]] static Status read_board(const Status& board) {
-  Status s;
-  s.step = __atomic_load_n(&board.step, __ATOMIC_RELAXED);
-  s.layer = __atomic_load_n(&board.layer, __ATOMIC_RELAXED);
-  s.stage = __atomic_load_n(&board.stage, __ATOMIC_RELAXED);
-  s.micro_batch = __atomic_load_n(&board.micro_batch, __ATOMIC_RELAXED);
-  s.op = __atomic_load_n(&board.op, __ATOMIC_RELAXED);
-  s.file = __atomic_load_n(&board.file, __ATOMIC_RELAXED);
-  s.line = __atomic_load_n(&board.line, __ATOMIC_RELAXED);
-  return s;
-}
-
-// "rank 3 waits in all_gather "weights" (dp*cp group) called at fsdp.cpp:40; step 2, ...".
-static string state_of(const World& world, int rank) {
-  const RankState& state = world.ranks[rank];
-  if (state.finished) return text("rank %d has ended", rank);
-  const Status s = read_board(*state.board);
-  string doing = text("rank %d runs, no op yet", rank);
-  if (state.waits)
-    doing =
-        text("rank %d waits in %s \"%s\" (%s group) called at %s:%d", rank, state.call.op,
-             state.call.what, name_of(state.call.group), state.call.at.file, state.call.at.line);
-  else if (s.op[0])
-    doing = text("rank %d runs, last op %s called at %s:%d", rank, s.op, s.file, s.line);
-  doing += text("; step %d", s.step);
-  if (s.layer >= 0) doing += text(", layer %d, stage %d", s.layer, s.stage);
-  if (s.micro_batch >= 0) doing += text(", micro-batch %d", s.micro_batch);
-  return doing;
-}
-
-// Records that `rank` failed, unless another did before, with what every rank was doing, and wakes
-// all who wait. The caller holds world.mutex.
-static void fail_world(World& world, int rank, int exit_code, const string& what) {
-  if (world.failed_rank >= 0) return;
-  world.failed_rank = rank;
-  world.exit_code = exit_code;
-  world.message = text("rank %d: ", rank) + what;
-  for (size_t r = 0; r < world.ranks.size(); r++) world.message += "\n  " + state_of(world, int(r));
-  for (auto& group : world.groups) group->changed.notify_all();
-  world.over.notify_all();
-}
-
-// Every distinct group of the mesh once, shared by its members.
+// Every group of the mesh once, shared by its members.
 static void connect(World& world, vector<Comm>& comms) {
   for (int kind = 0; kind < kGroups; kind++)
     for (int rank = 0; rank < world.mesh.world(); rank++) {
       if (comms[rank].group[kind]) continue;
-      GroupState& g = *world.groups.emplace_back(std::make_unique<GroupState>());
-      g.members = group_members(world.mesh, static_cast<Group>(kind), rank);
-      g.here.assign(g.members.size(), 0);
-      for (auto& slots : g.slots) slots.resize(g.members.size());
-      for (size_t i = 0; i < g.members.size(); i++) {
+      GroupState& g = world.groups.emplace_back();
+      g.members = group_members(world.mesh, Group(kind), rank);
+      const size_t n = g.members.size();
+      g.channels.resize(n * n);
+      for (size_t i = 0; i < n; i++) {
         comms[g.members[i]].group[kind] = &g;
         comms[g.members[i]].place[kind] = int(i);
       }
@@ -77,31 +33,36 @@ static void connect(World& world, vector<Comm>& comms) {
 }
 
 static void run_rank(World& world, Rank& rank, void (*call)(void*, Rank&), void* fn) {
-  set_thread_status(rank.status);
+  rank.status->thread = gettid();
   if (rank.world > 1 && omp_set_num_threads)
     omp_set_num_threads(std::max(1, omp_get_max_threads() / rank.world));
-  int code = kExitFailed;
+  int code = kExitDone;
   string error;
-  bool threw = true;
   try {
     call(fn, rank);
-    threw = false;
   } catch (const Error& e) {
     code = e.exit_code;
     error = e.what();
   } catch (const std::exception& e) {
+    code = kExitFailed;
     error = e.what();
-  } catch (...) {
-    error = "an exception of unknown type";
   }
   const std::lock_guard lock(world.mutex);
-  if (threw) {
-    fail_world(world, rank.id, code, error);
-  } else {
+  if (code == kExitDone) {
     world.ranks[rank.id].finished = true;
-    for (auto& group : world.groups) group->changed.notify_all();
+  } else if (world.failed_rank < 0) {
+    world.failed_rank = rank.id;
+    world.exit_code = code;
+    world.message = text("rank %d: ", rank.id) + error;
+    for (int id = 0; id < rank.world; id++) {
+      const Status& s = status_board(id);
+      const char* doing = world.ranks[id].finished ? " has ended" : s.waiting[0] ? " waits" : " runs";
+      char line[1024];
+      world.message += string(line, status_line(line, sizeof line, s, doing));
+    }
   }
-  world.finished++;
+  world.returned++;
+  for (RankState& state : world.ranks) state.changed.notify_all();
   world.over.notify_all();
 }
 
@@ -112,10 +73,8 @@ void run_rank_threads(const Mesh& mesh, Device device, const LaunchOptions& opti
     bad_input("ranks", text("too many in one process (got %d, need at most %d)", n, kMaxRanks),
               "fewer ranks");
   if (n > 1 && openblas_set_num_threads) openblas_set_num_threads(1);
-  vector<Allocator> allocators(n);  // outlive the messages that nobody received
-  World world;
-  world.mesh = mesh;
-  world.ranks.resize(n);
+  World world{.mesh = mesh, .ranks = vector<RankState>(n)};
+  vector<Allocator> allocators(n);
   vector<Comm> comms(n);
   connect(world, comms);
   vector<Rank> ranks(n);
@@ -123,10 +82,8 @@ void run_rank_threads(const Mesh& mesh, Device device, const LaunchOptions& opti
     comms[id].world = &world;
     comms[id].limit_s = options.startup_limit_s;
     comms[id].limit_after_startup_s = options.limit_s;
-    allocators[id].device = device;
     Status& board = status_board(id);
     board = Status{.rank = id};
-    world.ranks[id].board = &board;
     ranks[id] = {.id = id,
                  .world = n,
                  .mesh = coord_of(mesh, id),
@@ -142,9 +99,9 @@ void run_rank_threads(const Mesh& mesh, Device device, const LaunchOptions& opti
     threads.emplace_back([&, id] { run_rank(world, ranks[id], call, fn); });
   if (options.exit_on_failure) {
     std::unique_lock lock(world.mutex);
-    world.over.wait(lock, [&] { return world.failed_rank >= 0 || world.finished == n; });
+    world.over.wait(lock, [&] { return world.failed_rank >= 0 || world.returned == n; });
     if (world.failed_rank >= 0) {
-      // Not through stdio, whose locks a rank that hangs may hold.
+      // A rank that hangs may hold the locks of stdio.
       const string line = "error: " + world.message + "\n";
       if (write(2, line.data(), line.size()) < 0) _exit(kExitFailed);
       _exit(world.exit_code);

@@ -1,14 +1,12 @@
 // mesh: how the ranks are laid out over the axes, and which of them talk to each other.
-// defines: Mesh, Group, make_mesh, coord_of, rank_of, group_members
 #pragma once
 
 #include "core/rank.h"
 
 namespace pith {
 
-// Axes outer to inner: (pp, dp, cp, ep), rank = ((pp*D + dp)*X + cp)*P + ep. dp is split once more
-// into dp_replicate (outer) x dp_shard: weights are sharded over dp_shard and replicated over
-// dp_replicate ("hsdp"; dp_replicate = 1 is "fsdp").
+// Axes outer to inner: (pp, dp, cp, ep). Weights are replicated over dp_replicate, the outer factor
+// of dp, and sharded over the other.
 struct Mesh {
   int pp = 1, dp = 1, cp = 1, ep = 1;
   int dp_replicate = 1;
@@ -17,32 +15,27 @@ struct Mesh {
   bool operator==(const Mesh&) const = default;
 };
 
-// Sets of ranks that communicate: those that differ only in the named axes, by ascending rank.
+// Ranks that differ only in the named axes.
 enum class Group : uint8_t {
   World,
   Pp,
-  Dp,
   Cp,
   Ep,
-  DpCp,
-  DpEp,    // the ranks a batch is split over
-  DpCpEp,  // all ranks of one pipeline coordinate
-  CpEp,
-  ExpertShard,  // dp_shard x cp: over which a layer's experts are sharded
-  DenseShard,   // dp_shard x cp x ep: over which everything else is
-  Replicate,    // dp_replicate: holders of the same shard
+  DpCpEp,
+  ExpertShard,  // dp_shard x cp: over these a layer's experts are sharded
+  DenseShard,   // dp_shard x cp x ep: over these everything else is
+  Replicate,    // dp_replicate
 };
-constexpr int kGroups = 12;
+constexpr int kGroups = 8;
 const char* name_of(Group group);
 
-// The mesh of `world` ranks; dp is what pp, cp and ep leave. Throws bad_input when they do not
-// divide the world, or dp_replicate does not divide dp, saying what to change.
+// dp is what pp, cp and ep leave. Exit code 2 where sizes do not divide.
 Mesh make_mesh(int world, int pp, int cp, int ep, int dp_replicate = 1);
 
 MeshCoord coord_of(const Mesh& mesh, int rank);
 int rank_of(const Mesh& mesh, const MeshCoord& coord);
 
-// The ranks of the group that `rank` belongs to, ascending, `rank` included.
+// The group that `rank` belongs to, ascending.
 vector<int> group_members(const Mesh& mesh, Group group, int rank);
 
 }  // namespace pith

@@ -1,8 +1,7 @@
-// world: what the ranks of a process share: the groups' meeting places, who waits where, and the
-// first failure. Included by communicator.cpp and launch.cpp only.
-// defines: World, Comm, GroupState
+// world: what the ranks of a process share. For communicator.cpp and launch.cpp only.
 #pragma once
 #include <condition_variable>
+#include <deque>
 #include <memory>
 #include <mutex>
 
@@ -10,66 +9,59 @@
 
 namespace pith {
 
-// A communication call, as named in messages.
 struct Call {
-  const char* op = "";
-  const char* what = "";
-  Group group = Group::World;
+  const char *op, *what;
+  Group group;
   At at;
 };
 
-// What a member brings to a collective, copied. There are two a member, used in turn, so that a
-// member may enter the next call while others still read this one.
-struct Slot {
+// What one member brings to others, copied; it does not change once sent.
+struct Parcel {
   Call call;
-  DType dtype = DType::F32;
-  int detail = 0;  // Reduce, or the root
-  vector<char> data;
-  vector<int64_t> counts;  // all_to_all: bytes by destination
+  Tensor tensor;            // as meta
+  vector<char> data;        // its values
+  int detail = 0;           // of a collective: Reduce, or the root
+  vector<int64_t> offsets;  // of all_to_all: where each destination's part begins, and the end
+  bool is_message = false;  // its sender waits until a receive is posted
+  MessageTag tag;
 };
 
-// A message on its way; it keeps the sent tensor's memory.
-struct Posted {
-  Transfer transfer;
-  const char* what = "";
+// From one member to another: parcels are received in the order in which both ends post.
+struct Channel {
+  std::deque<std::shared_ptr<const Parcel>> parcels;  // not yet picked up
+  size_t matched = 0;                                 // of them, those whose receive is posted
+  int wanted = 0;                                     // receives that have no parcel yet
 };
 
-// One set of ranks that communicate. Everything but what slots hold is guarded by World::mutex.
 struct GroupState {
   vector<int> members;
-  std::condition_variable changed;
-  int64_t round = 0;  // meetings that are over
-  vector<char> here;  // members at the current meeting
-  vector<Slot> slots[2];
-  vector<vector<Posted>> sends;  // by source * n + destination, in posted order
+  vector<Channel> channels;  // by source * n + destination
 };
 
 struct RankState {
-  bool waits = false, finished = false;
-  Call call;           // while it waits
-  int unreceived = 0;  // messages it has sent that were not copied yet
-  const Status* board = nullptr;
+  std::condition_variable changed;  // it need not wait, or a rank has failed or ended
+  int open = 0;                     // receives, and sends of messages, that it waits for
+  bool finished = false;
 };
 
 struct World {
   Mesh mesh;
-  std::mutex mutex;
-  vector<std::unique_ptr<GroupState>> groups;
+  std::mutex mutex;  // guards all that follows
+  std::deque<GroupState> groups;
   vector<RankState> ranks;
-  int finished = 0;
-  std::condition_variable over;  // a rank failed or all have finished
-  int failed_rank = -1;          // the first that failed
+  int returned = 0;              // ranks, well or not
+  std::condition_variable over;  // a rank has failed or all have returned
+  int failed_rank = -1;          // the first
   int exit_code = 0;
-  string message;  // complete
+  string message;
 };
 
 // One rank's way to the others.
 struct Comm {
   World* world = nullptr;
   GroupState* group[kGroups] = {};
-  int place[kGroups] = {};      // of this rank among the group's members
-  int64_t calls[kGroups] = {};  // collectives begun
-  double limit_s = 0;           // longest wait
+  int place[kGroups] = {};  // of this rank among the members
+  double limit_s = 0;       // longest wait
   double limit_after_startup_s = 0;
 };
 

@@ -17,17 +17,21 @@ static const Value& value_of(const std::shared_ptr<const void>& node) {
   return node ? *static_cast<const Value*>(node.get()) : null;
 }
 
+static string dumped(const Value& value, int indent = -1) {
+  return value.dump(indent, ' ', false, Value::error_handler_t::replace);
+}
+
 string read_text_file(const string& path) {
-  const char* remedy = "check the path and its permissions";
+  string all, block(65536, '\0');
   FILE* file = fopen(path.c_str(), "rb");
-  if (!file) bad_input(path, text("cannot be opened (%s)", strerror(errno)), remedy);
-  string all;
-  char block[65536];
-  size_t n;
-  while ((n = fread(block, 1, sizeof block, file)) > 0) all.append(block, n);
-  const int error = ferror(file) ? errno : 0;
-  fclose(file);
-  if (error) bad_input(path, text("cannot be read (%s)", strerror(error)), remedy);
+  for (size_t n = 1; file && n > 0; all.append(block, 0, n))
+    n = fread(block.data(), 1, block.size(), file);
+  const bool good = file && !ferror(file);
+  const int error = errno;
+  if (file) fclose(file);
+  if (!good)
+    bad_input(path, text("cannot be read (%s)", strerror(error)),
+              "check the path and its permissions");
   return all;
 }
 
@@ -39,16 +43,12 @@ Json Json::parse(const string& text_in, const string& place) {
   const auto refuse_duplicates = [&](int, Value::parse_event_t event, Value& parsed) {
     if (event == Value::parse_event_t::object_start) open_keys.emplace_back();
     if (event == Value::parse_event_t::object_end) open_keys.pop_back();
-    if (event == Value::parse_event_t::key) {
-      const string& key = parsed.get_ref<const string&>();
-      if (!open_keys.back().insert(key).second)
-        bad_input(place + ": " + key, "occurs twice in one object", "keep one of the two");
-    }
+    if (event == Value::parse_event_t::key && !open_keys.back().insert(parsed).second)
+      bad_input(place + ": " + string(parsed), "occurs twice in one object", "keep one of the two");
     return true;
   };
   Json document;
   document.place_ = place;
-  document.top_ = true;
   try {
     document.node_ = std::make_shared<const Value>(Value::parse(text_in, refuse_duplicates));
   } catch (const Value::exception& error) {  // "[json.exception...] parse error at line 1, ..."
@@ -64,49 +64,41 @@ Json Json::parse_file(const string& path) { return parse(read_text_file(path), p
 bool Json::is_null() const { return value_of(node_).is_null(); }
 bool Json::is_object() const { return value_of(node_).is_object(); }
 bool Json::is_array() const { return value_of(node_).is_array(); }
-bool Json::is_string() const { return value_of(node_).is_string(); }
-bool Json::is_number() const { return value_of(node_).is_number(); }
 bool Json::is_int() const { return value_of(node_).is_number_integer(); }
-bool Json::is_bool() const { return value_of(node_).is_boolean(); }
 
 void Json::wrong_type(const char* need) const {
-  const Value& v = value_of(node_);
-  string got = v.dump(-1, ' ', false, Value::error_handler_t::replace);
+  string got = dump();
   if (got.size() > 60) got = got.substr(0, 57) + "...";
-  const char* type = v.type_name();
-  const char* article = v.is_array() || v.is_object() ? "an " : v.is_null() ? "" : "a ";
-  bad_input(place_, text("is %s%s (got %s, need %s)", article, type, got.c_str(), need),
-            "correct the value");
+  const char* article = is_array() || is_object() ? "an " : is_null() ? "" : "a ";
+  bad_input(
+      place_,
+      text("is %s%s (got %s, need %s)", article, value_of(node_).type_name(), got.c_str(), need),
+      "correct the value");
 }
 
-bool Json::has(const string& key) const {
-  const Value& v = value_of(node_);
-  return v.is_object() && v.contains(key);
-}
+bool Json::has(const string& key) const { return is_object() && value_of(node_).contains(key); }
 
-Json Json::child(const void* node, string place) const {
+Json Json::child(const void* node, const string& place) const {
   Json value;
   value.node_ = {node_, node};
-  value.place_ = std::move(place);
+  value.place_ = place;
+  value.separator_ = ".";
   return value;
 }
 
 Json Json::operator[](const string& key) const {
-  const Value& v = value_of(node_);
-  if (!v.is_object()) wrong_type("an object");
-  const string place = place_ + (top_ ? ": " : ".") + key;
-  const auto found = v.find(key);
-  if (found == v.end()) bad_input(place, "is missing", "add the key");
-  return child(&*found, place);
+  if (!is_object()) wrong_type("an object");
+  const string place = place_ + separator_ + key;
+  if (!has(key)) bad_input(place, "is missing", "add the key");
+  return child(&value_of(node_)[key], place);
 }
 
 Json Json::operator[](int64_t index) const {
-  const Value& v = value_of(node_);
-  if (!v.is_array()) wrong_type("an array");
+  if (!is_array()) wrong_type("an array");
   if (index < 0 || index >= size())
     bad_input(place_, text("has too few elements (got %ld, need element %ld)", size(), index),
               "add the element");
-  return child(&v[size_t(index)], place_ + "[" + std::to_string(index) + "]");
+  return child(&value_of(node_)[size_t(index)], place_ + text("[%ld]", index));
 }
 
 int64_t Json::size() const {
@@ -117,7 +109,7 @@ int64_t Json::size() const {
 vector<string> Json::keys() const {
   if (!is_object()) wrong_type("an object");
   vector<string> names;
-  for (const auto& member : value_of(node_).items()) names.push_back(member.key());
+  for (const auto& item : value_of(node_).items()) names.push_back(item.key());
   return names;
 }
 
@@ -125,14 +117,14 @@ int64_t Json::as_int(int64_t min, int64_t max) const {
   const Value& v = value_of(node_);
   if (v.is_number_unsigned() && v.get<uint64_t>() > uint64_t(INT64_MAX))
     wrong_type("a whole number below 2^63");
-  const bool whole_float = v.is_number_float() && std::fabs(v.get<double>()) <= 0x1p53 &&
-                           v.get<double>() == std::floor(v.get<double>());
-  if (!v.is_number_integer() && !whole_float) wrong_type("a whole number");
+  const bool whole = is_int() || (v.is_number() && std::fabs(v.get<double>()) <= 0x1p53 &&
+                                  v.get<double>() == std::floor(v.get<double>()));
+  if (!whole) wrong_type("a whole number");
   const int64_t number = v.get<int64_t>();
   if (number < min || number > max) {
-    string need = min == INT64_MIN ? "" : "at least " + std::to_string(min);
+    string need = min == INT64_MIN ? "" : text("at least %ld", min);
     if (min != INT64_MIN && max != INT64_MAX) need += " and ";
-    if (max != INT64_MAX) need += "at most " + std::to_string(max);
+    if (max != INT64_MAX) need += text("at most %ld", max);
     bad_input(place_, text("is out of range (got %ld, need %s)", number, need.c_str()),
               "correct the value");
   }
@@ -140,17 +132,17 @@ int64_t Json::as_int(int64_t min, int64_t max) const {
 }
 
 double Json::as_double() const {
-  if (!is_number()) wrong_type("a number");
+  if (!value_of(node_).is_number()) wrong_type("a number");
   return value_of(node_).get<double>();
 }
 
 string Json::as_string() const {
-  if (!is_string()) wrong_type("a string");
+  if (!value_of(node_).is_string()) wrong_type("a string");
   return value_of(node_).get<string>();
 }
 
 bool Json::as_bool() const {
-  if (!is_bool()) wrong_type("true or false");
+  if (!value_of(node_).is_boolean()) wrong_type("true or false");
   return value_of(node_).get<bool>();
 }
 
@@ -161,47 +153,14 @@ vector<int64_t> Json::as_ints() const {
   return all;
 }
 
-// The member, or null where it is absent.
-static Json member(const Json& object, const string& key) {
-  return object.has(key) ? object[key] : Json();
-}
-int64_t Json::int_or(const string& key, int64_t value) const {
-  const Json found = member(*this, key);
-  return found.is_null() ? value : found.as_int();
-}
-double Json::double_or(const string& key, double value) const {
-  const Json found = member(*this, key);
-  return found.is_null() ? value : found.as_double();
-}
-string Json::string_or(const string& key, const string& value) const {
-  const Json found = member(*this, key);
-  return found.is_null() ? value : found.as_string();
-}
-bool Json::bool_or(const string& key, bool value) const {
-  const Json found = member(*this, key);
-  return found.is_null() ? value : found.as_bool();
-}
-
-string Json::dump(int indent) const {
-  return value_of(node_).dump(indent, ' ', false, Value::error_handler_t::replace);
-}
-
-// Before a value: a comma and a new line where they are due.
-void JsonWriter::separate() {
-  if (!after_key_) {
-    if (!first_) out_ += indent_ < 0 ? ", " : ",";
-    if (!closers_.empty()) new_line();
-  }
-  first_ = after_key_ = false;
-}
+string Json::dump(int indent) const { return dumped(value_of(node_), indent); }
 
 void JsonWriter::new_line() {
   if (indent_ >= 0) out_ += '\n' + string(closers_.size() * indent_, ' ');
 }
 
 JsonWriter& JsonWriter::open(char begin, char end) {
-  separate();
-  out_ += begin;
+  raw(string(1, begin));
   closers_ += end;
   first_ = true;
   return *this;
@@ -228,18 +187,19 @@ JsonWriter& JsonWriter::key(const string& name) {
 JsonWriter& JsonWriter::value(double number) {
   if (!std::isfinite(number)) return null();
   char digits[32];
-  const auto done = std::to_chars(digits, digits + sizeof digits, number);
-  string shortest(digits, done.ptr);
+  string shortest(digits, std::to_chars(digits, digits + sizeof digits, number).ptr);
   if (shortest.find_first_of(".e") == string::npos) shortest += ".0";
   return raw(shortest);
 }
 
-JsonWriter& JsonWriter::value(const string& text_in) {
-  return raw(Value(text_in).dump(-1, ' ', false, Value::error_handler_t::replace));
-}
+JsonWriter& JsonWriter::value(const string& text_in) { return raw(dumped(text_in)); }
 
 JsonWriter& JsonWriter::raw(const string& json) {
-  separate();
+  if (!after_key_) {
+    if (!first_) out_ += indent_ < 0 ? ", " : ",";
+    if (!closers_.empty()) new_line();
+  }
+  first_ = after_key_ = false;
   out_ += json;
   return *this;
 }

@@ -1,6 +1,4 @@
 // json: reading JSON with errors that name the file and the key, and writing it in a given order.
-// Light on purpose: the JSON library stays in json.cpp.
-// defines: Json, JsonWriter, read_text_file
 #pragma once
 #include <concepts>
 #include <memory>
@@ -9,65 +7,64 @@
 
 namespace pith {
 
-// The whole file. Exit code 2, naming the path, if it cannot be read.
+// Exit code 2 if it cannot be read.
 string read_text_file(const string& path);
 
-// A value inside a parsed document. Copies are cheap and share the document, which lives as long as
-// any of them. Every error names the file and the full key: "config.json: rope_scaling.factor: is a
-// string (got "x", need a number)". A default Json is null. All errors have exit code 2.
+// A value inside a parsed document, which it keeps alive. A default Json is null. Errors (exit code
+// 2) name the file and the full key: "config.json: rope_scaling.factor: is a string (got ...".
 class Json {
  public:
-  // `place` is the file's name in errors. Malformed or truncated text (with line and column), a
-  // key that occurs twice in one object, and trailing text are refused.
+  // `place` is the file's name in errors. Keys that occur twice in an object are refused.
   static Json parse(const string& text, const string& place);
   static Json parse_file(const string& path);
 
   bool is_null() const;
   bool is_object() const;
   bool is_array() const;
-  bool is_string() const;
-  bool is_number() const;
   bool is_int() const;  // written as an integer
-  bool is_bool() const;
 
-  // Object members and array elements. A missing one is an error; has() asks first.
+  // A missing member or element is an error; has() asks first.
   bool has(const string& key) const;
   Json operator[](const string& key) const;
   Json operator[](int64_t index) const;
-  int64_t size() const;         // of an array or object
-  vector<string> keys() const;  // of an object, sorted
+  int64_t size() const;
+  vector<string> keys() const;  // sorted
 
   // A number with a whole value in [min, max].
   int64_t as_int(int64_t min = INT64_MIN, int64_t max = INT64_MAX) const;
   double as_double() const;
   string as_string() const;
   bool as_bool() const;
-  vector<int64_t> as_ints() const;  // an array of whole numbers
+  vector<int64_t> as_ints() const;
 
-  // The member `key` of an object, or `value` where it is absent or null.
-  int64_t int_or(const string& key, int64_t value) const;
-  double double_or(const string& key, double value) const;
-  string string_or(const string& key, const string& value) const;
-  bool bool_or(const string& key, bool value) const;
+  // The member, or `value` where it is absent or null.
+  int64_t int_or(const string& key, int64_t value) const {
+    return member(key).is_null() ? value : member(key).as_int();
+  }
+  double double_or(const string& key, double value) const {
+    return member(key).is_null() ? value : member(key).as_double();
+  }
+  string string_or(const string& key, const string& value) const {
+    return member(key).is_null() ? value : member(key).as_string();
+  }
+  bool bool_or(const string& key, bool value) const {
+    return member(key).is_null() ? value : member(key).as_bool();
+  }
 
-  // The value as JSON text; indent -1 is one line. Object keys are sorted.
-  string dump(int indent = -1) const;
-  // "config.json: rope_scaling.factor": the `place` for an error about this value.
-  const string& place() const { return place_; }
+  string dump(int indent = -1) const;             // keys sorted; -1: one line
+  const string& place() const { return place_; }  // "config.json: rope_scaling.factor"
 
  private:
-  Json child(const void* node, string place) const;
+  Json member(const string& key) const { return has(key) ? (*this)[key] : Json(); }
+  Json child(const void* node, const string& place) const;
   [[noreturn]] void wrong_type(const char* need) const;
-  std::shared_ptr<const void> node_;  // in the JSON library's form; keeps the document
+  std::shared_ptr<const void> node_;  // the JSON library's
   string place_;
-  bool top_ = false;  // of the document
+  const char* separator_ = ": ";  // between place_ and a member's key
 };
 
-// Writes JSON text piece by piece, keys in the order given:
-//   JsonWriter w(2);
-//   w.object().key("step").value(3).key("loss").value(2.5).end();
-// Doubles are the shortest text that reads back to the same bits; NaN and Inf are written as null.
-// Text that is not UTF-8 has its bad bytes replaced by U+FFFD.
+// Writes JSON in the order given: w.object().key("step").value(3).key("loss").value(2.5).end().
+// Doubles read back to the same bits; NaN and Inf are null.
 class JsonWriter {
  public:
   explicit JsonWriter(int indent = -1) : indent_(indent) {}
@@ -82,12 +79,10 @@ class JsonWriter {
   JsonWriter& value(const char* text) { return value(string(text)); }
   JsonWriter& null() { return raw("null"); }
   JsonWriter& raw(const string& json);  // text that is JSON already
-  // The finished text; every object and array must have ended.
-  const string& str() const;
+  const string& str() const;            // when all has ended
 
  private:
   JsonWriter& open(char begin, char end);
-  void separate();
   void new_line();
   string out_, closers_;
   int indent_;

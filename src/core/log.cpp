@@ -4,21 +4,14 @@
 
 #include <chrono>
 #include <cmath>
-#include <cstdarg>
 #include <cstdio>
 #include <ctime>
 
-#include "core/check.h"
 #include "core/process.h"
 
 namespace pith {
 
-static void log_line(const char* level, const char* format, va_list args) {
-  va_list again;
-  va_copy(again, args);
-  string message(vsnprintf(nullptr, 0, format, args), '\0');
-  vsnprintf(message.data(), message.size() + 1, format, again);
-  va_end(again);
+static void log_line(const char* level, const string& message) {
   const time_t now = time(nullptr);
   tm parts;
   localtime_r(&now, &parts);
@@ -37,14 +30,14 @@ static void log_line(const char* level, const char* format, va_list args) {
 void log_info(const char* format, ...) {
   va_list args;
   va_start(args, format);
-  log_line("INFO", format, args);
+  log_line("INFO", vtext(format, args));
   va_end(args);
 }
 
 void log_warning(const char* format, ...) {
   va_list args;
   va_start(args, format);
-  log_line("WARNING", format, args);
+  log_line("WARNING", vtext(format, args));
   va_end(args);
 }
 
@@ -67,39 +60,34 @@ Progress::Progress(string what, double total, string unit)
       unit_(std::move(unit)),
       total_(total),
       start_s_(now_s()),
-      last_s_(start_s_),
-      terminal_(isatty(2)) {}
+      last_s_(start_s_) {}
 
 void Progress::update(double done, const string& extra) {
+  const bool terminal = isatty(2);
   const double now = now_s();
-  if (now - last_s_ < (terminal_ ? 0.2 : 10.0)) return;
+  if (now - last_s_ < (terminal ? 0.2 : 10.0)) return;
   last_s_ = now;
-  const double rate = done / std::max(now - start_s_, 1e-9);
+  const double rate = done / (now - start_s_);
   string line = text("%s %.1f", what_.c_str(), done);
   if (total_ > 0) line += text("/%.1f", total_);
   line += text(" %s (%.1f/s", unit_.c_str(), rate);
   if (total_ > done && rate > 0) line += ", " + duration_text((total_ - done) / rate) + " left";
   line += ")" + (extra.empty() ? "" : " " + extra);
-  if (!terminal_) return log_info("%s", line.c_str());
+  if (!terminal) return log_info("%s", line.c_str());
   LogSink& sink = log_sink();
   const std::lock_guard lock(sink.mutex);
   fprintf(stderr, "\r\033[K%s", line.c_str());
   sink.progress_drawn = true;
 }
 
-void Progress::finish(const string& summary) { log_info("%s", summary.c_str()); }
-
 string with_commas(int64_t value) {
-  string digits = std::to_string(value < 0 ? -value : value), out;
-  for (size_t i = 0; i < digits.size(); i++) {
-    if (i && (digits.size() - i) % 3 == 0) out += ',';
-    out += digits[i];
-  }
-  return value < 0 ? "-" + out : out;
+  string digits = std::to_string(value);
+  for (int64_t at = int64_t(digits.size()) - 3; at > (value < 0); at -= 3) digits.insert(at, ",");
+  return digits;
 }
 
 string duration_text(double seconds) {
-  const long s = std::lround(seconds);
+  const int64_t s = std::llround(seconds);
   if (s < 60) return text("%ld s", s);
   if (s < 3600) return text("%ld min %ld s", s / 60, s % 60);
   return text("%ld h %ld min", s / 3600, s / 60 % 60);
@@ -108,7 +96,7 @@ string duration_text(double seconds) {
 string bytes_text(double bytes) {
   const char* unit[] = {"B", "KiB", "MiB", "GiB", "TiB"};
   int i = 0;
-  while (bytes >= 1024 && i < 4) bytes /= 1024, i++;
+  for (; bytes >= 1024 && i < 4; i++) bytes /= 1024;
   return text(i ? "%.2f %s" : "%.0f %s", bytes, unit[i]);
 }
 

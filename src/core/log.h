@@ -8,25 +8,22 @@ namespace pith {
 [[gnu::format(printf, 1, 2)]] void log_info(const char* format, ...);
 [[gnu::format(printf, 1, 2)]] void log_warning(const char* format, ...);
 
-// Appends all later lines to `path` too; an empty path closes the file. Throws Error if it cannot
-// be opened.
+// Appends later lines to `path` too, until called with "".
 void log_to_file(const string& path);
 
 // Seconds of a monotonic clock.
 double now_s();
 
-// Progress of long work: on a terminal one line that is redrawn, else a plain line every 10 s.
-// `done` and `total` share a unit; total 0 means unknown. finish() leaves the last state visible.
+// Of long work: on a terminal one line that is redrawn, else a plain line every 10 s. A total of 0
+// is unknown.
 class Progress {
  public:
   Progress(string what, double total, string unit);
   void update(double done, const string& extra = "");
-  void finish(const string& summary);
 
  private:
   string what_, unit_;
   double total_, start_s_, last_s_;
-  bool terminal_;
 };
 
 // "1,234,567"; "3 min 20 s"; "1.50 GiB".

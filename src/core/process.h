@@ -1,5 +1,4 @@
-// process: the program's only mutable globals, because signal handlers and callbacks need them: the
-// stop flag, a status board per rank, the crash handler that prints them, and where log lines go.
+// process: the program's only mutable globals, because signal handlers and callbacks need them.
 #pragma once
 #include <cstdio>
 #include <mutex>
@@ -10,29 +9,24 @@ namespace pith {
 
 constexpr int kMaxRanks = 256;
 
-// The status board of rank `id` (of this process). Boards are preallocated and never freed.
+// The board of rank `id` of this process, never freed.
 Status& status_board(int id);
-// Number of boards in use (one more than the highest id asked for).
-int status_boards();
+// "\n  rank 3 runs: step 7, layer 2, ..., last op linear called at x.cpp:10", for signal handlers
+// too; `doing` follows the number. Returns the length.
+size_t status_line(char* out, size_t size, const Status& s, const char* doing);
 
-// Installs handlers: SIGINT and SIGTERM set the stop flag once (a second one leaves at once with
-// 128 + signal); SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT and std::terminate print rank, layer,
-// stage, micro-batch and the last op's caller of the thread that crashed, and the other boards, and
-// leave with 1.
+// SIGINT and SIGTERM set the stop flag; a second one leaves at once with 128 + signal. A crash
+// prints every board and leaves with 1.
 void install_signal_handlers();
-// Tells the crash handler which board belongs to the calling thread.
-void set_thread_status(Status* status);
+bool stop_requested();
+int stop_signal();  // or 0
+void request_stop();
 
-// Where log lines go: one a process, because every rank's thread writes to it. Guarded by `mutex`.
 struct LogSink {
   std::mutex mutex;
-  FILE* file = nullptr;         // beside standard error, once opened
+  FILE* file = nullptr;         // beside standard error
   bool progress_drawn = false;  // the terminal's last line is to be redrawn
 };
 LogSink& log_sink();
-
-bool stop_requested();
-int stop_signal();    // the signal that asked, or 0
-void request_stop();  // as if a signal had asked (tests)
 
 }  // namespace pith

@@ -6,7 +6,7 @@ namespace pith {
 
 struct Allocator;
 struct Tape;
-struct Comm;  // comm/communicator.h
+struct Comm;
 
 // Sizes and this rank's coordinates of the mesh axes, outer to inner: (pp, dp, cp, ep).
 struct MeshCoord {
@@ -14,15 +14,18 @@ struct MeshCoord {
   int pp_rank = 0, dp_rank = 0, cp_rank = 0, ep_rank = 0;
 };
 
-// What a rank is doing, for error messages, the watchdog and the crash handler, which read it from
-// other threads and from signal handlers: plain words, written by the rank alone.
+// What a rank is doing. Other threads and signal handlers read it at any moment: plain words.
 struct Status {
   int rank = 0;
+  int thread = 0;  // as gettid()
   int step = 0, layer = -1, stage = 0, micro_batch = -1, chunk = 0;
-  const char* op = "";    // last op begun
-  const char* file = "";  // its caller
-  int line = 0;
-  const char* waiting = "";  // collective it waits in; empty when running
+  const char* op = "";     // last op begun
+  At at;                   // its caller
+  char waiting[160] = "";  // the call in which it waits for others
+  void begin(const char* next_op, At caller) {
+    op = next_op;
+    at = caller;
+  }
 };
 
 struct Rank {
@@ -32,10 +35,10 @@ struct Rank {
   Device device = Device::CPU;
   DType compute = DType::F32;  // dtype of activations and gathered weights
   Allocator* allocator = nullptr;
-  Tape* tape = nullptr;      // null: nothing is recorded
-  Comm* comm = nullptr;      // null in a world of one that needs no communication
-  Status* status = nullptr;  // never null once the rank runs (core/process.h)
-  bool debug = false;        // PITH_DEBUG=1: every op's outputs are checked for NaN and Inf
+  Tape* tape = nullptr;  // null: nothing is recorded
+  Comm* comm = nullptr;  // null: alone
+  Status* status = nullptr;
+  bool debug = false;  // every op's outputs are checked for NaN and Inf
 };
 
 }  // namespace pith

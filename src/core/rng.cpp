@@ -5,11 +5,13 @@
 #include <cmath>
 #include <numbers>
 
-#include "core/check.h"
-
 namespace pith {
 
-PhiloxBlock philox(uint64_t key, uint64_t counter) {
+struct PhiloxBlock {
+  uint32_t word[4];
+};
+
+static PhiloxBlock philox(uint64_t key, uint64_t counter) {
   uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
   uint32_t c[4] = {uint32_t(counter), uint32_t(counter >> 32), 0, 0};
   for (int round = 0; round < 10; round++) {
@@ -36,6 +38,7 @@ double uniform_at(uint64_t key, uint64_t index) {
   return index % 2 ? unit(b.word[2], b.word[3]) : unit(b.word[0], b.word[1]);
 }
 
+// Box-Muller; 2i and 2i + 1 are of one block.
 double normal_at(uint64_t key, uint64_t index) {
   const PhiloxBlock b = philox(key, index / 2);
   const double radius = std::sqrt(-2.0 * std::log(1.0 - unit(b.word[0], b.word[1])));
@@ -45,10 +48,10 @@ double normal_at(uint64_t key, uint64_t index) {
 
 uint64_t permute_index(uint64_t key, uint64_t i, uint64_t n) {
   if (i >= n) failed("permute_index", text("index %lu (need < %lu)", i, n));
+  // A Feistel network over at least n values; outside [0, n) one walks on along the cycle.
   int half_bits = 1;
   while ((1ull << 2 * half_bits) < n) half_bits++;
   const uint64_t mask = (1ull << half_bits) - 1;
-  // Values outside [0, n) walk on along their cycle until one lies inside; a bijection remains.
   do {
     uint64_t left = i >> half_bits, right = i & mask;
     for (uint64_t round = 0; round < 6; round++) {

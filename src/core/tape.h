@@ -1,17 +1,11 @@
-// tape: reverse-mode differentiation over a visible list of plain nodes.
-//
-// An op runs its forward and pushes one Node. bx computes input gradients, bw weight gradients;
-// both are captureless functions, so what a node keeps alive is exactly its two lists. Gradients
-// live in the tape with the activation's dtype: the first writer assigns, later ones add, and they
-// are freed once the producer's bx has run. There is one tape per (chunk, micro-batch). defines:
-// TensorList, Node, Tape, record, add_grad, grad_slot, backward, weight_grads
+// tape: reverse-mode differentiation over a visible list of plain nodes, one tape a (chunk,
+// micro-batch). A gradient's first writer assigns, later ones add; it goes when bx has used it.
 #pragma once
 
 #include "core/tensor.h"
 
 namespace pith {
 
-// Up to eight tensors by value.
 struct TensorList {
   static constexpr int kMax = 8;
   TensorList() = default;
@@ -19,30 +13,27 @@ struct TensorList {
     for (const Tensor& t : ts) push(t);
   }
   void push(const Tensor& t);
-  void clear() {
-    for (int i = 0; i < count; i++) item[i] = Tensor{};
-    count = 0;
-  }
+  void clear() { *this = TensorList(); }
   Tensor& operator[](int i) { return item[i]; }
   const Tensor& operator[](int i) const { return item[i]; }
+  Tensor* begin() { return item; }
+  Tensor* end() { return item + count; }
   Tensor item[kMax];
   int count = 0;
 };
 
 struct Node {
   const char* op = "";
-  At at;           // the caller's line
-  int layer = -1;  // where the rank stood when it was recorded
-  int stage = 0;
-  TensorList in;       // inputs, as meta: where gradients go
-  TensorList out;      // outputs, as meta
-  TensorList grad;     // during bx and bw: the outputs' gradients; undefined where none arrived
-  TensorList bx_keep;  // values that bx needs; released after bx
-  TensorList bw_keep;  // values that bw needs; released after bw
-  double f[4] = {};    // scalars: eps, scale, ...
-  int64_t i[8] = {};   // integers: sizes, flags, ...
-  void (*bx)(Rank&, Node&) = nullptr;
-  // Weight gradients of n nodes that share op and weights (one a deferred micro-batch), in order.
+  At at;
+  int layer = -1, stage = 0;
+  TensorList in, out;  // as meta
+  TensorList grad;     // of the outputs, while bx and bw run; undefined where none arrived
+  TensorList bx_keep;  // values that bx needs; released after it
+  TensorList bw_keep;
+  double f[4] = {};                    // eps, scale, ...
+  int64_t i[8] = {};                   // sizes, flags, ...
+  void (*bx)(Rank&, Node&) = nullptr;  // gradients of inputs
+  // Weight gradients of n nodes that share op and weights, one a deferred micro-batch.
   void (*bw)(Rank&, Node* const* nodes, int n) = nullptr;
   bool bw_done = false;
 };
@@ -55,41 +46,35 @@ struct Tape {
     return int(grads.size()) - 1;
   }
   int size() const { return int(nodes.size()); }
-  void clear() {
-    nodes.clear();
-    grads.clear();
-  }
+  void clear() { *this = Tape(); }
 };
 
-// Records a node if the rank has a tape and an input needs a gradient: gives the outputs variables
-// and returns the node, to be completed by the caller at once; else returns null. The pointer is
-// valid until the next record().
+// A node for the caller to complete at once, its outputs variables; null without a tape or without
+// an input that needs a gradient.
 Node* record(Rank& rank, const char* op, At at, std::initializer_list<Tensor> in,
              std::initializer_list<Tensor*> out);
 
-// Makes `t` a variable of the rank's current tape: a leaf whose gradient is read with grad_of.
+// Makes `t` a variable of the rank's tape.
 void make_leaf(Rank& rank, Tensor& t);
-// The gradient that has arrived for `t`, or an undefined tensor.
+// What has arrived for `t`; may be undefined.
 Tensor grad_of(const Tape& tape, const Tensor& t);
 
-// Adds `g` (t's shape and dtype) to the gradient of `t`: assigned if it is the first (g's storage
-// is taken over, so the caller must not write to it again), summed into a weight's accumulator if
-// `t` is a weight, ignored if no gradient flows to `t`.
+// Adds `g` to the gradient of `t`, which takes over g's storage if it is the first; to the
+// accumulator of a weight; nowhere if no gradient flows to `t`.
 void add_grad(Rank& rank, const Tensor& t, Tensor g);
-// to += from; equal element counts and dtypes (F32 or F64).
+// to += from, F32 or F64.
 void add_into(Rank& rank, const Tensor& to, const Tensor& from, At at = At::here());
-// For ops that write a gradient in place: the buffer to write, and whether to add to it. A weight's
-// slot is its accumulator (always add). Undefined if no gradient flows to `t`.
+// Where an op may write the gradient of `t` in place, undefined if none flows.
 struct GradSlot {
   Tensor grad;
   bool add = false;
 };
 GradSlot grad_slot(Rank& rank, const Tensor& t, At at = At::here());
 
-// Walks nodes [begin, end) of the rank's tape in reverse: bx, then bw unless `defer_weights`. Nodes
-// none of whose outputs has a gradient are skipped. Deferred nodes keep bw_keep and grad.
+// Walks nodes [begin, end) of the rank's tape in reverse: bx, then bw unless it is deferred, of
+// those whose outputs have a gradient.
 void backward(Rank& rank, int begin, int end, bool defer_weights = false);
-// Runs the deferred weight gradients of nodes [begin, end), in reverse order.
+// The deferred weight gradients of nodes [begin, end), in reverse.
 void weight_grads(Rank& rank, Tape& tape, int begin, int end);
 
 }  // namespace pith

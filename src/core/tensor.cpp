@@ -2,40 +2,26 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <new>
 
 #include "core/allocator.h"
 #include "core/rank.h"
 
 namespace pith {
 
-int64_t size_of(DType dtype) {
-  switch (dtype) {
-    case DType::F64: return 8;
-    case DType::F32:
-    case DType::I32: return 4;
-    case DType::BF16: return 2;
-    case DType::F8:
-    case DType::U8: return 1;
-  }
-  return 0;
-}
+struct DTypeInfo {
+  const char* name;
+  int64_t size;
+};
+static constexpr DTypeInfo kDTypes[] = {{"f32", 4}, {"f64", 8}, {"bf16", 2},
+                                        {"f8", 1},  {"i32", 4}, {"u8", 1}};
 
-const char* name_of(DType dtype) {
-  const char* names[] = {"f32", "f64", "bf16", "f8", "i32", "u8"};
-  return names[int(dtype)];
-}
-
+int64_t size_of(DType dtype) { return kDTypes[int(dtype)].size; }
+const char* name_of(DType dtype) { return kDTypes[int(dtype)].name; }
 const char* name_of(Device device) { return device == Device::CPU ? "cpu" : "cuda"; }
-
-const char* name_of(MemoryKind kind) {
-  const char* names[] = {"activations", "weights", "gradients", "optimizer", "workspace"};
-  return names[int(kind)];
-}
 
 Dims::Dims(std::initializer_list<int64_t> sizes) {
   if (sizes.size() > kMaxDims) failed("Dims", text("%zu dimensions (need <= 5)", sizes.size()));
-  for (int64_t s : sizes) size[rank++] = s;
+  for (const int64_t s : sizes) size[rank++] = s;
 }
 
 bool Dims::operator==(const Dims& o) const {
@@ -46,6 +32,14 @@ int64_t Dims::numel() const {
   int64_t n = rank > 0 ? 1 : 0;
   for (int i = 0; i < rank; i++) n *= size[i];
   return n;
+}
+
+string describe(const Tensor& t) {
+  if (!t.defined()) return "undefined tensor";
+  string s = "[";
+  for (int i = 0; i < t.dim.rank; i++) s += (i ? "," : "") + std::to_string(t.dim[i]);
+  s += text("] %s %s, ", name_of(t.dtype), name_of(t.device));
+  return s + (t.name[0] ? t.name : text("made at %s:%d", t.made.file, t.made.line));
 }
 
 int64_t Tensor::rows() const {
@@ -67,26 +61,27 @@ Tensor Tensor::view(Dims dims, At at) const {
   Tensor t = *this;
   t.dim = dims;
   t.made = at;
-  if (t.numel() != numel()) {
-    failed(text("%s:%d: view", at.file, at.line),
-           text("need as many elements as before (got %s; wanted %s)", describe(*this).c_str(),
-                describe(t).c_str()));
-  }
+  if (t.numel() != numel())
+    failed(text("%s:%d: view", at.file, at.line), "need as many elements as before (got " +
+                                                      describe(*this) + "; wanted " + describe(t) +
+                                                      ")");
   return t;
 }
 
+// Bytes of an element of a weight's gradient.
+static int64_t grad_size(DType dtype) { return dtype == DType::F64 ? 8 : 4; }
+
 Tensor Tensor::slice_rows(int64_t begin, int64_t end, At at) const {
-  if (begin < 0 || begin > end || end > dim[0]) {
+  if (begin < 0 || begin > end || end > dim[0])
     failed(text("%s:%d: slice_rows", at.file, at.line),
-           text("need 0 <= begin <= end <= dim[0] (got [%ld,%ld) of %s)", long(begin), long(end),
-                describe(*this).c_str()));
-  }
+           text("need 0 <= begin <= end <= dim[0] (got [%ld,%ld) of ", begin, end) +
+               describe(*this) + ")");
   Tensor t = *this;
-  const int64_t stride = dim[0] ? numel() / dim[0] : 0;
-  if (data) t.data = data + begin * stride * size_of(dtype);
-  if (grad) t.grad = grad + begin * stride * (dtype == DType::F64 ? 8 : 4);
+  const int64_t skipped = dim[0] ? numel() / dim[0] * begin : 0;
+  if (data) t.data = data + skipped * size_of(dtype);
+  if (grad) t.grad = grad + skipped * grad_size(dtype);
   t.dim[0] = end - begin;
-  t.home_offset += begin * stride;
+  t.home_offset += skipped;
   t.var = -1;
   t.made = at;
   return t;
@@ -102,38 +97,24 @@ Tensor Tensor::meta() const {
 void Tensor::refresh() {
   if (!home) return;
   data = home->data ? home->data + home_offset * size_of(dtype) : nullptr;
-  grad = home->grad ? home->grad + home_offset * (dtype == DType::F64 ? 8 : 4) : nullptr;
+  grad = home->grad ? home->grad + home_offset * grad_size(dtype) : nullptr;
 }
 
 Storage* Allocator::allocate(int64_t bytes, At at) {
-  auto* s = new Storage{this, nullptr, bytes, 0};
-  if (bytes) {
-    s->data = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
-    if (!s->data) {
-      delete s;
-      failed(text("%s:%d", at.file, at.line),
-             text("out of memory (need %ld bytes, %ld are out)", long(bytes), long(live_total())),
-             "a smaller train.micro_batch_size or data.sequence_length");
-    }
-  }
-  __atomic_add_fetch(&live_bytes[int(kind)], bytes, __ATOMIC_RELAXED);
-  s->kind = kind;
-  const int64_t total = live_total();
-  if (total > peak_bytes) peak_bytes = total;
-  return s;
+  void* data = bytes ? std::aligned_alloc(64, (bytes + 63) / 64 * 64) : nullptr;
+  if (bytes && !data)
+    failed(text("%s:%d", at.file, at.line),
+           text("out of memory (need %ld bytes, %ld are out)", bytes, live_bytes),
+           "a smaller train.micro_batch_size or data.sequence_length");
+  const int64_t live = __atomic_add_fetch(&live_bytes, bytes, __ATOMIC_RELAXED);
+  if (live > peak_bytes) peak_bytes = live;
+  return new Storage{this, data, bytes};
 }
 
-int64_t Allocator::live_total() const {
-  int64_t total = 0;
-  for (const int64_t& live : live_bytes) total += __atomic_load_n(&live, __ATOMIC_RELAXED);
-  return total;
-}
-
-void Allocator::reset_peak() { peak_bytes = live_total(); }
+void Allocator::reset_peak() { peak_bytes = __atomic_load_n(&live_bytes, __ATOMIC_RELAXED); }
 
 void release(Storage* s) {
-  int64_t& live = s->allocator->live_bytes[int(s->kind)];
-  __atomic_sub_fetch(&live, s->bytes, __ATOMIC_RELAXED);
+  __atomic_sub_fetch(&s->allocator->live_bytes, s->bytes, __ATOMIC_RELAXED);
   std::free(s->data);
   delete s;
 }

@@ -1,9 +1,6 @@
-// tensor: a contiguous view of reference-counted storage. Light on purpose: every model and op
-// includes it (no <vector>, <functional>, no CUDA headers).
-// defines: DType, Device, Storage, StorageRef, Dims, Tensor, empty, zeros, tensor_from
+// tensor: a contiguous view of reference-counted storage.
 #pragma once
-#include <cstdint>
-#include <initializer_list>
+#include <utility>
 
 #include "core/check.h"
 
@@ -12,53 +9,43 @@ namespace pith {
 enum class DType : uint8_t { F32, F64, BF16, F8, I32, U8 };
 enum class Device : uint8_t { CPU, CUDA };
 
-int64_t size_of(DType dtype);        // bytes of one element
-const char* name_of(DType dtype);    // "f32", "bf16", ...
-const char* name_of(Device device);  // "cpu", "cuda"
+int64_t size_of(DType dtype);  // bytes of one element
+const char* name_of(DType dtype);
+const char* name_of(Device device);
 inline bool is_float(DType d) { return d != DType::I32 && d != DType::U8; }
 
-// One allocation. It returns to its allocator when the last StorageRef goes.
 struct Allocator;
-enum class MemoryKind : uint8_t { Activations, Weights, Gradients, Optimizer, Workspace };
-struct Storage {
+struct Storage {  // one allocation, released when the last StorageRef goes
   Allocator* allocator = nullptr;
   void* data = nullptr;
   int64_t bytes = 0;
   int refs = 0;
-  MemoryKind kind = MemoryKind::Activations;
 };
 void release(Storage* storage);
 
-// Intrusive reference to a Storage; copies are counted, atomically.
 class StorageRef {
  public:
-  StorageRef() = default;
-  explicit StorageRef(Storage* s) : s_(s) { add(); }
-  StorageRef(const StorageRef& o) : s_(o.s_) { add(); }
-  StorageRef(StorageRef&& o) noexcept : s_(o.s_) { o.s_ = nullptr; }
+  StorageRef(Storage* s = nullptr) : s_(s) {
+    if (s_) __atomic_add_fetch(&s_->refs, 1, __ATOMIC_RELAXED);
+  }
+  StorageRef(const StorageRef& o) : StorageRef(o.s_) {}
+  StorageRef(StorageRef&& o) noexcept : s_(std::exchange(o.s_, nullptr)) {}
   StorageRef& operator=(StorageRef o) noexcept {
-    Storage* mine = s_;
-    s_ = o.s_;
-    o.s_ = mine;
+    std::swap(s_, o.s_);
     return *this;
   }
   ~StorageRef() {
     if (s_ && __atomic_sub_fetch(&s_->refs, 1, __ATOMIC_ACQ_REL) == 0) release(s_);
   }
   Storage* get() const { return s_; }
-  int count() const { return s_ ? __atomic_load_n(&s_->refs, __ATOMIC_ACQUIRE) : 0; }
 
  private:
-  void add() {
-    if (s_) __atomic_add_fetch(&s_->refs, 1, __ATOMIC_RELAXED);
-  }
-  Storage* s_ = nullptr;
+  Storage* s_;
 };
 
 constexpr int kMaxDims = 5;
 constexpr int32_t kIgnoreLabel = -100;  // a label that counts nothing in the loss
 
-// A shape of up to five dimensions.
 struct Dims {
   Dims() = default;
   Dims(std::initializer_list<int64_t> sizes);
@@ -70,30 +57,29 @@ struct Dims {
   int rank = 0;
 };
 
-// Row-major, contiguous. A Tensor is a value: copies share storage. A default Tensor is undefined.
+// Row-major, contiguous. Copies share storage. A default Tensor is undefined.
 struct Tensor {
   StorageRef storage;
-  char* data = nullptr;  // first element; null in a meta tensor or an empty one
-  char* grad = nullptr;  // weights only: accumulator of this shape, F32 (F64 when dtype is F64)
+  char* data = nullptr;
+  char* grad = nullptr;  // weights: accumulator of this shape, F32 (F64 when dtype is F64)
   Dims dim;
   DType dtype = DType::F32;
   Device device = Device::CPU;
-  int32_t var = -1;       // variable on the tape that recorded it; -1: no gradient flows
-  const char* name = "";  // weights: a Hugging Face name; else empty
-  // Weights: the bound tensor this one is a view of, `home_offset` elements in. Its memory may be
-  // freed after the forward and be elsewhere in the backward; refresh() follows it.
+  int32_t var = -1;       // variable on its tape; -1: no gradient flows
+  const char* name = "";  // weights: a Hugging Face name
+  // Weights: the tensor this one is a view of, `home_offset` elements in. It may have moved when
+  // the backward runs; refresh() follows it.
   const Tensor* home = nullptr;
   int64_t home_offset = 0;
-  At made;  // the caller's line that made it
+  At made;
 
   bool defined() const { return dim.rank > 0; }
-  // Its accumulator may be away (layer-wise sharding frees it between uses).
   bool is_weight() const { return home || grad; }
   bool needs_grad() const { return var >= 0 || is_weight(); }
   int64_t numel() const { return dim.numel(); }
   int64_t bytes() const { return numel() * size_of(dtype); }
-  int64_t cols() const { return dim[dim.rank - 1]; }  // size of the last dimension
-  int64_t rows() const;                               // product of all the others
+  int64_t cols() const { return dim[dim.rank - 1]; }
+  int64_t rows() const;  // product of all other dimensions
   template <class T>
   T* as() const {
     return reinterpret_cast<T*>(data);
@@ -101,22 +87,18 @@ struct Tensor {
   float* f32() const { return as<float>(); }
   int32_t* i32() const { return as<int32_t>(); }
 
-  // The same elements under another shape; same variable, so its gradient is shared. At most one
-  // dimension may be -1. Throws when numel differs.
+  // The same elements and variable; at most one dimension may be -1.
   Tensor view(Dims dims, At at = At::here()) const;
-  // Rows [begin, end) of the first dimension. A weight's gradient is sliced along; an
-  // activation's slice has no variable (use ops.h slice() inside a model).
+  // Rows [begin, end) of the first dimension, with a weight's gradient but without a variable.
   Tensor slice_rows(int64_t begin, int64_t end, At at = At::here()) const;
-  // Shape, dtype, variable and gradient pointer without the storage: what a tape node remembers
-  // of a tensor whose values it does not need.
-  Tensor meta() const;
+  Tensor meta() const;  // without storage and data
   void refresh();
 };
 
-// "[3,16] f32 cpu, made at qwen3_moe.cpp:10" or, for a weight, its name.
+// "[3,16] f32 cpu, made at qwen3_moe.cpp:10", or a weight's name.
 string describe(const Tensor& t);
 
-// Uninitialised, zeroed, or copied from host memory of `dtype`; on rank.device.
+// Uninitialised, zeroed, or copied from host memory of `dtype`.
 Tensor empty(Rank& rank, Dims dims, DType dtype, At at = At::here());
 Tensor zeros(Rank& rank, Dims dims, DType dtype, At at = At::here());
 Tensor tensor_from(Rank& rank, Dims dims, DType dtype, const void* host, At at = At::here());

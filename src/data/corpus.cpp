@@ -1,426 +1,546 @@
-// corpus: the threads of tokenize_corpus(). Each takes whatever there is to do, in this order:
-// encode (and write) what was read, read on, open another unit. Reading stops while many bytes are
-// between reading and writing: memory is bounded, and no thread has a role it could wait in.
+// corpus: the run of tokenize_corpus(). Each thread reads a batch of some unit, finds the documents
+// in it, encodes them, and waits for its turn to write: memory is that of a batch a thread.
 #include "data/corpus.h"
 
 #include <fcntl.h>
+#include <rapidjson/document.h>
+#include <rapidjson/error/en.h>
 #include <sys/file.h>
-#include <sys/stat.h>
 #include <unistd.h>
+#include <zlib.h>
+#include <zstd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <condition_variable>
+#include <cstring>
 #include <deque>
-#include <map>
+#include <filesystem>
 #include <mutex>
+#include <optional>
 #include <thread>
 
-#include "core/check.h"
 #include "core/json.h"
 #include "core/log.h"
 #include "core/process.h"
-#include "data/corpus_parts.h"
-#include "data/durable.h"
+#include "data/tokenizer.h"
 
 namespace pith {
+namespace fs = std::filesystem;
+
 namespace {
+constexpr size_t kReadBytes = 256 << 10, kBatchBytes = 1 << 20;
 
-constexpr size_t kBadListed = 20;
-constexpr int64_t kBytesPerThread = 4 << 20, kBytesForAll = 8 << 20;  // between read and written
+// The bytes of a source, decompressed as the suffix of its name says.
+class SourceStream {
+ public:
+  explicit SourceStream(const string& path)
+      : path_(path),
+        fd_(path == "-" ? dup(STDIN_FILENO) : open(path.c_str(), O_RDONLY | O_CLOEXEC)),
+        gzip_(path.ends_with(".gz")) {
+    if (fd_ < 0) bad_input(path, text("cannot be opened (%s)", strerror(errno)), "another file");
+    if (gzip_) inflateInit2(&inflater_, 15 + 16);
+    if (!path.ends_with(".zst") && !path.ends_with(".zstd")) return;
+    zstd_ = ZSTD_createDStream();
+    ZSTD_DCtx_setParameter(zstd_, ZSTD_d_windowLogMax, 31);  // as files made with --long=31
+  }
+  SourceStream(const SourceStream&) = delete;
+  ~SourceStream() {
+    inflateEnd(&inflater_);
+    ZSTD_freeDStream(zstd_);
+    close(fd_);
+  }
 
+  size_t read(char* to) {
+    if (!gzip_ && !zstd_) return read_stored(to);
+    buffer_.resize(kReadBytes);
+    for (;;) {
+      // Asked before more is read: a decoder may hold output back.
+      const size_t got = inside_ || begin_ < end_ ? decompress(to) : 0;
+      if (got) return got;
+      if (begin_ < end_) continue;
+      begin_ = 0;
+      end_ = read_stored(buffer_.data());
+      if (end_ == 0 && inside_) damaged("is truncated: its compressed data end in the middle");
+      if (end_ == 0) return 0;
+    }
+  }
+  int64_t stored_bytes = 0;  // read so far
+
+ private:
+  size_t read_stored(char* to) {
+    ssize_t got;
+    do got = ::read(fd_, to, kReadBytes);
+    while (got < 0 && errno == EINTR);
+    if (got < 0) failed(path_, text("cannot be read (%s)", strerror(errno)));
+    stored_bytes += got;
+    return got;
+  }
+
+  size_t decompress(char* to) {
+    if (zstd_) {
+      ZSTD_outBuffer out{to, kReadBytes, 0};
+      ZSTD_inBuffer in{buffer_.data(), end_, begin_};
+      const size_t code = ZSTD_decompressStream(zstd_, &out, &in);
+      if (ZSTD_isError(code)) damaged(text("is not valid zstd data (%s)", ZSTD_getErrorName(code)));
+      begin_ = in.pos;
+      inside_ = code != 0;
+      return out.pos;
+    }
+    if (!inside_) inflateReset(&inflater_);
+    inflater_.next_in = reinterpret_cast<Bytef*>(buffer_.data() + begin_);
+    inflater_.avail_in = end_ - begin_;
+    inflater_.next_out = reinterpret_cast<Bytef*>(to);
+    inflater_.avail_out = kReadBytes;
+    const int code = inflate(&inflater_, Z_NO_FLUSH);
+    if (code != Z_OK && code != Z_STREAM_END && code != Z_BUF_ERROR)
+      damaged(text("is not valid gzip data (%s)", inflater_.msg ? inflater_.msg : "damaged"));
+    begin_ = end_ - inflater_.avail_in;
+    inside_ = code != Z_STREAM_END;
+    return kReadBytes - inflater_.avail_out;
+  }
+
+  [[noreturn]] void damaged(const string& what) const {
+    bad_input(path_, what, "downloading it again; gzip -t or zstd -t checks it");
+  }
+
+  const string path_;
+  const int fd_;
+  const bool gzip_;
+  bool inside_ = true;  // of a gzip member or zstd frame
+  string buffer_;       // stored bytes; [begin_, end_) are not used yet
+  size_t begin_ = 0, end_ = 0;
+  z_stream inflater_{};
+  ZSTD_DStream* zstd_ = nullptr;
+};
+
+// Part of a unit: about a MiB, or one larger document.
+struct Batch {
+  // Whole lines of a source, or a whole text file: raw[begin, end).
+  struct Piece {
+    const CorpusSource* source;
+    int64_t first_line;
+    size_t begin, end;
+  };
+  string raw;
+  vector<Piece> pieces;
+  int64_t stored_bytes = 0;
+  bool last = false;
+  vector<string_view> documents;
+  vector<std::pair<string, string>> bad;  // "file:line", what is wrong
+  vector<uint32_t> tokens;
+  vector<uint64_t> ends;  // of documents
+};
+
+class BatchReader {
+ public:
+  explicit BatchReader(const vector<CorpusSource>& sources) : sources_(sources) {}
+
+  Batch read() {
+    Batch batch;
+    batch.raw.reserve(kBatchBytes + kReadBytes);
+    while (next_ < sources_.size() && batch.raw.size() < kBatchBytes) read_piece(batch);
+    batch.last = next_ == sources_.size();
+    return batch;
+  }
+
+ private:
+  // The rest of a source, or as many whole lines as fill the batch.
+  void read_piece(Batch& batch) {
+    const CorpusSource& source = sources_[next_];
+    const bool lines = source.format == CorpusFormat::Jsonl;
+    string& raw = batch.raw;
+    const size_t begin = raw.size();
+    if (!stream_) {
+      stream_.emplace(source.path);
+      line_ = 1;
+    }
+    raw += carry_;
+    carry_.clear();
+    for (;;) {
+      const size_t size = raw.size();
+      raw.resize(size + kReadBytes);
+      const size_t got = stream_->read(&raw[size]);
+      raw.resize(size + got);
+      batch.stored_bytes += std::exchange(stream_->stored_bytes, 0);
+      if (got == 0) {
+        if (lines) raw += '\n';  // where the last line has none
+        stream_.reset();
+        next_++;
+        break;
+      }
+      const size_t newline = string_view(raw).substr(size).rfind('\n');
+      if (lines && raw.size() >= kBatchBytes && newline != string::npos) {
+        carry_ = raw.substr(size + newline + 1);
+        raw.resize(size + newline + 1);
+        break;
+      }
+    }
+    batch.pieces.push_back({&source, line_, begin, raw.size()});
+    for (size_t at = begin; (at = raw.find('\n', at)) != string::npos; at++) line_++;
+  }
+
+  const vector<CorpusSource>& sources_;
+  size_t next_ = 0;
+  std::optional<SourceStream> stream_;
+  int64_t line_ = 1;
+  string carry_;  // the begin of a line
+};
+
+// Overwrites line[0, n), where line[n] is 0; `document` points into it. Returns what is wrong.
+string parse_line(char* line, size_t n, const string& key, string_view& document) {
+  // Python's json writes NaN and Infinity. Iterative: deep nesting must not use up the stack.
+  constexpr unsigned kFlags = rapidjson::kParseIterativeFlag | rapidjson::kParseNanAndInfFlag;
+  if (n > UINT32_MAX) return "longer than 4 GiB";
+  if (!is_valid_utf8({line, n})) return "not valid UTF-8";
+  if (const size_t zero = strlen(line); zero < n)
+    return text("not valid JSON: a zero byte at %zu", zero + 1);
+  rapidjson::Document json;
+  json.ParseInsitu<kFlags>(line);
+  if (json.HasParseError())
+    return text("not valid JSON at byte %zu of the line: %s", json.GetErrorOffset() + 1,
+                rapidjson::GetParseError_En(json.GetParseError()));
+  if (!json.IsObject()) return "not a JSON object";
+  const rapidjson::Value* found = nullptr;  // the last, as in Python
+  for (const auto& member : json.GetObject())
+    if (key == string_view(member.name.GetString(), member.name.GetStringLength()))
+      found = &member.value;
+  if (!found) return text("no key \"%s\"", key.c_str());
+  if (!found->IsString()) return text("the value of \"%s\" is not a string", key.c_str());
+  document = {found->GetString(), found->GetStringLength()};
+  if (!is_valid_utf8(document)) return text("half of a surrogate pair in \"%s\"", key.c_str());
+  return "";
+}
+
+// Returns what is wrong, and moves `line` on to it.
+string check_text(string_view document, int64_t& line) {
+  if (document.empty()) return "is empty";
+  if (is_valid_utf8(document)) return "";
+  for (;; line++) {
+    const size_t newline = document.find('\n');
+    if (newline == string::npos || !is_valid_utf8(document.substr(0, newline)))
+      return "not valid UTF-8";
+    document.remove_prefix(newline + 1);
+  }
+}
+
+void find_documents(Batch& batch, const string& key) {
+  constexpr string_view kBom = "\xef\xbb\xbf";
+  for (const Batch::Piece& piece : batch.pieces) {
+    int64_t line = piece.first_line;
+    const auto add = [&](string_view document, const string& wrong) {
+      if (wrong.empty())
+        batch.documents.push_back(document);
+      else
+        batch.bad.push_back({piece.source->path + ":" + std::to_string(line), wrong});
+    };
+    char *at = &batch.raw[piece.begin], *const end = &batch.raw[piece.end];
+    if (line == 1 && string_view(at, end).starts_with(kBom)) at += kBom.size();
+    if (piece.source->format == CorpusFormat::Text) {
+      const string_view document(at, end);
+      add(document, check_text(document, line));
+      continue;
+    }
+    for (char* next; at < end; at = next, line++) {
+      next = static_cast<char*>(memchr(at, '\n', end - at)) + 1;
+      const string_view whole(at, next - 1);
+      if (whole.find_first_not_of(" \t\r") == string::npos) continue;
+      string_view document;
+      next[-1] = '\0';
+      const string wrong = parse_line(at, whole.size(), key, document);
+      add(document, wrong);
+    }
+  }
+}
+
+void need_io(bool good, const string& path, const char* what) {
+  if (!good)
+    failed(path, text("%s (%s)", what, strerror(errno)),
+           "free space, permissions, another --output");
+}
+
+// The kernel lets go of the lock however the process ends.
+struct LockedFile {
+  LockedFile(const string& file, int operation)
+      : path(file), fd(open(file.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666)) {
+    need_io(fd >= 0, path, "cannot be opened");
+    held = flock(fd, operation) == 0;
+    need_io(held || errno == EWOULDBLOCK, path, "cannot be locked");
+  }
+  LockedFile(const LockedFile&) = delete;
+  ~LockedFile() { close(fd); }
+
+  void clear() const { need_io(ftruncate(fd, 0) == 0, path, "cannot be emptied"); }
+  void append(string_view bytes) const {
+    while (!bytes.empty()) {
+      const ssize_t n = write(fd, bytes.data(), bytes.size());
+      need_io(n > 0, path, "cannot be written");
+      bytes.remove_prefix(n);
+    }
+  }
+  // On disk, with `begin` at its begin.
+  void complete(const string& begin) const {
+    need_io(pwrite(fd, begin.data(), begin.size(), 0) == ssize_t(begin.size()) && fsync(fd) == 0,
+            path, "cannot be completed");
+  }
+  const string path;
+  const int fd;
+  bool held;
+};
+
+// A unit at work, claimed by the lock on its record, which holds the ends of its documents and at
+// last what the token file was made of.
 struct OpenUnit {
-  OpenUnit(const CorpusUnit& u, std::unique_ptr<TokenFileWriter> w)
-      : unit(u), writer(std::move(w)), reader(u) {}
+  explicit OpenUnit(const CorpusUnit& u)
+      : unit(u), reader(u.sources), record(u.record, LOCK_EX | LOCK_NB) {}
+  ~OpenUnit() {
+    if (file) unlink(unit.part.c_str());
+  }
+
+  void begin(NpyType type) {
+    file.emplace(unit.part, LOCK_EX);
+    file->clear();
+    record.clear();
+    file->append(npy_header(type, {0}));  // until the number of tokens is known
+  }
+
+  void append(Batch& batch, NpyType type) {
+    const auto put = [&](auto id) {
+      const vector<decltype(id)> ids(batch.tokens.begin(), batch.tokens.end());
+      file->append({reinterpret_cast<const char*>(ids.data()), ids.size() * sizeof id});
+    };
+    type == NpyType::U2 ? put(uint16_t{}) : put(uint32_t{});
+    for (uint64_t& end : batch.ends) end += num_tokens;
+    record.append({reinterpret_cast<const char*>(batch.ends.data()), batch.ends.size() * 8});
+    num_tokens += batch.tokens.size();
+    num_documents += batch.ends.size();
+  }
+
+  void finish(NpyType type) {
+    file->append(npy_header(NpyType::U8, {num_documents}));
+    string block(1 << 20, '\0');
+    for (int64_t at = 0; at < num_documents * 8;) {
+      const ssize_t got = pread(record.fd, block.data(), block.size(), at);
+      need_io(got > 0, record.path, "cannot be read back");
+      file->append({block.data(), size_t(got)});
+      at += got;
+    }
+    file->complete(npy_header(type, {num_tokens}));
+    record.clear();
+    record.complete(unit.identity);
+    make_folders(folder_of(unit.path));
+    need_io(rename(unit.part.c_str(), unit.path.c_str()) == 0, unit.path, "cannot be renamed to");
+    sync_folder(folder_of(unit.path));
+  }
+
+  // Batches not written yet.
+  int64_t load() const { return reading ? INT64_MAX : batches_read - batches_written; }
+
   const CorpusUnit& unit;
-  std::unique_ptr<TokenFileWriter> writer;
   BatchReader reader;
-  bool reading = false, read_all = false, writing = false;
+  bool reading = false;
   int64_t batches_read = 0, batches_written = 0;
-  std::map<int64_t, std::unique_ptr<CorpusBatch>> encoded;  // by sequence, not yet written
-  int64_t documents = 0, tokens = 0, text_bytes = 0, bad_documents = 0;
-  int64_t line = 0;  // of the source whose lines are being written
-  vector<BadDocument> bad;
+  LockedFile record;
+  std::optional<LockedFile> file;
+  int64_t num_tokens = 0, num_documents = 0;
 };
-
-// What every file of an output folder has in common.
-struct CorpusSettings {
-  const CorpusOptions& options;
-  string tokenizer_path;
-  Tokenizer tokenizer;
-  uint32_t eos = 0;
-  NpyType type = NpyType::U4;
-};
-
-string final_path(const CorpusOptions& o, const CorpusUnit& unit) {
-  return o.output + "/" + unit.name + ".bin";
-}
-string hidden_path(const CorpusOptions& o, const string& name) {
-  return o.output + "/.pith/" + name;
-}
-string hex(uint64_t value) { return text("%016lx", value); }
-bool exists(const string& path) { return access(path.c_str(), F_OK) == 0; }
-
-// A finished file must be this run's own: made by this program, from these sources as they are.
-void check_finished(const CorpusOptions& o, const CorpusUnit& unit) {
-  const string path = final_path(o, unit), record = hidden_path(o, unit.name + ".json");
-  if (unit.sources[0].path == "-")
-    bad_input(path, "is there already, and standard input cannot be resumed",
-              "--join NAME for another name");
-  if (!exists(record))
-    bad_input(path, "is there already, but was not made by this command", "another --output");
-  if (Json::parse_file(record)["sources"].as_string() != hex(unit.identity()))
-    bad_input(path, "is there already, from other sources (names, sizes, times or --format differ)",
-              "deleting it to make it again, or another --output");
-}
 
 class CorpusRun {
  public:
-  CorpusRun(const CorpusSettings& settings, const vector<CorpusUnit>& units, int threads,
-            int64_t bytes_to_do);
-  CorpusReport run();
+  explicit CorpusRun(const CorpusOptions& options)
+      : options_(options),
+        units_(plan_corpus(options)),
+        tokenizer_(Tokenizer::load(options.tokenizer)),
+        threads_(options.threads ? int(options.threads)
+                                 : std::max<int>(1, std::thread::hardware_concurrency())),
+        progress_("tokenize", find_work() / 1e6, "MB of files") {
+    const auto eos = options.eos.empty() ? tokenizer_.eos_id() : tokenizer_.id_of(options.eos);
+    if (!eos)
+      bad_input("--eos",
+                text("no such token (got %s, need a token of %s)",
+                     options.eos.empty() ? "none" : options.eos.c_str(), options.tokenizer.c_str()),
+                "a token as the vocabulary writes it");
+    eos_ = *eos;
+    type_ = tokenizer_.vocab_size() < UINT16_MAX ? NpyType::U2 : NpyType::U4;
+  }
+
+  CorpusReport run() {
+    open_folder();
+    const double start_s = now_s();
+    vector<std::jthread> others;
+    for (int i = 1; i < threads_; i++) others.emplace_back([this] { work(); });
+    work();
+    others.clear();
+    if (error_) std::rethrow_exception(error_);
+    report_.stopped = !to_do_.empty() || !open_.empty();
+    report_.files_total = units_.size();
+    report_.seconds = now_s() - start_s;
+    if (report_.stopped) return report_;
+    if (report_.files + report_.files_done_before == 0)
+      bad_input("--input", "no file holds a document that can be used", "other inputs or --key");
+    unlink(mark_.c_str());
+    return report_;
+  }
 
  private:
   using Lock = std::unique_lock<std::mutex>;
-  void work();
-  bool step(Lock& lock, BatchEncoder& encoder);
-  bool over() const { return error_ || stop_requested() || units_over_ == units_.size(); }
-  OpenUnit* readable();
-  void read_one(Lock& lock, OpenUnit& unit);
-  void encode_one(Lock& lock, BatchEncoder& encoder);
-  void write_encoded(Lock& lock, OpenUnit& unit);
-  void write_batch(OpenUnit& unit, const CorpusBatch& batch);
-  bool finish_file(OpenUnit& unit);
-  void retire(OpenUnit& unit, bool made);
-  bool may_open() const;
-  void open_next(Lock& lock);
-  Claim open_unit(Lock& lock, const CorpusUnit& unit);
-  std::unique_ptr<CorpusBatch> take_spare();
 
-  const CorpusSettings& settings_;
-  const CorpusOptions& options_;
-  const vector<CorpusUnit>& units_;
-  const int threads_;
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  // All below is guarded by the mutex. Of an OpenUnit, the thread that set `reading` owns the
-  // reader, and the one that set `writing` the writer and the counts.
-  vector<std::unique_ptr<OpenUnit>> open_;
-  std::deque<std::pair<OpenUnit*, std::unique_ptr<CorpusBatch>>> ready_;  // read, not encoded
-  vector<std::unique_ptr<CorpusBatch>> spare_;
-  vector<const CorpusUnit*> elsewhere_;  // claimed by another process
-  double ask_again_s_ = 0;
-  size_t next_unit_ = 0, units_over_ = 0;
-  int opening_ = 0;
-  int64_t bytes_held_ = 0, bytes_done_ = 0, text_bytes_ = 0;
-  vector<std::pair<const CorpusUnit*, BadDocument>> bad_;
-  CorpusReport report_;
-  std::exception_ptr error_;
-  const double start_s_ = now_s();
-  Progress progress_;
-};
-
-CorpusRun::CorpusRun(const CorpusSettings& settings, const vector<CorpusUnit>& units, int threads,
-                     int64_t bytes_to_do)
-    : settings_(settings),
-      options_(settings.options),
-      units_(units),
-      threads_(threads),
-      progress_("tokenize", bytes_to_do / 1e6, "MB of files") {}
-
-CorpusReport CorpusRun::run() {
-  vector<std::jthread> others;
-  for (int i = 1; i < threads_; i++) others.emplace_back([this] { work(); });
-  work();
-  others.clear();
-  if (error_) std::rethrow_exception(error_);
-  report_.stopped = units_over_ < units_.size();
-  report_.files_total = units_.size();
-  report_.seconds = now_s() - start_s_;
-  for (auto& [unit, bad] : bad_) report_.bad.push_back(std::move(bad));
-  return std::move(report_);
-}
-
-void CorpusRun::work() {
-  Lock lock(mutex_);
-  try {
-    lock.unlock();
-    BatchEncoder encoder(settings_.tokenizer, options_, settings_.eos);
-    lock.lock();
-    while (!over())
-      if (!step(lock, encoder)) changed_.wait_for(lock, std::chrono::milliseconds(100));
-  } catch (...) {
-    if (!lock.owns_lock()) lock.lock();
-    if (!error_) error_ = std::current_exception();
+  int64_t find_work() {
+    int64_t bytes = 0;
+    for (size_t i = 0; i < units_.size(); i++) {
+      if (is_finished(units_[i])) continue;
+      to_do_.push_back(i);
+      bytes += units_[i].bytes;
+    }
+    return bytes;
   }
-  changed_.notify_all();
-}
 
-// Does one piece of work, with the lock released while it lasts; false if there was none.
-bool CorpusRun::step(Lock& lock, BatchEncoder& encoder) {
-  if (!ready_.empty()) return encode_one(lock, encoder), true;
-  if (bytes_held_ >= kBytesForAll + threads_ * kBytesPerThread) return false;
-  if (OpenUnit* unit = readable()) return read_one(lock, *unit), true;
-  if (may_open()) return open_next(lock), true;
-  return false;
-}
+  bool is_finished(const CorpusUnit& unit) {
+    if (!fs::exists(unit.path)) return false;
+    const char* why = unit.sources[0].path == "-" ? "and standard input cannot be resumed"
+                      : !fs::exists(unit.record)  ? "but was not made by this command"
+                      : read_text_file(unit.record) != unit.identity
+                          ? "from other sources (names, sizes, times or --format differ)"
+                          : nullptr;
+    if (why)
+      bad_input(unit.path, text("is there already, %s", why),
+                "deleting it to make it again, or another --output");
+    report_.files_done_before++;
+    return true;
+  }
 
-OpenUnit* CorpusRun::readable() {
-  for (auto& unit : open_)
-    if (!unit->reading && !unit->read_all) return unit.get();
-  return nullptr;
-}
+  // Under a lock, because several processes may begin at once. Marks the folder as not whole.
+  void open_folder() const {
+    const string &folder = options_.output, path = folder + "/corpus.json";
+    JsonWriter w(2);
+    w.object().key("tokenizer_xxh3").value(tokenizer_.fingerprint());
+    w.key("eos_id").value(eos_).key("key").value(options_.key);
+    w.key("special_as_text").value(options_.special_as_text).end();
+    make_folders(folder + "/.pith");
+    const LockedFile lock(folder + "/.pith/.lock", LOCK_EX);
+    if (fs::exists(path)) {
+      const Json old = Json::parse_file(path), mine = Json::parse(w.str(), "this run");
+      for (const string& key : mine.keys())
+        if (old[key].dump() != mine[key].dump())
+          bad_input(path,
+                    text("the folder was made with another %s (got %s, need %s)", key.c_str(),
+                         mine[key].dump().c_str(), old[key].dump().c_str()),
+                    "another --output");
+    } else {
+      write_file_durably(folder + "/tokenizer.json", read_text_file(options_.tokenizer));
+      write_file_durably(path, w.str() + "\n");
+    }
+    const LockedFile mark(mark_, LOCK_SH);
+  }
 
-std::unique_ptr<CorpusBatch> CorpusRun::take_spare() {
-  if (spare_.empty()) return std::make_unique<CorpusBatch>();
-  auto batch = std::move(spare_.back());
-  spare_.pop_back();
-  return batch;
-}
-
-void CorpusRun::read_one(Lock& lock, OpenUnit& unit) {
-  unit.reading = true;
-  auto batch = take_spare();
-  lock.unlock();
-  const bool any = unit.reader.read(*batch);
-  lock.lock();
-  unit.reading = false;
-  unit.read_all = !any;
-  if (!any) return write_encoded(lock, unit);
-  batch->sequence = unit.batches_read++;
-  bytes_held_ += batch->raw.size;
-  ready_.emplace_back(&unit, std::move(batch));
-  changed_.notify_all();
-}
-
-void CorpusRun::encode_one(Lock& lock, BatchEncoder& encoder) {
-  auto [unit, batch] = std::move(ready_.front());
-  ready_.pop_front();
-  lock.unlock();
-  encoder.encode(*batch);
-  lock.lock();
-  unit->encoded[batch->sequence] = std::move(batch);
-  write_encoded(lock, *unit);
-}
-
-// Writes what is next in order, and finishes the unit behind its last batch.
-void CorpusRun::write_encoded(Lock& lock, OpenUnit& unit) {
-  if (unit.writing) return;  // that thread takes these batches too
-  unit.writing = true;
-  while (unit.encoded.count(unit.batches_written)) {
-    auto batch = std::move(unit.encoded.extract(unit.batches_written).mapped());
-    lock.unlock();
-    write_batch(unit, *batch);
-    lock.lock();
-    unit.batches_written++;
-    bytes_held_ -= batch->raw.size;
-    bytes_done_ += batch->stored_bytes;
-    text_bytes_ += batch->text_bytes;
-    if (batch->raw.capacity <= 4 * BatchReader::kBatchBytes) spare_.push_back(std::move(batch));
-    const double rate = text_bytes_ / 1e6 / std::max(now_s() - start_s_, 1e-3);
-    progress_.update(bytes_done_ / 1e6,
-                     text("%.1f MB/s of text, %zu/%zu files", rate, units_over_, units_.size()));
+  void work() {
+    Lock lock(mutex_);
+    try {
+      EncodeScratch scratch;
+      while (const std::shared_ptr<OpenUnit> unit = next_unit(lock)) {
+        unit->reading = true;
+        lock.unlock();
+        Batch batch = unit->reader.read();
+        lock.lock();
+        unit->reading = false;
+        const int64_t turn = unit->batches_read++;
+        if (batch.last) std::erase(open_, unit);
+        changed_.notify_all();
+        lock.unlock();
+        find_documents(batch, options_.key);
+        encode(batch, scratch);
+        lock.lock();
+        changed_.wait(lock, [&] { return error_ || unit->batches_written == turn; });
+        if (error_) break;
+        write(lock, *unit, batch);
+      }
+    } catch (...) {
+      if (!lock.owns_lock()) lock.lock();
+      if (!error_) error_ = std::current_exception();
+    }
     changed_.notify_all();
   }
-  if (unit.read_all && unit.batches_written == unit.batches_read) {
+
+  // Null when nothing is left to read.
+  std::shared_ptr<OpenUnit> next_unit(Lock& lock) {
+    while (!error_ && !stop_requested() && !(to_do_.empty() && open_.empty())) {
+      if (!to_do_.empty() && int(open_.size()) < threads_ && claim_next()) continue;
+      const auto unit = std::ranges::min_element(open_, {}, &OpenUnit::load);
+      if (unit != open_.end() && !(*unit)->reading) return *unit;
+      changed_.wait_for(lock, std::chrono::milliseconds(100));
+    }
+    return nullptr;
+  }
+
+  // False when other processes hold all that are left.
+  bool claim_next() {
+    const size_t i = to_do_.front();
+    to_do_.pop_front();
+    make_folders(folder_of(units_[i].record));
+    const auto unit = std::make_shared<OpenUnit>(units_[i]);
+    if (!unit->record.held) {
+      to_do_.push_back(i);
+      return ++refused_ < to_do_.size();
+    }
+    refused_ = 0;
+    if (is_finished(units_[i])) return true;
+    unit->begin(type_);
+    open_.push_back(unit);
+    return true;
+  }
+
+  void encode(Batch& batch, EncodeScratch& scratch) const {
+    const EncodeOptions options = {.parse_special = !options_.special_as_text};
+    for (const string_view document : batch.documents) {
+      tokenizer_.encode(document, batch.tokens, options, scratch);
+      batch.tokens.push_back(eos_);
+      batch.ends.push_back(batch.tokens.size());
+    }
+  }
+
+  void write(Lock& lock, OpenUnit& unit, Batch& batch) {
+    for (const auto& [place, what] : batch.bad) leave_out(place, what);
     lock.unlock();
-    const bool made = finish_file(unit);
+    unit.append(batch, type_);
+    const bool make = batch.last && unit.num_documents > 0;
+    if (make) unit.finish(type_);
     lock.lock();
-    retire(unit, made);
-    return;
+    if (batch.last && !make) leave_out(unit.unit.sources[0].path, "holds no document");
+    unit.batches_written++;
+    report_.files += make;
+    report_.documents += batch.documents.size();
+    report_.tokens += batch.tokens.size();
+    for (const string_view document : batch.documents) report_.text_bytes += document.size();
+    report_.bad_documents += batch.bad.size();
+    bytes_done_ += batch.stored_bytes;
+    progress_.update(bytes_done_ / 1e6);
+    changed_.notify_all();
   }
-  unit.writing = false;
-}
 
-void CorpusRun::write_batch(OpenUnit& unit, const CorpusBatch& batch) {
-  if (batch.first_lines) unit.line = 0;
-  for (const BadLine& bad : batch.bad) {
-    const int64_t line = bad.line + (batch.lines_of ? unit.line : 0);
-    BadDocument document{bad.source->path + ":" + std::to_string(line), bad.what};
-    if (!options_.skip_bad)
-      bad_input(document.place, document.what, "--skip-bad to leave such documents out");
-    unit.bad_documents++;
-    if (unit.bad.size() < kBadListed) unit.bad.push_back(std::move(document));
+  void leave_out(const string& place, const string& what) const {
+    if (!options_.skip_bad) bad_input(place, what, "--skip-bad to leave such documents out");
+    log_warning("left out: %s: %s", place.c_str(), what.c_str());
   }
-  unit.line += batch.lines;
-  unit.writer->append(batch.tokens, batch.ends);
-  unit.documents += batch.ends.size();
-  unit.tokens += batch.tokens.size();
-  unit.text_bytes += batch.text_bytes;
-}
 
-// False if the unit had no document, and so becomes no file.
-bool CorpusRun::finish_file(OpenUnit& unit) {
-  if (unit.documents == 0) {
-    BadDocument nothing{unit.unit.sources[0].path, "holds no document"};
-    if (!options_.skip_bad)
-      bad_input(nothing.place, nothing.what, "removing it from the inputs, or --skip-bad");
-    unit.bad.push_back(std::move(nothing));
-    return false;
-  }
-  JsonWriter record;
-  record.object().key("sources").value(hex(unit.unit.identity()));
-  record.key("documents").value(unit.documents).key("tokens").value(unit.tokens);
-  record.key("text_bytes").value(unit.text_bytes);
-  record.key("bad_documents").value(unit.bad_documents).end();
-  write_file_durably(hidden_path(options_, unit.unit.name + ".json"), record.str() + "\n");
-  unit.writer->finish();
-  return true;
-}
-
-void CorpusRun::retire(OpenUnit& unit, bool made) {
-  units_over_++;
-  report_.files += made;
-  report_.documents += unit.documents;
-  report_.tokens += unit.tokens;
-  report_.text_bytes += unit.text_bytes;
-  report_.bad_documents += unit.bad_documents;
-  report_.empty_files += unit.unit.empty_files;
-  for (BadDocument& bad : unit.bad) bad_.emplace_back(&unit.unit, std::move(bad));
-  std::stable_sort(bad_.begin(), bad_.end(),
-                   [](const auto& a, const auto& b) { return a.first < b.first; });
-  if (bad_.size() > kBadListed) bad_.resize(kBadListed);
-  std::erase_if(open_, [&](const auto& open) { return open.get() == &unit; });
-  changed_.notify_all();
-}
-
-bool CorpusRun::may_open() const {
-  if (int(open_.size()) + opening_ >= threads_) return false;
-  return next_unit_ < units_.size() || (!elsewhere_.empty() && now_s() >= ask_again_s_);
-}
-
-// Opens the next unit of the list; after its end, one whose process let go of it.
-void CorpusRun::open_next(Lock& lock) {
-  if (next_unit_ < units_.size()) {
-    const CorpusUnit& unit = units_[next_unit_++];
-    if (open_unit(lock, unit) == Claim::Elsewhere) elsewhere_.push_back(&unit);
-    return;
-  }
-  vector<const CorpusUnit*> asked = std::move(elsewhere_);
-  elsewhere_.clear();
-  Claim claim = Claim::Elsewhere;
-  for (const CorpusUnit* unit : asked) {
-    if (claim != Claim::Mine)
-      claim = open_unit(lock, *unit);
-    else
-      elsewhere_.push_back(unit);
-    if (claim == Claim::Elsewhere) elsewhere_.push_back(unit);
-  }
-  if (claim != Claim::Mine) ask_again_s_ = now_s() + 0.2;
-}
-
-Claim CorpusRun::open_unit(Lock& lock, const CorpusUnit& unit) {
-  opening_++;
-  lock.unlock();
-  auto writer = std::make_unique<TokenFileWriter>(
-      final_path(options_, unit), hidden_path(options_, unit.name + ".part"), settings_.type);
-  const Claim claim = writer->claim();
-  if (claim == Claim::Finished) check_finished(options_, unit);
-  lock.lock();
-  opening_--;
-  if (claim == Claim::Mine) open_.push_back(std::make_unique<OpenUnit>(unit, std::move(writer)));
-  if (claim == Claim::Finished) units_over_++, report_.files_done_before++;
-  changed_.notify_all();
-  return claim;
-}
-
-uint32_t find_eos(const Tokenizer& tokenizer, const CorpusOptions& o, const string& path) {
-  if (o.eos.empty()) {
-    if (!tokenizer.eos_id()) bad_input(path, "names no end-of-text token", "--eos TOKEN");
-    return *tokenizer.eos_id();
-  }
-  if (const auto id = tokenizer.id_of(o.eos)) return *id;
-  const bool digits = o.eos.find_first_not_of("0123456789") == string::npos;
-  if (!digits || o.eos.size() > 9 || std::stoul(o.eos) >= tokenizer.vocab_size())
-    bad_input("--eos",
-              text("no such token (got %s, need a token of %s or an id < %u)", o.eos.c_str(),
-                   path.c_str(), tokenizer.vocab_size()),
-              "a token as the vocabulary writes it");
-  return std::stoul(o.eos);
-}
-
-CorpusSettings load_settings(const CorpusOptions& o) {
-  struct stat s;
-  string path = o.tokenizer;
-  if (stat(path.c_str(), &s) == 0 && S_ISDIR(s.st_mode)) path += "/tokenizer.json";
-  CorpusSettings settings{o, path, Tokenizer::load(path)};
-  settings.eos = find_eos(settings.tokenizer, o, path);
-  const uint64_t size = settings.tokenizer.vocab_size();
-  settings.type = size < UINT8_MAX ? NpyType::U1 : size < UINT16_MAX ? NpyType::U2 : NpyType::U4;
-  return settings;
-}
-
-string settings_json(const CorpusSettings& s) {
-  JsonWriter w(2);
-  w.object().key("format").value(1);
-  w.key("tokenizer").value("tokenizer.json").key("tokenizer_from").value(s.tokenizer_path);
-  w.key("tokenizer_xxh3").value(hex(s.tokenizer.fingerprint()));
-  w.key("vocab_size").value(s.tokenizer.vocab_size()).key("dtype").value(name_of(s.type));
-  w.key("eos_id").value(s.eos).key("eos").value(string(s.tokenizer.token_text(s.eos)));
-  w.key("key").value(s.options.key);
-  w.key("special_as_text").value(s.options.special_as_text).end();
-  return w.str() + "\n";
-}
-
-struct FileLock {
-  FileLock(const string& p, int operation)
-      : path(p), fd(open(p.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666)) {
-    if (fd < 0 || flock(fd, operation) != 0) failed(path, "cannot be locked");
-  }
-  FileLock(const FileLock&) = delete;
-  ~FileLock() { close(fd); }
-  string path;
-  int fd;
+  const CorpusOptions& options_;
+  const vector<CorpusUnit> units_;
+  const string mark_ = options_.output + "/.pith/.run";
+  const Tokenizer tokenizer_;
+  const int threads_;
+  uint32_t eos_;
+  NpyType type_;
+  std::mutex mutex_;  // guards all below
+  std::condition_variable changed_;
+  std::deque<size_t> to_do_;
+  size_t refused_ = 0;                      // claims in a row
+  vector<std::shared_ptr<OpenUnit>> open_;  // not read to the end
+  int64_t bytes_done_ = 0;
+  CorpusReport report_;
+  std::exception_ptr error_;
+  Progress progress_;
 };
-
-// Writes corpus.json and tokenizer.json, or finds that they say the same; under a lock, because
-// several processes may begin at once. The result marks the folder as not whole: each run holds it
-// while at work, and one that does not end well leaves it behind.
-FileLock open_folder(const CorpusSettings& s) {
-  const string &folder = s.options.output, path = folder + "/corpus.json";
-  make_folders(folder + "/.pith");
-  const FileLock lock(hidden_path(s.options, ".lock"), LOCK_EX);
-  if (exists(path)) {
-    const Json old = Json::parse_file(path), mine = Json::parse(settings_json(s), "this run");
-    for (const char* key : {"tokenizer_xxh3", "eos_id", "dtype", "key", "special_as_text"})
-      if (old[key].dump() != mine[key].dump())
-        bad_input(path,
-                  text("the folder was made with another %s (got %s, need %s)", key,
-                       mine[key].dump().c_str(), old[key].dump().c_str()),
-                  "another --output");
-  } else {
-    write_file_durably(folder + "/tokenizer.json", read_text_file(s.tokenizer_path));
-    write_file_durably(path, settings_json(s));
-  }
-  return FileLock(hidden_path(s.options, ".run"), LOCK_SH);
-}
-
-// The last of several runs at work takes the mark away.
-void close_folder(const CorpusOptions& o, const FileLock& mark) {
-  const FileLock lock(hidden_path(o, ".lock"), LOCK_EX);
-  if (flock(mark.fd, LOCK_EX | LOCK_NB) == 0) unlink(mark.path.c_str());
-}
-
 }  // namespace
 
-CorpusReport tokenize_corpus(const CorpusOptions& o) {
-  const vector<CorpusUnit> units = plan_corpus(o);
-  const CorpusSettings settings = load_settings(o);
-  int64_t bytes_to_do = 0;
-  for (const CorpusUnit& unit : units) {
-    if (exists(final_path(o, unit)))
-      check_finished(o, unit);
-    else
-      bytes_to_do += unit.bytes;
-  }
-  const FileLock mark = open_folder(settings);
-  const int cores = std::max(1u, std::thread::hardware_concurrency());
-  CorpusReport report =
-      CorpusRun(settings, units, o.threads > 0 ? o.threads : cores, bytes_to_do).run();
-  if (report.stopped) return report;
-  if (report.files + report.files_done_before == 0)
-    bad_input("--input", "no file holds a document that can be used", "other inputs or --key");
-  close_folder(o, mark);
-  return report;
-}
+CorpusReport tokenize_corpus(const CorpusOptions& options) { return CorpusRun(options).run(); }
 
 }  // namespace pith

@@ -1,91 +1,81 @@
-// corpus: from files of documents to token files: parallel, in order, restartable.
-//
-// A token file is two NPY v1.0 arrays back to back: the ids (u8, u16 or u32), then the u64 end
-// offset of each document. Beside the token files, `output` holds tokenizer.json, corpus.json (what
-// they were made with) and a hidden folder .pith: unfinished files, which carry the lock of the
-// process at work on them, and a record of what each finished file was made from.
-// defines: CorpusFormat, CorpusOptions, BadDocument, CorpusReport, tokenize_corpus, CorpusSummary,
-//          inspect_corpus
+// corpus: files of documents -> token files (see TokenFile), in parallel, in order, restartable.
+// `output` also gets tokenizer.json, corpus.json (what must not change) and .pith: unfinished
+// files, and for each file a lock and a record of its sources.
 #pragma once
-#include <cstdint>
-
-#include "core/check.h"
+#include "data/dataset.h"
 
 namespace pith {
 
-enum class CorpusFormat : uint8_t {
-  Auto,   // by the file's suffix
-  Text,   // a file is one document
-  Jsonl,  // a line is a JSON object that holds one document
-};
+enum class CorpusFormat : uint8_t { Auto, Text, Jsonl };  // Auto: as the name says
 
 struct CorpusOptions {
-  string tokenizer;       // a tokenizer.json, or the folder that holds it
-  vector<string> inputs;  // files and folders, or "-" alone: standard input
-  string output;          // folder, made where missing
+  string tokenizer;       // a tokenizer.json
+  vector<string> inputs;  // files, folders, or "-": standard input
+  string output;
   CorpusFormat format = CorpusFormat::Auto;
   vector<string> include;                 // file name patterns, "*.c"; empty: every file
   string join;                            // one series JOIN-00000.bin, ... instead of a file each
-  int64_t part_bytes = int64_t{1} << 30;  // input bytes of a file of that series
-  string key = "text";                    // member of the JSON object that is the document
-  string eos;                             // token or id; empty: the tokenizer's end-of-text
-  bool special_as_text = false;           // special tokens' text is ordinary text
-  bool skip_bad = false;                  // leave out malformed documents, do not stop at them
-  int threads = 0;                        // 0: every core
+  int64_t part_bytes = int64_t{1} << 30;  // input of a file of that series
+  string key = "text";
+  string eos;  // empty: the tokenizer's end-of-text
+  bool special_as_text = false;
+  bool skip_bad = false;  // log malformed documents, do not stop at them
+  int64_t threads = 0;    // 0: every core
 };
 
-struct BadDocument {
-  string place;  // "file:line"
-  string what;
+struct CorpusSource {
+  string path, name;  // as opened; below its input
+  int64_t bytes = 0;
+  CorpusFormat format = CorpusFormat::Auto;
 };
+
+// What becomes one token file.
+struct CorpusUnit {
+  string path, part, record;  // of the file; in .pith: unfinished, and of its sources
+  vector<CorpusSource> sources;
+  int64_t bytes = 0;
+  string identity;  // hash of the sources' names, sizes, times and formats
+};
+// In path order. Exit code 2: nothing found, no format in a name, two sources for one token file.
+vector<CorpusUnit> plan_corpus(const CorpusOptions& options);
 
 struct CorpusReport {
   int64_t files = 0, files_done_before = 0, files_total = 0;
-  int64_t documents = 0, tokens = 0;  // of `files`, as all below
-  int64_t text_bytes = 0;             // of the documents
+  int64_t documents = 0, tokens = 0, text_bytes = 0;  // of this run
   int64_t bad_documents = 0;
-  int64_t empty_files = 0;  // left out of joined files
-  vector<BadDocument> bad;  // the first 20
   double seconds = 0;
   bool stopped = false;  // by a signal: the same command goes on
 };
 
-// Makes every token file that is not there yet. Files appear under their name when complete, and
-// never otherwise; bytes do not depend on the number of threads. Several processes may work on one
-// output folder; each returns when all files are complete. Memory: about 100 MiB + 80 MiB a thread,
-// and about six times each document that is larger than that.
-// Exit code 2: inputs that cannot be used, malformed documents (file and line), an output folder
-// made with another tokenizer or options. Exit code 1: reading or writing fails.
+// Makes the token files that are not there yet, each under its name when complete; bytes do not
+// depend on threads. Several processes may share the output; each returns when all is complete.
+// Memory: about 100 MiB, 80 MiB a thread, and some times each larger document. Exit code 2:
+// unusable inputs, malformed documents, a folder made with other options. 1: reading or writing
+// fails.
 CorpusReport tokenize_corpus(const CorpusOptions& options);
+
+// Ids >= vocab_size are exit code 2.
+vector<uint32_t> document_ids(const TokenFile& file, int64_t document, uint32_t vocab_size);
 
 struct CorpusSummary {
   int64_t files = 0, documents = 0, tokens = 0;
-  int64_t unfinished = 0;             // files under way, and runs that did not end
-  int64_t shortest = 0, longest = 0;  // documents, in tokens
-  double mean_length = 0;
+  int64_t unfinished = 0;            // files, and runs that did not end
   vector<int64_t> length_histogram;  // [i]: documents of [2^i, 2^(i+1)) tokens; [0] has 0 too
   struct Frequent {
     uint32_t id;
     int64_t count;
     string text;
   };
-  vector<Frequent> frequent;  // the most frequent tokens, falling
-  int64_t distinct_tokens = 0;
+  vector<Frequent> frequent;  // falling
   struct Sample {
-    string file;       // below the folder
+    string file;
     int64_t document;  // in the file, from 0
-    string text;       // its first tokens, decoded
+    string text;       // its begin
   };
   vector<Sample> samples;
 };
 
-struct InspectOptions {
-  string folder;     // or one token file
-  string tokenizer;  // empty: the tokenizer.json in the folder
-  int top = 20, samples = 3;
-  int sample_tokens = 100;  // of each sample, at most
-};
-// Reads every token. Exit code 2: no or damaged token files, an id that the tokenizer has not.
-CorpusSummary inspect_corpus(const InspectOptions& options);
+// Of a folder or one file, with the tokenizer.json beside it. Exit code 2: no or damaged files.
+CorpusSummary inspect_corpus(const string& path, int64_t top = 20, int64_t samples = 3);
 
 }  // namespace pith

@@ -7,14 +7,11 @@
 #include <cstring>
 #include <filesystem>
 
-#include "core/log.h"
 #include "core/rng.h"
 
 namespace pith {
 
 namespace fs = std::filesystem;
-
-// ---- Token files --------------------------------------------------------------------------------
 
 int64_t TokenFile::doc_end(int64_t doc) const {
   int64_t end;
@@ -23,45 +20,43 @@ int64_t TokenFile::doc_end(int64_t doc) const {
 }
 
 void TokenFile::copy(int64_t offset, int64_t count, int64_t vocab_size, int32_t* dst) const {
-  const int64_t width = size_of(type);
-  const uint64_t mask = ~uint64_t{0} >> (64 - 8 * width), limit = vocab_size;
+  const int64_t width = size_of(type), shift = 64 - 8 * width;
   for (int64_t i = offset; i < offset + count; i++) {
     uint64_t id;
     memcpy(&id, tokens + i * width, 8);  // the second array lies behind the last token
-    id &= mask;
-    if (id >= limit)
+    id = id << shift >> shift;
+    if (id >= uint64_t(vocab_size))
       bad_input(map.path(),
-                text("holds a token id beyond the vocabulary (got %lu at token %ld, need less "
-                     "than %lu)",
-                     id, i, limit),
-                "use the model's own tokenizer, or a model with a larger vocab_size");
+                text("holds a token id beyond the vocabulary (got %lu at token %ld, need less than "
+                     "%ld)",
+                     id, i, vocab_size),
+                "the model's own tokenizer");
     *dst++ = int32_t(id);
   }
 }
 
 TokenFile open_token_file(const string& path) {
-  const auto refuse = [&](const string& what) {
-    bad_input(path, what, "make the file again with pith tokenize");
+  TokenFile file{.map = MappedFile(path)};
+  const char* const end_of_file = file.map.data() + file.map.size();
+  const auto refuse = [&](const string& what) { bad_input(path, what, "pith tokenize again"); };
+  const auto read = [&](const char* at, const char* what, const char* order, NpyType least) {
+    const string place = at == file.map.data() ? path : path + " (" + what + ")";
+    NpyHeader array = parse_npy_header(at, end_of_file - at, place);
+    if (array.shape.size() != 1 || array.type < least || array.type > NpyType::U8)
+      refuse(text("does not hold %s %s (got %s of %zu dimensions, need %s to <u8 of one)", what,
+                  order, name_of(array.type), array.shape.size(), name_of(least)));
+    return array;
   };
-  TokenFile file;
-  file.map = MappedFile(path);
-  const NpyHeader ids = parse_npy_header(file.map.data(), file.map.size(), path);
+  const NpyHeader ids = read(file.map.data(), "token ids", "first", NpyType::U1);
   file.type = ids.type;
   file.num_tokens = ids.numel();
   file.tokens = file.map.data() + ids.header_bytes;
   const char* rest = file.tokens + ids.data_bytes();
-  const int64_t rest_bytes = file.map.data() + file.map.size() - rest;
-  const NpyHeader ends = parse_npy_header(rest, rest_bytes, path + " (document ends)");
-  for (const NpyHeader* array : {&ids, &ends})
-    if (array->shape.size() != 1 || array->type > NpyType::U8 ||
-        (array == &ends && array->type != NpyType::U8))
-      refuse(text("does not hold %s (got %s of %zu dimensions, need one dimension of %s)",
-                  array == &ids ? "token ids first" : "document ends second", name_of(array->type),
-                  array->shape.size(), array == &ids ? "|u1, <u2, <u4 or <u8" : "<u8"));
-  const int64_t more = rest_bytes - ends.header_bytes - ends.data_bytes();
-  if (more != 0) refuse(text("goes on behind its two arrays (got %ld bytes more)", more));
+  const NpyHeader ends = read(rest, "document ends", "second", NpyType::U8);
   file.num_docs = ends.numel();
   file.ends = rest + ends.header_bytes;
+  const int64_t more = end_of_file - file.ends - ends.data_bytes();
+  if (more != 0) refuse(text("goes on behind its two arrays (got %ld bytes more)", more));
   if (file.num_docs == 0 && file.num_tokens > 0) refuse("has tokens, but no documents");
   int64_t least = 0;
   for (int64_t doc = 0; doc < file.num_docs; doc++) {
@@ -76,28 +71,22 @@ TokenFile open_token_file(const string& path) {
 }
 
 vector<string> find_token_files(const string& path) {
-  vector<fs::path> found;
+  const char* remedy = "make token files with pith tokenize";
+  vector<string> found;
   try {
     if (fs::is_regular_file(path)) return {path};
-    for (fs::recursive_directory_iterator it(path), end; it != end; ++it) {
-      const fs::path name = it->path().filename();
-      if (name.native().front() == '.')
+    for (fs::recursive_directory_iterator it(path), end; it != end; ++it)
+      if (it->path().filename().native().starts_with('.'))
         it.disable_recursion_pending();
-      else if (name.extension() == ".bin" && it->is_regular_file())
+      else if (it->path().extension() == ".bin" && it->is_regular_file())
         found.push_back(it->path());
-    }
   } catch (const fs::filesystem_error& error) {
-    bad_input(path, "cannot be listed (" + error.code().message() + ")",
-              "check the path, or make token files with pith tokenize");
+    bad_input(path, "cannot be listed (" + error.code().message() + ")", remedy);
   }
-  if (found.empty())
-    bad_input(path, "holds no token file (got 0 files that end in .bin, need 1 or more)",
-              "make them with pith tokenize");
-  std::ranges::sort(found);
-  return {found.begin(), found.end()};
+  if (found.empty()) bad_input(path, "holds no token file (got none that ends in .bin)", remedy);
+  std::ranges::sort(found, {}, [](auto& name) { return fs::path(name); });
+  return found;
 }
-
-// ---- Dataset ------------------------------------------------------------------------------------
 
 Dataset::Dataset(const vector<string>& paths, const DataOptions& options)
     : options_(options), train_(paths.size()), first_sample_{0} {
@@ -107,68 +96,57 @@ Dataset::Dataset(const vector<string>& paths, const DataOptions& options)
   }
   if (token_bytes_ == 0)
     bad_input("data.path", text("is an empty corpus (got 0 tokens in %zu files)", paths.size()),
-              "check what was tokenised");
-  for (size_t i = 0; i < files_.size(); i++) {
-    constexpr int64_t kChecked = int64_t{1} << 30, kBlock = 4096;
-    int32_t block[kBlock];
-    const int64_t checked = token_bytes_ <= kChecked ? files_[i].num_tokens : 0;
-    for (int64_t at = 0; at < checked; at += kBlock)
-      files_[i].copy(at, std::min(kBlock, checked - at), options.vocab_size, block);
-    split_documents(int(i));
-    const int64_t labels = std::max<int64_t>(train_[i].num_tokens - 1, 0);
-    first_sample_.push_back(first_sample_.back() + labels / options.seq_length);
-  }
-}
-
-void Dataset::split_documents(int index) {
-  const TokenFile& file = files_[index];
-  const int64_t width = size_of(file.type);
-  const double fraction = options_.heldout_fraction;
-  for (int64_t doc = 0, begin = 0; doc < file.num_docs; doc++) {
-    const int64_t end = file.doc_end(doc);
-    if (begin == end) continue;
-    bool held = fraction >= 1;
-    if (fraction > 0 && fraction < 1) {
-      const uint64_t hash = XXH3_64bits(file.tokens + begin * width, (end - begin) * width);
-      held = double(hash >> 11) * 0x1.0p-53 < fraction;
+              "another folder");
+  constexpr int64_t kChecked = int64_t{1} << 30, kBlock = 4096;
+  int32_t block[kBlock];
+  for (int index = 0; index < int(files_.size()); index++) {
+    const TokenFile& file = files_[index];
+    const int64_t width = size_of(file.type), n = file.num_tokens;
+    for (int64_t at = 0; at < n && token_bytes_ <= kChecked; at += kBlock)
+      file.copy(at, std::min(kBlock, n - at), options.vocab_size, block);
+    for (int64_t doc = 0, begin = 0, end; doc < file.num_docs; doc++, begin = end) {
+      end = file.doc_end(doc);
+      if (begin == end) continue;
+      bool held = options.heldout_fraction >= 1;
+      if (options.heldout_fraction > 0 && !held) {
+        const uint64_t hash = XXH3_64bits(file.tokens + begin * width, (end - begin) * width);
+        held = double(hash >> 11) * 0x1.0p-53 < options.heldout_fraction;
+      }
+      Stream& stream = held ? heldout_ : train_[index];
+      stream.documents.push_back({stream.num_tokens, begin, index});
+      stream.num_tokens += end - begin;
     }
-    Stream& stream = held ? heldout_ : train_[index];
-    stream.documents.push_back({stream.num_tokens, begin, index});
-    stream.num_tokens += end - begin;
-    begin = end;
+    first_sample_.push_back(first_sample_.back() + train_[index].num_labels() / options.seq_length);
   }
 }
 
 int64_t Dataset::heldout_samples() const {
-  const int64_t labels = std::max<int64_t>(heldout_.num_tokens - 1, 0);
-  return (labels + options_.seq_length - 1) / options_.seq_length;
+  return (heldout_.num_labels() + options_.seq_length - 1) / options_.seq_length;
 }
 
 void Dataset::require_samples(int64_t required) const {
   const int64_t epoch = samples_per_epoch(), epochs = options_.max_epochs;
-  const int64_t need = (required + epoch - 1) / std::max<int64_t>(epoch, 1);
-  if (epoch == 0 ? required <= 0 : need <= epochs) return;
-  bad_input(epoch ? "data.max_epochs" : "data.sequence_length",
-            text("the corpus is smaller than the run (got %s samples: %s an epoch, %s epochs; need "
-                 "%s)",
-                 with_commas(epoch * epochs).c_str(), with_commas(epoch).c_str(),
-                 with_commas(epochs).c_str(), with_commas(required).c_str()),
-            epoch ? text("data.max_epochs = %ld, fewer train.steps, or more text", need)
-                  : "a shorter one, or files joined with pith tokenize --join");
+  if (required <= epoch * epochs) return;
+  const string what = text(
+      "the corpus is smaller than the run (got %ld samples: %ld an epoch, %ld epochs; need %ld)",
+      epoch * epochs, epoch, epochs, required);
+  if (epoch == 0) bad_input("data.sequence_length", what, "a shorter one, or pith tokenize --join");
+  bad_input("data.max_epochs", what,
+            text("data.max_epochs = %ld, or fewer train.steps", (required + epoch - 1) / epoch));
 }
 
 void Dataset::require_heldout() const {
-  if (heldout_samples() == 0)
-    bad_input("data.heldout_fraction",
-              text("nothing is held out to evaluate on (got %ld held-out tokens, need 2)",
-                   heldout_.num_tokens),
-              "a larger one, or more documents");
+  if (heldout_samples() > 0) return;
+  bad_input("data.heldout_fraction",
+            text("nothing is held out to evaluate on (got %ld held-out tokens, need 2)",
+                 heldout_.num_tokens),
+            "a larger one, or more documents");
 }
 
 void Dataset::train_sample(int64_t index, const SampleRow& row) const {
-  const int64_t n = samples_per_epoch();
-  if (index < 0 || index >= n * options_.max_epochs)
-    failed("train_sample", text("sample %ld (need less than %ld)", index, n));
+  const int64_t n = samples_per_epoch(), all = n * options_.max_epochs;
+  if (index < 0 || index >= all)
+    failed("train_sample", text("sample %ld (need less than %ld)", index, all));
   int64_t sample = index % n;
   if (options_.shuffle) {
     const uint64_t key = stream_key(options_.seed, text("data.epoch.%ld", index / n));
@@ -189,9 +167,9 @@ void Dataset::cut(const Stream& stream, int64_t begin, const SampleRow& row) con
   const bool mask = options_.document_mask;
   vector<int32_t> window(length + 1), ends(length, int32_t(length));
   std::fill_n(row.labels, length, kIgnoreLabel);
-  auto next = std::ranges::upper_bound(stream.documents, begin, {}, &Stream::Document::begin);
-  for (int64_t at = 0, stop; at < n; at = stop) {
-    const Stream::Document& document = next[-1];
+  auto next = std::ranges::upper_bound(stream.documents, begin, {}, &Document::begin);
+  for (int64_t at = 0, stop; at < n; at = stop, next++) {
+    const Document& document = next[-1];
     const int64_t end = next == stream.documents.end() ? stream.num_tokens : next->begin;
     stop = std::min(n, end - begin);
     files_[document.file].copy(document.file_offset + begin + at - document.begin, stop - at,
@@ -199,34 +177,30 @@ void Dataset::cut(const Stream& stream, int64_t begin, const SampleRow& row) con
     // Each token is the label of the one before it, in its document or, unmasked, in any.
     const int64_t first = mask ? at + 1 : std::max<int64_t>(at, 1);
     std::copy(window.data() + first, window.data() + stop, row.labels + first - 1);
-    for (int64_t i = at; mask && i < std::min(stop, length); i++)
-      ends[i] = int32_t(std::min(stop, length));
-    next++;
+    const int64_t inside = std::min(stop, length);
+    if (mask) std::fill_n(ends.data() + at, inside - at, int32_t(inside));
   }
   std::copy_n(window.begin(), length, row.tokens);
   if (row.doc_ends) std::ranges::copy(ends, row.doc_ends);
 }
 
 uint64_t Dataset::fingerprint() const {
-  constexpr int64_t kWhole = int64_t{64} << 20, kBlocks = 16, kBlock = 4096;
+  const bool whole = token_bytes_ <= int64_t{64} << 20;
   uint64_t hash = 0;
   const auto add = [&](const void* data, int64_t bytes) {
     hash = XXH3_64bits_withSeed(data, size_t(bytes), hash);
   };
   for (const TokenFile& file : files_) {
-    const int64_t sizes[3] = {size_of(file.type), file.num_tokens, file.num_docs};
-    const int64_t bytes = file.num_tokens * size_of(file.type);
+    const int64_t sizes[] = {size_of(file.type), file.num_tokens, file.num_docs};
+    const int64_t bytes = sizes[0] * sizes[1];
+    const int64_t block = whole ? bytes : std::min<int64_t>(bytes, 4096);
     add(sizes, sizeof sizes);
     add(file.ends, 8 * file.num_docs);
-    const int64_t blocks = token_bytes_ <= kWhole ? 1 : kBlocks;
-    const int64_t block = blocks == 1 ? bytes : std::min(bytes, kBlock);
-    for (int64_t i = 0; i < blocks; i++)  // from the first to the last one
-      add(file.tokens + (bytes - block) * i / (kBlocks - 1), block);
+    for (int64_t i = 0; i < (whole ? 1 : 16); i++)  // from the first block to the last one
+      add(file.tokens + (bytes - block) * i / 15, block);
   }
   return hash;
 }
-
-// ---- Rows and ranks -----------------------------------------------------------------------------
 
 void positions_from_ends(const int32_t* doc_ends, int64_t seq_length, int32_t* positions) {
   int64_t begin = 0;
@@ -238,7 +212,7 @@ void positions_from_ends(const int32_t* doc_ends, int64_t seq_length, int32_t* p
 
 int64_t global_sample(const BatchShape& shape, int64_t step, int dp_rank, int ep_rank,
                       int64_t row) {
-  const int64_t micro = row / shape.micro_batch, sender = int64_t{dp_rank} * shape.ep + ep_rank;
+  const int64_t micro = row / shape.micro_batch, sender = dp_rank * shape.ep + ep_rank;
   const int64_t group = micro * shape.dp * shape.ep + sender;  // of micro_batch samples
   return step * shape.global_batch + group * shape.micro_batch + row % shape.micro_batch;
 }
@@ -247,11 +221,12 @@ ZigzagBlocks zigzag_blocks(int64_t seq_length, int cp, int cp_rank) {
   if (cp == 1) return {{0, seq_length}, {seq_length, 0}};
   const int64_t blocks = 2 * cp, length = seq_length / blocks;
   if (seq_length % blocks != 0)
-    bad_input("data.sequence_length",
-              text("does not split into 2 * parallel.cp blocks (got %ld and cp = %d, need a "
-                   "multiple of %ld)",
-                   seq_length, cp, blocks),
-              text("data.sequence_length = %ld", (length + 1) * blocks));
+    bad_input(
+        "data.sequence_length",
+        text("does not split into 2 * parallel.cp blocks (got %ld and cp = %d, need a multiple "
+             "of %ld)",
+             seq_length, cp, blocks),
+        text("data.sequence_length = %ld", (length + 1) * blocks));
   return {{cp_rank * length, (blocks - 1 - cp_rank) * length}, {length, length}};
 }
 
@@ -259,24 +234,17 @@ void take_zigzag(const int32_t* row, const ZigzagBlocks& blocks, int32_t* out) {
   for (int i = 0; i < 2; i++) out = std::copy_n(row + blocks.begin[i], blocks.length[i], out);
 }
 
-// ---- The bigram model ---------------------------------------------------------------------------
-
 // The absolute discount that follows from how many things were counted once and twice.
-template <class Counts>
-static double discount_of(const Counts& counts) {
+static double discount_of(const auto& counts) {
   const double ones = std::ranges::count(counts, 1u), twos = std::ranges::count(counts, 2u);
   return ones == 0 ? 0.5 : ones / (ones + 2 * twos);  // the unseen need some
 }
 
 double bigram_nats(const Dataset& data) {
   const int64_t v = data.options_.vocab_size, length = data.options_.seq_length;
-  if (v > kBigramMaxVocab)
-    bad_input("bigram model",
-              text("the vocabulary is too large (got %ld, need at most %ld)", v, kBigramMaxVocab),
-              "compare with another run instead");
   vector<int32_t> tokens(length), labels(length);
   const auto each_pair = [&](const Dataset::Stream& stream, const auto& use) {
-    for (int64_t begin = 0; begin + 1 < stream.num_tokens; begin += length) {
+    for (int64_t begin = 0; begin < stream.num_labels(); begin += length) {
       data.cut(stream, begin, {tokens.data(), labels.data()});
       for (int64_t i = 0; i < length; i++)
         if (labels[i] != kIgnoreLabel) use(tokens[i], labels[i]);
@@ -286,12 +254,12 @@ double bigram_nats(const Dataset& data) {
   vector<double> before(v), after(v), total(v);  // distinct neighbours; times followed
   double kinds = 0, nats = 0, count = 0;
   for (const Dataset::Stream& stream : data.train_)
-    each_pair(stream, [&](int32_t first, int32_t second) {
-      const bool is_new = pairs[first * v + second]++ == 0;
-      before[second] += is_new;
-      after[first] += is_new;
+    each_pair(stream, [&](int32_t a, int32_t b) {
+      const bool is_new = pairs[a * v + b]++ == 0;
+      before[b] += is_new;
+      after[a] += is_new;
       kinds += is_new;
-      total[first]++;
+      total[a]++;
     });
   const double pair_discount = discount_of(pairs), discount = discount_of(before);
   const double seen = v - std::ranges::count(before, 0);
@@ -299,15 +267,11 @@ double bigram_nats(const Dataset& data) {
   const auto mix = [](double n, double off, double kind, double low, double all) {
     return all == 0 ? low : (std::max(n - off, 0.0) + off * kind * low) / all;
   };
-  each_pair(data.heldout_, [&](int32_t first, int32_t second) {
-    const double low = mix(before[second], discount, seen, 1.0 / v, kinds);
-    nats -=
-        std::log(mix(pairs[first * v + second], pair_discount, after[first], low, total[first]));
+  each_pair(data.heldout_, [&](int32_t a, int32_t b) {
+    const double low = mix(before[b], discount, seen, 1.0 / v, kinds);
+    nats -= std::log(mix(pairs[a * v + b], pair_discount, after[a], low, total[a]));
     count++;
   });
-  if (count == 0)
-    bad_input("data.heldout_fraction", "the held-out documents have no label (got 0)",
-              "a larger one, or documents of two tokens or more");
   return nats / count;
 }
 

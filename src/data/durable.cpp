@@ -1,6 +1,7 @@
 #include "data/durable.h"
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -10,16 +11,15 @@
 #include <cstring>
 #include <filesystem>
 
-#include "core/check.h"
+#include "core/log.h"
 
 namespace pith {
 
 namespace fs = std::filesystem;
 
 [[noreturn]] static void failed_call(const string& path, const char* what, int error) {
-  failed(path, string(what) + " (" + strerror(error) + ")",
-         error == ENOSPC || error == EDQUOT ? "free space on that disk"
-                                            : "check the path and its permissions");
+  failed(path, text("%s (%s)", what, strerror(error)),
+         error == ENOSPC || error == EDQUOT ? "free space there" : "the path and its permissions");
 }
 
 MappedFile::MappedFile(const string& path) : path_(path) {
@@ -28,15 +28,13 @@ MappedFile::MappedFile(const string& path) : path_(path) {
   struct stat info = {};
   void* map = nullptr;
   const bool is_file = fstat(fd, &info) == 0 && S_ISREG(info.st_mode);
-  if (is_file && info.st_size > 0)
-    map = mmap(nullptr, size_t(info.st_size), PROT_READ, MAP_SHARED, fd, 0);
+  const auto size = size_t(info.st_size);
+  if (is_file && size > 0) map = mmap(nullptr, size, PROT_READ, MAP_SHARED, fd, 0);
   close(fd);
-  if (!is_file) bad_input(path, "is not a file (got a folder or device)", "name a file");
-  if (map == MAP_FAILED) bad_input(path, "cannot be mapped", "check the memory limits");
+  if (!is_file || map == MAP_FAILED)
+    bad_input(path, is_file ? "cannot be mapped" : "is not a file", "another file");
   size_ = info.st_size;
-  if (map)
-    map_ = {static_cast<const char*>(map),
-            [map, size = info.st_size](const char*) { munmap(map, size_t(size)); }};
+  if (map) map_ = {static_cast<char*>(map), [size](char* begin) { munmap(begin, size); }};
 }
 
 DurableFile::DurableFile(const string& path) : path_(path), temporary_(path + ".tmp") {
@@ -53,8 +51,7 @@ DurableFile::~DurableFile() {
 void DurableFile::write(const void* bytes, int64_t size) {
   const char* next = static_cast<const char*>(bytes);
   for (const char* end = next + size; next < end;) {
-    // Linux writes at most 2^31 - 4096 bytes a call.
-    const ssize_t n = ::write(fd_, next, std::min<size_t>(end - next, 1 << 30));
+    const ssize_t n = ::write(fd_, next, std::min<size_t>(end - next, 1 << 30));  // Linux: < 2 GiB
     if (n < 0 && errno == EINTR) continue;
     if (n < 0) failed_call(temporary_, "cannot be written", errno);
     next += n;
@@ -77,11 +74,6 @@ void write_file_durably(const string& path, const string& bytes) {
   file.finish();
 }
 
-string folder_of(const string& path) {
-  const fs::path folder = fs::path(path).parent_path();
-  return folder.empty() ? "." : folder.string();
-}
-
 void make_folders(const string& path) {
   std::error_code error;
   fs::create_directories(path, error);
@@ -91,10 +83,39 @@ void make_folders(const string& path) {
 void sync_folder(const string& path) {
   const int fd = open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   if (fd < 0) failed_call(path, "cannot be opened", errno);
-  // Some network file systems cannot sync a folder; there the rename is as durable as it gets.
+  // Some network file systems cannot sync a folder.
   const int error = fsync(fd) == 0 || errno == EINVAL || errno == ENOTSUP ? 0 : errno;
   close(fd);
   if (error) failed_call(path, "cannot be flushed to disk", error);
 }
+
+string folder_of(const string& path) {
+  const fs::path folder = fs::path(path).parent_path();
+  return folder.empty() ? "." : folder.string();
+}
+
+RunLock::RunLock(const string& folder) {
+  make_folders(folder);
+  const string path = folder + "/.lock";
+  fd_ = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+  if (fd_ < 0) failed_call(path, "cannot be opened", errno);
+  char holder[400] = "", host[256] = "";
+  if (flock(fd_, LOCK_EX | LOCK_NB) != 0) {
+    if (errno != EWOULDBLOCK) {
+      log_warning("%s: cannot be locked (%s)", path.c_str(), strerror(errno));
+      return;
+    }
+    const bool named = pread(fd_, holder, sizeof holder - 1, 0) > 0;
+    close(fd_);
+    bad_input(folder, text("another run writes there (%s)", named ? holder : "just begun"),
+              "another run.folder");
+  }
+  gethostname(host, sizeof host - 1);
+  const int length = snprintf(holder, sizeof holder, "process %d on %s", getpid(), host);
+  if (ftruncate(fd_, 0) != 0 || pwrite(fd_, holder, size_t(length), 0) < 0)
+    log_warning("%s: cannot be written (%s)", path.c_str(), strerror(errno));
+}
+
+RunLock::~RunLock() { close(fd_); }
 
 }  // namespace pith

@@ -1,5 +1,4 @@
-// durable: files that are whole or absent, and files mapped for reading.
-// defines: MappedFile, DurableFile, write_file_durably, make_folders, sync_folder, folder_of
+// Files that are whole or absent, files mapped for reading, and the lock of a run's folder.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -8,11 +7,10 @@
 
 namespace pith {
 
-// A file mapped read-only. Copies share the mapping.
+// A file mapped read-only; copies share the mapping. Exit code 2 if it cannot be read.
 class MappedFile {
  public:
   MappedFile() = default;
-  // Exit code 2, naming the path, if it is missing, a folder, or unreadable.
   explicit MappedFile(const string& path);
   const string& path() const { return path_; }
   const char* data() const { return map_.get(); }  // null when empty
@@ -24,21 +22,18 @@ class MappedFile {
   std::shared_ptr<const char> map_;
 };
 
-// A file written under PATH.tmp and moved to PATH by finish(), after its bytes are on disk. Until
-// then PATH is untouched; destroyed unfinished, the temporary is removed. Every failing system call
-// is exit code 1 with the path and the system's reason ("No space left on device").
+// A file written under PATH.tmp, which finish() moves to PATH once its bytes are on disk; without
+// it the destructor removes it. Failing system calls, here and below, are exit code 1.
 class DurableFile {
  public:
   explicit DurableFile(const string& path);
   DurableFile(const DurableFile&) = delete;
   DurableFile& operator=(const DurableFile&) = delete;
   ~DurableFile();
-
   void write(const void* bytes, int64_t size);  // appends
+  void finish();
   int64_t size() const { return size_; }
   const string& path() const { return path_; }
-  // fsync, rename, fsync of the folder.
-  void finish();
 
  private:
   string path_, temporary_;
@@ -47,12 +42,23 @@ class DurableFile {
 };
 
 void write_file_durably(const string& path, const string& bytes);
-
-// Creates the folder and its parents where missing. Exit code 1 naming the path.
 void make_folders(const string& path);
 // Makes renames and removals inside the folder durable.
 void sync_folder(const string& path);
-// The folder part of a path: "a/b.txt" -> "a", "b.txt" -> ".".
+// "a/b.txt" -> "a", "b.txt" -> ".".
 string folder_of(const string& path);
+
+// Holds FOLDER/.lock, made where missing, while the process lives, however that ends. Exit code 2,
+// naming its holder, if it is taken.
+class RunLock {
+ public:
+  explicit RunLock(const string& folder);
+  RunLock(const RunLock&) = delete;
+  RunLock& operator=(const RunLock&) = delete;
+  ~RunLock();
+
+ private:
+  int fd_ = -1;
+};
 
 }  // namespace pith

@@ -1,9 +1,7 @@
 #include "data/npy.h"
 
 #include <algorithm>
-#include <cctype>
-
-#include "core/json.h"
+#include <cstring>
 
 namespace pith {
 
@@ -22,66 +20,39 @@ int64_t NpyHeader::numel() const {
   return n;
 }
 
-static constexpr string_view kMagic = "\x93NUMPY";
-static const char* const kRefetch = "write or fetch the file again";
-
-// The header's Python literal, {'descr': '<u2', 'fortran_order': False, 'shape': (3, 4), }, as
-// JSON, which has other quotes and brackets, words in small letters, and no commas before brackets.
-static string as_json(string_view literal) {
-  string json;
-  for (const char c : literal) {
-    const bool closes = c == '}' || c == ')' || c == ']';
-    if (isspace(static_cast<unsigned char>(c))) continue;
-    if (closes && json.ends_with(',')) json.pop_back();
-    const size_t at = string_view("'()TF").find(c);
-    json += at == string_view::npos ? c : "\"[]tf"[at];
-  }
-  return json;
-}
-
 NpyHeader parse_npy_header(const char* data, int64_t size, const string& place) {
-  const auto* bytes = reinterpret_cast<const unsigned char*>(data);
-  if (size < 12 || !string_view(data, 12).starts_with(kMagic))
-    bad_input(place, text("is not an NPY array, or is cut short (got %ld bytes)", size), kRefetch);
-  const int version = bytes[6];
-  if (version < 1 || version > 3)
-    bad_input(place, text("has an unknown NPY version (got %d, need 1, 2 or 3)", version),
-              "save it again with numpy.save");
-  int64_t length = bytes[8] | bytes[9] << 8, begin = 10;
-  if (version > 1) {
-    length |= int64_t{bytes[10]} << 16 | int64_t{bytes[11]} << 24;
-    begin = 12;
-  }
+  const auto refuse = [&](const string& what) {
+    bad_input(place, what, "write or fetch the file again");
+  };
+  if (size < 10 || !string_view(data, 10).starts_with("\x93NUMPY"))
+    refuse(text("is not an NPY array, or is cut short (got %ld bytes)", size));
+  if (data[6] != 1) refuse(text("has an unknown NPY version (got %d, need 1)", data[6]));
   NpyHeader header;
-  header.header_bytes = begin + length;
+  header.header_bytes = 10 + uint8_t(data[8]) + 256 * uint8_t(data[9]);
   const int64_t room = size - header.header_bytes;
   if (room < 0)
-    bad_input(place,
-              text("is cut short (got %ld bytes, need a header of %ld)", size, begin + length),
-              kRefetch);
-  const Json json = Json::parse(as_json({data + begin, size_t(length)}), place + ": NPY header");
-  const string type = json["descr"].as_string();
-  const auto known =
-      std::ranges::find_if(kTypes, [&](const auto& known_type) { return type == known_type.name; });
+    refuse(text("is cut short (got %ld bytes, need a header of %ld)", size, header.header_bytes));
+  const string dict(data + 10, data + header.header_bytes);
+  char type[8] = "", fortran[8] = "";
+  int shape = 0;  // where it begins
+  sscanf(dict.c_str(), "{'descr': '%7[^']', 'fortran_order': %7[a-zA-Z], 'shape': (%n", type,
+         fortran, &shape);
+  if (shape == 0 || fortran != string("False"))
+    refuse("has a header that numpy does not write for an array in C order (got " + dict + ")");
+  const auto known = std::ranges::find_if(kTypes, [&](auto& t) { return t.name == string(type); });
   if (known == std::end(kTypes))
-    bad_input(place,
-              "has an unknown dtype (got \"" + type +
-                  "\", need |u1, <u2, <u4, <u8, <i4, <i8, <f4 or <f8)",
-              "convert the array with numpy");
-  header.type = static_cast<NpyType>(known - kTypes);
-  int64_t need = known->bytes;
-  for (int64_t i = 0; i < json["shape"].size(); i++) {
-    header.shape.push_back(json["shape"][i].as_int(0));
+    refuse(text("has an unknown dtype (got \"%s\", need |u1, <u2, ...)", type));
+  header.type = NpyType(known - kTypes);
+  int64_t bytes = known->bytes;
+  const char* at = &dict[shape];
+  for (char* end = nullptr; *at != ')'; at = end + strspn(end, ", ")) {
+    header.shape.push_back(strtoll(at, &end, 10));
+    if (end == at || header.shape.back() < 0) refuse("has a bad shape (got " + dict + ")");
     const int64_t extent = std::max<int64_t>(header.shape.back(), 1);
-    if (__builtin_mul_overflow(need, extent, &need))
-      bad_input(place, "has a shape that is too large", kRefetch);
+    if (__builtin_mul_overflow(bytes, extent, &bytes)) refuse("has a shape that is too large");
   }
-  if (json["fortran_order"].as_bool() && header.shape.size() > 1)
-    bad_input(place, "is in Fortran order (need C order)", "save numpy.ascontiguousarray of it");
   if (header.data_bytes() > room)
-    bad_input(place,
-              text("is cut short (got %ld bytes of data, need %ld)", room, header.data_bytes()),
-              kRefetch);
+    refuse(text("is cut short (got %ld bytes of data, need %ld)", room, header.data_bytes()));
   return header;
 }
 
@@ -94,14 +65,12 @@ string npy_header(NpyType type, const vector<int64_t>& shape, int64_t bytes) {
   const auto length = size_t(bytes - 10);
   if (dict.size() >= length) failed("npy_header", text("needs more than %ld bytes", bytes));
   dict.resize(length - 1, ' ');
-  const char sizes[4] = {1, 0, char(length & 0xff), char(length >> 8)};
-  return string(kMagic) + string(sizes, 4) + dict + '\n';
+  return string("\x93NUMPY\x01\0", 8) + char(length & 0xff) + char(length >> 8) + dict + '\n';
 }
 
 void write_npy(const string& path, NpyType type, const vector<int64_t>& shape, const void* data) {
   DurableFile file(path);
-  const string head = npy_header(type, shape);
-  file.write(head.data(), int64_t(head.size()));
+  file.write(npy_header(type, shape).data(), 128);
   file.write(data, NpyHeader{type, shape}.data_bytes());
   file.finish();
 }

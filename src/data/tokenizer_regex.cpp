@@ -2,158 +2,91 @@
 #include <pcre2.h>
 
 #include <cstring>
-#include <utility>
 
-#include "core/check.h"
 #include "data/tokenizer_parts.h"
 
 namespace pith {
 
 // ---- Oniguruma's patterns as PCRE2's ----
 
-// Oniguruma has Unicode 16; PCRE2's own tables may be older, and its \s and \w differ. So
-// properties and these escapes become members of a class.
-
-namespace {
-constexpr const char* kSpaces =
-    "\\x{9}-\\x{d}\\x{20}\\x{85}\\x{a0}\\x{1680}\\x{2000}-\\x{200a}\\x{2028}\\x{2029}\\x{202f}"
-    "\\x{205f}\\x{3000}";
-// What \w has besides letters, marks and numbers: some of Latin-1, and letters in circles.
-constexpr const char* kMoreOfWords =
-    "\\x{b2}\\x{b3}\\x{b9}\\x{bc}-\\x{be}\\x{24b6}-\\x{24e9}\\x{1f130}-\\x{1f149}\\x{1f150}-"
-    "\\x{1f169}\\x{1f170}-\\x{1f189}";
+// Oniguruma has Unicode 16; PCRE2's own tables may be older, and its \s differs. So
+// properties, \s and \d become members of a class.
 
 // Members of a class: what has a general category that starts with `category`.
-string in_category(const string& category) {
+static string in_category(const string& category) {
   string out = "\\p{" + category + "}";
-  for (const CategoryRange& range : newer_code_points())
-    if (!strncmp(range.category, category.c_str(), category.size()))
-      out += text("\\x{%x}-\\x{%x}", range.first, range.last);
+  for (const NewerCodes& newer : newer_codes()) {
+    if (!string_view(newer.category).starts_with(category)) continue;
+    out += "\\x{";
+    for (const char* c = newer.ranges; *c; c++)
+      out += *c == ' ' ? "}\\x{" : *c == '-' ? "}-\\x{" : string(1, *c);
+    out += "}";
+  }
   return out;
 }
 
-class Translator {
- public:
-  Translator(const string& pattern, const string& place) : pattern_(pattern), place_(place) {}
+static constexpr const char* kSpaces =
+    "\\x{9}-\\x{d}\\x{20}\\x{85}\\x{a0}\\x{1680}\\x{2000}-\\x{200a}\\x{2028}\\x{2029}\\x{202f}"
+    "\\x{205f}\\x{3000}";
 
-  string run() {
-    while (at_ < pattern_.size()) {
-      const char c = pattern_[at_];
-      if (c == '\\') {
-        escape();
-      } else if (c == '[') {
-        open_class();
-      } else if (c == ']' && in_class_) {
-        in_class_ = false;
-        keep(1);
-      } else if (in_class_) {
-        if (pattern_.compare(at_, 2, "&&") == 0) refuse("&&");
-        keep(1);
-      } else if (c == '(' && pattern_.compare(at_, 2, "(?") == 0) {
-        group();
-      } else if (c == '{') {
-        repeat();
-      } else {
-        keep(1);
-      }
-    }
-    return out_;
-  }
-
- private:
-  [[noreturn]] void refuse(const string& what) {
-    bad_input(place_, "uses " + what + " in a regular expression, which is not supported",
-              "another tokenizer");
-  }
-
-  void keep(size_t count) {
-    out_ += pattern_.substr(at_, count);
-    at_ += count;
-  }
-
-  void open_class() {
-    if (in_class_) refuse("a class inside a class");
-    in_class_ = true;
-    keep(pattern_.compare(at_, 2, "[^") == 0 ? 2 : 1);
-    if (at_ < pattern_.size() && pattern_[at_] == ']') refuse("a class that starts with ]");
-  }
-
-  // (?: (?= (?! (?> (?<= (?<! (?i) (?i: (?-i: and so on; (?m) and (?x) mean other things here.
-  void group() {
-    static const char* const kSame[] = {
-        "(?:", "(?=", "(?!", "(?>", "(?<=", "(?<!", "(?i)", "(?i:", "(?-i)", "(?-i:"};
-    for (const char* group : kSame)
-      if (pattern_.compare(at_, strlen(group), group) == 0) return keep(strlen(group));
-    refuse("the group " + pattern_.substr(at_, 4));
-  }
-
-  // {n}, {n,} and {n,m}, not followed by +, which Oniguruma reads as another repetition.
-  void repeat() {
-    size_t end = at_ + 1;
-    while (end < pattern_.size() && (isdigit(pattern_[end]) || pattern_[end] == ',')) end++;
-    if (end == at_ + 1 || pattern_[at_ + 1] == ',' || pattern_.compare(end, 1, "}") != 0 ||
-        pattern_.compare(end + 1, 1, "+") == 0)
-      refuse("the repetition " + pattern_.substr(at_, end + 2 - at_));
-    keep(end + 1 - at_);
-  }
-
-  void members(const string& inside, bool negated) {
-    if (in_class_ && negated) refuse("\\S, \\W, \\D or \\P inside a class");
-    out_ += in_class_ ? inside : (negated ? "[^" : "[") + inside + "]";
-  }
-
-  void property() {
-    const bool negated = pattern_[at_ + 1] == 'P';
-    string name = pattern_.substr(at_ + 2, 1);
-    size_t size = 3;
-    if (name == "{") {
-      const size_t end = pattern_.find('}', at_);
-      if (end == string::npos) refuse("an unclosed \\p{");
-      name = pattern_.substr(at_ + 3, end - at_ - 3);
-      size = end + 1 - at_;
-    }
-    static const char* const kMinors[] = {"Lultmo", "Mnce", "Ndlo", "Pcdseifo", "Smcko", "Zslp"};
-    bool known = false;
-    for (const char* minors : kMinors)
-      known |= minors[0] == name[0] &&
-               (name.size() == 1 || (name.size() == 2 && strchr(minors + 1, name[1])));
-    if (!known) refuse("\\p{" + name + "}");
-    members(in_category(name), negated);
-    at_ += size;
-  }
-
-  void escape() {
-    if (at_ + 1 == pattern_.size()) refuse("a \\ at the end");
-    const char c = pattern_[at_ + 1];
-    if (c == 'p' || c == 'P') return property();
-    const bool is_class = strchr("sSdDwW", c) != nullptr;
-    if (!is_class) {
-      if (isalnum(static_cast<unsigned char>(c)) && !strchr("rntfaexAz", c))
-        refuse(string("\\") + c);
-      return keep(2);
-    }
-    const char lower = char(c | 0x20);
-    string inside = lower == 's' ? kSpaces : in_category("Nd");
-    if (lower == 'w') inside += kMoreOfWords;
-    for (const char* category : {"L", "M", "Nl", "Pc"})
-      if (lower == 'w') inside += in_category(category);
-    members(inside, c != lower);
-    at_ += 2;
-  }
-
-  const string& pattern_;
-  const string& place_;
-  string out_;
-  size_t at_ = 0;
-  bool in_class_ = false;
-};
-}  // namespace
-
-string escape_regex(const string& literal) {
+static string translate(const string& pattern, const string& place) {
+  static const char* const kGroups[] = {
+      "(?:", "(?=", "(?!", "(?>", "(?<=", "(?<!", "(?i)", "(?i:", "(?-i)", "(?-i:"};
   string out;
-  for (const char c : literal) {
-    if (strchr("\\.+*?()|[]{}^$#&-~", c) && c) out += '\\';
-    out += c;
+  bool in_class = false;
+  for (size_t at = 0, size = 1; at < pattern.size(); at += size) {
+    const string_view rest = string_view(pattern).substr(at);
+    const char c = rest[0], next = rest.size() > 1 ? rest[1] : '\0';
+    const auto refuse = [&](size_t length) {
+      bad_input(place,
+                "uses " + string(rest.substr(0, length)) +
+                    " in a regular expression, which is not supported",
+                "another tokenizer");
+    };
+    string members;  // of a class, that stand for an escape
+    bool negated = false;
+    size = 1;
+    if (c == '\\') {
+      size = 2;
+      if (next == 'p' || next == 'P') {
+        size = rest.find('}') + 1;
+        if (rest.size() < 4 || rest[2] != '{' || size < 5) refuse(3);
+        const string name(rest.substr(3, size - 4));
+        if (name.size() > 2 || !strchr("LMNPSZ", name[0]) ||
+            (name.size() == 2 && !strchr("ultmoncedsifkp", name[1])))
+          refuse(size);
+        members = in_category(name);
+        negated = next == 'P';
+      } else if (next && strchr("sSdD", next)) {
+        members = (next | 0x20) == 's' ? kSpaces : in_category("Nd");
+        negated = isupper(next);
+      } else if (!next || (isalnum(uint8_t(next)) && !strchr("rntfaexAz", next))) {
+        refuse(2);
+      }
+    } else if (in_class) {
+      if (c == '[' || rest.starts_with("&&")) refuse(2);
+      in_class = c != ']';
+    } else if (c == '[') {
+      in_class = true;
+      size = next == '^' ? 2 : 1;
+      if (rest.substr(size).starts_with("]")) refuse(size + 1);
+    } else if (rest.starts_with("(?")) {
+      size = 0;
+      for (const char* group : kGroups)
+        if (rest.starts_with(group)) size = strlen(group);
+      if (!size) refuse(4);
+    } else if (c == '{') {
+      // {n}, {n,} and {n,m}, not followed by +, which Oniguruma reads as another repetition.
+      size = rest.find_first_not_of("0123456789,", 1) + 1;
+      if (size < 3 || next == ',' || rest[size - 1] != '}' || rest.substr(size).starts_with("+"))
+        refuse(size + 1);
+    }
+    if (members.empty())
+      out += rest.substr(0, size);
+    else if (in_class && negated)
+      refuse(size);
+    else
+      out += in_class ? members : (negated ? "[^" : "[") + members + "]";
   }
   return out;
 }
@@ -167,51 +100,47 @@ static string pcre2_message(int code) {
 }
 
 Regex::Regex(const string& pattern, const string& place) : place_(place) {
-  const string translated = Translator(pattern, place).run();
+  const string translated = translate(pattern, place);
   int error = 0;
   PCRE2_SIZE offset = 0;
   // In Ruby's syntax ^ and $ are those of lines, which only \n ends.
   pcre2_compile_context* context = pcre2_compile_context_create(nullptr);
   pcre2_set_newline(context, PCRE2_NEWLINE_LF);
-  code_ = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(translated.data()), translated.size(),
-                        PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NO_UTF_CHECK, &error,
-                        &offset, context);
+  pcre2_code* code = pcre2_compile(
+      reinterpret_cast<PCRE2_SPTR>(translated.data()), translated.size(),
+      PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NO_UTF_CHECK, &error, &offset, context);
   pcre2_compile_context_free(context);
-  if (!code_)
+  if (!code)
     bad_input(place, "has a malformed regular expression: " + pcre2_message(error),
               "fetch the file again");
-  auto* code = static_cast<pcre2_code*>(code_);
+  code_.reset(code, pcre2_code_free);
   jit_ = pcre2_jit_compile(code, PCRE2_JIT_COMPLETE) == 0;
   const uint8_t* bitmap = nullptr;
   pcre2_pattern_info(code, PCRE2_INFO_FIRSTBITMAP, &bitmap);
+  may_be_empty_ = !bitmap;
   for (size_t byte = 0; byte < starts_.size(); byte++)
     starts_[byte] = !bitmap || (bitmap[byte / 8] >> byte % 8 & 1);
 }
 
-Regex::Regex(Regex&& o) noexcept
-    : code_(std::exchange(o.code_, nullptr)), place_(o.place_), jit_(o.jit_), starts_(o.starts_) {}
-Regex::~Regex() { pcre2_code_free(static_cast<pcre2_code*>(code_)); }
-
-MatchData::~MatchData() { pcre2_match_data_free(static_cast<pcre2_match_data*>(data)); }
-
-void Regex::matches(string_view text, MatchData& scratch, vector<Match>& out) const {
+void Regex::matches(string_view text, std::shared_ptr<void>& room, vector<Match>& out) const {
   out.clear();
-  const auto* code = static_cast<const pcre2_code*>(code_);
+  if (!room) room.reset(pcre2_match_data_create(1, nullptr), pcre2_match_data_free);
+  const auto* code = static_cast<const pcre2_code*>(code_.get());
+  auto* data = static_cast<pcre2_match_data*>(room.get());
   const auto* subject = reinterpret_cast<PCRE2_SPTR>(text.data());
-  if (!scratch.data) scratch.data = pcre2_match_data_create(1, nullptr);
-  auto* data = static_cast<pcre2_match_data*>(scratch.data);
   const PCRE2_SIZE* found = pcre2_get_ovector_pointer(data);
   size_t from = 0, done = 0;
-  bool any = false;
-  int result = 0;
-  while (from <= text.size()) {
+  for (bool any = false;;) {
     while (from < text.size() && !starts_[subject[from]]) from++;
-    result = PCRE2_ERROR_JIT_STACKLIMIT;
+    if (from > text.size() || (from == text.size() && !may_be_empty_)) break;
+    int result = PCRE2_ERROR_JIT_STACKLIMIT;
     if (jit_) result = pcre2_jit_match(code, subject, text.size(), from, 0, data, nullptr);
     if (result == PCRE2_ERROR_JIT_STACKLIMIT)
       result = pcre2_match(code, subject, text.size(), from, PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT,
                            data, nullptr);
-    if (result < 0) break;
+    if (result == PCRE2_ERROR_NOMATCH) break;
+    if (result < 0)
+      failed(place_, "the regular expression could not be matched: " + pcre2_message(result));
     const size_t begin = found[0], end = found[1];
     // An empty match right behind the last one does not count.
     if (begin == end && any && end == done) {
@@ -223,8 +152,6 @@ void Regex::matches(string_view text, MatchData& scratch, vector<Match>& out) co
     from = done = end;
     any = true;
   }
-  if (result < 0 && result != PCRE2_ERROR_NOMATCH)
-    failed(place_, "the regular expression could not be matched: " + pcre2_message(result));
   if (done < text.size()) out.push_back({done, text.size(), false});
 }
 

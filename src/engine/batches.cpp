@@ -53,7 +53,6 @@ LoadedBatches make_batches(Rank& rank, const Dataset& data, const BatchShape& sh
     batch.tokens = upload(Tokens, {rows * local});
     batch.labels = upload(Labels, {rows * local});
     batch.positions = upload(Positions, {rows * local});
-    if (mesh.cp > 1) batch.mask.order = tensor_from(rank, {local}, DType::I32, order.data());
     if (data.options().document_mask) batch.mask.doc_ends = upload(Ends, {rows, local});
     loaded.batches.push_back(std::move(batch));
   }

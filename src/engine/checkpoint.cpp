@@ -1,382 +1,545 @@
 #include "engine/checkpoint.h"
 
-#include <unistd.h>
 #include <xxhash.h>
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
 #include <cstring>
 #include <filesystem>
-#include <map>
+#include <future>
+#include <nlohmann/json.hpp>
+#include <ranges>
+#include <set>
+#include <span>
+#include <sstream>
+#include <thread>
 
+#include "comm/communicator.h"
 #include "core/json.h"
 #include "core/log.h"
-#include "engine/checkpoint_parts.h"
 #include "engine/config.h"
 
 namespace pith {
 namespace fs = std::filesystem;
+using std::chrono::duration;
 
-static constexpr int64_t kVersion = 1;
 static constexpr const char* kManifest = "/manifest.json";
-static constexpr const char* kChecksumKey = "\"manifest_xxh3\": \"";
 static const char* const kRestore = "restore it, or remove it to use the checkpoint before";
+
+// What is stored of a parameter: the suffix of its name, and its values.
+static constexpr std::pair<const char*, Tensor FlatUnit::*> kStored[] = {
+    {"", &FlatUnit::master}, {".exp_avg", &FlatUnit::m}, {".exp_avg_sq", &FlatUnit::v}};
 
 static string hex(uint64_t value) { return text("%016lx", value); }
 
-static uint64_t from_hex(const Json& json) {
-  const string digits = json.as_string();
-  char* end = nullptr;
-  const uint64_t value = strtoull(digits.c_str(), &end, 16);
-  if (digits.size() != 16 || *end)
-    bad_input(json.place(), "is no checksum (got \"" + digits + "\", need 16 hex digits)",
-              kRestore);
-  return value;
+uint64_t checksum_of(const void* bytes, int64_t size) { return XXH3_64bits(bytes, size_t(size)); }
+
+static bool is_moment(const string& name) {
+  return name.ends_with(kStored[1].first) || name.ends_with(kStored[2].first);
 }
 
-static uint64_t hash_of(const string& bytes) { return XXH3_64bits(bytes.data(), bytes.size()); }
+static string step_name(int64_t step) { return text("step-%08ld", step); }
 
-bool is_moment(const string& name) { return name.ends_with(kExpAvg) || name.ends_with(kExpAvgSq); }
-
-string step_name(int64_t step) { return text("step-%08ld", step); }
-
-int64_t StoredTensor::numel() const {
-  int64_t n = 1;
-  for (const int64_t size : shape) n *= size;
-  return n;
+vector<int64_t> shape_of(const Piece& piece) {
+  return {piece.dims.size, piece.dims.size + piece.dims.rank};
 }
 
-const StoredTensor* Checkpoint::find(string_view name) const {
-  const auto at = std::lower_bound(tensors.begin(), tensors.end(), name,
-                                   [](const StoredTensor& t, string_view n) { return t.name < n; });
-  return at != tensors.end() && at->name == name ? &*at : nullptr;
+// Calls fn, which must not throw, with each item, on a few threads.
+static void in_parallel(auto& items, const auto& fn) {
+  std::atomic<size_t> next{0};
+  vector<std::jthread> threads;
+  const size_t most = std::clamp(std::thread::hardware_concurrency(), 1u, 8u);
+  while (threads.size() < std::min(most, items.size()))
+    threads.emplace_back([&] {
+      for (size_t i = next++; i < items.size(); i = next++) fn(items[i]);
+    });
 }
 
-// ---- manifest ----
+static void to_json(nlohmann::json& json, FileDType dtype) { json = name_of(dtype); }
+static void from_json(const nlohmann::json& json, FileDType& dtype) {
+  for (int i = 0; json != name_of(dtype) && dtype != FileDType::BOOL;) dtype = FileDType(++i);
+}
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(RunState, step, updates, samples, seed, data_fingerprint,
+                                   optimizer, balance_counts, config, model)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Mesh, pp, dp, cp, ep, dp_replicate)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(StoredFragment, begin, count, file, offset, checksum)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(StoredTensor, dtype, shape, fragments)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(StoredFile, name, bytes, header_bytes, header_checksum)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Checkpoint, state, mesh, files, tensors)
 
-// One line a tensor; a fragment is [file, begin, count, offset, XXH3]. There may be 10^5 of them,
-// and names would take most of the time to read.
-static string tensor_text(const StoredTensor& tensor) {
-  JsonWriter w;
-  w.object().key("name").value(tensor.name).key("dtype").value(name_of(tensor.dtype));
-  w.key("shape").array();
-  for (const int64_t size : tensor.shape) w.value(size);
-  w.end().key("fragments").array();
-  for (const StoredFragment& f : tensor.fragments) {
-    w.array().value(f.file).value(f.begin).value(f.count).value(f.offset);
-    w.value(hex(f.checksum)).end();
-  }
-  return w.end().end().str();
+// A manifest begins with the version of its form and a checksum of what follows.
+static string sealed(const string& rest) {
+  const uint64_t checksum = checksum_of(rest.data(), int64_t(rest.size()));
+  return "{\"pith_checkpoint_2_xxh3\": \"" + hex(checksum) + "\"," + rest;
 }
 
-string manifest_text(const Checkpoint& c) {
-  const RunState& s = c.state;
-  JsonWriter w(1);
-  w.object().key("format").value("pith checkpoint").key("version").value(kVersion);
-  w.key("step").value(s.step).key("updates").value(s.updates).key("samples").value(s.samples);
-  w.key("seed").value(std::to_string(s.seed));
-  w.key("data_fingerprint").value(hex(s.data_fingerprint));
-  w.key("optimizer").value(s.optimizer);
-  w.key("mesh").object().key("pp").value(c.mesh.pp).key("dp").value(c.mesh.dp);
-  w.key("cp").value(c.mesh.cp).key("ep").value(c.mesh.ep);
-  w.key("dp_replicate").value(c.mesh.dp_replicate).end();
-  JsonWriter counts;
-  counts.array();
-  for (const double count : s.balance_counts) counts.value(count);
-  w.key("balance_counts").raw(counts.end().str());
-  w.key("config_xxh3").value(hex(hash_of(s.config))).key("config").value(s.config);
-  w.key("model").value(s.model).key("files").array();
-  for (const StoredFile& file : c.files)
-    w.object().key("name").value(file.name).key("bytes").value(file.bytes).end();
-  w.end().key("tensors").array();
-  for (const StoredTensor& tensor : c.tensors) w.raw(tensor_text(tensor));
-  string body = w.end().end().str();
-  while (body.back() == '}' || body.back() == '\n') body.pop_back();
-  body += ",\n ";
-  return body + kChecksumKey + hex(hash_of(body)) + "\"\n}\n";
+void write_manifest(const Checkpoint& c, const string& path) {
+  const auto replace = nlohmann::json::error_handler_t::replace;  // of what is not UTF-8
+  write_file_durably(path, sealed(nlohmann::json(c).dump(-1, ' ', false, replace).substr(1)));
 }
 
-static RunState read_state(const Json& json) {
-  RunState s;
-  s.step = json["step"].as_int(0);
-  s.updates = json["updates"].as_int(0);
-  s.samples = json["samples"].as_int(0);
-  s.seed = strtoull(json["seed"].as_string().c_str(), nullptr, 10);
-  s.data_fingerprint = from_hex(json["data_fingerprint"]);
-  s.optimizer = json["optimizer"].as_string();
-  const Json counts = json["balance_counts"];
-  for (int64_t i = 0; i < counts.size(); i++) s.balance_counts.push_back(counts[i].as_double());
-  s.config = json["config"].as_string();
-  s.model = json["model"].as_string();
-  return s;
-}
-
-static FileDType read_dtype(const Json& json) {
-  const string name = json.as_string();
-  for (int i = 0; i <= int(FileDType::BOOL); i++)
-    if (name == name_of(static_cast<FileDType>(i))) return static_cast<FileDType>(i);
-  bad_input(json.place(), "is an unknown dtype (got \"" + name + "\")", kRestore);
-}
-
-static StoredTensor read_tensor(const Json& json, int64_t num_files) {
-  StoredTensor tensor;
-  tensor.name = json["name"].as_string();
-  tensor.dtype = read_dtype(json["dtype"]);
-  tensor.shape = json["shape"].as_ints();
-  const Json list = json["fragments"];
-  for (int64_t i = 0; i < list.size(); i++) {
-    const Json f = list[i];
-    tensor.fragments.push_back({f[1].as_int(0), f[2].as_int(1), int(f[0].as_int(0, num_files - 1)),
-                                f[3].as_int(0), from_hex(f[4])});
-  }
-  return tensor;
-}
-
-Checkpoint read_manifest(const string& path) {
+static Checkpoint read_manifest(const string& path) {
   const string bytes = read_text_file(path);
-  const size_t key = bytes.rfind(kChecksumKey);
-  if (key == string::npos ||
-      bytes.substr(key) != kChecksumKey + hex(hash_of(bytes.substr(0, key))) + "\"\n}\n")
-    bad_input(path, "is damaged or cut short (its own checksum does not hold)", kRestore);
-  const Json json = Json::parse(bytes, path);
-  if (json["version"].as_int() != kVersion)
-    bad_input(path + ": version",
-              "is of another version of Pith (got " + json["version"].dump() + ", need 1)",
-              "the version that wrote it");
-  Checkpoint c;
-  c.state = read_state(json);
-  const Json mesh = json["mesh"], files = json["files"], tensors = json["tensors"];
-  const auto axis = [&](const char* name) { return int(mesh[name].as_int(1)); };
-  c.mesh = {axis("pp"), axis("dp"), axis("cp"), axis("ep"), axis("dp_replicate")};
-  for (int64_t i = 0; i < files.size(); i++)
-    c.files.push_back({files[i]["name"].as_string(), files[i]["bytes"].as_int(0)});
-  c.tensors.reserve(size_t(tensors.size()));
-  for (int64_t i = 0; i < tensors.size(); i++)
-    c.tensors.push_back(read_tensor(tensors[i], files.size()));
-  return c;
+  const size_t start = std::min(bytes.size(), sealed("").size());
+  if (bytes != sealed(bytes.substr(start)))
+    bad_input(path, "is damaged or cut short, or of another version of Pith", kRestore);
+  return nlohmann::json::parse(bytes).get<Checkpoint>();
 }
 
-void check_coverage(const Checkpoint& c) {
-  for (const StoredTensor& tensor : c.tensors) {
-    int64_t end = 0;
-    const auto need = [&](bool holds, int64_t begin) {
-      if (holds) return;
-      bad_input(c.folder + ": " + tensor.name,
-                text("the fragments do not cover the tensor once (got one that begins at "
-                     "element %ld of %ld, need %ld)",
-                     begin, tensor.numel(), end),
-                kRestore);
-    };
-    for (const StoredFragment& f : tensor.fragments) {
-      need(f.begin == end, f.begin);
-      end += f.count;
-      if (f.offset + f.count * size_of(tensor.dtype) > c.files[size_t(f.file)].bytes)
-        bad_input(c.folder + ": " + tensor.name, "a fragment passes the end of its file", kRestore);
-    }
-    need(end == tensor.numel(), tensor.numel());
+StoredFile stored_file(const string& folder, const string& name) {
+  const MappedFile map(folder + "/" + name);
+  StoredFile file{.name = name, .bytes = map.size()};
+  memcpy(&file.header_bytes, map.data(), 8);  // the length of what follows it
+  file.header_bytes += 8;
+  file.header_checksum = checksum_of(map.data(), file.header_bytes);
+  return file;
+}
+
+static void check_coverage(const Checkpoint& c, const string& name, const StoredTensor& tensor) {
+  bool good = true;
+  int64_t end = 0;
+  for (const StoredFragment& f : tensor.fragments) {
+    good = good && f.begin == end && size_t(f.file) < c.files.size() &&
+           f.offset + f.count * size_of(tensor.dtype) <= c.files[size_t(f.file)].bytes;
+    end += f.count;
   }
+  if (!good || end != tensor.numel())
+    bad_input(c.folder + ": " + name, "its fragments do not cover it once, within their files",
+              kRestore);
 }
 
-// ---- opening and verifying ----
-
-static string without_slash(string path) {
-  while (path.size() > 1 && path.back() == '/') path.pop_back();
-  return path;
-}
-
-Checkpoint open_checkpoint(const string& named) {
-  const string folder = without_slash(named);
-  if (access((folder + "/.").c_str(), F_OK) != 0)
+Checkpoint open_checkpoint(const string& folder) {
+  if (!fs::is_directory(folder))
     bad_input(folder, "there is no such checkpoint", "pith checkpoint list on the run folder");
-  if (access((folder + kManifest).c_str(), F_OK) != 0)
+  if (!fs::exists(folder + kManifest))
     bad_input(folder, "is no finished checkpoint (it has no manifest.json)",
-              list_checkpoints(folder).empty() ? kRestore : "name one of its step-* folders");
+              "name a step-* folder that has one");
   Checkpoint c = read_manifest(folder + kManifest);
   c.folder = folder;
-  check_coverage(c);
-  for (const StoredFile& file : c.files) {
+  for (const auto& [name, tensor] : c.tensors) check_coverage(c, name, tensor);
+  for (StoredFile& file : c.files) {
     const string path = folder + "/" + file.name;
-    if (access(path.c_str(), F_OK) != 0)
-      bad_input(path, "is missing, but the manifest names it", kRestore);
-    c.maps.emplace_back(path);
-    if (c.maps.back().size() != file.bytes)
+    if (!fs::exists(path)) bad_input(path, "is missing, but the manifest names it", kRestore);
+    file.map = MappedFile(path);
+    if (file.map.size() != file.bytes)
       bad_input(path,
-                text("is cut short or is another file (got %ld bytes, need %ld)",
-                     c.maps.back().size(), file.bytes),
+                text("is cut short or is another file (got %ld bytes, need %ld)", file.map.size(),
+                     file.bytes),
                 kRestore);
   }
   return c;
-}
-
-static string entry_name(const StoredTensor& tensor, const StoredFragment& f) {
-  return tensor.name + "#" + std::to_string(f.begin);
-}
-
-// The files' own headers say the same as the manifest.
-static void verify_headers(const Checkpoint& c) {
-  vector<SafetensorsReader> readers;
-  for (const MappedFile& map : c.maps) readers.emplace_back(map.path());
-  size_t fragments = 0, entries = 0;
-  for (const SafetensorsReader& reader : readers) {
-    entries += reader.tensors().size();
-    if (reader.metadata("format") != "pt")
-      bad_input(reader.files()[0].path(), "has a damaged header", kRestore);
-  }
-  for (const StoredTensor& tensor : c.tensors)
-    for (const StoredFragment& f : tensor.fragments) {
-      const SafetensorsReader& reader = readers[size_t(f.file)];
-      const TensorEntry& entry = reader.at(entry_name(tensor, f));
-      const bool same = entry.data - reader.files()[0].data() == f.offset &&
-                        entry.dtype == tensor.dtype && entry.numel() == f.count;
-      if (!same) bad_input(reader.place(entry), "is not what the manifest says", kRestore);
-      fragments++;
-    }
-  if (fragments != entries)
-    bad_input(c.folder,
-              text("the files hold other fragments than the manifest (got %zu, need %zu)", entries,
-                   fragments),
-              kRestore);
 }
 
 void verify(const Checkpoint& c, bool weights_only) {
-  if (!weights_only) verify_headers(c);
-  vector<std::pair<const StoredTensor*, const StoredFragment*>> tasks;
-  for (const StoredTensor& tensor : c.tensors)
-    if (!weights_only || !is_moment(tensor.name))
-      for (const StoredFragment& f : tensor.fragments) tasks.push_back({&tensor, &f});
-  on_threads(int64_t(tasks.size()), [&](int64_t i) {
-    const auto [tensor, f] = tasks[size_t(i)];
-    const MappedFile& map = c.maps[size_t(f->file)];
-    const uint64_t got =
-        XXH3_64bits(map.data() + f->offset, size_t(f->count * size_of(tensor->dtype)));
-    if (got != f->checksum)
-      bad_input(map.path() + ": " + entry_name(*tensor, *f),
-                "is damaged (checksum " + hex(got) + ", need " + hex(f->checksum) + ")", kRestore);
-  });
+  struct Region {
+    string place;
+    const char* data;
+    int64_t bytes;
+    uint64_t need, got = 0;
+  };
+  vector<Region> regions;
+  for (const auto& [name, bytes, header_bytes, checksum, map] : c.files)
+    regions.push_back({map.path() + ": header", map.data(), header_bytes, checksum});
+  for (const auto& [name, tensor] : c.tensors)
+    for (const auto& [begin, count, file, offset, checksum] : tensor.fragments) {
+      const MappedFile& map = c.files[size_t(file)].map;
+      if (!weights_only || !is_moment(name))
+        regions.push_back({map.path() + ": " + name + "#" + std::to_string(begin),
+                           map.data() + offset, count * size_of(tensor.dtype), checksum});
+    }
+  in_parallel(regions, [](Region& r) { r.got = checksum_of(r.data, r.bytes); });
+  for (const Region& r : regions)
+    if (r.got != r.need)
+      bad_input(r.place, "is damaged (checksum " + hex(r.got) + ", need " + hex(r.need) + ")",
+                kRestore);
 }
 
-vector<CheckpointFolder> list_checkpoints(const string& run_folder) {
-  vector<CheckpointFolder> list;
+std::map<int64_t, string> list_checkpoints(const string& run_folder) {
+  std::map<int64_t, string> list;
   std::error_code error;
   for (const auto& entry : fs::directory_iterator(run_folder, error)) {
     const string name = entry.path().filename();
-    char* end = nullptr;
-    if (!name.starts_with("step-") || name.size() < 13) continue;
-    const int64_t step = strtoll(name.c_str() + 5, &end, 10);
-    if (*end == 0 && name == step_name(step)) list.push_back({step, entry.path()});
+    const int64_t step = name.starts_with("step-") ? strtoll(name.c_str() + 5, nullptr, 10) : -1;
+    if (name == step_name(step)) list[step] = entry.path();
   }
-  std::sort(list.begin(), list.end(), [](auto& a, auto& b) { return a.step < b.step; });
   return list;
 }
 
 std::optional<Checkpoint> find_checkpoint(const string& run_folder) {
-  const vector<CheckpointFolder> list = list_checkpoints(run_folder);
-  for (size_t i = list.size(); i-- > 0;) {
+  const std::map<int64_t, string> list = list_checkpoints(run_folder);
+  for (const auto& [step, path] : list | std::views::reverse) {
     try {
-      Checkpoint c = open_checkpoint(list[i].path);
+      Checkpoint c = open_checkpoint(path);
       verify(c);
       return c;
     } catch (const Error& error) {
-      if (error.exit_code != kExitBadInput) throw;
-      log_warning("checkpoint %s is left aside: %s", list[i].path.c_str(), error.what());
+      log_warning("checkpoint %s is left aside: %s", path.c_str(), error.what());
     }
   }
   if (list.empty()) return std::nullopt;
   bad_input(run_folder,
             text("none of its checkpoints is good (got %zu bad ones, named above)", list.size()),
-            "restore one, or name another run.folder to begin anew");
+            "another run.folder, to begin anew");
 }
 
-// ---- resuming ----
+Checkpoint open_weights(const string& folder) {
+  if (!list_checkpoints(folder).empty()) return *find_checkpoint(folder);
+  if (fs::exists(folder + kManifest)) {
+    Checkpoint c = open_checkpoint(folder);
+    verify(c, true);
+    return c;
+  }
+  // A Hugging Face folder: each tensor is one fragment.
+  const SafetensorsReader reader(folder);
+  Checkpoint c{.folder = folder, .state = {.optimizer = "none"}};
+  const string config = folder + "/config.json";
+  if (fs::exists(config)) c.state.model = read_text_file(config);
+  for (const MappedFile& file : reader.files())
+    c.files.push_back({.name = file.path(), .bytes = file.size(), .map = file});
+  for (const TensorEntry& t : reader.tensors()) {
+    const int64_t offset = t.data - reader.files()[size_t(t.file)].data();
+    c.tensors[t.name] = {t.dtype, t.shape, {{0, t.numel(), t.file, offset}}};
+  }
+  return c;
+}
 
-// Keys and values of to_toml()'s text: `[section]` lines and `key = value` lines.
-static std::map<string, string> config_values(const string& toml) {
+// What a resumed run must keep, by the words that name it.
+static std::map<string, string> identity_of(const RunState& s) {
   std::map<string, string> values;
   string section;
-  for (size_t begin = 0; begin < toml.size();) {
-    const size_t end = std::min(toml.find('\n', begin), toml.size());
-    const string line = toml.substr(begin, end - begin);
+  std::istringstream lines(s.config);
+  for (string line; std::getline(lines, line);) {
     const size_t equals = line.find(" = ");
     if (line.starts_with("["))
       section = line.substr(1, line.find(']') - 1) + ".";
-    else if (equals != string::npos)
+    else if (equals != string::npos && !may_change_on_resume(section + line.substr(0, equals)))
       values[section + line.substr(0, equals)] = line.substr(equals + 3);
-    begin = end + 1;
   }
+  const nlohmann::json model = nlohmann::json::parse(s.model);
+  for (const auto& [key, value] : model.items()) values["the model's " + key] = value.dump();
+  values["data.seed"] = std::to_string(s.seed);
+  values["the data set (its fingerprint)"] = hex(s.data_fingerprint);
+  values["the optimiser"] = s.optimizer;
   return values;
-}
-
-[[noreturn]] static void refuse(const Checkpoint& c, const string& what, const string& before,
-                                const string& now) {
-  bad_input(c.folder, what + " differs from the saved run's (got " + now + ", need " + before + ")",
-            "the saved value, or another run.folder to begin anew");
-}
-
-static void check_same_model(const Checkpoint& c, const RunState& now) {
-  const Json before = Json::parse(c.state.model, c.folder + "/manifest.json: model");
-  const Json after = Json::parse(now.model, "config.json");
-  const auto value = [](const Json& json, const string& key) {
-    return json.has(key) ? json[key].dump() : string("nothing");
-  };
-  for (const Json& one : {before, after})
-    for (const string& key : one.keys())
-      if (value(before, key) != value(after, key))
-        refuse(c, "the model's " + key, value(before, key), value(after, key));
 }
 
 void check_resumable(const Checkpoint& c, const RunState& now) {
   if (c.state.optimizer == "none")
     bad_input(c.folder, "holds weights alone, without optimiser state",
               "model.init_from, to begin a run from them");
-  check_same_model(c, now);
-  if (c.state.seed != now.seed)
-    refuse(c, "data.seed", std::to_string(c.state.seed), std::to_string(now.seed));
-  if (c.state.data_fingerprint != now.data_fingerprint)
-    refuse(c, "the data set (its fingerprint)", hex(c.state.data_fingerprint),
-           hex(now.data_fingerprint));
-  if (c.state.optimizer != now.optimizer)
-    refuse(c, "the optimiser", c.state.optimizer, now.optimizer);
-  const auto before = config_values(c.state.config), after = config_values(now.config);
-  for (const auto& [key, value] : after) {
-    const auto at = before.find(key);
-    if (at != before.end() && at->second != value && !may_change_on_resume(key))
-      refuse(c, key, at->second, value);
-  }
+  std::map<string, string> before = identity_of(c.state), after = identity_of(now);
+  for (const auto& [key, value] : before) after.try_emplace(key, "nothing");
+  for (const auto& [key, value] : after)
+    if (const auto at = before.try_emplace(key, "nothing").first; at->second != value)
+      bad_input(c.folder,
+                key + " differs from the saved run's (got " + value + ", need " + at->second + ")",
+                "the saved value, or another run.folder to begin anew");
 }
 
-// ---- reading ----
+static string text_of(const StoredTensor& t) {
+  return describe({.dtype = t.dtype, .shape = t.shape});
+}
+
+void check_weights(const Checkpoint& c, const ParameterTable& whole) {
+  std::map<string, vector<string>> faults;  // names by what is wrong with them
+  std::set<string> known;
+  struct Fitting {
+    const string& name;
+    const StoredTensor& tensor;
+    int64_t bad = 0;
+  };
+  vector<Fitting> fitting;
+  for (const Parameter& parameter : whole)
+    for (const Piece& piece : parameter.pieces) {
+      known.insert(piece.name);
+      const auto at = c.tensors.find(piece.name);
+      if (at == c.tensors.end()) {
+        faults["missing"].push_back(piece.name);
+        continue;
+      }
+      const StoredTensor& got = at->second;
+      const bool usable = is_float(got.dtype);
+      if (usable && got.shape == shape_of(piece))
+        fitting.push_back({piece.name, got});
+      else
+        faults["of another shape or type"].push_back(
+            piece.name + " (got " + text_of(got) + ", need " +
+            text_of({usable ? got.dtype : FileDType::F32, shape_of(piece), {}}) + ")");
+    }
+  for (const auto& [name, tensor] : c.tensors)
+    if (!is_moment(name) && !known.contains(name))
+      faults["not of this model"].push_back(name + " " + text_of(tensor));
+  in_parallel(fitting, [&](Fitting& f) {
+    f.bad =
+        std::ranges::count_if(read_tensor(c, f.tensor), [](float x) { return !std::isfinite(x); });
+  });
+  for (const auto& [name, tensor, bad] : fitting)
+    if (bad > 0)
+      faults["tensors with NaN or Inf"].push_back(
+          text("%s (%ld of %ld values)", name.c_str(), bad, tensor.numel()));
+  string what;
+  for (const auto& [fault, names] : faults) {
+    what += text("; %zu %s: ", names.size(), fault.c_str());
+    for (size_t i = 0; i < std::min<size_t>(names.size(), 10); i++)
+      what += (i ? ", " : "") + names[i];
+    if (names.size() > 10) what += ", ...";
+  }
+  if (!what.empty())
+    bad_input(c.folder, "the weights do not fit" + what,
+              "the config.json of these weights, or weights of a run that did not diverge");
+}
 
 void read_elements(const Checkpoint& c, const StoredTensor& tensor, int64_t begin, int64_t count,
                    float* out) {
-  const int64_t end = begin + count, size = size_of(tensor.dtype);
   for (const StoredFragment& f : tensor.fragments) {
-    const int64_t from = std::max(begin, f.begin), to = std::min(end, f.begin + f.count);
+    const int64_t from = std::max(begin, f.begin), to = std::min(begin + count, f.begin + f.count);
     if (from >= to) continue;
-    const char* data = c.maps[size_t(f.file)].data() + f.offset;
-    to_f32(tensor.dtype, data + (from - f.begin) * size, out + (from - begin), to - from);
+    const char* data = c.files[size_t(f.file)].map.data() + f.offset;
+    to_f32(tensor.dtype, data + (from - f.begin) * size_of(tensor.dtype), out + (from - begin),
+           to - from);
   }
 }
 
-static const StoredTensor& stored(const Checkpoint& c, const Piece& piece, const string& name) {
-  const StoredTensor* tensor = c.find(name);
-  if (!tensor)
-    bad_input(c.folder + ": " + name, "is missing", "the config.json that it was trained with");
-  const vector<int64_t> need(piece.dims.size, piece.dims.size + piece.dims.rank);
-  if (tensor->shape != need)
-    bad_input(c.folder + ": " + name, "has another shape than the model's",
-              "the config.json that it was trained with");
-  return *tensor;
+vector<float> read_tensor(const Checkpoint& c, const StoredTensor& tensor) {
+  vector<float> values(size_t(tensor.numel()));
+  read_elements(c, tensor, 0, tensor.numel(), values.data());
+  return values;
 }
 
-void load_state(Rank&, Parameters& p, const Checkpoint& c) {
-  for (const Fragment& f : fragments(p)) {
-    const FlatUnit& unit = p.units[size_t(f.unit)];
-    const auto fill = [&](const Tensor& shard, const char* suffix) {
-      read_elements(c, stored(c, *f.piece, f.piece->name + suffix), f.begin, f.count,
-                    shard.f32() + f.offset);
-    };
-    fill(unit.master, "");
-    fill(unit.m, kExpAvg);
-    fill(unit.v, kExpAvgSq);
+// The first `kinds` of kStored.
+static void load(Parameters& p, const Checkpoint& c, size_t kinds) {
+  for (const Fragment& f : fragments(p))
+    for (const auto& [suffix, shard] : std::span(kStored).first(kinds)) {
+      const string name = f.piece->name + suffix;
+      const auto at = c.tensors.find(name);
+      const bool found = at != c.tensors.end();
+      if (!found || at->second.shape != shape_of(*f.piece))
+        bad_input(c.folder + ": " + name,
+                  found ? "has another shape than the model's" : "is missing",
+                  "the config.json that it was trained with");
+      read_elements(c, at->second, f.begin, f.count,
+                    (p.units[size_t(f.unit)].*shard).f32() + f.offset);
+    }
+}
+
+void load_state(Rank&, Parameters& p, const Checkpoint& c) { load(p, c, std::size(kStored)); }
+
+void load_weights(Rank&, Parameters& p, const Checkpoint& c) { load(p, c, 1); }
+
+// Of the slowest rank, while the others go on.
+static constexpr int64_t kMostBytesLeft = int64_t{1} << 30;
+static constexpr int kAllUnits = INT32_MAX;
+
+static void remove_tree(const string& path) {
+  std::error_code ignored;
+  fs::remove_all(path, ignored);
+}
+
+// At once, so that a kill leaves no half of it under its name.
+static void move_away(const string& folder, const string& to) {
+  std::error_code error;
+  remove_tree(to);
+  fs::rename(folder, to, error);
+  if (error) log_warning("%s: cannot be moved (%s)", folder.c_str(), error.message().c_str());
+}
+
+static void remove_checkpoint(const string& folder) {
+  move_away(folder, folder + ".old.tmp");
+  remove_tree(folder + ".old.tmp");
+}
+
+void put_in_place(const string& temporary, const string& folder) {
+  sync_folder(temporary);
+  if (fs::exists(folder)) remove_checkpoint(folder);
+  std::error_code error;
+  fs::rename(temporary, folder, error);
+  if (error)
+    failed(folder, "cannot be put in place (" + error.message() + ")",
+           "check the permissions of the folder");
+  sync_folder(folder_of(folder));
+}
+
+// Later ones than `now` are of a course that this run has left: a resume must not take them.
+static void prune(const SaveOptions& options, int64_t now) {
+  const std::map<int64_t, string> list = list_checkpoints(options.folder);
+  int64_t extra = std::distance(list.begin(), list.upper_bound(now)) - options.keep;
+  for (const auto& [step, path] : list) {
+    if (step > now) {
+      log_warning("%s is of an earlier course: moved aside", path.c_str());
+      move_away(path, path + ".aside");
+    } else if (options.keep > 0 && extra-- > 0) {
+      remove_checkpoint(path);
+    }
+  }
+}
+
+// What the rank's thread and its saver thread share.
+struct CheckpointSaver::Job {
+  const Parameters& parameters;
+  const SaveOptions& options;
+  int rank = 0;
+  Checkpoint checkpoint;     // under way: its folder is the temporary one
+  std::atomic<int> unit{0};  // units before this one are saved
+  std::atomic<int64_t> bytes_left{0};
+  std::atomic<bool> cancel{false};
+  double begun_s = now_s();
+  std::shared_future<string> done;  // what went wrong; empty: nothing
+
+  string folder() const { return options.folder + "/" + step_name(checkpoint.state.step); }
+  string part_path(int r) const { return checkpoint.folder + text("/rank-%05d.json", r); }
+  void reached(int next_unit) {
+    unit = next_unit;
+    unit.notify_all();
+  }
+
+  string run() {
+    string error;
+    try {
+      write_shards();
+      if (rank == 0) seal();
+    } catch (const std::exception& e) {
+      error = e.what();
+    }
+    reached(kAllUnits);
+    return error;
+  }
+
+  // A file, and a manifest of it for rank 0. Of replicas the first writes.
+  void write_shards() {
+    vector<Fragment> list;
+    if (coord_of(checkpoint.mesh, rank).dp_rank < checkpoint.mesh.dp_shard())
+      list = fragments(parameters);
+    vector<TensorDecl> decls;
+    for (const Fragment& f : list)
+      for (const auto& [suffix, shard] : kStored)
+        decls.push_back(
+            {f.piece->name + suffix + "#" + std::to_string(f.begin), FileDType::F32, {f.count}});
+    make_folders(checkpoint.folder);
+    Checkpoint part;
+    if (!list.empty()) {
+      const string name = text("rank-%05d.safetensors", rank);
+      SafetensorsWriter file(checkpoint.folder + "/" + name, decls);
+      for (const Fragment& f : list) {
+        if (cancel) return;
+        reached(f.unit);
+        for (const auto& [suffix, shard] : kStored) {
+          const float* values = (parameters.units[size_t(f.unit)].*shard).f32() + f.offset;
+          const int64_t bytes = f.count * int64_t(sizeof(float));
+          StoredTensor& tensor = part.tensors[f.piece->name + suffix];
+          tensor.shape = shape_of(*f.piece);
+          tensor.fragments.push_back(
+              {f.begin, f.count, 0, file.size(), checksum_of(values, bytes)});
+          file.write(values, bytes);
+          bytes_left -= bytes;
+        }
+      }
+      reached(kAllUnits);
+      file.finish();
+      part.files.push_back(stored_file(checkpoint.folder, name));
+    }
+    write_manifest(part, part_path(rank));
+  }
+
+  // Waits for all ranks, which hold ascending fragments of a tensor.
+  void seal() {
+    for (int r = 0; r < checkpoint.mesh.world(); r++) {
+      for (; !fs::exists(part_path(r)); std::this_thread::sleep_for(duration<double>(5e-3)))
+        if (cancel) return;
+      const Checkpoint part = read_manifest(part_path(r));
+      for (const auto& [name, tensor] : part.tensors) {
+        StoredTensor& whole = checkpoint.tensors[name];
+        whole.shape = tensor.shape;
+        for (StoredFragment f : tensor.fragments) {
+          f.file = int(checkpoint.files.size());
+          whole.fragments.push_back(f);
+        }
+      }
+      checkpoint.files.insert(checkpoint.files.end(), part.files.begin(), part.files.end());
+      remove_tree(part_path(r));
+    }
+    write_manifest(checkpoint, checkpoint.folder + "/manifest.json");
+    open_checkpoint(checkpoint.folder);
+    put_in_place(checkpoint.folder, folder());
+    prune(options, checkpoint.state.step);
+  }
+};
+
+CheckpointSaver::CheckpointSaver(Rank& rank, const Parameters& parameters,
+                                 const SaveOptions& options)
+    : parameters_(parameters), options_(options) {
+  if (rank.id == 0) {
+    std::error_code error;
+    for (const auto& entry : fs::directory_iterator(options.folder, error)) {
+      const string name = entry.path().filename();
+      if (name.starts_with("step-") && name.ends_with(".tmp")) remove_tree(entry.path());
+    }
+  }
+  barrier(rank, Group::World, "checkpoint clean-up");
+}
+
+CheckpointSaver::~CheckpointSaver() {
+  if (job_) job_->cancel = true;  // its future waits for the thread
+}
+
+void CheckpointSaver::begin(Rank& rank, const RunState& state) {
+  finish(rank);
+  job_.reset(new Job{parameters_, options_, rank.id});
+  Job& job = *job_;
+  job.checkpoint.state = state;
+  if (rank.comm) job.checkpoint.mesh = mesh_of(rank);
+  job.checkpoint.folder = job.folder() + ".tmp";
+  for (const FlatUnit& unit : parameters_.units)
+    job.bytes_left += unit.shard_count * int64_t(std::size(kStored) * sizeof(float));
+  job.done = std::async(std::launch::async, [&job] { return job.run(); });
+}
+
+// Ends the save once all ranks are done. Bytes that the slowest has yet to write; -1: none is under
+// way.
+int64_t CheckpointSaver::exchange(Rank& rank) {
+  if (!job_) return -1;
+  const bool done = job_->done.wait_for(duration<double>(0)) == std::future_status::ready;
+  const string error = done ? job_->done.get() : "";
+  double v[] = {double(!done), double(!error.empty()), done ? 0 : double(job_->bytes_left)};
+  all_reduce(rank, Group::World, v, 3, Reduce::Max, "checkpoint progress");
+  last_failed_ = v[1] > 0;
+  if (last_failed_) job_->cancel = true;
+  if (v[0] > 0) return int64_t(v[2]);
+  if (!error.empty()) log_warning("rank %d: %s", rank.id, error.c_str());
+  if (last_failed_) {
+    if (rank.id == 0) {
+      remove_tree(job_->checkpoint.folder);
+      log_warning("%s was not saved; the next save tries again", job_->folder().c_str());
+    }
+    barrier(rank, Group::World, "failed checkpoint removed");
+  } else if (rank.id == 0) {
+    log_info("saved %s in %.1f s", job_->folder().c_str(), now_s() - job_->begun_s);
+  }
+  job_.reset();
+  return -1;
+}
+
+void CheckpointSaver::wait(Rank& rank, int64_t most_bytes_left) {
+  for (double pause = 2e-4; exchange(rank) > most_bytes_left; pause = std::min(pause * 1.5, 0.02)) {
+    std::this_thread::sleep_for(duration<double>(pause));
+    stall_s_ += pause;
+  }
+}
+
+void CheckpointSaver::poll(Rank& rank) { wait(rank, kMostBytesLeft); }
+
+bool CheckpointSaver::finish(Rank& rank) {
+  wait(rank, -1);
+  return !last_failed_;
+}
+
+void CheckpointSaver::wait_unit(int unit) {
+  if (!job_) return;
+  for (int saved = job_->unit; saved <= unit; saved = job_->unit) {
+    const double begun = now_s();
+    job_->unit.wait(saved);
+    stall_s_ += now_s() - begun;
   }
 }
 

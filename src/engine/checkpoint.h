@@ -1,26 +1,13 @@
-// checkpoint: a run's state on disk, written in the background, readable under any layout.
-//
-//   RUN/step-00000100/rank-00000.safetensors   1-D fragments `NAME#begin`, unit by unit: weights,
-//                                               `NAME.exp_avg#begin`, `NAME.exp_avg_sq#begin`
-//   RUN/step-00000100/manifest.json             what the fragments are parts of, their checksums,
-//                                               and RunState; written last: the truth
-//
-// NAME is the Hugging Face name of a tensor (one an expert), begin the fragment's first element.
-// A checkpoint is written as step-00000100.tmp, flushed, and renamed: it is whole or absent. Of
-// replicas only the first writes.
-// A run:  RunLock lock(folder); auto found = find_checkpoint(folder);  (main thread)
-//         if (found) check_resumable(*found, now);
-//         per rank: if (found) load_state(rank, parameters, *found);
-//         CheckpointSaver saver(rank, parameters, options);
-//         each step: saver.poll(rank), then saver.wait_unit(u) before the update of unit u,
-//         then at an interval saver.begin(rank, state); at the end saver.finish(rank).
-// defines: RunState, Checkpoint, open_checkpoint, verify, find_checkpoint, list_checkpoints,
-//          check_resumable, load_state, CheckpointSaver, WeightSource, open_weights,
-//          check_weights, load_weights
+// A run's state on disk, saved in the background, readable under any layout. RUN/step-00000100/ has
+// rank-00000.safetensors with fragments `NAME#begin` of weights, `NAME.exp_avg` and
+// `NAME.exp_avg_sq`, and manifest.json, which says what they are and is written last.
 #pragma once
+#include <map>
+#include <memory>
 #include <optional>
+#include <utility>
 
-#include "data/run_lock.h"
+#include "data/durable.h"
 #include "data/safetensors.h"
 #include "engine/parameters.h"
 
@@ -36,135 +23,106 @@ struct RunState {
   string optimizer = "adamw";     // what the moments are; "none": weights alone
   vector<double> balance_counts;  // BalanceState::previous
   string config;                  // to_toml(RunConfig)
-  string model;                   // text of the model's config.json
+  string model;                   // text of the model's config.json; empty: there is none
 };
 
-// Part of a stored tensor: elements [begin, begin + count) at byte `offset` of a file.
 struct StoredFragment {
-  int64_t begin = 0, count = 0;
+  int64_t begin = 0, count = 0;  // elements of the tensor
   int file = 0;
-  int64_t offset = 0;
-  uint64_t checksum = 0;  // XXH3 of its bytes
+  int64_t offset = 0;     // bytes
+  uint64_t checksum = 0;  // XXH3
 };
 struct StoredTensor {
-  string name;
   FileDType dtype = FileDType::F32;
   vector<int64_t> shape;             // of the whole tensor
-  vector<StoredFragment> fragments;  // by begin; they cover the tensor
-  int64_t numel() const;
+  vector<StoredFragment> fragments;  // by begin
+  int64_t numel() const { return TensorDecl{"", dtype, shape}.bytes() / size_of(dtype); }
 };
 struct StoredFile {
-  string name;  // in the folder
-  int64_t bytes = 0;
+  string name;
+  int64_t bytes = 0, header_bytes = 0;
+  uint64_t header_checksum = 0;
+  MappedFile map;
 };
 struct Checkpoint {
   string folder;
   RunState state;
   Mesh mesh;  // it was saved under
   vector<StoredFile> files;
-  vector<StoredTensor> tensors;                      // by name
-  vector<MappedFile> maps;                           // one a file
-  const StoredTensor* find(string_view name) const;  // null if absent
+  std::map<string, StoredTensor> tensors;  // by Hugging Face name, one an expert
 };
 
-// Reads the manifest and maps the files. Exit code 2 naming what is wrong: no or a damaged
-// manifest, a missing file or one of another size, fragments that leave a gap or overlap.
+// The folders step-NNNNNNNN of a run, by step, good or not.
+std::map<int64_t, string> list_checkpoints(const string& run_folder);
+// Checks manifest and sizes; exit code 2 naming what is wrong.
 Checkpoint open_checkpoint(const string& folder);
-// Reads everything: checksums of all fragments, headers that agree with the manifest. Exit code 2
-// naming the first file and fragment that differ.
+// Reads all of it, or all but moments. Exit code 2 naming what differs from its checksum.
 void verify(const Checkpoint& checkpoint, bool weights_only = false);
-// Sealed or not, the folders step-NNNNNNNN of a run, by step.
-struct CheckpointFolder {
-  int64_t step = 0;
-  string path;
-};
-vector<CheckpointFolder> list_checkpoints(const string& run_folder);
-// The newest good checkpoint of a run, verified. Warns of each newer one that is bad, saying what
-// is wrong. None if the run has no step-*; exit code 2 if it has some and none is good.
+// The newest good checkpoint of a run, verified, with a warning for each newer one that is bad.
+// None if the run has no step-*; exit code 2 if it has some and none is good.
 std::optional<Checkpoint> find_checkpoint(const string& run_folder);
+// Weights of a Hugging Face folder, a checkpoint (verified), or a run folder (its newest good one).
+Checkpoint open_weights(const string& folder);
 
-// Refuses (exit code 2), naming the difference, to go on from `checkpoint` as the run `now`:
-// another model, data, seed or optimiser, or a configuration key that may not change on resume.
+// Exit code 2, naming the difference, unless the run `now` may go on from `checkpoint`.
 void check_resumable(const Checkpoint& checkpoint, const RunState& now);
+// Exit code 2 naming the tensors that are missing, extra, misshapen or not finite. Reads all.
+void check_weights(const Checkpoint& weights, const ParameterTable& whole);
 
 // Elements [begin, begin + count) of a stored tensor as F32.
 void read_elements(const Checkpoint& checkpoint, const StoredTensor& tensor, int64_t begin,
                    int64_t count, float* out);
-// Fills this rank's shards of master, m and v, reading only what overlaps them. Exit code 2 naming
-// a tensor that is missing or of another shape.
+vector<float> read_tensor(const Checkpoint& checkpoint, const StoredTensor& tensor);
+// Fill this rank's shards of master, m and v; of master alone.
 void load_state(Rank& rank, Parameters& parameters, const Checkpoint& checkpoint);
+void load_weights(Rank& rank, Parameters& parameters, const Checkpoint& checkpoint);
+
+vector<int64_t> shape_of(const Piece& piece);
+uint64_t checksum_of(const void* bytes, int64_t size);
+// Of a complete safetensors file.
+StoredFile stored_file(const string& folder, const string& name);
+void write_manifest(const Checkpoint& checkpoint, const string& path);
+// Flushes folder `temporary` and renames it; one that was there before is removed.
+void put_in_place(const string& temporary, const string& folder);
 
 struct SaveOptions {
   string folder;     // the run's
   int64_t keep = 3;  // newest checkpoints kept; 0: all
-  // poll() waits while a rank has more seconds than this left to write; well below the time limit
-  // of collectives, because ranks that need not wait in wait_unit() wait for it there.
-  double longest_wait_s = 20;
 };
 
 // Writes this rank's shards on a thread of its own while training goes on. Calls that take a Rank
-// are collective over the world; all ranks make them in the same order. A save that fails on any
-// rank is taken back on all of them, with a warning; the caller goes on and tries again later.
+// are collective over the world. A save that fails on one rank is taken back on all, with a
+// warning.
 class CheckpointSaver {
  public:
-  // `parameters` must outlive it. Rank 0 removes what killed saves left behind; the caller holds
-  // the run's lock.
+  // Removes what killed saves left behind; the caller holds the run's lock.
   CheckpointSaver(Rank& rank, const Parameters& parameters, const SaveOptions& options);
   CheckpointSaver(const CheckpointSaver&) = delete;
   CheckpointSaver& operator=(const CheckpointSaver&) = delete;
   ~CheckpointSaver();
 
-  // Starts to save the weights and moments as they are now, as step-<state.step>. Waits for a
-  // save that is still under way.
+  // Starts to save weights and moments as they are now, once the save before is over.
   void begin(Rank& rank, const RunState& state);
-  // Once a step, before the optimiser pass (cheap when nothing is under way): learns what has
-  // been written everywhere, and seals. Waits while some rank is so far behind that others would
-  // run into the time limit of collectives.
+  // Once a step, before the optimiser pass: learns how far all ranks are. Waits for one so far
+  // behind that others could meet the time limit of the next collective.
   void poll(Rank& rank);
   // Before the optimiser writes parameters.units[unit]: waits until its shards are saved. Local.
   void wait_unit(int unit);
-  // Waits for the save under way, if any. False if the last save failed: the run exits with 1.
+  // Waits for the save under way, if any. False if the last save failed.
   bool finish(Rank& rank);
-
-  bool under_way() const;
-  bool last_failed() const { return last_failed_; }
-  int64_t last_step() const { return last_step_; }  // of the last sealed one; -1: none yet
-  // Seconds this rank has waited for saves since the last call.
-  double take_stall();
+  bool under_way() const { return job_ != nullptr; }
+  // Seconds this rank has waited since the last call.
+  double take_stall() { return std::exchange(stall_s_, 0); }
 
  private:
-  struct Job;  // what the saver thread and the rank's share
-  enum class Phase : uint8_t { Idle, Writing, Sealing };
-  double exchange(Rank& rank);
-  void settle(Rank& rank, bool failed);
+  struct Job;  // a save under way
+  int64_t exchange(Rank& rank);
+  void wait(Rank& rank, int64_t most_bytes_left);
   const Parameters& parameters_;
   SaveOptions options_;
-  Phase phase_ = Phase::Idle;
-  Job* job_ = nullptr;
+  std::unique_ptr<Job> job_;
   bool last_failed_ = false;
-  int64_t last_step_ = -1;
   double stall_s_ = 0;
 };
-
-// Weights alone, from a Hugging Face folder, a checkpoint, or a run folder (its newest good
-// checkpoint): what init_from, eval, generate and convert read. One of the two is there.
-struct WeightSource {
-  string folder;
-  string config;  // text of the model's config.json; empty: there is none
-  std::optional<SafetensorsReader> hugging_face;
-  std::optional<Checkpoint> checkpoint;
-};
-// Exit code 2 naming what is wrong; a checkpoint's weights are verified. For the main thread,
-// before ranks start, as is check_weights().
-WeightSource open_weights(const string& folder);
-// Compares with the whole model's table (engine/instance.h): missing, extra and misshapen tensors
-// are listed by name; NaN and Inf are refused by name and count. Exit code 2. Reads all weights
-// once.
-void check_weights(const WeightSource& source, const ParameterTable& whole);
-// Elements of the weight `name`, which check_weights has found, as F32.
-void read_weight(const WeightSource& source, const string& name, int64_t begin, int64_t count,
-                 float* out);
-// Fills this rank's master shards; moments are left alone.
-void load_weights(Rank& rank, Parameters& parameters, const WeightSource& source);
 
 }  // namespace pith

@@ -6,7 +6,7 @@
 #include "comm/communicator.h"
 #include "engine/expert_parallel.h"
 #include "engine/instance.h"
-#include "engine/routing_slot.h"
+#include "engine/routing_trace.h"
 
 namespace pith {
 
@@ -220,7 +220,8 @@ struct Executor {
     for (const Step& s : steps_of(a, p.layers_of, schedule.forward_only, p.parameters.gather_layer))
       run_step(s);
     if (a.has_backward()) end_backward(chunk, mb, a.defer);
-    if (schedule.forward_only && p.layers_of[a.chunk].epilog) p.flights.erase({a.chunk, a.mb});
+    if (a.has_forward() && schedule.forward_only && p.layers_of[a.chunk].epilog)
+      p.flights.erase({a.chunk, a.mb});
     for (int w = a.mb; a.what == Do::W && w < a.mb + a.count; w++) p.flights.erase({a.chunk, w});
   }
 };
@@ -230,17 +231,10 @@ void run_pipeline(Rank& rank, Pipeline<M>& p, StepIo& io, const ScheduleOptions&
                   const ActionList& actions) {
   p.flights.clear();
   io.loss.assign(io.batches.size(), 0.0);
-  vector<FlatUnit>& units = p.parameters.units;
   Executor<M> executor{rank, p, io, schedule};
   const Action* const last = actions.data() + actions.size();
   for (const Action* a = actions.data(); a < last; a++) {
-    if (a->what == Do::Gather) {
-      for (FlatUnit& u : units)
-        if (u.chunk == a->chunk) gather(rank, p.parameters, u, !schedule.forward_only);
-    } else if (a->what == Do::Reduce) {
-      for (auto u = units.rbegin(); u != units.rend(); u++)
-        if (u->chunk == a->chunk) reduce(rank, p.parameters, *u);
-    } else if (a->is_message()) {
+    if (a->is_message()) {
       const Action* end = a;
       while (end < last && end->is_message()) end++;
       executor.send_and_receive(a, end);

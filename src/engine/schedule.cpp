@@ -1,4 +1,3 @@
-// How lists are made: placement of stages, and the order of each kind's actions and messages.
 #include "engine/schedule.h"
 
 #include <algorithm>
@@ -17,8 +16,6 @@ ScheduleKind schedule_kind(const string& name, int pp, int ep) {
             "schedule = \"auto\"");
 }
 
-int chunks_of(ScheduleKind kind) { return kind == ScheduleKind::DualPipeV ? 2 : 1; }
-
 int stage_of(ScheduleKind kind, int pp, int rank, int chunk) {
   return chunk == 0 ? rank : stages_of(kind, pp) - 1 - rank;
 }
@@ -34,8 +31,8 @@ vector<int> layer_partition(int layers, int stages) {
         text("are fewer than the pipeline's stages (got %d layers and %d stages)", layers, stages),
         "a smaller parallel.pp, or parallel.schedule = \"1f1b\"");
   vector<int> count(stages, layers / stages);
-  const int extra = layers % stages, interior = std::max(stages - 2, 0);
-  for (int i = 0; i < extra; i++) count[i < interior ? i + 1 : 0]++;
+  const int interior = std::max(stages - 2, 0);
+  for (int i = 0; i < layers % stages; i++) count[i < interior ? i + 1 : 0]++;
   return count;
 }
 
@@ -53,9 +50,8 @@ vector<ChunkLayers> chunk_layers(ScheduleKind kind, int pp, int rank, int layers
 }
 
 int message_stage(const ScheduleOptions& o, int rank, const Action& transfer) {
-  const int stage = stage_of(o.kind, o.pp, rank, transfer.chunk);
-  if (transfer.what == Do::Send) return stage;
-  return transfer.payload == Payload::Activation ? stage - 1 : stage + 1;
+  const int step = transfer.payload == Payload::Activation ? -1 : 1;
+  return stage_of(o.kind, o.pp, rank, transfer.chunk) + (transfer.what == Do::Recv ? step : 0);
 }
 
 int rank_beside(const ScheduleOptions& o, int rank, int chunk, int step) {
@@ -68,38 +64,34 @@ int min_micro_batches(const ScheduleOptions& o) {
   return o.kind == ScheduleKind::DualPipeV && !o.forward_only ? 2 * o.pp : 1;
 }
 
+int duration(const Action& a) {
+  const int weights = a.what == Do::W ? a.count : a.has_backward() && !a.defer;
+  return a.has_forward() + a.has_backward() + weights;
+}
+
 namespace {
 
 // Builds one rank's list. Messages are queued, and leave as one group right before the next compute
-// action, so that what a peer waits for and what this rank waits for are under way together.
+// action.
 struct Builder {
   const ScheduleOptions& o;
   int rank;
   ActionList list = {};
-  ActionList queue = {};     // messages of the next group
-  ActionList due = {};       // weight gradients to run behind the next group
-  ActionList deferred = {};  // W of one micro-batch each, oldest first
+  ActionList queue = {}, due = {};  // messages of the next group, W to run behind it
+  ActionList deferred = {};         // W of one micro-batch each, oldest first
   int forwards[2] = {}, received[2] = {}, backwards[2] = {};
   bool zero_bubble = false;  // weight gradients wait for the schedule's own W
 
-  int stage(int chunk) const { return stage_of(o.kind, o.pp, rank, chunk); }
-  void message(Do what, int chunk, int mb, Payload payload, int step) {
-    const int peer = rank_beside(o, rank, chunk, step);
+  void message(Do what, Payload payload, int chunk, int mb) {
+    const bool onward = (what == Do::Send) == (payload == Payload::Activation);
+    const int peer = rank_beside(o, rank, chunk, onward ? 1 : -1);
     if (peer < 0 || peer == rank) return;
     queue.push_back({.what = what, .chunk = chunk, .mb = mb, .payload = payload, .peer = peer});
   }
-  void receive_activation(int chunk) {
-    message(Do::Recv, chunk, received[chunk]++, Payload::Activation, -1);
-  }
-  void receive_gradient(int chunk) {
-    message(Do::Recv, chunk, backwards[chunk], Payload::Gradient, 1);
-  }
-  void send_activation(int chunk) {
-    message(Do::Send, chunk, forwards[chunk] - 1, Payload::Activation, 1);
-  }
-  void send_gradient(int chunk) {
-    message(Do::Send, chunk, backwards[chunk] - 1, Payload::Gradient, -1);
-  }
+  void recv_f(int chunk) { message(Do::Recv, Payload::Activation, chunk, received[chunk]++); }
+  void recv_b(int chunk) { message(Do::Recv, Payload::Gradient, chunk, backwards[chunk]); }
+  void send_f(int chunk) { message(Do::Send, Payload::Activation, chunk, forwards[chunk] - 1); }
+  void send_b(int chunk) { message(Do::Send, Payload::Gradient, chunk, backwards[chunk] - 1); }
 
   void commit() {
     list.insert(list.end(), queue.begin(), queue.end());
@@ -107,12 +99,13 @@ struct Builder {
     queue.clear();
     due.clear();
   }
+  void add(const Action& a) {
+    commit();
+    list.push_back(a);
+  }
 
-  bool defers() const { return zero_bubble || o.weight_grad_batch > 1; }
-
-  // The chunk's oldest deferred micro-batches, at most `most`.
   Action take_deferred(int chunk, int most) {
-    Action batch{.what = Do::W, .chunk = chunk, .mb = -1, .count = 0};
+    Action batch{.what = Do::W, .chunk = chunk, .count = 0};
     std::erase_if(deferred, [&](const Action& w) {
       if (w.chunk != chunk || batch.count == most) return false;
       if (batch.count++ == 0) batch.mb = w.mb;
@@ -120,16 +113,14 @@ struct Builder {
     });
     return batch;
   }
-
-  // Deferred batches fall due on all ranks at once, so that none waits for another's. DualPipeV
-  // is at (stage, mb) in `slot` of the steady state, on even slots with one chunk of a rank and
-  // on odd ones with the other, and they fall due half a period apart; in 1F1B the ranks come to
-  // a micro-batch within less than one of its steps.
+  bool defers() const { return zero_bubble || o.weight_grad_batch > 1; }
+  // Batches fall due on all ranks at once, so that none waits for another's: DualPipeV is at
+  // (stage, mb) in `slot` of the steady state, even ones of one chunk and odd ones of the other.
   void end_backward(int chunk) {
     const int mb = backwards[chunk]++, n = o.weight_grad_batch;
     if (!defers()) return;
     deferred.push_back({.what = Do::W, .chunk = chunk, .mb = mb});
-    const int slot = (2 * mb + 2 * o.pp - 1 - stage(chunk)) % (2 * n);
+    const int slot = (2 * mb + 2 * o.pp - 1 - stage_of(o.kind, o.pp, rank, chunk)) % (2 * n);
     const bool falls_due = o.kind == ScheduleKind::OneF1B
                                ? mb % n == n - 1
                                : slot == 2 * n - 1 || slot == (n - 1) / 2 * 2;
@@ -137,97 +128,85 @@ struct Builder {
   }
 
   void compute_f(int chunk) {  // without the messages around it
-    commit();
-    list.push_back({.what = Do::F, .chunk = chunk, .mb = forwards[chunk]++});
+    add({.what = Do::F, .chunk = chunk, .mb = forwards[chunk]++});
   }
-
   void f(int chunk) {
-    receive_activation(chunk);
+    recv_f(chunk);
     compute_f(chunk);
-    send_activation(chunk);
+    send_f(chunk);
   }
   void b(int chunk) {
-    receive_gradient(chunk);
-    commit();
-    list.push_back({.what = Do::B, .chunk = chunk, .mb = backwards[chunk], .defer = defers()});
+    recv_b(chunk);
+    add({.what = Do::B, .chunk = chunk, .mb = backwards[chunk], .defer = defers()});
     end_backward(chunk);
-    send_gradient(chunk);
+    send_b(chunk);
   }
   void fb(int f_chunk, bool receive = true) {
     const int b_chunk = 1 - f_chunk;
-    if (receive) receive_activation(f_chunk);
-    receive_gradient(b_chunk);
-    commit();
-    list.push_back({.what = Do::FB,
-                    .chunk = f_chunk,
-                    .mb = forwards[f_chunk]++,
-                    .chunk2 = b_chunk,
-                    .mb2 = backwards[b_chunk],
-                    .defer = defers()});
+    if (receive) recv_f(f_chunk);
+    recv_b(b_chunk);
+    add({.what = Do::FB,
+         .chunk = f_chunk,
+         .mb = forwards[f_chunk]++,
+         .chunk2 = b_chunk,
+         .mb2 = backwards[b_chunk],
+         .defer = defers()});
     end_backward(b_chunk);
-    send_activation(f_chunk);
-    send_gradient(b_chunk);
+    send_f(f_chunk);
+    send_b(b_chunk);
   }
-  // Fills a bubble that is one micro-batch's weight gradients long.
-  void w() {
+  void w(int most = 1) {
     commit();
-    if (!deferred.empty()) list.push_back(take_deferred(deferred.front().chunk, 1));
-  }
-  void finish() {
-    commit();
-    while (!deferred.empty())
-      list.push_back(take_deferred(deferred.front().chunk, o.weight_grad_batch));
+    if (!deferred.empty()) list.push_back(take_deferred(deferred.front().chunk, most));
   }
 };
 
 // The eight steps of DualPipeV.
 void build_dualpipev(Builder& s) {
-  const int pp = s.o.pp, r = s.rank;
-  const bool last = r == pp - 1;
-  for (int i = 0; i < 2 * (pp - r - 1); i++) s.f(0);  // 1: fill, down leg
-  s.receive_activation(0);
+  const int r = s.rank, below = s.o.pp - r - 1;
+  for (int i = 0; i < 2 * below; i++) s.f(0);  // 1: fill, down leg
+  s.recv_f(0);
   for (int i = 0; i <= r; i++) {  // 2: fill, both legs
     s.compute_f(0);
-    s.receive_activation(0);
-    s.receive_activation(1);
+    s.recv_f(0);
+    s.recv_f(1);
     s.compute_f(1);
-    if (!(last && i == r)) s.send_activation(1);
-    s.send_activation(0);
+    if (below > 0 || i < r) s.send_f(1);
+    s.send_f(0);
   }
-  for (int i = 0; i < pp - r - 1; i++) {  // 3: weight gradients fill the bubble
+  for (int i = 0; i < below; i++) {  // 3: weight gradients fill the bubble
     s.zero_bubble = true;
     s.b(1);
     s.zero_bubble = false;
-    s.receive_activation(1);
+    s.recv_f(1);
     s.w();
     s.compute_f(1);
-    s.send_activation(1);
+    s.send_f(1);
   }
-  for (int i = 0; i < s.o.micro_batches - 2 * pp + r + 1; i++) {  // 4: the steady state
-    if (i == 0 && last) {  // unfused, so that the turn starts its first backward sooner
+  for (int i = 0; i < s.o.micro_batches - s.o.pp - below; i++) {  // 4: the steady state
+    if (i == 0 && below == 0) {  // unfused, so that the turn starts its first backward sooner
       s.compute_f(0);
-      s.send_activation(1);
+      s.send_f(1);
       s.b(1);
     } else {
       s.fb(0, i > 0);
     }
     s.fb(1);
   }
-  for (int i = 0; i < pp - r - 1; i++) {  // 5: up leg only
+  for (int i = 0; i < below; i++) {  // 5: up leg only
     s.b(1);
     s.fb(1);
   }
   for (int i = 0; i <= r; i++) {  // 6: drain; deferral begins half-way
-    if (i == (r + 1) / 2 && r % 2 == 1) s.zero_bubble = true;
+    if (2 * i == r + 1) s.zero_bubble = true;
     s.b(1);
-    if (i == (r + 1) / 2 && r % 2 == 0) s.zero_bubble = true;
+    if (2 * i == r) s.zero_bubble = true;
     s.b(0);
   }
-  for (int i = 0; i < pp - r - 1; i++) {  // 7: drain, down leg
+  for (int i = 0; i < below; i++) {  // 7: drain, down leg
     s.w();
     s.b(0);
   }
-  s.finish();  // 8: what is left
 }
 
 void build_1f1b(Builder& s) {
@@ -242,37 +221,33 @@ void build_1f1b(Builder& s) {
     s.w();
     s.b(0);
   }
-  s.finish();
 }
 
-// A micro-batch enters every `chunks` slots and moves on a stage a slot, so no two meet on a rank:
-// the two stages of a DualPipeV rank have odd distance.
+// A micro-batch enters every `chunks` slots and moves on a stage a slot: no two meet on a rank.
 void build_forward(Builder& s) {
-  const int chunks = chunks_of(s.o.kind), n = s.o.micro_batches;
-  for (int slot = 0; slot < chunks * (n - 1) + stages_of(s.o.kind, s.o.pp); slot++)
+  const auto& o = s.o;
+  const int chunks = chunks_of(o.kind), n = o.micro_batches;
+  for (int slot = 0; slot < chunks * (n - 1) + stages_of(o.kind, o.pp); slot++)
     for (int chunk = 0; chunk < chunks; chunk++) {
-      const int age = slot - s.stage(chunk);
+      const int age = slot - stage_of(o.kind, o.pp, s.rank, chunk);
       if (age >= 0 && age % chunks == 0 && age / chunks < n) s.f(chunk);
     }
-  s.finish();
 }
 
-bool gives_weight_grads(const Action& a, int chunk) {
-  return a.backward_chunk() == chunk && (a.what == Do::W || (a.has_backward() && !a.defer));
-}
-
-// Gathers stand before the first message, where ranks but the first wait anyhow; the first rank
-// begins its first micro-batch before it gathers its second chunk. A Reduce stands behind the group
-// that follows its chunk's last weight gradients.
+// Gathers stand first, where ranks wait anyhow; rank 0 does not, and begins before it gathers its
+// second chunk. A Reduce stands behind the messages that follow its chunk's last weight gradients.
 void add_gathers(const ScheduleOptions& o, int rank, ActionList& list) {
-  const int chunks = chunks_of(o.kind);
-  for (int chunk = 0; chunk < chunks && !o.forward_only; chunk++) {
+  for (int chunk = 0; chunk < chunks_of(o.kind) && !o.forward_only; chunk++) {
+    const auto gives_gradients = [&](const Action& a) {
+      const bool any = a.what == Do::W || (a.has_backward() && !a.defer);
+      return any && a.backward_chunk() == chunk;
+    };
     size_t at = list.size();
-    while (!gives_weight_grads(list[at - 1], chunk)) at--;
+    while (!gives_gradients(list[at - 1])) at--;
     while (at < list.size() && list[at].is_message()) at++;
     list.insert(list.begin() + at, {.what = Do::Reduce, .chunk = chunk});
   }
-  if (chunks == 2) {
+  if (chunks_of(o.kind) == 2) {
     size_t at = rank == 0;
     while (rank == 0 && list[at].is_message()) at++;
     list.insert(list.begin() + at, {.what = Do::Gather, .chunk = 1});
@@ -283,13 +258,12 @@ void add_gathers(const ScheduleOptions& o, int rank, ActionList& list) {
 }  // namespace
 
 ActionList make_schedule(const ScheduleOptions& o, int rank) {
-  if (o.micro_batches < min_micro_batches(o))
+  const int least = min_micro_batches(o);
+  if (o.micro_batches < least)
     bad_input("schedule",
               text("%s at pp = %d gets too few micro-batches (got %d, need at least %d)",
-                   name_of(o.kind), o.pp, o.micro_batches, min_micro_batches(o)),
-              o.kind == ScheduleKind::DualPipeV && !o.forward_only
-                  ? "more micro-batches in a step, a smaller pp, or schedule = \"1f1b\""
-                  : "one micro-batch");
+                   name_of(o.kind), o.pp, o.micro_batches, least),
+              "more micro-batches in a step, a smaller pp, or schedule = \"1f1b\"");
   Builder s{o, rank};
   if (o.forward_only)
     build_forward(s);
@@ -297,6 +271,9 @@ ActionList make_schedule(const ScheduleOptions& o, int rank) {
     build_dualpipev(s);
   else
     build_1f1b(s);
+  do {
+    s.w(o.weight_grad_batch);
+  } while (!s.deferred.empty());
   if (o.gather_step) add_gathers(o, rank, s.list);
   return std::move(s.list);
 }
@@ -305,6 +282,45 @@ vector<ActionList> make_schedules(const ScheduleOptions& o) {
   vector<ActionList> lists;
   for (int rank = 0; rank < o.pp; rank++) lists.push_back(make_schedule(o, rank));
   return lists;
+}
+
+string to_text(const Action& a) {
+  const string f = text("F%d.%d", a.chunk, a.mb);
+  const string b = text("B%d.%d", a.backward_chunk(), a.backward_mb()) + (a.defer ? "+" : "");
+  const string& payload = a.payload == Payload::Activation ? f : b;
+  switch (a.what) {
+    case Do::F: return f;
+    case Do::B: return b;
+    case Do::FB: return f + "|" + b;
+    case Do::W:
+      return text("W%d.%d", a.chunk, a.mb) + (a.count == 1 ? "" : text("-%d", a.mb + a.count - 1));
+    case Do::Send: return "send " + payload + text(" > %d", a.peer);
+    case Do::Recv: return "recv " + payload + text(" < %d", a.peer);
+    case Do::Gather: return text("gather %d", a.chunk);
+    case Do::Reduce: return text("reduce %d", a.chunk);
+  }
+  return "";
+}
+
+// Of all actions with the line's numbers, the one that prints as the line.
+Action parse_action(const string& line, const string& place) {
+  int n[4] = {};
+  sscanf(line.c_str(), "%*[^0-9]%6d%*[^0-9]%6d%*[^0-9]%6d%*[^0-9]%6d", &n[0], &n[1], &n[2], &n[3]);
+  for (int what = 0; what <= int(Do::Reduce); what++) {
+    Action a{.what = static_cast<Do>(what), .chunk = n[0], .mb = n[1]};
+    if (a.has_backward()) a.defer = line.ends_with('+');
+    if (a.what == Do::FB) a.chunk2 = n[2];
+    if (a.what == Do::FB) a.mb2 = n[3];
+    if (a.what == Do::W && n[2] > 0) a.count = n[2] - n[1] + 1;
+    if (a.is_message()) a.peer = n[2];
+    if (a.is_message() && line.find('B') != string::npos) a.payload = Payload::Gradient;
+    if (to_text(a) == line && a.chunk < 2 && a.chunk2 < 2 && a.count > 0) return a;
+  }
+  bad_input(place,
+            text("is not an action (got \"%s\", need one such as F0.3, B1.2+, W1.2-4, "
+                 "F0.5|B1.3, send F0.3 > 1 or recv B1.2 < 1)",
+                 line.c_str()),
+            "the form that pith plan --schedule --lists prints");
 }
 
 }  // namespace pith

@@ -1,6 +1,4 @@
-// schedule: the pipeline as data. A plain list of actions a rank, which the executor runs, the
-// checker proves and times, the timeline draws and the memory estimate reads.
-// defines: Action, ScheduleOptions, make_schedule, check_schedule, Step, steps_of
+// schedule: the pipeline as data. A list of actions a rank, which is proven, drawn and run.
 #pragma once
 #include <cstdint>
 
@@ -10,48 +8,49 @@
 namespace pith {
 
 // DualPipeV: 2*pp stages, rank r holds stage r (chunk 0) and stage 2*pp-1-r (chunk 1), weight
-//   gradients deferred into the bubble; needs >= 2*pp micro-batches (DeepSeek-V3, arXiv:2412.19437;
-//   its "cut-in-half" form).
-// OneF1B: pp contiguous stages, chunk 0 only; any number of micro-batches >= 1 (PipeDream-Flush,
-//   arXiv:2006.09503).
+//   gradients deferred into the bubble (DeepSeek-V3, arXiv:2412.19437; its "cut-in-half" form).
+// OneF1B: pp contiguous stages, chunk 0 only (PipeDream-Flush, arXiv:2006.09503).
 enum class ScheduleKind : uint8_t { DualPipeV, OneF1B };
 const char* name_of(ScheduleKind kind);  // "dualpipev", "1f1b"
-// The kind called `name`; "auto" is OneF1B at pp = ep = 1 and DualPipeV otherwise. Throws
-// bad_input.
+// "auto" is OneF1B at pp = ep = 1 and DualPipeV otherwise.
 ScheduleKind schedule_kind(const string& name, int pp, int ep);
 
-int chunks_of(ScheduleKind kind);  // stages a rank holds: 2 or 1
+inline int chunks_of(ScheduleKind kind) { return kind == ScheduleKind::DualPipeV ? 2 : 1; }
 inline int stages_of(ScheduleKind kind, int pp) { return pp * chunks_of(kind); }
 int stage_of(ScheduleKind kind, int pp, int rank, int chunk);
 int rank_of_stage(ScheduleKind kind, int pp, int stage);
 
-// Layers of each stage, in stage order, summing to `layers`: as equal as can be, extra layers to
-// the first interior stages. Throws bad_input when there are fewer layers than stages.
+// Layers of each stage: as equal as can be, extra layers to the first interior stages.
 vector<int> layer_partition(int layers, int stages);
+
+struct ChunkLayers {
+  int first = 0, count = 0;
+  bool prolog = false, epilog = false;
+};
+vector<ChunkLayers> chunk_layers(ScheduleKind kind, int pp, int rank, int layers);
 
 enum class Do : uint8_t {
   F,       // forward of (chunk, mb)
   B,       // backward; with `defer` its weight gradients are left to a later W
   W,       // weight gradients of `count` micro-batches from mb on
-  FB,      // forward of (chunk, mb) overlapped with backward of (chunk2, mb2)
-  Send,    // of (chunk, mb)'s output: its activation, or its input's gradient
-  Recv,    // of (chunk, mb)'s input: its activation, or its output's gradient
+  FB,      // F of (chunk, mb) overlapped with B of (chunk2, mb2)
+  Send,    // (chunk, mb)'s output, or its input's gradient
+  Recv,    // (chunk, mb)'s input, or its output's gradient
   Gather,  // all-gather the weights of chunk's units, in order
   Reduce,  // reduce-scatter the gradients of chunk's units, in reverse order
 };
 enum class Payload : uint8_t { Activation, Gradient };
 
 // Consecutive Sends and Recvs are one group call: all are posted together, and messages from one
-// rank to another are matched in posted order. An F, B or FB may start once the receives of its
-// inputs are complete; a rank goes on past a group no later than its sends are received.
+// rank to another are matched in posted order.
 struct Action {
   Do what = Do::F;
   int chunk = 0, mb = 0;
-  int chunk2 = 0, mb2 = 0;                // FB: the backward half
-  int count = 1;                          // W: micro-batches [mb, mb + count)
+  int chunk2 = 0, mb2 = 0;                // FB
+  int count = 1;                          // W
   bool defer = false;                     // B, FB
   Payload payload = Payload::Activation;  // Send, Recv
-  int peer = -1;                          // Send, Recv: pipeline rank at the other end
+  int peer = -1;                          // pipeline rank at the other end
   bool operator==(const Action&) const = default;
 
   bool is_message() const { return what == Do::Send || what == Do::Recv; }
@@ -67,69 +66,60 @@ struct ScheduleOptions {
   ScheduleKind kind = ScheduleKind::DualPipeV;
   int pp = 1;
   int micro_batches = 1;
-  bool forward_only = false;  // any number of micro-batches >= 1, same placement
-  // Micro-batches whose weight gradients a W takes together, those aside that fill a bubble one
-  // at a time; 1: only the schedule's own zero-bubble deferrals.
-  int weight_grad_batch = 1;
-  bool gather_step = false;  // Gather and Reduce actions: weights gathered for the whole step
+  bool forward_only = false;
+  int weight_grad_batch = 1;  // micro-batches of a W, except where it fills a bubble
+  bool gather_step = false;   // with Gather and Reduce actions
 };
-// Fewest micro-batches that the options allow.
 int min_micro_batches(const ScheduleOptions& options);
 
-// The list of pipeline rank `rank`. Throws bad_input when there are too few micro-batches.
+// The list of a pipeline rank, and those of all. Exit code 2 for too few micro-batches.
 ActionList make_schedule(const ScheduleOptions& options, int rank);
-vector<ActionList> make_schedules(const ScheduleOptions& options);  // of all pp ranks
+vector<ActionList> make_schedules(const ScheduleOptions& options);
 
-// Stage whose output the message carries: the one that made it.
+// Stage whose output the message carries.
 int message_stage(const ScheduleOptions& options, int rank, const Action& transfer);
-// Rank of the stage `step` behind chunk's (before it, if negative), or -1 where there is none.
+// Rank of the stage `step` behind chunk's (negative: before it); -1: there is none.
 int rank_beside(const ScheduleOptions& options, int rank, int chunk, int step);
 
-struct ActionTime {
-  double begin = 0, end = 0;
-};
+// Units of time: a forward, the gradient of its input and its weight gradients take 1 each.
+int duration(const Action& action);
 
 // Where a set of lists is wrong; rank < 0: it is right, and the rest describes it.
 struct ScheduleCheck {
-  int rank = -1;
-  int action = -1;  // index in that rank's list; its size when something is missing at the end
+  int rank = -1, action = -1;  // the list's size when something is missing at its end
   string why;
   bool ok() const { return rank < 0; }
-  int peak_live = 0;      // most micro-batches of activations held by one rank, both chunks
-  int peak_deferred = 0;  // most (chunk, micro-batch) pairs whose weight gradients were deferred
-  double makespan = 0, busy = 0;  // time of all; sum over ranks of the compute times
-  double bubble() const { return makespan > 0 ? 1 - busy / (makespan * ranks) : 0; }
-  int ranks = 0;
-  // By rank and action; a forward, the gradient of its input and its weight gradients take 1
-  // each, everything else nothing.
-  vector<vector<ActionTime>> times;
+  int peak_live = 0;           // most micro-batches of activations on a rank, both chunks
+  int makespan = 0, busy = 0;  // time of all; sum over ranks of the durations
+  vector<vector<int>> begin;   // by rank and action
+  double bubble() const { return 1 - double(busy) / (double(makespan) * double(begin.size())); }
 };
 
-// Proves the lists of all pp ranks: every F, B and W exactly once and after what it needs, every
-// message of the right kind, stage and micro-batch in untagged posted order, no deadlock when every
-// group call blocks until all of it is matched, and live micro-batches bounded (2*pp + 1 for
-// DualPipeV, pp - rank for OneF1B). Times them on the way.
+// Proves the lists of all pp ranks: every action exactly once and after what it needs, messages
+// that match in posted order, no deadlock when every group call blocks until all of it is matched,
+// and live micro-batches bounded (2*pp + 1 for DualPipeV, pp - rank for OneF1B).
 ScheduleCheck check_schedule(const ScheduleOptions& options, const vector<ActionList>& lists);
+// The same for all ranks of a mesh, one list each, with sharding, experts and context.
+ScheduleCheck check_collectives(const ScheduleOptions& options, const Mesh& mesh, int layers,
+                                bool gather_layer, const vector<ActionList>& lists);
 
-// One line an action ("F0.3", "B1.2+" deferred, "W1.2-4", "F0.5|B1.3", "send F0.3 > 1",
-// "recv B1.2 < 1", "gather 0", "reduce 1"); parsing is its inverse and throws bad_input(place).
+// "F0.3", "B1.2+" (deferred), "W1.2-4", "F0.5|B1.3", "send F0.3 > 1", "recv B1.2 < 1", "gather 0",
+// "reduce 1"; parse_action is the inverse, and exits with code 2 naming `place`.
 string to_text(const Action& action);
 Action parse_action(const string& line, const string& place);
 
-// --- inside an action: the five stages of each layer, as data ---
-
+// Inside an action: the five stages of each layer.
 enum class Part : uint8_t {
   Prolog,     // embedding (first stage)
   Attention,  // stage 1: attention, router, shared experts
-  Dispatch,   // stage 2, started; what needs it waits for it
+  Dispatch,   // stage 2, started
   Experts,    // stage 3
   Combine,    // stage 4, started
   Residual,   // stage 5
   Epilog,     // final norm, LM head, loss (last stage)
-  Weights,    // weight gradients of `unit` that are due
-  Gather,     // layer-wise sharding: all-gather `unit`'s weights; `backward`: and its gradients'
-              // memory, for the Weights to come
-  Release,    // free them
+  Weights,    // weight gradients of `unit`
+  Gather,     // all-gather `unit`'s weights; `backward`: and make room for its gradients
+  Release,    // free both
   Reduce,     // reduce-scatter `unit`'s gradients
 };
 struct Step {
@@ -138,29 +128,14 @@ struct Step {
   int chunk = 0, mb = 0;
   int layer = -1;                   // global index; -1: prolog, epilog
   UnitKind unit = UnitKind::Layer;  // Weights, Gather, Release, Reduce
-  int count = 1;                    // Weights: micro-batches [mb, mb + count)
+  int count = 1;                    // Weights: micro-batches from mb on
   bool operator==(const Step&) const = default;
 };
 
-struct ChunkLayers {
-  int first = 0, count = 0;
-  bool prolog = false, epilog = false;
-};
-// The layers of each chunk of pipeline rank `rank`.
-vector<ChunkLayers> chunk_layers(ScheduleKind kind, int pp, int rank, int layers);
-
-// The steps of a compute action, in the one order in which they and their collectives are issued;
-// in FB the two micro-batches' stages interleave so that the one's dispatch and combine run beside
-// the other's compute. Empty for Send, Recv, Gather and Reduce. `gather_layer` adds the Gather,
-// Release and Reduce steps of layer-wise sharding. Dense layers have the steps of others, which
-// find no experts.
+// The steps of all but Send and Recv in the one order in which they and their collectives are
+// issued; in FB the two micro-batches' take turns. `gather_layer` adds the Gather, Release and
+// Reduce of layer-wise sharding. Dense layers have the same steps, which find no experts.
 vector<Step> steps_of(const Action& action, const vector<ChunkLayers>& chunks, bool forward_only,
                       bool gather_layer);
-
-// Proves the lists of all ranks of a mesh, collectives of sharding, experts and context included:
-// the members of each group issue the same collectives in the same order, and all of them with the
-// messages of the pipeline come to an end. `lists` has one entry a global rank.
-ScheduleCheck check_collectives(const ScheduleOptions& options, const Mesh& mesh, int layers,
-                                bool gather_layer, const vector<ActionList>& lists);
 
 }  // namespace pith

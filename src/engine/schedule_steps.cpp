@@ -1,4 +1,3 @@
-// The five stages of each layer inside an action: their order, and layer-wise sharding's gathers.
 #include <algorithm>
 
 #include "engine/schedule.h"
@@ -7,132 +6,70 @@ namespace pith {
 
 namespace {
 
-// Steps of one micro-batch's forward, or its backward, from the first to the last.
+// The steps of one micro-batch's forward or backward, cut where an overlapped one takes turns:
+// behind what starts communication.
 struct Half {
   bool backward = false;
   int chunk = 0, mb = 0;
-  ChunkLayers layers;
-  bool weights = false;  // a backward that is followed by its weight gradients
+  bool weights = false;  // followed by its weight gradients
+  ChunkLayers layers = {};
+  vector<vector<Step>> pieces = {};
 
-  Step step(Part part, int layer = -1) const {
-    return {.part = part, .backward = backward, .chunk = chunk, .mb = mb, .layer = layer};
-  }
   // The i-th layer that it comes to.
-  int layer(int i) const {
-    return backward ? layers.first + layers.count - 1 - i : layers.first + i;
+  int layer(int i) const { return layers.first + (backward ? layers.count - 1 - i : i); }
+  void add(Part part, int at_layer, UnitKind unit = UnitKind::Layer) {
+    pieces.back().push_back({part, backward, chunk, mb, at_layer, unit});
+  }
+  void add_weights(UnitKind unit, int at_layer) {
+    if (weights) add(Part::Weights, at_layer, unit);
+  }
+  void reach(int i) {
+    if (i == layers.count) return;
+    add(backward ? Part::Residual : Part::Attention, layer(i));
+    add(backward ? Part::Combine : Part::Dispatch, layer(i));
+  }
+  // Weight gradients stand behind communication that has just started.
+  void make(const ChunkLayers& c) {
+    layers = c;
+    const bool enters = backward ? layers.epilog : layers.prolog;
+    const bool leaves = backward ? layers.prolog : layers.epilog;
+    pieces.emplace_back();
+    if (enters) add(backward ? Part::Epilog : Part::Prolog, -1);
+    reach(0);
+    if (enters) add_weights(UnitKind::Head, -1);
+    for (int i = 0; i < layers.count; i++) {
+      const int here = layer(i);
+      pieces.emplace_back();
+      add(Part::Experts, here);
+      add(backward ? Part::Dispatch : Part::Combine, here);
+      add_weights(UnitKind::Experts, here);
+      pieces.emplace_back();
+      add(backward ? Part::Attention : Part::Residual, here);
+      reach(i + 1);
+      add_weights(UnitKind::Layer, here);
+    }
+    pieces.emplace_back();
+    if (leaves) add(backward ? Part::Prolog : Part::Epilog, -1);
+    if (leaves) add_weights(UnitKind::Embedding, -1);
   }
 };
 
-struct StepList {
-  vector<Step> steps = {};
-
-  void add(const Half& h, Part part, int i) { steps.push_back(h.step(part, h.layer(i))); }
-  void weights(const Half& h, UnitKind unit, int layer, int count = 1) {
-    if (!h.weights) return;
-    Step s = h.step(Part::Weights, layer);
-    s.unit = unit;
-    s.count = count;
-    steps.push_back(s);
+// Each dispatch and combine runs beside compute of the other micro-batch. What one half has more of
+// follows alone.
+vector<Step> overlapped(const Half& f, const Half& b) {
+  vector<Step> steps;
+  const size_t turns = 1 + 2 * std::min(f.layers.count, b.layers.count);
+  const auto take = [&](const Half& h, size_t i) {
+    if (i < h.pieces.size()) steps.insert(steps.end(), h.pieces[i].begin(), h.pieces[i].end());
+  };
+  for (size_t i = 0; i < turns; i++) {
+    take(b, i);
+    take(f, i);
   }
-
-  // Up to where the first layer's communication is under way. In a backward, the head's weight
-  // gradients run beside it.
-  void forward_begin(const Half& f) {
-    if (f.layers.prolog) steps.push_back(f.step(Part::Prolog));
-    forward_reach(f, 0);
-  }
-  void forward_reach(const Half& f, int i) {
-    if (i == f.layers.count) return;
-    add(f, Part::Attention, i);
-    add(f, Part::Dispatch, i);
-  }
-  void forward_experts(const Half& f, int i) {
-    add(f, Part::Experts, i);
-    add(f, Part::Combine, i);
-  }
-  // From the combine of layer i to the dispatch of the next.
-  void forward_next(const Half& f, int i) {
-    add(f, Part::Residual, i);
-    forward_reach(f, i + 1);
-  }
-  void forward_end(const Half& f) {
-    if (f.layers.epilog) steps.push_back(f.step(Part::Epilog));
-  }
-
-  void backward_begin(const Half& b) {
-    if (b.layers.epilog) steps.push_back(b.step(Part::Epilog));
-    backward_reach(b, 0);
-    if (b.layers.epilog) weights(b, UnitKind::Head, -1);
-  }
-  void backward_reach(const Half& b, int i) {
-    if (i == b.layers.count) return;
-    add(b, Part::Residual, i);
-    add(b, Part::Combine, i);
-  }
-  // The experts' weight gradients run beside the way back of what was dispatched.
-  void backward_experts(const Half& b, int i) {
-    add(b, Part::Experts, i);
-    add(b, Part::Dispatch, i);
-    weights(b, UnitKind::Experts, b.layer(i));
-  }
-  // The rest's run beside the way out of the next layer's gradients.
-  void backward_next(const Half& b, int i) {
-    add(b, Part::Attention, i);
-    backward_reach(b, i + 1);
-    weights(b, UnitKind::Layer, b.layer(i));
-  }
-  void backward_end(const Half& b) {
-    if (!b.layers.prolog) return;
-    steps.push_back(b.step(Part::Prolog));
-    weights(b, UnitKind::Embedding, -1);
-  }
-};
-
-void forward_steps(StepList& s, const Half& f, int from = 0) {
-  for (int i = from; i < f.layers.count; i++) {
-    s.forward_experts(f, i);
-    s.forward_next(f, i);
-  }
-  s.forward_end(f);
+  for (size_t i = turns; i < b.pieces.size(); i++) take(b, i);
+  for (size_t i = turns; i < f.pieces.size(); i++) take(f, i);
+  return steps;
 }
-
-void backward_steps(StepList& s, const Half& b, int from = 0) {
-  for (int i = from; i < b.layers.count; i++) {
-    s.backward_experts(b, i);
-    s.backward_next(b, i);
-  }
-  s.backward_end(b);
-}
-
-// Each dispatch and combine starts as soon as it can, and before what waits for it comes compute of
-// the other micro-batch: the forward's dispatch runs beside the backward's experts, the backward's
-// dispatch beside their weight gradients and the forward's experts, the forward's combine beside
-// the backward's attention, the backward's combine beside the forward's next attention. What one
-// half has more of follows by itself.
-void overlapped_steps(StepList& s, const Half& f, const Half& b) {
-  s.backward_begin(b);
-  s.forward_begin(f);
-  const int pairs = std::min(f.layers.count, b.layers.count);
-  for (int i = 0; i < pairs; i++) {
-    s.backward_experts(b, i);
-    s.forward_experts(f, i);
-    s.backward_next(b, i);
-    s.forward_next(f, i);
-  }
-  backward_steps(s, b, pairs);
-  forward_steps(s, f, pairs);
-}
-
-void weight_steps(StepList& s, const Half& b, int count) {
-  if (b.layers.epilog) s.weights(b, UnitKind::Head, -1, count);
-  for (int i = 0; i < b.layers.count; i++) {
-    s.weights(b, UnitKind::Experts, b.layer(i), count);
-    s.weights(b, UnitKind::Layer, b.layer(i), count);
-  }
-  if (b.layers.prolog) s.weights(b, UnitKind::Embedding, -1, count);
-}
-
-// ---- Layer-wise sharding ----
 
 bool uses_unit(const Step& s) { return s.part != Part::Dispatch && s.part != Part::Combine; }
 
@@ -141,70 +78,63 @@ UnitKind unit_of(const Step& s) {
     case Part::Prolog: return UnitKind::Embedding;
     case Part::Epilog: return UnitKind::Head;
     case Part::Experts: return UnitKind::Experts;
-    case Part::Weights: return s.unit;
-    default: return UnitKind::Layer;
+    default: return s.unit;
   }
 }
+bool same_unit(const Step& gathered, const Step& use) {
+  return uses_unit(use) && gathered.chunk == use.chunk && gathered.layer == use.layer &&
+         gathered.unit == unit_of(use);
+}
 
-// Units in full form are at most two: one in use and the next one, whose gather runs beside it.
+// Adds the steps of layer-wise sharding. At most two units are full: one in use and the next one,
+// whose gather runs beside it.
 struct Gatherer {
   const vector<Step>& in;
   bool forward_only;
   vector<Step> out = {};
   vector<Step> full = {};  // the Gather step of each
 
-  static bool same_unit(const Step& gathered, const Step& use) {
-    return uses_unit(use) && gathered.chunk == use.chunk && gathered.layer == use.layer &&
-           gathered.unit == unit_of(use);
-  }
   // The next step from `at` on that uses the unit.
   size_t next_use(const Step& gathered, size_t at) const {
     while (at < in.size() && !same_unit(gathered, in[at])) at++;
     return at;
   }
-  bool is_full(const Step& use) const {
-    return std::any_of(full.begin(), full.end(), [&](const Step& g) { return same_unit(g, use); });
-  }
-  void release(size_t index) {
-    Step s = full[index];
-    s.part = Part::Release;
-    s.backward = false;
-    out.push_back(s);
-    full.erase(full.begin() + int64_t(index));
-  }
-  // Gathers what step `at` uses; where two units are full, the one needed later makes room.
-  void gather(size_t at) {
-    if (full.size() == 2) release(next_use(full[0], at) > next_use(full[1], at) ? 0 : 1);
-    Step s = in[at];
-    s.unit = unit_of(s);
-    s.part = Part::Gather;
-    s.count = 1;
-    s.backward = false;
-    for (size_t i = at; i < in.size(); i++)
-      s.backward = s.backward || (adds_gradients(in[i]) && same_unit(s, in[i]));
-    full.push_back(s);
-    out.push_back(s);
+  bool needs_gather(const Step& use) const {
+    const auto has = [&](const Step& g) { return same_unit(g, use); };
+    return uses_unit(use) && std::none_of(full.begin(), full.end(), has);
   }
   // The head's gradient is formed with the loss, in the forward.
   bool adds_gradients(const Step& s) const {
     return s.part == Part::Weights || (s.part == Part::Epilog && !s.backward && !forward_only);
   }
-  void reduce(const Step& use) {
-    Step s = use;
-    s.part = Part::Reduce;
-    s.unit = unit_of(use);
+  void add(Part part, Step s, bool backward) {
+    s.unit = unit_of(s);
+    s.part = part;
+    s.backward = backward;
     s.count = 1;
     out.push_back(s);
   }
-
+  void release(size_t index) {
+    add(Part::Release, full[index], false);
+    full.erase(full.begin() + int64_t(index));
+  }
+  // Gathers what step `at` uses; where two units are full, the one needed later makes room.
+  void gather(size_t at) {
+    if (full.size() == 2) release(next_use(full[0], at) > next_use(full[1], at) ? 0 : 1);
+    add(Part::Gather, in[at], false);
+    Step& g = out.back();
+    for (size_t i = at; i < in.size(); i = next_use(g, i + 1))
+      g.backward = g.backward || adds_gradients(in[i]);
+    full.push_back(g);
+  }
   void run() {
     for (size_t at = 0; at < in.size(); at++) {
-      if (uses_unit(in[at]) && !is_full(in[at])) gather(at);
+      if (needs_gather(in[at])) gather(at);
       size_t next = at + 1;
-      while (next < in.size() && (!uses_unit(in[next]) || is_full(in[next]))) next++;
+      while (next < in.size() && !needs_gather(in[next])) next++;
       if (next < in.size() && full.size() < 2) gather(next);
       out.push_back(in[at]);
-      if (adds_gradients(in[at])) reduce(in[at]);
+      if (adds_gradients(in[at])) add(Part::Reduce, in[at], in[at].backward);
       for (size_t i = full.size(); i-- > 0;)
         if (next_use(full[i], at + 1) == in.size()) release(i);
     }
@@ -215,28 +145,22 @@ struct Gatherer {
 
 vector<Step> steps_of(const Action& a, const vector<ChunkLayers>& chunks, bool forward_only,
                       bool gather_layer) {
-  if (a.what != Do::F && a.what != Do::B && a.what != Do::W && a.what != Do::FB) return {};
-  const bool fused = a.what == Do::FB;
-  const Half f{false, a.chunk, a.mb, chunks[a.chunk], false};
-  const int b_chunk = fused ? a.chunk2 : a.chunk;
-  const Half b{true, b_chunk, fused ? a.mb2 : a.mb, chunks[b_chunk], a.what == Do::W || !a.defer};
-  StepList s;
-  switch (a.what) {
-    case Do::F:
-      s.forward_begin(f);
-      forward_steps(s, f);
-      break;
-    case Do::B:
-      s.backward_begin(b);
-      backward_steps(s, b);
-      break;
-    case Do::FB: overlapped_steps(s, f, b); break;
-    default: weight_steps(s, b, a.count);
-  }
-  if (forward_only && a.what != Do::F)
+  if (forward_only && (a.what == Do::W || a.has_backward()))
     failed("schedule", text("a forward-only list holds %s", to_text(a).c_str()));
-  if (!gather_layer) return std::move(s.steps);
-  Gatherer g{s.steps, forward_only};
+  const bool units = a.what == Do::W || a.is_collective();  // a step a unit
+  Half f{false, a.chunk, a.mb}, b{true, a.backward_chunk(), a.backward_mb(), !a.defer};
+  if (a.has_forward()) f.make(chunks[f.chunk]);
+  if (units || a.has_backward()) b.make(chunks[b.chunk]);
+  vector<Step> steps = overlapped(f, b);
+  if (units) std::erase_if(steps, [](const Step& s) { return s.part != Part::Weights; });
+  for (Step& s : steps) {
+    s.count = a.count;
+    if (a.what == Do::Gather) s.backward = !forward_only;
+    if (a.is_collective()) s.part = a.what == Do::Gather ? Part::Gather : Part::Reduce;
+  }
+  if (a.what == Do::Gather) std::ranges::reverse(steps);
+  if (!gather_layer) return steps;
+  Gatherer g{steps, forward_only};
   g.run();
   return std::move(g.out);
 }

@@ -89,7 +89,7 @@ StepMetrics Trainer::compute_gradients() {
   counts.assign(rest, sums.end());
   StepMetrics m{.steps = config.train.steps,
                 .loss = sums[0] / labels,
-                .forced_balanced = io.force_balanced,
+                .router_forced = io.force_balanced ? "balanced" : "",
                 .tokens = plan.step_tokens(),
                 .load = expert_load(counts, plan.shape.num_experts)};
   if (balance.kind != BalanceKind::None) m.balance_loss.assign(losses, rest);

@@ -1,7 +1,7 @@
 // trainer: a run from its first step to its last checkpoint, on every rank of this process.
 #pragma once
 #include "engine/checkpoint.h"
-#include "engine/routing_slot.h"
+#include "engine/routing_trace.h"
 #include "engine/run_plan.h"
 #include "observe/metrics.h"
 #include "observe/tensorboard.h"
@@ -32,7 +32,7 @@ struct Run {
   Dataset data = open_data(plan);
   RunState state;  // where the run goes on from
   std::optional<Checkpoint> resume_from;
-  std::optional<WeightSource> init_from;
+  std::optional<Checkpoint> init_from;
   std::optional<MetricsFile> metrics;
   std::optional<TensorBoardFile> tensorboard;
   RoutingStep routing;  // of the step, if traced or replayed

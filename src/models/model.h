@@ -1,8 +1,4 @@
-// model: what every model file offers, and the few plain types that it shares with the engine.
-//
-// A layer is five stages: (1) attention, router, shared experts; (2) dispatch; (3) experts;
-// (4) combine; (5) sum over ranks + shared experts + residual. The model writes 1, 3 and 5; the
-// engine does the communication between. Dimension letters as in ops.h.
+// model: what every model file offers, and the types that it shares with the engine.
 #pragma once
 #include <concepts>
 
@@ -11,29 +7,27 @@
 
 namespace pith {
 
-// How a tensor begins: normal with standard deviation `value`, or constant `value`.
 enum class InitKind : uint8_t { Normal, Constant };
 struct Init {
   InitKind kind = InitKind::Constant;
-  double value = 0;
+  double value = 0;  // the constant, or the standard deviation
 };
 
-// Groups of tensors that are gathered, reduced and updated together (one flat buffer each).
+// Tensors that are gathered, reduced and updated together.
 enum class UnitKind : uint8_t { Embedding, Layer, Experts, Head };
 
-// One tensor of a Hugging Face checkpoint.
+// One tensor of a Hugging Face checkpoint, under its name there.
 struct Piece {
-  string name;  // as in the checkpoint: "model.layers.0.self_attn.q_proj.weight"
+  string name;
   Dims dims;
   Init init;
   bool muon = false;  // a matrix that Muon orthogonalises
 };
 
-// One tensor of the running model: pieces that lie one after another in memory, so that weights
-// that share an input are one product. The engine binds `target` to values and gradient
-// accumulator.
+// One tensor of the running model: pieces one after another in memory, so that weights that share
+// an input are one product.
 struct Parameter {
-  Tensor* target = nullptr;
+  Tensor* target = nullptr;  // bound by the engine
   Dims dims;
   UnitKind unit = UnitKind::Layer;
   int layer = -1;        // -1: outside the layers
@@ -41,58 +35,57 @@ struct Parameter {
 };
 using ParameterTable = vector<Parameter>;
 
-// What of a model a pipeline stage holds, and which experts its rank does.
+// What a rank of a pipeline stage holds.
 struct StagePart {
   int first_layer = 0, num_layers = 0;
   bool embedding = true, head = true;
   int first_expert = 0, num_experts = 0;
 };
 
-// One micro-batch as a rank sees it. T = rows * length tokens, row after row.
+// One micro-batch as a rank sees it: T = rows * length tokens.
 struct Batch {
   int64_t rows = 0, length = 0;
   Tensor tokens, labels;  // I32 [T]; a label may be kIgnoreLabel
-  Tensor positions;       // I32 [T]: rotary position; restarts in each document under a mask
+  Tensor positions;       // I32 [T]: within the document under a document mask
   AttentionMask mask;
 };
 
-// What stage 1 hands on.
+// What stage 1 hands on, each [T, D].
 struct MoeInput {
-  Tensor hidden;    // [T, D]: the rows to dispatch
-  Tensor residual;  // [T, D]
-  Tensor shared;    // [T, D]: output of shared experts; undefined where there are none
-  Routing routing;  // ids undefined in a dense layer, where stages 2 and 4 do nothing
+  Tensor hidden;  // the rows to dispatch
+  Tensor residual;
+  Tensor shared;    // output of shared experts, if any
+  Routing routing;  // ids undefined in a dense layer, which has no stages 2 and 4
 };
 
-// The numbers of a model that engine, planner and reports need, whatever its architecture.
+// The numbers of any architecture that engine, planner and reports need.
 struct ModelShape {
   string model_type;
   int64_t hidden = 0, vocab = 0;
   int num_layers = 0, num_experts = 0, top_k = 0;
-  int64_t attention_width = 0;  // H * (size of a query head + size of a value head), for FLOPs
-  int64_t max_positions = 0;    // of the configuration; 0: unbounded
+  int64_t attention_width = 0;  // H * (sizes of a query and of a value head)
+  int64_t max_positions = 0;    // 0: unbounded
 };
 
-// A model M is the weights of one pipeline stage: M::Config and M::Layer, a vector `layers` of the
-// stage's layers, and these functions. A wrong signature is one readable compile error here.
+// A model M is the weights of one pipeline stage, with a vector<M::Layer> `layers`, and these
+// functions. Between stages 1, 3 and 5 of a layer the engine dispatches and combines.
 template <class M>
 concept Model = requires(Rank& rank, const Json& json, const typename M::Config& config, M& model,
                          const M& stage, const StagePart& part, const typename M::Layer& layer,
                          Tensor x, const Batch& batch, const RouterOptions& routing,
                          const MoeInput& in, const Dispatched& d, double scale) {
-  // Reads and validates config.json; refuses by name what it does not implement.
+  // Refuses by name what it does not implement.
   { M::read_config(json) } -> std::same_as<typename M::Config>;
   { M::shape(config) } -> std::same_as<ModelShape>;
-  // The stage's parameter table; sizes model.layers. init_std as in the run's configuration.
+  // Sizes model.layers; scale: model.init_std.
   { model.parameters(config, part, scale) } -> std::same_as<ParameterTable>;
-  // Tables that depend on the sequence length alone (rotary cos and sin).
-  { model.prepare(rank, config, int64_t{}) } -> std::same_as<void>;
-  { stage.embed(rank, batch) } -> std::same_as<Tensor>;                                // [T, D]
-  { stage.attend(rank, config, layer, x, batch, routing) } -> std::same_as<MoeInput>;  // stage 1
-  { stage.experts(rank, config, layer, d) } -> std::same_as<Tensor>;      // stage 3: [R, D]
-  { stage.finish(rank, config, layer, x, in) } -> std::same_as<Tensor>;   // stage 5: [T, D]
-  { stage.loss(rank, config, x, batch, scale) } -> std::same_as<Tensor>;  // F32 [1], a sum
-  { stage.logits(rank, config, x) } -> std::same_as<Tensor>;              // [T, V]
+  { model.prepare(rank, config, int64_t{}) } -> std::same_as<void>;  // for a sequence length
+  { stage.embed(rank, batch) } -> std::same_as<Tensor>;              // [T, D]
+  { stage.attend(rank, config, layer, x, batch, routing) } -> std::same_as<MoeInput>;  // 1
+  { stage.experts(rank, config, layer, d) } -> std::same_as<Tensor>;                   // 3: [R, D]
+  { stage.finish(rank, config, layer, x, in) } -> std::same_as<Tensor>;                // 5: [T, D]
+  { stage.loss(rank, config, x, batch, scale) } -> std::same_as<Tensor>;               // [1], a sum
+  { stage.logits(rank, config, x) } -> std::same_as<Tensor>;                           // [T, V]
 };
 
 }  // namespace pith

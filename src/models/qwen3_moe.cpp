@@ -4,50 +4,25 @@
 
 namespace pith {
 
-// ---- Configuration ----------------------------------------------------------------------------
+// Fields that read_config takes, and those without effect on training.
+static constexpr string_view kTaken =
+    " architectures bos_token_id dtype eos_token_id head_dim hidden_size initializer_range "
+    "intermediate_size layer_types max_position_embeddings max_window_layers model_type "
+    "moe_intermediate_size norm_topk_prob num_attention_heads num_experts num_experts_per_tok "
+    "num_hidden_layers num_key_value_heads num_local_experts output_router_logits pad_token_id "
+    "rms_norm_eps rope_parameters rope_scaling rope_theta router_aux_loss_coef sliding_window "
+    "torch_dtype transformers_version use_cache vocab_size ";
 
-// Fields that do not change the mathematics of training.
-static const char* const kIgnoredFields[] = {"architectures",
-                                             "attention_dropout",
-                                             "bos_token_id",
-                                             "decoder_sparse_step",
-                                             "dtype",
-                                             "eos_token_id",
-                                             "hidden_act",
-                                             "initializer_range",
-                                             "intermediate_size",
-                                             "layer_types",
-                                             "max_window_layers",
-                                             "mlp_only_layers",
-                                             "output_router_logits",
-                                             "pad_token_id",
-                                             "quantization_config",
-                                             "rope_scaling",
-                                             "router_aux_loss_coef",
-                                             "sliding_window",
-                                             "tie_word_embeddings",
-                                             "torch_dtype",
-                                             "transformers_version",
-                                             "use_cache",
-                                             "use_sliding_window",
-                                             "attention_bias",
-                                             "partial_rotary_factor",
-                                             "rope_parameters"};
-static const char* const kReadFields[] = {"head_dim",
-                                          "hidden_size",
-                                          "max_position_embeddings",
-                                          "model_type",
-                                          "moe_intermediate_size",
-                                          "norm_topk_prob",
-                                          "num_attention_heads",
-                                          "num_experts",
-                                          "num_experts_per_tok",
-                                          "num_hidden_layers",
-                                          "num_key_value_heads",
-                                          "num_local_experts",
-                                          "rms_norm_eps",
-                                          "rope_theta",
-                                          "vocab_size"};
+// Fields with one value (or null) that is implemented.
+struct Fixed {
+  const char *field, *value;
+};
+static constexpr Fixed kFixed[] = {
+    {"attention_bias", "false"},     {"attention_dropout", "0"},
+    {"decoder_sparse_step", "1"},    {"hidden_act", "\"silu\""},
+    {"mlp_only_layers", "[]"},       {"partial_rotary_factor", "1"},
+    {"quantization_config", "null"}, {"tie_word_embeddings", "false"},
+    {"use_sliding_window", "false"}};
 
 [[noreturn]] static void refuse(const Json& json, const string& field, const char* need) {
   bad_input(
@@ -56,38 +31,29 @@ static const char* const kReadFields[] = {"head_dim",
       "a model without it; see docs/models.md for what is implemented");
 }
 
-// Refuses by name each field whose value would change the mathematics.
 static void refuse_unimplemented(const Json& j) {
   for (const string& key : j.keys()) {
-    bool known = key[0] == '_';
-    for (const char* k : kIgnoredFields) known |= key == k;
-    for (const char* k : kReadFields) known |= key == k;
+    bool known = key[0] == '_' || kTaken.find(" " + key + " ") != string_view::npos;
+    for (const Fixed& f : kFixed) {
+      if (key != f.field) continue;
+      known = true;
+      const string got = j[key].dump(), need = f.value;
+      if (got != "null" && got != need && got != need + ".0") refuse(j, key, f.value);
+    }
     if (!known)
       bad_input(j.place() + ": " + key, "unknown field of a qwen3_moe config.json",
                 "removing it, if it does not change the model's mathematics");
   }
-  if (j.bool_or("tie_word_embeddings", false)) refuse(j, "tie_word_embeddings", "false");
-  if (j.bool_or("attention_bias", false)) refuse(j, "attention_bias", "false");
-  if (j.bool_or("use_sliding_window", false)) refuse(j, "use_sliding_window", "false");
-  if (j.int_or("decoder_sparse_step", 1) != 1) refuse(j, "decoder_sparse_step", "1");
-  if (j.double_or("attention_dropout", 0) != 0) refuse(j, "attention_dropout", "0");
-  if (j.double_or("partial_rotary_factor", 1) != 1) refuse(j, "partial_rotary_factor", "1");
-  if (j.string_or("hidden_act", "silu") != "silu") refuse(j, "hidden_act", "\"silu\"");
-  if (j.has("quantization_config") && !j["quantization_config"].is_null())
-    refuse(j, "quantization_config", "none");
-  if (j.has("mlp_only_layers") && !j["mlp_only_layers"].is_null() &&
-      j["mlp_only_layers"].size() > 0)
-    refuse(j, "mlp_only_layers", "[]");
-  if (j.has("layer_types") && !j["layer_types"].is_null())
-    for (int64_t i = 0; i < j["layer_types"].size(); i++)
-      if (j["layer_types"][i].as_string() != "full_attention")
-        refuse(j, "layer_types", "\"full_attention\" throughout");
+  const Json layers = j.has("layer_types") ? j["layer_types"] : Json{};
+  for (int64_t i = 0; !layers.is_null() && i < layers.size(); i++)
+    if (layers[i].as_string() != "full_attention")
+      refuse(j, "layer_types", "\"full_attention\" throughout");
 }
 
-// transformers 5 writes rope_parameters {rope_theta, rope_type}; earlier ones rope_theta beside
+// transformers 5 writes rope_parameters {rope_theta, rope_type}, older ones rope_theta and
 // rope_scaling {rope_type | type}.
 static double read_rope_theta(const Json& j) {
-  double theta = j.double_or("rope_theta", 0);
+  double theta = j.double_or("rope_theta", 10000);
   for (const char* field : {"rope_scaling", "rope_parameters"}) {
     if (!j.has(field) || j[field].is_null()) continue;
     const Json rope = j[field];
@@ -96,103 +62,92 @@ static double read_rope_theta(const Json& j) {
       refuse(j, field, "rope_type \"default\"");
     theta = rope.double_or("rope_theta", theta);
   }
-  return theta ? theta : 10000.0;
+  return theta;
 }
 
 Qwen3Moe::Config Qwen3Moe::read_config(const Json& j) {
   refuse_unimplemented(j);
-  const int64_t many = 1 << 30;
+  const auto size = [&](const char* key, int most = 1 << 30) {
+    return int(j[key].as_int(1, most));
+  };
   Config c;
-  c.hidden = j["hidden_size"].as_int(1, many);
-  c.expert_width = j["moe_intermediate_size"].as_int(1, many);
-  c.vocab = j["vocab_size"].as_int(1, many);
+  c.hidden = size("hidden_size");
+  c.expert_width = size("moe_intermediate_size");
+  c.vocab = size("vocab_size");
   c.max_positions = j.int_or("max_position_embeddings", 0);
-  c.num_layers = int(j["num_hidden_layers"].as_int(1, 100000));
+  c.num_layers = size("num_hidden_layers");
   // Published files say num_experts, transformers 5 writes num_local_experts.
-  const char* experts = j.has("num_local_experts") ? "num_local_experts" : "num_experts";
-  c.num_experts = int(j[experts].as_int(1, 100000));
-  c.top_k = int(j["num_experts_per_tok"].as_int(1, c.num_experts));
-  c.heads.query = int(j["num_attention_heads"].as_int(1, 100000));
-  c.heads.kv = int(j["num_key_value_heads"].as_int(1, c.heads.query));
+  c.num_experts = size(j.has("num_local_experts") ? "num_local_experts" : "num_experts");
+  c.top_k = size("num_experts_per_tok", c.num_experts);
+  c.heads.query = size("num_attention_heads", 1 << 15);
+  c.heads.kv = size("num_key_value_heads", c.heads.query);
   c.heads.size = int(j.int_or("head_dim", c.hidden / c.heads.query));
   c.norm_topk_prob = j.bool_or("norm_topk_prob", false);
   c.rms_eps = j.double_or("rms_norm_eps", 1e-6);
   c.rope_theta = read_rope_theta(j);
-  if (c.heads.query % c.heads.kv != 0)
+  if (c.heads.query % c.heads.kv != 0 || c.heads.size < 2 || c.heads.size % 2 != 0)
     bad_input(j.place(),
-              text("num_attention_heads must be a multiple of num_key_value_heads (got %d and "
-                   "%d)",
-                   c.heads.query, c.heads.kv),
-              "head counts that divide");
-  if (c.heads.size < 2 || c.heads.size % 2 != 0)
-    bad_input(j.place(), text("head_dim must be even (got %d)", c.heads.size), "an even head_dim");
+              text("got num_attention_heads %d, num_key_value_heads %d, head_dim %d", c.heads.query,
+                   c.heads.kv, c.heads.size),
+              "head counts that divide and an even head_dim");
   return c;
 }
 
 ModelShape Qwen3Moe::shape(const Config& c) {
-  return {.model_type = "qwen3_moe",
-          .hidden = c.hidden,
-          .vocab = c.vocab,
-          .num_layers = c.num_layers,
-          .num_experts = c.num_experts,
-          .top_k = c.top_k,
-          .attention_width = int64_t{2} * c.heads.query * c.heads.size,
-          .max_positions = c.max_positions};
+  const int64_t attention_width = int64_t{2} * c.heads.query * c.heads.size;
+  return {"qwen3_moe",   c.hidden, c.vocab,         c.num_layers,
+          c.num_experts, c.top_k,  attention_width, c.max_positions};
 }
-
-// ---- Parameters -------------------------------------------------------------------------------
 
 ParameterTable Qwen3Moe::parameters(const Config& c, const StagePart& part, double init_std) {
   const int64_t D = c.hidden, F = c.expert_width, V = c.vocab, N = c.heads.size;
-  const int64_t q = c.heads.query * N, kv = c.heads.kv * N;
+  const int64_t q = c.heads.query * N, kv = c.heads.kv * N, E = c.num_experts;
   const Init ones{InitKind::Constant, 1.0}, normal{InitKind::Normal, init_std};
   // Projections that write to the residual stream begin smaller, by 1/sqrt(2 * layers).
   const Init output{InitKind::Normal, init_std / std::sqrt(2.0 * c.num_layers)};
   ParameterTable table;
+  UnitKind unit = UnitKind::Embedding;
+  int layer = -1;
+  const auto add = [&](Tensor& target, Dims dims, vector<Piece> pieces) {
+    table.push_back({&target, dims, unit, layer, std::move(pieces)});
+  };
+  const auto one = [&](Tensor& target, const string& name, Dims dims, Init init,
+                       bool muon = false) {
+    add(target, dims, {{name + ".weight", dims, init, muon}});
+  };
   layers.assign(part.num_layers, {});
-  if (part.embedding)
-    table.push_back({&embedding,
-                     {V, D},
-                     UnitKind::Embedding,
-                     -1,
-                     {{"model.embed_tokens.weight", {V, D}, normal}}});
+  if (part.embedding) one(embedding, "model.embed_tokens", {V, D}, normal);
   for (int i = 0; i < part.num_layers; i++) {
-    const int l = part.first_layer + i;
-    const string layer = text("model.layers.%d.", l), attn = layer + "self_attn.";
-    const UnitKind unit = UnitKind::Layer;
+    layer = part.first_layer + i;
+    unit = UnitKind::Layer;
+    const string l = text("model.layers.%d.", layer), attn = l + "self_attn.";
     Layer& w = layers[i];
-    table.push_back({&w.attn_norm, {D}, unit, l, {{layer + "input_layernorm.weight", {D}, ones}}});
-    table.push_back({&w.qkv,
-                     {q + 2 * kv, D},
-                     unit,
-                     l,
-                     {{attn + "q_proj.weight", {q, D}, normal, true},
-                      {attn + "k_proj.weight", {kv, D}, normal, true},
-                      {attn + "v_proj.weight", {kv, D}, normal, true}}});
-    table.push_back({&w.q_norm, {N}, unit, l, {{attn + "q_norm.weight", {N}, ones}}});
-    table.push_back({&w.k_norm, {N}, unit, l, {{attn + "k_norm.weight", {N}, ones}}});
-    table.push_back({&w.o_proj, {D, q}, unit, l, {{attn + "o_proj.weight", {D, q}, output, true}}});
-    table.push_back(
-        {&w.moe_norm, {D}, unit, l, {{layer + "post_attention_layernorm.weight", {D}, ones}}});
-    table.push_back({&w.router,
-                     {c.num_experts, D},
-                     unit,
-                     l,
-                     {{layer + "mlp.gate.weight", {c.num_experts, D}, normal}}});
-    Parameter gate_up{&w.gate_up, {part.num_experts, 2 * F, D}, UnitKind::Experts, l, {}};
-    Parameter down{&w.down, {part.num_experts, D, F}, UnitKind::Experts, l, {}};
+    one(w.attn_norm, l + "input_layernorm", {D}, ones);
+    add(w.qkv, {q + 2 * kv, D},
+        {{attn + "q_proj.weight", {q, D}, normal, true},
+         {attn + "k_proj.weight", {kv, D}, normal, true},
+         {attn + "v_proj.weight", {kv, D}, normal, true}});
+    one(w.q_norm, attn + "q_norm", {N}, ones);
+    one(w.k_norm, attn + "k_norm", {N}, ones);
+    one(w.o_proj, attn + "o_proj", {D, q}, output, true);
+    one(w.moe_norm, l + "post_attention_layernorm", {D}, ones);
+    one(w.router, l + "mlp.gate", {E, D}, normal);
+    vector<Piece> gate_up, down;
     for (int e = part.first_expert; e < part.first_expert + part.num_experts; e++) {
-      const string expert = text("%smlp.experts.%d.", layer.c_str(), e);
-      gate_up.pieces.push_back({expert + "gate_proj.weight", {F, D}, normal, true});
-      gate_up.pieces.push_back({expert + "up_proj.weight", {F, D}, normal, true});
-      down.pieces.push_back({expert + "down_proj.weight", {D, F}, output, true});
+      const string expert = text("%smlp.experts.%d.", l.c_str(), e);
+      gate_up.push_back({expert + "gate_proj.weight", {F, D}, normal, true});
+      gate_up.push_back({expert + "up_proj.weight", {F, D}, normal, true});
+      down.push_back({expert + "down_proj.weight", {D, F}, output, true});
     }
-    table.push_back(std::move(gate_up));
-    table.push_back(std::move(down));
+    unit = UnitKind::Experts;
+    add(w.gate_up, {part.num_experts, 2 * F, D}, std::move(gate_up));
+    add(w.down, {part.num_experts, D, F}, std::move(down));
   }
+  layer = -1;
+  unit = UnitKind::Head;
   if (part.head) {
-    table.push_back({&final_norm, {D}, UnitKind::Head, -1, {{"model.norm.weight", {D}, ones}}});
-    table.push_back({&lm_head, {V, D}, UnitKind::Head, -1, {{"lm_head.weight", {V, D}, normal}}});
+    one(final_norm, "model.norm", {D}, ones);
+    one(lm_head, "lm_head", {V, D}, normal);
   }
   return table;
 }
@@ -200,8 +155,6 @@ ParameterTable Qwen3Moe::parameters(const Config& c, const StagePart& part, doub
 void Qwen3Moe::prepare(Rank& rank, const Config& c, int64_t length) {
   rope = rope_tables(rank, length, c.heads.size, c.rope_theta);
 }
-
-// ---- Forward ----------------------------------------------------------------------------------
 
 Tensor Qwen3Moe::embed(Rank& rank, const Batch& batch) const {
   return pith::embedding(rank, batch.tokens, embedding);

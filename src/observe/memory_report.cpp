@@ -6,8 +6,7 @@
 namespace pith {
 
 struct Kind {
-  const char* key;
-  const char* heading;
+  const char *key, *heading;
   int64_t RankMemory::*bytes;
 };
 static constexpr Kind kKinds[] = {
@@ -19,20 +18,15 @@ static constexpr Kind kKinds[] = {
     {"workspace", "workspace*", &RankMemory::workspace},
 };
 
-string memory_table(const vector<RankMemory>& ranks, int64_t available) {
-  const auto cell = [](const string& words) { return text(" %12s", words.c_str()); };
-  string out = text("%-9s", "ranks");
-  for (const Kind& kind : kKinds) out += cell(kind.heading);
-  out += cell("total") + (available > 0 ? "  of available\n" : "\n");
-  for (size_t i = 0, next; i < ranks.size(); i = next) {
-    for (next = i + 1; next < ranks.size() && ranks[next] == ranks[i];) next++;
-    const string last = next > i + 1 ? text("-%zu", next - 1) : "";
-    out += text("%-9s", (std::to_string(i) + last).c_str());
-    for (const Kind& kind : kKinds) out += cell(bytes_text(double(ranks[i].*kind.bytes)));
-    const double total = double(ranks[i].total());
-    out += cell(bytes_text(total));
-    if (available > 0) out += text("  %11.0f%%", 100 * total / double(available));
-    out += "\n";
+string memory_table(const vector<RankMemory>& ranks) {
+  string out = "rank";
+  for (const Kind& kind : kKinds) out += text(" %12s", kind.heading);
+  out += text(" %12s\n", "total");
+  for (size_t i = 0; i < ranks.size(); i++) {
+    out += text("%4zu", i);
+    for (const Kind& kind : kKinds)
+      out += text(" %12s", bytes_text(double(ranks[i].*kind.bytes)).c_str());
+    out += text(" %12s\n", bytes_text(double(ranks[i].total())).c_str());
   }
   return out + "* estimated\n";
 }

@@ -6,38 +6,35 @@
 #include <cerrno>
 #include <cmath>
 #include <cstring>
-#include <numeric>
 
 #include "core/json.h"
 #include "core/log.h"
 
 namespace pith {
 
-static ExpertLoad layer_load(vector<double> counts) {
-  const double total = std::accumulate(counts.begin(), counts.end(), 0.0);
-  if (total <= 0) return {};
-  std::sort(counts.begin(), counts.end());
-  const double E = double(counts.size()), mean = total / E;
-  double entropy = 0, dead = 0;
-  for (const double c : counts) {
-    if (c > 0) entropy -= c / total * std::log(c / total);
-    dead += c == 0;
+ExpertLoad expert_load(const vector<double>& counts, int num_experts) {
+  ExpertLoad load;
+  for (auto layer = counts.begin(); layer < counts.end(); layer += num_experts) {
+    double total = 0, most = 0, used = 0, entropy = 0;
+    for (auto count = layer; count < layer + num_experts; count++) total += *count;
+    for (auto count = layer; count < layer + num_experts; count++) {
+      if (*count == 0) continue;
+      most = std::max(most, *count);
+      used++;
+      entropy -= *count / total * std::log(*count / total);
+    }
+    const double E = num_experts;
+    load.max_over_mean.push_back(total > 0 ? most * E / total : 0);
+    load.dead_share.push_back(total > 0 ? (E - used) / E : 0);
+    load.entropy.push_back(num_experts > 1 ? entropy / std::log(E) : total > 0);
   }
-  const size_t p95 = (95 * counts.size() + 99) / 100 - 1;
-  return {counts.back() / mean, counts[p95] / mean, dead / E, E > 1 ? entropy / std::log(E) : 1};
-}
-
-vector<ExpertLoad> expert_load(const vector<double>& counts, int num_experts) {
-  vector<ExpertLoad> load;
-  for (auto layer = counts.begin(); layer < counts.end(); layer += num_experts)
-    load.push_back(layer_load({layer, layer + num_experts}));
   return load;
 }
 
 double StepMetrics::mean_balance_loss() const {
-  if (balance_loss.empty()) return 0;
-  return std::accumulate(balance_loss.begin(), balance_loss.end(), 0.0) /
-         double(balance_loss.size());
+  double sum = 0;
+  for (const double layer : balance_loss) sum += layer;
+  return balance_loss.empty() ? 0 : sum / double(balance_loss.size());
 }
 
 string step_line(const StepMetrics& m) {
@@ -47,92 +44,106 @@ string step_line(const StepMetrics& m) {
   line += text(" | learning-rate %.6e | gradient-norm %.4f", m.learning_rate, m.gradient_norm);
   line += " | tokens-per-second " + with_commas(std::llround(m.tokens_per_second()));
   if (m.peak_memory_bytes > 0) line += " | peak-memory " + bytes_text(m.peak_memory_bytes);
-  if (m.mfu > 0) line += text(" | mfu %.1f%%", 100 * m.mfu);
+  if (m.mfu) line += text(" | mfu %.1f%%", 100 * *m.mfu);
   if (m.eval_loss) line += text(" | eval-loss %.4f", *m.eval_loss);
   if (m.checkpoint_stall_s > 0) line += text(" | checkpoint-stall %.3f sec", m.checkpoint_stall_s);
   if (m.left_s > 0) line += " | left " + duration_text(m.left_s);
   if (m.skipped) line += " | UPDATE SKIPPED: not finite";
-  if (m.forced_balanced) line += " | ROUTER FORCED: balanced";
+  if (!m.router_forced.empty()) line += " | ROUTER FORCED: " + m.router_forced;
   return line;
 }
 
-// What metrics.jsonl holds of every step, and of every layer as arrays.
-template <class Of>
-struct Field {
-  const char* key;
-  double Of::*number;
-};
-static constexpr Field<StepMetrics> kStepFields[] = {
-    {"cross_entropy_loss", &StepMetrics::loss},
-    {"learning_rate", &StepMetrics::learning_rate},
-    {"gradient_norm", &StepMetrics::gradient_norm},
-    {"step_time", &StepMetrics::seconds},
-    {"peak_memory", &StepMetrics::peak_memory_bytes},
-    {"checkpoint_stall", &StepMetrics::checkpoint_stall_s}};
-static constexpr Field<ExpertLoad> kLoadFields[] = {{"expert_load_max", &ExpertLoad::max_over_mean},
-                                                    {"expert_load_p95", &ExpertLoad::p95_over_mean},
-                                                    {"expert_load_dead", &ExpertLoad::dead_share},
-                                                    {"expert_load_entropy", &ExpertLoad::entropy}};
+// A line of metrics.jsonl: `io` writes or reads each field; what is derived is read in vain.
+template <class Metrics, class Io>
+static void each_field(Metrics& m, Io io) {
+  double rate = m.tokens_per_second();
+  std::optional<double> balance;
+  if (!m.balance_loss.empty()) balance = m.mean_balance_loss();
+  io("step", m.step);
+  io("steps", m.steps);
+  io("cross_entropy_loss", m.loss);
+  io("learning_rate", m.learning_rate);
+  io("gradient_norm", m.gradient_norm);
+  io("step_time", m.seconds);
+  io("peak_memory", m.peak_memory_bytes);
+  io("checkpoint_stall", m.checkpoint_stall_s);
+  io("clipped", m.clipped);
+  io("skipped", m.skipped);
+  io("tokens", m.tokens);
+  io("tokens_per_second", rate);
+  io("mfu", m.mfu);
+  io("eval_loss", m.eval_loss);
+  io("router_forced", m.router_forced);
+  io("load_balance_loss", balance);
+  io("load_balance_loss_per_layer", m.balance_loss);
+  io("expert_load_max", m.load.max_over_mean);
+  io("expert_load_dead", m.load.dead_share);
+  io("expert_load_entropy", m.load.entropy);
+}
 
 string step_json(const StepMetrics& m) {
   JsonWriter w;
-  w.object().key("step").value(m.step).key("steps").value(m.steps);
-  for (const auto& field : kStepFields) w.key(field.key).value(m.*field.number);
-  w.key("clipped").value(m.clipped).key("skipped").value(m.skipped);
-  w.key("tokens").value(m.tokens).key("tokens_per_second").value(m.tokens_per_second());
-  if (m.mfu > 0) w.key("mfu").value(m.mfu);
-  if (m.eval_loss) w.key("eval_loss").value(*m.eval_loss);
-  if (m.forced_balanced) w.key("router_forced").value("balanced");
-  if (!m.balance_loss.empty()) {
-    w.key("load_balance_loss").value(m.mean_balance_loss());
-    w.key("load_balance_loss_per_layer").array();
-    for (const double loss : m.balance_loss) w.value(loss);
-    w.end();
-  }
-  for (const auto& field : kLoadFields) {
-    if (m.load.empty()) break;
-    w.key(field.key).array();
-    for (const ExpertLoad& load : m.load) w.value(load.*field.number);
-    w.end();
-  }
+  w.object();
+  each_field(m, [&]<class T>(const char* key, const T& value) {
+    if constexpr (std::is_same_v<T, vector<double>> || std::is_same_v<T, string>)
+      if (value.empty()) return;
+    if constexpr (std::is_same_v<T, std::optional<double>>)
+      if (!value) return;
+    w.key(key);
+    if constexpr (std::is_same_v<T, vector<double>>) {
+      w.array();
+      for (const double number : value) w.value(number);
+      w.end();
+    } else if constexpr (std::is_same_v<T, std::optional<double>>) {
+      w.value(*value);
+    } else {
+      w.value(value);
+    }
+  });
   return w.end().str();
 }
 
 // Numbers that are not finite were written as null.
 static double number(const Json& value) { return value.is_null() ? NAN : value.as_double(); }
 
-static StepMetrics parse_step(const Json& json) {
+static StepMetrics parse_step(const Json& line) {
   StepMetrics m;
-  m.step = json["step"].as_int(1);
-  m.steps = json["steps"].as_int(0);
-  for (const auto& field : kStepFields) m.*field.number = number(json[field.key]);
-  m.clipped = json["clipped"].as_bool();
-  m.skipped = json["skipped"].as_bool();
-  m.tokens = json["tokens"].as_int(0);
-  m.mfu = json.double_or("mfu", 0);
-  if (json.has("eval_loss")) m.eval_loss = number(json["eval_loss"]);
-  m.forced_balanced = json.has("router_forced");
-  if (json.has("load_balance_loss_per_layer"))
-    for (int64_t i = 0; i < json["load_balance_loss_per_layer"].size(); i++)
-      m.balance_loss.push_back(number(json["load_balance_loss_per_layer"][i]));
-  for (const auto& field : kLoadFields) {
-    if (!json.has(field.key)) break;
-    const Json values = json[field.key];
-    m.load.resize(size_t(values.size()));
-    for (size_t i = 0; i < m.load.size(); i++) m.load[i].*field.number = number(values[int64_t(i)]);
-  }
+  each_field(m, [&]<class T>(const char* key, T& value) {
+    if constexpr (std::is_same_v<T, int64_t>)
+      value = line[key].as_int(0);
+    else if constexpr (std::is_same_v<T, bool>)
+      value = line[key].as_bool();
+    else if constexpr (std::is_same_v<T, double>)
+      value = number(line[key]);
+    else if (!line.has(key))
+      return;
+    else if constexpr (std::is_same_v<T, string>)
+      value = line[key].as_string();
+    else if constexpr (std::is_same_v<T, std::optional<double>>)
+      value = number(line[key]);
+    else
+      for (int64_t i = 0; i < line[key].size(); i++) value.push_back(number(line[key][i]));
+  });
   return m;
 }
 
-// The end of the whole lines of steps up to `last_step`. A line is taken for whole by its two ends:
-// a long run's file need not be parsed to be continued.
+AppendedFile open_appended(const string& path) {
+  AppendedFile file(fopen(path.c_str(), "ab"), fclose);
+  if (!file)
+    failed(path, text("cannot be opened (%s)", strerror(errno)), "a folder that can be written to");
+  setvbuf(file.get(), nullptr, _IONBF, 0);
+  return file;
+}
+
+// The end of the lines of steps up to `last_step`. A line is taken for whole by its two ends.
 static size_t kept_bytes(const string& bytes, int64_t last_step, const string& path) {
+  const string start = "{\"step\":";
   size_t begin = 0;
-  for (long step = 0, previous = 0; begin < bytes.size(); previous = step) {
+  for (int64_t step = 0, previous = 0; begin < bytes.size(); previous = step) {
     const size_t end = bytes.find('\n', begin);
+    step = atol(bytes.c_str() + std::min(begin + start.size(), bytes.size()));
     const bool whole = end != string::npos && bytes[end - 1] == '}' &&
-                       sscanf(bytes.c_str() + begin, "{\"step\":%ld,", &step) == 1 &&
-                       step > previous;
+                       bytes.compare(begin, start.size(), start) == 0 && step > previous;
     if (!whole)
       log_warning("%s: damaged or cut short after step %ld: what follows is dropped", path.c_str(),
                   previous);
@@ -142,17 +153,15 @@ static size_t kept_bytes(const string& bytes, int64_t last_step, const string& p
   return begin;
 }
 
-MetricsFile::MetricsFile(const string& path, int64_t last_step) : path_(path) {
-  file_.reset(fopen(path.c_str(), "ab"));
-  if (!file_)
-    failed(path, text("cannot be opened (%s)", strerror(errno)), "a folder that can be written to");
-  setvbuf(file_.get(), nullptr, _IONBF, 0);
-  size_ = kept_bytes(read_text_file(path), last_step, path);
+MetricsFile::MetricsFile(const string& path, int64_t last_step)
+    : path_(path),
+      file_(open_appended(path)),
+      size_(kept_bytes(read_text_file(path), last_step, path)) {
   cut_back();
 }
 
 void MetricsFile::cut_back() {
-  if (ftruncate(fileno(file_.get()), static_cast<off_t>(size_)) != 0)
+  if (ftruncate(fileno(file_.get()), off_t(size_)) != 0)
     failed(path_, text("cannot be cut back (%s)", strerror(errno)), "check the disk");
 }
 

@@ -5,7 +5,6 @@
 #include <cerrno>
 #include <cstring>
 
-#include "core/check.h"
 #include "core/log.h"
 #include "data/durable.h"
 
@@ -20,12 +19,9 @@ uint32_t crc32c(const string& bytes) {
   return ~crc;
 }
 
-// Little-endian bytes of a number: what TFRecord and the fixed wire types of protobuf use.
 template <class T>
 static string fixed(T value) {
-  string bytes(sizeof value, 0);
-  memcpy(bytes.data(), &value, sizeof value);
-  return bytes;
+  return {reinterpret_cast<const char*>(&value), sizeof value};
 }
 
 static string varint(uint64_t value) {
@@ -38,43 +34,37 @@ static string varint(uint64_t value) {
 static string field(int number, const string& bytes) {
   return varint(number << 3 | 2) + varint(bytes.size()) + bytes;
 }
-static string field(int number, int64_t value) {
-  return varint(number << 3 | 0) + varint(uint64_t(value));
-}
+static string field(int number, int64_t value) { return varint(number << 3) + varint(value); }
 static string field(int number, double value) { return varint(number << 3 | 1) + fixed(value); }
 static string field(int number, float value) { return varint(number << 3 | 5) + fixed(value); }
 
-// TFRecord: length u64, its masked CRC, the bytes, their masked CRC. A CRC over a CRC is weak,
-// hence the mask (tensorflow/core/lib/hash/crc32c.h).
-static string frame(const string& bytes) {
-  const auto masked = [](const string& of) {
-    const uint32_t crc = crc32c(of);
-    return fixed((crc >> 15 | crc << 17) + 0xa282ead8u);
-  };
-  const string length = fixed(uint64_t(bytes.size()));
-  return length + masked(length) + bytes + masked(bytes);
+// A CRC as TFRecord keeps it (tensorflow/core/lib/hash/crc32c.h).
+static string masked_crc(const string& bytes) {
+  const uint32_t crc = crc32c(bytes);
+  return fixed((crc >> 15 | crc << 17) + 0xa282ead8u);
 }
 
-// Event: wall_time = 1, step = 2, file_version = 3, summary = 5, session_log = 7.
-// Summary: value = 1 {tag = 1, simple_value = 2}. SessionLog: status = 1 (START = 1).
-TensorBoardFile::TensorBoardFile(const string& folder, int64_t first_step, double wall_s) {
+static string event_file(const string& folder, double wall_s) {
   make_folders(folder);
   char host[256] = "localhost";
   gethostname(host, sizeof host - 1);
-  path_ = folder + text("/events.out.tfevents.%010ld.%s.%d", int64_t(wall_s), host, int(getpid()));
-  file_.reset(fopen(path_.c_str(), "ab"));
-  if (!file_)
-    failed(path_, text("cannot be opened (%s)", strerror(errno)),
-           "a folder that can be written to");
+  return folder + text("/events.out.tfevents.%010ld.%s.%d", int64_t(wall_s), host, int(getpid()));
+}
+
+// tensorflow/core/util/event.proto: wall_time = 1, step = 2, file_version = 3, summary = 5,
+// session_log = 7 {status = 1: START = 1}; a summary is value = 1 {tag = 1, simple_value = 2}.
+TensorBoardFile::TensorBoardFile(const string& folder, int64_t first_step, double wall_s)
+    : path_(event_file(folder, wall_s)), file_(open_appended(path_)) {
   event(0, wall_s, field(3, string("brain.Event:2")));
   if (first_step > 1) event(first_step, wall_s, field(7, field(1, int64_t{1})));
 }
 
 void TensorBoardFile::event(int64_t step, double wall_s, const string& fields) {
   if (!file_) return;
-  const string bytes = frame(field(1, wall_s) + (step ? field(2, step) : "") + fields);
-  fwrite(bytes.data(), 1, bytes.size(), file_.get());
-  if (fflush(file_.get()) == 0 && !ferror(file_.get())) return;
+  const string data = field(1, wall_s) + (step ? field(2, step) : "") + fields;
+  const string length = fixed(uint64_t(data.size()));
+  const string bytes = length + masked_crc(length) + data + masked_crc(data);
+  if (fwrite(bytes.data(), 1, bytes.size(), file_.get()) == bytes.size()) return;
   // Readers stop at a torn frame, so nothing may follow it.
   log_warning("%s: cannot be written (%s): no more events", path_.c_str(), strerror(errno));
   file_.reset();
@@ -98,14 +88,8 @@ void TensorBoardFile::step(const StepMetrics& m, double wall_s) {
       {"infra/peak-memory-gib", m.peak_memory_bytes / (1 << 30)}};
   if (!m.balance_loss.empty())
     values.emplace_back("train/load-balance-loss", m.mean_balance_loss());
-  if (m.mfu > 0) values.emplace_back("infra/mfu", m.mfu);
+  if (m.mfu) values.emplace_back("infra/mfu", *m.mfu);
   if (m.eval_loss) values.emplace_back("eval/cross-entropy-loss", *m.eval_loss);
-  for (size_t i = 0; i < m.load.size(); i++) {
-    const string layer = text("/layer-%03zu", i);
-    values.emplace_back("expert-load-max" + layer, m.load[i].max_over_mean);
-    values.emplace_back("expert-load-dead" + layer, m.load[i].dead_share);
-    values.emplace_back("expert-load-entropy" + layer, m.load[i].entropy);
-  }
   scalars(m.step, wall_s, values);
 }
 

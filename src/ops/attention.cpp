@@ -1,192 +1,280 @@
-// attention: softmax(scale q k^T + bias) v over the keys that a mask lets each query see. Vaswani
-// et al. 2017, arXiv:1706.03762, eq. 1; grouped queries: Ainslie et al. 2023, arXiv:2305.13245.
-//   in     qkv [B*S, (H+2K)*N]; or q [B,S,H,N], k [B,Z,K,N], v [B,Z,K,M], bias or visible
-//          [1|B, 1|H, S, Z]; f32|f64                           out    [B*S, H*N] or [B,S,H,M]
-//   keeps  inputs, out, the mask, and lse [B,H,S] = log sum exp of each query's scores
-//   grad   bx: with p = exp(score - lse), dv = p^T dout, ds = p (dout v^T - <dout, out>),
-//          dq = scale ds k, dk = scale ds^T q, dbias = ds.  Dao et al. 2022, arXiv:2205.14135
-//   errors shapes that do not fit; order or a row of doc_ends that descends; dtypes differ; with
-//          cp > 1: another order than the rank's chunks, a bias or mask tensor, S != Z
-//   bitwise run-to-run: yes, for any number of threads
+// attention: both forms, and the ring of a cp group, whose member r holds the chunks r and 2*cp-1-r
+// of each row (Brandon et al. 2023, arXiv:2311.09431).
+//   grad   p = exp(score - lse), dv = p^T dout, ds = p (dout v^T - <dout, out>), dq = scale ds k,
+//          dk = scale ds^T q, dbias = ds.  Dao et al. 2022, arXiv:2205.14135
+#include "ops/attention.h"
+
 #include <algorithm>
 
-#include "ops/layer_parts.h"
-#include "ops/ring_attention.h"
+#include "comm/communicator.h"
+#include "ops/cpu.h"
 
 namespace pith {
 namespace {
 
-// What a node keeps. In the packed form q, k and v are all qkv.
-enum Keep { kQ, kK, kV, kOut, kLse, kTable, kBias, kVisible };
+// Heads of x [B, positions, heads, size], positions `width` apart if that is not 0.
+HeadView heads_of(const Tensor& t, int64_t width) {
+  if (width == 0) width = t.dim[2] * t.dim[3];
+  return {t.data, t.dim[1] * width, width, t.dim[3]};
+}
+HeadView out_of(const AttentionCore& core, const Tensor& out) {
+  return heads_of(out.view({core.batch, core.query.count, core.heads, core.v_size}), 0);
+}
 
-// The numbers of a call. Packed: the heads and the batch of qkv; else heads.size = 0.
-struct Numbers {
-  double scale;
-  bool causal;
-  int window;
-  Heads heads = {};
-  int64_t batch = 0;
-  bool packed() const { return heads.size > 0; }
+// The ring: at step s member r gets the keys of member r-s that its queries see and merges what
+// they give (Liu et al. 2023, arXiv:2310.01889):
+//   out = out + sigmoid(lse' - lse) (out' - out), lse = log(e^lse + e^lse')
+vector<int32_t> zigzag_coords(int members, int member, int64_t count) {
+  const int64_t half = count / 2;
+  vector<int32_t> coord(count);
+  for (int64_t i = 0; i < count; i++)
+    coord[i] = (i < half ? member : 2 * members - 2 - member) * half + i;
+  return coord;
+}
+
+// Positions of `owner` that some query of `reader` may see.
+KeyRange traveling(AttentionCore rule, int members, int owner, int reader) {
+  const int64_t count = rule.key.count;
+  const auto keys = zigzag_coords(members, owner, count);
+  const auto queries = zigzag_coords(members, reader, count);
+  rule.query = {count, queries.data()};
+  rule.key = {count, keys.data()};
+  KeyRange all;
+  for (int64_t i = 0; i < count; i++) all.cover(visible_keys(rule, 0, i));
+  return all;
+}
+
+// Keys and then values of some positions, [B, count, K*(N+M)], and the table of these.
+struct Keys {
+  Tensor kv, table;
+  AttentionViews views(const AttentionCore& core) const {
+    const int64_t width = kv.dim[2], batch = kv.dim[1] * width, k = core.kv_heads * core.size;
+    char* v = kv.data ? kv.data + k * size_of(kv.dtype) : nullptr;
+    return {{}, {kv.data, batch, width, core.size}, {v, batch, width, core.v_size}, {}};
+  }
+};
+Keys empty_keys(const Op& op, const AttentionCore& core, int64_t count) {
+  const int64_t width = core.kv_heads * (core.size + core.v_size);
+  return {op.empty({core.batch, count, width}, core.dtype),
+          op.empty({1 + (core.key.doc_end ? core.batch : 0), count}, DType::I32)};
+}
+
+// Copies the positions `range` of `local` to `packed` or, if `home`, adds them from there.
+void move_keys(const Op& op, const AttentionCore& core, const Keys& packed,
+               const AttentionViews& local, KeyRange range, bool home) {
+  const auto view = [](const HeadView& x, int64_t first) {
+    View v{{}, first * x.position, {x.batch, x.position, 1}};
+    v.x.data = x.data;
+    return v;
+  };
+  const AttentionViews views = packed.views(core);
+  for (const auto part : {&AttentionViews::k, &AttentionViews::v}) {
+    const View there = view(views.*part, 0), here = view(local.*part, range.begin);
+    const Dims space{core.batch, range.count(), core.kv_heads * (views.*part).head};
+    op.on_cpu(packed.kv, [&]<class T>(T*) {
+      if (here.x.data) copy_elements<T>(space, home ? there : here, home ? here : there, home);
+    });
+  }
+}
+
+// One step: whose keys are here, and who has this member's.
+struct Step {
+  int owner, reader;
+  KeyRange mine;       // positions that the reader has
+  Keys keys;           // the owner's
+  AttentionCore core;  // the queries of before against them
 };
 
-// Views of q, k and v in `data`: of three tensors or, packed, three times of one.
-AttentionGrads head_views(const AttentionCore& core, bool packed, const Tensor (&data)[3]) {
-  const int64_t S = core.query.count, Z = core.key.count, q = core.heads * core.size;
-  const int64_t k = core.kv_heads * core.size, v = core.kv_heads * core.v_size;
-  const auto view = [&](const Tensor& t, int64_t count, int64_t first, int64_t own, int size) {
-    const int64_t width = packed ? q + k + v : own;
-    char* from = t.data + (packed ? first : 0) * size_of(core.dtype);
-    return HeadView{t.data ? from : nullptr, count * width, width, size};
-  };
-  return {view(data[0], S, 0, q, core.size),
-          view(data[1], Z, q, k, core.size),
-          view(data[2], Z, q + k, v, core.v_size),
-          {}};
+// An empty message is not sent.
+void exchange(const Op& op, const char* what, int step, const TensorList& out, int to,
+              const TensorList& in, int from) {
+  vector<Transfer> list;
+  for (int i = 0; i < out.count; i++) {
+    const MessageTag tag{i, step, 0};
+    if (out[i].numel() > 0) list.push_back({Transfer::Send, to, out[i], tag});
+    if (in[i].numel() > 0) list.push_back({Transfer::Recv, from, in[i], tag});
+  }
+  send_recv(op.rank, Group::Cp, list.data(), int(list.size()), what, op.at);
 }
-HeadView out_view(const AttentionCore& core, const Tensor& out) {
-  const int64_t width = core.heads * core.v_size;
-  return {out.data, core.query.count * width, width, core.v_size};
+
+Step take_step(const Op& op, const AttentionCore& core, int number) {
+  const int n = group_size(op.rank, Group::Cp), me = group_rank(op.rank, Group::Cp);
+  const int owner = (me + n - number) % n, reader = (me + number) % n;
+  const KeyRange theirs = traveling(core, n, owner, me), mine = traveling(core, n, me, reader);
+  const Keys sent = empty_keys(op, core, mine.count());
+  move_keys(op, core, sent, core.in, mine, false);
+  int32_t* to = std::copy_n(core.key.coord + mine.begin, mine.count(), sent.table.i32());
+  for (int64_t b = 0; b + 1 < sent.table.dim[0]; b++)
+    to = std::copy_n(core.key.doc_end + b * core.key.doc_stride + mine.begin, mine.count(), to);
+  Step step{owner, reader, mine, empty_keys(op, core, theirs.count()), core};
+  exchange(op, "keys and values", number, {sent.kv, sent.table}, reader,
+           {step.keys.kv, step.keys.table}, owner);
+  const AttentionViews views = step.keys.views(core);
+  step.core.key = positions_of(step.keys.table, theirs.count());
+  step.core.in = {core.in.q, views.k, views.v, {}};
+  return step;
 }
-HeadView score_view(const Tensor& t) {  // of [1|B, 1|H, S, Z]
+
+void ring_forward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse) {
+  attention_forward(op, core, out, lse);
+  const int64_t S = core.query.count, H = core.heads, M = core.v_size;
+  for (int number = 1; number < group_size(op.rank, Group::Cp); number++) {
+    const Step step = take_step(op, core, number);
+    const Tensor part = op.empty({core.batch, S, H, M}, core.dtype), part_lse = op.like(lse);
+    const HeadView part_out = out_of(core, part);
+    attention_forward(op, step.core, part_out, part_lse);
+    op.on_cpu(lse, [&]<class T>(T*) {
+      parallel_rows(lse.numel(), M, [&](int64_t row) {
+        const int64_t b = row / S / H, h = row / S % H, i = row % S;
+        const T mine = lse.as<T>()[row], other = part_lse.as<T>()[row];
+        if (other == -std::numeric_limits<T>::infinity()) return;
+        T *y = out.at<T>(b, h, i), *x = part_out.at<T>(b, h, i);
+        const T weight = logistic(other - mine);
+        for (int64_t n = 0; n < M; n++) y[n] += weight * (x[n] - y[n]);
+        lse.as<T>()[row] = std::max(mine, other) + std::log1p(std::exp(-std::abs(mine - other)));
+      });
+    });
+  }
+}
+
+void ring_backward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse,
+                   HeadView dout, const AttentionViews& grads) {
+  attention_backward(op, core, out, lse, dout, grads);
+  for (int number = 1; number < group_size(op.rank, Group::Cp); number++) {
+    const Step step = take_step(op, core, number);
+    const Keys theirs{zeros(op.rank, step.keys.kv.dim, core.dtype, op.at), {}};
+    AttentionViews d = theirs.views(core);
+    d.q = grads.q;
+    attention_backward(op, step.core, out, lse, dout, d);
+    const Keys mine = empty_keys(op, core, step.mine.count());
+    exchange(op, "gradients of keys and values", number, {theirs.kv}, step.owner, {mine.kv},
+             step.reader);
+    move_keys(op, core, mine, grads, step.mine, true);
+  }
+}
+
+enum Keep { kQ, kK, kV, kOut, kLse, kTable, kBias };
+enum Number { kWidth, kCausal, kWindow };
+
+// Heads [first, first + count) of a packed projection.
+Tensor packed_part(Tensor qkv, int64_t batch, int64_t first, int64_t count, int64_t size) {
+  if (qkv.data) qkv.data += first * size * size_of(qkv.dtype);
+  qkv.home_offset += first * size;
+  qkv.dim = {batch, batch ? qkv.dim[0] / batch : 0, count, size};
+  return qkv;
+}
+HeadView scores_of(const Tensor& t) {  // of [1|B, 1|H, S, Z]
   const int64_t head = t.dim[2] * t.dim[3];
   return {t.data, t.dim[0] > 1 ? t.dim[1] * head : 0, t.dim[3], t.dim[1] > 1 ? head : 0};
 }
 
-AttentionCore core_of(const TensorList& t, const Numbers& c) {
-  const Tensor &q = t[kQ], &k = t[kK], &v = t[kV], &table = t[kTable];
-  const Heads& h = c.heads;
-  const int64_t S = c.packed() ? table.dim[1] : q.dim[1], Z = c.packed() ? S : k.dim[1];
-  AttentionCore core{q.dtype, c.batch, h.query, h.kv, h.size, h.size};
-  if (!c.packed())
-    core = {q.dtype, q.dim[0], int(q.dim[2]), int(k.dim[2]), int(q.dim[3]), int(v.dim[3])};
-  core.scale = c.scale;
-  core.causal = c.causal;
-  core.window = c.window;
-  // Queries and keys end together; the table covers the longer of them.
-  core.query = positions_of(table, table.dim[1] - S, S);
-  core.key = positions_of(table, table.dim[1] - Z, Z);
-  const AttentionGrads views = head_views(core, c.packed(), {q, k, v});
-  core.q = views.q;
-  core.k = views.k;
-  core.v = views.v;
-  core.bias = score_view(t[kBias]);
-  core.visible = score_view(t[kVisible]);
+AttentionCore core_of(const TensorList& t, const int64_t* i, double scale) {
+  const Dims &q = t[kQ].dim, &k = t[kK].dim, &v = t[kV].dim;
+  const int64_t width = i[kWidth];
+  AttentionCore core{t[kQ].dtype, q[0], q[2], k[2], q[3], v[3], scale, i[kCausal] != 0, i[kWindow]};
+  core.query = positions_of(t[kTable], q[1]);
+  core.key = positions_of(t[kTable], k[1]);
+  core.in = {heads_of(t[kQ], width), heads_of(t[kK], width), heads_of(t[kV], width),
+             scores_of(t[kBias])};
   return core;
 }
 
-void attention_bx(Rank& rank, Node& node) {
-  const TensorList& t = node.bx_keep;
-  const int64_t* i = node.i;
-  const Numbers numbers{node.f[0], i[0] != 0, int(i[1]), {int(i[2]), int(i[3]), int(i[4])}, i[5]};
-  const AttentionCore core = core_of(t, numbers);
-  const bool packed = numbers.packed();
-  Tensor d[3];
-  for (int k = 0; k < 3; k++) d[k] = packed && k > 0 ? d[0] : zeroed(rank, node, k);
-  AttentionGrads grads = head_views(core, packed, d);
-  if (!packed) grads.bias = score_view(zeroed(rank, node, 3));
-  ring_backward(rank, core, out_view(core, t[kOut]), t[kLse], out_view(core, node.grad[0]), grads,
-                node.at);
+void attention_bx(const auto& b) {
+  const TensorList& t = b.keep;
+  const AttentionCore core = core_of(t, b.node.i, b.node.f[0]);
+  const int64_t width = b.node.i[kWidth], H = core.heads, K = core.kv_heads, N = core.size;
+  Tensor d[3] = {b.zeroed(0)};
+  for (int k = 1; k < 3; k++)
+    d[k] = width ? packed_part(d[0], core.batch, k == 1 ? H : H + K, K, N) : b.zeroed(k);
+  if (width) d[0] = packed_part(d[0], core.batch, 0, H, N);
+  ring_backward(b.op(), core, out_of(core, t[kOut]), t[kLse], out_of(core, b.dy()),
+                {heads_of(d[0], width), heads_of(d[1], width), heads_of(d[2], width),
+                 width ? HeadView{} : scores_of(b.zeroed(3))});
 }
 
-// Both forms, once checked. `dims`: of out; `in`: where gradients go.
-Tensor attend(Rank& rank, const Tensor (&x)[3], const Numbers& c, const Tensor& table,
-              const AttentionBias& bias, Dims dims, std::initializer_list<Tensor> in, At at) {
-  Tensor out = empty(rank, dims, x[0].dtype, at);
-  TensorList all = {x[0], x[1], x[2], out, {}, table, bias.bias, bias.visible};
-  const AttentionCore core = core_of(all, c);
-  all[kLse] = empty(rank, {core.batch, core.heads, core.query.count}, out.dtype, at);
-  ring_forward(rank, core, out_view(core, out), all[kLse], at);
-  if (Node* node = record(rank, "attention", at, in, {&out})) {
-    const int64_t numbers[] = {c.causal,   c.window,     c.heads.query,
-                               c.heads.kv, c.heads.size, c.batch};
-    std::copy(std::begin(numbers), std::end(numbers), node->i);
-    node->f[0] = c.scale;
-    node->bx_keep = all;
-    node->bx = attention_bx;
-  }
-  return out;
-}
-
-bool rows_ascend(const Tensor& x) {
-  bool good = true;
-  for (int64_t r = 0; x.defined() && r < x.rows(); r++)
-    good &= std::is_sorted(x.i32() + r * x.cols(), x.i32() + (r + 1) * x.cols());
-  return good;
-}
-
-// Checks the mask and makes a table of max(queries, keys) positions: their row coordinates, which
-// end with the last key's, and with documents, the ends of these by row of the batch.
-Tensor mask_table(Rank& rank, const AttentionMask& mask, int64_t batch, int64_t queries,
-                  int64_t keys, At at) {
-  const Tensor &order = mask.order, &ends = mask.doc_ends;
-  const auto fits = [](const Tensor& t, Dims dims) {
-    return !t.defined() || (t.dtype == DType::I32 && t.dim == dims);
-  };
-  check(rank, "attention", at,
-        {{"mask.order i32 [S]", fits(order, {queries})},
-         {"mask.doc_ends i32 [B, S]", fits(ends, {batch, queries})},
-         {"S == Z where mask.order or mask.doc_ends is given",
-          queries == keys || !(order.defined() || ends.defined())},
-         {"mask.window >= 0", mask.window >= 0}},
-        {&order, &ends});
-  check(rank, "attention", at,
-        {{"mask.order that ascends", rows_ascend(order)},
-         {"mask.doc_ends that ascend in a row", rows_ascend(ends)},
-         {"mask.order of this rank's chunks r and 2*cp-1-r of the row",
-          rank.mesh.cp == 1 || (order.defined() && is_zigzag_part(rank, order.i32(), queries))}},
-        {&order, &ends});
+// Checks the mask and makes the table of max(queries, keys) positions, see positions_of.
+Tensor mask_table(const Op& op, const AttentionMask& mask, int64_t batch, int64_t queries,
+                  int64_t keys) {
+  const Tensor& ends = mask.doc_ends;
+  const bool documents = ends.defined();
+  op.check(
+      {{"mask.doc_ends i32 [B, S]", !documents || is_i32(ends, {batch, queries})},
+       {"S == Z where mask.doc_ends is given", queries == keys || !documents},
+       {"chunks r and 2*cp-1-r of a row, of equal size", op.rank.mesh.cp == 1 || queries % 2 == 0},
+       {"mask.window >= 0", mask.window >= 0}},
+      {&ends});
+  bool ascend = true;
+  for (int64_t r = 0; documents && r < batch; r++)
+    ascend &= std::is_sorted(row_of<int32_t>(ends, r), row_of<int32_t>(ends, r + 1));
+  op.check({{"mask.doc_ends that ascend in a row", ascend}}, {&ends});
   const int64_t count = std::max(queries, keys), first = std::min<int64_t>(0, keys - queries);
-  Tensor table = empty(rank, {1 + (ends.defined() ? batch : 0), count}, DType::I32, at);
-  for (int64_t i = 0; i < count; i++) table.i32()[i] = order.defined() ? order.i32()[i] : first + i;
-  if (ends.defined()) std::copy_n(ends.i32(), ends.numel(), table.i32() + count);
+  const Tensor table = op.empty({1 + (documents ? batch : 0), count}, DType::I32);
+  const auto coord =
+      zigzag_coords(group_size(op.rank, Group::Cp), group_rank(op.rank, Group::Cp), count);
+  for (int64_t i = 0; i < count; i++) table.i32()[i] = int32_t(first + coord[i]);
+  if (documents) std::copy_n(ends.i32(), ends.numel(), table.i32() + count);
   return table;
+}
+
+Tensor attend(const Op& op, const Tensor& q, const Tensor& k, const Tensor& v, int64_t width,
+              double scale, const AttentionMask& mask, const Tensor& bias, const Dims& dims,
+              std::initializer_list<Tensor> in) {
+  const Tensor table = mask_table(op, mask, q.dim[0], q.dim[1], k.dim[1]);
+  Tensor out = op.empty(dims, q.dtype);
+  const Tensor lse = op.empty({q.dim[0], q.dim[2], q.dim[1]}, q.dtype);
+  const TensorList all = {q, k, v, out, lse, table, bias};
+  const std::initializer_list<int64_t> numbers = {width, mask.causal, mask.window};
+  const AttentionCore core = core_of(all, numbers.begin(), scale);
+  ring_forward(op, core, out_of(core, out), lse);
+  record(op, in, {&out}).numbers(numbers, {scale}).bx(all, [](const auto& b) { attention_bx(b); });
+  return out;
 }
 
 }  // namespace
 
 Tensor attention(Rank& rank, Tensor qkv, Heads heads, int64_t batch, AttentionMask mask, At at) {
-  const int64_t N = heads.size, width = N * (heads.query + 2 * int64_t{heads.kv});
-  check(rank, "attention", at,
-        {{"heads.query a multiple of heads.kv >= 1",
-          heads.kv >= 1 && heads.query >= 1 && heads.query % heads.kv == 0},
-         {"heads.size >= 1", N >= 1},
-         {"qkv [B*S, (H+2K)*N]", qkv.dim.rank == 2 && qkv.dim[1] == width},
-         {"batch that divides qkv.dim[0]",
-          batch > 0 ? qkv.dim[0] % batch == 0 : batch == 0 && qkv.dim[0] == 0}},
-        {&qkv});
-  const int64_t S = batch ? qkv.dim[0] / batch : 0;
-  const Tensor table = mask_table(rank, mask, batch, S, S, at);
-  const Numbers numbers{1 / std::sqrt(double(N)), mask.causal, mask.window, heads, batch};
-  return attend(rank, {qkv, qkv, qkv}, numbers, table, {}, {qkv.dim[0], heads.query * N}, {qkv},
-                at);
+  const Op op{rank, "attention", at};
+  const int64_t H = heads.query, K = heads.kv, N = heads.size;
+  op.check({{"heads.query a multiple of heads.kv >= 1", K >= 1 && H >= 1 && H % K == 0},
+            {"heads.size >= 1", N >= 1},
+            {"qkv [B*S, (H+2K)*N]", qkv.dim.rank == 2 && qkv.dim[1] == heads.width()},
+            {"batch that divides qkv.dim[0]",
+             batch > 0 ? qkv.dim[0] % batch == 0 : batch == 0 && qkv.dim[0] == 0}},
+           {&qkv});
+  return attend(op, packed_part(qkv, batch, 0, H, N), packed_part(qkv, batch, H, K, N),
+                packed_part(qkv, batch, H + K, K, N), heads.width(), 1 / std::sqrt(double(N)), mask,
+                {}, {qkv.dim[0], H * N}, {qkv});
 }
 
 Tensor attention(Rank& rank, Tensor q, Tensor k, Tensor v, double scale, AttentionMask mask,
                  AttentionBias bias, At at) {
-  const Tensor &extra = bias.bias, &visible = bias.visible;
-  check(rank, "attention", at,
-        {{"q, k and v of rank 4", q.dim.rank == 4 && k.dim.rank == 4 && v.dim.rank == 4},
-         {"k [B,Z,K,N] for q [B,S,H,N]", k.dim[0] == q.dim[0] && k.dim[3] == q.dim[3]},
-         {"v [B,Z,K,M] for k [B,Z,K,N]",
-          v.dim[0] == k.dim[0] && v.dim[1] == k.dim[1] && v.dim[2] == k.dim[2]},
-         {"heads of q a multiple of those of k",
-          k.dim[2] >= 1 && q.dim[2] >= 1 && q.dim[2] % k.dim[2] == 0},
-         {"equal dtypes", q.dtype == k.dtype && q.dtype == v.dtype}},
-        {&q, &k, &v});
+  const Op op{rank, "attention", at};
+  Tensor &extra = bias.bias, &visible = bias.visible;
+  op.check({{"q, k and v of rank 4", q.dim.rank == 4 && k.dim.rank == 4 && v.dim.rank == 4},
+            {"k [B,Z,K,N] for q [B,S,H,N]", k.dim[0] == q.dim[0] && k.dim[3] == q.dim[3]},
+            {"v [B,Z,K,M] for k [B,Z,K,N]",
+             v.dim[0] == k.dim[0] && v.dim[1] == k.dim[1] && v.dim[2] == k.dim[2]},
+            {"heads of q a multiple of those of k",
+             k.dim[2] >= 1 && q.dim[2] >= 1 && q.dim[2] % k.dim[2] == 0},
+            {"equal dtypes", q.dtype == k.dtype && q.dtype == v.dtype}},
+           {&q, &k, &v});
   const int64_t B = q.dim[0], S = q.dim[1], H = q.dim[2], Z = k.dim[1];
   const auto fits = [&](const Tensor& t, DType dtype) {
     return !t.defined() || (t.dtype == dtype && (t.dim == Dims{t.dim[0], t.dim[1], S, Z}) &&
                             (t.dim[0] == 1 || t.dim[0] == B) && (t.dim[1] == 1 || t.dim[1] == H));
   };
-  check(rank, "attention", at,
-        {{"bias [1|B, 1|H, S, Z] of q's dtype", fits(extra, q.dtype)},
-         {"visible u8 [1|B, 1|H, S, Z]", fits(visible, DType::U8)},
-         {"no bias, no visible and S == Z where cp > 1",
-          rank.mesh.cp == 1 || (!extra.defined() && !visible.defined() && S == Z)}},
-        {&q, &k, &extra, &visible});
-  const Tensor table = mask_table(rank, mask, B, S, Z, at);
-  return attend(rank, {q, k, v}, {scale, mask.causal, mask.window}, table, bias,
-                {B, S, H, v.dim[3]}, {q, k, v, extra}, at);
+  op.check({{"bias [1|B, 1|H, S, Z] of q's dtype", fits(extra, q.dtype)},
+            {"visible u8 [1|B, 1|H, S, Z]", fits(visible, DType::U8)},
+            {"no bias, no visible and S == Z where cp > 1",
+             rank.mesh.cp == 1 || (!extra.defined() && !visible.defined() && S == Z)}},
+           {&q, &k, &extra, &visible});
+  if (visible.defined()) {
+    Tensor hidden = op.empty({1}, q.dtype);
+    fill_constant(rank, hidden, -std::numeric_limits<double>::infinity(), at);
+    if (!extra.defined()) extra = zeros(rank, {1}, q.dtype, at);
+    extra = where(rank, visible, extra, hidden, at);
+  }
+  return attend(op, q, k, v, 0, scale, mask, extra, {B, S, H, v.dim[3]}, {q, k, v, extra});
 }
 
 }  // namespace pith

@@ -1,164 +1,105 @@
-#include "ops/attention_core.h"
-
 #include <algorithm>
-#include <cmath>
 
+#include "ops/attention.h"
 #include "ops/cpu.h"
-#include "ops/cpu_rows.h"
 
 namespace pith {
 namespace {
 
-// Queries a block: few enough that their scores against every key stay in a core's cache.
+// Queries a block: their scores against every key stay in a core's cache.
 constexpr int64_t kBlockRows = 64;
 
+// What a thread works on: queries [first, first + rows) of head h of batch row b; `seen`, the keys
+// that each sees; `hull`, those that any of them sees.
 template <class T>
-constexpr T kHidden = -std::numeric_limits<T>::infinity();
-
-// Queries [first, first + rows) of head h of batch row b, kv its key head; the keys that each sees,
-// and `hull`, those that any of them sees.
 struct Block {
-  int64_t b, first, rows, h = 0, kv = 0;
+  static constexpr T kHidden = -std::numeric_limits<T>::infinity();
+  const AttentionCore& core;
+  vector<T> scores = vector<T>(kBlockRows * core.key.count), dscores = {};
+  int64_t b = 0, first = 0, rows = 0, h = 0, kv = 0, n = 0;
   KeyRange seen[kBlockRows] = {}, hull = {};
-  Block(const AttentionCore& core, int64_t row, int64_t begin)
-      : b(row), first(begin), rows(std::min(kBlockRows, core.query.count - begin)) {
-    for (int64_t r = 0; r < rows; r++) hull.cover(seen[r] = visible_keys(core, b, first + r));
-  }
-  void take_head(const AttentionCore& core, int64_t head) {
+
+  void take(int64_t row, int64_t begin, int64_t head) {
+    b = row;
+    first = begin;
     h = head;
     kv = head / (core.heads / core.kv_heads);
+    rows = std::min(kBlockRows, core.query.count - begin);
+    hull = {};
+    for (int64_t r = 0; r < rows; r++) hull.cover(seen[r] = visible_keys(core, b, first + r));
+    n = hull.count();
+  }
+  T* lse_of(const Tensor& lse) const {
+    return lse.as<T>() + (b * core.heads + h) * core.query.count + first;
+  }
+  T* query(const HeadView& x, int64_t r = 0) const { return x.at<T>(b, h, first + r); }
+  T* key(const HeadView& x) const { return x.at<T>(b, kv, hull.begin); }
+  Matrix<T> queries(const HeadView& x) const { return {query(x), x.position}; }
+  Matrix<T> keys(const HeadView& x, Layout layout = kNormal) const {
+    return {key(x), x.position, layout};
+  }
+
+  // scores [rows, hull] = scale q k^T + bias, -inf where a query sees no key.
+  void make_scores() {
+    T* s = scores.data();
+    gemm<T>(rows, n, core.size, queries(core.in.q), keys(core.in.k, kTransposed), 0, s, n,
+            T(core.scale));
+    for (int64_t r = 0; r < rows; r++, s += n) {
+      if (core.in.bias.data) {
+        const T* bias = query(core.in.bias, r) + hull.begin;
+        for (int64_t j = 0; j < n; j++) s[j] += bias[j];
+      }
+      const int64_t count = seen[r].count(), from = count ? seen[r].begin - hull.begin : n;
+      std::fill(s, s + from, kHidden);
+      std::fill(s + from + count, s + n, kHidden);
+    }
+  }
+
+  void forward(HeadView out, T* lse) {
+    T scale[kBlockRows], *s = scores.data(), *y = query(out);
+    make_scores();
+    for (int64_t r = 0; r < rows; r++) {
+      // The sum is 0 where all is hidden, and NaN for NaNs, which `top` does not show.
+      const T top = max_of(s + r * n, n), shift = top == kHidden ? 0 : top;
+      const T sum = exp_sum(s + r * n, n, shift);
+      scale[r] = sum == 0 ? 0 : 1 / sum;
+      lse[r] = shift + std::log(sum);
+    }
+    gemm<T>(rows, core.v_size, n, {s, n}, keys(core.in.v), 0, y, out.position);
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t j = 0; j < core.v_size; j++) y[r * out.position + j] *= scale[r];
+  }
+
+  // Makes probabilities of the scores and their gradients, and adds what these give.
+  void backward(HeadView out, const T* lse, HeadView dout, const AttentionViews& d) {
+    make_scores();
+    dscores.resize(scores.size());
+    T *s = scores.data(), *ds = dscores.data();
+    gemm<T>(rows, n, core.v_size, queries(dout), keys(core.in.v, kTransposed), 0, ds, n);
+    for (int64_t r = 0; r < rows; r++, s += n, ds += n) {
+      if (lse[r] == kHidden)
+        std::fill_n(s, n, T(0));
+      else
+        exp_sum(s, n, lse[r]);
+      const T mean = dot(query(dout, r), query(out, r), core.v_size);
+      for (int64_t j = 0; j < n; j++) ds[j] = s[j] * (ds[j] - mean);
+      T* dbias = d.bias.data ? query(d.bias, r) + hull.begin : nullptr;
+      for (int64_t j = 0; dbias && j < n; j++) dbias[j] += ds[j];
+    }
+    const T scale = T(core.scale);
+    const Matrix<T> p_t{scores.data(), n, kTransposed}, d_s{dscores.data(), n};
+    const Matrix<T> d_s_t{dscores.data(), n, kTransposed};
+    if (d.v.data) gemm<T>(n, core.v_size, rows, p_t, queries(dout), 1, key(d.v), d.v.position);
+    if (d.q.data)
+      gemm<T>(rows, core.size, n, d_s, keys(core.in.k), 1, query(d.q), d.q.position, scale);
+    if (d.k.data)
+      gemm<T>(n, core.size, rows, d_s_t, queries(core.in.q), 1, key(d.k), d.k.position, scale);
   }
 };
-
-// s [rows, hull] = scale q k^T + bias, -inf where a query sees no key.
-template <class T>
-void block_scores(const AttentionCore& core, const Block& x, T* s) {
-  const int64_t n = x.hull.count(), begin = x.hull.begin;
-  gemm<T>(x.rows, n, core.size, {core.q.at<T>(x.b, x.h, x.first), core.q.position},
-          {core.k.at<T>(x.b, x.kv, begin), core.k.position, Layout::Transposed}, 0, s, n,
-          static_cast<T>(core.scale));
-  for (int64_t r = 0; r < x.rows; r++, s += n) {
-    const int64_t i = x.first + r;
-    if (core.bias.data) {
-      const T* bias = core.bias.at<T>(x.b, x.h, i) + begin;
-      for (int64_t j = 0; j < n; j++) s[j] += bias[j];
-    }
-    if (core.visible.data) {
-      const uint8_t* seen = core.visible.at<uint8_t>(x.b, x.h, i) + begin;
-      for (int64_t j = 0; j < n; j++) s[j] = seen[j] ? s[j] : kHidden<T>;
-    }
-    const int64_t keys = x.seen[r].count(), from = keys ? x.seen[r].begin - begin : n;
-    std::fill(s, s + from, kHidden<T>);
-    std::fill(s + from + keys, s + n, kHidden<T>);
-  }
-}
-
-template <class T>
-void forward_block(const AttentionCore& core, const Block& x, T* s, HeadView out, T* lse) {
-  const int64_t n = x.hull.count();
-  T scale[kBlockRows];
-  block_scores(core, x, s);
-  for (int64_t r = 0; r < x.rows; r++) {
-    // A row whose scores are all hidden has the sum 0; one of NaNs, which `top` does not show,
-    // has a NaN.
-    const T top = max_of(s + r * n, n), shift = top == kHidden<T> ? 0 : top;
-    const T sum = exp_sum(s + r * n, n, shift);
-    scale[r] = sum == 0 ? 0 : 1 / sum;
-    lse[r] = shift + std::log(sum);
-  }
-  T* y = out.at<T>(x.b, x.h, x.first);
-  gemm<T>(x.rows, core.v_size, n, {s, n}, {core.v.at<T>(x.b, x.kv, x.hull.begin), core.v.position},
-          0, y, out.position);
-  for (int64_t r = 0; r < x.rows; r++)
-    for (int64_t j = 0; j < core.v_size; j++) y[r * out.position + j] *= scale[r];
-}
-
-// dp = the gradients of a block's scores, s = their probabilities.
-template <class T>
-void score_grads(const AttentionCore& core, const Block& x, HeadView out, const T* lse,
-                 HeadView dout, T* s, T* dp) {
-  const int64_t n = x.hull.count();
-  block_scores(core, x, s);
-  gemm<T>(x.rows, n, core.v_size, {dout.at<T>(x.b, x.h, x.first), dout.position},
-          {core.v.at<T>(x.b, x.kv, x.hull.begin), core.v.position, Layout::Transposed}, 0, dp, n);
-  for (int64_t r = 0; r < x.rows; r++, s += n, dp += n) {
-    const int64_t i = x.first + r;
-    if (lse[r] == kHidden<T>)
-      std::fill_n(s, n, T(0));
-    else
-      exp_sum(s, n, lse[r]);
-    const T mean = dot(dout.at<T>(x.b, x.h, i), out.at<T>(x.b, x.h, i), core.v_size);
-    for (int64_t j = 0; j < n; j++) dp[j] = s[j] * (dp[j] - mean);
-  }
-}
-
-// Adds what a block's probabilities p and its scores' gradients ds give.
-template <class T>
-void add_grads(const AttentionCore& core, const Block& x, HeadView dout, const T* p, const T* ds,
-               const AttentionGrads& grads) {
-  const int64_t n = x.hull.count(), i = x.first, j = x.hull.begin;
-  const T scale = static_cast<T>(core.scale);
-  if (grads.v.data)
-    gemm<T>(n, core.v_size, x.rows, {p, n, Layout::Transposed},
-            {dout.at<T>(x.b, x.h, i), dout.position}, 1, grads.v.at<T>(x.b, x.kv, j),
-            grads.v.position);
-  if (grads.q.data)
-    gemm<T>(x.rows, core.size, n, {ds, n}, {core.k.at<T>(x.b, x.kv, j), core.k.position}, 1,
-            grads.q.at<T>(x.b, x.h, i), grads.q.position, scale);
-  if (grads.k.data)
-    gemm<T>(n, core.size, x.rows, {ds, n, Layout::Transposed},
-            {core.q.at<T>(x.b, x.h, i), core.q.position}, 1, grads.k.at<T>(x.b, x.kv, j),
-            grads.k.position, scale);
-  for (int64_t r = 0; grads.bias.data && r < x.rows; r++) {
-    T* dbias = grads.bias.at<T>(x.b, x.h, i + r) + j;
-    for (int64_t c = 0; c < n; c++) dbias[c] += ds[r * n + c];
-  }
-}
 
 bool worth_threads(const AttentionCore& core) {
   return core.batch * core.heads * core.query.count * core.key.count * (core.size + core.v_size) >
          kParallelProduct;
-}
-
-template <class T>
-void forward_cpu(const AttentionCore& core, HeadView out, T* lse) {
-  const int64_t blocks = (core.query.count + kBlockRows - 1) / kBlockRows;
-#pragma omp parallel if (worth_threads(core))
-  {
-    vector<T> s(kBlockRows * core.key.count);
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < core.batch * blocks * core.heads; task++) {
-      const int64_t h = task % core.heads, b = task / core.heads / blocks;
-      Block x(core, b, task / core.heads % blocks * kBlockRows);
-      x.take_head(core, h);
-      forward_block(core, x, s.data(), out,
-                    lse + (b * core.heads + h) * core.query.count + x.first);
-    }
-  }
-}
-
-// One task writes all gradients of one key/value head. Only a bias's may be shared between tasks.
-template <class T>
-void backward_cpu(const AttentionCore& core, HeadView out, const T* lse, HeadView dout,
-                  const AttentionGrads& grads) {
-  const int64_t S = core.query.count, group = core.kv_heads ? core.heads / core.kv_heads : 0;
-#pragma omp parallel if (!grads.bias.data && worth_threads(core))
-  {
-    vector<T> s(kBlockRows * core.key.count), dp(s.size());
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < core.batch * core.kv_heads; task++) {
-      const int64_t b = task / core.kv_heads, kv = task % core.kv_heads;
-      for (int64_t first = 0; first < S; first += kBlockRows) {
-        Block x(core, b, first);
-        for (int64_t h = kv * group; h < (kv + 1) * group; h++) {
-          x.take_head(core, h);
-          score_grads(core, x, out, lse + (b * core.heads + h) * S + first, dout, s.data(),
-                      dp.data());
-          add_grads(core, x, dout, s.data(), dp.data(), grads);
-        }
-      }
-    }
-  }
 }
 
 }  // namespace
@@ -179,16 +120,38 @@ KeyRange visible_keys(const AttentionCore& core, int64_t b, int64_t i) {
   return seen;
 }
 
-void attention_forward(Rank& rank, const AttentionCore& core, HeadView out, const Tensor& lse,
-                       At at) {
-  float_kernel(rank, "attention", at, lse,
-               [&]<class T>(T*) { forward_cpu(core, out, lse.as<T>()); });
+void attention_forward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse) {
+  const int64_t H = core.heads, blocks = (core.query.count + kBlockRows - 1) / kBlockRows;
+  op.on_cpu(lse, [&]<class T>(T*) {
+#pragma omp parallel if (worth_threads(core))
+    {
+      Block<T> block{core};
+#pragma omp for schedule(dynamic)
+      for (int64_t task = 0; task < core.batch * blocks * H; task++) {
+        block.take(task / H / blocks, task / H % blocks * kBlockRows, task % H);
+        block.forward(out, block.lse_of(lse));
+      }
+    }
+  });
 }
 
-void attention_backward(Rank& rank, const AttentionCore& core, HeadView out, const Tensor& lse,
-                        HeadView dout, const AttentionGrads& grads, At at) {
-  float_kernel(rank, "attention", at, lse,
-               [&]<class T>(T*) { backward_cpu(core, out, lse.as<T>(), dout, grads); });
+// A task writes all gradients of a key/value head; only a bias's may be shared between tasks.
+void attention_backward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse,
+                        HeadView dout, const AttentionViews& grads) {
+  const int64_t K = core.kv_heads, group = K ? core.heads / K : 0;
+  op.on_cpu(lse, [&]<class T>(T*) {
+#pragma omp parallel if (!grads.bias.data && worth_threads(core))
+    {
+      Block<T> block{core};
+#pragma omp for schedule(dynamic)
+      for (int64_t task = 0; task < core.batch * K; task++)
+        for (int64_t first = 0; first < core.query.count; first += kBlockRows)
+          for (int64_t h = task % K * group; h < (task % K + 1) * group; h++) {
+            block.take(task / K, first, h);
+            block.backward(out, block.lse_of(lse), dout, grads);
+          }
+    }
+  });
 }
 
 }  // namespace pith

@@ -1,65 +1,247 @@
-// cpu: what the CPU implementations of the ops share. Results never depend on the number of
-// threads: only outputs are divided among them, in pieces of fixed size. defines: float_kernel,
-// need_cpu, parallel_rows, parallel_products, Matrix, gemm
+// cpu: loops and products of the CPU forms. Outputs alone are divided among threads, in fixed
+// pieces, and sums have one order: results never depend on the number of threads.
 #pragma once
-#include <cstdint>
+#include <bit>
+#include <cmath>
+#include <limits>
 
-#include "core/rank.h"
-#include "core/tensor.h"
+#include "ops/op.h"
 
 namespace pith {
 
-// Throws unless `x` is in main memory. The one place to give way when an op gets a GPU form.
-inline void need_cpu(const char* op, At at, const Tensor& x) {
-  if (x.device == Device::CPU) return;
-  failed(text("%s:%d: %s", at.file, at.line, op),
-         text("no CUDA implementation in this build (got %s)", describe(x).c_str()),
-         "device = cpu");
-}
-
-// Calls f(T*) with a null pointer of x's element type, float or double, so that one generic lambda,
-// `[&]<class T>(T*) { ... }`, serves both.
-template <class F>
-void float_kernel(const Rank& rank, const char* op, At at, const Tensor& x, F&& f) {
-  need_cpu(op, at, x);
-  check(rank, op, at, {{"dtype f32 or f64", x.dtype == DType::F32 || x.dtype == DType::F64}}, {&x});
-  if (x.dtype == DType::F64)
-    f(static_cast<double*>(nullptr));
-  else
-    f(static_cast<float*>(nullptr));
-}
-
-// Below this many elementary operations, or multiply-adds of a product, a second thread costs more
-// time than it saves.
+// Operations, or multiply-adds of a product, that pay for a second thread.
 constexpr int64_t kParallelWork = 1 << 16, kParallelProduct = 1 << 20;
 
-// f(i) for i in [0, rows), on all threads when rows * work_per_row pays. f must write to places of
-// its own row only, and must not throw.
+// f(i) for rows i, on all threads when it pays. f writes to its own row only and does not throw.
 template <class F>
 void parallel_rows(int64_t rows, int64_t work_per_row, F&& f) {
 #pragma omp parallel for schedule(static) if (rows > 1 && rows * work_per_row > kParallelWork)
   for (int64_t i = 0; i < rows; i++) f(i);
 }
 
-// The same where f computes products of that many multiply-adds a row, on average.
+// f(first, n) for blocks of columns, each taking `rows` rows.
+constexpr int64_t kBlockColumns = 64;
 template <class F>
-void parallel_products(int64_t rows, int64_t per_row, F&& f) {
-#pragma omp parallel for schedule(dynamic) if (rows > 1 && rows * per_row > kParallelProduct)
-  for (int64_t i = 0; i < rows; i++) f(i);
+void column_blocks(int64_t rows, int64_t cols, F&& f) {
+  parallel_rows((cols + kBlockColumns - 1) / kBlockColumns, rows * kBlockColumns, [&](int64_t b) {
+    const int64_t first = b * kBlockColumns, left = cols - first;
+    f(first, left < kBlockColumns ? left : kBlockColumns);
+  });
 }
 
-enum class Layout : uint8_t { Normal, Transposed };
-// A row-major factor; `ld` elements from one stored row to the next.
+// to[c] = or += the sum of f(r, c) over rows r in their order, if wanted.
+template <class Sum, class T, class F>
+void add_columns(int64_t rows, int64_t cols, Slot<T> to, F&& f) {
+  if (!to.data) return;
+  column_blocks(rows, cols, [&](int64_t first, int64_t n) {
+    Sum sum[kBlockColumns] = {};
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t c = 0; c < n; c++) sum[c] += f(r, first + c);
+    for (int64_t c = 0; c < n; c++) to.put(first + c, T(sum[c]));
+  });
+}
+
+template <class T>
+T* row_of(const Tensor& t, int64_t r) {
+  return t.as<T>() + r * t.cols();
+}
+
+// e^x for x <= 0, within 2 ulp; 0 where that is not normal.
+inline float exp_negative(float x) {
+  const float low = -87.3f, rounder = 12582912.0f;  // 1.5 * 2^23
+  const float z = x < low ? low : x;
+  const float n = (z * 1.44269504f + rounder) - rounder;
+  const float r = (z - n * 0.693359375f) + n * 2.12194440e-4f;  // z - n ln 2
+  float p = 1.0f / 5040;                                        // the series of e^r
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const float power = std::bit_cast<float>((int32_t(n) + 127) << 23);
+  return x < low ? 0.0f : p * power;
+}
+inline double exp_negative(double x) { return std::exp(x); }
+
+template <class T>
+T logistic(T x) {
+  const T e = exp_negative(x < 0 ? x : -x);
+  return (x < 0 ? e : 1) / (1 + e);
+}
+
+// start joined with f(i) for i in [0, n): in sixteen lanes that become vector instructions.
+template <class T, class F, class Join>
+T lane_fold(int64_t n, T start, F&& f, Join&& join) {
+  constexpr int kLanes = 16;
+  T lane[kLanes];
+  for (T& x : lane) x = start;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int j = 0; j < kLanes; j++) lane[j] = join(lane[j], f(i + j));
+  for (int j = 0; i < n; i++, j++) lane[j] = join(lane[j], f(i));
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int j = 0; j < half; j++) lane[j] = join(lane[j], lane[j + half]);
+  return lane[0];
+}
+template <class T, class F>
+T lane_sum(int64_t n, F&& f) {
+  return lane_fold(n, T(0), f, [](T a, T b) { return a + b; });
+}
+template <class T>
+T dot(const T* a, const T* b, int64_t n) {
+  return lane_sum<T>(n, [&](int64_t i) { return a[i] * b[i]; });
+}
+// NaNs are passed over.
+template <class T>
+T max_of(const T* x, int64_t n) {
+  return lane_fold(
+      n, -std::numeric_limits<T>::infinity(), [x](int64_t i) { return x[i]; },
+      [](T a, T b) { return b > a ? b : a; });
+}
+// x = e^(x - shift), shift >= every x; the sum.
+template <class T>
+T exp_sum(T* x, int64_t n, T shift) {
+  return lane_sum<T>(n, [&](int64_t i) { return x[i] = exp_negative(x[i] - shift); });
+}
+
+// The ids of the k largest of x [n], descending; NaN is above all, ties keep their order.
+template <class T>
+void largest(const T* x, int64_t n, int64_t k, int32_t* ids) {
+  const auto above = [](T a, T b) { return a > b || (a != a && b == b); };
+  int64_t held = 0;
+  for (int64_t i = 0; i < n; i++) {
+    if (held == k && !above(x[i], x[ids[k - 1]])) continue;
+    int64_t place = held < k ? held++ : k - 1;
+    for (; place > 0 && above(x[i], x[ids[place - 1]]); place--) ids[place] = ids[place - 1];
+    ids[place] = int32_t(i);
+  }
+}
+
+// The norm y = x s w of a row.
+template <class T>
+T rms_scale(const T* x, int64_t n, T eps) {
+  return 1 / std::sqrt(dot(x, x, n) / n + eps);
+}
+// dx = s (u - x s^2 mean(u x)), u = dy w. dx may be dy.
+template <class T>
+void rms_norm_grad(int64_t n, const T* dy, const T* w, const T* x, T s, T* dx) {
+  const T along = lane_sum<T>(n, [&](int64_t j) { return dy[j] * w[j] * x[j]; });
+  const T c = along * s * s * s / n;
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n; j++) dx[j] = dy[j] * w[j] * s - x[j] * c;
+}
+
+enum Layout : uint8_t { kNormal, kTransposed };
+// A row-major factor, `ld` elements from a stored row to the next.
 template <class T>
 struct Matrix {
   const T* data;
   int64_t ld;
-  Layout layout = Layout::Normal;
+  Layout layout = kNormal;
 };
 
-// c [m, n] = alpha * a [m, k] b [k, n] + beta * c, where a Transposed factor is stored [k, m] or
-// [n, k]. beta = 0 never reads c; any size may be 0. For float and double (matmul.cpp).
+// c [m, n] = alpha * a [m, k] b [k, n] + beta * c; a Transposed factor is stored [k, m] or [n, k].
+// beta = 0 never reads c; any size may be 0.
 template <class T>
 void gemm(int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, T beta, T* c, int64_t ldc,
           T alpha = 1);
+
+// c = or += a b, tensors seen as [rows, cols], if wanted. Of y = x w^T: product(x, w, y, kNormal,
+// kTransposed), product(dy, w, dx) and product(dy, x, dw, kTransposed).
+template <class T>
+void product(const Tensor& a, const Tensor& b, Slot<T> c, Layout a_layout = kNormal,
+             Layout b_layout = kNormal) {
+  const bool at = a_layout == kTransposed;
+  const int64_t n = b_layout == kTransposed ? b.rows() : b.cols();
+  if (!c.data) return;
+  gemm<T>(at ? a.cols() : a.rows(), n, at ? a.rows() : a.cols(), {a.as<T>(), a.cols(), a_layout},
+          {b.as<T>(), b.cols(), b_layout}, c.add, c.data, n);
+}
+
+// ---- Tensors walked over one index space, for the general vocabulary.
+
+// A tensor seen from one dimension: [outer, n, inner].
+struct Extent {
+  int64_t outer = 1, n = 1, inner = 1;
+};
+inline Extent extent_of(const Dims& dims, int dim) {
+  Extent e;
+  for (int i = 0; i < dims.rank; i++) (i < dim ? e.outer : i == dim ? e.n : e.inner) *= dims[i];
+  return e;
+}
+
+// Where elements of x begin and how far apart they are along each dimension of an index space.
+struct View {
+  Tensor x;
+  int64_t begin = 0;
+  int64_t step[kMaxDims] = {};
+  // Where element i of the space lies.
+  int64_t offset(const Dims& space, int64_t i) const {
+    int64_t at = begin;
+    for (int d = space.rank - 1; d >= 0; i /= space[d--]) at += i % space[d] * step[d];
+    return at;
+  }
+};
+// x broadcast to `space`, aligned at the last dimension.
+inline View view_of(const Tensor& x, const Dims& space) {
+  View view{x};
+  int64_t step = 1;
+  for (int i = x.dim.rank - 1; i >= 0; step *= x.dim[i--])
+    view.step[space.rank - x.dim.rank + i] = x.dim[i] == 1 ? 0 : step;
+  return view;
+}
+inline View view_of(const Tensor& x) { return view_of(x, x.dim); }
+
+// An inner row of a view, as T.
+template <class T>
+struct Column {
+  const T* data;
+  const uint8_t* bytes;
+  int64_t step;
+  Column(const View& v, const Dims& space, int64_t i) : step(v.step[space.rank - 1]) {
+    const int64_t at = v.offset(space, i);
+    data = v.x.as<T>() + at;
+    bytes = v.x.dtype == DType::U8 ? v.x.as<uint8_t>() + at : nullptr;
+  }
+  T operator[](int64_t i) const { return bytes ? T(bytes[i * step]) : data[i * step]; }
+};
+
+// out = or += f(in...) at each index of `space`.
+template <class T, class F, class... In>
+void elementwise(const Dims& space, const View& out, bool add, F f, const In&... in) {
+  const int64_t n = space[space.rank - 1], rows = n ? space.numel() / n : 0;
+  parallel_rows(rows, n, [&](int64_t row) {
+    const Slot<T> to{out.x.as<T>() + out.offset(space, row * n), add};
+    const int64_t step = out.step[space.rank - 1];
+    [&](const auto... x) {
+      for (int64_t i = 0; i < n; i++) to.put(i * step, f(x[i]...));
+    }(Column<T>(in, space, row * n)...);
+  });
+}
+template <class T>
+void copy_elements(const Dims& space, const View& from, const View& to, bool add) {
+  elementwise<T>(
+      space, to, add, [](T x) { return x; }, from);
+}
+
+// to = or += the sum of x over the dimensions that are missing or 1 in to, in F64.
+template <class T>
+void sum_to(const Op& op, Tensor x, const GradSlot& to) {
+  const int missing = x.dim.rank - to.grad.dim.rank;
+  for (int d = 0; d < x.dim.rank; d++) {
+    if (x.dim[d] == 1 || (d >= missing && to.grad.dim[d - missing] != 1)) continue;
+    const Extent e = extent_of(x.dim, d);
+    const Tensor y = op.empty(with_size(x.dim, d, 1), x.dtype);
+    parallel_rows(e.outer, e.n * e.inner, [&](int64_t o) {
+      const T* from = x.as<T>() + o * e.n * e.inner;
+      add_columns<double>(e.n, e.inner, Slot<T>{y.as<T>() + o * e.inner},
+                          [&](int64_t i, int64_t c) { return from[i * e.inner + c]; });
+    });
+    x = y;
+  }
+  copy_elements<T>(x.dim, view_of(x), view_of(to.grad, x.dim), to.add);
+}
+
 }  // namespace pith

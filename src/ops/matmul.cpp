@@ -1,27 +1,22 @@
-// matmul: c = a b over the last two dimensions, leading ones repeated where 1.
-//   in     a [..., M, K]   b [..., K, N]   f32|f64            out    [..., M, N]
-//   keeps  a and b         grad  da += dc b^T, db += a^T dc, each summed over repeated products
-//   errors inner sizes differ; leading sizes differ and neither is 1; dtypes differ
-//   bitwise run-to-run: yes, for any number of threads
+// gemm, linear, matmul.
+//   grad   linear: dx = dy w, dw = dy^T x, dbias = sum over rows of dy;
+//          matmul: da = dc b^T, db = a^T dc, each summed over repeated products
 #include <cblas.h>
 
 #include <algorithm>
 #include <type_traits>
 
-#include "ops/general.h"
-#include "ops/ops.h"
+#include "ops/cpu.h"
 
 namespace pith {
 
-// OpenBLAS computes a tile on the calling thread; the tiles are ours, and of one size, so that the
-// order of every sum is the same for any number of threads.
+// OpenBLAS computes a tile on the calling thread; tiles are of one size for any number of threads.
 template <class T>
 void gemm(int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, T beta, T* c, int64_t ldc,
           T alpha) {
-  static const bool one_thread = (openblas_set_num_threads(1), true);
-  (void)one_thread;
+  [[maybe_unused]] static const bool one_thread = (openblas_set_num_threads(1), true);
   constexpr int64_t kTileM = 192, kTileN = 384;
-  const bool at = a.layout == Layout::Transposed, bt = b.layout == Layout::Transposed;
+  const bool at = a.layout == kTransposed, bt = b.layout == kTransposed;
   const int64_t across = (n + kTileN - 1) / kTileN, down = (m + kTileM - 1) / kTileM;
   parallel_rows(across * down, std::min(m, kTileM) * std::min(n, kTileN) * k, [&](int64_t tile) {
     const int64_t i = tile / across * kTileM, j = tile % across * kTileN;
@@ -37,76 +32,91 @@ void gemm(int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, T beta, T* 
          c + i * ldc + j, ldc);
   });
 }
-template void gemm<float>(int64_t, int64_t, int64_t, Matrix<float>, Matrix<float>, float, float*,
-                          int64_t, float);
-template void gemm<double>(int64_t, int64_t, int64_t, Matrix<double>, Matrix<double>, double,
-                           double*, int64_t, double);
+template void gemm(int64_t, int64_t, int64_t, Matrix<float>, Matrix<float>, float, float*, int64_t,
+                   float);
+template void gemm(int64_t, int64_t, int64_t, Matrix<double>, Matrix<double>, double, double*,
+                   int64_t, double);
+
+Tensor linear(Rank& rank, Tensor x, Tensor w, Tensor bias, At at) {
+  const Op op{rank, "linear", at};
+  const int64_t out = w.dim[0];
+  op.check({{"x [..., in] and w [out, in]", x.defined() && w.dim.rank == 2 && x.cols() == w.dim[1]},
+            {"bias [out] or undefined", !bias.defined() || bias.dim == Dims{out}},
+            {"one dtype", one_dtype({&x, &w, &bias})}},
+           {&x, &w, &bias});
+  Tensor y = op.empty(with_size(x.dim, x.dim.rank - 1, out), x.dtype);
+  op.on_cpu(x, [&]<class T>(T*) {
+    if (bias.defined())
+      parallel_rows(x.rows(), out,
+                    [&](int64_t r) { std::copy_n(bias.as<T>(), out, row_of<T>(y, r)); });
+    product<T>(x, w, {y.as<T>(), bias.defined()}, kNormal, kTransposed);
+  });
+  record(op, {x, w, bias}, {&y})
+      .bx({w}, [](const auto& b) { product(b.dy(), b.keep[0], b.to(0)); })
+      .bw(1, {x}, []<class T>(Backward<T> b) {
+        product(b.dy(), b.keep[0], b.to(1), kTransposed);
+        add_columns<T>(b.dy().rows(), b.dy().cols(), b.to(2),
+                       [&](int64_t r, int64_t j) { return row_of<T>(b.dy(), r)[j]; });
+      });
+  return y;
+}
 
 namespace {
 
-constexpr Layout kNormal = Layout::Normal, kTransposed = Layout::Transposed;
-
-// x with only its leading dimensions.
+// x with only its leading dimensions, at least one.
 Tensor leading(Tensor x) {
   x.dim.rank -= 2;
+  if (x.dim.rank == 0) x.dim = {1};
   return x;
 }
 
-// c = or += a b for each index of `lead`, to which all their leading dimensions broadcast. Products
-// go to different threads where they are written to different places.
+// c = or += a b at each index of `lead`, on several threads where products go to different places.
 template <class T>
 void products_cpu(const Dims& lead, const Tensor& a, Layout a_layout, const Tensor& b,
                   Layout b_layout, const Tensor& c, bool add) {
-  const int64_t m = c.dim[c.dim.rank - 2], n = c.cols();
-  const int64_t k = a_layout == kNormal ? a.cols() : a.dim[a.dim.rank - 2];
-  const View va = view_of(leading(a), lead), vb = view_of(leading(b), lead),
-             vc = view_of(leading(c), lead);
+  if (!c.defined()) return;
+  const View va = view_of(leading(a), lead), vb = view_of(leading(b), lead);
+  const View vc = view_of(leading(c), lead);
+  const auto at = [&](Tensor x, const View& v, int64_t p) {
+    const int64_t rows = x.dim[x.dim.rank - 2], cols = x.cols();
+    x.dim = {rows, cols};
+    if (x.data) x.data += v.offset(lead, p) * rows * cols * sizeof(T);
+    return x;
+  };
   const bool apart = vc.x.numel() == lead.numel();
-  const Walk walk(lead, {vc, va, vb});
-  parallel_rows(lead.numel(), apart ? m * n * k : 0, [&](int64_t p) {
-    int64_t at[Walk::kViews];
-    walk.locate(p / walk.inner(), p % walk.inner(), at);
-    gemm<T>(m, n, k, {a.as<T>() + at[1] * m * k, a.cols(), a_layout},
-            {b.as<T>() + at[2] * k * n, b.cols(), b_layout}, add, c.as<T>() + at[0] * m * n, n);
-  });
-}
-
-void matmul_bx(Rank& rank, Node& node) {
-  const Tensor &dc = node.grad[0], &a = node.bx_keep[0], &b = node.bx_keep[1];
-  const Dims lead = leading(dc).dim;
-  const Tensor da = zeroed(rank, node, 0), db = zeroed(rank, node, 1);
-  float_kernel(rank, node, [&]<class T>(T*) {
-    if (da.defined()) products_cpu<T>(lead, dc, kNormal, b, kTransposed, da, true);
-    if (db.defined()) products_cpu<T>(lead, a, kTransposed, dc, kNormal, db, true);
-  });
+  parallel_rows(lead.numel(), apart ? c.cols() * a.dim[a.dim.rank - 2] * a.cols() : 0,
+                [&](int64_t p) {
+                  product<T>(at(a, va, p), at(b, vb, p), {at(c, vc, p).template as<T>(), add},
+                             a_layout, b_layout);
+                });
 }
 
 }  // namespace
 
 Tensor matmul(Rank& rank, Tensor a, Tensor b, At at) {
-  check_alike(rank, "matmul", at, {&a, &b});
-  check(rank, "matmul", at, {{"two dimensions or more", a.dim.rank > 1 && b.dim.rank > 1}},
-        {&a, &b});
-  const int64_t m = a.dim[a.dim.rank - 2], k = a.cols(), n = b.cols();
-  check(rank, "matmul", at,
-        {{"a.dim[-1] == b.dim[-2]  (a [..., M, K] x b [..., K, N])", k == b.dim[b.dim.rank - 2]}},
-        {&a, &b});
+  const Op op{rank, "matmul", at};
+  op.check_alike({&a, &b});
+  op.check({{"two dimensions or more", a.dim.rank > 1 && b.dim.rank > 1}}, {&a, &b});
+  op.check({{"a.dim[-1] == b.dim[-2]  (a [..., M, K] x b [..., K, N])",
+             a.cols() == b.dim[b.dim.rank - 2]}},
+           {&a, &b});
   const Tensor lead_a = leading(a), lead_b = leading(b);
-  Dims dims = broadcast(rank, "matmul", at, {&lead_a, &lead_b});
-  dims[dims.rank++] = m;
-  dims[dims.rank++] = n;
-  Dims products = dims;
-  if (lead_b.dim.rank == 0 || lead_b.numel() == 1) {  // one b for all: one product of all rows
-    products = {1, a.rows(), n};
-    a = a.view({1, a.rows(), k});
-    b = b.view({1, k, n});
-  }
-  Tensor c = empty(rank, products, a.dtype, at);
-  float_kernel(rank, "matmul", at, a, [&]<class T>(T*) {
-    products_cpu<T>(leading(c).dim, a, kNormal, b, kNormal, c, false);
-  });
-  record_op(rank, "matmul", at, {a, b}, c, matmul_bx, {{a, 2}, {b, 1}});
-  return c.view(dims, at);
+  const Dims lead = op.broadcast({&lead_a, &lead_b});
+  Dims dims = lead;
+  if (a.dim.rank == 2 && b.dim.rank == 2) dims.rank = 0;
+  dims[dims.rank++] = a.dim[a.dim.rank - 2];
+  dims[dims.rank++] = b.cols();
+  Tensor c = op.empty(dims, a.dtype);
+  op.on_cpu(a, [&]<class T>(T*) { products_cpu<T>(lead, a, kNormal, b, kNormal, c, false); });
+  record(op, {a, b}, {&c})
+      .bx({b.needs_grad() ? a : Tensor{}, a.needs_grad() ? b : Tensor{}},
+          []<class T>(Backward<T> back) {
+            const Tensor &dc = back.dy(), da = back.zeroed(0), db = back.zeroed(1);
+            const Dims each = leading(dc).dim;
+            products_cpu<T>(each, dc, kNormal, back.keep[1], kTransposed, da, true);
+            products_cpu<T>(each, back.keep[0], kTransposed, dc, kNormal, db, true);
+          });
+  return c;
 }
 
 }  // namespace pith

@@ -1,116 +1,206 @@
-// rms_norm: y = x / sqrt(mean(x^2) + eps) * w, over the last dimension.
-// add_rms_norm: sum = x + residual, normed = rms_norm(sum, w, eps), in one pass.
-//                                                           Zhang & Sennrich 2019, arXiv:1910.07467
-//   in     x, residual [..., D]   w [D]   f32|f64, one dtype         out  like x
-//   keeps  bx: x (or sum), w, rstd [rows]   bw: x (or sum), rstd
-//   grad   with u = dy w:  bx: dx += rstd (u - x rstd^2 mean(u x)), and dsum, to x and residual
-//          bw: dw += sum over rows of dy x rstd
-//   errors w is not [D]; residual's shape is not x's; dtypes differ
-//   bitwise run-to-run: yes, for any number of threads
+// rms_norm, add_rms_norm, qk_norm_rope.
+//   grad   u = dy w, s = 1/rms: dx = s (u - x s^2 mean(u x)) and dsum, to x and residual;
+//          dw = sum over rows of dy x s; of a rotation, that by the opposite angle
 #include <algorithm>
 
-#include "ops/layer_parts.h"
-#include "ops/ops.h"
+#include "ops/cpu.h"
 
 namespace pith {
+namespace {
 
-// `residual` may be undefined; then sum is x already.
+// The heads of a packed projection, and what they are normed and turned by.
 template <class T>
-static void rms_norm_cpu(const Tensor& x, const Tensor& residual, const Tensor& w, double eps,
-                         const Tensor& sum, const Tensor& y, const Tensor& rstd) {
-  const int64_t D = x.cols();
-  parallel_rows(x.rows(), D * 4, [&](int64_t r) {
-    T* row = sum.as<T>() + r * D;
-    const T* a = x.as<T>() + r * D;
-    const T* b = residual.as<T>() + r * D;
-    for (int64_t j = 0; residual.defined() && j < D; j++) row[j] = a[j] + b[j];
-    const T scale = rms_scale(row, D, static_cast<T>(eps));
-    rstd.as<T>()[r] = scale;
-    T* out = y.as<T>() + r * D;
-    for (int64_t j = 0; j < D; j++) out[j] = row[j] * scale * w.as<T>()[j];
-  });
-}
+struct Turns {
+  Heads heads;
+  const TensorList& keep;  // cos, sin, positions, qkv, rstd, q_norm, k_norm; norms undefined: none
 
-// dx = the norm's gradient plus that of the sum; either of dy and dsum may be undefined.
-template <class T>
-static void rms_norm_bx_cpu(const Tensor& dy, const Tensor& dsum, const Tensor& x, const Tensor& w,
-                            const Tensor& rstd, const Tensor& dx) {
-  const int64_t D = x.cols();
-  parallel_rows(x.rows(), D * 8, [&](int64_t r) {
-    T* to = dx.as<T>() + r * D;
-    if (dy.defined())
-      rms_norm_grad(D, dy.as<T>() + r * D, w.as<T>(), x.as<T>() + r * D, rstd.as<T>()[r], to);
-    else
-      std::fill_n(to, D, T(0));
-    const T* more = dsum.as<T>() + r * D;
-    for (int64_t j = 0; dsum.defined() && j < D; j++) to[j] += more[j];
-  });
-}
-
-template <class T>
-static void rms_norm_bw_cpu(const Tensor& dy, const Tensor& x, const Tensor& rstd, Slot<T> dw) {
-  const int64_t D = x.cols();
-  const T *g = dy.as<T>(), *row = x.as<T>(), *scale = rstd.as<T>();
-  add_columns(x.rows(), D, dw,
-              [=](int64_t r, int64_t j) { return g[r * D + j] * (row[r * D + j] * scale[r]); });
-}
-
-// Outputs of a node are the normed rows or, with a residual, the sum and these.
-static void rms_norm_bx(Rank& rank, Node& node) {
-  const TensorList& keep = node.bx_keep;
-  const bool summed = node.out.count == 2;
-  const Tensor dx = empty(rank, keep[0].dim, keep[0].dtype, node.at);
-  float_kernel(rank, node, [&]<class T>(T*) {
-    rms_norm_bx_cpu<T>(node.grad[summed], summed ? node.grad[0] : Tensor{}, keep[0], keep[1],
-                       keep[2], dx);
-  });
-  if (summed && node.in[1].needs_grad()) {
-    Tensor copy = empty(rank, dx.dim, dx.dtype, node.at);
-    std::copy_n(dx.data, dx.bytes(), copy.data);
-    add_grad(rank, node.in[1], copy);
+  int turned() const { return heads.query + heads.kv; }
+  const T* x() const { return keep[3].as<T>(); }
+  T& rstd(int64_t t, int h) const { return keep[4].as<T>()[t * turned() + h]; }
+  const T* weight(int h) const { return keep[h < heads.query ? 5 : 6].as<T>(); }
+  // to = from, one head of token t, turned by the token's angle times `sign`. May be in place.
+  void turn(int64_t t, T sign, const T* from, T* to) const {
+    const int64_t half = heads.size / 2, position = keep[2].i32()[t];
+    const T *cos = row_of<T>(keep[0], position), *sin = row_of<T>(keep[1], position);
+#pragma GCC ivdep
+    for (int64_t i = 0; i < half; i++) {
+      const T a = from[i], b = from[i + half], s = sign * sin[i];
+      to[i] = a * cos[i] - b * s;
+      to[i + half] = b * cos[i] + a * s;
+    }
   }
-  add_grad(rank, node.in[0], dx);
-}
-
-static void rms_norm_bw(Rank& rank, Node& node) {
-  const Tensor& dy = node.grad[node.out.count - 1];
-  if (!dy.defined()) return;
-  float_kernel(rank, node, [&]<class T>(T*) {
-    rms_norm_bw_cpu(dy, node.bw_keep[0], node.bw_keep[1], writable<T>(rank, node, 2));
-  });
-}
-
-// Both ops: sum is x where there is no residual.
-static AddRmsNorm norm_of_sum(Rank& rank, const char* op, const Tensor& x, const Tensor& residual,
-                              const Tensor& w, double eps, At at) {
-  const bool summed = residual.defined();
-  check(rank, op, at,
-        {{"x [..., D] and w [D]", x.defined() && w.dim == Dims{x.cols()}},
-         {"residual of x's shape", !summed || residual.dim == x.dim},
-         {"one dtype", x.dtype == w.dtype && (!summed || x.dtype == residual.dtype)}},
-        {&x, &residual, &w});
-  AddRmsNorm all{summed ? empty(rank, x.dim, x.dtype, at) : x, empty(rank, x.dim, x.dtype, at)};
-  const Tensor rstd = empty(rank, {x.rows()}, x.dtype, at);
-  float_kernel(rank, op, at, x, [&]<class T>(T*) {
-    rms_norm_cpu<T>(x, residual, w, eps, all.sum, all.normed, rstd);
-  });
-  Node* n = summed ? record(rank, op, at, {x, residual, w}, {&all.sum, &all.normed})
-                   : record(rank, op, at, {x, residual, w}, {&all.normed});
-  if (n) {
-    n->bx_keep = {all.sum, w, rstd};
-    n->bw_keep = {all.sum, rstd};
-    set_backward<rms_norm_bx, rms_norm_bw>(*n, {2});
+  // f(t, h, first element) of each head to turn; v's elements are copied.
+  template <class F>
+  void each_head(int64_t tokens, const T* from, T* to, F&& f) const {
+    parallel_rows(tokens, heads.width() * 8, [&](int64_t t) {
+      const int64_t first = t * heads.width(), v = first + turned() * heads.size;
+      for (int h = 0; h < turned(); h++) f(t, h, first + h * heads.size);
+      std::copy_n(from + v, heads.kv * heads.size, to + v);
+    });
   }
-  return all;
+
+  void forward(const Tensor& qkv, T eps, const Tensor& out) const {
+    each_head(qkv.rows(), qkv.as<T>(), out.as<T>(), [&](int64_t t, int h, int64_t first) {
+      const T *from = qkv.as<T>() + first, *w = weight(h);
+      T* y = out.as<T>() + first;
+      if (w) {
+        const T scale = rstd(t, h) = rms_scale(from, heads.size, eps);
+        for (int i = 0; i < heads.size; i++) y[i] = from[i] * scale * w[i];
+      }
+      turn(t, 1, w ? y : from, y);
+    });
+  }
+  void backward(const Tensor& dy, const Tensor& dx) const {
+    each_head(dy.rows(), dy.as<T>(), dx.as<T>(), [&](int64_t t, int h, int64_t first) {
+      T* u = dx.as<T>() + first;
+      turn(t, -1, dy.as<T>() + first, u);
+      if (const T* w = weight(h)) rms_norm_grad(heads.size, u, w, x() + first, rstd(t, h), u);
+    });
+  }
+  // dw = or += the gradients u of the normed heads [first, end) times these without w.
+  void weight_grad(const Tensor& u, int first, int end, Slot<T> dw) const {
+    const int64_t count = end - first;
+    add_columns<T>(u.rows() * count, heads.size, dw, [&](int64_t row, int64_t i) {
+      const int64_t t = row / count, h = first + row % count;
+      const int64_t at = t * heads.width() + h * heads.size + i;
+      return u.as<T>()[at] * (x()[at] * rstd(t, h));
+    });
+  }
+};
+
+// Without the norms' weights in `keep` they turn only.
+template <class T>
+Turns<T> turns_of(Backward<T> b) {
+  const int64_t* i = b.node.i;
+  return {{int(i[0]), int(i[1]), int(i[2])}, b.keep};
 }
+
+// Without a residual sum is x, and no output of the node.
+AddRmsNorm norm_of_sum(const Op& op, bool summed, const Tensor& x, const Tensor& residual,
+                       const Tensor& w, double eps) {
+  const int64_t D = w.numel();
+  op.check({{"x [..., D] and w [D]", x.defined() && w.dim == Dims{x.cols()}},
+            {"residual of x's shape", !summed || residual.dim == x.dim},
+            {"one dtype", one_dtype({&x, &residual, &w})}},
+           {&x, &residual, &w});
+  AddRmsNorm y{summed ? op.like(x) : x, op.like(x)};
+  const Tensor rstd = op.empty({x.rows()}, x.dtype);
+  op.on_cpu(x, [&]<class T>(T*) {
+    parallel_rows(x.rows(), D * 4, [&](int64_t r) {
+      T *row = row_of<T>(y.sum, r), *out = row_of<T>(y.normed, r);
+      const T *a = row_of<T>(x, r), *b = residual.as<T>() + r * D;
+      for (int64_t j = 0; summed && j < D; j++) row[j] = a[j] + b[j];
+      const T scale = rstd.as<T>()[r] = rms_scale(row, D, T(eps));
+      for (int64_t j = 0; j < D; j++) out[j] = row[j] * scale * w.as<T>()[j];
+    });
+  });
+  const auto bx = []<class T>(Backward<T> b) {
+    const bool two = b.node.out.count == 2;
+    const Tensor &dy = b.dy(two), dsum = two ? b.dy() : Tensor{}, dx = b.op().like(b.keep[0]);
+    const int64_t n = dx.cols();
+    parallel_rows(dx.rows(), n * 8, [&](int64_t r) {
+      T* to = row_of<T>(dx, r);
+      if (dy.defined())
+        rms_norm_grad(n, row_of<T>(dy, r), b.keep[1].template as<T>(), row_of<T>(b.keep[0], r),
+                      b.keep[2].template as<T>()[r], to);
+      else
+        std::fill_n(to, n, T(0));
+      const T* more = dsum.as<T>() + r * n;
+      for (int64_t j = 0; dsum.defined() && j < n; j++) to[j] += more[j];
+    });
+    if (two && b.node.in[1].needs_grad()) {
+      const Tensor copy = b.op().like(dx);
+      std::copy_n(dx.data, dx.bytes(), copy.data);
+      add_grad(b.rank, b.node.in[1], copy);
+    }
+    add_grad(b.rank, b.node.in[0], dx);
+  };
+  const auto bw = []<class T>(Backward<T> b) {
+    const Tensor &dy = b.dy(b.node.out.count - 1), &rows = b.keep[0];
+    if (!dy.defined()) return;
+    const int64_t n = rows.cols();
+    const T *g = dy.as<T>(), *row = rows.as<T>(), *scale = b.keep[1].template as<T>();
+    add_columns<T>(rows.rows(), n, b.to(2), [=](int64_t r, int64_t j) {
+      return g[r * n + j] * (row[r * n + j] * scale[r]);
+    });
+  };
+  (summed ? record(op, {x, residual, w}, {&y.sum, &y.normed})
+          : record(op, {x, residual, w}, {&y.normed}))
+      .bx({y.sum, w, rstd}, bx)
+      .bw(2, {y.sum, rstd}, bw);
+  return y;
+}
+
+}  // namespace
 
 Tensor rms_norm(Rank& rank, Tensor x, Tensor w, double eps, At at) {
-  return norm_of_sum(rank, "rms_norm", x, {}, w, eps, at).normed;
+  return norm_of_sum({rank, "rms_norm", at}, false, x, {}, w, eps).normed;
 }
 
 AddRmsNorm add_rms_norm(Rank& rank, Tensor x, Tensor residual, Tensor w, double eps, At at) {
-  check(rank, "add_rms_norm", at, {{"a residual", residual.defined()}}, {&x, &residual});
-  return norm_of_sum(rank, "add_rms_norm", x, residual, w, eps, at);
+  return norm_of_sum({rank, "add_rms_norm", at}, true, x, residual, w, eps);
+}
+
+Rope rope_tables(Rank& rank, int64_t positions, int size, double theta, At at) {
+  const Op op{rank, "rope_tables", at};
+  op.check({{"an even head size", size > 0 && size % 2 == 0},
+            {"positions >= 0", positions >= 0},
+            {"theta > 0", theta > 0}},
+           {});
+  const DType dtype = rank.compute == DType::F64 ? DType::F64 : DType::F32;
+  const int64_t half = size / 2;
+  Rope rope{op.empty({positions, half}, dtype), op.empty({positions, half}, dtype)};
+  op.on_cpu(rope.cos, [&]<class T>(T*) {
+    parallel_rows(positions, half * 100, [&](int64_t p) {
+      for (int64_t i = 0; i < half; i++) {
+        const double turn = double(p) * std::pow(theta, -2.0 * i / size);
+        row_of<T>(rope.cos, p)[i] = T(std::cos(turn));
+        row_of<T>(rope.sin, p)[i] = T(std::sin(turn));
+      }
+    });
+  });
+  return rope;
+}
+
+Tensor qk_norm_rope(Rank& rank, Tensor qkv, Heads heads, Tensor q_norm, Tensor k_norm, double eps,
+                    Rope rope, Tensor positions, At at) {
+  const Op op{rank, "qk_norm_rope", at};
+  const int64_t N = heads.size;
+  const bool normed = q_norm.defined();
+  op.check({{"qkv [T, (H+2K)*N] with an even N",
+             qkv.dim.rank == 2 && qkv.dim[1] == heads.width() && N > 0 && N % 2 == 0},
+            {"positions I32 [T]", is_i32(positions, {qkv.dim[0]})},
+            {"q_norm and k_norm [N], or both undefined",
+             normed ? q_norm.dim == Dims{N} && k_norm.dim == Dims{N} : !k_norm.defined()},
+            {"tables [positions, N/2]",
+             rope.cos.dim.rank == 2 && rope.cos.dim[1] == N / 2 && rope.sin.dim == rope.cos.dim},
+            {"one dtype", one_dtype({&qkv, &rope.cos, &rope.sin, &q_norm, &k_norm})}},
+           {&qkv, &q_norm, &k_norm, &rope.cos, &positions});
+  Tensor y = op.like(qkv);
+  const Tensor rstd = normed ? op.empty({qkv.dim[0], heads.query + heads.kv}, qkv.dtype) : Tensor{};
+  const TensorList all = {rope.cos, rope.sin, positions, normed ? qkv : Tensor{},
+                          rstd,     q_norm,   k_norm};
+  op.on_cpu(qkv, [&]<class T>(T*) {
+    op.check_ids("positions", positions, rope.cos.dim[0]);
+    Turns<T>{heads, all}.forward(qkv, T(eps), y);
+  });
+  const auto node = record(op, {qkv, q_norm, k_norm}, {&y})
+                        .numbers({heads.query, heads.kv, N})
+                        .bx(all, [](const auto& b) {
+                          const Tensor dx = b.op().like(b.dy());
+                          turns_of(b).backward(b.dy(), dx);
+                          add_grad(b.rank, b.node.in[0], dx);
+                        });
+  if (normed)
+    node.bw(1, {rope.cos, rope.sin, positions, qkv, rstd}, [](const auto& b) {
+      const auto turns = turns_of(b);
+      const Tensor u = b.op().like(b.dy());
+      turns.backward(b.dy(), u);
+      // One after the other: one weight may serve both, and the first writer assigns.
+      turns.weight_grad(u, 0, turns.heads.query, b.to(1));
+      turns.weight_grad(u, turns.heads.query, turns.turned(), b.to(2));
+    });
+  return y;
 }
 
 }  // namespace pith

@@ -1,12 +1,9 @@
-// ops: the one index of every operation. A model includes this and core, nothing else.
-//
-// Every op takes the Rank first and the caller's position last. Unless said otherwise inputs are
-// contiguous, of one float dtype (F32; F64 in gradient checks; BF16 on a GPU) and on the rank's
-// device; sums accumulate in F32 (F64 for F64); the result is a new tensor; and a node is recorded
-// when the rank has a tape and an input needs a gradient. Dimension letters: B batch, S sequence,
-// T tokens (B*S), D hidden, H query heads, K key/value heads, N head size, V vocabulary, E experts,
-// k experts a token, F expert width, R rows received by a rank, P (row, expert) pairs. A weight is
-// [out, in]. An op whose contract is broken throws Error naming the caller's line.
+// ops: the one index of every operation; a model includes this and core alone.
+// Inputs are of one float dtype, F32 (F64 in gradient checks), and on the rank's device; results
+// are new tensors and repeat bit for bit; any size may be 0. A broken contract throws Error naming
+// the caller's line. Letters: B batch, S sequence, T tokens (B*S), D hidden, H query heads, K
+// key/value heads, N head size, V vocabulary, E experts, k experts a token, F expert width, R rows
+// received by a rank, P (row, expert) pairs.
 #pragma once
 #include "core/rank.h"
 #include "core/tape.h"
@@ -14,8 +11,7 @@
 
 namespace pith {
 
-// ---- Elementwise. Binary forms broadcast as NumPy does: shapes are aligned at their last
-// dimension, and a missing dimension or one of size 1 is repeated. -------------------------------
+// Elementwise; shapes broadcast as in NumPy.
 Tensor add(Rank& rank, Tensor a, Tensor b, At at = At::here());
 Tensor sub(Rank& rank, Tensor a, Tensor b, At at = At::here());
 Tensor mul(Rank& rank, Tensor a, Tensor b, At at = At::here());
@@ -30,54 +26,48 @@ Tensor sigmoid(Rank& rank, Tensor x, At at = At::here());
 Tensor silu(Rank& rank, Tensor x, At at = At::here());      // x * sigmoid(x)
 Tensor softplus(Rank& rank, Tensor x, At at = At::here());  // log(1 + e^x), without overflow
 Tensor relu(Rank& rank, Tensor x, At at = At::here());      // gradient 0 at x = 0
-// min(max(x, low), high); gradient 1 inside [low, high], 0 outside.
+// Gradient 1 inside [low, high], 0 outside.
 Tensor clamp(Rank& rank, Tensor x, double low, double high, At at = At::here());
-// mask ? a : b; mask is U8, all three broadcast.
+// mask ? a : b, mask U8.
 Tensor where(Rank& rank, Tensor mask, Tensor a, Tensor b, At at = At::here());
 
-// ---- Reductions over one dimension (negative: from the end), which stays with size 1 so that the
-// result broadcasts back; view() drops it. Over an empty dimension sum is 0; mean and max throw.
+// Over one dimension (negative: from the end); sum, mean and max keep it, with size 1.
 Tensor sum(Rank& rank, Tensor x, int dim, At at = At::here());
 Tensor mean(Rank& rank, Tensor x, int dim, At at = At::here());
 Tensor max(Rank& rank, Tensor x, int dim, At at = At::here());  // gradient to the first maximum
 Tensor cumsum(Rank& rank, Tensor x, int dim, At at = At::here());
 Tensor softmax(Rank& rank, Tensor x, int dim, At at = At::here());
 
-// ---- Products and shapes. -----------------------------------------------------------------------
-// a [..., M, K] x b [..., K, N] -> [..., M, N]; leading dimensions equal, or 1 in one of the two.
+// a [..., M, K] x b [..., K, N] -> [..., M, N]; leading dimensions broadcast.
 Tensor matmul(Rank& rank, Tensor a, Tensor b, At at = At::here());
 // Dimension i of the result is dimension order[i] of x.
 Tensor permute(Rank& rank, Tensor x, Dims order, At at = At::here());
-// The same elements under another shape (one size may be -1). No copy, no node: the gradient is
-// shared with x.
+// x itself; one size may be -1.
 Tensor reshape(Rank& rank, Tensor x, Dims dims, At at = At::here());
-// Elements [begin, end) of dimension dim.
+// Elements [begin, end) of a dimension.
 Tensor slice(Rank& rank, Tensor x, int dim, int64_t begin, int64_t end, At at = At::here());
-// Pieces of the given sizes along dim, which must sum to its size; at most 8.
+// Pieces whose sizes sum to the dimension's; at most 8, as in concat.
 TensorList split(Rank& rank, Tensor x, int dim, Dims sizes, At at = At::here());
 Tensor concat(Rank& rank, TensorList xs, int dim, At at = At::here());
-// x laid out `times` times along dim (torch.Tensor.repeat of that dimension).
+// x laid out `times` times.
 Tensor repeat(Rank& rank, Tensor x, int dim, int64_t times, At at = At::here());
-// Rows ids[i] of the first dimension; ids I32 [n], each in [0, x.dim[0]).
+// Rows ids[i] of the first dimension, ids I32 [n].
 Tensor index_select(Rank& rank, Tensor x, Tensor ids, At at = At::here());
-// `rows` rows of zeros to which row i of src is added at ids[i], in the order of i.
+// `rows` rows of zeros, plus row i of src at ids[i].
 Tensor scatter_add(Rank& rank, Tensor src, Tensor ids, int64_t rows, At at = At::here());
-// The k largest of the last dimension, descending; ties go to the lower index. ids I32.
+// The k largest of the last dimension, descending; ties go to the lower id, I32.
 struct TopK {
   Tensor values, ids;
 };
 TopK top_k(Rank& rank, Tensor x, int k, At at = At::here());
 
-// ---- Layers. ------------------------------------------------------------------------------------
-// y = x w^T + bias.  x [..., in], w [out, in], bias [out] or undefined -> [..., out]
+// x [..., in] w^T + bias, w [out, in], bias [out] or undefined -> [..., out]
 Tensor linear(Rank& rank, Tensor x, Tensor w, Tensor bias = {}, At at = At::here());
-// Rows of w [V, D] at ids I32 [...] -> [..., D]. The weight gradient sums rows in the order of ids.
-// Ids are checked against V.
+// Rows of w [V, D] at ids I32 [...] -> [..., D]
 Tensor embedding(Rank& rank, Tensor ids, Tensor w, At at = At::here());
-// y = x / sqrt(mean(x^2) + eps) * w over the last dimension.  Zhang & Sennrich 2019,
-// arXiv:1910.07467
+// x / sqrt(mean(x^2) + eps) * w over the last dimension.  Zhang & Sennrich 2019, arXiv:1910.07467
 Tensor rms_norm(Rank& rank, Tensor x, Tensor w, double eps, At at = At::here());
-// sum = x + residual and normed = rms_norm(sum, w, eps), in one pass.
+// sum = x + residual, normed = rms_norm(sum, w, eps).
 struct AddRmsNorm {
   Tensor sum, normed;
 };
@@ -87,103 +77,90 @@ AddRmsNorm add_rms_norm(Rank& rank, Tensor x, Tensor residual, Tensor w, double 
 // Heads of a packed projection: rows of q (H*N), then k (K*N), then v (K*N).
 struct Heads {
   int query = 0, kv = 0, size = 0;
+  int64_t width() const { return (query + 2 * int64_t(kv)) * size; }
 };
-// Rotary tables: cos and sin of position times inverse frequency.  Su et al. 2021,
-// arXiv:2104.09864
+// cos and sin of position * theta^(-2i/N), [positions, N/2].  Su et al. 2021, arXiv:2104.09864
 struct Rope {
-  Tensor cos, sin;  // F32 [max position + 1, N/2] (F64 in gradient checks)
+  Tensor cos, sin;
 };
-// Tables for positions [0, positions), theta^(-2i/size).
+// Tables for positions [0, positions).
 Rope rope_tables(Rank& rank, int64_t positions, int size, double theta, At at = At::here());
-// Per head: rms_norm of q and of k with weights q_norm, k_norm [N] (both undefined: none), then
-// rotation of the two halves of each head (x1 cos - x2 sin, x2 cos + x1 sin); v is copied.
-//   qkv [T, (H+2K)*N]   positions I32 [T]   -> like qkv
+// Per head of q and k: rms_norm with weights [N] (both undefined: none), then rotation of its
+// halves, (x1 cos - x2 sin, x2 cos + x1 sin).  qkv [T, (H+2K)*N], positions I32 [T]
 Tensor qk_norm_rope(Rank& rank, Tensor qkv, Heads heads, Tensor q_norm, Tensor k_norm, double eps,
                     Rope rope, Tensor positions, At at = At::here());
 
-// Which keys a query sees. Row coordinates: position within the sequence of its row of the batch.
+// Which keys a query sees. Row coordinate: position within the whole row of the batch.
 struct AttentionMask {
   bool causal = true;  // key coordinate <= query coordinate
   int window = 0;      // > 0: also query - key < window
-  Tensor order;        // I32 [S]: row coordinate of each local position; undefined: 0..S-1
-  Tensor doc_ends;     // I32 [B, S]: exclusive end of the position's document, in row
-                       // coordinates; a query sees its own document only. Undefined: one document
+  Tensor doc_ends;     // I32 [B, S]: exclusive end of the position's document, in row coordinates;
+                       // a query sees its own only; undefined: one document
 };
-// Softmax attention on a packed projection, scores scaled by 1/sqrt(N); grouped queries share keys.
-// With mesh.cp > 1, a ring over the cp group (order then says which part of the row is here).
-//   qkv [B*S, (H+2K)*N] -> [B*S, H*N]
+// qkv [B*S, (H+2K)*N] -> [B*S, H*N], scores scaled by 1/sqrt(N); with mesh.cp > 1 a ring over the
+// cp group, whose member r holds chunks r and 2*cp-1-r of each row.  Vaswani et al. 2017,
+// arXiv:1706.03762; Ainslie et al. 2023, arXiv:2305.13245
 Tensor attention(Rank& rank, Tensor qkv, Heads heads, int64_t batch, AttentionMask mask,
                  At at = At::here());
-// The general form: separate q [B,S,H,N], k [B,Z,K,N], v [B,Z,K,M], any scale, an additive bias or
-// a boolean mask (U8, 1 = visible), each [1|B, 1|H, S, Z]; the bias has a gradient. With S != Z a
-// causal mask is aligned at the end (the last query sees the last key); a query that sees nothing
-// gives zeros. -> [B,S,H,M]
+// q [B,S,H,N], k [B,Z,K,N], v [B,Z,K,M] -> [B,S,H,M], with an additive bias or a boolean mask (U8,
+// 1 = visible) [1|B, 1|H, S, Z]. The last query stands at the last key; one that sees nothing gives
+// zeros.
 struct AttentionBias {
   Tensor bias, visible;
 };
 Tensor attention(Rank& rank, Tensor q, Tensor k, Tensor v, double scale, AttentionMask mask,
                  AttentionBias bias = {}, At at = At::here());
 
-// ---- Mixture of experts. ------------------------------------------------------------------------
 struct RouterOptions {
   int top_k = 1;
   bool normalize = false;       // weights of a token divided by their sum
-  bool force_balanced = false;  // token t, slot j -> expert (t + j*(E/k)) mod E (for benchmarks)
+  bool force_balanced = false;  // token t, slot j -> expert (t + j*(E/k)) mod E
   Tensor forced_ids;            // I32 [T, k]: these experts instead of the k largest
 };
-// Routing of a micro-batch's tokens.
 struct Routing {
-  Tensor ids;      // I32 [T, k]; descending probability unless forced
-  Tensor weights;  // F32 [T, k]; differentiable
-  Tensor probs;    // F32 [T, E]: softmax over all experts; differentiable
+  Tensor ids;             // I32 [T, k]; descending probability unless forced
+  Tensor weights, probs;  // [T, k]; [T, E]: softmax over all experts
 };
-// logits = x w^T in F32, probs = softmax(logits), the top k of probs.
-//   x [T, D]   w [E, D]. weights and probs are F64 when x is.
+// probs = softmax(x w^T), x [T, D], w [E, D], and the top k of them.
 Routing router(Rank& rank, Tensor x, Tensor w, RouterOptions options, At at = At::here());
 
-// The expert side of a dispatch: R token rows and the P (row, local expert) pairs to compute,
-// sorted by expert and within an expert by row.
+// The expert side of a dispatch: token rows and their pairs, sorted by expert and then by row.
+// Indices are I32.
 struct Dispatched {
-  Tensor rows;       // [R, D]; differentiable
-  Tensor weights;    // F32 [P]: routing weight of each pair; differentiable
-  Tensor row_of;     // I32 [P]: row of each pair
-  Tensor offsets;    // I32 [E+1]: first pair of each local expert
-  Tensor pair_of;    // I32 [P]: pairs of row 0, then of row 1, ...; inverse of row_of
-  Tensor row_begin;  // I32 [R+1]: where a row's pairs begin in pair_of
+  Tensor rows;       // [R, D]
+  Tensor weights;    // [P]: routing weight of each pair
+  Tensor row_of;     // [P]: row of each pair
+  Tensor offsets;    // [E+1]: first pair of each local expert
+  Tensor pair_of;    // [P]: pairs of row 0, then of row 1, ...
+  Tensor row_begin;  // [R+1]: where a row's pairs begin in pair_of
 };
-// [P, D]: row d.row_of[p] for each pair. Gradient: each row sums its pairs in the order of pair_of.
+// [P, D]: row d.row_of[p] for each pair.
 Tensor expand_rows(Rank& rank, const Dispatched& d, At at = At::here());
-// [R, D]: each row sums its pairs of y [P, D] in the order of pair_of, in F32.
+// [R, D]: each row sums its pairs of y [P, D].
 Tensor reduce_pairs(Rank& rank, Tensor y, const Dispatched& d, At at = At::here());
-// Rows [offsets[e], offsets[e+1]) of x times w[e]^T.  x [P, in], w [E, out, in] -> [P, out].
-// Experts without rows are ordinary: their weight gradient gets nothing added.
+// Rows [offsets[e], offsets[e+1]) of x [P, in] times w[e]^T, w [E, out, in] -> [P, out].
 Tensor grouped_linear(Rank& rank, Tensor x, Tensor w, Tensor offsets, At at = At::here());
-// silu(gate) * up * weight a row.  gate_up [P, 2F] = gate | up; weights [P] or undefined (1)
-// -> [P, F].  Shazeer 2020, arXiv:2002.05202
+// silu(gate) * up * weight, gate_up [P, 2F] = gate | up, weights [P] or undefined -> [P, F].
+// Shazeer 2020, arXiv:2002.05202
 Tensor swiglu(Rank& rank, Tensor gate_up, Tensor weights = {}, At at = At::here());
 
-// ---- Loss. --------------------------------------------------------------------------------------
-
-// Sum over tokens of -log softmax(x w^T)[label], labels I32 [T]; kIgnoreLabel counts nothing.
-// Logits are made in chunks of rows, never whole. A terminal op: its gradient is taken to be
-// `scale` whatever arrives, so the chunks' gradients are formed in the forward and no logits are
-// kept; w's gradient is added then too.
-//   x [T, D]   w [V, D] -> F32 [1] (F64 for F64), unscaled
+// The sum over tokens of -log softmax(x w^T)[label], x [T, D], w [V, D], labels I32 [T] or
+// kIgnoreLabel -> [1], in chunks of rows. A terminal op: its gradient is taken to be `scale`
+// whatever arrives, and w's is added in the forward.
 Tensor lm_head_cross_entropy(Rank& rank, Tensor x, Tensor w, Tensor labels, double scale,
                              At at = At::here());
 
-// ---- Outside the tape: optimiser and initialisation, on flat buffers. ---------------------------
+// Outside the tape, on flat buffers in place.  Loshchilov & Hutter 2019, arXiv:1711.05101,
+// Algorithm 2
 struct AdamW {
   double lr = 0, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 0.1;
-  double grad_scale = 1;  // gradients are multiplied by this first (clipping)
+  double grad_scale = 1;  // for clipping
   int64_t step = 1;       // 1-based, for the bias corrections
 };
-// Loshchilov & Hutter 2019, arXiv:1711.05101, Algorithm 2: w, m, v F32 of one shape, g F32.
 void adamw_step(Rank& rank, Tensor w, Tensor g, Tensor m, Tensor v, const AdamW& options,
                 At at = At::here());
-// Sum of squares of an F32 tensor in F64, in a fixed order.
-double sum_squares(Rank& rank, Tensor x, At at = At::here());
-// Element i of x (F32) becomes std * normal_at(key, first + i).
+double sum_squares(Rank& rank, Tensor x, At at = At::here());  // in F64
+// Element i of x becomes std * normal_at(key, first + i).
 void fill_normal(Rank& rank, Tensor x, uint64_t key, uint64_t first, double std,
                  At at = At::here());
 void fill_constant(Rank& rank, Tensor x, double value, At at = At::here());

@@ -1,38 +1,29 @@
 // adamw_step: g' = grad_scale g; m = b1 m + (1-b1) g'; v = b2 v + (1-b2) g'^2;
 // w -= lr (weight_decay w + (m / (1-b1^step)) / (sqrt(v / (1-b2^step)) + eps)).
-//               Loshchilov & Hutter 2019, arXiv:1711.05101, Algorithm 2 with alpha = 1 and eta = lr
-//   in     w, g, m, v of one shape and dtype, f32|f64              out  w, m and v, in place
-// sum_squares: sum of x^2 in f64, over blocks of a fixed size and then over the blocks.
-// fill_normal: x[i] = std * normal_at(key, first + i).             fill_constant: x[i] = value.
-//   in     x f32|f64, any shape
-//   errors shapes or dtypes differ; step < 1
-//   bitwise run-to-run: yes, for any number of threads
 #include <algorithm>
 #include <cmath>
 
 #include "core/rng.h"
 #include "ops/cpu.h"
-#include "ops/cpu_rows.h"
-#include "ops/ops.h"
 
 namespace pith {
+namespace {
 
 constexpr int64_t kBlock = 1 << 13;
 
-// f(begin, end) of consecutive blocks of [0, n), on all threads; `work`: operations an element.
+// f(begin, end) of consecutive blocks of [0, n); `work`: operations an element.
 template <class F>
-static void parallel_blocks(int64_t n, int64_t work, F&& f) {
+void parallel_blocks(int64_t n, int64_t work, F&& f) {
   parallel_rows((n + kBlock - 1) / kBlock, kBlock * work,
                 [&](int64_t b) { f(b * kBlock, std::min(n, (b + 1) * kBlock)); });
 }
 
 template <class T>
-static void adamw_block(const AdamW& o, int64_t n, const T* g, T* w, T* m, T* v) {
-  const auto step = double(o.step);
+void adamw_block(const AdamW& o, int64_t n, const T* g, T* w, T* m, T* v) {
   const T b1 = T(o.beta1), c1 = T(1 - o.beta1), b2 = T(o.beta2), c2 = T(1 - o.beta2);
   const T scale = T(o.grad_scale), eps = T(o.eps), keep = T(1 - o.lr * o.weight_decay);
-  const T rate = T(o.lr / (1 - std::pow(o.beta1, step)));
-  const T root = T(1 / std::sqrt(1 - std::pow(o.beta2, step)));
+  const T rate = T(o.lr / (1 - std::pow(o.beta1, double(o.step))));
+  const T root = T(1 / std::sqrt(1 - std::pow(o.beta2, double(o.step))));
   for (int64_t i = 0; i < n; i++) {
     const T grad = g[i] * scale;
     m[i] = m[i] * b1 + grad * c1;
@@ -41,26 +32,28 @@ static void adamw_block(const AdamW& o, int64_t n, const T* g, T* w, T* m, T* v)
   }
 }
 
+}  // namespace
+
 void adamw_step(Rank& rank, Tensor w, Tensor g, Tensor m, Tensor v, const AdamW& options, At at) {
-  check(rank, "adamw_step", at,
-        {{"w, g, m and v of one shape", g.dim == w.dim && m.dim == w.dim && v.dim == w.dim},
-         {"one dtype", g.dtype == w.dtype && m.dtype == w.dtype && v.dtype == w.dtype},
-         {"step >= 1", options.step >= 1}},
-        {&w, &g, &m, &v});
-  float_kernel(rank, "adamw_step", at, w, [&]<class T>(T*) {
+  const Op op{rank, "adamw_step", at};
+  op.check({{"w, g, m and v of one shape", g.dim == w.dim && m.dim == w.dim && v.dim == w.dim},
+            {"one dtype", one_dtype({&w, &g, &m, &v})},
+            {"step >= 1", options.step >= 1}},
+           {&w, &g, &m, &v});
+  op.on_cpu(w, [&]<class T>(T*) {
     parallel_blocks(w.numel(), 16, [&](int64_t i, int64_t end) {
       adamw_block(options, end - i, g.as<T>() + i, w.as<T>() + i, m.as<T>() + i, v.as<T>() + i);
     });
   });
 }
 
-template <class T>
-static double sum_squares_cpu(int64_t n, const T* x) {
-  vector<double> sums((n + kBlock - 1) / kBlock);
-  parallel_blocks(n, 2, [&](int64_t begin, int64_t end) {
-    sums[begin / kBlock] = lane_sum<double>(end - begin, [&](int64_t i) {
-      const double value = x[begin + i];
-      return value * value;
+double sum_squares(Rank& rank, Tensor x, At at) {
+  vector<double> sums((x.numel() + kBlock - 1) / kBlock);
+  Op{rank, "sum_squares", at}.on_cpu(x, [&]<class T>(T*) {
+    parallel_blocks(x.numel(), 2, [&](int64_t begin, int64_t end) {
+      const T* v = x.as<T>() + begin;
+      sums[begin / kBlock] =
+          lane_sum<double>(end - begin, [&](int64_t i) { return double(v[i]) * v[i]; });
     });
   });
   double total = 0;
@@ -68,28 +61,16 @@ static double sum_squares_cpu(int64_t n, const T* x) {
   return total;
 }
 
-double sum_squares(Rank& rank, Tensor x, At at) {
-  double total = 0;
-  float_kernel(rank, "sum_squares", at, x,
-               [&]<class T>(T*) { total = sum_squares_cpu(x.numel(), x.as<T>()); });
-  return total;
-}
-
 void fill_normal(Rank& rank, Tensor x, uint64_t key, uint64_t first, double std, At at) {
-  float_kernel(rank, "fill_normal", at, x, [&]<class T>(T*) {
-    parallel_blocks(x.numel(), 100, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++)
-        x.as<T>()[i] = static_cast<T>(std * normal_at(key, first + i));
-    });
+  Op{rank, "fill_normal", at}.on_cpu(x, [&]<class T>(T*) {
+    parallel_rows(x.numel(), 100,
+                  [&](int64_t i) { x.as<T>()[i] = T(std * normal_at(key, first + i)); });
   });
 }
 
 void fill_constant(Rank& rank, Tensor x, double value, At at) {
-  float_kernel(rank, "fill_constant", at, x, [&]<class T>(T*) {
-    parallel_blocks(x.numel(), 1, [&](int64_t begin, int64_t end) {
-      std::fill(x.as<T>() + begin, x.as<T>() + end, static_cast<T>(value));
-    });
-  });
+  Op{rank, "fill_constant", at}.on_cpu(
+      x, [&]<class T>(T*) { std::fill_n(x.as<T>(), x.numel(), T(value)); });
 }
 
 }  // namespace pith

@@ -1,136 +1,159 @@
-// shape: the same elements in another order, another shape, or another tensor.
-//   in     f32|f64; reshape any dtype; ids i32 [n]
-//   out    as ops.h says; a copy, but for reshape, which shares its input's storage and gradient
-//   keeps  ids             grad  += the elements' gradients, moved back; repeat: summed over copies
-//   errors sizes, ranges, ids or dimensions that do not fit; dtypes or devices differ
-//   bitwise run-to-run: yes, for any number of threads
+// shape: elements in another order, shape or tensor, and whole rows chosen, repeated and added up.
+//   grad   the elements' gradients, moved back: of a choice, the sum over where a row went; of a
+//          sum, the choice
 #include <algorithm>
 
-#include "ops/general.h"
-#include "ops/ops.h"
+#include "ops/cpu.h"
 
 namespace pith {
 namespace {
 
 // x from index `begin` of a dimension on.
 View part_of(const Tensor& x, int dim, int64_t begin) {
-  View part = view_of(x, x.dim);
-  part.offset = begin * part.step[dim];
+  View part = view_of(x);
+  part.begin = begin * part.step[dim];
   return part;
 }
 
-// i: the view's steps and offset.
-void taken_bx(Rank& rank, Node& node) {
-  const Tensor& dy = node.grad[0];
-  View part{zeroed(rank, node, 0), node.i[kMaxDims]};
-  std::copy(node.i, node.i + kMaxDims, part.step);
-  copy_elements(rank, node.op, node.at, dy.dim, view_of(dy, dy.dim), part, true);
-}
-
 // The elements that a view, of each at most once, has in the index space `dims`.
-Tensor taken(Rank& rank, const char* op, At at, const View& part, const Dims& dims) {
-  Tensor y = empty(rank, dims, part.x.dtype, at);
-  copy_elements(rank, op, at, dims, part, view_of(y, dims), false);
-  if (Node* node = record_op(rank, op, at, {part.x}, y, taken_bx)) {
-    std::copy(part.step, part.step + kMaxDims, node->i);
-    node->i[kMaxDims] = part.offset;
-  }
+Tensor taken(const Op& op, const View& part, const Dims& dims) {
+  Tensor y = op.empty(dims, part.x.dtype);
+  op.on_cpu(part.x, [&]<class T>(T*) { copy_elements<T>(dims, part, view_of(y), false); });
+  const int64_t* s = part.step;
+  record(op, {part.x}, {&y})
+      .numbers({s[0], s[1], s[2], s[3], s[4], part.begin})
+      .bx({}, []<class T>(Backward<T> b) {
+        View to{b.zeroed(0), b.node.i[kMaxDims]};
+        std::copy_n(b.node.i, kMaxDims, to.step);
+        copy_elements<T>(b.dy().dim, view_of(b.dy()), to, true);
+      });
   return y;
 }
 
-// i: the dimension.
-void concat_bx(Rank& rank, Node& node) {
-  const int dim = int(node.i[0]);
-  int64_t begin = 0;
-  for (int k = 0; k < node.in.count && node.in[k].defined(); k++) {
-    const Dims& dims = node.in[k].dim;
-    const GradSlot dx = grad_slot(rank, node.in[k], node.at);
-    if (dx.grad.defined())
-      copy_elements(rank, node.op, node.at, dims, part_of(node.grad[0], dim, begin),
-                    view_of(dx.grad, dims), dx.add);
-    begin += dims[dim];
-  }
-}
-
-void check_rows(const Rank& rank, const char* op, At at, const Tensor& x, const Tensor& ids,
-                int64_t rows) {
-  check(rank, op, at,
-        {{"a defined tensor", x.defined()},
-         {"ids of dtype i32 and one dimension", ids.dtype == DType::I32 && ids.dim.rank == 1},
-         {"tensors on one device", x.device == ids.device}},
-        {&x, &ids});
-  need_cpu(op, at, ids);
-  check_ids(rank, op, at, "ids", ids, rows);
-}
-
-// Row i of `to` (+)= row ids[i] of x or, if not `take`, row ids[i] of `to` (+)= row i of x, in the
-// order of i; columns are divided among the threads.
+// Row r of y, of n elements, = or += the sum of rows index[i] of x, i in [begin[r], begin[r+1]) or,
+// where begin is undefined, r.
 template <class T>
-void move_rows_cpu(const Tensor& x, const Tensor& ids, Slot<T> to, bool take) {
-  const int64_t n = extent_of(x.dim, 0).inner;
-  column_blocks(ids.numel(), n, [&](int64_t first, int64_t count) {
-    for (int64_t i = 0; i < ids.numel(); i++) {
-      const int64_t id = ids.i32()[i];
-      const T* from = x.as<T>() + (take ? id : i) * n + first;
-      const int64_t at = (take ? i : id) * n + first;
-      for (int64_t j = 0; j < count; j++) to.put(at + j, from[j]);
+void gather_rows(const Tensor& x, int64_t n, const Tensor& index, const Tensor& begin, Slot<T> y) {
+  const int64_t rows = begin.defined() ? begin.dim[0] - 1 : index.numel();
+  if (!y.data) return;
+  parallel_rows(rows, n * (1 + index.numel() / std::max<int64_t>(1, rows)), [&](int64_t r) {
+    const int64_t first = begin.defined() ? begin.i32()[r] : r;
+    const int64_t end = begin.defined() ? begin.i32()[r + 1] : r + 1;
+    T* to = y.data + r * n;
+    if (!y.add) std::fill_n(to, n, T(0));
+    for (int64_t i = first; i < end; i++) {
+      const T* from = x.as<T>() + index.i32()[i] * n;
+      for (int64_t j = 0; j < n; j++) to[j] += from[j];
     }
   });
 }
 
-template <bool take>
-void move_rows_bx(Rank& rank, Node& node) {
-  const Tensor dx = zeroed(rank, node, 0);
-  float_kernel(rank, node, [&]<class T>(T*) {
-    move_rows_cpu<T>(node.grad[0], node.bx_keep[0], {dx.as<T>(), true}, take);
+// Row ids[i] of y += row i of x, in the order of i.
+template <class T>
+void scatter_rows(const Tensor& x, const Tensor& ids, const Tensor& y) {
+  const int64_t count = ids.numel(), n = count ? x.numel() / count : 0;
+  if (!y.data) return;
+  column_blocks(count, n, [&](int64_t first, int64_t width) {
+    for (int64_t i = 0; i < count; i++) {
+      T* to = y.as<T>() + ids.i32()[i] * n + first;
+      const T* from = x.as<T>() + i * n + first;
+      for (int64_t j = 0; j < width; j++) to[j] += from[j];
+    }
   });
+}
+
+int64_t width_of(const Dims& dims) { return dims[0] ? dims.numel() / dims[0] : 0; }
+
+constexpr auto kScatterGrad = []<class T>(Backward<T> b) {
+  scatter_rows<T>(b.dy(), b.keep[0], b.zeroed(0));
+};
+constexpr auto kGatherGrad = [](const auto& b) {
+  gather_rows(b.dy(), width_of(b.node.in[0].dim), b.keep[0], b.keep[1], b.to(0));
+};
+
+// Rows ids of x, whose first dimension is replaced by those of ids.
+Tensor select(const Op& op, const Tensor& x, const Tensor& ids) {
+  Dims dims = ids.dim;
+  for (int i = 1; i < x.dim.rank; i++) dims[dims.rank++] = x.dim[i];
+  Tensor y = op.empty(dims, x.dtype);
+  op.on_cpu(x, [&]<class T>(T*) { gather_rows<T>(x, width_of(x.dim), ids, {}, {y.as<T>()}); });
+  return y;
+}
+
+void check_rows(const Op& op, const Tensor& x, const Tensor& ids, int64_t rows) {
+  op.check({{"a defined tensor", x.defined()},
+            {"ids of dtype i32 and one dimension", ids.dtype == DType::I32 && ids.dim.rank == 1},
+            {"tensors on one device", x.device == ids.device}},
+           {&x, &ids});
+  op.check_ids("ids", ids, rows);
+}
+
+// Rows to pairs or pairs to rows. `need` tells x's shape.
+Tensor move_rows(const Op& op, bool to_pairs, const char* need, const Tensor& x,
+                 const Dispatched& d) {
+  const int64_t P = d.row_of.dim[0], R = d.row_begin.dim[0] - 1;
+  op.check({{"row_of I32 [P], pair_of I32 [P] and row_begin I32 [R+1]",
+             is_i32(d.row_of, {P}) && is_i32(d.pair_of, {P}) && is_i32(d.row_begin, {R + 1})},
+            {need, x.dim.rank == 2 && x.dim[0] == (to_pairs ? R : P)}},
+           {&x, &d.row_of, &d.pair_of, &d.row_begin});
+  Tensor y = op.empty({to_pairs ? P : R, x.dim[1]}, x.dtype);
+  const TensorList pairs = {d.row_of, {}}, rows = {d.pair_of, d.row_begin};
+  const TensorList &forth = to_pairs ? pairs : rows, &back = to_pairs ? rows : pairs;
+  op.on_cpu(x, [&]<class T>(T*) {
+    op.check_offsets("row_begin", d.row_begin, P);
+    op.check_ids("row_of", d.row_of, R);
+    op.check_ids("pair_of", d.pair_of, P);
+    gather_rows<T>(x, x.dim[1], forth[0], forth[1], {y.as<T>()});
+  });
+  record(op, {x}, {&y}).bx(back, kGatherGrad);
+  return y;
 }
 
 }  // namespace
 
 Tensor permute(Rank& rank, Tensor x, Dims order, At at) {
-  check_alike(rank, "permute", at, {&x});
-  check(rank, "permute", at, {{"one entry of order a dimension", order.rank == x.dim.rank}}, {&x});
-  const View whole = view_of(x, x.dim);
+  const Op op{rank, "permute", at};
+  op.check_alike({&x});
+  op.check({{"one entry of order a dimension", order.rank == x.dim.rank}}, {&x});
+  const View whole = view_of(x);
   View part{x};
   Dims dims = order;
   unsigned seen = 0;
   for (int i = 0; i < order.rank; i++) {
     const bool fits = order[i] >= 0 && order[i] < order.rank && !(seen >> order[i] & 1);
-    check(rank, "permute", at, {{"each dimension once in order", fits}}, {&x});
+    op.check({{"each dimension once in order", fits}}, {&x});
     seen |= 1u << order[i];
-    dims[i] = x.dim.size[order[i]];
+    dims[i] = x.dim[int(order[i])];
     part.step[i] = whole.step[order[i]];
   }
-  return taken(rank, "permute", at, part, dims);
+  return taken(op, part, dims);
 }
 
 Tensor reshape(Rank& rank, Tensor x, Dims dims, At at) {
   int64_t* end = dims.size + dims.rank;
   const bool sizes = dims.rank > 0 && *std::min_element(dims.size, end) >= -1;
-  check(rank, "reshape", at,
-        {{"a defined tensor", x.defined()},
-         {"sizes >= 0, at most one of them -1", sizes && std::count(dims.size, end, -1) <= 1}},
-        {&x});
+  Op{rank, "reshape", at}.check(
+      {{"a defined tensor", x.defined()},
+       {"sizes >= 0, at most one of them -1", sizes && std::count(dims.size, end, -1) <= 1}},
+      {&x});
   return x.view(dims, at);
 }
 
 Tensor slice(Rank& rank, Tensor x, int dim, int64_t begin, int64_t end, At at) {
-  const int d = dim_of(rank, "slice", at, x, dim);
+  const Op op{rank, "slice", at};
+  const int d = op.dim_of(x, dim);
   const string need =
-      text("0 <= begin <= end <= size for [%ld,%ld) of dimension %d", long(begin), long(end), d);
-  check(rank, "slice", at, {{need.c_str(), begin >= 0 && begin <= end && end <= x.dim[d]}}, {&x});
-  Dims dims = x.dim;
-  dims[d] = end - begin;
-  return taken(rank, "slice", at, part_of(x, d, begin), dims);
+      text("0 <= begin <= end <= size for [%ld,%ld) of dimension %d", begin, end, d);
+  op.check({{need.c_str(), begin >= 0 && begin <= end && end <= x.dim[d]}}, {&x});
+  return taken(op, part_of(x, d, begin), with_size(x.dim, d, end - begin));
 }
 
 TensorList split(Rank& rank, Tensor x, int dim, Dims sizes, At at) {
-  const int d = dim_of(rank, "split", at, x, dim);
+  const Op op{rank, "split", at};
+  const int d = op.dim_of(x, dim);
   int64_t total = 0;
   for (int i = 0; i < sizes.rank; i++) total += sizes[i];
-  check(rank, "split", at,
-        {{"sizes that sum to the dimension's", sizes.rank > 0 && total == x.dim[d]}}, {&x});
+  op.check({{"sizes that sum to the dimension's", sizes.rank > 0 && total == x.dim[d]}}, {&x});
   TensorList ys;
   int64_t begin = 0;
   for (int i = 0; i < sizes.rank; begin += sizes[i++])
@@ -139,64 +162,85 @@ TensorList split(Rank& rank, Tensor x, int dim, Dims sizes, At at) {
 }
 
 Tensor concat(Rank& rank, TensorList xs, int dim, At at) {
-  check(rank, "concat", at, {{"at least one tensor", xs.count > 0}}, {&xs[0]});
-  const int d = dim_of(rank, "concat", at, xs[0], dim);
-  Dims dims = xs[0].dim;
-  dims[d] = 0;
+  const Op op{rank, "concat", at};
+  op.check({{"at least one tensor", xs.count > 0}}, {&xs[0]});
+  const int d = op.dim_of(xs[0], dim);
+  Dims dims = with_size(xs[0].dim, d, 0);
   for (int k = 0; k < xs.count; k++) {
-    check_alike(rank, "concat", at, {&xs[0], &xs[k]});
-    Dims others = xs[k].dim;
-    others[d] = xs[0].dim[d];
-    check(rank, "concat", at, {{"equal sizes but for the one dimension", others == xs[0].dim}},
-          {&xs[0], &xs[k]});
+    op.check_alike({&xs[0], &xs[k]});
+    const bool fits = with_size(xs[k].dim, d, xs[0].dim[d]) == xs[0].dim;
+    op.check({{"equal sizes but for the one dimension", fits}}, {&xs[0], &xs[k]});
     dims[d] += xs[k].dim[d];
   }
-  Tensor y = empty(rank, dims, xs[0].dtype, at);
-  for (int64_t k = 0, begin = 0; k < xs.count; begin += xs[k++].dim[d])
-    copy_elements(rank, "concat", at, xs[k].dim, view_of(xs[k], xs[k].dim), part_of(y, d, begin),
-                  false);
-  Node* node = record_op(rank, "concat", at,
-                         {xs[0], xs[1], xs[2], xs[3], xs[4], xs[5], xs[6], xs[7]}, y, concat_bx);
-  if (node) node->i[0] = d;
+  Tensor y = op.empty(dims, xs[0].dtype);
+  op.on_cpu(y, [&]<class T>(T*) {
+    int64_t begin = 0;
+    for (int k = 0; k < xs.count; begin += xs[k++].dim[d])
+      copy_elements<T>(xs[k].dim, view_of(xs[k]), part_of(y, d, begin), false);
+  });
+  record(op, {xs[0], xs[1], xs[2], xs[3], xs[4], xs[5], xs[6], xs[7]}, {&y})
+      .numbers({d})
+      .bx({}, []<class T>(Backward<T> b) {
+        const int along = int(b.node.i[0]);
+        int64_t begin = 0;
+        for (int k = 0; k < b.node.in.count && b.node.in[k].defined();
+             begin += b.node.in[k++].dim[along]) {
+          const GradSlot dx = b.slot(k);
+          if (dx.grad.defined())
+            copy_elements<T>(dx.grad.dim, part_of(b.dy(), along, begin), view_of(dx.grad), dx.add);
+        }
+      });
   return y;
 }
 
 Tensor repeat(Rank& rank, Tensor x, int dim, int64_t times, At at) {
-  const int d = dim_of(rank, "repeat", at, x, dim);
-  check(rank, "repeat", at, {{"times >= 0", times >= 0}}, {&x});
-  Dims dims = x.dim;
-  dims[d] *= times;
-  // Broadcast, of a choice that is never the zero.
+  const Op op{rank, "repeat", at};
+  const int d = op.dim_of(x, dim);
+  op.check({{"times >= 0", times >= 0}}, {&x});
   const Extent e = extent_of(x.dim, d);
-  const Tensor never = zeros(rank, {1, times, 1}, DType::U8, at);
-  const Tensor zero = zeros(rank, {1}, x.dtype, at);
-  return where(rank, never, zero, x.view({e.outer, 1, e.n * e.inner}), at).view(dims, at);
+  Tensor ones = op.empty({1, times, 1}, x.dtype);
+  fill_constant(rank, ones, 1, at);
+  return mul(rank, x.view({e.outer, 1, e.n * e.inner}), ones, at)
+      .view(with_size(x.dim, d, x.dim[d] * times), at);
 }
 
 Tensor index_select(Rank& rank, Tensor x, Tensor ids, At at) {
-  check_rows(rank, "index_select", at, x, ids, x.dim[0]);
-  Dims dims = x.dim;
-  dims[0] = ids.numel();
-  Tensor y = empty(rank, dims, x.dtype, at);
-  float_kernel(rank, "index_select", at, x,
-               [&]<class T>(T*) { move_rows_cpu<T>(x, ids, {y.as<T>()}, true); });
-  record_op(rank, "index_select", at, {x}, y, move_rows_bx<false>, {{ids}});
+  const Op op{rank, "index_select", at};
+  check_rows(op, x, ids, x.dim[0]);
+  Tensor y = select(op, x, ids);
+  record(op, {x}, {&y}).bx({ids}, kScatterGrad);
+  return y;
+}
+
+Tensor embedding(Rank& rank, Tensor ids, Tensor w, At at) {
+  const Op op{rank, "embedding", at};
+  op.check({{"ids I32 of at most 4 dimensions",
+             ids.dtype == DType::I32 && ids.defined() && ids.dim.rank < kMaxDims},
+            {"w [V, D]", w.dim.rank == 2}},
+           {&ids, &w});
+  op.check_ids("ids", ids, w.dim[0]);
+  Tensor y = select(op, w, ids);
+  record(op, {w}, {&y}).bw(0, {ids}, kScatterGrad);
   return y;
 }
 
 Tensor scatter_add(Rank& rank, Tensor src, Tensor ids, int64_t rows, At at) {
-  check_rows(rank, "scatter_add", at, src, ids, rows);
-  check(rank, "scatter_add", at,
-        {{"rows >= 0", rows >= 0}, {"an id a row of src", ids.numel() == src.dim[0]}},
-        {&src, &ids});
-  Dims dims = src.dim;
-  dims[0] = rows;
-  Tensor y = zeros(rank, dims, src.dtype, at);
-  float_kernel(rank, "scatter_add", at, src, [&]<class T>(T*) {
-    move_rows_cpu<T>(src, ids, {y.as<T>(), true}, false);
-  });
-  record_op(rank, "scatter_add", at, {src}, y, move_rows_bx<true>, {{ids}});
+  const Op op{rank, "scatter_add", at};
+  check_rows(op, src, ids, rows);
+  op.check({{"rows >= 0", rows >= 0}, {"an id a row of src", ids.numel() == src.dim[0]}},
+           {&src, &ids});
+  Tensor y = zeros(rank, with_size(src.dim, 0, rows), src.dtype, at);
+  op.on_cpu(src, [&]<class T>(T*) { scatter_rows<T>(src, ids, y); });
+  record(op, {src}, {&y}).bx({ids, {}}, kGatherGrad);
   return y;
+}
+
+Tensor expand_rows(Rank& rank, const Dispatched& d, At at) {
+  return move_rows({rank, "expand_rows", at}, true, "rows [R, D]", d.rows, d);
+}
+
+Tensor reduce_pairs(Rank& rank, Tensor y, const Dispatched& d, At at) {
+  return move_rows({rank, "reduce_pairs", at}, false, "y [P, D]", y, d);
 }
 
 }  // namespace pith

@@ -236,7 +236,7 @@ TEST(Communicator, GroupsOfAMeshWorkSideBySide) {
 TEST(Communicator, ARankWithoutOthersNeedsNoComm) {
   run_ranks(make_mesh(1, 1, 1, 1), Device::CPU, quick(), [](Rank& rank) {
     rank.comm = nullptr;
-    every_collective<float>(rank, Group::DpCp);
+    every_collective<float>(rank, Group::DpCpEp);
     double x = 2.5;
     all_reduce(rank, Group::World, &x, 1, Reduce::Sum, "test");
     EXPECT_EQ(x, 2.5);
@@ -385,9 +385,12 @@ TEST(Failure, TheFirstExceptionWakesAllAndTellsWhatEachDid) {
     }
     barrier(rank, Group::World, "end of step");
   });
-  expect_contains(message, {"rank 2: model.cpp:10: linear: need x.dim[1] == w.dim[1]",
-                            "\n  rank 0 ", "\n  rank 1 ", "\n  rank 3 ", "step 7",
-                            "\n  rank 2 runs, last op linear called at model.cpp:10; step 7"});
+  expect_contains(
+      message,
+      {"rank 2: model.cpp:10: linear: need x.dim[1] == w.dim[1]", "\n  rank 0 ", "\n  rank 1 ",
+       "\n  rank 3 ", "step 7",
+       "\n  rank 2 runs: step 7, layer -1, stage 0, micro-batch -1, last op linear called at "
+       "model.cpp:10"});
 }
 
 TEST(Failure, AnExceptionInEveryPlaceOfALongRunIsSurvived) {
@@ -425,9 +428,11 @@ TEST(Failure, ARankThatHangsIsNamedAfterTheTimeLimit) {
         }
         barrier(rank, Group::World, "end of step");
       });
-  expect_contains(message, {"barrier \"end of step\" waited 0.3 s for rank 3 (world group)",
-                            "waits in barrier \"end of step\" (world group) called at",
-                            "rank 3 runs, last op matmul called at model.cpp:77"});
+  expect_contains(
+      message, {"barrier \"end of step\" waited 0.3 s for rank 3 (world group)",
+                "waits in barrier \"end of step\" (world group) called at",
+                "rank 3 runs: step 0, layer -1, stage 0, micro-batch -1, last op matmul called at "
+                "model.cpp:77"});
 }
 
 TEST(Failure, TheLimitAfterStartUpIsTheShortOne) {

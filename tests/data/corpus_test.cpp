@@ -152,9 +152,7 @@ CorpusOptions options_for(const std::string& folder, std::vector<std::string> in
   return {.tokenizer = kTokenizer, .inputs = inputs, .output = folder + "/out", .threads = 2};
 }
 
-int64_t unfinished_in(const std::string& folder) {
-  return inspect_corpus({.folder = folder}).unfinished;
-}
+int64_t unfinished_in(const std::string& folder) { return inspect_corpus(folder).unfinished; }
 
 // Runs `action` in a child; its exit code, or 128 + the signal that ended it.
 int exit_code_of(pid_t child) {
@@ -211,6 +209,7 @@ TEST(Corpus, EveryFormatGivesTheSameDocuments) {
     EXPECT_EQ(difference(files_of(folder + "/out"), {{"a.bin", expected[c.is_text]}}), "");
     EXPECT_EQ(unfinished_in(folder + "/out"), 0);
 
+    if (c.bytes != lines && c.bytes != whole) continue;  // a pipe is read as it is
     CorpusOptions from_pipe = options_for(folder, {"-"});
     from_pipe.output += "-pipe";
     from_pipe.format = c.is_text ? CorpusFormat::Text : CorpusFormat::Jsonl;
@@ -292,7 +291,7 @@ TEST(Corpus, MalformedDocumentsAreNamedAndStop) {
       {"a.jsonl", "{\"text\":\"\\ud800\"}\n", ":1: not valid JSON at byte"},
       {"a.jsonl", "{\"text\":\"\\udc00\"}\n", ":1: half of a surrogate pair in \"text\""},
       {"a.jsonl", "\n\n", ": holds no document"},
-      {"a.jsonl", "", ": is empty (need at least one document)"},
+      {"a.jsonl", "", ": holds no document"},
       {"a.txt", "one\ntwo \xe4\xb8\nthree\n", ":2: not valid UTF-8"},
       {"a.txt", "\xef\xbb\xbf", ":1: is empty"},
       {"a.jsonl.gz", gzip(json_line("cut short")).substr(0, 20), ": is truncated"},
@@ -300,7 +299,7 @@ TEST(Corpus, MalformedDocumentsAreNamedAndStop) {
       {"a.jsonl.gz", gzip(json_line("x")) + "rest", ": is not valid gzip data"},
       {"a.txt.zst", zstd("cut short").substr(0, 12), ": is truncated"},
       {"a.txt.zst", "not zstd", ": is not valid zstd data"},
-      {"a.parquet", "PAR1", ": Parquet is not read"},
+      {"a.parquet", "PAR1", ": its name does not tell its format"},
       {"a.csv", "a,b", ": its name does not tell its format"},
       {"a.b", "a,b", ": its name does not tell its format"},
   };
@@ -343,14 +342,21 @@ TEST(Corpus, BadLinesAreLeftOutAndListed) {
               path + ":" + std::to_string(bad[0]) + ": the value of \"text\" is not a string");
   CorpusOptions options = options_for(folder);
   options.skip_bad = true;
+  testing::internal::CaptureStderr();
   const CorpusReport report = tokenize_corpus(options);
+  const std::string log = testing::internal::GetCapturedStderr();
   EXPECT_EQ(report.bad_documents, 30 + 2);  // the lines, b.txt, c.txt
   EXPECT_EQ(report.documents, 30001);
   EXPECT_EQ(report.files, 2);
-  ASSERT_EQ(report.bad.size(), 20u);
-  for (size_t i = 0; i < 20; i++)
-    EXPECT_EQ(report.bad[i].place, path + ":" + std::to_string(bad[i]));
-  EXPECT_EQ(report.bad[1].what, "not valid UTF-8");
+  size_t at = 0;
+  for (size_t i = 0; i < bad.size(); i++) {
+    at = log.find("left out: " + path + ":" + std::to_string(bad[i]) +
+                      (i % 2 ? ": not valid UTF-8\n" : ": the value of \"text\" is not a string\n"),
+                  at);
+    ASSERT_NE(at, std::string::npos) << i;
+  }
+  expect_part(log, "left out: " + folder + "/in/b.txt:1: not valid UTF-8\n");
+  expect_part(log, "left out: " + folder + "/in/c.txt:1: is empty\n");
   EXPECT_EQ(difference(files_of(folder + "/out"),
                        {{"a.bin", token_file(documents)}, {"d.bin", token_file({"good"})}}),
             "");
@@ -406,10 +412,9 @@ TEST(Corpus, FoldersPatternsAndJoining) {
   CorpusOptions options = options_for(folder, {in});
   options.output = in + "/out";
   options.format = CorpusFormat::Text;
-  options.include = {"*.c", "a/*.h"};
+  options.include = {"*.c", "*.h"};
   options.join = "code";
-  const CorpusReport report = tokenize_corpus(options);
-  EXPECT_EQ(report.empty_files, 1);
+  tokenize_corpus(options);
   const Documents documents = {"int y;\n", "int z;\n", "int b;\n", "int b;\n"};
   EXPECT_EQ(difference(files_of(options.output), {{"code-00000.bin", token_file(documents)}}), "");
 
@@ -466,18 +471,14 @@ TEST(Corpus, WhatCannotBeUsedIsRefused) {
       {[](CorpusOptions& o, const std::string&) { o.include = {"*.x"}; },
        "--input: no file to tokenise was found"},
       {[](CorpusOptions& o, const std::string& f) { o.inputs = {f + "/empty"}, o.join = "x"; },
-       "--input: all files are empty"},
-      {[](CorpusOptions& o, const std::string& f) {
-         o.inputs = {"-", f};
-       },
-       "-: standard input beside other inputs"},
+       "--input: no file to tokenise was found"},
       {[](CorpusOptions& o, const std::string&) { o.inputs = {"-"}; },
-       "-: standard input has no name to tell its format by"},
+       "-: its name does not tell its format"},
       {[](CorpusOptions& o, const std::string&) { o.join = "a/b"; }, "--join: is \"a/b\""},
       {[](CorpusOptions& o, const std::string&) { o.eos = "</s>"; },
        "--eos: no such token (got </s>, need a token of "},
-      {[](CorpusOptions& o, const std::string&) { o.eos = "2048"; }, "--eos: no such token"},
-      {[](CorpusOptions& o, const std::string& f) { o.tokenizer = f; }, "/tokenizer.json"},
+      {[](CorpusOptions& o, const std::string& f) { o.tokenizer = f + "/tokenizer.json"; },
+       "/tokenizer.json"},
   };
   for (const auto& c : cases) {
     CorpusOptions options = options_for(folder);
@@ -502,10 +503,10 @@ TEST(Corpus, AFolderKeepsItsSettingsAndSources) {
     void (*set)(CorpusOptions&, const std::string& folder);
     const char* error;
   } cases[] = {
-      {[](CorpusOptions& o, const std::string& f) { o.tokenizer = f + "/other"; },
+      {[](CorpusOptions& o, const std::string& f) { o.tokenizer = f + "/other/tokenizer.json"; },
        "corpus.json: the folder was made with another tokenizer_xxh3 (got "},
-      {[](CorpusOptions& o, const std::string&) { o.eos = "2000"; },
-       "the folder was made with another eos_id (got 2000, need 0)"},
+      {[](CorpusOptions& o, const std::string&) { o.eos = "!"; },
+       "the folder was made with another eos_id (got 1, need 0)"},
       {[](CorpusOptions& o, const std::string&) { o.key = "id"; },
        "the folder was made with another key (got \"id\", need \"text\")"},
       {[](CorpusOptions& o, const std::string&) { o.special_as_text = true; },
@@ -568,20 +569,16 @@ TEST(Corpus, Inspect) {
     for (int64_t i = 0; i < file.num_docs; i++)
       lengths.push_back(file.doc_end(i) - (i ? file.doc_end(i - 1) : 0));
   }
-  const CorpusSummary s = inspect_corpus({.folder = out, .top = 100, .samples = 10});
+  const CorpusSummary s = inspect_corpus(out, 100, 10);
   EXPECT_EQ(s.files, 2);
   EXPECT_EQ(s.documents, 4);
   int64_t total = 0;
   for (const int64_t n : lengths) total += n;
   EXPECT_EQ(s.tokens, total);
-  EXPECT_EQ(s.mean_length, total / 4.0);
-  EXPECT_EQ(s.shortest, 1);
-  EXPECT_EQ(s.longest, *std::max_element(lengths.begin(), lengths.end()));
   for (size_t bin = 0; bin < s.length_histogram.size(); bin++)
     EXPECT_EQ(s.length_histogram[bin], std::count_if(lengths.begin(), lengths.end(),
                                                      [&](int64_t n) { return n >> bin == 1; }));
   ASSERT_EQ(s.frequent.size(), counts.size());
-  EXPECT_EQ(s.distinct_tokens, static_cast<int64_t>(counts.size()));
   for (size_t i = 0; i < s.frequent.size(); i++) {
     EXPECT_EQ(s.frequent[i].count, counts[s.frequent[i].id]);
     EXPECT_LE(s.frequent[i].count, s.frequent[std::max<size_t>(i, 1) - 1].count);
@@ -593,9 +590,8 @@ TEST(Corpus, Inspect) {
 
   const std::string whole = read_text_file(out + "/a.bin");
   put(out + "/a.bin", whole.substr(0, whole.size() - 1));
-  expect_part(error_of(kExitBadInput, [&] { inspect_corpus({.folder = out}); }), out + "/a.bin");
-  expect_part(error_of(kExitBadInput, [&] { inspect_corpus({.folder = folder + "/in"}); }),
-              folder + "/in");
+  expect_part(error_of(kExitBadInput, [&] { inspect_corpus(out); }), out + "/a.bin");
+  expect_part(error_of(kExitBadInput, [&] { inspect_corpus(folder + "/in"); }), folder + "/in");
 }
 
 namespace {

@@ -605,19 +605,4 @@ TEST(Bigram, KnowsAChainAndNotNoise) {
   EXPECT_NEAR(bigram_nats(Dataset({path}, options)), std::log(16.0), 0.05);
 }
 
-TEST(Bigram, RefusesWhatItCannotDo) {
-  const std::string path = fresh_folder("no_bigram") + "/a.bin";
-  put_documents(path, {{1}, {2}, {3}});
-  const auto refused = [&](DataOptions options) {
-    return error_of(kExitBadInput, [&] { bigram_nats(Dataset({path}, options)); });
-  };
-  expect_error(refused({.seq_length = 2, .vocab_size = 8193}),
-               {"bigram model: the vocabulary is too large (got 8193, need at most 8192)"});
-  expect_error(refused({.seq_length = 2, .vocab_size = 9}),
-               {"data.heldout_fraction: the held-out documents have no label"});
-  expect_error(
-      refused({.seq_length = 2, .vocab_size = 9, .heldout_fraction = 1, .document_mask = true}),
-      {"data.heldout_fraction: the held-out documents have no label"});
-}
-
 }  // namespace pith

@@ -66,15 +66,13 @@ TEST(Safetensors, RoundTripsInAnyChunking) {
     writer.finish();
     const SafetensorsReader reader(path);
     ASSERT_EQ(reader.tensors().size(), kTensors.size());
-    EXPECT_EQ(reader.metadata("format"), "pt");
-    EXPECT_EQ(reader.metadata("step"), "");
+    EXPECT_NE(read_text_file(path).find(R"({"format": "pt"})"), std::string::npos);
     for (size_t i = 0; i < kTensors.size(); i++) {
       const TensorEntry& got = reader.at(kTensors[i].name);
       EXPECT_EQ(got.dtype, kTensors[i].dtype);
       EXPECT_EQ(got.shape, kTensors[i].shape);
-      EXPECT_EQ(std::string(got.data, size_t(got.bytes)), pattern(kTensors[i].bytes(), int(i)));
+      EXPECT_EQ(std::string(got.data, size_t(got.bytes())), pattern(kTensors[i].bytes(), int(i)));
     }
-    EXPECT_EQ(reader.place(reader.at("scalar")), path + ": scalar");
   }
   expect_part(error_of(kExitBadInput, [&] { SafetensorsReader(path).at("none"); }),
               path + ": none: is missing (got 6 other tensors)");
@@ -110,21 +108,24 @@ TEST(Safetensors, RefusesCorruptHeadersByName) {
       {"{" + ok + "}", 8, "no error"},
       {"{" + ok + "}  ", 8, "no error"},
       {"{" + ok + "}", 7,
-       "a: has bad data_offsets, or the file is cut short (got [0,8], need [begin, end] up to "
-       "7)"},
+       "a: has bad data_offsets, or the file is cut short (got [0,8], need 8 bytes for [2] "
+       "F32 from 0 on, up to 7)"},
       {"{" + ok + "}", 9, "has bytes behind its last tensor (got 9 bytes of data, need 8)"},
       {"{" + ok + "," + ok + "}", 8, "a: occurs twice"},
       {"{" + ok + R"(,"b":{"dtype":"U8","shape":[8],"data_offsets":[4,12]}})", 12,
-       "b: does not follow the tensor before it (got begin 4, need 8)"},
+       "b: has bad data_offsets, or the file is cut short (got [4,12], need 8 bytes for [8] U8 "
+       "from 8 on"},
       {"{" + ok + R"(,"b":{"dtype":"U8","shape":[8],"data_offsets":[9,17]}})", 17,
-       "b: does not follow the tensor before it (got begin 9, need 8)"},
+       "b: has bad data_offsets, or the file is cut short (got [9,17], need 8 bytes for [8] U8 "
+       "from 8 on"},
       {R"({"a":{"dtype":"F31","shape":[2],"data_offsets":[0,8]}})", 8,
        "a: has an unknown dtype (got \"F31\""},
       {R"({"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}})", 8,
-       "a: has a size that is not its shape's (got 8 bytes, need 12 for [3] F32)"},
+       "a: has bad data_offsets, or the file is cut short (got [0,8], need 12 bytes for [3] F32 "
+       "from 0 on"},
       {R"({"a":{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}})", 8, "a.shape[0]: is out of"},
       {R"({"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,8]}})", 8,
-       "a: has a size that is not"},
+       "a: has bad data_offsets"},
       {R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[8,0]}})", 8, "a: has bad data_offsets"},
       {R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8,9]}})", 8, "bad data_offsets"},
       {R"({"a":{"dtype":"F32","shape":[2]}})", 8, "a.data_offsets: is missing"},
@@ -172,7 +173,7 @@ static std::vector<TensorDecl> eight() {
 }
 
 static void write_shards(const std::string& folder, int64_t max_bytes) {
-  ShardedWriter writer(folder, eight(), max_bytes);
+  SafetensorsWriter writer(folder + "/model.safetensors", eight(), max_bytes);
   std::string all;
   for (int i = 1; i <= 8; i++) all += pattern(40 * i, i);
   for (size_t at = 0; at < all.size(); at += 100)
@@ -193,7 +194,7 @@ TEST(Safetensors, ShardsHoldEveryTensorOnce) {
     EXPECT_EQ(fs::exists(folder + "/model.safetensors.index.json"), c.shards > 1);
     for (int i = 1; i <= 8; i++) {
       const TensorEntry& tensor = reader.at("layers." + std::to_string(i));
-      EXPECT_EQ(std::string(tensor.data, size_t(tensor.bytes)), pattern(40 * i, i));
+      EXPECT_EQ(std::string(tensor.data, size_t(tensor.bytes())), pattern(40 * i, i));
     }
     if (c.shards == 1) continue;
     const Json index = Json::parse_file(folder + "/model.safetensors.index.json");
@@ -203,18 +204,7 @@ TEST(Safetensors, ShardsHoldEveryTensorOnce) {
   }
 }
 
-TEST(Safetensors, UnfinishedShardsAreRemoved) {
-  const std::string folder = fresh_folder("st_unfinished");
-  {
-    ShardedWriter writer(folder, eight(), 400);
-    const std::string some(1000, 'x');
-    writer.write(some.data(), 1000);
-    EXPECT_FALSE(fs::is_empty(folder));
-  }
-  EXPECT_TRUE(fs::is_empty(folder));
-}
-
-TEST(Safetensors, IndexAndShardsMustAgree) {
+TEST(Safetensors, RefusesBadIndices) {
   const auto broken = [](const char* name, auto&& breaking) {
     const std::string folder = fresh_folder(name);
     write_shards(folder, 400);
@@ -231,24 +221,6 @@ TEST(Safetensors, IndexAndShardsMustAgree) {
       broken("st_missing",
              [](const std::string& f) { fs::remove(f + "/model-00002-of-00005.safetensors"); }),
       "/model-00002-of-00005.safetensors: is missing, but the index names it");
-  expect_part(broken("st_extra",
-                     [&](const std::string& f) {
-                       edit(f + index, "\"layers.1\": \"model-00001-of-00005.safetensors\",", "");
-                     }),
-              "/model-00001-of-00005.safetensors: layers.1: is not where the index says "
-              "(got this shard, need none)");
-  const std::string moved = broken("st_moved", [&](const std::string& f) {
-    edit(f + index, "\"layers.1\": \"model-00001", "\"layers.1\": \"model-00002");
-  });
-  expect_part(moved, "layers.1: is not where the index says (got this shard, need /");
-  expect_part(moved, "/model-00002-of-00005.safetensors)");
-  expect_part(broken("st_lost",
-                     [&](const std::string& f) {
-                       edit(f + index, "\"layers.1\"",
-                            "\"layers.0\": \"model-00001-of-00005"
-                            ".safetensors\", \"layers.1\"");
-                     }),
-              "/model-00001-of-00005.safetensors: layers.0: is missing, but the index says");
   expect_part(
       broken("st_escape",
              [&](const std::string& f) { edit(f + index, "\"model-00001", "\"../model-00001"); }),
@@ -301,7 +273,7 @@ TEST(Safetensors, RoundsToNearestEvenBf16) {
     float value;
     memcpy(&value, &c.bits, 4);
     uint16_t got;
-    f32_to_bf16(&value, &got, 1);
+    from_f32(FileDType::BF16, &value, &got, 1);
     EXPECT_EQ(got, c.want) << std::hex << c.bits;
   }
   for (uint32_t i = 0; i < 65536; i++) {  // every bf16 survives
@@ -309,7 +281,7 @@ TEST(Safetensors, RoundsToNearestEvenBf16) {
     float wide;
     uint16_t back;
     to_f32(FileDType::BF16, &bits, &wide, 1);
-    f32_to_bf16(&wide, &back, 1);
+    from_f32(FileDType::BF16, &wide, &back, 1);
     ASSERT_TRUE(std::isnan(wide) || back == bits) << bits << " " << back;
   }
 }

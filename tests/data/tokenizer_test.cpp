@@ -161,51 +161,37 @@ TEST(Tokenizer, DecodesWhatItEncoded) {
 // ---- words ----
 
 static std::vector<std::string> words_of(const std::vector<SplitStep>& steps,
-                                         const CharTable& chars, const std::string& text) {
+                                         const std::string& text) {
   SplitBuffers buffers;
-  split(steps, chars, text, buffers);
+  split(steps, text, buffers);
   return {buffers.pieces.begin(), buffers.pieces.end()};
 }
 
-// The Split steps of a golden variant, or of GPT-2.
+// The Split steps of a golden variant.
 static std::vector<SplitStep> steps_of(const std::string& name, bool use_fast) {
   std::vector<SplitStep> steps;
-  if (name == "gpt2") {
-    steps.emplace_back();
-    steps[0].pattern = kGpt2Pattern;
-  } else {
-    const Json json = Json::parse(golden_text(name), name)["pre_tokenizer"]["pretokenizers"];
-    for (int64_t i = 0; i + 1 < json.size(); i++) {
-      steps.emplace_back();
-      if (json[i].has("pattern"))
-        steps.back().pattern = json[i]["pattern"]["Regex"].as_string();
-      else
-        steps.back().kind = SplitStep::Digits;
+  const auto add = [&](const std::string& pattern) {
+    steps.emplace_back(pattern, name);
+    if (!use_fast && steps.back().fast) {
+      steps.back().fast = nullptr;
+      steps.back().regex.emplace(pattern, name);
     }
-  }
-  prepare(steps, use_fast);
+  };
+  const Json json = Json::parse(golden_text(name), name)["pre_tokenizer"]["pretokenizers"];
+  for (int64_t i = 0; i + 1 < json.size(); i++) add(json[i]["pattern"]["Regex"].as_string());
   return steps;
 }
 
 TEST(SlowTokenizer, FastSplittersEqualTheirPatterns) {
-  const CharTable chars;
-  const std::pair<const char*, FastPattern> patterns[] = {{"qwen2", FastPattern::Qwen2},
-                                                          {"cl100k", FastPattern::Cl100k},
-                                                          {"qwen3.5", FastPattern::Qwen35},
-                                                          {"o200k", FastPattern::O200k},
-                                                          {"deepseek-v3", FastPattern::DeepSeekV3},
-                                                          {"deepseek-v2", FastPattern::DeepSeekV2},
-                                                          {"gpt2", FastPattern::Gpt2}};
-  for (const auto& [name, expected] : patterns) {
+  for (const char* name : {"qwen2", "o200k", "deepseek-v3"}) {
     const std::vector<SplitStep> plain = steps_of(name, false), fast = steps_of(name, true);
-    ASSERT_EQ(fast.size(), expected == FastPattern::DeepSeekV2 ? 6u : 1u) << name;
-    ASSERT_EQ(fast[0].fast, expected) << name;
+    ASSERT_TRUE(fast.back().fast) << name;
     std::mt19937 rng(7);
     for (int i = 0; i < 8000; i++) {
       std::string text = random_text(rng, i % 2 ? 6 : 60);
       if (i % 4 == 0)  // some paths are for ASCII alone
         for (char& c : text) c &= 0x7f;
-      ASSERT_EQ(words_of(fast, chars, text), words_of(plain, chars, text)) << name << text;
+      ASSERT_EQ(words_of(fast, text), words_of(plain, text)) << name << text;
     }
     // Every code point, behind letters, digits, spaces and others, and before them.
     std::string text;
@@ -216,7 +202,7 @@ TEST(SlowTokenizer, FastSplittersEqualTheirPatterns) {
         append_char(text, code);
       }
       if (text.size() < 4000) continue;
-      ASSERT_EQ(words_of(fast, chars, text), words_of(plain, chars, text)) << name << code;
+      ASSERT_EQ(words_of(fast, text), words_of(plain, text)) << name << code;
       text.clear();
     }
   }
@@ -345,13 +331,10 @@ TEST(Tokenizer, FindsEndOfText) {
   const std::string folder = fresh_folder("tokenizer_eos"), path = folder + "/tokenizer.json";
   write_text(path, golden_text("qwen2"));
   EXPECT_EQ(Tokenizer::load(path).eos_id(), 700u);
-  EXPECT_EQ(Tokenizer::load(path).bos_id(), std::nullopt);
   write_text(folder + "/config.json", R"({"eos_token_id": [701, 700]})");
   EXPECT_EQ(Tokenizer::load(path).eos_id(), 701u);
-  write_text(folder + "/tokenizer_config.json",
-             R"({"eos_token": {"content": "<think>"}, "bos_token": "<|endoftext|>"})");
+  write_text(folder + "/tokenizer_config.json", R"({"eos_token": {"content": "<think>"}})");
   EXPECT_EQ(Tokenizer::load(path).eos_id(), 702u);
-  EXPECT_EQ(Tokenizer::load(path).bos_id(), 700u);
   write_text(folder + "/tokenizer_config.json", R"({"eos_token": null})");
   EXPECT_EQ(Tokenizer::load(path).eos_id(), 701u);
   write_text(folder + "/config.json", R"({"eos_token_id": 705})");
@@ -409,8 +392,8 @@ TEST(Tokenizer, RefusesWhatItDoesNotSupport) {
 }
 
 TEST(Tokenizer, RefusesRegularExpressionsItWouldReadInAnotherWay) {
-  for (const char* pattern : {"[a&&b]", "[a[b]]", "\\h+", "a{2}+", "a{,3}", "(?m:.)", "\\bx", "(",
-                              "\\p{Greek}", "[]a]", "\\p{L", "x\\", "\\k<a>"}) {
+  for (const char* pattern : {"[a&&b]", "[a[b]]", "\\h+", "a{2}+", "a{,3}", "(?m:.)", "\\bx", "\\w",
+                              "(", "\\p{Greek}", "[]a]", "\\p{L", "x\\", "\\k<a>"}) {
     const std::string error = error_of([&] { Regex(pattern, "place"); });
     EXPECT_TRUE(error.starts_with("place: ")) << pattern << ": " << error;
   }

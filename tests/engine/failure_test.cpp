@@ -9,8 +9,8 @@
 #include "core/process.h"
 #include "engine/batches.h"
 #include "engine/child.h"
-#include "engine/layouts.h"
 #include "engine/small_run.h"
+#include "layouts/layouts.h"
 
 namespace pith {
 namespace {
@@ -21,7 +21,7 @@ constexpr double kLimit = 2;  // seconds
 // Returns when all other ranks wait for another, as they must: what they need is not sent.
 [[gnu::no_sanitize("thread")]] void until_others_wait(const Rank& rank) {
   for (int id = 0; id < rank.world; id++)
-    while (id != rank.id && !*__atomic_load_n(&status_board(id).waiting, __ATOMIC_RELAXED))
+    while (id != rank.id && !__atomic_load_n(status_board(id).waiting, __ATOMIC_RELAXED))
       usleep(100);
 }
 

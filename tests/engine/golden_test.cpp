@@ -9,8 +9,8 @@
 #include "data/safetensors.h"
 #include "engine/checkpoint.h"
 #include "engine/instance.h"
-#include "engine/routing_slot.h"
-#include "engine/layouts.h"
+#include "engine/routing_trace.h"
+#include "layouts/layouts.h"
 
 namespace pith {
 namespace {
@@ -97,7 +97,7 @@ struct Loaded {
       : config(Json::parse_file(folder + "/config.json")) {
     schedule.micro_batches = micro_batches;
     model = make_instance(rank, config, {.length = length});
-    const WeightSource weights = open_weights(folder);
+    const Checkpoint weights = open_weights(folder);
     check_weights(weights, whole_table(config));
     load_weights(rank, *model.parameters, weights);
   }

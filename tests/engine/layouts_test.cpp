@@ -1,5 +1,5 @@
 // Every parallel layout trains the same model: the promise of the whole engine.
-#include "engine/layouts.h"
+#include "layouts/layouts.h"
 
 #include <cmath>
 #include <cstring>
@@ -366,10 +366,10 @@ std::vector<float> elements(const Checkpoint& c, const StoredTensor& t) {
 // Largest relative L2 difference of a tensor, moments among them.
 double worst_difference(const Checkpoint& a, const Checkpoint& b) {
   double worst = 0;
-  for (const StoredTensor& t : a.tensors) {
-    const StoredTensor* other = b.find(t.name);
-    if (!other) return INFINITY;
-    const std::vector<float> x = elements(a, t), y = elements(b, *other);
+  for (const auto& [name, t] : a.tensors) {
+    const auto other = b.tensors.find(name);
+    if (other == b.tensors.end()) return INFINITY;
+    const std::vector<float> x = elements(a, t), y = elements(b, other->second);
     double difference = 0, norm = 1e-30;
     for (size_t i = 0; i < x.size(); i++) {
       difference += std::pow(double{x[i]} - y[i], 2);

@@ -11,20 +11,18 @@ struct Sizes {
 struct Rules {
   bool causal = true;
   int window = 0;
-  std::vector<int32_t> order, ends;  // ends [B, S]
+  std::vector<int32_t> ends;  // [B, S]
 };
 
 AttentionMask mask_of(TestRank& t, const Rules& rules, int64_t batch) {
-  AttentionMask mask{rules.causal, rules.window, {}, {}};
+  AttentionMask mask{rules.causal, rules.window, {}};
   const int64_t S = rules.ends.size() / std::max<int64_t>(1, batch);
-  if (!rules.order.empty()) mask.order = t.ints({int64_t(rules.order.size())}, rules.order);
   if (!rules.ends.empty()) mask.doc_ends = t.ints({batch, S}, rules.ends);
   return mask;
 }
 
 bool sees(const Sizes& z, const Rules& rules, int64_t b, int64_t i, int64_t j) {
-  const int64_t query = rules.order.empty() ? i + z.Z - z.S : rules.order[i];
-  const int64_t key = rules.order.empty() ? j : rules.order[j];
+  const int64_t query = i + z.Z - z.S, key = j;
   if (rules.causal && key > query) return false;
   if (rules.window > 0 && query - key >= rules.window) return false;
   return rules.ends.empty() || rules.ends[b * z.S + i] == rules.ends[b * z.S + j];
@@ -83,8 +81,6 @@ std::vector<PackedCase> packed_cases() {
       {"window", 1, 9, {2, 1, 3}, {.window = 3}},
       {"window of one", 1, 5, {2, 1, 3}, {.window = 1}},
       {"window, not causal", 1, 9, {2, 1, 3}, {.causal = false, .window = 3}},
-      {"order", 2, 4, {2, 1, 3}, {.order = {2, 3, 8, 9}}},
-      {"order and window", 1, 4, {2, 1, 3}, {.window = 2, .order = {2, 3, 8, 9}}},
       {"documents", 2, 9, {2, 1, 4}, {.ends = documents(2, 9)}},
       {"documents, blocks", 1, 150, {2, 1, 4}, {.ends = documents(1, 150)}},
       {"documents and window", 3, 9, {2, 1, 4}, {.window = 2, .ends = documents(3, 9)}},
@@ -143,7 +139,7 @@ std::vector<GeneralCase> general_cases() {
       {"more queries: the first see nothing", {1, 7, 3, 2, 1, 3, 2}, {}},
       {"more keys, window", {1, 3, 7, 2, 1, 3, 2}, {.window = 2}},
       {"not causal", {2, 4, 6, 2, 2, 3, 3}, {.causal = false}},
-      {"order and documents", {1, 4, 4, 2, 1, 3, 3}, {true, 0, {0, 1, 6, 7}, {3, 3, 8, 8}}},
+      {"documents", {1, 4, 4, 2, 1, 3, 3}, {.ends = {2, 2, 4, 4}}},
       {"blocks, unequal", {1, 80, 130, 2, 1, 4, 6}, {}},
       {"bias", {2, 4, 5, 4, 2, 3, 2}, {}, kBias, {2, 4, 4, 5}},
       {"bias of all rows", {3, 4, 4, 4, 2, 3, 2}, {}, kBias, {1, 4, 4, 4}},
@@ -248,7 +244,7 @@ TEST(Attention, DocumentsDoNotLeak) {
       if (i < S && ends[i] == changed)
         std::memcpy(qkv.f32() + i * width, other.f32() + i * width, width * 4);
     make_leaf(t.rank, qkv);
-    Tensor y = attention(t.rank, qkv, heads, B, {causal, 0, {}, t.ints({B, S}, ends)});
+    Tensor y = attention(t.rank, qkv, heads, B, {causal, 0, t.ints({B, S}, ends)});
     const auto values = values_of(y);
     add_grad(t.rank, y, t.random(y.dim, 3, 1, 0, DType::F32));
     backward(t.rank, 0, t.tape.size());
@@ -282,26 +278,24 @@ TEST(Attention, NamesTheCaller) {
   TestRank t;
   const Heads heads{4, 2, 3};
   Tensor qkv = t.random({8, 24}), q = t.random({1, 4, 2, 3}), k = t.random({1, 5, 1, 3});
-  Tensor order = t.ints({4}, {0, 2, 1, 3}), ends = t.ints({2, 4}, {2, 2, 4, 4, 4, 4, 2, 2});
+  Tensor ends = t.ints({2, 4}, {2, 2, 4, 4, 4, 4, 2, 2});
   auto packed = [&](int64_t batch, Heads h, AttentionMask mask) {
     return [&, batch, h, mask] { attention(t.rank, qkv, h, batch, mask, {"model.cpp", 7}); };
   };
   expect_error(packed(2, {4, 3, 3}, {}), {"model.cpp:7: attention", "heads.query a multiple"});
   expect_error(packed(2, {4, 2, 4}, {}), {"model.cpp:7: attention", "qkv [B*S, (H+2K)*N]"});
   expect_error(packed(3, heads, {}), {"model.cpp:7: attention", "batch that divides"});
-  expect_error(packed(2, heads, {true, -1, {}, {}}), {"model.cpp:7", "mask.window >= 0"});
-  expect_error(packed(2, heads, {true, 0, order, {}}), {"model.cpp:7", "mask.order that ascends"});
-  expect_error(packed(4, heads, {true, 0, order, {}}), {"model.cpp:7", "mask.order i32 [S]"});
-  expect_error(packed(2, heads, {true, 0, {}, ends}), {"model.cpp:7", "doc_ends that ascend"});
-  expect_error(packed(4, heads, {true, 0, {}, ends}), {"model.cpp:7", "mask.doc_ends i32 [B, S]"});
+  expect_error(packed(2, heads, {true, -1, {}}), {"model.cpp:7", "mask.window >= 0"});
+  expect_error(packed(2, heads, {true, 0, ends}), {"model.cpp:7", "doc_ends that ascend"});
+  expect_error(packed(4, heads, {true, 0, ends}), {"model.cpp:7", "mask.doc_ends i32 [B, S]"});
   auto general = [&](Tensor key, Tensor v, AttentionMask mask, AttentionBias bias) {
     return [=, &t] { attention(t.rank, q, key, v, 1, mask, bias, {"model.cpp", 9}); };
   };
   expect_error(general(t.random({1, 5, 1, 2}), k, {}, {}), {"model.cpp:9: attention", "[B,Z,K,N]"});
   expect_error(general(k, t.random({1, 4, 1, 3}), {}, {}), {"model.cpp:9: attention", "[B,Z,K,M]"});
   expect_error(general(k, t.cast(k, DType::F32), {}, {}), {"model.cpp:9", "equal dtypes"});
-  expect_error(general(k, k, {true, 0, t.ints({4}, {0, 1, 2, 3}), {}}, {}),
-               {"model.cpp:9", "S == Z where mask.order"});
+  expect_error(general(k, k, {true, 0, t.ints({1, 4}, {2, 2, 4, 4})}, {}),
+               {"model.cpp:9", "S == Z where mask.doc_ends"});
   expect_error(general(k, k, {}, {t.random({1, 2, 5, 4}), {}}), {"model.cpp:9", "bias [1|B, 1|H"});
   expect_error(general(k, k, {}, {{}, t.random({1, 2, 4, 5})}), {"model.cpp:9", "visible u8"});
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# verify_layouts.sh PROGRAM: the skill verify-layouts passes what is right and fails a planted fault.
+# verify_layouts.sh PITH: the skill verify-layouts passes what is right and fails a planted fault.
 set -euo pipefail
 export PITH=$1
 options=(--layout "pp2-ep2,dp2-cp2-ep2-layer" --steps 2)

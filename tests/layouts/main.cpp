@@ -1,13 +1,12 @@
-// layouts: pith layouts.
+// layouts_check: runs layouts of a configuration and compares each with one rank.
 #include <cstdio>
 #include <map>
 
 #include "app/arguments.h"
-#include "app/commands.h"
 #include "core/json.h"
 #include "core/log.h"
 #include "core/process.h"
-#include "engine/layouts.h"
+#include "layouts/layouts.h"
 
 namespace pith {
 
@@ -35,8 +34,8 @@ void print_line(const Layout& layout, const LayoutResult& r, double seconds, boo
 }
 }  // namespace
 
-int run_layouts(int argc, char** argv) {
-  Arguments args("pith layouts",
+static int run(int argc, char** argv) {
+  Arguments args("layouts_check",
                  "Proves that parallel layouts train the same model: runs each for some steps on "
                  "CPU ranks and compares gradients, losses, experts and weights with one rank. "
                  "Exit code 1 if one differs.");
@@ -60,7 +59,7 @@ int run_layouts(int argc, char** argv) {
   if (all)
     for (const Layout& l : all_layouts(int(max_ranks))) layouts.push_back(l);
   if (layouts.empty())
-    bad_input("pith layouts", "no layout is given", "--all, or --layout pp2-ep2");
+    bad_input("layouts_check", "no layout is given", "--all, or --layout pp2-ep2");
   RunConfig config = load_run_config(file, set);
   config.train.steps = std::max(config.train.steps, steps);
   // Only the balance loss of micro-batches depends on their size.
@@ -91,3 +90,16 @@ int run_layouts(int argc, char** argv) {
 }
 
 }  // namespace pith
+
+int main(int argc, char** argv) {
+  pith::install_signal_handlers();
+  try {
+    return pith::run(argc, argv);
+  } catch (const pith::Error& e) {
+    fprintf(stderr, "error: %s\n", e.what());
+    return e.exit_code;
+  } catch (const std::exception& e) {
+    fprintf(stderr, "error: layouts_check: %s\n", e.what());
+    return pith::kExitFailed;
+  }
+}

@@ -1,4 +1,4 @@
-#include "engine/layouts.h"
+#include "layouts/layouts.h"
 
 #include <algorithm>
 #include <cmath>

@@ -4,8 +4,6 @@
 // gradient of step 1 before clipping and the gradient norm (the sharp test: Adam hides scale errors
 // from the loss), losses, experts chosen, and the weights at the end. Longer curves diverge by
 // chaos, not by error.
-// defines: Layout, layout_text, parse_layout, all_layouts, LayoutLimits, LayoutResult, plan_layout,
-//          run_layout, compare_layouts
 #pragma once
 #include <map>
 #include <mutex>

@@ -1,0 +1,68 @@
+#include "ops/op.h"
+
+#include <algorithm>
+
+namespace pith {
+
+bool one_dtype(std::initializer_list<const Tensor*> ts) {
+  for (const Tensor* a : ts)
+    for (const Tensor* b : ts)
+      if (a->defined() && b->defined() && a->dtype != b->dtype) return false;
+  return true;
+}
+
+void Op::check_alike(std::initializer_list<const Tensor*> ts) const {
+  const Tensor& first = **ts.begin();
+  for (const Tensor* t : ts)
+    check({{"defined tensors", t->defined()},
+           {"equal dtypes", t->dtype == first.dtype},
+           {"tensors on one device", t->device == first.device}},
+          ts);
+}
+
+void Op::check_ids(const char* what, const Tensor& ids, int64_t limit, int32_t also) const {
+  check_cpu(ids);
+  const int32_t* id = ids.i32();
+  for (int64_t i = 0, n = ids.numel(); i < n; i++) {
+    if ((id[i] >= 0 && id[i] < limit) || (also && id[i] == also)) continue;
+    check({{text("%s in [0,%ld), not %d at element %ld", what, limit, id[i], i).c_str(), false}},
+          {&ids});
+  }
+}
+
+void Op::check_offsets(const char* what, const Tensor& offsets, int64_t last) const {
+  check_cpu(offsets);
+  const int32_t *begin = offsets.i32(), *end = begin + offsets.numel();
+  const bool good = begin != end && *begin == 0 && end[-1] == last && std::is_sorted(begin, end);
+  check({{text("%s ascending from 0 to P", what).c_str(), good}}, {&offsets});
+}
+
+int Op::dim_of(const Tensor& x, int dim) const {
+  check({{"a defined tensor", x.defined()}}, {&x});
+  const int d = dim < 0 ? dim + x.dim.rank : dim;
+  check({{text("dimension %d of x", dim).c_str(), d >= 0 && d < x.dim.rank}}, {&x});
+  return d;
+}
+
+Dims Op::broadcast(std::initializer_list<const Tensor*> ts) const {
+  Dims all;
+  for (const Tensor* t : ts) all.rank = std::max(all.rank, t->dim.rank);
+  std::fill_n(all.size, all.rank, 1);
+  for (const Tensor* t : ts)
+    for (int i = 0; i < t->dim.rank; i++) {
+      int64_t& size = all[all.rank - t->dim.rank + i];
+      if (size == 1) size = t->dim[i];
+      const bool fits = t->dim[i] == 1 || t->dim[i] == size;
+      check({{"sizes equal or 1, aligned at the last dimension", fits}}, ts);
+    }
+  return all;
+}
+
+void Op::check_cpu(const Tensor& x) const {
+  if (x.device == Device::CPU) return;
+  failed(text("%s:%d: %s", at.file, at.line, name),
+         text("no CUDA implementation in this build (got %s)", describe(x).c_str()),
+         "device = cpu");
+}
+
+}  // namespace pith

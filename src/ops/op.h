@@ -1,0 +1,138 @@
+// op: checks, the choice of element type and tape nodes of every op.
+#pragma once
+#include <cstring>
+
+#include "ops/ops.h"
+
+namespace pith {
+
+// Where to write, and whether to add; data is null where nothing is wanted.
+template <class T>
+struct Slot {
+  T* data = nullptr;
+  bool add = false;
+  void put(int64_t i, T value) const { data[i] = add ? data[i] + value : value; }
+  Slot from(int64_t i) const { return {data ? data + i : nullptr, add}; }
+};
+
+inline bool is_i32(const Tensor& t, const Dims& dims) {
+  return t.dtype == DType::I32 && t.dim == dims;
+}
+inline Dims with_size(Dims dims, int d, int64_t size) {
+  dims[d] = size;
+  return dims;
+}
+// Of those that are defined.
+bool one_dtype(std::initializer_list<const Tensor*> ts);
+
+// One call of an op.
+struct Op {
+  Rank& rank;
+  const char* name;
+  At at;
+
+  void check(std::initializer_list<Need> needs, std::initializer_list<const Tensor*> ts) const {
+    pith::check(rank, name, at, needs, ts);
+  }
+  // Defined, of one dtype, on one device.
+  void check_alike(std::initializer_list<const Tensor*> ts) const;
+  // Elements of `ids` (I32) are in [0, limit) or `also`.
+  void check_ids(const char* what, const Tensor& ids, int64_t limit, int32_t also = 0) const;
+  // `offsets` (I32) ascend from 0 to P = last.
+  void check_offsets(const char* what, const Tensor& offsets, int64_t last) const;
+  // `dim` of x, from the end when negative, as one from the beginning.
+  int dim_of(const Tensor& x, int dim) const;
+  Dims broadcast(std::initializer_list<const Tensor*> ts) const;
+
+  Tensor empty(const Dims& dims, DType dtype) const { return pith::empty(rank, dims, dtype, at); }
+  Tensor like(const Tensor& x) const { return empty(x.dim, x.dtype); }
+
+  // x is in main memory.
+  void check_cpu(const Tensor& x) const;
+  // f(T*), a null pointer, T being x's float or double.
+  template <class F>
+  void on_cpu(const Tensor& x, F&& f) const {
+    check_cpu(x);
+    check({{"dtype f32 or f64", x.dtype == DType::F32 || x.dtype == DType::F64}}, {&x});
+    if (x.dtype == DType::F64)
+      f(static_cast<double*>(nullptr));
+    else
+      f(static_cast<float*>(nullptr));
+  }
+};
+
+// What a node's bx or bw gets.
+template <class T>
+struct Backward {
+  Rank& rank;
+  Node& node;
+  const TensorList& keep;  // for this function
+
+  Op op() const { return {rank, node.op, node.at}; }
+  const Tensor& dy(int output = 0) const { return node.grad[output]; }
+  GradSlot slot(int input) const { return grad_slot(rank, node.in[input], node.at); }
+  Slot<T> to(int input) const {
+    const GradSlot s = slot(input);
+    return {s.grad.as<T>(), s.add};
+  }
+  // For what only adds; undefined if not wanted.
+  Tensor zeroed(int input) const {
+    const GradSlot s = slot(input);
+    if (s.grad.data && !s.add) std::memset(s.grad.data, 0, s.grad.bytes());
+    return s.grad;
+  }
+};
+
+template <class F>
+void run_backward(Rank& rank, Node& node, const TensorList& keep) {
+  Op{rank, node.op, node.at}.on_cpu(node.in[0], [&]<class T>(T*) {
+    F{}(Backward<T>{rank, node, keep});
+  });
+}
+
+struct NoGradient {
+  void operator()(const auto&) const {}
+};
+// The node that record() made, or null. Functions are captureless, of a Backward<T>.
+template <class Bx = NoGradient>
+struct Recorded {
+  Node* node;
+
+  Recorded numbers(std::initializer_list<int64_t> i, std::initializer_list<double> f = {}) const {
+    if (node) std::memcpy(node->i, i.begin(), i.size() * sizeof(int64_t));
+    if (node) std::memcpy(node->f, f.begin(), f.size() * sizeof(double));
+    return *this;
+  }
+  template <class F>
+  Recorded<F> bx(const TensorList& keep, F) const {
+    if (node) node->bx_keep = keep;
+    if (node) node->bx = [](Rank& r, Node& n) { run_backward<F>(r, n, n.bx_keep); };
+    return {node};
+  }
+  // Gradients of the inputs from `first` on, weights: due in bx, before that op's, where another op
+  // made one; else they can wait.
+  template <class F>
+  void bw(int first, const TensorList& keep, F) const {
+    if (!node) return;
+    node->bw_keep = keep;
+    bool made = false;
+    for (int k = first; k < node->in.count; k++) made |= node->in[k].var >= 0 && !node->in[k].grad;
+    if (made)
+      node->bx = [](Rank& r, Node& n) {
+        run_backward<Bx>(r, n, n.bx_keep);
+        run_backward<F>(r, n, n.bw_keep);
+      };
+    else
+      node->bw = [](Rank& r, Node* const* nodes, int count) {
+        for (int i = 0; i < count; i++) run_backward<F>(r, *nodes[i], nodes[i]->bw_keep);
+      };
+  }
+};
+
+// To be completed at once with what the node keeps and its backward.
+inline Recorded<> record(const Op& op, std::initializer_list<Tensor> in,
+                         std::initializer_list<Tensor*> out) {
+  return {record(op.rank, op.name, op.at, in, out)};
+}
+
+}  // namespace pith
