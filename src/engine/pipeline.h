@@ -166,10 +166,7 @@ struct Executor {
       f.input = p.flights.at({1 - chunk, mb}).x;
       if (schedule.forward_only) p.flights.erase({1 - chunk, mb});
     }
-    f.input.var = -1;
-    rank.tape = &f.tape;
-    if (!schedule.forward_only) make_leaf(rank, f.input);
-    rank.tape = nullptr;
+    f.input.var = schedule.forward_only ? -1 : f.tape.new_var();
     f.x = f.input;
   }
 
@@ -234,7 +231,6 @@ void run_pipeline(Rank& rank, Pipeline<M>& p, StepIo& io, const ScheduleOptions&
                   const ActionList& actions) {
   p.flights.clear();
   io.loss.assign(io.batches.size(), 0.0);
-  io.logits.resize(io.batches.size());
   Executor<M> executor{rank, p, io, schedule};
   const Action* const last = actions.data() + actions.size();
   for (const Action* a = actions.data(); a < last; a++) {
