@@ -166,7 +166,10 @@ struct Executor {
       f.input = p.flights.at({1 - chunk, mb}).x;
       if (schedule.forward_only) p.flights.erase({1 - chunk, mb});
     }
-    f.input.var = schedule.forward_only ? -1 : f.tape.new_var();
+    f.input.var = -1;
+    rank.tape = &f.tape;
+    if (!schedule.forward_only) make_leaf(rank, f.input);
+    rank.tape = nullptr;
     f.x = f.input;
   }
 
