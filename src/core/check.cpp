@@ -33,7 +33,7 @@ void failed(const string& place, const string& what, const string& remedy) {
 
 void op_failed(const Rank& rank, const char* op, At at, const string& what, const string& got) {
   string where = text("rank %d", rank.id);
-  if (const Status* s = rank.status; s && s->layer >= 0)
+  if (const Status* s = rank.status; s && s->micro_batch >= 0)
     where += text(", layer %d, stage %d, micro-batch %d", s->layer, s->stage, s->micro_batch);
   failed(text("%s:%d: %s", at.file, at.line, op), what + " (got " + got + "; " + where + ")");
 }

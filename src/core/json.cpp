@@ -29,7 +29,7 @@ string read_text_file(const string& path) {
   const int error = errno;
   if (file) fclose(file);
   if (!good)
-    bad_input(path, text("cannot be read (%s)", strerror(error)),
+    bad_input(path, text("cannot be %s (%s)", file ? "read" : "opened", strerror(error)),
               "check the path and its permissions");
   return all;
 }
