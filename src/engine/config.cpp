@@ -68,6 +68,7 @@ vector<Key> keys_of(RunConfig& config) {
       {"train.on_nonfinite", &train.on_nonfinite, one_of(R"("stop", "skip")")},
       {"train.eval_interval", &train.eval_interval, kNotNegative},
       {"train.log_interval", &train.log_interval, kCount},
+      {"train.peak_tflops", &train.peak_tflops, kNotNegative},
       {"optimizer.lr", &optimizer.lr, kPositive, kRequired},
       {"optimizer.beta1", &optimizer.beta1, kBelowOne, kKept},
       {"optimizer.beta2", &optimizer.beta2, kBelowOne, kKept},

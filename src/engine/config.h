@@ -33,6 +33,7 @@ struct RunConfig {
     int64_t steps = 0, global_batch_size = 0, micro_batch_size = 1;
     string on_nonfinite = "stop";
     int64_t eval_interval = 0, log_interval = 1;
+    double peak_tflops = 0;  // of all devices; 0: unknown, no MFU
   } train;
   struct : AdamW {
     double max_grad_norm = 1;

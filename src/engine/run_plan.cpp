@@ -32,8 +32,12 @@ RunPlan plan_run(const RunConfig& config, Device device, int ranks) {
   for (const Parameter& p : whole.parameters->table) {
     const int64_t n = p.dims.numel();
     plan.parameters += n;
-    plan.active_parameters += p.unit == UnitKind::Experts ? n / shape.num_experts * shape.top_k : n;
+    const int64_t active = p.unit == UnitKind::Experts ? n / shape.num_experts * shape.top_k : n;
+    plan.active_parameters += active;
+    if (p.dims.rank > 1 && p.unit != UnitKind::Embedding) plan.flops_per_token += 6.0 * active;
   }
+  plan.flops_per_token +=
+      3.0 * config.data.sequence_length * shape.attention_width * shape.num_layers;
   const auto& parallel = config.parallel;
   const Mesh& mesh = plan.mesh =
       make_mesh(ranks, parallel.pp, parallel.cp, parallel.ep, parallel.dp_replicate);

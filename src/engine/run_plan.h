@@ -14,6 +14,8 @@ struct RunPlan {
   Json model;  // config.json
   ModelShape shape;
   int64_t parameters = 0, active_parameters = 0;  // a token uses top_k of the experts
+  // Of training a token: 6 a parameter in a matrix product, 3 * S * attention_width a layer.
+  double flops_per_token = 0;
   Mesh mesh;
   ScheduleOptions schedule;
   BatchShape batch;

@@ -133,6 +133,8 @@ void Trainer::update(StepMetrics& m) {
                    saver ? saver->take_stall() : 0.0};
   all_reduce(rank, Group::World, most, 3, Reduce::Max, "all_reduce step time");
   m.seconds = most[0];
+  if (config.train.peak_tflops > 0)
+    m.mfu = plan.flops_per_token * m.tokens_per_second() / (1e12 * config.train.peak_tflops);
   m.peak_memory_bytes = most[1];
   m.checkpoint_stall_s = most[2];
 }

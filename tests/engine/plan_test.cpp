@@ -91,6 +91,14 @@ TEST(PlanRun, RefusesWhatDoesNotFit) {
 }
 
 // The sizes that messages propose are accepted.
+// 6 operations a parameter that a token meets in a matrix product (q|k|v, o, router, 2 experts; the
+// head), and 3 * S * heads * (8 + 8) a layer for causal attention.
+TEST(PlanRun, CountsOperations) {
+  const double layer = (64 + 32) * 32 + 8 * 32 + 2 * 3 * 16 * 32, attention = 3 * 32 * 4 * 16;
+  const double need = 6 * (8 * layer + 64 * 32) + 8 * attention;
+  EXPECT_EQ(plan_run(small_run(), Device::CPU, 1).flops_per_token, need);
+}
+
 TEST(PlanRun, AcceptsTheSmallestThatFits) {
   const struct {
     int ranks, pp, cp, ep;
