@@ -99,8 +99,8 @@ struct Recorded {
   Node* node;
 
   Recorded numbers(std::initializer_list<int64_t> i, std::initializer_list<double> f = {}) const {
-    if (node) std::memcpy(node->i, i.begin(), i.size() * sizeof(int64_t));
-    if (node) std::memcpy(node->f, f.begin(), f.size() * sizeof(double));
+    for (size_t k = 0; node && k < i.size(); k++) node->i[k] = i.begin()[k];
+    for (size_t k = 0; node && k < f.size(); k++) node->f[k] = f.begin()[k];
     return *this;
   }
   template <class F>
