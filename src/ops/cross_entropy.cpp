@@ -1,5 +1,8 @@
 // lm_head_cross_entropy.
+//   in     x [T, D]   w [V, D]   f32|f64, one dtype   labels I32 [T] in [0, V) or kIgnoreLabel
 //   grad   dlogits = scale (softmax(logits) - one-hot(label)), dx = dlogits w, dw = dlogits^T x
+//   errors shapes; a label outside [0, V); dtypes differ
+//   bitwise run-to-run: yes, for any number of threads
 #include <algorithm>
 
 #include "ops/cpu.h"

@@ -1,8 +1,12 @@
 // router, grouped_linear, swiglu.
+//   in     x [T, D] or [P, D], w [E, D] or [E, out, in], gate_up [P, 2F]; f32|f64, one dtype
 //   grad   router: dprobs is what arrives at probs and, through the choice, at weights; dlogits =
 //          probs (dprobs - <dprobs, probs>), dx = dlogits w, dw = dlogits^T x;
 //          dx = dy w[e], dw[e] = dy^T x over the expert's rows;
 //          dweights = sum over the row of dy silu(gate) up
+//   errors shapes; dtypes differ; offsets, rows or pairs that do not fit; k outside [1, E];
+//          a forced id outside [0, E), or twice in a row
+//   bitwise run-to-run: yes, for any number of threads
 #include <algorithm>
 
 #include "ops/cpu.h"

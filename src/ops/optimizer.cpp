@@ -1,5 +1,8 @@
 // adamw_step: g' = grad_scale g; m = b1 m + (1-b1) g'; v = b2 v + (1-b2) g'^2;
 // w -= lr (weight_decay w + (m / (1-b1^step)) / (sqrt(v / (1-b2^step)) + eps)).
+//   in     w, g, m, v of one shape and dtype, f32|f64
+//   errors shapes or dtypes differ; step < 1
+//   bitwise run-to-run: yes, for any number of threads
 #include <algorithm>
 #include <cmath>
 

@@ -1,6 +1,9 @@
 // reduce: over one dimension.
+//   in     x f32|f64, dim (negative: from the end; top_k: the last)
 //   grad   sum: dy; max, top_k: dy at the ids; cumsum: the running sum of dy from the end;
 //          softmax: y * (dy - <dy, y>)
+//   errors no such dimension; mean or max over an empty one; k outside [1, size]
+//   bitwise run-to-run: yes, for any number of threads
 #include <algorithm>
 
 #include "ops/cpu.h"

@@ -50,8 +50,11 @@ status=0; [ -n "$file" ] || status=1
 gate "implemented in ${file:-a file of src/ops}" $status
 if [ -n "$file" ]; then
     awk '/^\/\//{ print; next } { exit }' "$file" > "$scratch/top"
-    status=0; [ $tape = no ] || grep -qE "^// *grad( |$)" "$scratch/top" || status=1
-    gate "the comment at its top has a line 'grad'" $status
+    for word in in grad errors bitwise; do
+        if [ $word = grad ] && [ $tape = no ]; then continue; fi
+        status=0; grep -qE "(^//|  ) *$word( |$)" "$scratch/top" || status=1
+        gate "the comment at its top has a line '$word'" $status
+    done
 fi
 
 # The tests that call it, Suite.Name; of an op with a gradient, those that check it.
