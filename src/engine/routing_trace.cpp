@@ -75,9 +75,10 @@ void trace_routing(const RoutingSlot& slot, int layer, int micro_batch, const Ro
   RoutingStep& step = *slot.step;
   if (!step.traced || !routing.ids.defined()) return;
   const vector<int64_t>& tokens = slot.tokens[micro_batch];
-  const int64_t k = step.top_k, T = int64_t(tokens.size()), E = routing.probs.cols();
+  const int64_t k = step.top_k, T = int64_t(tokens.size());
   if (routing.ids.numel() != T * k)
     failed("trace_routing", "need the ids of all tokens (got " + describe(routing.ids) + ")");
+  const int64_t E = routing.probs.cols();
   const auto element = [](const Tensor& t, int64_t i) {
     return t.dtype == DType::F64 ? t.as<double>()[i] : t.f32()[i];
   };
