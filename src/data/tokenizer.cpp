@@ -63,8 +63,8 @@ void Tokenizer::encode_text(string_view text, bool normalized, bool parse_specia
     const string_view part = text.substr(begin, end - begin);
     if (part.empty()) return;
     if (normalized) return encode_words(part, scratch, out);
-    const bool changed = nfc && to_nfc(part, scratch.normalized_);
-    encode_text(changed ? scratch.normalized_ : part, true, parse_special, scratch, out);
+    encode_text(normalize(part, scratch.normalized_, scratch.next_), true, parse_special, scratch,
+                out);
   };
   const AddedTokens& tokens = normalized ? added_normalized : added;
   size_t done = 0, from = 0, begin = 0;
@@ -104,6 +104,25 @@ string Tokenizer::decode(std::span<const uint32_t> tokens, SpecialTokens which) 
     out += join_with_space || bytes[id].empty() ? texts[id] : bytes[id];
   }
   return replace_invalid_utf8(out);
+}
+
+string_view TokenizerTables::normalize(string_view text, string& buffer, string& other) const {
+  for (const NormalizerStep& step : normalizer) {
+    if (text.empty()) break;
+    if (step.kind == NormalizerStep::Nfc && !to_nfc(text, other)) continue;
+    if (step.kind == NormalizerStep::Prepend) other.assign(step.text).append(text);
+    if (step.kind == NormalizerStep::Replace) {
+      vector<Match> matches;
+      std::shared_ptr<void> room;
+      step.regex->matches(text, room, matches);
+      other.clear();
+      for (const Match& m : matches)
+        other += m.is_match ? string_view(step.text) : text.substr(m.begin, m.end - m.begin);
+    }
+    buffer.swap(other);
+    text = buffer;
+  }
+  return text;
 }
 
 uint32_t TokenizerTables::find(string_view token) const {

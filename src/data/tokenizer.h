@@ -26,7 +26,7 @@ struct TokenizerTables {
   vector<bool> special;        // by id
   std::unordered_map<string_view, uint32_t> ids;
   AddedTokens added, added_normalized;  // found before and after normalization
-  bool nfc = false;
+  vector<NormalizerStep> normalizer;
   vector<SplitStep> steps;
   Bpe bpe;
   vector<uint32_t> prefix, suffix;  // from the post-processor
@@ -34,6 +34,8 @@ struct TokenizerTables {
   std::optional<uint32_t> eos;
 
   uint32_t find(string_view token) const;  // kNoId if there is none
+  // `text` normalized: itself, or in `buffer`, which `other` helps to fill.
+  string_view normalize(string_view text, string& buffer, string& other) const;
 };
 
 // Shared by all threads, each with an EncodeScratch of its own.

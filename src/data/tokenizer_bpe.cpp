@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <queue>
 
 #include "data/tokenizer_parts.h"
 
@@ -44,6 +45,7 @@ Bpe::Bpe(const vector<Merge>& merges, const vector<string_view>& bytes, bool ign
 void Bpe::merge(vector<uint32_t>& ids, vector<uint32_t>& ranks) const {
   ranks.assign(ids.size(), kNoId);  // of each id and the next one
   for (size_t i = 0; i + 1 < ids.size(); i++) ranks[i] = rank_of(ids[i], ids[i + 1]);
+  if (ids.size() > 96) return merge_long(ids, ranks);
   while (!ids.empty()) {
     const uint32_t lowest = *std::min_element(ranks.begin(), ranks.end());
     if (lowest == kNoId) break;
@@ -62,6 +64,38 @@ void Bpe::merge(vector<uint32_t>& ids, vector<uint32_t>& ranks) const {
     ids.resize(size);
     ranks.resize(size);
   }
+}
+
+// The same with links and a heap, in O(n log n).
+void Bpe::merge_long(vector<uint32_t>& ids, vector<uint32_t>& ranks) const {
+  const uint32_t size = uint32_t(ids.size());
+  vector<uint32_t> before(size), after(size);
+  using Candidate = std::pair<uint32_t, uint32_t>;  // rank, position
+  std::priority_queue<Candidate, vector<Candidate>, std::greater<>> heap;
+  for (uint32_t i = 0; i < size; i++) {
+    before[i] = i - 1;
+    after[i] = i + 1;
+    if (ranks[i] != kNoId) heap.emplace(ranks[i], i);
+  }
+  const auto look_up = [&](uint32_t i) {
+    ranks[i] = after[i] < size ? rank_of(ids[i], ids[after[i]]) : kNoId;
+    if (ranks[i] != kNoId) heap.emplace(ranks[i], i);
+  };
+  while (!heap.empty()) {
+    const auto [rank, i] = heap.top();
+    heap.pop();
+    if (ranks[i] != rank) continue;  // one of the two has been merged since
+    const uint32_t right = after[i];
+    ids[i] = joined_[rank];
+    after[i] = after[right];
+    if (after[i] < size) before[after[i]] = i;
+    ranks[right] = kNoId;
+    look_up(i);
+    if (i > 0) look_up(before[i]);
+  }
+  size_t count = 0;
+  for (uint32_t i = 0; i < size; i = after[i]) ids[count++] = ids[i];
+  ids.resize(count);
 }
 
 // The ids of a word, into scratch.ids_.

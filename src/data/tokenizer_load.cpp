@@ -5,6 +5,7 @@
 #include <xxhash.h>
 
 #include <algorithm>
+#include <bitset>
 #include <filesystem>
 
 #include "core/json.h"
@@ -128,8 +129,8 @@ static vector<Bpe::Merge> read_merges(const TokenizerTables& t, const Value& mer
 static void read_model(TokenizerTables& t, const Json& model, const Value& vocabulary,
                        const Value& merges) {
   if (model.string_or("type", "BPE") != "BPE") unsupported(model["type"], model["type"].dump());
-  for (const char* key : {"dropout", "byte_fallback", "continuing_subword_prefix",
-                          "end_of_word_suffix", "unk_token"}) {
+  for (const char* key :
+       {"dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"}) {
     const string value = model.has(key) ? model[key].dump() : "null";
     if (value != "null" && value != "false" && value != "\"\"" && value != "0.0")
       unsupported(model[key], value);
@@ -144,6 +145,13 @@ static void read_model(TokenizerTables& t, const Json& model, const Value& vocab
                 text("is no id (need a number < %u)", kMostIds), kRefetch);
     set_token(t, id.GetUint(), view(name), view(name));
   }
+  if (!model.string_or("unk_token", "").empty()) {  // which bytes without a token would become
+    std::bitset<256> known;
+    for (const string_view bytes : t.bytes)
+      if (bytes.size() == 1) known.set(uint8_t(bytes[0]));
+    if (!known.all())
+      bad_input(model.place(), "has an unk_token, but not a token of every byte", kOther);
+  }
   t.bpe = Bpe(read_merges(t, merges), t.bytes, model.bool_or("ignore_merges", false));
 }
 
@@ -151,7 +159,7 @@ static void read_model(TokenizerTables& t, const Json& model, const Value& vocab
 // refused.
 static void read_added(TokenizerTables& t, const Json& tokens) {
   vector<AddedToken> plain, normalized;
-  string buffer;
+  string buffer, other;
   uint32_t next_id = t.ids.size();
   for (int64_t i = 0; i < tokens.size(); i++) {
     const Json json = tokens[i];
@@ -169,7 +177,9 @@ static void read_added(TokenizerTables& t, const Json& tokens) {
                 text("has another id in Hugging Face (got %ld, need %u)", said, token.id),
                 kRefetch);
     const bool is_normalized = json["normalized"].as_bool();
-    token.content = is_normalized && t.nfc && to_nfc(content, buffer) ? buffer : content;
+    token.content = is_normalized ? t.normalize(content, buffer, other) : content;
+    if (token.content.empty())
+      bad_input(json.place(), "is normalized to nothing (got \"" + content + "\")", kOther);
     set_token(t, token.id, keep(t, content), keep(t, token.content));
     t.special[token.id] = token.special;
     (is_normalized ? normalized : plain).push_back(std::move(token));
@@ -185,24 +195,41 @@ static string escape(const string& literal) {
   return out;
 }
 
+// The regular expression of a Split or Replace.
+static string pattern_of(const Json& json) {
+  const Json pattern = json["pattern"];
+  return pattern.has("String") ? escape(pattern["String"].as_string())
+                               : pattern["Regex"].as_string();
+}
+
+static void read_normalizer(TokenizerTables& t, const Json& json) {
+  const string type = type_of(json);
+  if (type == "NFC")
+    t.normalizer.push_back({NormalizerStep::Nfc, "", {}});
+  else if (type == "Prepend")
+    t.normalizer.push_back({NormalizerStep::Prepend, json["prepend"].as_string(), {}});
+  else if (type == "Replace")
+    t.normalizer.push_back({NormalizerStep::Replace, json["content"].as_string(),
+                            Regex(pattern_of(json), json["pattern"].place())});
+  else
+    unsupported(json, "the normalizer " + type);
+}
+
 static void read_pre_tokenizer(TokenizerTables& t, const Json& json) {
   static const char* const kBehaviors[] = {"Removed", "Isolated", "MergedWithPrevious",
                                            "MergedWithNext", "Contiguous"};
   const string type = type_of(json);
   if (type == "Split") {
-    const Json pattern = json["pattern"];
-    const string regex = pattern.has("String") ? escape(pattern["String"].as_string())
-                                               : pattern["Regex"].as_string();
     const string behavior = json["behavior"].as_string();
     const auto at = std::find(std::begin(kBehaviors), std::end(kBehaviors), behavior);
     if (at == std::end(kBehaviors)) unsupported(json["behavior"], behavior);
-    t.steps.emplace_back(regex, pattern.place(),
+    t.steps.emplace_back(pattern_of(json), json["pattern"].place(),
                          static_cast<SplitBehavior>(at - std::begin(kBehaviors)),
                          json["invert"].as_bool());
   } else if (type == "Digits") {
     t.steps.emplace_back(json["individual_digits"].as_bool() ? "\\p{N}" : "\\p{N}+", json.place());
   } else if (type == "ByteLevel") {
-    if (json["add_prefix_space"].as_bool()) unsupported(json["add_prefix_space"], "true");
+    if (json["add_prefix_space"].as_bool()) t.steps.emplace_back();
     if (json.bool_or("use_regex", true)) t.steps.emplace_back(kGpt2Pattern, json.place());
   } else {
     unsupported(json, "the pre-tokenizer " + type);
@@ -263,9 +290,7 @@ Tokenizer Tokenizer::load(const string& path) {
     return components(json.has(key) ? json[key] : Json(), members);
   };
   read_model(t, json["model"], vocabulary, merges);
-  for (const Json& part : parts("normalizer", "normalizers"))
-    if (t.nfc = type_of(part) == "NFC"; !t.nfc)
-      unsupported(part, "the normalizer " + type_of(part));
+  for (const Json& part : parts("normalizer", "normalizers")) read_normalizer(t, part);
   bool byte_level = false;
   for (const Json& part : parts("pre_tokenizer", "pretokenizers")) {
     if (byte_level) unsupported(part, "a pre-tokenizer behind ByteLevel");

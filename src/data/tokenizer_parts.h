@@ -91,12 +91,14 @@ enum class SplitBehavior : uint8_t {
   Contiguous
 };
 
-// One step of the pre-tokenizer: cuts every piece of text at the matches of a pattern.
+// One step of the pre-tokenizer: cuts every piece of text at the matches of a pattern; without one,
+// puts a space before those that do not start with one.
 struct SplitStep {
+  SplitStep() = default;
   SplitStep(const string& pattern, const string& place, SplitBehavior how = SplitBehavior::Isolated,
             bool inverted = false);
-  SplitBehavior behavior;
-  bool invert;
+  SplitBehavior behavior = SplitBehavior::Isolated;
+  bool invert = false;
   FastSplit fast = nullptr;
   std::optional<Regex> regex;  // of a pattern that is not fast
 };
@@ -105,11 +107,18 @@ struct SplitBuffers {
   vector<string_view> pieces, next;
   vector<Match> matches;
   std::shared_ptr<void> room;
+  string text;
 };
-// All words of `text`, into buffers.pieces.
+// All words of `text`, into buffers.pieces; they lie in `text` or in buffers.text.
 void split(const vector<SplitStep>& steps, string_view text, SplitBuffers& buffers);
 
 // tokenizer.cpp
+
+struct NormalizerStep {
+  enum Kind : uint8_t { Nfc, Prepend, Replace } kind = Nfc;
+  string text;                 // put before the text, or in a match's place
+  std::optional<Regex> regex;  // of Replace
+};
 
 struct AddedToken {
   string content;  // in the form to be found
@@ -154,7 +163,7 @@ class EncodeScratch {
   uint64_t owner_ = 0;
   vector<uint32_t> ids_, ranks_;  // of the word at hand
   SplitBuffers split_;
-  string normalized_;
+  string normalized_, next_;
 };
 
 class Bpe {
@@ -174,6 +183,7 @@ class Bpe {
   size_t slot_of(uint32_t left, uint32_t right) const;
   uint32_t rank_of(uint32_t left, uint32_t right) const;
   void merge(vector<uint32_t>& ids, vector<uint32_t>& ranks) const;
+  void merge_long(vector<uint32_t>& ids, vector<uint32_t>& ranks) const;
   void encode_word(string_view word, EncodeScratch& scratch) const;
 
   vector<uint64_t> pairs_;   // left, right, rank; open addressing; packed for one cache miss

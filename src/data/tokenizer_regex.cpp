@@ -7,8 +7,8 @@
 
 namespace pith {
 
-// Oniguruma has Unicode 16; PCRE2's own tables may be older, and its \s differs. So
-// properties, \s and \d become members of a class.
+// Oniguruma has Unicode 16; PCRE2's own tables may be older, and its \s and \w differ. So
+// properties, \s, \d and \w become members of a class.
 
 // Members of a class: what has a general category that starts with `category`.
 static string in_category(const string& category) {
@@ -26,6 +26,11 @@ static string in_category(const string& category) {
 static constexpr const char* kSpaces =
     "\\x{9}-\\x{d}\\x{20}\\x{85}\\x{a0}\\x{1680}\\x{2000}-\\x{200a}\\x{2028}\\x{2029}\\x{202f}"
     "\\x{205f}\\x{3000}";
+
+// What \w has besides letters, marks and numbers: some of Latin-1, and letters in circles.
+static constexpr const char* kMoreOfWords =
+    "\\x{b2}\\x{b3}\\x{b9}\\x{bc}-\\x{be}\\x{24b6}-\\x{24e9}\\x{1f130}-\\x{1f149}\\x{1f150}-"
+    "\\x{1f169}\\x{1f170}-\\x{1f189}";
 
 static string translate(const string& pattern, const string& place) {
   static const char* const kGroups[] = {
@@ -47,16 +52,21 @@ static string translate(const string& pattern, const string& place) {
     if (c == '\\') {
       size = 2;
       if (next == 'p' || next == 'P') {
-        size = rest.find('}') + 1;
-        if (rest.size() < 4 || rest[2] != '{' || size < 5) refuse(3);
-        const string name(rest.substr(3, size - 4));
+        const bool braces = rest.substr(2).starts_with("{");
+        size = braces ? rest.find('}') + 1 : 3;
+        if (rest.size() < size || size < (braces ? 5 : 3)) refuse(3);
+        const string name(braces ? rest.substr(3, size - 4) : rest.substr(2, 1));
         if (name.size() > 2 || !strchr("LMNPSZ", name[0]) ||
             (name.size() == 2 && !strchr("ultmoncedsifkp", name[1])))
           refuse(size);
         members = in_category(name);
         negated = next == 'P';
-      } else if (next && strchr("sSdD", next)) {
-        members = (next | 0x20) == 's' ? kSpaces : in_category("Nd");
+      } else if (next && strchr("sSdDwW", next)) {
+        const char lower = char(next | 0x20);
+        members = lower == 's' ? kSpaces : in_category("Nd");
+        for (const char* category : {"L", "M", "Nl", "Pc"})
+          if (lower == 'w') members += in_category(category);
+        if (lower == 'w') members += kMoreOfWords;
         negated = isupper(next);
       } else if (!next || (isalnum(uint8_t(next)) && !strchr("rntfaexAz", next))) {
         refuse(2);

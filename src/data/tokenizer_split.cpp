@@ -5,6 +5,12 @@ namespace pith {
 namespace {
 constexpr const char* kQwen2 = R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N})"
                                R"(| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
+constexpr const char* kCl100k =
+    R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3})"
+    R"(| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
+constexpr const char* kQwen35 =
+    R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N})"
+    R"(| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
 constexpr const char* kO200k =
     R"([^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+)"
     R"((?i:'s|'t|'re|'ve|'m|'ll|'d)?|)"
@@ -66,15 +72,23 @@ struct Splitter {
     return q == end || last == p ? q : last;
   }
 
-  const char* qwen2(const char* p) const {
+  // \p{N}{1,most}
+  const char* digits(const char* p, int most) const {
+    for (Char c; most-- > 0 && (c = at(p)).code & kNumber;) p += c.size;
+    return p;
+  }
+
+  // Qwen2, cl100k and Qwen3.5: what a word consists of, and how many digits stay together.
+  template <uint32_t kWord, int kDigits>
+  const char* cl100k(const char* p) const {
     const Char c = at(p);
     const char* second = p + c.size;
-    if (c.code & kNumber) return second;
-    if (c.code & kLetter) return run(second, kLetter);
+    if (c.code & kNumber) return digits(p, kDigits);
+    if (c.code & kWord) return run(second, kWord);
     if (const char* q = contraction(p); q > p) return q;
-    if (!is_newline(p) && at(second).code & kLetter) return run(second, kLetter);
+    if (!is_newline(p) && at(second).code & kWord) return run(second, kWord);
     const char* q = p + (*p == ' ');
-    const char* others = run_without(q, kSpace | kLetter | kNumber);
+    const char* others = run_without(q, kSpace | kWord | kNumber);
     return others > q ? newlines(others) : spaces(p);
   }
 
@@ -94,11 +108,7 @@ struct Splitter {
   const char* o200k(const char* p) const {
     const Char c = at(p);
     const char* second = p + c.size;
-    if (c.code & kNumber) {
-      const char* q = second;
-      for (int i = 1; i < 3 && at(q).code & kNumber; i++) q += at(q).size;
-      return q;
-    }
+    if (c.code & kNumber) return digits(p, 3);
     const bool in_word = c.code & (kUpper | kLower);
     const bool prefix =
         !(c.code & kLetter) && !is_newline(p) && at(second).code & (kUpper | kLower);
@@ -149,7 +159,9 @@ const struct {
   const char* pattern;
   FastSplit split;
 } kFast[] = {
-    {kQwen2, fast_split<&Splitter::qwen2>},
+    {kQwen2, fast_split<&Splitter::cl100k<kLetter, 1>>},
+    {kCl100k, fast_split<&Splitter::cl100k<kLetter, 3>>},
+    {kQwen35, fast_split<&Splitter::cl100k<kLetter | kMark, 1>>},
     {kO200k, fast_split<&Splitter::o200k>},
     {kDeepSeekV3, fast_split<&Splitter::deepseek_v3>},
 };
@@ -188,14 +200,29 @@ static void join(const SplitStep& step, string_view text, const vector<Match>& m
   flush();
 }
 
+// Into buffers.text, in which no piece lies yet: at most one step does this.
+static void prefix_spaces(SplitBuffers& buffers) {
+  size_t size = 0;
+  for (const string_view piece : buffers.pieces) size += piece.size() + 1;
+  buffers.text.clear();
+  buffers.text.reserve(size);
+  for (const string_view piece : buffers.pieces) {
+    const size_t begin = buffers.text.size();
+    if (piece[0] != ' ') buffers.text += ' ';
+    buffers.text += piece;
+    buffers.next.emplace_back(buffers.text.data() + begin, buffers.text.size() - begin);
+  }
+}
+
 void split(const vector<SplitStep>& steps, string_view text, SplitBuffers& buffers) {
   buffers.pieces.assign(1, text);
   for (const SplitStep& step : steps) {
     buffers.next.clear();
+    if (!step.fast && !step.regex) prefix_spaces(buffers);
     for (string_view piece : buffers.pieces) {
       if (step.fast) {
         step.fast(piece, buffers.next, SIZE_MAX);
-      } else {
+      } else if (step.regex) {
         step.regex->matches(piece, buffers.room, buffers.matches);
         join(step, piece, buffers.matches, buffers.next);
       }

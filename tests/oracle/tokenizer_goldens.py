@@ -97,6 +97,10 @@ def variants():
                 "special_tokens": {t["content"]: {"id": t["content"], "ids": [t["id"]],
                                                   "tokens": [t["content"]]} for t in special[:2]}}
     nfc = {"type": "NFC"}
+    replace = {"type": "Sequence", "normalizers": [
+        {"type": "Replace", "pattern": {"String": "o"}, "content": "0"},
+        {"type": "Replace", "pattern": {"Regex": "\\s{3,}"}, "content": " "},
+        {"type": "Prepend", "prepend": "> "}, nfc]}
     for name, pattern in (("qwen2", vocabularies.QWEN2), ("cl100k", vocabularies.CL100K),
                           ("qwen3.5", vocabularies.QWEN35), ("o200k", vocabularies.O200K)):
         steps = sequence(split(pattern), BYTE_LEVEL)
@@ -104,19 +108,20 @@ def variants():
                      "normalizer": nfc if name.startswith("qwen") else None}, {
                          "ignore_merges": name == "o200k"}
     yield "gpt2", {"pre_tokenizer": GPT2, "added_tokens": special}, {"string_merges": True}
+    yield "gpt2-prefix", {"pre_tokenizer": vocabularies.byte_level(
+        use_regex=True, add_prefix_space=True), "added_tokens": special}, {}
     yield "deepseek-v3", {"pre_tokenizer": sequence(*map(split, DEEPSEEK_V3), BYTE_LEVEL),
                           "added_tokens": normalized}, {}
     yield "deepseek-v2", {"pre_tokenizer": sequence(
         *map(split, DEEPSEEK_V2), {"type": "Digits", "individual_digits": True}, BYTE_LEVEL),
                           "added_tokens": normalized}, {}
-    yield "flags", {"pre_tokenizer": GPT2, "added_tokens": flags,
-                     "normalizer": {"type": "Sequence", "normalizers": [nfc]}}, {}
+    yield "flags", {"pre_tokenizer": GPT2, "added_tokens": flags, "normalizer": replace}, {}
     yield "template", {"pre_tokenizer": GPT2, "added_tokens": special, "decoder": None,
                        "post_processor": {"type": "Sequence",
                                           "processors": [BYTE_LEVEL, template]}}, {}
     yield "digits", {"pre_tokenizer": sequence(
-        {"type": "Digits", "individual_digits": False}, split("[\\p{L}\\p{Nl}_]+|[^\\p{Lu}\\s]"),
-        BYTE_LEVEL)}, {}
+        {"type": "Digits", "individual_digits": False}, split("\\w+|[^\\w\\s]"),
+        vocabularies.byte_level(add_prefix_space=True))}, {}
     yield "digit-each", {"pre_tokenizer": sequence(
         {"type": "Digits", "individual_digits": True}, BYTE_LEVEL)}, {}
     for behavior in ("Removed", "Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous"):
