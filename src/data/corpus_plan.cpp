@@ -21,6 +21,12 @@ static bool cut_suffix(string& name, string_view suffix) {
 // Sets the format; returns the name without suffixes.
 static string classify(CorpusSource& source, CorpusFormat wanted) {
   string stem = source.name;
+  if (stem.ends_with(".parquet"))
+    bad_input(source.path, "Parquet is not read (need text or JSON lines)",
+              "duckdb -c \"COPY (SELECT text FROM 'x.parquet') TO 'x.jsonl' (FORMAT json)\"");
+  if (source.path == "-" && wanted == CorpusFormat::Auto)
+    bad_input("-", "standard input has no name to tell its format by",
+              "--format text or --format jsonl");
   for (const char* packed : {".gz", ".zst", ".zstd"})
     if (cut_suffix(stem, packed)) break;
   const bool jsonl = cut_suffix(stem, ".jsonl"), text = !jsonl && cut_suffix(stem, ".txt");
@@ -44,12 +50,15 @@ static vector<CorpusSource> find_sources(const string& input, const CorpusOption
     for (fs::recursive_directory_iterator it(input), end; it != end; ++it) {
       const fs::path &path = it->path(), file = path.filename();
       const bool hidden = file.native().starts_with('.');
-      const auto matches = [&](const string& s) { return !fnmatch(s.c_str(), file.c_str(), 0); };
+      const fs::path below = path.lexically_relative(input);
+      const auto matches = [&](const string& s) {
+        return !fnmatch(s.c_str(), file.c_str(), 0) || !fnmatch(s.c_str(), below.c_str(), 0);
+      };
       if (it->is_directory() && (hidden || fs::equivalent(path, o.output, absent)))
         it.disable_recursion_pending();
       else if (!hidden && it->is_regular_file() &&
                (o.include.empty() || std::ranges::any_of(o.include, matches)))
-        found.push_back({path, path.lexically_relative(input), int64_t(it->file_size())});
+        found.push_back({path, below, int64_t(it->file_size())});
     }
   } catch (const fs::filesystem_error& error) {
     bad_input(input, "is not a file or folder that can be read (" + error.code().message() + ")",
@@ -79,6 +88,8 @@ vector<CorpusUnit> plan_corpus(const CorpusOptions& o) {
   };
   std::map<string, string> taken;  // name -> its source
   vector<CorpusSource> sources;
+  if (o.inputs.size() > 1 && std::ranges::count(o.inputs, "-"))
+    bad_input("-", "standard input beside other inputs (need it alone)", "two runs, or files only");
   for (const string& input : o.inputs)
     std::ranges::move(find_sources(input, o), std::back_inserter(sources));
   for (CorpusSource& source : sources) {
@@ -90,6 +101,9 @@ vector<CorpusUnit> plan_corpus(const CorpusOptions& o) {
                   text("would become the same token file %s.bin as %s", name.c_str(),
                        other->second.c_str()),
                   "--join NAME, or one run and output folder for each");
+      if (source.bytes == 0 && source.path != "-" && !o.skip_bad)
+        bad_input(source.path, "is empty (need at least one document)",
+                  "removing it, or --skip-bad to leave such files out");
       add_unit(name);
     } else {
       if (source.bytes == 0 && source.path != "-") continue;
@@ -98,8 +112,9 @@ vector<CorpusUnit> plan_corpus(const CorpusOptions& o) {
     }
     add_source(units.back(), source);
   }
-  if (units.empty())
+  if (sources.empty())
     bad_input("--input", "no file to tokenise was found", "another folder or --include");
+  if (units.empty()) bad_input("--input", "all files are empty", "files with text in them");
   return units;
 }
 

@@ -4,7 +4,9 @@
 #include <bit>
 #include <cstring>
 #include <filesystem>
+#include <map>
 #include <set>
+#include <utility>
 
 #include "core/json.h"
 
@@ -84,11 +86,13 @@ void SafetensorsReader::open_file(const string& path) {
             text("has bytes behind its last tensor (got %ld bytes of data, need %ld)", room, end));
 }
 
-// The shards' own headers tell which tensors are where.
+// Index and shards must agree on which tensors are where.
 void SafetensorsReader::open_index(const string& folder, const string& index) {
   const Json weights = Json::parse_file(index)["weight_map"];
-  std::set<string> shards, names;
-  for (const string& name : weights.keys()) shards.insert(weights[name].as_string());
+  std::set<string> shards;
+  std::map<string, string> path_of;
+  for (const string& name : weights.keys())
+    path_of[name] = folder + "/" + *shards.insert(weights[name].as_string()).first;
   if (shards.empty()) damaged(index, "lists no tensors");
   for (const string& shard : shards) {
     const string path = folder + "/" + shard;
@@ -97,9 +101,15 @@ void SafetensorsReader::open_index(const string& folder, const string& index) {
     if (!fs::exists(path)) damaged(path, "is missing, but the index names it");
     open_file(path);
   }
-  for (const TensorEntry& tensor : tensors_)
-    if (!names.insert(tensor.name).second)
-      damaged(files_[tensor.file].path() + ": " + tensor.name, "is in another shard too");
+  for (const TensorEntry& tensor : tensors_) {
+    const string listed = std::exchange(path_of[tensor.name], ""),
+                 here = files_[tensor.file].path();
+    if (listed != here)
+      damaged(here + ": " + tensor.name, "is not where the index says (got this shard, need " +
+                                             (listed.empty() ? "none" : listed) + ")");
+  }
+  for (const auto& [name, path] : path_of)
+    if (!path.empty()) damaged(path + ": " + name, "is missing, but the index says it is here");
 }
 
 SafetensorsReader::SafetensorsReader(const string& path) {

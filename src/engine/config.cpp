@@ -245,6 +245,14 @@ void validate(const RunConfig& c) {
                    c.train.global_batch_size, c.train.micro_batch_size),
               "train.micro_batch_size = 1");
   zigzag_blocks(c.data.sequence_length, c.parallel.cp, 0);
+  if (c.train.eval_interval > 0 && c.data.heldout_fraction == 0)
+    bad_input("train.eval_interval",
+              "evaluation needs held-out documents (got data.heldout_fraction = 0)",
+              "data.heldout_fraction = 0.01, or train.eval_interval = 0");
+  if (c.router.balance_loss == "none" && c.router.balance_coefficient != 0)
+    bad_input("router.balance_coefficient",
+              "has no balance loss to scale (got router.balance_loss = \"none\")",
+              "router.balance_loss = \"global-batch\"");
 }
 
 string to_toml(const RunConfig& config) {

@@ -62,10 +62,11 @@ struct ListWalk {
                  other < 0 ? "none" : std::to_string(other).c_str());
     if (send) need(activation ? kF : kB, i);
     record(activation ? (send ? kSendF : kRecvF) : (send ? kSendB : kRecvB), i);
+    live -= o.forward_only && send;
   }
   void bound_live() const {
     const int limit = o.kind == ScheduleKind::DualPipeV ? 2 * o.pp + 1 : o.pp - rank;
-    if (peak_live <= limit) return;
+    if (peak_live <= limit || o.forward_only) return;
     int i = 0;
     while (has(kF, i) == has(kB, i)) i++;
     throw text(
@@ -96,7 +97,11 @@ struct ListWalk {
       if (o.gather_step) need(kGather, a.chunk * n);
       need_input(i, -1);
       record(kF, i);
-      if (!o.forward_only) peak_live = std::max(peak_live, ++live);
+      peak_live = std::max(peak_live, ++live);
+      if (o.forward_only) {  // an output stays until it is sent or has become an input
+        live -= rank_beside(o, rank, a.chunk, 1) < 0;
+        live -= rank_beside(o, rank, a.chunk, -1) == rank;
+      }
     }
     if (a.has_backward()) {
       const int b = index(a.backward_chunk(), a.backward_mb());

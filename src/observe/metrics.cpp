@@ -17,10 +17,17 @@ namespace pith {
 ExpertLoad expert_load(const vector<double>& counts, int num_experts) {
   ExpertLoad load;
   for (auto layer = counts.begin(); layer < counts.end(); layer += num_experts) {
-    const auto end = layer + num_experts;
-    const double total = std::accumulate(layer, end, 0.0), E = num_experts;
-    load.max_over_mean.push_back(total > 0 ? *std::max_element(layer, end) * E / total : 0);
-    load.dead_share.push_back(total > 0 ? double(std::count(layer, end, 0)) / E : 0);
+    vector<double> sorted(layer, layer + num_experts);
+    std::sort(sorted.begin(), sorted.end());
+    const double total = std::accumulate(sorted.begin(), sorted.end(), 0.0), E = num_experts;
+    const auto of_mean = [&](double count) { return total > 0 ? count / (total / E) : 0; };
+    double entropy = 0;
+    for (const double c : sorted)
+      if (c > 0) entropy -= c / total * std::log(c / total);
+    load.max_over_mean.push_back(of_mean(sorted.back()));
+    load.p95_over_mean.push_back(of_mean(sorted[(95 * num_experts + 99) / 100 - 1]));
+    load.dead_share.push_back(total > 0 ? double(std::ranges::count(sorted, 0)) / E : 0);
+    load.entropy.push_back(num_experts > 1 ? entropy / std::log(E) : total > 0);
   }
   return load;
 }
@@ -70,7 +77,9 @@ static void each_field(Metrics& m, Io io) {
   io("load_balance_loss", balance);
   io("load_balance_loss_per_layer", m.balance_loss);
   io("expert_load_max", m.load.max_over_mean);
+  io("expert_load_p95", m.load.p95_over_mean);
   io("expert_load_dead", m.load.dead_share);
+  io("expert_load_entropy", m.load.entropy);
 }
 
 struct LineWriter {
@@ -258,6 +267,12 @@ void TensorBoardFile::step(const StepMetrics& m, double wall_s) {
     values.emplace_back("train/load-balance-loss", m.mean_balance_loss());
   if (m.mfu) values.emplace_back("infra/mfu", *m.mfu);
   if (m.eval_loss) values.emplace_back("eval/cross-entropy-loss", *m.eval_loss);
+  for (size_t i = 0; i < m.load.entropy.size(); i++) {
+    const string layer = text("/layer-%03zu", i);
+    values.emplace_back("expert-load-max" + layer, m.load.max_over_mean[i]);
+    values.emplace_back("expert-load-dead" + layer, m.load.dead_share[i]);
+    values.emplace_back("expert-load-entropy" + layer, m.load.entropy[i]);
+  }
   scalars(m.step, wall_s, values);
 }
 

@@ -12,7 +12,9 @@ namespace pith {
 // By layer.
 struct ExpertLoad {
   vector<double> max_over_mean;  // 1 is balance, E the worst
+  vector<double> p95_over_mean;
   vector<double> dead_share;
+  vector<double> entropy;  // over log E: 1 is balance
 };
 // counts [layers * experts]
 ExpertLoad expert_load(const vector<double>& counts, int num_experts);

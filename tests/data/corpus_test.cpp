@@ -291,7 +291,7 @@ TEST(Corpus, MalformedDocumentsAreNamedAndStop) {
       {"a.jsonl", "{\"text\":\"\\ud800\"}\n", ":1: not valid JSON at byte"},
       {"a.jsonl", "{\"text\":\"\\udc00\"}\n", ":1: half of a surrogate pair in \"text\""},
       {"a.jsonl", "\n\n", ": holds no document"},
-      {"a.jsonl", "", ": holds no document"},
+      {"a.jsonl", "", ": is empty (need at least one document)"},
       {"a.txt", "one\ntwo \xe4\xb8\nthree\n", ":2: not valid UTF-8"},
       {"a.txt", "\xef\xbb\xbf", ":1: is empty"},
       {"a.jsonl.gz", gzip(json_line("cut short")).substr(0, 20), ": is truncated"},
@@ -299,7 +299,7 @@ TEST(Corpus, MalformedDocumentsAreNamedAndStop) {
       {"a.jsonl.gz", gzip(json_line("x")) + "rest", ": is not valid gzip data"},
       {"a.txt.zst", zstd("cut short").substr(0, 12), ": is truncated"},
       {"a.txt.zst", "not zstd", ": is not valid zstd data"},
-      {"a.parquet", "PAR1", ": its name does not tell its format"},
+      {"a.parquet", "PAR1", ": Parquet is not read"},
       {"a.csv", "a,b", ": its name does not tell its format"},
       {"a.b", "a,b", ": its name does not tell its format"},
   };
@@ -412,7 +412,7 @@ TEST(Corpus, FoldersPatternsAndJoining) {
   CorpusOptions options = options_for(folder, {in});
   options.output = in + "/out";
   options.format = CorpusFormat::Text;
-  options.include = {"*.c", "*.h"};
+  options.include = {"*.c", "a/*.h"};
   options.join = "code";
   tokenize_corpus(options);
   const Documents documents = {"int y;\n", "int z;\n", "int b;\n", "int b;\n"};
@@ -471,9 +471,13 @@ TEST(Corpus, WhatCannotBeUsedIsRefused) {
       {[](CorpusOptions& o, const std::string&) { o.include = {"*.x"}; },
        "--input: no file to tokenise was found"},
       {[](CorpusOptions& o, const std::string& f) { o.inputs = {f + "/empty"}, o.join = "x"; },
-       "--input: no file to tokenise was found"},
+       "--input: all files are empty"},
+      {[](CorpusOptions& o, const std::string& f) {
+         o.inputs = {"-", f};
+       },
+       "-: standard input beside other inputs"},
       {[](CorpusOptions& o, const std::string&) { o.inputs = {"-"}; },
-       "-: its name does not tell its format"},
+       "-: standard input has no name to tell its format by"},
       {[](CorpusOptions& o, const std::string&) { o.join = "a/b"; }, "--join: is \"a/b\""},
       {[](CorpusOptions& o, const std::string&) { o.eos = "</s>"; },
        "--eos: no such token (got </s>, need a token of "},

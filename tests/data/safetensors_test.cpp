@@ -204,7 +204,7 @@ TEST(Safetensors, ShardsHoldEveryTensorOnce) {
   }
 }
 
-TEST(Safetensors, RefusesBadIndices) {
+TEST(Safetensors, IndexAndShardsMustAgree) {
   const auto broken = [](const char* name, auto&& breaking) {
     const std::string folder = fresh_folder(name);
     write_shards(folder, 400);
@@ -221,6 +221,24 @@ TEST(Safetensors, RefusesBadIndices) {
       broken("st_missing",
              [](const std::string& f) { fs::remove(f + "/model-00002-of-00005.safetensors"); }),
       "/model-00002-of-00005.safetensors: is missing, but the index names it");
+  expect_part(broken("st_extra",
+                     [&](const std::string& f) {
+                       edit(f + index, "\"layers.1\": \"model-00001-of-00005.safetensors\",", "");
+                     }),
+              "/model-00001-of-00005.safetensors: layers.1: is not where the index says "
+              "(got this shard, need none)");
+  const std::string moved = broken("st_moved", [&](const std::string& f) {
+    edit(f + index, "\"layers.1\": \"model-00001", "\"layers.1\": \"model-00002");
+  });
+  expect_part(moved, "layers.1: is not where the index says (got this shard, need /");
+  expect_part(moved, "/model-00002-of-00005.safetensors)");
+  expect_part(broken("st_lost",
+                     [&](const std::string& f) {
+                       edit(f + index, "\"layers.1\"",
+                            "\"layers.0\": \"model-00001-of-00005"
+                            ".safetensors\", \"layers.1\"");
+                     }),
+              "/model-00001-of-00005.safetensors: layers.0: is missing, but the index says");
   expect_part(
       broken("st_escape",
              [&](const std::string& f) { edit(f + index, "\"model-00001", "\"../model-00001"); }),

@@ -152,6 +152,7 @@ TEST(Config, RefusesBadFiles) {
       {"[lr_schedule]\nkind = 'linear'",
        {"got \"linear\", need \"constant\", \"cosine\", \"wsd\""}},
       {"[router]\nbalance_loss = 'global'", {"router.balance_loss: ", "\"global-batch\""}},
+      {"[router]\nbalance_coefficient = 0.1", {"router.balance_coefficient: ", "\"none\""}},
       {"[parallel]\nschedule = '1F1B'", {"parallel.schedule: ", "\"1f1b\""}},
       {"[parallel]\ncp = 3", {"data.sequence_length: ", "got 64 and cp = 3", "66"}},
       {"[lr_schedule]\nkind = 'wsd'\nwarmup_ratio = 0.95", {"lr_schedule.decay_ratio: ", "0.95"}},
@@ -213,6 +214,7 @@ TEST(Config, RefusesBadOverrides) {
       {"run.folder=", {"run.folder: is required and not set"}},
       {"train.micro_batch_size=3",
        {"train.global_batch_size: is no multiple of train.micro_batch_size (got 8 and 3)"}},
+      {"train.eval_interval=5", {"train.eval_interval: ", "data.heldout_fraction = 0"}},
       {"data.heldout_fraction=1", {"data.heldout_fraction: ", "less than 1"}},
   };
   for (const auto& c : cases)

@@ -83,7 +83,7 @@ plant words src/core/planted.cpp "$(printf 'namespace pith {\nint f() {\n    sta
     'src/core/planted.cpp:3:'
 plant words src/core/planted.cpp "$(printf 'namespace pith {\nnamespace {\nbool seen;\n}\n}')" 'src/core/planted.cpp:3:'
 
-plant mentions src/core/planted.h '// see /work/notes' 'src/core/planted.h:1: path'
+plant mentions src/core/planted.h "// see /wor"'k/notes' 'src/core/planted.h:1: path'
 plant mentions docs/planted.md 'As issue 7 asks.' 'docs/planted.md:1: mentions'
 plant mentions src/core/planted.h '// see NOWHERE.md' 'src/core/planted.h:1: names NOWHERE.md'
 plant mentions scripts/planted.sh '# this session' 'scripts/planted.sh:1: speaks'
