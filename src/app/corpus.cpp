@@ -88,7 +88,7 @@ int run_tokenize(int argc, char** argv) {
   args.list("--include", o.include, "only files of these patterns: '*.c,*.h'", ',');
   args.option("--join", o.join, "put all into NAME-00000.bin and so on, not into a file each");
   args.option("--key", o.key, "the JSON member that holds the text");
-  args.option("--eos", o.eos, "end-of-text token; default: the tokenizer's own");
+  args.option("--eos", o.eos, "end-of-text: a token or id; default: the tokenizer's own");
   args.flag("--special-as-text", o.special_as_text, "special tokens' text is ordinary text");
   args.flag("--skip-bad", o.skip_bad, "leave out malformed documents and list them");
   args.option("--threads", o.threads, "0: every core", 0, 1024);

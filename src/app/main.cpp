@@ -1,5 +1,4 @@
 #include <cstdio>
-#include <new>
 
 #include "app/commands.h"
 #include "core/check.h"
@@ -45,17 +44,4 @@ static int run(int argc, char** argv) {
 
 }  // namespace pith
 
-int main(int argc, char** argv) {
-  pith::install_signal_handlers();
-  try {
-    return pith::run(argc, argv);
-  } catch (const pith::Error& e) {
-    fprintf(stderr, "error: %s\n", e.what());
-    return e.exit_code;
-  } catch (const std::bad_alloc&) {
-    fprintf(stderr, "error: pith: out of memory. Try: a smaller input or batch\n");
-  } catch (const std::exception& e) {
-    fprintf(stderr, "error: pith: %s\n", e.what());
-  }
-  return pith::kExitFailed;
-}
+int main(int argc, char** argv) { return pith::run_program("pith", argc, argv, pith::run); }

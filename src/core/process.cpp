@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <new>
 
 namespace pith {
 
@@ -86,6 +87,21 @@ void install_signal_handlers() {
   std::set_terminate(on_terminate);
   // Failing writes say so by errno.
   for (const int s : {SIGPIPE, SIGXFSZ}) signal(s, SIG_IGN);
+}
+
+int run_program(const char* name, int argc, char** argv, int (*run)(int argc, char** argv)) {
+  install_signal_handlers();
+  try {
+    return run(argc, argv);
+  } catch (const Error& e) {
+    fprintf(stderr, "error: %s\n", e.what());
+    return e.exit_code;
+  } catch (const std::bad_alloc&) {
+    fprintf(stderr, "error: %s: out of memory. Try: a smaller input or batch\n", name);
+  } catch (const std::exception& e) {
+    fprintf(stderr, "error: %s: %s\n", name, e.what());
+  }
+  return kExitFailed;
 }
 
 }  // namespace pith

@@ -26,4 +26,7 @@ struct LogSink {
 };
 LogSink& log_sink();
 
+// What main() does: handles signals, runs `run`, and says on standard error what it failed with.
+int run_program(const char* name, int argc, char** argv, int (*run)(int argc, char** argv));
+
 }  // namespace pith

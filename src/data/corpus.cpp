@@ -362,11 +362,16 @@ class CorpusRun {
         threads_(options.threads ? int(options.threads)
                                  : std::max<int>(1, std::thread::hardware_concurrency())),
         progress_("tokenize", find_work() / 1e6, "MB of files") {
-    const auto eos = options.eos.empty() ? tokenizer_.eos_id() : tokenizer_.id_of(options.eos);
+    auto eos = options.eos.empty() ? tokenizer_.eos_id() : tokenizer_.id_of(options.eos);
+    const bool is_id = !options.eos.empty() && options.eos.size() < 10 &&
+                       options.eos.find_first_not_of("0123456789") == string::npos;
+    if (!eos && is_id && std::stoul(options.eos) < tokenizer_.vocab_size())
+      eos = std::stoul(options.eos);
     if (!eos)
       bad_input("--eos",
-                text("no such token (got %s, need a token of %s)",
-                     options.eos.empty() ? "none" : options.eos.c_str(), options.tokenizer.c_str()),
+                text("no such token (got %s, need a token of %s or an id < %u)",
+                     options.eos.empty() ? "none" : options.eos.c_str(), options.tokenizer.c_str(),
+                     tokenizer_.vocab_size()),
                 "a token as the vocabulary writes it");
     eos_ = *eos;
     type_ = tokenizer_.vocab_size() < UINT16_MAX ? NpyType::U2 : NpyType::U4;

@@ -15,32 +15,12 @@
 #include "core/rng.h"
 #include "engine/checkpoint.h"
 #include "engine/instance.h"
+#include "helpers.h"
 
 namespace pith {
 namespace {
 
 namespace fs = std::filesystem;
-
-std::string fresh_folder(const std::string& name) {
-  const std::string path = testing::TempDir() + "pith_" + name + "_" + std::to_string(getpid());
-  fs::remove_all(path);
-  fs::create_directories(path);
-  return path;
-}
-
-std::string error_of(int exit_code, auto&& action) {
-  try {
-    action();
-  } catch (const Error& error) {
-    EXPECT_EQ(error.exit_code, exit_code) << error.what();
-    return error.what();
-  }
-  return "no error";
-}
-
-void expect_part(const std::string& got, const std::string& part) {
-  EXPECT_NE(got.find(part), std::string::npos) << "got:  " << got << "\nneed: " << part;
-}
 
 int call(int (*command)(int, char**), std::vector<std::string> words) {
   std::vector<char*> argv;

@@ -8,17 +8,11 @@
 
 #include "app/commands.h"
 #include "core/json.h"
+#include "helpers.h"
 
 namespace pith {
 
 namespace fs = std::filesystem;
-
-static std::string fresh_folder(const char* name) {
-  const std::string path = testing::TempDir() + "pith_" + name + "_" + std::to_string(getpid());
-  fs::remove_all(path);
-  fs::create_directories(path);
-  return path;
-}
 
 static Finding finding(const std::vector<Finding>& all, const std::string& name) {
   for (const Finding& f : all)

@@ -12,6 +12,7 @@
 #include "core/process.h"
 #include "engine/checkpoint.h"
 #include "engine/small_run.h"
+#include "helpers.h"
 #include "observe/metrics.h"
 
 namespace pith {
@@ -53,10 +54,6 @@ Words train_words(const RunConfig& c, const Words& more = {}) {
 void train_to_end(const RunConfig& c, const Words& more = {}) {
   const Ran ran = run_pith(train_words(c, more), output_of_test(c));
   ASSERT_EQ(ran.exit_code, kExitDone) << ran.err;
-}
-
-void expect_part(const std::string& got, const std::string& part) {
-  EXPECT_NE(got.find(part), std::string::npos) << "got:  " << got << "\nneed: " << part;
 }
 
 // Weights and moments, bit for bit.

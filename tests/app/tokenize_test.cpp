@@ -11,6 +11,7 @@
 #include "core/check.h"
 #include "core/json.h"
 #include "core/process.h"
+#include "helpers.h"
 
 namespace pith {
 namespace {
@@ -18,18 +19,6 @@ namespace {
 namespace fs = std::filesystem;
 
 const std::string kTokenizer = SOURCE_DIR "/configs/quickstart/tokenizer.json";
-
-std::string fresh_folder(const std::string& name) {
-  const std::string path = testing::TempDir() + "pith_" + name + "_" + std::to_string(getpid());
-  fs::remove_all(path);
-  fs::create_directories(path);
-  return path;
-}
-
-void put(const std::string& path, const std::string& bytes) {
-  fs::create_directories(fs::path(path).parent_path());
-  std::ofstream(path, std::ios::binary) << bytes;
-}
 
 struct Output {
   int code = -1;
@@ -55,10 +44,6 @@ Output call(int (*command)(int, char**), std::vector<std::string> words) {
 }
 
 Output tokenize(std::vector<std::string> words) { return call(run_tokenize, std::move(words)); }
-
-void expect_part(const std::string& got, const std::string& part) {
-  EXPECT_NE(got.find(part), std::string::npos) << "got:  " << got << "\nneed: " << part;
-}
 
 // Texts that a terminal, a line, or a careless decoder would change.
 const std::vector<std::string> kDocuments = {

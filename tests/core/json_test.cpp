@@ -1,4 +1,5 @@
 #include "core/json.h"
+#include "helpers.h"
 
 #include <gtest/gtest.h>
 
@@ -6,16 +7,6 @@
 #include <cstring>
 
 namespace pith {
-
-static std::string error_of(auto&& action) {
-  try {
-    action();
-  } catch (const Error& error) {
-    EXPECT_EQ(error.exit_code, kExitBadInput) << error.what();
-    return error.what();
-  }
-  return "no error";
-}
 
 static void expect_error(const char* json, const char* part, auto&& action) {
   const std::string got = error_of([&] { action(Json::parse(json, "config.json")); });

@@ -23,6 +23,7 @@
 #include "core/process.h"
 #include "data/dataset.h"
 #include "data/tokenizer.h"
+#include "helpers.h"
 
 namespace pith {
 namespace {
@@ -32,32 +33,6 @@ using Documents = std::vector<std::string>;
 using Files = std::map<std::string, std::string>;  // name -> bytes
 
 const std::string kTokenizer = SOURCE_DIR "/configs/quickstart/tokenizer.json";
-
-std::string fresh_folder(const std::string& name) {
-  const std::string path = testing::TempDir() + "pith_" + name + "_" + std::to_string(getpid());
-  fs::remove_all(path);
-  fs::create_directories(path);
-  return path;
-}
-
-void put(const std::string& path, const std::string& bytes) {
-  fs::create_directories(fs::path(path).parent_path());
-  std::ofstream(path, std::ios::binary) << bytes;
-}
-
-std::string error_of(int exit_code, auto&& action) {
-  try {
-    action();
-  } catch (const Error& error) {
-    EXPECT_EQ(error.exit_code, exit_code) << error.what();
-    return error.what();
-  }
-  return "no error";
-}
-
-void expect_part(const std::string& got, const std::string& part) {
-  EXPECT_NE(got.find(part), std::string::npos) << "got:  " << got << "\nneed: " << part;
-}
 
 // The token files of a folder by their definition: NPY ids, then NPY ends.
 std::string token_file(const Documents& documents, bool parse_special = true) {
@@ -479,6 +454,7 @@ TEST(Corpus, WhatCannotBeUsedIsRefused) {
       {[](CorpusOptions& o, const std::string&) { o.inputs = {"-"}; },
        "-: standard input has no name to tell its format by"},
       {[](CorpusOptions& o, const std::string&) { o.join = "a/b"; }, "--join: is \"a/b\""},
+      {[](CorpusOptions& o, const std::string&) { o.eos = "2048"; }, "--eos: no such token"},
       {[](CorpusOptions& o, const std::string&) { o.eos = "</s>"; },
        "--eos: no such token (got </s>, need a token of "},
       {[](CorpusOptions& o, const std::string& f) { o.tokenizer = f + "/tokenizer.json"; },
@@ -509,8 +485,8 @@ TEST(Corpus, AFolderKeepsItsSettingsAndSources) {
   } cases[] = {
       {[](CorpusOptions& o, const std::string& f) { o.tokenizer = f + "/other/tokenizer.json"; },
        "corpus.json: the folder was made with another tokenizer_xxh3 (got "},
-      {[](CorpusOptions& o, const std::string&) { o.eos = "!"; },
-       "the folder was made with another eos_id (got 1, need 0)"},
+      {[](CorpusOptions& o, const std::string&) { o.eos = "2000"; },
+       "the folder was made with another eos_id (got 2000, need 0)"},
       {[](CorpusOptions& o, const std::string&) { o.key = "id"; },
        "the folder was made with another key (got \"id\", need \"text\")"},
       {[](CorpusOptions& o, const std::string&) { o.special_as_text = true; },

@@ -16,6 +16,7 @@
 
 #include "core/json.h"
 #include "core/rng.h"
+#include "helpers.h"
 
 namespace pith {
 
@@ -25,28 +26,6 @@ namespace {
 
 using Document = std::vector<int32_t>;
 using Documents = std::vector<Document>;
-
-std::string fresh_folder(const char* name) {
-  const std::string path = testing::TempDir() + "pith_" + name + "_" + std::to_string(getpid());
-  fs::remove_all(path);
-  fs::create_directories(path);
-  return path;
-}
-
-std::string error_of(int exit_code, auto&& action) {
-  try {
-    action();
-  } catch (const Error& error) {
-    EXPECT_EQ(error.exit_code, exit_code) << error.what();
-    return error.what();
-  }
-  return "no error";
-}
-
-void expect_error(const std::string& got, const std::vector<std::string>& parts) {
-  for (const std::string& part : parts)
-    EXPECT_NE(got.find(part), std::string::npos) << "got: " << got << "\nneed: " << part;
-}
 
 std::string bytes_of(const Document& document, NpyType type) {
   std::string bytes;
@@ -64,11 +43,6 @@ std::string array_bytes(NpyType type, const std::vector<int64_t>& shape, const s
 std::string ends_bytes(const std::vector<uint64_t>& ends) {
   const std::string data(reinterpret_cast<const char*>(ends.data()), 8 * ends.size());
   return array_bytes(NpyType::U8, {static_cast<int64_t>(ends.size())}, data);
-}
-
-void put(const std::string& path, const std::string& bytes) {
-  fs::create_directories(fs::path(path).parent_path());
-  std::ofstream(path, std::ios::binary) << bytes;
 }
 
 std::string put_documents(const std::string& path, const Documents& documents,

@@ -11,27 +11,11 @@
 
 #include "core/check.h"
 #include "core/json.h"
+#include "helpers.h"
 
 namespace pith {
 
 namespace fs = std::filesystem;
-
-static std::string fresh_folder(const char* name) {
-  const std::string path = testing::TempDir() + "pith_" + name + "_" + std::to_string(getpid());
-  fs::remove_all(path);
-  fs::create_directories(path);
-  return path;
-}
-
-static std::string error_of(int exit_code, auto&& action) {
-  try {
-    action();
-  } catch (const Error& error) {
-    EXPECT_EQ(error.exit_code, exit_code) << error.what();
-    return error.what();
-  }
-  return "no error";
-}
 
 static std::string header_v(int version, const std::string& dict) {
   std::string bytes = std::string("\x93NUMPY") + static_cast<char>(version) + '\0';

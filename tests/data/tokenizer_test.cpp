@@ -13,6 +13,7 @@
 #include "core/check.h"
 #include "core/json.h"
 #include "data/tokenizer_parts.h"
+#include "helpers.h"
 
 namespace pith {
 
@@ -20,27 +21,6 @@ namespace fs = std::filesystem;
 using Ids = std::vector<uint32_t>;
 
 static const std::string kGolden = SOURCE_DIR "/tests/golden/tokenizer/";
-
-static std::string fresh_folder(const char* name) {
-  const std::string path = testing::TempDir() + "pith_" + name + "_" + std::to_string(getpid());
-  fs::remove_all(path);
-  fs::create_directories(path);
-  return path;
-}
-
-static void write_text(const std::string& path, const std::string& text) {
-  std::ofstream(path, std::ios::binary) << text;
-}
-
-static std::string error_of(auto&& action) {
-  try {
-    action();
-  } catch (const Error& error) {
-    EXPECT_EQ(error.exit_code, kExitBadInput) << error.what();
-    return error.what();
-  }
-  return "no error";
-}
 
 static std::vector<std::string> strings_of(const Json& json) {
   std::vector<std::string> out;
@@ -129,7 +109,7 @@ TEST(Tokenizer, GivesHuggingFacesIdsAndText) {
   for (int64_t v = 0; v < variants.size(); v++) {
     const Json variant = variants[v];
     SCOPED_TRACE(variant["name"].as_string());
-    write_text(folder + "/tokenizer.json", variant_text(variant, model));
+    put(folder + "/tokenizer.json", variant_text(variant, model));
     const Tokenizer tokenizer = Tokenizer::load(folder + "/tokenizer.json");
     for (size_t i = 0; i < texts.size(); i++) {
       const int64_t at = static_cast<int64_t>(i);
@@ -149,7 +129,7 @@ TEST(Tokenizer, DecodesWhatItEncoded) {
   const std::string path = fresh_folder("tokenizer_round_trip") + "/tokenizer.json";
   std::mt19937 rng(3);
   for (const char* name : {"gpt2", "o200k", "deepseek-v3", "digit-each"}) {
-    write_text(path, golden_text(name));
+    put(path, golden_text(name));
     const Tokenizer tokenizer = Tokenizer::load(path);
     for (int i = 0; i < 500; i++) {
       const std::string text = random_text(rng, 60);
@@ -236,7 +216,7 @@ static Ids merge_by_definition(const Json& model, const std::string& word) {
 
 TEST(Tokenizer, MergesShortAndLongWordsByDefinition) {
   const std::string path = fresh_folder("tokenizer_merges") + "/tokenizer.json";
-  write_text(path, golden_text("whole-text"));  // each text is one word
+  put(path, golden_text("whole-text"));  // each text is one word
   const Tokenizer tokenizer = Tokenizer::load(path);
   const Json model = golden("model.json");
   std::mt19937 rng(11);
@@ -253,8 +233,8 @@ TEST(Tokenizer, MergesShortAndLongWordsByDefinition) {
 
 TEST(Tokenizer, IdsDoNotDependOnTheScratch) {
   const std::string folder = fresh_folder("tokenizer_scratch");
-  write_text(folder + "/a.json", golden_text("gpt2"));
-  write_text(folder + "/b.json", golden_text("o200k"));
+  put(folder + "/a.json", golden_text("gpt2"));
+  put(folder + "/b.json", golden_text("o200k"));
   std::vector<Tokenizer> tokenizers;
   tokenizers.push_back(Tokenizer::load(folder + "/a.json"));
   tokenizers.push_back(Tokenizer::load(folder + "/b.json"));
@@ -281,7 +261,7 @@ TEST(Tokenizer, IdsDoNotDependOnTheScratch) {
 
 TEST(Tokenizer, IsSharedByThreads) {
   const std::string path = fresh_folder("tokenizer_threads") + "/tokenizer.json";
-  write_text(path, golden_text("lines"));  // through PCRE2
+  put(path, golden_text("lines"));  // through PCRE2
   const Tokenizer tokenizer = Tokenizer::load(path);
   std::mt19937 rng(2);
   std::vector<std::string> texts;
@@ -309,7 +289,7 @@ TEST(Tokenizer, IsSharedByThreads) {
 
 TEST(Tokenizer, KnowsItsTokens) {
   const std::string folder = fresh_folder("tokenizer_tokens"), path = folder + "/tokenizer.json";
-  write_text(path, golden_text("qwen2"));
+  put(path, golden_text("qwen2"));
   const Tokenizer tokenizer = Tokenizer::load(path);
   EXPECT_EQ(tokenizer.vocab_size(), 705u);
   EXPECT_EQ(tokenizer.id_of("<|im_start|>"), 701u);
@@ -323,27 +303,27 @@ TEST(Tokenizer, KnowsItsTokens) {
   EXPECT_EQ(tokenizer.token_text(*tokenizer.id_of("\u0120")), "\u0120");
   EXPECT_EQ(tokenizer.decode(Ids{*tokenizer.id_of("\u0120"), 1u << 30}, SpecialTokens::Keep), " ");
   EXPECT_EQ(tokenizer.fingerprint(), Tokenizer::load(path).fingerprint());
-  write_text(path, golden_text("qwen2") + " ");
+  put(path, golden_text("qwen2") + " ");
   EXPECT_NE(tokenizer.fingerprint(), Tokenizer::load(path).fingerprint());
 }
 
 TEST(Tokenizer, FindsEndOfText) {
   const std::string folder = fresh_folder("tokenizer_eos"), path = folder + "/tokenizer.json";
-  write_text(path, golden_text("qwen2"));
+  put(path, golden_text("qwen2"));
   EXPECT_EQ(Tokenizer::load(path).eos_id(), 700u);
-  write_text(folder + "/config.json", R"({"eos_token_id": [701, 700]})");
+  put(folder + "/config.json", R"({"eos_token_id": [701, 700]})");
   EXPECT_EQ(Tokenizer::load(path).eos_id(), 701u);
-  write_text(folder + "/tokenizer_config.json", R"({"eos_token": {"content": "<think>"}})");
+  put(folder + "/tokenizer_config.json", R"({"eos_token": {"content": "<think>"}})");
   EXPECT_EQ(Tokenizer::load(path).eos_id(), 702u);
-  write_text(folder + "/tokenizer_config.json", R"({"eos_token": null})");
+  put(folder + "/tokenizer_config.json", R"({"eos_token": null})");
   EXPECT_EQ(Tokenizer::load(path).eos_id(), 701u);
-  write_text(folder + "/config.json", R"({"eos_token_id": 705})");
+  put(folder + "/config.json", R"({"eos_token_id": 705})");
   EXPECT_NE(error_of([&] { Tokenizer::load(path); }).find("eos_token_id"), std::string::npos);
-  write_text(folder + "/tokenizer_config.json", R"({"eos_token": "<nothing>"})");
+  put(folder + "/tokenizer_config.json", R"({"eos_token": "<nothing>"})");
   EXPECT_NE(error_of([&] { Tokenizer::load(path); }).find("<nothing>"), std::string::npos);
   fs::remove(folder + "/config.json");
   fs::remove(folder + "/tokenizer_config.json");
-  write_text(path, golden_text("digits"));
+  put(path, golden_text("digits"));
   EXPECT_EQ(Tokenizer::load(path).eos_id(), std::nullopt);
 }
 
@@ -384,7 +364,7 @@ TEST(Tokenizer, RefusesWhatItDoesNotSupport) {
     const size_t at = text.find(from);
     ASSERT_NE(at, std::string::npos) << from;
     text.replace(at, strlen(from), to);
-    write_text(path, text);
+    put(path, text);
     const std::string error = error_of([&] { Tokenizer::load(path); });
     EXPECT_NE(error.find(part), std::string::npos) << "got: " << error << "\nneed: " << part;
   }
@@ -403,7 +383,7 @@ TEST(SlowTokenizer, RefusesDamagedFiles) {
   const std::string path = fresh_folder("tokenizer_damaged") + "/tokenizer.json";
   const std::string good = golden_text("deepseek-v3");
   for (size_t size = 0; size < good.size(); size += 1 + size / 20) {
-    write_text(path, good.substr(0, size));
+    put(path, good.substr(0, size));
     EXPECT_NE(error_of([&] { Tokenizer::load(path); }), "no error") << size;
   }
   std::mt19937 rng(1);
@@ -411,7 +391,7 @@ TEST(SlowTokenizer, RefusesDamagedFiles) {
   for (int i = 0; i < 300; i++) {  // never a crash, or another exit code
     std::string bad = good;
     for (int k = 0; k < 3; k++) bad[rng() % bad.size()] = static_cast<char>(rng());
-    write_text(path, bad);
+    put(path, bad);
     refused += error_of([&] { Tokenizer::load(path); }) != "no error";
   }
   EXPECT_GT(refused, 150);
@@ -449,7 +429,7 @@ TEST(Tokenizer, ReplacesInvalidUtf8AsPythonDoes) {
       EXPECT_EQ(is_valid_utf8(ascii + bytes), bytes == text);
     }
   const std::string path = fresh_folder("tokenizer_utf8") + "/tokenizer.json";
-  write_text(path, golden_text("gpt2"));
+  put(path, golden_text("gpt2"));
   const Tokenizer tokenizer = Tokenizer::load(path);
   const std::string error = error_of([&] { encode(tokenizer, "ab\u00e9\xff"); });
   EXPECT_NE(error.find("a bad byte at 4"), std::string::npos) << error;

@@ -10,6 +10,7 @@
 #include <sstream>
 
 #include "core/json.h"
+#include "helpers.h"
 
 namespace pith {
 
@@ -22,28 +23,6 @@ const char* const kSmallest =
     "[data]\npath = \"tokens\"\nsequence_length = 64\n"
     "[train]\nsteps = 10\nglobal_batch_size = 8\n"
     "[optimizer]\nlr = 1e-3\n";
-
-std::string fresh_folder(const char* name) {
-  const std::string path = testing::TempDir() + "pith_" + name + "_" + std::to_string(getpid());
-  fs::remove_all(path);
-  fs::create_directories(path);
-  return path;
-}
-
-std::string error_of(auto&& action) {
-  try {
-    action();
-  } catch (const Error& error) {
-    EXPECT_EQ(error.exit_code, kExitBadInput) << error.what();
-    return error.what();
-  }
-  return "no error";
-}
-
-void expect_error(const std::string& got, const std::vector<std::string>& parts) {
-  for (const std::string& part : parts)
-    EXPECT_NE(got.find(part), std::string::npos) << "got: " << got << "\nneed: " << part;
-}
 
 RunConfig load_text(const std::string& path, const std::string& toml,
                     const std::vector<std::string>& overrides = {}) {

@@ -97,7 +97,7 @@ INSTANTIATE_TEST_SUITE_P(
                     Failure{"crash", "error: crash: signal 11 (Segmentation fault)",
                             " (crashed here)"},
                     Failure{"hang", " waited 2", " runs"}),
-    [](const auto& info) { return info.param.how; });
+    [](const auto& test) { return test.param.how; });
 
 }  // namespace
 }  // namespace pith

@@ -92,14 +92,5 @@ static int run(int argc, char** argv) {
 }  // namespace pith
 
 int main(int argc, char** argv) {
-  pith::install_signal_handlers();
-  try {
-    return pith::run(argc, argv);
-  } catch (const pith::Error& e) {
-    fprintf(stderr, "error: %s\n", e.what());
-    return e.exit_code;
-  } catch (const std::exception& e) {
-    fprintf(stderr, "error: layouts_check: %s\n", e.what());
-    return pith::kExitFailed;
-  }
+  return pith::run_program("layouts_check", argc, argv, pith::run);
 }
