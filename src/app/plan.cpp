@@ -112,12 +112,31 @@ vector<ActionList> read_lists(const string& path, int pp) {
   return lists;
 }
 
+string to_json(const ScheduleOptions& o, const vector<ActionList>& lists, const ScheduleCheck& c) {
+  JsonWriter w;
+  w.object().key("kind").value(name_of(o.kind)).key("pp").value(o.pp);
+  w.key("micro_batches").value(o.micro_batches).key("forward_only").value(o.forward_only);
+  w.key("time").value(c.makespan).key("bubble").value(c.bubble());
+  w.key("peak_live").value(c.peak_live).key("ranks").array();
+  for (int r = 0; r < o.pp; r++) {
+    w.array();
+    for (size_t i = 0; i < lists[r].size(); i++) {
+      w.object().key("action").value(to_text(lists[r][i]));
+      if (const int time = duration(lists[r][i]))
+        w.key("begin").value(c.begin[r][i]).key("duration").value(time);
+      w.end();
+    }
+    w.end();
+  }
+  return w.end().end().str() + "\n";
+}
+
 }  // namespace
 
 int run_plan(int argc, char** argv) {
   Arguments args("pith plan", "Shows the timeline of a pipeline schedule.");
   string kind = "auto", svg, file;
-  bool schedule = false, print = false;
+  bool schedule = false, print = false, json = false;
   int64_t pp = 4, micro_batches = 0;
   ScheduleOptions o;
   args.flag("--schedule", schedule, "what to plan");
@@ -127,8 +146,10 @@ int run_plan(int argc, char** argv) {
   args.flag("--forward-only", o.forward_only, "as in evaluation");
   args.option("--svg", svg, "draw into this file");
   args.flag("--lists", print, "print the lists of actions in place of the timeline");
+  args.flag("--json", json, "print the lists with their times as JSON");
   args.option("--check", file, "prove and draw lists in the form of --lists");
   if (!args.parse(argc, argv)) return kExitDone;
+  if (print && json) bad_input("pith plan", "prints --lists or --json, not both", "one of them");
   if (!schedule)
     bad_input("pith plan", "does not say what to plan (need --schedule)", "--schedule");
   o.pp = int(pp);
@@ -139,9 +160,10 @@ int run_plan(int argc, char** argv) {
   if (!c.ok() && file.empty()) failed("schedule", c.why);
   if (!c.ok()) bad_input(file, c.why, "the lists that pith plan --schedule --lists prints");
   if (!svg.empty()) write_file_durably(svg, draw_svg(o, lists, c));
+  if (json) printf("%s", to_json(o, lists, c).c_str());
   for (int r = 0; print && r < o.pp; r++)
     for (const Action& a : lists[r]) printf("%d %s\n", r, to_text(a).c_str());
-  if (!print) printf("%s", draw_text(o, lists, c).c_str());
+  if (!print && !json) printf("%s", draw_text(o, lists, c).c_str());
   return kExitDone;
 }
 

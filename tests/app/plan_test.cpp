@@ -110,6 +110,31 @@ TEST(Plan, TimelineAsSvg) {
   }
 }
 
+// The actions that --lists prints, in their order, with the times of the picture.
+TEST(Plan, ListsAsJson) {
+  const std::vector<std::string> words = {"--schedule", "--pp", "2", "--micro-batches", "4"};
+  std::vector<std::string> as_json = words, as_lists = words;
+  as_json.push_back("--json");
+  as_lists.push_back("--lists");
+  const PlanOutput run = plan(as_json);
+  ASSERT_EQ(run.code, kExitDone) << run.error;
+  const Json all = Json::parse(run.out, "plan");
+  EXPECT_EQ(all["kind"].as_string(), "dualpipev");
+  EXPECT_EQ(all["time"].as_int(), 26);
+  EXPECT_NEAR(all["bubble"].as_double(), 1 - 24.0 / 26, 1e-12);
+  std::string lists;
+  for (int r = 0; r < 2; r++)
+    for (int i = 0, now = 0; i < all["ranks"][r].size(); i++) {
+      const Json action = all["ranks"][r][i];
+      lists += text("%d %s\n", r, action["action"].as_string().c_str());
+      if (!action.has("begin")) continue;
+      EXPECT_GE(action["begin"].as_int(), now);
+      now = int(action["begin"].as_int() + action["duration"].as_int());
+      EXPECT_LE(now, 26);
+    }
+  EXPECT_EQ(lists, plan(as_lists).out);
+}
+
 // What --lists prints, --check proves.
 TEST(Plan, ListsReadBack) {
   const std::vector<std::vector<std::string>> cases = {
@@ -170,6 +195,7 @@ TEST(Plan, WrongUseIsRefused) {
       {{"--schedule", "--pp", "4", "--micro-batches", "7"},
        "schedule: dualpipev at pp = 4 gets too few micro-batches (got 7, need at least 8). Try: "
        "more micro-batches in a step"},
+      {{"--schedule", "--lists", "--json"}, "pith plan: prints --lists or --json, not both"},
       {{"--schedule", "--kind", "gpipe"}, "--kind"},
       {{"--schedule", "--pp", "0"}, "--pp"},
       {{"--schedule", "--check", "/nowhere/lists.txt"}, "/nowhere/lists.txt"},
