@@ -5,6 +5,7 @@
 #include <bit>
 #include <cstring>
 #include <queue>
+#include <utility>
 
 #include "data/tokenizer_parts.h"
 
@@ -38,13 +39,14 @@ Bpe::Bpe(const vector<Merge>& merges, const vector<string_view>& bytes, bool ign
     if (bytes[id].size() == 1) byte_ids_[uint8_t(bytes[id][0])] = id;
     if (ignore_merges) whole_.emplace(bytes[id], id);
   }
+  for (uint32_t pair = 0; pair < byte_pairs_.size(); pair++)
+    byte_pairs_[pair] = rank_of(byte_ids_[pair >> 8], byte_ids_[pair & 255]);
 }
 
 // Byte-pair encoding: merges the pair of the lowest rank, of equal ones the leftmost, until none is
-// left. All equal ones are merged in one pass, unless that makes a pair of a lower rank.
+// left. ranks: of each id and the next one. All equal ones are merged in one pass, unless that
+// makes a pair of a lower rank.
 void Bpe::merge(vector<uint32_t>& ids, vector<uint32_t>& ranks) const {
-  ranks.assign(ids.size(), kNoId);  // of each id and the next one
-  for (size_t i = 0; i + 1 < ids.size(); i++) ranks[i] = rank_of(ids[i], ids[i + 1]);
   if (ids.size() > 96) return merge_long(ids, ranks);
   while (!ids.empty()) {
     const uint32_t lowest = *std::min_element(ranks.begin(), ranks.end());
@@ -104,13 +106,21 @@ void Bpe::encode_word(string_view word, EncodeScratch& scratch) const {
   ids.clear();
   if (const auto known = whole_.find(word); known != whole_.end())
     return ids.push_back(known->second);
-  for (const char c : word)  // a byte without a token is dropped
-    if (const uint32_t id = byte_ids_[uint8_t(c)]; id != kNoId) ids.push_back(id);
+  scratch.ranks_.clear();
+  uint8_t before = 0;
+  for (const char c : word) {
+    const uint8_t byte = uint8_t(c);
+    if (byte_ids_[byte] == kNoId) continue;  // a byte without a token is dropped
+    if (!ids.empty()) scratch.ranks_.push_back(byte_pairs_[before << 8 | byte]);
+    ids.push_back(byte_ids_[byte]);
+    before = byte;
+  }
+  scratch.ranks_.push_back(kNoId);
   merge(ids, scratch.ranks_);
 }
 
 EncodeScratch::EncodeScratch(size_t cache_bytes)
-    : entries_(std::bit_floor(std::max(cache_bytes / sizeof(Entry), size_t{1}))) {}
+    : entries_(std::bit_floor(std::max(cache_bytes / sizeof(Entry), size_t{2}))) {}
 
 void EncodeScratch::use(uint64_t tokenizer) {
   if (!cache_.empty() && owner_ == tokenizer) return;
@@ -121,10 +131,11 @@ void EncodeScratch::use(uint64_t tokenizer) {
 void Bpe::encode(const vector<string_view>& words, EncodeScratch& scratch,
                  vector<uint32_t>& out) const {
   using Entry = EncodeScratch::Entry;
-  constexpr size_t kBatch = 64;
+  constexpr size_t kBatch = 64, kIds = std::size(Entry{}.ids);
   Entry keys[kBatch], *slots[kBatch];
   const size_t last_slot = scratch.cache_.size() - 1;
   const auto is_short = [](string_view word) { return word.size() < sizeof Entry::key; };
+  size_t used = out.size();
   for (size_t done = 0; done < words.size(); done += kBatch) {
     const size_t batch = std::min(words.size() - done, kBatch);
     for (size_t i = 0; i < batch; i++) {
@@ -132,25 +143,39 @@ void Bpe::encode(const vector<string_view>& words, EncodeScratch& scratch,
       if (!is_short(word)) continue;
       memset(keys[i].key, 0, sizeof Entry::key);
       memcpy(keys[i].key, word.data(), word.size());
-      keys[i].key[3] |= uint64_t{word.size()} << 56;
-      slots[i] = &scratch.cache_[XXH3_64bits(keys[i].key, sizeof Entry::key) & last_slot];
+      reinterpret_cast<uint8_t*>(keys[i].key)[sizeof Entry::key - 1] = uint8_t(word.size());
+    }
+    for (size_t i = 0; i < batch; i++) {  // read at once, a key just written in parts would stall
+      if (!is_short(words[done + i])) continue;
+      slots[i] = &scratch.cache_[XXH3_64bits(keys[i].key, sizeof Entry::key) & last_slot & ~1];
       __builtin_prefetch(slots[i]);
     }
+    out.resize(used + batch * kIds);
     for (size_t i = 0; i < batch; i++) {
       const string_view word = words[done + i];
-      if (is_short(word) && !memcmp(slots[i]->key, keys[i].key, sizeof Entry::key)) {
-        out.insert(out.end(), slots[i]->ids, slots[i]->ids + slots[i]->count);
-        continue;
+      if (is_short(word)) {
+        const auto holds = [&](const Entry& e) {
+          return !memcmp(e.key, keys[i].key, sizeof e.key);
+        };
+        if (!holds(slots[i][0]) && holds(slots[i][1])) std::swap(slots[i][0], slots[i][1]);
+        if (holds(slots[i][0])) {
+          memcpy(&out[used], slots[i]->ids, sizeof Entry::ids);
+          used += slots[i]->count;
+          continue;
+        }
       }
       encode_word(word, scratch);
       const vector<uint32_t>& ids = scratch.ids_;
-      out.insert(out.end(), ids.begin(), ids.end());
-      if (!is_short(word) || ids.size() > std::size(keys[i].ids)) continue;
+      if (ids.size() > kIds) out.resize(out.size() + ids.size());
+      std::copy(ids.begin(), ids.end(), out.begin() + used);
+      used += ids.size();
+      if (!is_short(word) || ids.size() > kIds) continue;
       keys[i].count = uint32_t(ids.size());
       std::copy(ids.begin(), ids.end(), keys[i].ids);
-      *slots[i] = keys[i];
+      slots[i][1] = std::exchange(slots[i][0], keys[i]);
     }
   }
+  out.resize(used);
 }
 
 }  // namespace pith

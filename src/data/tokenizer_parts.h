@@ -159,7 +159,7 @@ class EncodeScratch {
     uint32_t ids[7], count;
   };
   size_t entries_;
-  vector<Entry> cache_;  // a power of two; a word has one place, which the last one takes
+  vector<Entry> cache_;  // a power of two; of a word's two places the older is given up
   uint64_t owner_ = 0;
   vector<uint32_t> ids_, ranks_;  // of the word at hand
   SplitBuffers split_;
@@ -189,7 +189,8 @@ class Bpe {
   vector<uint64_t> pairs_;   // left, right, rank; open addressing; packed for one cache miss
   vector<uint32_t> joined_;  // by rank
   std::array<uint32_t, 256> byte_ids_{};
-  std::unordered_map<string_view, uint32_t> whole_;  // words that become one token
+  vector<uint32_t> byte_pairs_ = vector<uint32_t>(1 << 16, kNoId);  // ranks, by two bytes
+  std::unordered_map<string_view, uint32_t> whole_;                 // words that become one token
 };
 
 }  // namespace pith
