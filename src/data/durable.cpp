@@ -18,8 +18,10 @@ namespace pith {
 namespace fs = std::filesystem;
 
 [[noreturn]] static void failed_call(const string& path, const char* what, int error) {
-  failed(path, text("%s (%s)", what, strerror(error)),
-         error == ENOSPC || error == EDQUOT ? "free space there" : "the path and its permissions");
+  const string why = text("%s (%s)", what, strerror(error));
+  if (error == ENOENT || error == ENOTDIR || error == EACCES || error == EROFS)
+    bad_input(path, why, "another path, or its permissions");
+  failed(path, why, error == ENOSPC || error == EDQUOT ? "free space there" : "another disk");
 }
 
 MappedFile::MappedFile(const string& path) : path_(path) {

@@ -468,7 +468,7 @@ TEST(Corpus, WhatCannotBeUsedIsRefused) {
   }
   CorpusOptions unwritable = options_for(folder);
   unwritable.output = in + "/a.jsonl/out";
-  expect_part(error_of(kExitFailed, [&] { tokenize_corpus(unwritable); }), "cannot be created");
+  expect_part(error_of(kExitBadInput, [&] { tokenize_corpus(unwritable); }), "cannot be created");
 }
 
 TEST(Corpus, AFolderKeepsItsSettingsAndSources) {

@@ -150,12 +150,12 @@ TEST(Durable, UnfinishedLeavesNothing) {
 }
 
 TEST(Durable, ErrorsNamePathAndReason) {
-  EXPECT_NE(error_of(kExitFailed, [] { write_file_durably("/no/such/folder/a", "x"); })
+  EXPECT_NE(error_of(kExitBadInput, [] { write_file_durably("/no/such/folder/a", "x"); })
                 .find("/no/such/folder/a.tmp: cannot be created (No such file or directory)"),
             std::string::npos);
   const std::string folder = fresh_folder("durable_full");
   write_file_durably(folder + "/file", "x");
-  EXPECT_NE(error_of(kExitFailed, [&] { make_folders(folder + "/file/below"); })
+  EXPECT_NE(error_of(kExitBadInput, [&] { make_folders(folder + "/file/below"); })
                 .find("/file/below: cannot be created (Not a directory)"),
             std::string::npos);
   EXPECT_NE(error_of(kExitBadInput, [&] { MappedFile map(folder); }).find("is not a file"),
