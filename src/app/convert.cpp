@@ -40,6 +40,10 @@ void copy_companions(const string& named, const string& beside, const string& to
   if (copied == 0 && !named.empty())
     bad_input(named, "has no tokenizer files", "a folder with tokenizer.json");
   if (copied == 0) log_info("no tokenizer files: --tokenizer DIR names their folder");
+  // Else transformers takes the model type's own class, with that one's pre-tokenizer.
+  const string config = to + "/tokenizer_config.json";
+  if (fs::exists(to + "/tokenizer.json") && !fs::exists(config))
+    write_file_durably(config, "{\"tokenizer_class\": \"PreTrainedTokenizerFast\"}\n");
 }
 
 // config.json with the dtype of the weights beside it, which loaders take as their own.

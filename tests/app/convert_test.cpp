@@ -109,6 +109,8 @@ TEST(Convert, RoundTripIsBitExact) {
     expect_same_tensors(out, hf);
     EXPECT_EQ(read_text_file(out + "/tokenizer.json"), "{\"a\": 1}");
     EXPECT_TRUE(fs::exists(out + "/generation_config.json"));
+    EXPECT_EQ(Json::parse_file(out + "/tokenizer_config.json")["tokenizer_class"].as_string(),
+              "PreTrainedTokenizerFast");
     const Json config = Json::parse_file(out + "/config.json");
     EXPECT_EQ(config["torch_dtype"].as_string(), name == "fp32" ? "float32" : "bfloat16");
     EXPECT_EQ(config["hidden_size"].as_int(), 24);
@@ -121,6 +123,7 @@ TEST(Convert, OtherDtypesAreWidenedAndRounded) {
   const Model m = make_model(FileDType::F64);
   fs::create_directories(run + "/f64");
   write_model(run + "/f64", m);
+  write_file_durably(run + "/f64/tokenizer_config.json", "{\"own\": 1}");
   fs::create_directories(run + "/f32");
   write_model(run + "/f32", make_model(FileDType::F32));
   fs::create_directories(run + "/bf16");
@@ -132,6 +135,7 @@ TEST(Convert, OtherDtypesAreWidenedAndRounded) {
                      run + "/f64/tokenizer.json"}),
             kExitDone);
   expect_same_tensors(run + "/out32", run + "/f32");
+  EXPECT_EQ(read_text_file(run + "/out16/tokenizer_config.json"), "{\"own\": 1}");
   expect_same_tensors(run + "/out16", run + "/bf16");
 }
 
