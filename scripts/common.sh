@@ -79,9 +79,9 @@ END
 build() {
     local preset=$1
     shift
-    if [ "$preset" = cuda ] && [ -z "$(find src -name '*.cu')" ]; then
-        die "scripts/build.sh" "there is no CUDA code in this version (got cuda, need cpu)" \
-            "scripts/build.sh cpu"
+    if [[ $preset = cuda* ]] && ! command -v nvcc > /dev/null; then
+        die scripts/build.sh "no CUDA compiler (got no nvcc in PATH, need CUDA 12.8 or later)" \
+            "PATH=/usr/local/cuda/bin:\$PATH scripts/build.sh $preset, or scripts/build.sh cpu"
     fi
     mkdir -p build
     if ! cmake --preset "$preset" ${CONDA_PREFIX:+-DCMAKE_PREFIX_PATH="$CONDA_PREFIX"} \
@@ -92,6 +92,6 @@ build() {
     fi
     cmake --build --preset "$preset" -j "$(nproc)" ${1:+--target "$@"}
     case $preset in
-        cpu | cuda | debug) if [ -e "build/$preset/pith" ]; then ln -sfn "$preset/pith" build/pith; fi ;;
+        cpu | cuda* | debug) if [ -e "build/$preset/pith" ]; then ln -sfn "$preset/pith" build/pith; fi ;;
     esac
 }

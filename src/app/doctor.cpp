@@ -10,6 +10,7 @@
 
 #include "app/arguments.h"
 #include "app/commands.h"
+#include "core/cuda.h"
 #include "core/json.h"
 #include "core/log.h"
 
@@ -64,7 +65,9 @@ vector<Finding> examine_machine(const string& root, const string& folder) {
     usable = std::min(usable, limit - used + cached);
     memory += ", limited to " + bytes_text(limit) + " by the cgroup";
   }
-  string gpus;
+  string gpus, why;
+  for (const string& gpu : kCuda ? cuda_devices(why) : vector<string>()) gpus += gpu + "; ";
+  if (kCuda && gpus.empty()) gpus = "none, " + why + "; ";
   std::error_code error;
   for (const auto& gpu : fs::directory_iterator(root + "/proc/driver/nvidia/gpus", error))
     gpus += value_of(gpu.path() / "information", "Model") + "; ";

@@ -1,6 +1,5 @@
 // generate: pith generate.
 #include <cstdio>
-#include <filesystem>
 
 #include "app/arguments.h"
 #include "app/commands.h"

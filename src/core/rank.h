@@ -6,9 +6,11 @@ namespace pith {
 
 struct Tape;
 struct Comm;
+struct Cuda;
 
 // Blocks are 64-byte aligned; another thread may release them.
 struct Allocator {
+  Cuda* cuda = nullptr;  // of device memory
   int64_t live_bytes = 0, peak_bytes = 0;
   Storage* allocate(int64_t bytes, At at);
   void reset_peak() { peak_bytes = __atomic_load_n(&live_bytes, __ATOMIC_RELAXED); }

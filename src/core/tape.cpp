@@ -2,7 +2,7 @@
 
 #include <cmath>
 
-#include "core/rank.h"
+#include "core/cuda.h"
 
 namespace pith {
 
@@ -11,13 +11,15 @@ void TensorList::push(const Tensor& t) {
   item[count++] = t;
 }
 
-static void check_finite(const Rank& rank, const char* op, At at, const Tensor& t) {
-  if (!t.data || (t.dtype != DType::F32 && t.dtype != DType::F64)) return;
+static void check_finite(Rank& rank, const char* op, At at, const Tensor& x) {
+  if (!x.data || (x.dtype != DType::F32 && x.dtype != DType::F64)) return;
+  vector<char> bytes;
+  const Tensor t = on_host(rank, x, bytes);
   for (int64_t i = 0, n = t.numel(); i < n; i++) {
     const double v = t.dtype == DType::F32 ? t.as<float>()[i] : t.as<double>()[i];
     if (!std::isfinite(v))
       op_failed(rank, op, at, "non-finite value",
-                text("%g at element %ld of ", v, i) + describe(t));
+                text("%g at element %ld of ", v, i) + describe(x));
   }
 }
 
@@ -63,8 +65,10 @@ static void add_elements(const Tensor& to, const Tensor& from) {
 void add_into(Rank& rank, const Tensor& to, const Tensor& from, At at) {
   check(rank, "add_grad", at,
         {{"equal element counts", to.numel() == from.numel()},
-         {"equal dtypes", to.dtype == from.dtype}},
+         {"equal dtypes", to.dtype == from.dtype},
+         {"tensors on one device", to.device == from.device}},
         {&to, &from});
+  if (kCuda && to.device == Device::CUDA) return cuda_add(rank, to, from);
   if (to.dtype == DType::F64) return add_elements<double>(to, from);
   add_elements<float>(to, from);
 }

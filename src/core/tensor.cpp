@@ -3,7 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "core/rank.h"
+#include "core/cuda.h"
 
 namespace pith {
 
@@ -99,7 +99,9 @@ void Tensor::refresh() {
 }
 
 Storage* Allocator::allocate(int64_t bytes, At at) {
-  void* data = bytes ? std::aligned_alloc(64, (bytes + 63) / 64 * 64) : nullptr;
+  void* data = nullptr;
+  if (kCuda && cuda && bytes) data = cuda_allocate(*cuda, bytes);
+  if (!cuda && bytes) data = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
   if (bytes && !data)
     failed(text("%s:%d", at.file, at.line),
            text("out of memory (need %ld bytes, %ld are out)", bytes, live_bytes),
@@ -111,7 +113,10 @@ Storage* Allocator::allocate(int64_t bytes, At at) {
 
 void release(Storage* s) {
   __atomic_sub_fetch(&s->allocator->live_bytes, s->bytes, __ATOMIC_RELAXED);
-  std::free(s->data);
+  if (kCuda && s->allocator->cuda)
+    cuda_free(*s->allocator->cuda, s->data);
+  else
+    std::free(s->data);
   delete s;
 }
 
@@ -126,15 +131,34 @@ Tensor empty(Rank& rank, Dims dims, DType dtype, At at) {
   return t;
 }
 
+void fill_zero(Rank& rank, const Tensor& t) {
+  if (!t.data) return;
+  if (kCuda && t.device == Device::CUDA) return cuda_zero(rank, t.data, t.bytes());
+  std::memset(t.data, 0, t.bytes());
+}
+
 Tensor zeros(Rank& rank, Dims dims, DType dtype, At at) {
-  Tensor t = empty(rank, dims, dtype, at);
-  if (t.bytes()) std::memset(t.data, 0, t.bytes());
+  const Tensor t = empty(rank, dims, dtype, at);
+  fill_zero(rank, t);
   return t;
 }
 
 Tensor tensor_from(Rank& rank, Dims dims, DType dtype, const void* host, At at) {
   Tensor t = empty(rank, dims, dtype, at);
-  if (t.bytes()) std::memcpy(t.data, host, t.bytes());
+  if (kCuda && t.device == Device::CUDA && t.bytes())
+    cuda_copy(rank, t.data, host, t.bytes());
+  else if (t.bytes())
+    std::memcpy(t.data, host, t.bytes());
+  return t;
+}
+
+Tensor on_host(Rank& rank, Tensor t, vector<char>& bytes) {
+  if (kCuda && t.device == Device::CUDA) {
+    bytes.resize(t.data ? t.bytes() : 0);
+    if (!bytes.empty()) cuda_copy(rank, bytes.data(), t.data, t.bytes());
+    t.device = Device::CPU;
+    t.data = bytes.data();
+  }
   return t;
 }
 

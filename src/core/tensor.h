@@ -98,6 +98,8 @@ string describe(const Tensor& t);
 
 Tensor empty(Rank& rank, Dims dims, DType dtype, At at = At::here());
 Tensor zeros(Rank& rank, Dims dims, DType dtype, At at = At::here());
+void fill_zero(Rank& rank, const Tensor& t);  // if it has data
 Tensor tensor_from(Rank& rank, Dims dims, DType dtype, const void* host, At at = At::here());
+Tensor on_host(Rank& rank, Tensor t, vector<char>& bytes);  // t, or its copy in `bytes`
 
 }  // namespace pith

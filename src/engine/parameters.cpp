@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "comm/communicator.h"
 #include "core/rng.h"
@@ -81,14 +80,10 @@ void initialize(Rank& rank, Parameters& p, uint64_t seed) {
   }
 }
 
-static void clear(const Tensor& t) {
-  if (t.defined() && t.bytes()) std::memset(t.data, 0, t.bytes());
-}
-
-void zero_grads(Rank&, Parameters& p) {
+void zero_grads(Rank& rank, Parameters& p) {
   for (FlatUnit& unit : p.units) {
-    clear(unit.grads);
-    clear(unit.grad_shard);
+    fill_zero(rank, unit.grads);
+    fill_zero(rank, unit.grad_shard);
   }
 }
 
@@ -133,7 +128,7 @@ void reduce(Rank& rank, Parameters& p, FlatUnit& unit) {
   reduce_scatter(rank, unit.group, unit.grads, part, "reduce_scatter gradients", unit.cuts.data());
   if (!p.gather_layer) return;
   add_into(rank, unit.grad_shard, part);
-  clear(unit.grads);
+  fill_zero(rank, unit.grads);
 }
 
 void reduce_replicas(Rank& rank, Parameters& p) {

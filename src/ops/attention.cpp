@@ -6,7 +6,7 @@
 //          dk = scale ds^T q, dbias = ds.  Dao et al. 2022, arXiv:2205.14135
 //   errors shapes that do not fit; a row of doc_ends that descends; dtypes differ; with cp > 1
 //          also a bias or mask tensor, and S != Z
-//   bitwise run-to-run: yes, for any number of threads
+//   bitwise yes
 #include "ops/attention.h"
 
 #include <algorithm>
@@ -77,7 +77,7 @@ void move_keys(const Op& op, const AttentionCore& core, const Keys& packed,
     const View there = view(views.*part, 0), here = view(local.*part, range.begin);
     const Dims space{core.batch, range.count(), core.kv_heads * (views.*part).head};
     op.on_cpu(packed.kv, [&]<class T>(T*) {
-      if (here.x.data) copy_elements<T>(space, home ? there : here, home ? here : there, home);
+      if (here.x.data) copy_elements<T>(op, space, home ? there : here, home ? here : there, home);
     });
   }
 }
@@ -224,6 +224,7 @@ Tensor mask_table(const Op& op, const AttentionMask& mask, int64_t batch, int64_
 Tensor attend(const Op& op, const Tensor& q, const Tensor& k, const Tensor& v, int64_t width,
               double scale, const AttentionMask& mask, const Tensor& bias, const Dims& dims,
               std::initializer_list<Tensor> in) {
+  op.check_cpu(q);
   const Tensor table = mask_table(op, mask, q.dim[0], q.dim[1], k.dim[1]);
   Tensor out = op.empty(dims, q.dtype);
   const Tensor lse = op.empty({q.dim[0], q.dim[2], q.dim[1]}, q.dtype);

@@ -1,10 +1,9 @@
 // cpu: loops and products of the CPU forms. Outputs alone are divided among threads, in fixed
 // pieces, and sums have one order: results never depend on the number of threads.
 #pragma once
-#include <bit>
-#include <cmath>
 #include <limits>
 
+#include "ops/cuda.h"
 #include "ops/op.h"
 
 namespace pith {
@@ -46,31 +45,6 @@ T* row_of(const Tensor& t, int64_t r) {
   return t.as<T>() + r * t.cols();
 }
 
-// e^x for x <= 0, within 2 ulp; 0 where that is not normal.
-inline float exp_negative(float x) {
-  const float low = -87.3f, rounder = 12582912.0f;  // 1.5 * 2^23
-  const float z = x < low ? low : x;
-  const float n = (z * 1.44269504f + rounder) - rounder;
-  const float r = (z - n * 0.693359375f) + n * 2.12194440e-4f;  // z - n ln 2
-  float p = 1.0f / 5040;                                        // the series of e^r
-  p = p * r + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  const float power = std::bit_cast<float>((int32_t(n) + 127) << 23);
-  return x < low ? 0.0f : p * power;
-}
-inline double exp_negative(double x) { return std::exp(x); }
-
-template <class T>
-T logistic(T x) {
-  const T e = exp_negative(x < 0 ? x : -x);
-  return (x < 0 ? e : 1) / (1 + e);
-}
-
 // start joined with f(i) for i in [0, n): in sixteen lanes that become vector instructions.
 template <class T, class F, class Join>
 T lane_fold(int64_t n, T start, F&& f, Join&& join) {
@@ -106,10 +80,9 @@ T exp_sum(T* x, int64_t n, T shift) {
   return lane_sum<T>(n, [&](int64_t i) { return x[i] = exp_negative(x[i] - shift); });
 }
 
-// The ids of the k largest of x [n], descending; NaN is above all, ties keep their order.
+// The ids of the k largest of x [n], descending; ties keep their order.
 template <class T>
 void largest(const T* x, int64_t n, int64_t k, int32_t* ids) {
-  const auto above = [](T a, T b) { return a > b || (a != a && b == b); };
   int64_t held = 0;
   for (int64_t i = 0; i < n; i++) {
     if (held == k && !above(x[i], x[ids[k - 1]])) continue;
@@ -151,13 +124,16 @@ void gemm(int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, T beta, T* 
 // c = or += a b, tensors seen as [rows, cols], if wanted. Of y = x w^T: product(x, w, y, kNormal,
 // kTransposed), product(dy, w, dx) and product(dy, x, dw, kTransposed).
 template <class T>
-void product(const Tensor& a, const Tensor& b, Slot<T> c, Layout a_layout = kNormal,
+void product(const Op& op, const Tensor& a, const Tensor& b, Slot<T> c, Layout a_layout = kNormal,
              Layout b_layout = kNormal) {
-  const bool at = a_layout == kTransposed;
-  const int64_t n = b_layout == kTransposed ? b.rows() : b.cols();
   if (!c.data) return;
-  gemm<T>(at ? a.cols() : a.rows(), n, at ? a.rows() : a.cols(), {a.as<T>(), a.cols(), a_layout},
-          {b.as<T>(), b.cols(), b_layout}, c.add, c.data, n);
+  const bool at = a_layout == kTransposed;
+  const int64_t m = at ? a.cols() : a.rows(), k = at ? a.rows() : a.cols();
+  const int64_t n = b_layout == kTransposed ? b.rows() : b.cols();
+  const Matrix<T> left{a.as<T>(), a.cols(), a_layout}, right{b.as<T>(), b.cols(), b_layout};
+  if (kCuda && a.device == Device::CUDA)
+    return OnCuda<T>::gemm(op.rank, m, n, k, left, right, c.add, c.data);
+  gemm<T>(m, n, k, left, right, c.add, c.data, n);
 }
 
 // ---- Tensors walked over one index space, for the general vocabulary.
@@ -172,11 +148,13 @@ inline Extent extent_of(const Dims& dims, int dim) {
   return e;
 }
 
-// Where elements of x begin and how far apart they are along each dimension of an index space.
+// Where elements of x begin and how far apart they are along each dimension of an index space;
+// without a tensor, the scalar at each.
 struct View {
   Tensor x;
   int64_t begin = 0;
   int64_t step[kMaxDims] = {};
+  double scalar = 0;
   // Where element i of the space lies.
   int64_t offset(const Dims& space, int64_t i) const {
     int64_t at = begin;
@@ -194,36 +172,40 @@ inline View view_of(const Tensor& x, const Dims& space) {
 }
 inline View view_of(const Tensor& x) { return view_of(x, x.dim); }
 
-// An inner row of a view, as T.
+// An inner row of a view.
 template <class T>
 struct Column {
   const T* data;
-  const uint8_t* bytes;
   int64_t step;
-  Column(const View& v, const Dims& space, int64_t i) : step(v.step[space.rank - 1]) {
-    const int64_t at = v.offset(space, i);
-    data = v.x.as<T>() + at;
-    bytes = v.x.dtype == DType::U8 ? v.x.as<uint8_t>() + at : nullptr;
-  }
-  T operator[](int64_t i) const { return bytes ? T(bytes[i * step]) : data[i * step]; }
+  Column(const View& v, const Dims& space, int64_t i, const T* scalar)
+      : data(v.x.data ? v.x.as<T>() + v.offset(space, i) : scalar), step(v.step[space.rank - 1]) {}
+  T operator[](int64_t i) const { return data[i * step]; }
 };
 
-// out = or += f(in...) at each index of `space`.
-template <class T, class F, class... In>
-void elementwise(const Dims& space, const View& out, bool add, F f, const In&... in) {
+// v[4] = or += f of g, a, b, c = v[0..3] at each index of `space`; c is bytes where f is Where.
+template <class T, Formula f>
+void elementwise(const Op& op, const Dims& space, const View (&v)[5], bool add) {
+  const View& out = v[4];
+  if (kCuda && out.x.device == Device::CUDA)
+    return OnCuda<T>::elementwise(op.rank, space, v, add, f);
   const int64_t n = space[space.rank - 1], rows = n ? space.numel() / n : 0;
+  const T scalar[4] = {T(v[0].scalar), T(v[1].scalar), T(v[2].scalar), T(v[3].scalar)};
   parallel_rows(rows, n, [&](int64_t row) {
-    const Slot<T> to{out.x.as<T>() + out.offset(space, row * n), add};
-    const int64_t step = out.step[space.rank - 1];
-    [&](const auto... x) {
-      for (int64_t i = 0; i < n; i++) to.put(i * step, f(x[i]...));
-    }(Column<T>(in, space, row * n)...);
+    const int64_t at = row * n, step = out.step[space.rank - 1];
+    const Slot<T> to{out.x.as<T>() + out.offset(space, at), add};
+    const auto x = [&](int k) { return Column<T>(v[k], space, at, scalar + k); };
+    const auto run = [&](const auto... in) {
+      for (int64_t i = 0; i < n; i++) to.put(i * step, evaluate<T>(f, in[i]...));
+    };
+    if constexpr (f >= Formula::Where)
+      run(x(0), x(1), x(2), Column<uint8_t>(v[3], space, at, nullptr));
+    else
+      run(x(0), x(1), x(2), x(3));
   });
 }
 template <class T>
-void copy_elements(const Dims& space, const View& from, const View& to, bool add) {
-  elementwise<T>(
-      space, to, add, [](T x) { return x; }, from);
+void copy_elements(const Op& op, const Dims& space, const View& from, const View& to, bool add) {
+  elementwise<T, Formula::Copy>(op, space, {{}, from, {}, {}, to}, add);
 }
 
 // to = or += the sum of x over the dimensions that are missing or 1 in to, in F64.
@@ -234,14 +216,17 @@ void sum_to(const Op& op, Tensor x, const GradSlot& to) {
     if (x.dim[d] == 1 || (d >= missing && to.grad.dim[d - missing] != 1)) continue;
     const Extent e = extent_of(x.dim, d);
     const Tensor y = op.empty(with_size(x.dim, d, 1), x.dtype);
-    parallel_rows(e.outer, e.n * e.inner, [&](int64_t o) {
-      const T* from = x.as<T>() + o * e.n * e.inner;
-      add_columns<double>(e.n, e.inner, Slot<T>{y.as<T>() + o * e.inner},
-                          [&](int64_t i, int64_t c) { return from[i * e.inner + c]; });
-    });
+    if (kCuda && x.device == Device::CUDA)
+      OnCuda<T>::sum(op.rank, e, x.as<T>(), y.as<T>());
+    else
+      parallel_rows(e.outer, e.n * e.inner, [&](int64_t o) {
+        const T* from = x.as<T>() + o * e.n * e.inner;
+        add_columns<double>(e.n, e.inner, Slot<T>{y.as<T>() + o * e.inner},
+                            [&](int64_t i, int64_t c) { return from[i * e.inner + c]; });
+      });
     x = y;
   }
-  copy_elements<T>(x.dim, view_of(x), view_of(to.grad, x.dim), to.add);
+  copy_elements<T>(op, x.dim, view_of(x), view_of(to.grad, x.dim), to.add);
 }
 
 }  // namespace pith

@@ -2,7 +2,7 @@
 //   in     x [T, D]   w [V, D]   f32|f64, one dtype   labels I32 [T] in [0, V) or kIgnoreLabel
 //   grad   dlogits = scale (softmax(logits) - one-hot(label)), dx = dlogits w, dw = dlogits^T x
 //   errors shapes; a label outside [0, V); dtypes differ
-//   bitwise run-to-run: yes, for any number of threads
+//   bitwise yes
 #include <algorithm>
 
 #include "ops/cpu.h"
@@ -42,13 +42,13 @@ double cross_entropy_cpu(const Op& op, const Tensor& x, const Tensor& w, const T
   for (int64_t first = 0; first < tokens; first += kChunkRows) {
     const int64_t rows = std::min(kChunkRows, tokens - first);
     const Tensor part = x.slice_rows(first, first + rows), d = logits.slice_rows(0, rows);
-    product<T>(part, w, {d.as<T>()}, kNormal, kTransposed);
+    product<T>(op, part, w, {d.as<T>()}, kNormal, kTransposed);
     parallel_rows(rows, V * 8, [&](int64_t r) {
       losses[r] = row_loss(row_of<T>(d, r), V, labels.i32()[first + r], T(scale), grad);
     });
     for (int64_t r = 0; r < rows; r++) sum += losses[r];
-    if (dx.defined()) product<T>(d, w, {row_of<T>(dx, first)});
-    product<T>(d, part, {dw.data, dw.add || first > 0}, kTransposed);
+    if (dx.defined()) product<T>(op, d, w, {row_of<T>(dx, first)});
+    product<T>(op, d, part, {dw.data, dw.add || first > 0}, kTransposed);
   }
   if (dw.data && !dw.add && tokens == 0) std::fill_n(dw.data, w.numel(), T(0));
   return sum;

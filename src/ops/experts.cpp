@@ -6,7 +6,7 @@
 //          dweights = sum over the row of dy silu(gate) up
 //   errors shapes; dtypes differ; offsets, rows or pairs that do not fit; k outside [1, E];
 //          a forced id outside [0, E), or twice in a row
-//   bitwise run-to-run: yes, for any number of threads
+//   bitwise yes
 #include <algorithm>
 
 #include "ops/cpu.h"
@@ -71,7 +71,7 @@ Routing router(Rank& rank, Tensor x, Tensor w, RouterOptions options, At at) {
   Routing out{op.empty({T, k}, DType::I32), op.empty({T, k}, x.dtype), op.empty({T, E}, x.dtype)};
   op.on_cpu(x, [&]<class F>(F*) {
     if (forced.defined()) op.check_ids("forced_ids", forced, E);
-    product<F>(x, w, {out.probs.as<F>()}, kNormal, kTransposed);
+    product<F>(op, x, w, {out.probs.as<F>()}, kNormal, kTransposed);
     parallel_rows(T, E * 8, [&](int64_t t) {
       F *p = row_of<F>(out.probs, t), *weights = row_of<F>(out.weights, t);
       int32_t* ids = row_of<int32_t>(out.ids, t);
@@ -110,10 +110,11 @@ Routing router(Rank& rank, Tensor x, Tensor w, RouterOptions options, At at) {
               const F along = dot(row, p, experts);
               for (int64_t e = 0; e < experts; e++) row[e] = p[e] * (row[e] - along);
             });
-            product(d, b.keep[0], b.to(0));
+            product(b.op(), d, b.keep[0], b.to(0));
             b.node.bw_keep.push(d);
           })
-      .bw(1, {x}, [](const auto& b) { product(b.keep[1], b.keep[0], b.to(1), kTransposed); });
+      .bw(1, {x},
+          [](const auto& b) { product(b.op(), b.keep[1], b.keep[0], b.to(1), kTransposed); });
   return out;
 }
 
@@ -128,7 +129,7 @@ Tensor grouped_linear(Rank& rank, Tensor x, Tensor w, Tensor offsets, At at) {
   op.on_cpu(x, [&]<class T>(T*) {
     op.check_offsets("offsets", offsets, x.dim[0]);
     each_expert(offsets, x.numel() * w.dim[1], [&](int64_t e, int64_t r, int64_t end) {
-      product<T>(x.slice_rows(r, end), w.slice_rows(e, e + 1), {row_of<T>(y, r)}, kNormal,
+      product<T>(op, x.slice_rows(r, end), w.slice_rows(e, e + 1), {row_of<T>(y, r)}, kNormal,
                  kTransposed);
     });
   });
@@ -138,15 +139,16 @@ Tensor grouped_linear(Rank& rank, Tensor x, Tensor w, Tensor offsets, At at) {
             const Slot<T> dx = b.to(0);
             const int64_t in = b.keep[0].dim[2];
             each_expert(b.keep[1], b.dy().numel() * in, [&](int64_t e, int64_t r, int64_t end) {
-              product(b.dy().slice_rows(r, end), b.keep[0].slice_rows(e, e + 1), dx.from(r * in));
+              product(b.op(), b.dy().slice_rows(r, end), b.keep[0].slice_rows(e, e + 1),
+                      dx.from(r * in));
             });
           })
       .bw(1, {x, offsets}, []<class T>(Backward<T> b) {
         const Slot<T> dw = b.to(1);
         const int64_t in = b.keep[0].dim[1], size = in * b.dy().dim[1];
         each_expert(b.keep[1], b.dy().numel() * in, [&](int64_t e, int64_t r, int64_t end) {
-          product(b.dy().slice_rows(r, end), b.keep[0].slice_rows(r, end), dw.from(e * size),
-                  kTransposed);
+          product(b.op(), b.dy().slice_rows(r, end), b.keep[0].slice_rows(r, end),
+                  dw.from(e * size), kTransposed);
         });
       });
   return y;

@@ -3,7 +3,7 @@
 //   grad   linear: dx = dy w, dw = dy^T x, dbias = sum over rows of dy;
 //          matmul: da = dc b^T, db = a^T dc, each summed over repeated products
 //   errors inner sizes differ; leading sizes differ, neither is 1; bias not [out]; dtypes differ
-//   bitwise run-to-run: yes, for any number of threads
+//   bitwise yes
 #include <cblas.h>
 
 #include <algorithm>
@@ -48,18 +48,16 @@ Tensor linear(Rank& rank, Tensor x, Tensor w, Tensor bias, At at) {
             {"one dtype", one_dtype({&x, &w, &bias})}},
            {&x, &w, &bias});
   Tensor y = op.empty(with_size(x.dim, x.dim.rank - 1, out), x.dtype);
-  op.on_cpu(x, [&]<class T>(T*) {
-    if (bias.defined())
-      parallel_rows(x.rows(), out,
-                    [&](int64_t r) { std::copy_n(bias.as<T>(), out, row_of<T>(y, r)); });
-    product<T>(x, w, {y.as<T>(), bias.defined()}, kNormal, kTransposed);
+  op.typed(x, [&]<class T>(T*) {
+    if (bias.defined()) copy_elements<T>(op, y.dim, view_of(bias, y.dim), view_of(y), false);
+    product<T>(op, x, w, {y.as<T>(), bias.defined()}, kNormal, kTransposed);
   });
   record(op, {x, w, bias}, {&y})
-      .bx({w}, [](const auto& b) { product(b.dy(), b.keep[0], b.to(0)); })
+      .bx({w}, [](const auto& b) { product(b.op(), b.dy(), b.keep[0], b.to(0)); })
       .bw(1, {x}, []<class T>(Backward<T> b) {
-        product(b.dy(), b.keep[0], b.to(1), kTransposed);
-        add_columns<T>(b.dy().rows(), b.dy().cols(), b.to(2),
-                       [&](int64_t r, int64_t j) { return row_of<T>(b.dy(), r)[j]; });
+        product(b.op(), b.dy(), b.keep[0], b.to(1), kTransposed);
+        const GradSlot dbias = b.slot(2);
+        if (dbias.grad.defined()) sum_to<T>(b.op(), b.dy(), dbias);
       });
   return y;
 }
@@ -75,8 +73,8 @@ Tensor leading(Tensor x) {
 
 // c = or += a b at each index of `lead`, on several threads where products go to different places.
 template <class T>
-void products_cpu(const Dims& lead, const Tensor& a, Layout a_layout, const Tensor& b,
-                  Layout b_layout, const Tensor& c, bool add) {
+void products(const Op& op, const Dims& lead, const Tensor& a, Layout a_layout, const Tensor& b,
+              Layout b_layout, const Tensor& c, bool add) {
   if (!c.defined()) return;
   const View va = view_of(leading(a), lead), vb = view_of(leading(b), lead);
   const View vc = view_of(leading(c), lead);
@@ -86,12 +84,16 @@ void products_cpu(const Dims& lead, const Tensor& a, Layout a_layout, const Tens
     if (x.data) x.data += v.offset(lead, p) * rows * cols * sizeof(T);
     return x;
   };
-  const bool apart = vc.x.numel() == lead.numel();
-  parallel_rows(lead.numel(), apart ? c.cols() * a.dim[a.dim.rank - 2] * a.cols() : 0,
-                [&](int64_t p) {
-                  product<T>(at(a, va, p), at(b, vb, p), {at(c, vc, p).template as<T>(), add},
-                             a_layout, b_layout);
-                });
+  const auto one = [&](int64_t p) {
+    product<T>(op, at(a, va, p), at(b, vb, p), {at(c, vc, p).template as<T>(), add}, a_layout,
+               b_layout);
+  };
+  const int64_t work = c.cols() * a.dim[a.dim.rank - 2] * a.cols();
+  if (c.device == Device::CPU && vc.x.numel() == lead.numel()) {
+    parallel_rows(lead.numel(), work, one);
+  } else {
+    for (int64_t p = 0; p < lead.numel(); p++) one(p);
+  }
 }
 
 }  // namespace
@@ -110,14 +112,14 @@ Tensor matmul(Rank& rank, Tensor a, Tensor b, At at) {
   dims[dims.rank++] = a.dim[a.dim.rank - 2];
   dims[dims.rank++] = b.cols();
   Tensor c = op.empty(dims, a.dtype);
-  op.on_cpu(a, [&]<class T>(T*) { products_cpu<T>(lead, a, kNormal, b, kNormal, c, false); });
+  op.typed(a, [&]<class T>(T*) { products<T>(op, lead, a, kNormal, b, kNormal, c, false); });
   record(op, {a, b}, {&c})
       .bx({b.needs_grad() ? a : Tensor{}, a.needs_grad() ? b : Tensor{}},
           []<class T>(Backward<T> back) {
             const Tensor &dc = back.dy(), da = back.zeroed(0), db = back.zeroed(1);
             const Dims each = leading(dc).dim;
-            products_cpu<T>(each, dc, kNormal, back.keep[1], kTransposed, da, true);
-            products_cpu<T>(each, back.keep[0], kTransposed, dc, kNormal, db, true);
+            products<T>(back.op(), each, dc, kNormal, back.keep[1], kTransposed, da, true);
+            products<T>(back.op(), each, back.keep[0], kTransposed, dc, kNormal, db, true);
           });
   return c;
 }

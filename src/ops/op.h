@@ -1,7 +1,5 @@
 // op: checks, the choice of element type and tape nodes of every op.
 #pragma once
-#include <cstring>
-
 #include "ops/ops.h"
 
 namespace pith {
@@ -11,7 +9,7 @@ template <class T>
 struct Slot {
   T* data = nullptr;
   bool add = false;
-  void put(int64_t i, T value) const { data[i] = add ? data[i] + value : value; }
+  constexpr void put(int64_t i, T value) const { data[i] = add ? data[i] + value : value; }
   Slot from(int64_t i) const { return {data ? data + i : nullptr, add}; }
 };
 
@@ -36,7 +34,7 @@ struct Op {
   }
   // Defined, of one dtype, on one device.
   void check_alike(std::initializer_list<const Tensor*> ts) const;
-  // Elements of `ids` (I32) are in [0, limit) or `also`.
+  // Elements of `ids` (I32) are in [0, limit) or `also`; on a GPU with PITH_DEBUG=1 alone.
   void check_ids(const char* what, const Tensor& ids, int64_t limit, int32_t also = 0) const;
   // `offsets` (I32) ascend from 0 to P = last.
   void check_offsets(const char* what, const Tensor& offsets, int64_t last) const;
@@ -49,10 +47,14 @@ struct Op {
 
   // x is in main memory.
   void check_cpu(const Tensor& x) const;
-  // f(T*), a null pointer, T being x's float or double.
   template <class F>
   void on_cpu(const Tensor& x, F&& f) const {
     check_cpu(x);
+    typed(x, f);
+  }
+  // f(T*), a null pointer, T being x's float or double.
+  template <class F>
+  void typed(const Tensor& x, F&& f) const {
     check({{"dtype f32 or f64", x.dtype == DType::F32 || x.dtype == DType::F64}}, {&x});
     if (x.dtype == DType::F64)
       f(static_cast<double*>(nullptr));
@@ -78,14 +80,14 @@ struct Backward {
   // For what only adds; undefined if not wanted.
   Tensor zeroed(int input) const {
     const GradSlot s = slot(input);
-    if (s.grad.data && !s.add) std::memset(s.grad.data, 0, s.grad.bytes());
+    if (!s.add) fill_zero(rank, s.grad);
     return s.grad;
   }
 };
 
 template <class F>
 void run_backward(Rank& rank, Node& node, const TensorList& keep) {
-  Op{rank, node.op, node.at}.on_cpu(node.in[0], [&]<class T>(T*) {
+  Op{rank, node.op, node.at}.typed(node.in[0], [&]<class T>(T*) {
     F{}(Backward<T>{rank, node, keep});
   });
 }

@@ -2,7 +2,7 @@
 // w -= lr (weight_decay w + (m / (1-b1^step)) / (sqrt(v / (1-b2^step)) + eps)).
 //   in     w, g, m, v of one shape and dtype, f32|f64
 //   errors shapes or dtypes differ; step < 1
-//   bitwise run-to-run: yes, for any number of threads
+//   bitwise yes
 #include <algorithm>
 #include <cmath>
 
@@ -72,8 +72,10 @@ void fill_normal(Rank& rank, Tensor x, uint64_t key, uint64_t first, double std,
 }
 
 void fill_constant(Rank& rank, Tensor x, double value, At at) {
-  Op{rank, "fill_constant", at}.on_cpu(
-      x, [&]<class T>(T*) { std::fill_n(x.as<T>(), x.numel(), T(value)); });
+  const Op op{rank, "fill_constant", at};
+  op.typed(x, [&]<class T>(T*) {
+    elementwise<T, Formula::Copy>(op, x.dim, {{}, {.scalar = value}, {}, {}, view_of(x)}, false);
+  });
 }
 
 }  // namespace pith

@@ -3,7 +3,7 @@
 //   grad   sum: dy; max, top_k: dy at the ids; cumsum: the running sum of dy from the end;
 //          softmax: y * (dy - <dy, y>)
 //   errors no such dimension; mean or max over an empty one; k outside [1, size]
-//   bitwise run-to-run: yes, for any number of threads
+//   bitwise yes
 #include <algorithm>
 
 #include "ops/cpu.h"
@@ -29,8 +29,9 @@ Tensor over_last(const Op& op, const Tensor& x, int d, F f) {
 
 // Over the last dimension, from its end if `reverse`.
 template <class T>
-void cumsum_cpu(const Tensor& x, Slot<T> to, bool reverse) {
+void cumulate(const Op& op, const Tensor& x, Slot<T> to, bool reverse) {
   const int64_t n = x.cols();
+  if (kCuda && x.device == Device::CUDA) return OnCuda<T>::cumsum(op.rank, x, to, reverse);
   parallel_rows(x.rows(), n, [&](int64_t r) {
     T sum = 0;
     for (int64_t i = 0; i < n; i++) {
@@ -45,10 +46,10 @@ void cumsum_cpu(const Tensor& x, Slot<T> to, bool reverse) {
 Tensor sum(Rank& rank, Tensor x, int dim, At at) {
   const Op op{rank, "sum", at};
   Tensor y = op.empty(with_size(x.dim, op.dim_of(x, dim), 1), x.dtype);
-  op.on_cpu(x, [&]<class T>(T*) { sum_to<T>(op, x, {y}); });
+  op.typed(x, [&]<class T>(T*) { sum_to<T>(op, x, {y}); });
   record(op, {x}, {&y}).bx({}, []<class T>(Backward<T> b) {
     const GradSlot dx = b.slot(0);
-    copy_elements<T>(dx.grad.dim, view_of(b.dy(), dx.grad.dim), view_of(dx.grad), dx.add);
+    copy_elements<T>(b.op(), dx.grad.dim, view_of(b.dy(), dx.grad.dim), view_of(dx.grad), dx.add);
   });
   return y;
 }
@@ -71,7 +72,8 @@ TopK top_k(Rank& rank, Tensor x, int k, At at) {
   op.check({{need.c_str(), k >= 1 && k <= x.cols()}}, {&x});
   const Dims dims = with_size(x.dim, x.dim.rank - 1, k);
   TopK y{op.empty(dims, x.dtype), op.empty(dims, DType::I32)};
-  op.on_cpu(x, [&]<class T>(T*) {
+  op.typed(x, [&]<class T>(T*) {
+    if (kCuda && x.device == Device::CUDA) return OnCuda<T>::top_k(rank, x, k, y.values, y.ids);
     parallel_rows(x.rows(), x.cols() * 2, [&](int64_t r) {
       int32_t* ids = row_of<int32_t>(y.ids, r);
       largest(row_of<T>(x, r), x.cols(), k, ids);
@@ -80,6 +82,7 @@ TopK top_k(Rank& rank, Tensor x, int k, At at) {
   });
   record(op, {x}, {&y.values}).bx({y.ids}, []<class T>(Backward<T> b) {
     const Tensor dx = b.zeroed(0), &ids = b.keep[0];
+    if (kCuda && dx.device == Device::CUDA) return OnCuda<T>::top_k_grad(b.rank, b.dy(), ids, dx);
     for (int64_t i = 0; i < ids.numel(); i++)
       row_of<T>(dx, i / ids.cols())[ids.i32()[i]] += b.dy().template as<T>()[i];
   });
@@ -90,8 +93,8 @@ Tensor cumsum(Rank& rank, Tensor x, int dim, At at) {
   const Op op{rank, "cumsum", at};
   return over_last(op, x, op.dim_of(x, dim), [&](Tensor t) {
     Tensor y = op.like(t);
-    op.on_cpu(t, [&]<class T>(T*) { cumsum_cpu<T>(t, {y.as<T>()}, false); });
-    record(op, {t}, {&y}).bx({}, [](const auto& b) { cumsum_cpu(b.dy(), b.to(0), true); });
+    op.typed(t, [&]<class T>(T*) { cumulate<T>(op, t, {y.as<T>()}, false); });
+    record(op, {t}, {&y}).bx({}, [](const auto& b) { cumulate(b.op(), b.dy(), b.to(0), true); });
     return y;
   });
 }
@@ -100,7 +103,8 @@ Tensor softmax(Rank& rank, Tensor x, int dim, At at) {
   const Op op{rank, "softmax", at};
   return over_last(op, x, op.dim_of(x, dim), [&](Tensor t) {
     Tensor y = op.like(t);
-    op.on_cpu(t, [&, n = t.cols()]<class T>(T*) {
+    op.typed(t, [&, n = t.cols()]<class T>(T*) {
+      if (kCuda && t.device == Device::CUDA) return OnCuda<T>::softmax(op.rank, t, y);
       parallel_rows(t.rows(), n * 4, [&](int64_t r) {
         T* to = std::copy_n(row_of<T>(t, r), n, row_of<T>(y, r)) - n;
         const T sum = exp_sum(to, n, max_of(to, n));
@@ -110,6 +114,8 @@ Tensor softmax(Rank& rank, Tensor x, int dim, At at) {
     record(op, {t}, {&y}).bx({y}, []<class T>(Backward<T> b) {
       const int64_t n = b.dy().cols();
       const Slot<T> dx = b.to(0);
+      if (kCuda && b.dy().device == Device::CUDA)
+        return OnCuda<T>::softmax_grad(b.rank, b.dy(), b.keep[0], dx);
       parallel_rows(b.dy().rows(), n * 2, [&](int64_t r) {
         const T *g = row_of<T>(b.dy(), r), *p = row_of<T>(b.keep[0], r), mean = dot(g, p, n);
         for (int64_t i = 0; i < n; i++) dx.put(r * n + i, p[i] * (g[i] - mean));

@@ -3,7 +3,7 @@
 //   grad   the elements' gradients, moved back: of a choice, the sum over where a row went; of a
 //          sum, the choice
 //   errors sizes, ranges, ids or dimensions that do not fit; dtypes or devices differ
-//   bitwise run-to-run: yes, for any number of threads
+//   bitwise yes
 #include <algorithm>
 
 #include "ops/cpu.h"
@@ -21,14 +21,14 @@ View part_of(const Tensor& x, int dim, int64_t begin) {
 // The elements that a view, of each at most once, has in the index space `dims`.
 Tensor taken(const Op& op, const View& part, const Dims& dims) {
   Tensor y = op.empty(dims, part.x.dtype);
-  op.on_cpu(part.x, [&]<class T>(T*) { copy_elements<T>(dims, part, view_of(y), false); });
+  op.typed(part.x, [&]<class T>(T*) { copy_elements<T>(op, dims, part, view_of(y), false); });
   const int64_t* s = part.step;
   record(op, {part.x}, {&y})
       .numbers({s[0], s[1], s[2], s[3], s[4], part.begin})
       .bx({}, []<class T>(Backward<T> b) {
         View to{b.zeroed(0), b.node.i[kMaxDims]};
         std::copy_n(b.node.i, kMaxDims, to.step);
-        copy_elements<T>(b.dy().dim, view_of(b.dy()), to, true);
+        copy_elements<T>(b.op(), b.dy().dim, view_of(b.dy()), to, true);
       });
   return y;
 }
@@ -36,9 +36,12 @@ Tensor taken(const Op& op, const View& part, const Dims& dims) {
 // Row r of y, of n elements, = or += the sum of rows index[i] of x, i in [begin[r], begin[r+1]) or,
 // where begin is undefined, r.
 template <class T>
-void gather_rows(const Tensor& x, int64_t n, const Tensor& index, const Tensor& begin, Slot<T> y) {
+void gather_rows(const Op& op, const Tensor& x, int64_t n, const Tensor& index, const Tensor& begin,
+                 Slot<T> y) {
   const int64_t rows = begin.defined() ? begin.dim[0] - 1 : index.numel();
   if (!y.data) return;
+  if (kCuda && x.device == Device::CUDA)
+    return OnCuda<T>::gather_rows(op.rank, x, n, index, begin, y);
   parallel_rows(rows, n * (1 + index.numel() / std::max<int64_t>(1, rows)), [&](int64_t r) {
     const int64_t first = begin.defined() ? begin.i32()[r] : r;
     const int64_t end = begin.defined() ? begin.i32()[r + 1] : r + 1;
@@ -53,9 +56,10 @@ void gather_rows(const Tensor& x, int64_t n, const Tensor& index, const Tensor& 
 
 // Row ids[i] of y += row i of x, in the order of i.
 template <class T>
-void scatter_rows(const Tensor& x, const Tensor& ids, const Tensor& y) {
+void scatter_rows(const Op& op, const Tensor& x, const Tensor& ids, const Tensor& y) {
   const int64_t count = ids.numel(), n = count ? x.numel() / count : 0;
   if (!y.data) return;
+  if (kCuda && x.device == Device::CUDA) return OnCuda<T>::scatter_rows(op.rank, x, n, ids, y);
   column_blocks(count, n, [&](int64_t first, int64_t width) {
     for (int64_t i = 0; i < count; i++) {
       T* to = y.as<T>() + ids.i32()[i] * n + first;
@@ -68,10 +72,10 @@ void scatter_rows(const Tensor& x, const Tensor& ids, const Tensor& y) {
 int64_t width_of(const Dims& dims) { return dims[0] ? dims.numel() / dims[0] : 0; }
 
 constexpr auto kScatterGrad = []<class T>(Backward<T> b) {
-  scatter_rows<T>(b.dy(), b.keep[0], b.zeroed(0));
+  scatter_rows<T>(b.op(), b.dy(), b.keep[0], b.zeroed(0));
 };
 constexpr auto kGatherGrad = [](const auto& b) {
-  gather_rows(b.dy(), width_of(b.node.in[0].dim), b.keep[0], b.keep[1], b.to(0));
+  gather_rows(b.op(), b.dy(), width_of(b.node.in[0].dim), b.keep[0], b.keep[1], b.to(0));
 };
 
 // Rows ids of x, whose first dimension is replaced by those of ids.
@@ -79,7 +83,7 @@ Tensor select(const Op& op, const Tensor& x, const Tensor& ids) {
   Dims dims = ids.dim;
   for (int i = 1; i < x.dim.rank; i++) dims[dims.rank++] = x.dim[i];
   Tensor y = op.empty(dims, x.dtype);
-  op.on_cpu(x, [&]<class T>(T*) { gather_rows<T>(x, width_of(x.dim), ids, {}, {y.as<T>()}); });
+  op.typed(x, [&]<class T>(T*) { gather_rows<T>(op, x, width_of(x.dim), ids, {}, {y.as<T>()}); });
   return y;
 }
 
@@ -102,11 +106,11 @@ Tensor move_rows(const Op& op, bool to_pairs, const char* need, const Tensor& x,
   Tensor y = op.empty({to_pairs ? P : R, x.dim[1]}, x.dtype);
   const TensorList pairs = {d.row_of, {}}, rows = {d.pair_of, d.row_begin};
   const TensorList &forth = to_pairs ? pairs : rows, &back = to_pairs ? rows : pairs;
-  op.on_cpu(x, [&]<class T>(T*) {
+  op.typed(x, [&]<class T>(T*) {
     op.check_offsets("row_begin", d.row_begin, P);
     op.check_ids("row_of", d.row_of, R);
     op.check_ids("pair_of", d.pair_of, P);
-    gather_rows<T>(x, x.dim[1], forth[0], forth[1], {y.as<T>()});
+    gather_rows<T>(op, x, x.dim[1], forth[0], forth[1], {y.as<T>()});
   });
   record(op, {x}, {&y}).bx(back, kGatherGrad);
   return y;
@@ -176,10 +180,10 @@ Tensor concat(Rank& rank, TensorList xs, int dim, At at) {
     dims[d] += xs[k].dim[d];
   }
   Tensor y = op.empty(dims, xs[0].dtype);
-  op.on_cpu(y, [&]<class T>(T*) {
+  op.typed(y, [&]<class T>(T*) {
     int64_t begin = 0;
     for (int k = 0; k < xs.count; begin += xs[k++].dim[d])
-      copy_elements<T>(xs[k].dim, view_of(xs[k]), part_of(y, d, begin), false);
+      copy_elements<T>(op, xs[k].dim, view_of(xs[k]), part_of(y, d, begin), false);
   });
   record(op, {xs[0], xs[1], xs[2], xs[3], xs[4], xs[5], xs[6], xs[7]}, {&y})
       .numbers({d})
@@ -190,7 +194,8 @@ Tensor concat(Rank& rank, TensorList xs, int dim, At at) {
              begin += b.node.in[k++].dim[along]) {
           const GradSlot dx = b.slot(k);
           if (dx.grad.defined())
-            copy_elements<T>(dx.grad.dim, part_of(b.dy(), along, begin), view_of(dx.grad), dx.add);
+            copy_elements<T>(b.op(), dx.grad.dim, part_of(b.dy(), along, begin), view_of(dx.grad),
+                             dx.add);
         }
       });
   return y;
@@ -219,7 +224,8 @@ Tensor embedding(Rank& rank, Tensor ids, Tensor w, At at) {
   const Op op{rank, "embedding", at};
   op.check({{"ids I32 of at most 4 dimensions",
              ids.dtype == DType::I32 && ids.defined() && ids.dim.rank < kMaxDims},
-            {"w [V, D]", w.dim.rank == 2}},
+            {"w [V, D]", w.dim.rank == 2},
+            {"tensors on one device", ids.device == w.device}},
            {&ids, &w});
   op.check_ids("ids", ids, w.dim[0]);
   Tensor y = select(op, w, ids);
@@ -233,7 +239,7 @@ Tensor scatter_add(Rank& rank, Tensor src, Tensor ids, int64_t rows, At at) {
   op.check({{"rows >= 0", rows >= 0}, {"an id a row of src", ids.numel() == src.dim[0]}},
            {&src, &ids});
   Tensor y = zeros(rank, with_size(src.dim, 0, rows), src.dtype, at);
-  op.on_cpu(src, [&]<class T>(T*) { scatter_rows<T>(src, ids, y); });
+  op.typed(src, [&]<class T>(T*) { scatter_rows<T>(op, src, ids, y); });
   record(op, {src}, {&y}).bx({ids, {}}, kGatherGrad);
   return y;
 }

@@ -1,34 +1,80 @@
 // gradcheck: checks an op, or any composition of ops, against central differences in F64, and its
-// manners on the tape. One call is one row of a table:
+// manners on the tape; then, in a build with CUDA and with a GPU, the GPU's results against the
+// CPU's. One call is one row of a table:
 //
 //     TestRank t;
 //     gradcheck("add [3,4]+[4]", {t.random({3, 4}), t.random({4}, 2)},
 //               [](Rank& r, TensorList x) { return add(r, x[0], x[1]); });
 //
-// defines: TestRank, values_of, relative_error, GradcheckOptions, gradcheck, expect_error
+// defines: no_gpu, TestRank, values_of, relative_error, GradcheckOptions, OnGpu, gradcheck,
+// expect_error
 #pragma once
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <map>
 #include <string>
 #include <type_traits>
 #include <vector>
 
+#include "core/cuda.h"
 #include "core/rank.h"
 #include "core/rng.h"
 #include "core/tape.h"
 
 namespace pith {
 
-// A rank with a tape, on the CPU, in a world of one. Tensors must not outlive it.
+// Why nothing can be computed on a GPU here; empty where it can.
+inline const std::string& no_gpu() {
+  static const std::string reason = [] {
+    std::string why = "this build has no CUDA";
+    if constexpr (kCuda)
+      if (!cuda_devices(why).empty()) why = "";
+    return why;
+  }();
+  return reason;
+}
+
+// The elements of any tensor.
+inline std::vector<double> values_of(const Tensor& t) {
+  Rank rank;
+  if (t.storage.get()) rank.allocator = t.storage.get()->allocator;
+  vector<char> bytes;
+  const Tensor host = on_host(rank, t, bytes);
+  std::vector<double> v(t.numel());
+  for (size_t i = 0; i < v.size(); i++) {
+    if (t.dtype == DType::F64)
+      v[i] = host.as<double>()[i];
+    else if (t.dtype == DType::F32)
+      v[i] = host.f32()[i];
+    else if (t.dtype == DType::I32)
+      v[i] = host.i32()[i];
+    else
+      v[i] = host.as<uint8_t>()[i];
+  }
+  return v;
+}
+
+// A rank with a tape, in a world of one. Tensors must not outlive it.
 struct TestRank {
+  // The first member: closed when the tape's tensors are gone.
+  struct Gpu {
+    Cuda* cuda = nullptr;
+    ~Gpu() {
+      if constexpr (kCuda)
+        if (cuda) cuda_close(cuda);
+    }
+  } gpu;
   Allocator allocator;
   Status status;
   Tape tape;
   Rank rank;
-  TestRank() {
+  explicit TestRank(Device device = Device::CPU) {
+    if constexpr (kCuda)
+      if (device == Device::CUDA) gpu.cuda = allocator.cuda = cuda_open(0);
+    rank.device = device;
     rank.allocator = &allocator;
     rank.status = &status;
     rank.tape = &tape;
@@ -37,15 +83,16 @@ struct TestRank {
   // Normal numbers of standard deviation `std` around `mean`.
   Tensor random(Dims dims, uint64_t seed = 1, double std = 1, double mean = 0,
                 DType dtype = DType::F64) {
-    Tensor t = empty(rank, dims, DType::F64);
-    for (int64_t i = 0; i < t.numel(); i++) t.as<double>()[i] = mean + std * normal_at(seed, i);
-    return dtype == DType::F64 ? t : cast(t, dtype);
+    std::vector<double> values(dims.numel());
+    for (size_t i = 0; i < values.size(); i++) values[i] = mean + std * normal_at(seed, i);
+    return floats(dims, values, dtype);
   }
   // The given values (of any float dtype's worth), or all zeros when there are none.
-  Tensor floats(Dims dims, const std::vector<double>& values, DType dtype = DType::F64) {
-    Tensor t = zeros(rank, dims, DType::F64);
-    std::copy(values.begin(), values.end(), t.as<double>());
-    return cast(t, dtype);
+  Tensor floats(Dims dims, std::vector<double> values, DType dtype = DType::F64) {
+    values.resize(dims.numel());
+    if (dtype == DType::F64) return tensor_from(rank, dims, dtype, values.data());
+    const std::vector<float> narrow(values.begin(), values.end());
+    return tensor_from(rank, dims, dtype, narrow.data());
   }
   Tensor ints(Dims dims, const std::vector<int32_t>& values) {
     return tensor_from(rank, dims, DType::I32, values.data());
@@ -53,40 +100,13 @@ struct TestRank {
   Tensor mask(Dims dims, const std::vector<uint8_t>& values) {
     return tensor_from(rank, dims, DType::U8, values.data());
   }
-  // A copy in this rank's memory; a float tensor becomes `dtype`.
+  // A copy of a CPU's tensor in this rank's memory; a float tensor becomes `dtype`.
   Tensor cast(const Tensor& x, DType dtype) {
     if (!x.defined()) return x;
     if (!is_float(x.dtype)) return tensor_from(rank, x.dim, x.dtype, x.data);
-    Tensor y = empty(rank, x.dim, dtype);
-    for (int64_t i = 0; i < x.numel(); i++) {
-      const double v = x.dtype == DType::F64 ? x.as<double>()[i] : x.f32()[i];
-      if (dtype == DType::F64)
-        y.as<double>()[i] = v;
-      else
-        y.f32()[i] = static_cast<float>(v);
-    }
-    return y;
+    return floats(x.dim, values_of(x), dtype);
   }
 };
-
-// The elements of any tensor; those of a weight's accumulator for `grad`.
-inline std::vector<double> values_at(const char* data, DType dtype, int64_t n) {
-  std::vector<double> v(n);
-  for (int64_t i = 0; i < n; i++) {
-    if (dtype == DType::F64)
-      v[i] = reinterpret_cast<const double*>(data)[i];
-    else if (dtype == DType::F32)
-      v[i] = reinterpret_cast<const float*>(data)[i];
-    else if (dtype == DType::I32)
-      v[i] = reinterpret_cast<const int32_t*>(data)[i];
-    else
-      v[i] = reinterpret_cast<const uint8_t*>(data)[i];
-  }
-  return v;
-}
-inline std::vector<double> values_of(const Tensor& t) {
-  return values_at(t.data, t.dtype, t.numel());
-}
 
 // ||a - b|| / ||b||, or ||a - b|| where b is zero.
 inline double relative_error(const std::vector<double>& a, const std::vector<double>& b) {
@@ -112,6 +132,16 @@ struct GradcheckOptions {
                                 // a terminal op, which takes it as given)
 };
 
+// What the GPU did in this program.
+struct OnGpu {
+  int compared = 0;
+  std::map<std::string, int> refused;  // by the op without a CUDA form
+};
+inline OnGpu& on_gpu() {
+  static OnGpu counts;
+  return counts;
+}
+
 namespace gradcheck_detail {
 
 using Values = std::vector<std::vector<double>>;
@@ -119,6 +149,7 @@ using Values = std::vector<std::vector<double>>;
 // How the inputs are given to the function, and which outputs get a gradient.
 struct Mode {
   DType dtype = DType::F64;
+  Device device = Device::CPU;
   bool tape = true;
   bool weights = false;   // inputs have accumulators, which start at `start`
   bool deferred = false;  // weight gradients in a second pass
@@ -151,7 +182,7 @@ struct Checker {
   }
 
   Result run(const Mode& mode) const {
-    TestRank t;
+    TestRank t(mode.device);
     if (!mode.tape) t.rank.tape = nullptr;
     TensorList xs;
     std::vector<Tensor> accumulators(inputs.size());
@@ -266,6 +297,38 @@ struct Checker {
     near("gradients, one output at a time", sum, full.grads, 1e-9);
   }
 
+  // The GPU's results are the CPU's, `full` and `weights`, and repeat. An op without a CUDA form
+  // says so and is counted.
+  void compare_gpu(const Result& full, const Result& weights) {
+    constexpr Device kGpu = Device::CUDA;
+    const double limit = 1e-10;
+    try {
+      const Result gpu = run({.device = kGpu}), again = run({.device = kGpu});
+      on_gpu().compared++;
+      near("F64 values on the GPU", gpu.outputs, full.outputs, limit);
+      near("F64 gradients on the GPU", gpu.grads, full.grads, limit);
+      EXPECT_EQ(gpu.outputs, again.outputs) << name << ": second run on the GPU";
+      EXPECT_EQ(gpu.grads, again.grads) << name << ": second run on the GPU";
+      EXPECT_EQ(gpu.nodes, full.nodes) << name << ": on the GPU";
+      near("accumulators on the GPU", run({.device = kGpu, .weights = true, .start = 0.5}).grads,
+           weights.grads, limit);
+      if (o.f32_tolerance > 0) {
+        const Mode mode{.dtype = DType::F32, .device = kGpu};
+        const Result f32 = run(mode), f32_again = run(mode);
+        near("F32 values on the GPU", f32.outputs, full.outputs, o.f32_tolerance);
+        near("F32 gradients on the GPU", f32.grads, full.grads, o.f32_tolerance);
+        EXPECT_EQ(f32.outputs, f32_again.outputs) << name << ": second F32 run on the GPU";
+        EXPECT_EQ(f32.grads, f32_again.grads) << name << ": second F32 run on the GPU";
+      }
+    } catch (const Error& e) {  // "FILE:LINE: OP: no CUDA implementation ..."
+      const std::string message = e.what();
+      const size_t end = message.find(": no CUDA implementation");
+      if (end == std::string::npos) throw;
+      const size_t begin = message.rfind(' ', end - 1) + 1;
+      on_gpu().refused[message.substr(begin, end - begin)]++;
+    }
+  }
+
   void check() {
     const Result full = run({});
     for (size_t i = 0; i < inputs.size(); i++)
@@ -291,6 +354,7 @@ struct Checker {
       near("F32 values", f32.outputs, full.outputs, o.f32_tolerance);
       near("F32 gradients", f32.grads, full.grads, o.f32_tolerance);
     }
+    if (no_gpu().empty()) compare_gpu(full, weights);
   }
 };
 

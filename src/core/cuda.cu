@@ -1,0 +1,82 @@
+#include "core/cuda.cuh"
+
+namespace pith {
+
+static void check(bool good, const char* got, At at) {
+  if (!good)
+    failed(text("%s:%d", at.file, at.line), text("CUDA failed (got %s)", got),
+           "PITH_DEBUG=1, which names the op");
+}
+void cuda_check(cudaError_t e, At at) { check(e == cudaSuccess, cudaGetErrorString(e), at); }
+void cuda_check(cublasStatus_t s, At at) {
+  check(s == CUBLAS_STATUS_SUCCESS, cublasGetStatusString(s), at);
+}
+
+vector<string> cuda_devices(string& why) {
+  int count = 0;
+  vector<string> devices;
+  why = cudaGetErrorString(cudaGetDeviceCount(&count));
+  for (int i = 0; i < count; i++) {
+    cudaDeviceProp p{};
+    cuda_check(cudaGetDeviceProperties(&p, i));
+    devices.push_back(text("%s, sm_%d%d, %.1f GiB", p.name, p.major, p.minor,
+                           double(p.totalGlobalMem) / (1 << 30)));
+  }
+  return devices;
+}
+
+Cuda* cuda_open(int device) {
+  Cuda* cuda = new Cuda;
+  cuda_check(cudaSetDevice(device));
+  cuda_check(cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking));
+  cuda_check(cudaDeviceGetAttribute(&cuda->processors, cudaDevAttrMultiProcessorCount, device));
+  cudaMemPool_t pool;
+  cuda_check(cudaDeviceGetDefaultMemPool(&pool, device));
+  uint64_t keep = UINT64_MAX;  // what is freed stays with the process
+  cuda_check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep));
+  cuda_check(cublasCreate(&cuda->blas));
+  cuda_check(cublasSetStream(cuda->blas, cuda->stream));
+  return cuda;
+}
+
+void cuda_close(Cuda* cuda) {
+  cuda_check(cudaStreamSynchronize(cuda->stream));
+  cuda_check(cublasDestroy(cuda->blas));
+  cuda_check(cudaStreamDestroy(cuda->stream));
+  delete cuda;
+}
+
+void* cuda_allocate(Cuda& cuda, int64_t bytes) {
+  void* data = nullptr;
+  const cudaError_t error = cudaMallocAsync(&data, bytes, cuda.stream);
+  if (error != cudaErrorMemoryAllocation) cuda_check(error);
+  cudaGetLastError();  // it is told by the null
+  return data;
+}
+
+void cuda_free(Cuda& cuda, void* data) {
+  if (data) cudaFreeAsync(data, cuda.stream);  // destructors call it: the next call tells of errors
+}
+
+void cuda_zero(Rank& rank, void* data, int64_t bytes) {
+  if (bytes) cuda_check(cudaMemsetAsync(data, 0, bytes, cuda_of(rank).stream));
+}
+
+void cuda_copy(Rank& rank, void* to, const void* from, int64_t bytes) {
+  const cudaStream_t stream = cuda_of(rank).stream;
+  cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream));
+  cuda_check(cudaStreamSynchronize(stream));
+}
+
+template <class T>
+static void add_elements(Rank& rank, int64_t n, T* to, const T* from) {
+  cuda_each(rank, n, [=] __device__(int64_t i) { to[i] += from[i]; });
+}
+
+void cuda_add(Rank& rank, const Tensor& to, const Tensor& from) {
+  if (to.dtype == DType::F64)
+    return add_elements(rank, to.numel(), to.as<double>(), from.as<double>());
+  add_elements(rank, to.numel(), to.f32(), from.f32());
+}
+
+}  // namespace pith
