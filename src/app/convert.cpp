@@ -84,7 +84,7 @@ void import_hf(const Checkpoint& source, const string& to) {
     DurableFile copy(to + "/" + name);
     constexpr int64_t kPiece = 64 << 20;
     for (int64_t at = 0; at < file.bytes; at += kPiece) {
-      const int64_t count = std::min(kPiece, file.bytes - at);
+      const int64_t count = min(kPiece, file.bytes - at);
       go_on(progress, done += count);
       copy.write(file.map.data() + at, count);
     }

@@ -134,7 +134,7 @@ static void print_table(const CorpusSummary& s) {
   printf("files      %ld\ndocuments  %s\ntokens     %s\n\ntokens in a document     documents\n",
          s.files, with_commas(s.documents).c_str(), with_commas(s.tokens).c_str());
   int64_t most = 1;
-  for (const int64_t n : s.length_histogram) most = std::max(most, n);
+  for (const int64_t n : s.length_histogram) most = max(most, n);
   for (size_t i = 0; i < s.length_histogram.size(); i++) {
     const int64_t n = s.length_histogram[i];
     const string bar((n * 40 + most - 1) / most, '#');

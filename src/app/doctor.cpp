@@ -25,7 +25,7 @@ static string value_of(const fs::path& path, const string& key) {
   std::ifstream in(path);
   for (string line; std::getline(in, line);)
     if (line.starts_with(key))
-      return line.substr(std::min(line.find_first_not_of(" \t:", key.size()), line.size()));
+      return line.substr(min(line.find_first_not_of(" \t:", key.size()), line.size()));
   return "";
 }
 
@@ -62,7 +62,7 @@ vector<Finding> examine_machine(const string& root, const string& folder) {
   if (const double limit = atof(cgroup_value(root, "memory.max").c_str())) {  // 0 for "max"
     const double used = atof(cgroup_value(root, "memory.current").c_str());
     const double cached = atof(cgroup_value(root, "memory.stat", "inactive_file").c_str());
-    usable = std::min(usable, limit - used + cached);
+    usable = min(usable, limit - used + cached);
     memory += ", limited to " + bytes_text(limit) + " by the cgroup";
   }
   string gpus, why;

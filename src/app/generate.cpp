@@ -46,7 +46,7 @@ int run_generate(int argc, char** argv) {
   Progress progress("generating", double(count), "tokens");
   with_model(model, model.length, [&](Rank& rank, Instance& instance) {
     for (int64_t i = 0; i < count && !stop_requested(); i++) {
-      const auto seen = ids.end() - std::min<int64_t>(int64_t(ids.size()), model.length);
+      const auto seen = ids.end() - min<int64_t>(int64_t(ids.size()), model.length);
       const auto token = uint32_t(next_token(rank, instance, {seen, ids.end()}, options, i));
       if (token == eos) break;
       ids.push_back(token);

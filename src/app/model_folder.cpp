@@ -23,7 +23,7 @@ ModelFolder open_model(const string& folder) {
   for (const fs::path& at : {here, here.parent_path()})
     if (!m.run && fs::exists(at / "config.toml") && fs::exists(at / "metrics.jsonl"))
       m.run = load_run_config(at / "config.toml", {});
-  m.length = m.run ? m.run->data.sequence_length : std::min<int64_t>(m.shape.max_positions, 2048);
+  m.length = m.run ? m.run->data.sequence_length : min<int64_t>(m.shape.max_positions, 2048);
   return m;
 }
 

@@ -67,7 +67,7 @@ string draw_svg(const ScheduleOptions& o, const vector<ActionList>& lists, const
       "g text{font-size:10px;text-anchor:middle}.F{fill:#7fb2e5}.f{fill:#c4dcf4}.B{fill:#f0a35e}"
       ".b{fill:#fad7b3}.W{fill:#7fc29b}.w{fill:#c3e5d0}.both{fill:#cdb9e8}.idle{fill:#ededea}"
       "</style>\n",
-      std::max(kLeft + c.makespan * kUnit, 900) + 20, kTop + o.pp * kRow);
+      max(kLeft + c.makespan * kUnit, 900) + 20, kTop + o.pp * kRow);
   const auto words = [&](int x, int y, const string& s) {
     out += text("<text x=\"%d\" y=\"%d\">%s</text>\n", x, y, s.c_str());
   };

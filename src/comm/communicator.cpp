@@ -403,7 +403,7 @@ static void connect(World& world) {
 static void run_rank(World& world, Comm& mine, void (*call)(void*, Rank&), void* fn) {
   const int n = int(world.ranks.size());
   mine.rank.status->thread = gettid();
-  if (n > 1 && omp_set_num_threads) omp_set_num_threads(std::max(1, omp_get_max_threads() / n));
+  if (n > 1 && omp_set_num_threads) omp_set_num_threads(max(1, omp_get_max_threads() / n));
   int code = kExitDone;
   string error;
   try {

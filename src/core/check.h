@@ -10,7 +10,7 @@
 
 namespace pith {
 
-using std::string, std::string_view, std::vector;
+using std::max, std::min, std::string, std::string_view, std::vector;
 
 // The model's line that called: the last parameter of every op.
 struct At {

@@ -30,7 +30,7 @@ template <int kEach = kBlock, class F>
 void cuda_each(Rank& rank, int64_t n, F f) {
   if (n == 0) return;
   const Cuda& cuda = cuda_of(rank);
-  const int64_t blocks = std::min<int64_t>((n + kEach - 1) / kEach, cuda.processors * 16);
+  const int64_t blocks = min<int64_t>((n + kEach - 1) / kEach, cuda.processors * 16);
   each_kernel<kEach><<<blocks, kBlock, 0, cuda.stream>>>(n, f);
   cuda_check(cudaGetLastError());
 }

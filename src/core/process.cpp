@@ -41,7 +41,7 @@ static void on_stop(int signal_number) {
                          "called at %s:%d%s%s",
                          s.rank, doing, s.step, s.layer, s.stage, s.micro_batch, s.op, s.at.file,
                          s.at.line, s.waiting[0] ? ", waits in " : "", s.waiting);
-  return std::min(size_t(n), size - 1);
+  return min(size_t(n), size - 1);
 }
 
 [[noreturn]] static void crash(const char* what, const char* detail) {

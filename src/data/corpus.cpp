@@ -360,7 +360,7 @@ class CorpusRun {
         units_(plan_corpus(options)),
         tokenizer_(Tokenizer::load(options.tokenizer)),
         threads_(options.threads ? int(options.threads)
-                                 : std::max<int>(1, std::thread::hardware_concurrency())),
+                                 : max<int>(1, std::thread::hardware_concurrency())),
         progress_("tokenize", find_work() / 1e6, "MB of files") {
     auto eos = options.eos.empty() ? tokenizer_.eos_id() : tokenizer_.id_of(options.eos);
     const bool is_id = !options.eos.empty() && options.eos.size() < 10 &&

@@ -42,7 +42,7 @@ CorpusSummary inspect_corpus(const string& where, int64_t top, int64_t samples) 
       const int64_t n = summary.documents++, place = n < samples ? n : random() % (n + 1);
       if (place >= samples) continue;
       if (place == n) summary.samples.emplace_back();
-      ids.resize(std::min<size_t>(ids.size(), kSampleTokens));
+      ids.resize(min<size_t>(ids.size(), kSampleTokens));
       summary.samples[place] = {fs::relative(path, folder), i,
                                 tokenizer.decode(ids, SpecialTokens::Keep)};
     }
@@ -51,7 +51,7 @@ CorpusSummary inspect_corpus(const string& where, int64_t top, int64_t samples) 
   for (uint32_t id = 0; id < counts.size(); id++)
     if (counts[id]) summary.frequent.push_back({id, counts[id], ""});
   std::ranges::stable_sort(summary.frequent, std::greater{}, &CorpusSummary::Frequent::count);
-  summary.frequent.resize(std::min<size_t>(summary.frequent.size(), top));
+  summary.frequent.resize(min<size_t>(summary.frequent.size(), top));
   for (auto& f : summary.frequent) f.text = tokenizer.decode({&f.id, 1}, SpecialTokens::Keep);
   return summary;
 }

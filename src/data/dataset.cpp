@@ -103,7 +103,7 @@ Dataset::Dataset(const vector<string>& paths, const DataOptions& options)
     const TokenFile& file = files_[index];
     const int64_t width = size_of(file.type), n = file.num_tokens;
     for (int64_t at = 0; at < n && token_bytes_ <= kChecked; at += kBlock)
-      file.copy(at, std::min(kBlock, n - at), options.vocab_size, block);
+      file.copy(at, min(kBlock, n - at), options.vocab_size, block);
     for (int64_t doc = 0, begin = 0, end; doc < file.num_docs; doc++, begin = end) {
       end = file.doc_end(doc);
       if (begin == end) continue;
@@ -157,13 +157,13 @@ void Dataset::train_sample(int64_t index, const SampleRow& row) const {
 }
 
 void Dataset::heldout_sample(int64_t index, const SampleRow& row) const {
-  cut(heldout_, std::min(index * options_.seq_length, heldout_.num_tokens), row);
+  cut(heldout_, min(index * options_.seq_length, heldout_.num_tokens), row);
   if (index >= heldout_samples()) std::fill_n(row.labels, options_.seq_length, kIgnoreLabel);
 }
 
 void Dataset::cut(const Stream& stream, int64_t begin, const SampleRow& row) const {
   const int64_t length = options_.seq_length;
-  const int64_t n = std::min(length + 1, stream.num_tokens - begin);  // with the last label
+  const int64_t n = min(length + 1, stream.num_tokens - begin);  // with the last label
   const bool mask = options_.document_mask;
   vector<int32_t> window(length + 1), ends(length, int32_t(length));
   std::fill_n(row.labels, length, kIgnoreLabel);
@@ -171,13 +171,13 @@ void Dataset::cut(const Stream& stream, int64_t begin, const SampleRow& row) con
   for (int64_t at = 0, stop; at < n; at = stop, next++) {
     const Document& document = next[-1];
     const int64_t end = next == stream.documents.end() ? stream.num_tokens : next->begin;
-    stop = std::min(n, end - begin);
+    stop = min(n, end - begin);
     files_[document.file].copy(document.file_offset + begin + at - document.begin, stop - at,
                                options_.vocab_size, &window[at]);
     // Each token is the label of the one before it, in its document or, unmasked, in any.
-    const int64_t first = mask ? at + 1 : std::max<int64_t>(at, 1);
+    const int64_t first = mask ? at + 1 : max<int64_t>(at, 1);
     std::copy(window.data() + first, window.data() + stop, row.labels + first - 1);
-    const int64_t inside = std::min(stop, length);
+    const int64_t inside = min(stop, length);
     if (mask) std::fill_n(ends.data() + at, inside - at, int32_t(inside));
   }
   std::copy_n(window.begin(), length, row.tokens);
@@ -193,7 +193,7 @@ uint64_t Dataset::fingerprint() const {
   for (const TokenFile& file : files_) {
     const int64_t sizes[] = {size_of(file.type), file.num_tokens, file.num_docs};
     const int64_t bytes = sizes[0] * sizes[1];
-    const int64_t block = whole ? bytes : std::min<int64_t>(bytes, 4096);
+    const int64_t block = whole ? bytes : min<int64_t>(bytes, 4096);
     add(sizes, sizeof sizes);
     add(file.ends, 8 * file.num_docs);
     for (int64_t i = 0; i < (whole ? 1 : 16); i++)  // from the first block to the last one
@@ -265,7 +265,7 @@ double bigram_nats(const Dataset& data) {
   const double seen = v - std::ranges::count(before, 0);
   // Counts less their discount, and what that took, spread by the lower order.
   const auto mix = [](double n, double off, double kind, double low, double all) {
-    return all == 0 ? low : (std::max(n - off, 0.0) + off * kind * low) / all;
+    return all == 0 ? low : (max(n - off, 0.0) + off * kind * low) / all;
   };
   each_pair(data.heldout_, [&](int32_t a, int32_t b) {
     const double low = mix(before[b], discount, seen, 1.0 / v, kinds);

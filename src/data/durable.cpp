@@ -53,7 +53,7 @@ DurableFile::~DurableFile() {
 void DurableFile::write(const void* bytes, int64_t size) {
   const char* next = static_cast<const char*>(bytes);
   for (const char* end = next + size; next < end;) {
-    const ssize_t n = ::write(fd_, next, std::min<size_t>(end - next, 1 << 30));  // Linux: < 2 GiB
+    const ssize_t n = ::write(fd_, next, min<size_t>(end - next, 1 << 30));  // Linux: < 2 GiB
     if (n < 0 && errno == EINTR) continue;
     if (n < 0) failed_call(temporary_, "cannot be written", errno);
     next += n;

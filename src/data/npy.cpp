@@ -48,7 +48,7 @@ NpyHeader parse_npy_header(const char* data, int64_t size, const string& place) 
   for (char* end = nullptr; *at != ')'; at = end + strspn(end, ", ")) {
     header.shape.push_back(strtoll(at, &end, 10));
     if (end == at || header.shape.back() < 0) refuse("has a bad shape (got " + dict + ")");
-    const int64_t extent = std::max<int64_t>(header.shape.back(), 1);
+    const int64_t extent = max<int64_t>(header.shape.back(), 1);
     if (__builtin_mul_overflow(bytes, extent, &bytes)) refuse("has a shape that is too large");
   }
   if (header.data_bytes() > room)

@@ -183,7 +183,7 @@ void SafetensorsWriter::write(const void* bytes, int64_t size) {
     if (left_ < size && begun_ == shards_.size())
       failed(file_->path(),
              text("was given more bytes than declared (got %ld, need %ld)", size, left_));
-    const int64_t piece = std::min(size, left_);
+    const int64_t piece = min(size, left_);
     file_->write(next, piece);
     next += piece;
     size -= piece;

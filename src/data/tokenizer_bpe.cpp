@@ -120,7 +120,7 @@ void Bpe::encode_word(string_view word, EncodeScratch& scratch) const {
 }
 
 EncodeScratch::EncodeScratch(size_t cache_bytes)
-    : entries_(std::bit_floor(std::max(cache_bytes / sizeof(Entry), size_t{2}))) {}
+    : entries_(std::bit_floor(max(cache_bytes / sizeof(Entry), size_t{2}))) {}
 
 void EncodeScratch::use(uint64_t tokenizer) {
   if (!cache_.empty() && owner_ == tokenizer) return;
@@ -137,7 +137,7 @@ void Bpe::encode(const vector<string_view>& words, EncodeScratch& scratch,
   const auto is_short = [](string_view word) { return word.size() < sizeof Entry::key; };
   size_t used = out.size();
   for (size_t done = 0; done < words.size(); done += kBatch) {
-    const size_t batch = std::min(words.size() - done, kBatch);
+    const size_t batch = min(words.size() - done, kBatch);
     for (size_t i = 0; i < batch; i++) {
       const string_view word = words[done + i];
       if (!is_short(word)) continue;

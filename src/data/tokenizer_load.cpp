@@ -99,7 +99,7 @@ static Json parse(TokenizerTables& t, rapidjson::Document& document, Value& voca
 
 // `name` is how the vocabulary knows the token, `text` how it is found in a document.
 static void set_token(TokenizerTables& t, uint32_t id, string_view name, string_view text) {
-  const size_t ids = std::max<size_t>(t.texts.size(), id + 1);
+  const size_t ids = max<size_t>(t.texts.size(), id + 1);
   t.texts.resize(ids);
   t.bytes.resize(ids);
   t.special.resize(ids);
@@ -115,7 +115,7 @@ static vector<Bpe::Merge> read_merges(const TokenizerTables& t, const Value& mer
     string pair(view(merge));  // "left right", the older form
     if (merge.IsArray() && merge.Size() == 2)
       pair = string(view(merge[0])) + " " + string(view(merge[1]));
-    const size_t space = std::min(pair.find(' '), pair.size());
+    const size_t space = min(pair.find(' '), pair.size());
     const string left = pair.substr(0, space), right = pair.substr(space + (space < pair.size()));
     const uint32_t ids[] = {t.find(left), t.find(right), t.find(left + right)};
     if (std::count(ids, ids + 3, kNoId))

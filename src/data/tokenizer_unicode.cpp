@@ -201,7 +201,7 @@ bool is_valid_utf8(string_view bytes) { return valid_utf8_prefix(bytes) == bytes
 
 // How many of `bytes`, which start with no whole character, could start one; at least 1.
 static size_t invalid_part(string_view bytes) {
-  for (size_t size = std::min<size_t>(bytes.size(), 3); size > 1; size--)
+  for (size_t size = min<size_t>(bytes.size(), 3); size > 1; size--)
     for (size_t missing = 1; size + missing <= 4; missing++)
       for (const char filler : {'\x80', '\xbf'})
         if (is_valid_utf8(string(bytes.substr(0, size)) + string(missing, filler))) return size;

@@ -51,7 +51,7 @@ static void in_parallel(auto& items, const auto& fn) {
   std::atomic<size_t> next{0};
   vector<std::jthread> threads;
   const size_t most = std::clamp(std::thread::hardware_concurrency(), 1u, 8u);
-  while (threads.size() < std::min(most, items.size()))
+  while (threads.size() < min(most, items.size()))
     threads.emplace_back([&] {
       for (size_t i = next++; i < items.size(); i = next++) fn(items[i]);
     });
@@ -82,7 +82,7 @@ void write_manifest(const Checkpoint& c, const string& path) {
 
 static Checkpoint read_manifest(const string& path) {
   const string bytes = read_text_file(path);
-  const size_t start = std::min(bytes.size(), sealed("").size());
+  const size_t start = min(bytes.size(), sealed("").size());
   if (bytes != sealed(bytes.substr(start)))
     bad_input(path, "is damaged or cut short, or of another version of Pith", kRestore);
   return nlohmann::json::parse(bytes).get<Checkpoint>();
@@ -282,8 +282,7 @@ void check_weights(const Checkpoint& c, const ParameterTable& whole) {
   string what;
   for (const auto& [fault, names] : faults) {
     what += text("; %zu %s: ", names.size(), fault.c_str());
-    for (size_t i = 0; i < std::min<size_t>(names.size(), 10); i++)
-      what += (i ? ", " : "") + names[i];
+    for (size_t i = 0; i < min<size_t>(names.size(), 10); i++) what += (i ? ", " : "") + names[i];
     if (names.size() > 10) what += ", ...";
   }
   if (!what.empty())
@@ -294,7 +293,7 @@ void check_weights(const Checkpoint& c, const ParameterTable& whole) {
 void read_elements(const Checkpoint& c, const StoredTensor& tensor, int64_t begin, int64_t count,
                    float* out) {
   for (const StoredFragment& f : tensor.fragments) {
-    const int64_t from = std::max(begin, f.begin), to = std::min(begin + count, f.begin + f.count);
+    const int64_t from = max(begin, f.begin), to = min(begin + count, f.begin + f.count);
     if (from >= to) continue;
     const char* data = c.files[size_t(f.file)].map.data() + f.offset;
     to_f32(tensor.dtype, data + (from - f.begin) * size_of(tensor.dtype), out + (from - begin),
@@ -521,7 +520,7 @@ int64_t CheckpointSaver::exchange(Rank& rank) {
 }
 
 void CheckpointSaver::wait(Rank& rank, int64_t most_bytes_left) {
-  for (double pause = 2e-4; exchange(rank) > most_bytes_left; pause = std::min(pause * 1.5, 0.02)) {
+  for (double pause = 2e-4; exchange(rank) > most_bytes_left; pause = min(pause * 1.5, 0.02)) {
     std::this_thread::sleep_for(duration<double>(pause));
     stall_s_ += pause;
   }

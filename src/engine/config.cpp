@@ -128,7 +128,7 @@ double distance(string_view a, string_view b) {
       diagonal = std::exchange(row[j + 1], least);
     }
   }
-  return double(row.back()) / double(std::max(a.size(), b.size()));
+  return double(row.back()) / double(max(a.size(), b.size()));
 }
 
 // Or an error that suggests the nearest name, last word or section.

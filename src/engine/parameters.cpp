@@ -61,7 +61,7 @@ vector<Fragment> fragments(const Parameters& p) {
       int64_t at = unit.offsets[i] - unit.shard_begin;  // in the shard
       for (const Piece& piece : p.table[unit.entries[i]].pieces) {
         const int64_t n = piece.dims.numel();
-        const int64_t from = std::max<int64_t>(at, 0), to = std::min(at + n, unit.shard_count);
+        const int64_t from = max<int64_t>(at, 0), to = min(at + n, unit.shard_count);
         if (from < to) list.push_back({&piece, from - at, to - from, int(u), from});
         at += n;
       }

@@ -92,9 +92,9 @@ void trace_routing(const RoutingSlot& slot, int layer, int micro_batch, const Ro
     for (int64_t e = 0; e < E; e++) {
       const double p = element(routing.probs, t * E + e);
       if (std::find(ids, ids + k, e) == ids + k)
-        left_out = std::max(left_out, p);
+        left_out = max(left_out, p);
       else
-        chosen = std::min(chosen, p);
+        chosen = min(chosen, p);
     }
     step.gaps[place] = float(std::log(chosen) - std::log(left_out));
   }

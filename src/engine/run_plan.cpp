@@ -97,7 +97,7 @@ vector<RankMemory> rank_memory(const RunPlan& plan) {
       bytes.gradients += 4 * unit.shard_count;
       bytes.optimizer += 8 * unit.shard_count;
       if (!whole) full += unit.numel;
-      if (!whole) largest = std::max(largest, unit.numel);
+      if (!whole) largest = max(largest, unit.numel);
       layers += unit.kind == UnitKind::Layer;
       if (unit.kind == UnitKind::Experts)
         widths = unit.numel / (s.num_experts / plan.mesh.ep) / s.hidden;

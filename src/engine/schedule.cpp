@@ -31,7 +31,7 @@ vector<int> layer_partition(int layers, int stages) {
         text("are fewer than the pipeline's stages (got %d layers and %d stages)", layers, stages),
         "a smaller parallel.pp, or parallel.schedule = \"1f1b\"");
   vector<int> count(stages, layers / stages);
-  const int interior = std::max(stages - 2, 0);
+  const int interior = max(stages - 2, 0);
   for (int i = 0; i < layers % stages; i++) count[i < interior ? i + 1 : 0]++;
   return count;
 }
@@ -210,7 +210,7 @@ void build_dualpipev(Builder& s) {
 }
 
 void build_1f1b(Builder& s) {
-  const int n = s.o.micro_batches, ahead = std::min(s.o.pp - s.rank - 1, n);
+  const int n = s.o.micro_batches, ahead = min(s.o.pp - s.rank - 1, n);
   for (int i = 0; i < ahead; i++) s.f(0);
   for (int i = ahead; i < n; i++) {
     s.f(0);

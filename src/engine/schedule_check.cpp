@@ -97,7 +97,7 @@ struct ListWalk {
       if (o.gather_step) need(kGather, a.chunk * n);
       need_input(i, -1);
       record(kF, i);
-      peak_live = std::max(peak_live, ++live);
+      peak_live = max(peak_live, ++live);
       if (o.forward_only) {  // an output stays until it is sent or has become an input
         live -= rank_beside(o, rank, a.chunk, 1) < 0;
         live -= rank_beside(o, rank, a.chunk, -1) == rank;
@@ -245,7 +245,7 @@ struct Replay {
     if (r.inside) return false;
     for (const Visit& v : e.visits)
       for (const auto& [_, visits] : *v.place)
-        r.time = std::max(r.time, visits[v.place->at(rank).size() - 1].time);
+        r.time = max(r.time, visits[v.place->at(rank).size() - 1].time);
     r.next++;
     return true;
   }
@@ -270,7 +270,7 @@ struct Replay {
     }
     for (int r = 0; r < count; r++) {
       if (!ranks[r].ended()) deadlock(r);
-      result.makespan = std::max(result.makespan, ranks[r].time);
+      result.makespan = max(result.makespan, ranks[r].time);
     }
   }
 };
@@ -289,7 +289,7 @@ ScheduleCheck check_collectives(const ScheduleOptions& o, const Mesh& mesh, int 
       ListWalk walk{o, coord_of(mesh, c.rank).pp_rank};
       for (c.action = 0; c.action < int(list.size()); c.action++) walk.run(list[c.action]);
       walk.end();
-      c.peak_live = std::max(c.peak_live, walk.peak_live);
+      c.peak_live = max(c.peak_live, walk.peak_live);
       c.begin.emplace_back(list.size());
       for (const Action& a : list) c.busy += duration(a);
     }

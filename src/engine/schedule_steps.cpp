@@ -58,7 +58,7 @@ struct Half {
 // follows alone.
 vector<Step> overlapped(const Half& f, const Half& b) {
   vector<Step> steps;
-  const size_t turns = 1 + 2 * std::min(f.layers.count, b.layers.count);
+  const size_t turns = 1 + 2 * min(f.layers.count, b.layers.count);
   const auto take = [&](const Half& h, size_t i) {
     if (i < h.pieces.size()) steps.insert(steps.end(), h.pieces[i].begin(), h.pieces[i].end());
   };

@@ -22,7 +22,7 @@ double learning_rate(const LrSchedule& schedule, double peak, int64_t s, int64_t
   const bool wsd = schedule.kind == "wsd";
   const double decay = wsd ? std::nearbyint(schedule.decay_ratio * n) : n - warmup;
   if (decay == 0 || x < n - decay) return peak;
-  const double t = std::min((x - (n - decay)) / decay, 1.0);
+  const double t = min((x - (n - decay)) / decay, 1.0);
   if (wsd && schedule.decay_shape == "linear") return peak + (schedule.final_lr - peak) * t;
   return schedule.final_lr + (peak - schedule.final_lr) * (1 + std::cos(std::numbers::pi * t)) / 2;
 }
@@ -56,7 +56,7 @@ StepMetrics Trainer::compute_gradients() {
   rank.status->step = int(state.step + 1);
   rank.allocator->reset_peak();
   LoadedBatches loaded = make_batches(rank, run.data, plan.batch, state.step, Split::Train);
-  const double labels = std::max(loaded.global_labels(rank), 1.0);
+  const double labels = max(loaded.global_labels(rank), 1.0);
   const RoutingSlot slot{&run.routing, std::move(loaded.token_index)};
   StepIo io{.batches = std::move(loaded.batches),
             .loss_scale = 1.0 / labels,

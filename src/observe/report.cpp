@@ -50,8 +50,8 @@ struct Range {
   void add(const vector<double>& values) {
     for (const double v : values) {
       if (!std::isfinite(v)) continue;
-      low = std::min(low, v);
-      high = std::max(high, v);
+      low = min(low, v);
+      high = max(high, v);
     }
   }
   double share(double v) const { return high > low ? (v - low) / (high - low) : 0; }
@@ -59,7 +59,7 @@ struct Range {
 
 // Means of stretches; NaN where nothing is finite.
 static vector<double> stretches(const vector<double>& values, int columns) {
-  const size_t n = std::min(values.size(), size_t(columns));
+  const size_t n = min(values.size(), size_t(columns));
   vector<double> sum(n), count(n);
   for (size_t i = 0; n > 0 && i < values.size(); i++) {
     if (!std::isfinite(values[i])) continue;
@@ -128,7 +128,7 @@ string report_html(const vector<StepMetrics>& steps, const ReportInput& input) {
     }
     sum.tokens += m.tokens;
     sum.seconds += m.seconds;
-    sum.peak_memory_bytes = std::max(sum.peak_memory_bytes, m.peak_memory_bytes);
+    sum.peak_memory_bytes = max(sum.peak_memory_bytes, m.peak_memory_bytes);
     skipped += m.skipped;
   }
   rows.push_back({"tokens trained on", with_commas(sum.tokens)});
@@ -155,7 +155,7 @@ string sparkline(const vector<double>& values, int width) {
   for (const double v : means) {
     const bool finite = std::isfinite(v);
     // U+2581 to U+2588 are e2 96 81 to e2 96 88.
-    const int level = finite ? std::min(7, int(range.share(v) * 8)) : 0;
+    const int level = finite ? min(7, int(range.share(v) * 8)) : 0;
     out += finite ? string("\xe2\x96") + char(0x81 + level) : "\u00b7";
   }
   return out;

@@ -6,7 +6,6 @@
 //          dk = scale ds^T q, dbias = ds.  Dao et al. 2022, arXiv:2205.14135
 //   errors shapes that do not fit; a row of doc_ends that descends; dtypes differ; with cp > 1
 //          also a bias or mask tensor, and S != Z
-//   bitwise yes
 #include "ops/attention.h"
 
 #include <algorithm>
@@ -136,7 +135,7 @@ void ring_forward(const Op& op, const AttentionCore& core, HeadView out, const T
         T *y = out.at<T>(b, h, i), *x = part_out.at<T>(b, h, i);
         const T weight = logistic(other - mine);
         for (int64_t n = 0; n < M; n++) y[n] += weight * (x[n] - y[n]);
-        lse.as<T>()[row] = std::max(mine, other) + std::log1p(std::exp(-std::abs(mine - other)));
+        lse.as<T>()[row] = max(mine, other) + std::log1p(std::exp(-std::abs(mine - other)));
       });
     });
   }
@@ -212,7 +211,7 @@ Tensor mask_table(const Op& op, const AttentionMask& mask, int64_t batch, int64_
   for (int64_t r = 0; documents && r < batch; r++)
     ascend &= std::is_sorted(row_of<int32_t>(ends, r), row_of<int32_t>(ends, r + 1));
   op.check({{"mask.doc_ends that ascend in a row", ascend}}, {&ends});
-  const int64_t count = std::max(queries, keys), first = std::min<int64_t>(0, keys - queries);
+  const int64_t count = max(queries, keys), first = min<int64_t>(0, keys - queries);
   const Tensor table = op.empty({1 + (documents ? batch : 0), count}, DType::I32);
   const auto coord =
       zigzag_coords(group_size(op.rank, Group::Cp), group_rank(op.rank, Group::Cp), count);

@@ -24,7 +24,7 @@ struct Block {
     first = begin;
     h = head;
     kv = head / (core.heads / core.kv_heads);
-    rows = std::min(kBlockRows, core.query.count - begin);
+    rows = min(kBlockRows, core.query.count - begin);
     hull = {};
     for (int64_t r = 0; r < rows; r++) hull.cover(seen[r] = visible_keys(core, b, first + r));
     n = hull.count();
@@ -114,8 +114,8 @@ KeyRange visible_keys(const AttentionCore& core, int64_t b, int64_t i) {
     const int32_t doc = core.query.doc_end[b * core.query.doc_stride + i];
     const int32_t* ends = core.key.doc_end + b * core.key.doc_stride;
     const auto same = std::equal_range(ends, ends + core.key.count, doc);
-    seen.begin = std::max<int64_t>(seen.begin, same.first - ends);
-    seen.end = std::min<int64_t>(seen.end, same.second - ends);
+    seen.begin = max<int64_t>(seen.begin, same.first - ends);
+    seen.end = min<int64_t>(seen.end, same.second - ends);
   }
   return seen;
 }

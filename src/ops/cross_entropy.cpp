@@ -2,7 +2,6 @@
 //   in     x [T, D]   w [V, D]   f32|f64, one dtype   labels I32 [T] in [0, V) or kIgnoreLabel
 //   grad   dlogits = scale (softmax(logits) - one-hot(label)), dx = dlogits w, dw = dlogits^T x
 //   errors shapes; a label outside [0, V); dtypes differ
-//   bitwise yes
 #include <algorithm>
 
 #include "ops/cpu.h"
@@ -34,13 +33,13 @@ template <class T>
 double cross_entropy_cpu(const Op& op, const Tensor& x, const Tensor& w, const Tensor& labels,
                          double scale, const Tensor& dx, const GradSlot& slot) {
   const Slot<T> dw{slot.grad.as<T>(), slot.add};
-  const int64_t tokens = x.dim[0], V = w.dim[0], most = std::min(kChunkRows, tokens);
+  const int64_t tokens = x.dim[0], V = w.dim[0], most = min(kChunkRows, tokens);
   const bool grad = dx.defined() || dw.data;
   const Tensor logits = op.empty({most, V}, x.dtype);
   vector<double> losses(most);
   double sum = 0;
   for (int64_t first = 0; first < tokens; first += kChunkRows) {
-    const int64_t rows = std::min(kChunkRows, tokens - first);
+    const int64_t rows = min(kChunkRows, tokens - first);
     const Tensor part = x.slice_rows(first, first + rows), d = logits.slice_rows(0, rows);
     product<T>(op, part, w, {d.as<T>()}, kNormal, kTransposed);
     parallel_rows(rows, V * 8, [&](int64_t r) {

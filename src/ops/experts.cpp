@@ -6,7 +6,6 @@
 //          dweights = sum over the row of dy silu(gate) up
 //   errors shapes; dtypes differ; offsets, rows or pairs that do not fit; k outside [1, E];
 //          a forced id outside [0, E), or twice in a row
-//   bitwise yes
 #include <algorithm>
 
 #include "ops/cpu.h"
@@ -40,7 +39,7 @@ void swiglu_bx_cpu(const Tensor& dy, const Tensor& gate_up, const Tensor& weight
     const T weight = weights.defined() ? weights.as<T>()[p] : 1;
     T s[kColumns], dweight = 0;
     for (int64_t first = 0; first < F; first += kColumns) {
-      const int64_t n = std::min(kColumns, F - first);
+      const int64_t n = min(kColumns, F - first);
       const T *gate = row_of<T>(gate_up, p) + first, *up = gate + F;
       const T* g = row_of<T>(dy, p) + first;
       for (int64_t j = 0; j < n; j++) s[j] = logistic(gate[j]);

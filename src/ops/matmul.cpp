@@ -3,7 +3,6 @@
 //   grad   linear: dx = dy w, dw = dy^T x, dbias = sum over rows of dy;
 //          matmul: da = dc b^T, db = a^T dc, each summed over repeated products
 //   errors inner sizes differ; leading sizes differ, neither is 1; bias not [out]; dtypes differ
-//   bitwise yes
 #include <cblas.h>
 
 #include <algorithm>
@@ -21,7 +20,7 @@ void gemm(int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, T beta, T* 
   constexpr int64_t kTileM = 192, kTileN = 384;
   const bool at = a.layout == kTransposed, bt = b.layout == kTransposed;
   const int64_t across = (n + kTileN - 1) / kTileN, down = (m + kTileM - 1) / kTileM;
-  parallel_rows(across * down, std::min(m, kTileM) * std::min(n, kTileN) * k, [&](int64_t tile) {
+  parallel_rows(across * down, min(m, kTileM) * min(n, kTileN) * k, [&](int64_t tile) {
     const int64_t i = tile / across * kTileM, j = tile % across * kTileN;
     const auto blas = [](auto... x) {
       if constexpr (std::is_same_v<T, float>)
@@ -29,10 +28,9 @@ void gemm(int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, T beta, T* 
       else
         cblas_dgemm(CblasRowMajor, x...);
     };
-    blas(at ? CblasTrans : CblasNoTrans, bt ? CblasTrans : CblasNoTrans, std::min(kTileM, m - i),
-         std::min(kTileN, n - j), k, alpha, a.data + i * (at ? 1 : a.ld),
-         std::max<int64_t>(1, a.ld), b.data + j * (bt ? b.ld : 1), std::max<int64_t>(1, b.ld), beta,
-         c + i * ldc + j, ldc);
+    blas(at ? CblasTrans : CblasNoTrans, bt ? CblasTrans : CblasNoTrans, min(kTileM, m - i),
+         min(kTileN, n - j), k, alpha, a.data + i * (at ? 1 : a.ld), max<int64_t>(1, a.ld),
+         b.data + j * (bt ? b.ld : 1), max<int64_t>(1, b.ld), beta, c + i * ldc + j, ldc);
   });
 }
 template void gemm(int64_t, int64_t, int64_t, Matrix<float>, Matrix<float>, float, float*, int64_t,

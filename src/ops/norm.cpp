@@ -3,7 +3,6 @@
 //   grad   u = dy w, s = 1/rms: dx = s (u - x s^2 mean(u x)) and dsum, to x and residual;
 //          dw = sum over rows of dy x s; of a rotation, that by the opposite angle
 //   errors shapes; dtypes differ; a norm weight of q without k's; a position outside the tables
-//   bitwise yes
 #include <algorithm>
 
 #include "ops/cpu.h"

@@ -50,7 +50,7 @@ int Op::dim_of(const Tensor& x, int dim) const {
 
 Dims Op::broadcast(std::initializer_list<const Tensor*> ts) const {
   Dims all;
-  for (const Tensor* t : ts) all.rank = std::max(all.rank, t->dim.rank);
+  for (const Tensor* t : ts) all.rank = max(all.rank, t->dim.rank);
   std::fill_n(all.size, all.rank, 1);
   for (const Tensor* t : ts)
     for (int i = 0; i < t->dim.rank; i++) {

@@ -2,7 +2,6 @@
 // w -= lr (weight_decay w + (m / (1-b1^step)) / (sqrt(v / (1-b2^step)) + eps)).
 //   in     w, g, m, v of one shape and dtype, f32|f64
 //   errors shapes or dtypes differ; step < 1
-//   bitwise yes
 #include <algorithm>
 #include <cmath>
 
@@ -18,7 +17,7 @@ constexpr int64_t kBlock = 1 << 13;
 template <class F>
 void parallel_blocks(int64_t n, int64_t work, F&& f) {
   parallel_rows((n + kBlock - 1) / kBlock, kBlock * work,
-                [&](int64_t b) { f(b * kBlock, std::min(n, (b + 1) * kBlock)); });
+                [&](int64_t b) { f(b * kBlock, min(n, (b + 1) * kBlock)); });
 }
 
 template <class T>

@@ -3,7 +3,6 @@
 //   grad   sum: dy; max, top_k: dy at the ids; cumsum: the running sum of dy from the end;
 //          softmax: y * (dy - <dy, y>)
 //   errors no such dimension; mean or max over an empty one; k outside [1, size]
-//   bitwise yes
 #include <algorithm>
 
 #include "ops/cpu.h"

@@ -3,7 +3,6 @@
 //   grad   the elements' gradients, moved back: of a choice, the sum over where a row went; of a
 //          sum, the choice
 //   errors sizes, ranges, ids or dimensions that do not fit; dtypes or devices differ
-//   bitwise yes
 #include <algorithm>
 
 #include "ops/cpu.h"
@@ -42,7 +41,7 @@ void gather_rows(const Op& op, const Tensor& x, int64_t n, const Tensor& index, 
   if (!y.data) return;
   if (kCuda && x.device == Device::CUDA)
     return OnCuda<T>::gather_rows(op.rank, x, n, index, begin, y);
-  parallel_rows(rows, n * (1 + index.numel() / std::max<int64_t>(1, rows)), [&](int64_t r) {
+  parallel_rows(rows, n * (1 + index.numel() / max<int64_t>(1, rows)), [&](int64_t r) {
     const int64_t first = begin.defined() ? begin.i32()[r] : r;
     const int64_t end = begin.defined() ? begin.i32()[r + 1] : r + 1;
     T* to = y.data + r * n;

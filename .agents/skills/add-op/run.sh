@@ -50,7 +50,7 @@ status=0; [ -n "$file" ] || status=1
 gate "implemented in ${file:-a file of src/ops}" $status
 if [ -n "$file" ]; then
     awk '/^\/\//{ print; next } { exit }' "$file" > "$scratch/top"
-    for word in in grad errors bitwise; do
+    for word in in grad errors; do
         if [ $word = grad ] && [ $tape = no ]; then continue; fi
         status=0; grep -qE "(^//|  ) *$word( |$)" "$scratch/top" || status=1
         gate "the comment at its top has a line '$word'" $status
