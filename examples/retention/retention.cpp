@@ -89,7 +89,8 @@ void Retention::prepare(Rank& rank, const Config& c, int64_t length) {
 // U8 [B, 1, S, S]: the key is not after the query and in its document.
 static Tensor visible_keys(Rank& rank, const Batch& batch) {
   const int64_t B = batch.rows, S = batch.length;
-  const Tensor& ends = batch.mask.doc_ends;
+  std::vector<char> bytes;
+  const Tensor ends = on_host(rank, batch.mask.doc_ends, bytes);
   std::vector<uint8_t> seen(B * S * S);
   for (int64_t r = 0; r < B * S; r++)
     for (int64_t j = 0; j <= r % S; j++)

@@ -63,10 +63,9 @@ TEST(Retention, GradientsMatchFiniteDifferences) {
       for (size_t i = 0; i < own.size(); i++) {
         const bool variable = i >= first && i < last;
         const Tensor& w = weights[i];
-        *own[i].target = variable                    ? xs[i - first]
-                         : xs[0].dtype == DType::F64 ? w
-                                                     : tensor_from(rank, w.dim, DType::F32,
-                                                                   inputs.cast(w, DType::F32).data);
+        const DType dtype = xs[0].dtype;
+        *own[i].target =
+            variable ? xs[i - first] : tensor_from(rank, w.dim, dtype, inputs.cast(w, dtype).data);
       }
       Batch batch = recall_batch(inputs, 2, 6, c.vocab, 5);
       for (Tensor* ids : {&batch.tokens, &batch.labels})

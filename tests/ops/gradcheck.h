@@ -63,8 +63,11 @@ struct TestRank {
   struct Gpu {
     Cuda* cuda = nullptr;
     ~Gpu() {
-      if constexpr (kCuda)
-        if (cuda) cuda_close(cuda);
+      if constexpr (kCuda) try {
+          if (cuda) cuda_close(cuda);
+        } catch (const Error& e) {
+          ADD_FAILURE() << e.what();
+        }
     }
   } gpu;
   Allocator allocator;
