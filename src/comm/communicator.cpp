@@ -439,6 +439,8 @@ void run_rank_threads(const Mesh& mesh, Device device, const LaunchOptions& opti
   if (n > kMaxRanks)
     bad_input("ranks", text("too many in one process (got %d, need at most %d)", n, kMaxRanks),
               "fewer ranks");
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
+    failed("ranks", "this processor lacks AVX2 or FMA", "another machine");
   if (n > 1 && openblas_set_num_threads) openblas_set_num_threads(1);
   World world{.mesh = mesh, .ranks = vector<Comm>(n)};
   connect(world);
