@@ -24,11 +24,13 @@ void print_line(const Layout& layout, const LayoutResult& r, double seconds, boo
     w.key("seconds").value(seconds).key("why").value(r.why).end();
     printf("%s\n", w.str().c_str());
   } else {
+    const string gap = r.routed_otherwise ? text(" (logit gap %.1e)", r.logit_gap) : "";
     printf(
         "%-4s  %-28s %2d ranks  gradient %.1e  norm %.1e  loss %.1e  balance %.1e  weights "
-        "%.1e  experts %ld  %.1f s%s%s\n",
+        "%.1e  experts %ld%s  %.1f s%s%s\n",
         r.pass ? "PASS" : "FAIL", name.c_str(), layout.ranks(), r.gradient, r.norm, r.loss,
-        r.balance, r.weights, r.routed_otherwise, seconds, r.pass ? "" : "  ", r.why.c_str());
+        r.balance, r.weights, r.routed_otherwise, gap.c_str(), seconds, r.pass ? "" : "  ",
+        r.why.c_str());
   }
   fflush(stdout);
 }
