@@ -66,11 +66,13 @@ vector<Finding> examine_machine(const string& root, const string& folder) {
     memory += ", limited to " + bytes_text(limit) + " by the cgroup";
   }
   string gpus, why;
-  for (const string& gpu : kCuda ? cuda_devices(why) : vector<string>()) gpus += gpu + "; ";
-  if (kCuda && gpus.empty()) gpus = "none, " + why + "; ";
+  const vector<string> usable_gpus = kCuda ? cuda_devices(why) : vector<string>();
+  for (const string& gpu : usable_gpus) gpus += gpu + "; ";
   std::error_code error;
-  for (const auto& gpu : fs::directory_iterator(root + "/proc/driver/nvidia/gpus", error))
-    gpus += value_of(gpu.path() / "information", "Model") + "; ";
+  if (usable_gpus.empty())
+    for (const auto& gpu : fs::directory_iterator(root + "/proc/driver/nvidia/gpus", error))
+      gpus += value_of(gpu.path() / "information", "Model") + "; ";
+  if (kCuda && usable_gpus.empty()) gpus += "CUDA: " + why + "; ";
   string driver = value_of(root + "/proc/driver/nvidia/version", "NVRM version");
   if (!driver.empty()) driver += "; ";
   return {{true, "program", "compiled by " __VERSION__},
