@@ -24,7 +24,7 @@ void Arguments::option(const string& name, T& value, const string& about,
                        std::type_identity_t<T> min, std::type_identity_t<T> max) {
   app_->add_option(name, value, about)->capture_default_str()->check(CLI::Range(min, max, ""));
 }
-template void Arguments::option(const string&, int64_t&, const string&, int64_t, int64_t);
+template void Arguments::option(const string&, i64&, const string&, i64, i64);
 template void Arguments::option(const string&, double&, const string&, double, double);
 
 void Arguments::list(const string& name, vector<string>& values, const string& about,
@@ -61,4 +61,4 @@ bool Arguments::parse(int argc, char** argv) {
   return true;
 }
 
-}  // namespace pith
+}

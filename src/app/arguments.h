@@ -18,7 +18,7 @@ class Arguments {
 
   void positional(const string& name, string& value, const string& about, bool required = true);
   void option(const string& name, string& value, const string& about);
-  template <class T>  // int64_t or double
+  template <class T>  // i64 or double
   void option(const string& name, T& value, const string& about,
               std::type_identity_t<T> min = std::numeric_limits<T>::lowest(),
               std::type_identity_t<T> max = std::numeric_limits<T>::max());
@@ -36,4 +36,4 @@ class Arguments {
   std::unique_ptr<CLI::App> app_;
 };
 
-}  // namespace pith
+}

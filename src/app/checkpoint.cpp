@@ -1,7 +1,5 @@
 // pith checkpoint: list, verify and diff.
 #include <algorithm>
-#include <cmath>
-#include <cstdio>
 
 #include "app/arguments.h"
 #include "app/commands.h"
@@ -13,7 +11,7 @@ namespace {
 
 // Opens a checkpoint, or each of a run's; reads all of them if `whole`.
 int examine(const string& named, bool whole, bool json) {
-  std::map<int64_t, string> folders = list_checkpoints(named);
+  std::map<i64, string> folders = list_checkpoints(named);
   if (folders.empty()) folders[0] = named;
   JsonWriter w(2);
   w.array();
@@ -28,7 +26,7 @@ int examine(const string& named, bool whole, bool json) {
       error = e.what();
       code = kExitBadInput;
     }
-    int64_t bytes = 0;
+    i64 bytes = 0;
     for (const StoredFile& file : c.files) bytes += file.bytes;
     w.object().key("path").value(path).key("step").value(c.state.step);
     w.key("good").value(error.empty()).key("error").value(error);
@@ -81,7 +79,7 @@ int diff(const string& from, const string& to, double limit, bool json) {
   return beyond ? kExitFailed : kExitDone;
 }
 
-}  // namespace
+}
 
 int run_checkpoint(int argc, char** argv) {
   Arguments args("pith checkpoint",
@@ -106,4 +104,4 @@ int run_checkpoint(int argc, char** argv) {
                           : examine(folder, action == "verify", json);
 }
 
-}  // namespace pith
+}

@@ -14,4 +14,4 @@ int run_checkpoint(int argc, char** argv);
 int run_plan(int argc, char** argv);
 int run_doctor(int argc, char** argv);
 
-}  // namespace pith
+}

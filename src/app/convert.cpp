@@ -1,6 +1,5 @@
 // pith convert: export-hf and import-hf, between checkpoints and Hugging Face folders.
 #include <algorithm>
-#include <cstdio>
 #include <filesystem>
 
 #include "app/arguments.h"
@@ -14,7 +13,7 @@ namespace fs = std::filesystem;
 
 namespace {
 
-constexpr int64_t kMaxShardBytes = 5'000'000'000;
+constexpr i64 kMaxShardBytes = 5'000'000'000;
 
 // What goes along with weights, where it is there.
 const char* const kCompanions[] = {
@@ -22,7 +21,7 @@ const char* const kCompanions[] = {
     "merges.txt",     "chat_template.jinja",   "generation_config.json"};
 
 // Between pieces of work.
-void go_on(Progress& progress, int64_t done) {
+void go_on(Progress& progress, i64 done) {
   if (stop_requested()) failed("pith convert", "stopped by a signal; nothing was written");
   progress.update(double(done));
 }
@@ -61,11 +60,11 @@ void export_hf(const Checkpoint& source, const vector<TensorDecl>& decls, const 
   const FileDType dtype = decls[0].dtype;
   SafetensorsWriter writer(to + "/model.safetensors", decls, kMaxShardBytes);
   Progress progress("exporting", double(decls.size()), "tensors");
-  int64_t done = 0;
+  i64 done = 0;
   for (const TensorDecl& decl : decls) {
     const vector<float> values = read_tensor(source, source.tensors.at(decl.name));
     vector<char> bytes(size_t(decl.bytes()));
-    from_f32(dtype, values.data(), bytes.data(), int64_t(values.size()));
+    from_f32(dtype, values.data(), bytes.data(), i64(values.size()));
     writer.write(bytes.data(), decl.bytes());
     go_on(progress, ++done);
   }
@@ -76,15 +75,15 @@ void export_hf(const Checkpoint& source, const vector<TensorDecl>& decls, const 
 // The files as they are, with a manifest: a checkpoint of weights alone.
 void import_hf(const Checkpoint& source, const string& to) {
   Checkpoint c{.folder = to, .state = source.state, .tensors = source.tensors};
-  int64_t total = 0, done = 0;
+  i64 total = 0, done = 0;
   for (const StoredFile& file : source.files) total += file.bytes;
   Progress progress("importing", double(total), "bytes");
   for (const StoredFile& file : source.files) {
     const string name = text("weights-%05zu.safetensors", c.files.size());
     DurableFile copy(to + "/" + name);
-    constexpr int64_t kPiece = 64 << 20;
-    for (int64_t at = 0; at < file.bytes; at += kPiece) {
-      const int64_t count = min(kPiece, file.bytes - at);
+    constexpr i64 kPiece = 64 << 20;
+    for (i64 at = 0; at < file.bytes; at += kPiece) {
+      const i64 count = min(kPiece, file.bytes - at);
       go_on(progress, done += count);
       copy.write(file.map.data() + at, count);
     }
@@ -99,7 +98,7 @@ void import_hf(const Checkpoint& source, const string& to) {
   write_manifest(c, to + "/manifest.json");
 }
 
-}  // namespace
+}
 
 int run_convert(int argc, char** argv) {
   Arguments args("pith convert", "Exports a checkpoint as a Hugging Face folder, or imports one.");
@@ -145,7 +144,7 @@ int run_convert(int argc, char** argv) {
     fs::remove_all(temporary);
     throw;
   }
-  const int64_t elements = total_numel(table);
+  const i64 elements = total_numel(table);
   log_info("%s: %ld parameters in %zu tensors", to.c_str(), elements, decls.size());
   JsonWriter w;
   w.object().key("output").value(to).key("tensors").value(decls.size());
@@ -154,4 +153,4 @@ int run_convert(int argc, char** argv) {
   return kExitDone;
 }
 
-}  // namespace pith
+}

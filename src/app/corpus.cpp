@@ -1,8 +1,5 @@
 // corpus: pith tokenize, its way back --decode, and pith corpus inspect.
-#include "data/corpus.h"
-
 #include <algorithm>
-#include <cstring>
 
 #include "app/arguments.h"
 #include "app/commands.h"
@@ -10,6 +7,7 @@
 #include "core/json.h"
 #include "core/log.h"
 #include "core/process.h"
+#include "data/corpus.h"
 #include "data/tokenizer.h"
 
 namespace pith {
@@ -23,8 +21,8 @@ static void print_document(const string& document, bool json) {
 
 static void decode_file(const string& path, const Tokenizer& tokenizer, bool json) {
   const TokenFile file = open_token_file(path);
-  for (int64_t i = 0; i < file.num_docs && !stop_requested(); i++) {
-    vector<uint32_t> ids = document_ids(file, i, tokenizer.vocab_size());
+  for (i64 i = 0; i < file.num_docs && !stop_requested(); i++) {
+    vector<u32> ids = document_ids(file, i, tokenizer.vocab_size());
     // As JSON without the end-of-text, so that it can be tokenised again.
     if (json && !ids.empty()) ids.pop_back();
     print_document(tokenizer.decode(ids, SpecialTokens::Keep), json);
@@ -32,7 +30,7 @@ static void decode_file(const string& path, const Tokenizer& tokenizer, bool jso
 }
 
 static void decode_ids(const string& list, const Tokenizer& tokenizer, bool json) {
-  vector<uint32_t> ids;
+  vector<u32> ids;
   for (const char* at = list.c_str(); *at;) {
     char* end = nullptr;
     const unsigned long id = isdigit(*at) ? strtoul(at, &end, 10) : 0;
@@ -114,7 +112,7 @@ static void print_json(const CorpusSummary& s) {
   w.key("tokens").value(s.tokens).key("unfinished").value(s.unfinished);
   w.key("length_histogram").array();
   for (size_t i = 0; i < s.length_histogram.size(); i++) {
-    w.object().key("below").value(int64_t{2} << i);
+    w.object().key("below").value(i64{2} << i);
     w.key("documents").value(s.length_histogram[i]).end();
   }
   w.end().key("frequent").array();
@@ -133,13 +131,12 @@ static void print_table(const CorpusSummary& s) {
   const auto quoted = [](const string& text) { return JsonWriter().value(text).str(); };
   printf("files      %ld\ndocuments  %s\ntokens     %s\n\ntokens in a document     documents\n",
          s.files, with_commas(s.documents).c_str(), with_commas(s.tokens).c_str());
-  int64_t most = 1;
-  for (const int64_t n : s.length_histogram) most = max(most, n);
+  i64 most = 1;
+  for (const i64 n : s.length_histogram) most = max(most, n);
   for (size_t i = 0; i < s.length_histogram.size(); i++) {
-    const int64_t n = s.length_histogram[i];
+    const i64 n = s.length_histogram[i];
     const string bar((n * 40 + most - 1) / most, '#');
-    printf("%10ld ..%10ld  %12ld  %s\n", i ? int64_t{1} << i : 0, (int64_t{2} << i) - 1, n,
-           bar.c_str());
+    printf("%10ld ..%10ld  %12ld  %s\n", i ? i64{1} << i : 0, (i64{2} << i) - 1, n, bar.c_str());
   }
   printf("\n     token         count  text\n");
   for (const auto& f : s.frequent)
@@ -151,7 +148,7 @@ static void print_table(const CorpusSummary& s) {
 int run_corpus(int argc, char** argv) {
   Arguments args("pith corpus", "Looks into token files.");
   string action, path;
-  int64_t top = 20, samples = 3;
+  i64 top = 20, samples = 3;
   bool json = false;
   args.choice("action", action, {"inspect"}, "inspect");
   args.positional("folder", path, "folder of token files, or one");
@@ -166,4 +163,4 @@ int run_corpus(int argc, char** argv) {
   return kExitDone;
 }
 
-}  // namespace pith
+}

@@ -4,7 +4,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstring>
 #include <filesystem>
 #include <fstream>
 
@@ -106,4 +105,4 @@ int run_doctor(int argc, char** argv) {
   return works ? kExitDone : kExitFailed;
 }
 
-}  // namespace pith
+}

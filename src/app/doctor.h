@@ -12,4 +12,4 @@ struct Finding {
 // where runs will be kept.
 vector<Finding> examine_machine(const string& root, const string& folder);
 
-}  // namespace pith
+}

@@ -1,7 +1,4 @@
 // eval: pith eval.
-#include <cmath>
-#include <cstdio>
-
 #include "app/arguments.h"
 #include "app/commands.h"
 #include "app/model_folder.h"
@@ -12,7 +9,7 @@ namespace pith {
 int run_eval(int argc, char** argv) {
   Arguments args("pith eval", "Loss on held-out text.");
   string folder, path;
-  int64_t length = 0;
+  i64 length = 0;
   double heldout_fraction = -1;
   bool json = false;
   args.positional("model", folder, "run folder, step-NNNNNNNN, or Hugging Face folder");
@@ -58,4 +55,4 @@ int run_eval(int argc, char** argv) {
   return kExitDone;
 }
 
-}  // namespace pith
+}

@@ -1,5 +1,3 @@
-#include <cstdio>
-
 #include "app/commands.h"
 #include "core/check.h"
 #include "core/process.h"
@@ -42,6 +40,6 @@ static int run(int argc, char** argv) {
   bad_input("pith", "unknown command (got \"" + name + "\")", "pith --help");
 }
 
-}  // namespace pith
+}
 
 int main(int argc, char** argv) { return pith::run_program("pith", argc, argv, pith::run); }

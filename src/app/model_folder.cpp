@@ -23,7 +23,7 @@ ModelFolder open_model(const string& folder) {
   for (const fs::path& at : {here, here.parent_path()})
     if (!m.run && fs::exists(at / "config.toml") && fs::exists(at / "metrics.jsonl"))
       m.run = load_run_config(at / "config.toml", {});
-  m.length = m.run ? m.run->data.sequence_length : min<int64_t>(m.shape.max_positions, 2048);
+  m.length = m.run ? m.run->data.sequence_length : min<i64>(m.shape.max_positions, 2048);
   return m;
 }
 
@@ -42,15 +42,15 @@ double bits_a_byte(const Dataset& data, const string& data_path) {
   const string path = find_tokenizer(data_path);
   if (path.empty()) return 0;
   const Tokenizer tokenizer = Tokenizer::load(path);
-  const int64_t length = data.options().seq_length;
-  vector<int32_t> tokens(length), labels(length);
+  const i64 length = data.options().seq_length;
+  vector<int> tokens(length), labels(length);
   double bytes = 0, count = 0;
-  for (int64_t i = 0; i < data.heldout_samples(); i++) {
+  for (i64 i = 0; i < data.heldout_samples(); i++) {
     data.heldout_sample(i, {tokens.data(), labels.data(), nullptr});
-    for (const int32_t label : labels) {
+    for (const int label : labels) {
       if (label == kIgnoreLabel) continue;
       count++;
-      if (uint32_t(label) >= tokenizer.vocab_size() || tokenizer.is_special(label)) continue;
+      if (u32(label) >= tokenizer.vocab_size() || tokenizer.is_special(label)) continue;
       // A byte-level vocabulary writes a byte as one character.
       for (const char c : tokenizer.token_text(label)) bytes += (c & 0xC0) != 0x80;
     }
@@ -58,4 +58,4 @@ double bits_a_byte(const Dataset& data, const string& data_path) {
   return bytes > 0 ? count / bytes / std::numbers::ln2 : 0;
 }
 
-}  // namespace pith
+}

@@ -17,14 +17,14 @@ struct ModelFolder {
   Json config;
   ModelShape shape;
   std::optional<RunConfig> run;  // that the model comes from, if known
-  int64_t length = 0;            // of a row as trained
+  i64 length = 0;                // of a row as trained
 };
 // A run folder, a checkpoint, or a Hugging Face folder, whose weights are checked. Exit code 2.
 ModelFolder open_model(const string& folder);
 
 // Calls fn(Rank&, Instance&) with the model on one CPU rank.
 template <class Fn>
-void with_model(const ModelFolder& model, int64_t length, Fn&& fn) {
+void with_model(const ModelFolder& model, i64 length, Fn&& fn) {
   run_ranks(Mesh{}, Device::CPU, {.exit_on_failure = true}, [&](Rank& rank) {
     Instance instance = make_instance(rank, model.config, {.length = length});
     load_weights(rank, *instance.parameters, model.weights);
@@ -40,4 +40,4 @@ string find_tokenizer(const string& path);
 // Bits a byte of held-out text for each nat a label; 0 if no tokenizer is found with the data.
 double bits_a_byte(const Dataset& data, const string& data_path);
 
-}  // namespace pith
+}

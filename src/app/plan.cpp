@@ -131,13 +131,13 @@ string to_json(const ScheduleOptions& o, const vector<ActionList>& lists, const 
   return w.end().end().str() + "\n";
 }
 
-}  // namespace
+}
 
 int run_plan(int argc, char** argv) {
   Arguments args("pith plan", "Shows the timeline of a pipeline schedule.");
   string kind = "auto", svg, file;
   bool schedule = false, print = false, json = false;
-  int64_t pp = 4, micro_batches = 0;
+  i64 pp = 4, micro_batches = 0;
   ScheduleOptions o;
   args.flag("--schedule", schedule, "what to plan");
   args.choice("--kind", kind, {"auto", "dualpipev", "1f1b"}, "which schedule");
@@ -167,4 +167,4 @@ int run_plan(int argc, char** argv) {
   return kExitDone;
 }
 
-}  // namespace pith
+}

@@ -1,6 +1,4 @@
 // train: pith train.
-#include <cstdio>
-
 #include "app/arguments.h"
 #include "app/commands.h"
 #include "app/model_folder.h"
@@ -15,10 +13,10 @@ namespace pith {
 static int dry_run(const RunPlan& plan, bool json) {
   const Dataset data = open_data(plan);
   const RunConfig& config = plan.config;
-  const int64_t length = config.data.sequence_length;
-  const int64_t needed = config.train.steps * plan.batch.global_batch;
+  const i64 length = config.data.sequence_length;
+  const i64 needed = config.train.steps * plan.batch.global_batch;
   const vector<RankMemory> memory = rank_memory(plan);
-  const std::pair<const char*, int64_t> numbers[] = {
+  const std::pair<const char*, i64> numbers[] = {
       {"parameters", plan.parameters},
       {"active_parameters", plan.active_parameters},
       {"sequences_a_step", plan.batch.global_batch},
@@ -87,7 +85,7 @@ int run_train(int argc, char** argv) {
                  "run.folder.");
   string file, device = "cpu";
   vector<string> set;
-  int64_t ranks = 0;
+  i64 ranks = 0;
   bool dry = false, json = false;
   TrainOptions options;
   args.positional("run", file, "run.toml: see docs/configuration.md");
@@ -103,7 +101,7 @@ int run_train(int argc, char** argv) {
   if (!args.parse(argc, argv)) return kExitDone;
   const RunConfig config = load_run_config(file, set);
   const auto& parallel = config.parallel;
-  if (ranks == 0) ranks = int64_t{parallel.pp} * parallel.cp * parallel.ep * parallel.dp_replicate;
+  if (ranks == 0) ranks = i64{parallel.pp} * parallel.cp * parallel.ep * parallel.dp_replicate;
   const RunPlan plan = plan_run(config, Device::CPU, int(ranks));
   if (dry) return dry_run(plan, json);
   log_info("%s: %s parameters (%s active), %d ranks on the CPU, %s", plan.shape.model_type.c_str(),
@@ -114,4 +112,4 @@ int run_train(int argc, char** argv) {
   return done ? kExitDone : kExitStopped;
 }
 
-}  // namespace pith
+}

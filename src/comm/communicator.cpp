@@ -5,8 +5,6 @@
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
-#include <cstdio>
-#include <cstring>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -34,7 +32,7 @@ struct Parcel {
   Tensor tensor;
   vector<char> data;
   int detail = 0;           // Reduce, or the root
-  vector<int64_t> offsets;  // of the parts by destination, in all_to_all
+  vector<i64> offsets;      // of the parts by destination, in all_to_all
   bool is_message = false;  // its sender waits until a receive is posted
   MessageTag tag;
 };
@@ -181,9 +179,9 @@ struct Meeting {
   Call call;
   vector<ParcelRef> parcels;
 
-  const char* data(int member, int64_t want) const {
+  const char* data(int member, i64 want) const {
     const vector<char>& bytes = parcels[member]->data;
-    if (int64_t(bytes.size()) != want)
+    if (i64(bytes.size()) != want)
       fail_call(call, text(": rank %d brings %zu bytes (need %ld)",
                            group_member(rank, call.group, member), bytes.size(), want));
     return bytes.data();
@@ -191,7 +189,7 @@ struct Meeting {
 };
 
 Meeting meet(Rank& rank, const Call& call, const Tensor& t, int detail = 0,
-             const vector<int64_t>& offsets = {}) {
+             const vector<i64>& offsets = {}) {
   const auto mine = pack(call, t);
   mine->detail = detail;
   mine->offsets = offsets;
@@ -206,32 +204,31 @@ Meeting meet(Rank& rank, const Call& call, const Tensor& t, int detail = 0,
   return meeting;
 }
 
-int64_t row_bytes(const Tensor& t) {
-  int64_t bytes = size_of(t.dtype);
+i64 row_bytes(const Tensor& t) {
+  i64 bytes = size_of(t.dtype);
   for (int i = 1; i < t.dim.rank; i++) bytes *= t.dim[i];
   return bytes;
 }
 
 // Byte offsets of n parts, and their sum.
-vector<int64_t> part_offsets(const Tensor& whole, const int64_t* rows, int n) {
-  vector<int64_t> offset(n + 1);
+vector<i64> part_offsets(const Tensor& whole, const i64* rows, int n) {
+  vector<i64> offset(n + 1);
   for (int i = 0; i < n; i++)
     offset[i + 1] = offset[i] + (rows ? rows[i] : whole.dim[0] / n) * row_bytes(whole);
   return offset;
 }
 
-void copy(char* to, const char* from, int64_t bytes) {
+void copy(char* to, const char* from, i64 bytes) {
   if (bytes > 0) std::memcpy(to, from, bytes);
 }
 
 template <class T>
-void reduce_as(const Meeting& m, const Tensor& in, const Tensor& out, int64_t begin,
-               Reduce reduce) {
+void reduce_as(const Meeting& m, const Tensor& in, const Tensor& out, i64 begin, Reduce reduce) {
   copy(out.data, m.data(0, in.bytes()) + begin, out.bytes());
   for (size_t i = 1; i < m.parcels.size(); i++) {
     const T* x = reinterpret_cast<const T*>(m.data(int(i), in.bytes()) + begin);
     T* sum = out.as<T>();
-    for (int64_t k = 0, n = out.numel(); k < n; k++) {
+    for (i64 k = 0, n = out.numel(); k < n; k++) {
       if (reduce == Reduce::Sum)
         sum[k] += x[k];
       else if (!(sum[k] >= x[k]) && sum[k] == sum[k])  // a NaN stays
@@ -241,8 +238,8 @@ void reduce_as(const Meeting& m, const Tensor& in, const Tensor& out, int64_t be
 }
 
 // out = reduction, in the members' order, of their `in` from byte `begin` on.
-void reduce_members(Rank& rank, const Call& call, const Tensor& in, const Tensor& out,
-                    int64_t begin, Reduce reduce) {
+void reduce_members(Rank& rank, const Call& call, const Tensor& in, const Tensor& out, i64 begin,
+                    Reduce reduce) {
   const Meeting m = meet(rank, call, in, int(reduce));
   if (in.dtype == DType::F64) return reduce_as<double>(m, in, out, begin, reduce);
   reduce_as<float>(m, in, out, begin, reduce);
@@ -252,7 +249,7 @@ Need reducible(DType dtype) {
   return {"dtype is f32 or f64", dtype == DType::F32 || dtype == DType::F64};
 }
 
-}  // namespace
+}
 
 int group_size(const Rank& rank, Group group) {
   return rank.comm ? int(rank.comm->group[int(group)]->members.size()) : 1;
@@ -269,7 +266,7 @@ int group_member(const Rank& rank, Group group, int member) {
 const Mesh& mesh_of(const Rank& rank) { return rank.comm->world->mesh; }
 
 void all_gather(Rank& rank, Group group, const Tensor& in, const Tensor& out, const char* what,
-                const int64_t* rows, At at) {
+                const i64* rows, At at) {
   const int n = group_size(rank, group), me = group_rank(rank, group);
   const auto offset = part_offsets(out, rows, n);
   check(rank, "all_gather", at,
@@ -279,13 +276,13 @@ void all_gather(Rank& rank, Group group, const Tensor& in, const Tensor& out, co
         {&in, &out});
   const Meeting m = meet(rank, {"all_gather", what, group, at}, in);
   for (int i = 0; i < n; i++) {
-    const int64_t bytes = offset[i + 1] - offset[i];
+    const i64 bytes = offset[i + 1] - offset[i];
     copy(out.data + offset[i], m.data(i, bytes), bytes);
   }
 }
 
 void reduce_scatter(Rank& rank, Group group, const Tensor& in, const Tensor& out, const char* what,
-                    const int64_t* rows, At at) {
+                    const i64* rows, At at) {
   const int n = group_size(rank, group), me = group_rank(rank, group);
   const auto offset = part_offsets(in, rows, n);
   check(rank, "reduce_scatter", at,
@@ -312,8 +309,8 @@ void all_reduce(Rank& rank, Group group, double* values, int n, Reduce reduce, c
   all_reduce(rank, group, t, reduce, what, at);
 }
 
-void all_to_all(Rank& rank, Group group, const Tensor& in, const int64_t* send_rows,
-                const Tensor& out, const int64_t* recv_rows, const char* what, At at) {
+void all_to_all(Rank& rank, Group group, const Tensor& in, const i64* send_rows, const Tensor& out,
+                const i64* recv_rows, const char* what, At at) {
   const int n = group_size(rank, group), me = group_rank(rank, group);
   const auto from = part_offsets(in, send_rows, n), to = part_offsets(out, recv_rows, n);
   check(rank, "all_to_all", at,
@@ -326,7 +323,7 @@ void all_to_all(Rank& rank, Group group, const Tensor& in, const int64_t* send_r
   const Meeting m = meet(rank, {"all_to_all", what, group, at}, in, 0, from);
   for (int i = 0; i < n; i++) {
     const Parcel& sent = *m.parcels[i];
-    const int64_t bytes = sent.offsets[me + 1] - sent.offsets[me], want = to[i + 1] - to[i];
+    const i64 bytes = sent.offsets[me + 1] - sent.offsets[me], want = to[i + 1] - to[i];
     if (bytes != want)
       fail_call(m.call, text(": rank %d sends %ld bytes to rank %d (need %ld, of %ld-byte rows)",
                              group_member(rank, group, i), bytes, rank.id, want, row_bytes(in)));
@@ -376,7 +373,7 @@ void send_recv(Rank& rank, Group group, const Transfer* list, int n, const char*
     const Transfer& want = list[i];
     const Parcel& got = *parcels[i];
     if (want.kind == Transfer::Send) continue;
-    if (got.tag != want.tag || int64_t(got.data.size()) != want.tensor.bytes())
+    if (got.tag != want.tag || i64(got.data.size()) != want.tensor.bytes())
       fail_call(call, text(": message from rank %d is not the one expected (got ",
                            group_member(rank, group, want.peer)) +
                           message_text(got.tag, got.tensor) + ", sent by \"" + got.call.what +
@@ -481,4 +478,4 @@ void end_startup(Rank& rank) {
   if (rank.comm) rank.comm->limit_s = rank.comm->limit_after_startup_s;
 }
 
-}  // namespace pith
+}

@@ -7,7 +7,7 @@
 
 namespace pith {
 
-enum class Reduce : uint8_t { Sum, Max };
+enum class Reduce : u8 { Sum, Max };
 
 int group_size(const Rank& rank, Group group);
 int group_rank(const Rank& rank, Group group);
@@ -18,11 +18,11 @@ const Mesh& mesh_of(const Rank& rank);
 
 // out [sum(rows), ...] = the members' in [rows[me], ...]; `in` may lie in `out`.
 void all_gather(Rank& rank, Group group, const Tensor& in, const Tensor& out, const char* what,
-                const int64_t* rows = nullptr, At at = At::here());
+                const i64* rows = nullptr, At at = At::here());
 
 // out [rows[me], ...] = a part of the sum of all in [sum(rows), ...]; `out` may lie in `in`.
 void reduce_scatter(Rank& rank, Group group, const Tensor& in, const Tensor& out, const char* what,
-                    const int64_t* rows = nullptr, At at = At::here());
+                    const i64* rows = nullptr, At at = At::here());
 
 void all_reduce(Rank& rank, Group group, const Tensor& t, Reduce reduce, const char* what,
                 At at = At::here());
@@ -30,8 +30,8 @@ void all_reduce(Rank& rank, Group group, double* values, int n, Reduce reduce, c
                 At at = At::here());
 
 // Rows of in [sum(send_rows), ...] lie by destination, of out [>= sum(recv_rows), ...] by source.
-void all_to_all(Rank& rank, Group group, const Tensor& in, const int64_t* send_rows,
-                const Tensor& out, const int64_t* recv_rows, const char* what, At at = At::here());
+void all_to_all(Rank& rank, Group group, const Tensor& in, const i64* send_rows, const Tensor& out,
+                const i64* recv_rows, const char* what, At at = At::here());
 
 void broadcast(Rank& rank, Group group, const Tensor& t, int root, const char* what,
                At at = At::here());
@@ -44,7 +44,7 @@ struct MessageTag {
 };
 
 struct Transfer {
-  enum Kind : uint8_t { Send, Recv };
+  enum Kind : u8 { Send, Recv };
   Kind kind = Send;
   int peer = 0;  // member of the group
   Tensor tensor;
@@ -56,4 +56,4 @@ struct Transfer {
 void send_recv(Rank& rank, Group group, const Transfer* list, int n, const char* what,
                At at = At::here());
 
-}  // namespace pith
+}

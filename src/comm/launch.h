@@ -27,4 +27,4 @@ void run_ranks(const Mesh& mesh, Device device, const LaunchOptions& options, Fn
       [](void* f, Rank& rank) { (*static_cast<std::remove_reference_t<Fn>*>(f))(rank); }, &fn);
 }
 
-}  // namespace pith
+}

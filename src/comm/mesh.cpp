@@ -1,7 +1,5 @@
 #include "comm/mesh.h"
 
-#include <cstring>
-
 namespace pith {
 
 struct GroupAxes {
@@ -29,7 +27,7 @@ Mesh make_mesh(int world, int pp, int cp, int ep, int dp_replicate) {
     if (axis.size < 1)
       bad_input("mesh", text("size of %s (got %d, need at least 1)", axis.name, axis.size),
                 text("%s = 1", axis.name));
-  const int64_t fixed = int64_t{pp} * cp * ep, below = world / fixed * fixed;
+  const i64 fixed = i64{pp} * cp * ep, below = world / fixed * fixed;
   if (below != world)
     bad_input("mesh",
               text("ranks do not split over pp * cp * ep (got %d ranks and %d * %d * %d = %ld, "
@@ -77,4 +75,4 @@ vector<int> group_members(const Mesh& mesh, Group group, int rank) {
   return members;
 }
 
-}  // namespace pith
+}

@@ -15,7 +15,7 @@ struct Mesh {
 };
 
 // Ranks that differ only in the named axes.
-enum class Group : uint8_t {
+enum class Group : u8 {
   World,
   Pp,
   Cp,
@@ -36,4 +36,4 @@ int rank_of(const Mesh& mesh, const MeshCoord& coord);
 
 vector<int> group_members(const Mesh& mesh, Group group, int rank);
 
-}  // namespace pith
+}

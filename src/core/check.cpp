@@ -1,7 +1,5 @@
 #include "core/check.h"
 
-#include <cstdio>
-
 #include "core/rank.h"
 
 namespace pith {
@@ -49,4 +47,4 @@ void check(const Rank& rank, const char* op, At at, std::initializer_list<Need> 
   }
 }
 
-}  // namespace pith
+}

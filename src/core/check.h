@@ -1,15 +1,24 @@
 // check: where code was called from, the one form of every error, and its exit code.
 #pragma once
+#include <cmath>
 #include <cstdarg>
 #include <cstdint>
+#include <cstdio>
+#include <cstring>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace pith {
 
+using u8 = std::uint8_t;
+using u16 = std::uint16_t;
+using u32 = std::uint32_t;
+using u64 = std::uint64_t;
+using i64 = std::int64_t;
 using std::max, std::min, std::string, std::string_view, std::vector;
 
 // The model's line that called: the last parameter of every op.
@@ -55,4 +64,4 @@ void check(const Rank& rank, const char* op, At at, std::initializer_list<Need> 
 [[noreturn]] void op_failed(const Rank& rank, const char* op, At at, const string& what,
                             const string& got);
 
-}  // namespace pith
+}

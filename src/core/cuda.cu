@@ -32,7 +32,7 @@ Cuda* cuda_open(int device) {
   cuda_check(cudaDeviceGetAttribute(&cuda->processors, cudaDevAttrMultiProcessorCount, device));
   cudaMemPool_t pool;
   cuda_check(cudaDeviceGetDefaultMemPool(&pool, device));
-  uint64_t keep = UINT64_MAX;  // what is freed stays with the process
+  u64 keep = UINT64_MAX;  // what is freed stays with the process
   cuda_check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep));
   cuda_check(cublasCreate(&cuda->blas));
   cuda_check(cublasSetStream(cuda->blas, cuda->stream));
@@ -46,7 +46,7 @@ void cuda_close(Cuda* cuda) {
   delete cuda;
 }
 
-void* cuda_allocate(Cuda& cuda, int64_t bytes) {
+void* cuda_allocate(Cuda& cuda, i64 bytes) {
   void* data = nullptr;
   const cudaError_t error = cudaMallocAsync(&data, bytes, cuda.stream);
   if (error != cudaErrorMemoryAllocation) cuda_check(error);
@@ -58,19 +58,19 @@ void cuda_free(Cuda& cuda, void* data) {
   if (data) cudaFreeAsync(data, cuda.stream);  // destructors call it: the next call tells of errors
 }
 
-void cuda_zero(Rank& rank, void* data, int64_t bytes) {
+void cuda_zero(Rank& rank, void* data, i64 bytes) {
   if (bytes) cuda_check(cudaMemsetAsync(data, 0, bytes, cuda_of(rank).stream));
 }
 
-void cuda_copy(Rank& rank, void* to, const void* from, int64_t bytes) {
+void cuda_copy(Rank& rank, void* to, const void* from, i64 bytes) {
   const cudaStream_t stream = cuda_of(rank).stream;
   cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream));
   cuda_check(cudaStreamSynchronize(stream));
 }
 
 template <class T>
-static void add_elements(Rank& rank, int64_t n, T* to, const T* from) {
-  cuda_each(rank, n, [=] __device__(int64_t i) { to[i] += from[i]; });
+static void add_elements(Rank& rank, i64 n, T* to, const T* from) {
+  cuda_each(rank, n, [=] __device__(i64 i) { to[i] += from[i]; });
 }
 
 void cuda_add(Rank& rank, const Tensor& to, const Tensor& from) {
@@ -79,4 +79,4 @@ void cuda_add(Rank& rank, const Tensor& to, const Tensor& from) {
   add_elements(rank, to.numel(), to.f32(), from.f32());
 }
 
-}  // namespace pith
+}

@@ -2,7 +2,6 @@
 #pragma once
 #include <cublas_v2.h>
 #include <cuda_runtime.h>
-
 #include <algorithm>
 
 #include "core/cuda.h"
@@ -21,23 +20,23 @@ void cuda_check(cublasStatus_t status, At at = At::here());
 constexpr int kBlock = 256;  // threads
 
 template <int kEach, class F>
-__global__ void __launch_bounds__(kBlock) each_kernel(int64_t n, F f) {
-  const int64_t first = int64_t(blockIdx.x) * kEach + threadIdx.x % kEach;
-  for (int64_t i = first; i < n; i += int64_t(gridDim.x) * kEach) f(i);
+__global__ void __launch_bounds__(kBlock) each_kernel(i64 n, F f) {
+  const i64 first = i64(blockIdx.x) * kEach + threadIdx.x % kEach;
+  for (i64 i = first; i < n; i += i64(gridDim.x) * kEach) f(i);
 }
 // f(i) for i in [0, n): a thread each or, with kEach = 1, all threads of a block together.
 template <int kEach = kBlock, class F>
-void cuda_each(Rank& rank, int64_t n, F f) {
+void cuda_each(Rank& rank, i64 n, F f) {
   if (n == 0) return;
   const Cuda& cuda = cuda_of(rank);
-  const int64_t blocks = min<int64_t>((n + kEach - 1) / kEach, cuda.processors * 16);
+  const i64 blocks = min<i64>((n + kEach - 1) / kEach, cuda.processors * 16);
   each_kernel<kEach><<<blocks, kBlock, 0, cuda.stream>>>(n, f);
   cuda_check(cudaGetLastError());
 }
 // f(i) for i in [0, n), by the threads of a block.
 template <class F>
-__device__ void block_each(int64_t n, F f) {
-  for (int64_t i = threadIdx.x; i < n; i += kBlock) f(i);
+__device__ void block_each(i64 n, F f) {
+  for (i64 i = threadIdx.x; i < n; i += kBlock) f(i);
 }
 // x of the block's threads joined, in one order, for all of them: of every `apart`-th, a power
 // of 2.
@@ -60,4 +59,4 @@ __device__ T block_sum(T x, int apart = 1) {
       x, [](T a, T b) { return a + b; }, apart);
 }
 
-}  // namespace pith
+}

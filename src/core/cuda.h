@@ -18,13 +18,13 @@ Cuda* cuda_open(int device);
 void cuda_close(Cuda* cuda);
 
 // Of the device's pool; null if there is not enough.
-void* cuda_allocate(Cuda& cuda, int64_t bytes);
+void* cuda_allocate(Cuda& cuda, i64 bytes);
 void cuda_free(Cuda& cuda, void* data);
-void cuda_zero(Rank& rank, void* data, int64_t bytes);
+void cuda_zero(Rank& rank, void* data, i64 bytes);
 // Between any memories; waits for the stream.
-void cuda_copy(Rank& rank, void* to, const void* from, int64_t bytes);
+void cuda_copy(Rank& rank, void* to, const void* from, i64 bytes);
 void cuda_add(Rank& rank, const Tensor& to, const Tensor& from);
 
 inline Cuda& cuda_of(const Rank& rank) { return *rank.allocator->cuda; }
 
-}  // namespace pith
+}

@@ -1,9 +1,6 @@
 #include "core/json.h"
 
 #include <cerrno>
-#include <cmath>
-#include <cstdio>
-#include <cstring>
 #include <nlohmann/json.hpp>
 #include <set>
 
@@ -92,7 +89,7 @@ Json Json::operator[](const string& key) const {
   return child(&value_of(node_)[key], place);
 }
 
-Json Json::operator[](int64_t index) const {
+Json Json::operator[](i64 index) const {
   if (!is_array()) wrong_type("an array");
   if (index < 0 || index >= size())
     bad_input(place_, text("has too few elements (got %ld, need element %ld)", size(), index),
@@ -100,9 +97,9 @@ Json Json::operator[](int64_t index) const {
   return child(&value_of(node_)[size_t(index)], place_ + text("[%ld]", index));
 }
 
-int64_t Json::size() const {
+i64 Json::size() const {
   if (!is_array() && !is_object()) wrong_type("an array or an object");
-  return int64_t(value_of(node_).size());
+  return i64(value_of(node_).size());
 }
 
 vector<string> Json::keys() const {
@@ -112,14 +109,14 @@ vector<string> Json::keys() const {
   return names;
 }
 
-int64_t Json::as_int(int64_t min, int64_t max) const {
+i64 Json::as_int(i64 min, i64 max) const {
   const Value& v = value_of(node_);
-  if (v.is_number_unsigned() && v.get<uint64_t>() > uint64_t(INT64_MAX))
+  if (v.is_number_unsigned() && v.get<u64>() > u64(INT64_MAX))
     wrong_type("a whole number below 2^63");
   const double exact = v.is_number() ? v.get<double>() : NAN;
   if (!is_int() && !(std::fabs(exact) <= 0x1p53 && exact == std::floor(exact)))
     wrong_type("a whole number");
-  const int64_t number = v.get<int64_t>();
+  const i64 number = v.get<i64>();
   if (number < min || number > max) {
     string need = min == INT64_MIN ? "" : text("at least %ld", min);
     if (min != INT64_MIN && max != INT64_MAX) need += " and ";
@@ -145,10 +142,10 @@ bool Json::as_bool() const {
   return value_of(node_).get<bool>();
 }
 
-vector<int64_t> Json::as_ints() const {
+vector<i64> Json::as_ints() const {
   if (!is_array()) wrong_type("an array of whole numbers");
-  vector<int64_t> all;
-  for (int64_t i = 0; i < size(); i++) all.push_back((*this)[i].as_int());
+  vector<i64> all;
+  for (i64 i = 0; i < size(); i++) all.push_back((*this)[i].as_int());
   return all;
 }
 
@@ -198,4 +195,4 @@ const string& JsonWriter::str() const {
   return out_;
 }
 
-}  // namespace pith
+}

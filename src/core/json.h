@@ -22,20 +22,18 @@ class Json {
 
   bool has(const string& key) const;
   Json operator[](const string& key) const;
-  Json operator[](int64_t index) const;
-  int64_t size() const;
+  Json operator[](i64 index) const;
+  i64 size() const;
   vector<string> keys() const;  // sorted
 
-  int64_t as_int(int64_t min = INT64_MIN, int64_t max = INT64_MAX) const;
+  i64 as_int(i64 min = INT64_MIN, i64 max = INT64_MAX) const;
   double as_double() const;
   string as_string() const;
   bool as_bool() const;
-  vector<int64_t> as_ints() const;
+  vector<i64> as_ints() const;
 
   // `v` where it is absent or null.
-  int64_t int_or(const string& key, int64_t v) const {
-    return set(key) ? (*this)[key].as_int() : v;
-  }
+  i64 int_or(const string& key, i64 v) const { return set(key) ? (*this)[key].as_int() : v; }
   double double_or(const string& key, double v) const {
     return set(key) ? (*this)[key].as_double() : v;
   }
@@ -81,4 +79,4 @@ class JsonWriter {
   int indent_;
 };
 
-}  // namespace pith
+}

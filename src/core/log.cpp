@@ -3,8 +3,6 @@
 #include <unistd.h>
 
 #include <chrono>
-#include <cmath>
-#include <cstdio>
 #include <ctime>
 
 #include "core/process.h"
@@ -73,14 +71,14 @@ void Progress::update(double done, const string& extra) {
   sink.progress_drawn = true;
 }
 
-string with_commas(int64_t value) {
+string with_commas(i64 value) {
   string digits = std::to_string(value);
-  for (int64_t at = int64_t(digits.size()) - 3; at > (value < 0); at -= 3) digits.insert(at, ",");
+  for (i64 at = i64(digits.size()) - 3; at > (value < 0); at -= 3) digits.insert(at, ",");
   return digits;
 }
 
 string duration_text(double seconds) {
-  const int64_t s = std::llround(seconds);
+  const i64 s = std::llround(seconds);
   if (s < 60) return text("%ld s", s);
   if (s < 3600) return text("%ld min %ld s", s / 60, s % 60);
   return text("%ld h %ld min", s / 3600, s / 60 % 60);
@@ -93,4 +91,4 @@ string bytes_text(double bytes) {
   return text(i ? "%.2f %s" : "%.0f %s", bytes, unit[i]);
 }
 
-}  // namespace pith
+}

@@ -25,8 +25,8 @@ class Progress {
 };
 
 // "1,234,567"; "3 min 20 s"; "1.50 GiB".
-string with_commas(int64_t value);
+string with_commas(i64 value);
 string duration_text(double seconds);
 string bytes_text(double bytes);
 
-}  // namespace pith
+}

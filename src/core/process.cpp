@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
 #include <exception>
 #include <new>
 
@@ -104,4 +103,4 @@ int run_program(const char* name, int argc, char** argv, int (*run)(int argc, ch
   return kExitFailed;
 }
 
-}  // namespace pith
+}

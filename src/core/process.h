@@ -1,6 +1,5 @@
 // process: the program's only mutable globals, because signal handlers and callbacks need them.
 #pragma once
-#include <cstdio>
 #include <mutex>
 
 #include "core/rank.h"
@@ -29,4 +28,4 @@ LogSink& log_sink();
 // What main() does: handles signals, runs `run`, and says on standard error what it failed with.
 int run_program(const char* name, int argc, char** argv, int (*run)(int argc, char** argv));
 
-}  // namespace pith
+}

@@ -11,8 +11,8 @@ struct Cuda;
 // Blocks are 64-byte aligned; another thread may release them.
 struct Allocator {
   Cuda* cuda = nullptr;  // of device memory
-  int64_t live_bytes = 0, peak_bytes = 0;
-  Storage* allocate(int64_t bytes, At at);
+  i64 live_bytes = 0, peak_bytes = 0;
+  Storage* allocate(i64 bytes, At at);
   void reset_peak() { peak_bytes = __atomic_load_n(&live_bytes, __ATOMIC_RELAXED); }
 };
 
@@ -48,4 +48,4 @@ struct Rank {
   bool debug = false;  // PITH_DEBUG=1
 };
 
-}  // namespace pith
+}

@@ -4,13 +4,13 @@
 
 namespace pith {
 
-uint64_t stream_key(uint64_t seed, string_view name);
+u64 stream_key(u64 seed, string_view name);
 
 // Uniform in [0, 1), and standard normal.
-double uniform_at(uint64_t key, uint64_t index);
-double normal_at(uint64_t key, uint64_t index);
+double uniform_at(u64 key, u64 index);
+double normal_at(u64 key, u64 index);
 
 // The image of `i` under permutation `key` of [0, n).
-uint64_t permute_index(uint64_t key, uint64_t i, uint64_t n);
+u64 permute_index(u64 key, u64 i, u64 n);
 
-}  // namespace pith
+}

@@ -1,7 +1,5 @@
 #include "core/tape.h"
 
-#include <cmath>
-
 #include "core/cuda.h"
 
 namespace pith {
@@ -15,7 +13,7 @@ static void check_finite(Rank& rank, const char* op, At at, const Tensor& x) {
   if (!x.data || (x.dtype != DType::F32 && x.dtype != DType::F64)) return;
   vector<char> bytes;
   const Tensor t = on_host(rank, x, bytes);
-  for (int64_t i = 0, n = t.numel(); i < n; i++) {
+  for (i64 i = 0, n = t.numel(); i < n; i++) {
     const double v = t.dtype == DType::F32 ? t.as<float>()[i] : t.as<double>()[i];
     if (!std::isfinite(v))
       op_failed(rank, op, at, "non-finite value",
@@ -46,7 +44,7 @@ Node* record(Rank& rank, const char* op, At at, std::initializer_list<Tensor> in
 }
 
 void make_leaf(Rank& rank, Tensor& t) {
-  t.var = int32_t(rank.tape->grads.size());
+  t.var = int(rank.tape->grads.size());
   rank.tape->grads.emplace_back();
 }
 
@@ -59,7 +57,7 @@ Tensor grad_of(const Tape& tape, const Tensor& t) {
 
 template <class T>
 static void add_elements(const Tensor& to, const Tensor& from) {
-  for (int64_t i = 0, n = to.numel(); i < n; i++) to.as<T>()[i] += from.as<T>()[i];
+  for (i64 i = 0, n = to.numel(); i < n; i++) to.as<T>()[i] += from.as<T>()[i];
 }
 
 void add_into(Rank& rank, const Tensor& to, const Tensor& from, At at) {
@@ -148,4 +146,4 @@ void weight_grads(Rank& rank, Tape& tape, int begin, int end) {
     if (Node& node = tape.nodes[i]; !node.bw_done) run_weight_grads(rank, node, node.bw);
 }
 
-}  // namespace pith
+}

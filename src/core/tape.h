@@ -30,7 +30,7 @@ struct Node {
   TensorList grad;              // of the outputs; undefined where none arrived
   TensorList bx_keep, bw_keep;  // values that bx and bw need, released after it
   double f[4] = {};
-  int64_t i[8] = {};
+  i64 i[8] = {};
   // Gradients of inputs; of the weights that n nodes, one a deferred micro-batch, share.
   void (*bx)(Rank&, Node&) = nullptr;
   void (*bw)(Rank&, Node* const* nodes, int n) = nullptr;
@@ -66,4 +66,4 @@ void backward(Rank& rank, int begin, int end, bool defer_weights = false);
 // What was deferred.
 void weight_grads(Rank& rank, Tape& tape, int begin, int end);
 
-}  // namespace pith
+}

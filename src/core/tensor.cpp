@@ -1,7 +1,6 @@
 #include "core/tensor.h"
 
 #include <cstdlib>
-#include <cstring>
 
 #include "core/cuda.h"
 
@@ -9,25 +8,25 @@ namespace pith {
 
 struct DTypeInfo {
   const char* name;
-  int64_t size;
+  i64 size;
 };
 static constexpr DTypeInfo kDTypes[] = {{"f32", 4}, {"f64", 8}, {"bf16", 2},
                                         {"f8", 1},  {"i32", 4}, {"u8", 1}};
 
-int64_t size_of(DType dtype) { return kDTypes[int(dtype)].size; }
+i64 size_of(DType dtype) { return kDTypes[int(dtype)].size; }
 const char* name_of(DType dtype) { return kDTypes[int(dtype)].name; }
 
-Dims::Dims(std::initializer_list<int64_t> sizes) {
+Dims::Dims(std::initializer_list<i64> sizes) {
   if (sizes.size() > kMaxDims) failed("Dims", text("%zu dimensions (need <= 5)", sizes.size()));
-  for (const int64_t s : sizes) size[rank++] = s;
+  for (const i64 s : sizes) size[rank++] = s;
 }
 
 bool Dims::operator==(const Dims& o) const {
   return rank == o.rank && std::memcmp(size, o.size, rank * sizeof size[0]) == 0;
 }
 
-int64_t Dims::numel() const {
-  int64_t n = rank > 0 ? 1 : 0;
+i64 Dims::numel() const {
+  i64 n = rank > 0 ? 1 : 0;
   for (int i = 0; i < rank; i++) n *= size[i];
   return n;
 }
@@ -40,14 +39,14 @@ string describe(const Tensor& t) {
   return s + (t.name[0] ? t.name : text("made at %s:%d", t.made.file, t.made.line));
 }
 
-int64_t Tensor::rows() const {
-  int64_t n = 1;
+i64 Tensor::rows() const {
+  i64 n = 1;
   for (int i = 0; i + 1 < dim.rank; i++) n *= dim[i];
   return n;
 }
 
 Tensor Tensor::view(Dims dims, At at) const {
-  int64_t known = 1;
+  i64 known = 1;
   int open = -1;
   for (int i = 0; i < dims.rank; i++) {
     if (dims[i] == -1)
@@ -67,15 +66,15 @@ Tensor Tensor::view(Dims dims, At at) const {
 }
 
 // Bytes of an element of a weight's gradient.
-static int64_t grad_size(DType dtype) { return dtype == DType::F64 ? 8 : 4; }
+static i64 grad_size(DType dtype) { return dtype == DType::F64 ? 8 : 4; }
 
-Tensor Tensor::slice_rows(int64_t begin, int64_t end, At at) const {
+Tensor Tensor::slice_rows(i64 begin, i64 end, At at) const {
   if (begin < 0 || begin > end || end > dim[0])
     failed(text("%s:%d: slice_rows", at.file, at.line),
            text("need 0 <= begin <= end <= dim[0] (got [%ld,%ld) of ", begin, end) +
                describe(*this) + ")");
   Tensor t = *this;
-  const int64_t skipped = dim[0] ? numel() / dim[0] * begin : 0;
+  const i64 skipped = dim[0] ? numel() / dim[0] * begin : 0;
   if (data) t.data = data + skipped * size_of(dtype);
   if (grad) t.grad = grad + skipped * grad_size(dtype);
   t.dim[0] = end - begin;
@@ -98,7 +97,7 @@ void Tensor::refresh() {
   grad = home->grad ? home->grad + home_offset * grad_size(dtype) : nullptr;
 }
 
-Storage* Allocator::allocate(int64_t bytes, At at) {
+Storage* Allocator::allocate(i64 bytes, At at) {
   void* data = nullptr;
   if (kCuda && cuda && bytes) data = cuda_allocate(*cuda, bytes);
   if (!cuda && bytes) data = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
@@ -106,7 +105,7 @@ Storage* Allocator::allocate(int64_t bytes, At at) {
     failed(text("%s:%d", at.file, at.line),
            text("out of memory (need %ld bytes, %ld are out)", bytes, live_bytes),
            "a smaller train.micro_batch_size or data.sequence_length");
-  const int64_t live = __atomic_add_fetch(&live_bytes, bytes, __ATOMIC_RELAXED);
+  const i64 live = __atomic_add_fetch(&live_bytes, bytes, __ATOMIC_RELAXED);
   if (live > peak_bytes) peak_bytes = live;
   return new Storage{this, data, bytes};
 }
@@ -162,4 +161,4 @@ Tensor on_host(Rank& rank, Tensor t, vector<char>& bytes) {
   return t;
 }
 
-}  // namespace pith
+}

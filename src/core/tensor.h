@@ -1,15 +1,14 @@
 // tensor: a contiguous view of reference-counted storage.
 #pragma once
-#include <utility>
 
 #include "core/check.h"
 
 namespace pith {
 
-enum class DType : uint8_t { F32, F64, BF16, F8, I32, U8 };
-enum class Device : uint8_t { CPU, CUDA };
+enum class DType : u8 { F32, F64, BF16, F8, I32, U8 };
+enum class Device : u8 { CPU, CUDA };
 
-int64_t size_of(DType dtype);
+i64 size_of(DType dtype);
 const char* name_of(DType dtype);
 inline bool is_float(DType d) { return d != DType::I32 && d != DType::U8; }
 
@@ -17,7 +16,7 @@ struct Allocator;
 struct Storage {
   Allocator* allocator = nullptr;
   void* data = nullptr;
-  int64_t bytes = 0;
+  i64 bytes = 0;
   int refs = 0;
 };
 void release(Storage* storage);
@@ -43,16 +42,16 @@ class StorageRef {
 };
 
 constexpr int kMaxDims = 5;
-constexpr int32_t kIgnoreLabel = -100;  // counts nothing in the loss
+constexpr int kIgnoreLabel = -100;  // counts nothing in the loss
 
 struct Dims {
   Dims() = default;
-  Dims(std::initializer_list<int64_t> sizes);
-  int64_t operator[](int i) const { return size[i]; }
-  int64_t& operator[](int i) { return size[i]; }
+  Dims(std::initializer_list<i64> sizes);
+  i64 operator[](int i) const { return size[i]; }
+  i64& operator[](int i) { return size[i]; }
   bool operator==(const Dims& o) const;
-  int64_t numel() const;
-  int64_t size[kMaxDims] = {};
+  i64 numel() const;
+  i64 size[kMaxDims] = {};
   int rank = 0;
 };
 
@@ -64,31 +63,31 @@ struct Tensor {
   Dims dim;
   DType dtype = DType::F32;
   Device device = Device::CPU;
-  int32_t var = -1;       // variable on its tape; -1: no gradient flows
+  int var = -1;           // variable on its tape; -1: no gradient flows
   const char* name = "";  // weights: a Hugging Face name
   // Weights: the tensor this is a view of, from an element on; refresh() follows where it moved.
   const Tensor* home = nullptr;
-  int64_t home_offset = 0;
+  i64 home_offset = 0;
   At made;
 
   bool defined() const { return dim.rank > 0; }
   bool is_weight() const { return home || grad; }
   bool needs_grad() const { return var >= 0 || is_weight(); }
-  int64_t numel() const { return dim.numel(); }
-  int64_t bytes() const { return numel() * size_of(dtype); }
-  int64_t cols() const { return dim[dim.rank - 1]; }
-  int64_t rows() const;
+  i64 numel() const { return dim.numel(); }
+  i64 bytes() const { return numel() * size_of(dtype); }
+  i64 cols() const { return dim[dim.rank - 1]; }
+  i64 rows() const;
   template <class T>
   T* as() const {
     return reinterpret_cast<T*>(data);
   }
   float* f32() const { return as<float>(); }
-  int32_t* i32() const { return as<int32_t>(); }
+  int* i32() const { return as<int>(); }
 
   // At most one dimension may be -1.
   Tensor view(Dims dims, At at = At::here()) const;
   // Of the first dimension, with a weight's gradient but without a variable.
-  Tensor slice_rows(int64_t begin, int64_t end, At at = At::here()) const;
+  Tensor slice_rows(i64 begin, i64 end, At at = At::here()) const;
   Tensor meta() const;  // without the data
   void refresh();
 };
@@ -102,4 +101,4 @@ void fill_zero(Rank& rank, const Tensor& t);  // if it has data
 Tensor tensor_from(Rank& rank, Dims dims, DType dtype, const void* host, At at = At::here());
 Tensor on_host(Rank& rank, Tensor t, vector<char>& bytes);  // t, or its copy in `bytes`
 
-}  // namespace pith
+}

@@ -12,7 +12,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <condition_variable>
-#include <cstring>
 #include <deque>
 #include <filesystem>
 #include <map>
@@ -30,7 +29,7 @@ namespace fs = std::filesystem;
 
 namespace {
 constexpr size_t kReadBytes = 256 << 10, kBatchBytes = 1 << 20;
-constexpr int64_t kAhead = 4;  // batches of a unit encoded before their turn
+constexpr i64 kAhead = 4;  // batches of a unit encoded before their turn
 
 // The bytes of a source, decompressed as the suffix of its name says.
 class SourceStream {
@@ -66,7 +65,7 @@ class SourceStream {
       if (end_ == 0) return 0;
     }
   }
-  int64_t stored_bytes = 0;  // read so far
+  i64 stored_bytes = 0;  // read so far
 
  private:
   size_t read_stored(char* to, size_t n) {
@@ -120,17 +119,17 @@ struct Batch {
   // Whole lines of a source, or a whole text file: raw[begin, end).
   struct Piece {
     const CorpusSource* source;
-    int64_t first_line;
+    i64 first_line;
     size_t begin, end;
   };
   string raw;
   vector<Piece> pieces;
-  int64_t stored_bytes = 0;
+  i64 stored_bytes = 0;
   bool last = false;
   vector<string_view> documents;
   vector<std::pair<string, string>> bad;  // "file:line", what is wrong
-  vector<uint32_t> tokens;
-  vector<uint64_t> ends;  // of documents
+  vector<u32> tokens;
+  vector<u64> ends;  // of documents
 };
 
 class BatchReader {
@@ -186,7 +185,7 @@ class BatchReader {
   const vector<CorpusSource>& sources_;
   size_t next_ = 0;
   std::optional<SourceStream> stream_;
-  int64_t line_ = 1;
+  i64 line_ = 1;
   string carry_;  // the begin of a line
 };
 
@@ -218,7 +217,7 @@ string parse_line(char* line, size_t n, const string& key, string_view& document
 }
 
 // Returns what is wrong, and moves `line` on to it.
-string check_text(string_view document, int64_t& line) {
+string check_text(string_view document, i64& line) {
   if (document.empty()) return "is empty";
   if (is_valid_utf8(document)) return "";
   for (;; line++) {
@@ -232,7 +231,7 @@ string check_text(string_view document, int64_t& line) {
 void find_documents(Batch& batch, const string& key) {
   constexpr string_view kBom = "\xef\xbb\xbf";
   for (const Batch::Piece& piece : batch.pieces) {
-    int64_t line = piece.first_line;
+    i64 line = piece.first_line;
     const auto add = [&](string_view document, const string& wrong) {
       if (wrong.empty())
         batch.documents.push_back(document);
@@ -316,8 +315,8 @@ struct OpenUnit {
     if (type == NpyType::U4)
       append_ids(batch.tokens);
     else
-      append_ids(vector<uint16_t>(batch.tokens.begin(), batch.tokens.end()));
-    for (uint64_t& end : batch.ends) end += num_tokens;
+      append_ids(vector<u16>(batch.tokens.begin(), batch.tokens.end()));
+    for (u64& end : batch.ends) end += num_tokens;
     record.append({reinterpret_cast<const char*>(batch.ends.data()), batch.ends.size() * 8});
     num_tokens += batch.tokens.size();
     num_documents += batch.ends.size();
@@ -326,7 +325,7 @@ struct OpenUnit {
   void finish(NpyType type) {
     file->append(npy_header(NpyType::U8, {num_documents}));
     string block(1 << 20, '\0');
-    for (int64_t at = 0; at < num_documents * 8;) {
+    for (i64 at = 0; at < num_documents * 8;) {
       const ssize_t got = pread(record.fd, block.data(), block.size(), at);
       need_io(got > 0, record.path, "cannot be read back");
       file->append({block.data(), size_t(got)});
@@ -341,16 +340,16 @@ struct OpenUnit {
   }
 
   // Batches not written yet.
-  int64_t load() const { return reading ? INT64_MAX : batches_read - batches_written; }
+  i64 load() const { return reading ? INT64_MAX : batches_read - batches_written; }
 
   const CorpusUnit& unit;
   BatchReader reader;
   bool reading = false, writing = false;
-  std::map<int64_t, Batch> encoded;
-  int64_t batches_read = 0, batches_written = 0;
+  std::map<i64, Batch> encoded;
+  i64 batches_read = 0, batches_written = 0;
   LockedFile record;
   std::optional<LockedFile> file;
-  int64_t num_tokens = 0, num_documents = 0;
+  i64 num_tokens = 0, num_documents = 0;
 };
 
 class CorpusRun {
@@ -398,8 +397,8 @@ class CorpusRun {
  private:
   using Lock = std::unique_lock<std::mutex>;
 
-  int64_t find_work() {
-    int64_t bytes = 0;
+  i64 find_work() {
+    i64 bytes = 0;
     for (size_t i = 0; i < units_.size(); i++) {
       if (is_finished(units_[i])) continue;
       to_do_.push_back(i);
@@ -456,7 +455,7 @@ class CorpusRun {
         Batch batch = unit->reader.read();
         lock.lock();
         unit->reading = false;
-        const int64_t turn = unit->batches_read++;
+        const i64 turn = unit->batches_read++;
         if (batch.last) std::erase(open_, unit);
         changed_.notify_all();
         lock.unlock();
@@ -546,20 +545,20 @@ class CorpusRun {
   const string mark_ = options_.output + "/.pith/.run";
   const Tokenizer tokenizer_;
   const int threads_;
-  uint32_t eos_;
+  u32 eos_;
   NpyType type_;
   std::mutex mutex_;  // guards all below
   std::condition_variable changed_;
   std::deque<size_t> to_do_;
   size_t refused_ = 0;                      // claims in a row
   vector<std::shared_ptr<OpenUnit>> open_;  // not read to the end
-  int64_t bytes_done_ = 0;
+  i64 bytes_done_ = 0;
   CorpusReport report_;
   std::exception_ptr error_;
   Progress progress_;
 };
-}  // namespace
+}
 
 CorpusReport tokenize_corpus(const CorpusOptions& options) { return CorpusRun(options).run(); }
 
-}  // namespace pith
+}

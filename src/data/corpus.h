@@ -6,26 +6,26 @@
 
 namespace pith {
 
-enum class CorpusFormat : uint8_t { Auto, Text, Jsonl };  // Auto: as the name says
+enum class CorpusFormat : u8 { Auto, Text, Jsonl };  // Auto: as the name says
 
 struct CorpusOptions {
   string tokenizer;       // a tokenizer.json
   vector<string> inputs;  // files, folders, or "-": standard input
   string output;
   CorpusFormat format = CorpusFormat::Auto;
-  vector<string> include;                 // file name patterns, "*.c"; empty: every file
-  string join;                            // one series JOIN-00000.bin, ... instead of a file each
-  int64_t part_bytes = int64_t{1} << 30;  // input of a file of that series
+  vector<string> include;         // file name patterns, "*.c"; empty: every file
+  string join;                    // one series JOIN-00000.bin, ... instead of a file each
+  i64 part_bytes = i64{1} << 30;  // input of a file of that series
   string key = "text";
   string eos;  // empty: the tokenizer's end-of-text
   bool special_as_text = false;
   bool skip_bad = false;  // log malformed documents, do not stop at them
-  int64_t threads = 0;    // 0: every core
+  i64 threads = 0;        // 0: every core
 };
 
 struct CorpusSource {
   string path, name;  // as opened; below its input
-  int64_t bytes = 0;
+  i64 bytes = 0;
   CorpusFormat format = CorpusFormat::Auto;
 };
 
@@ -33,16 +33,16 @@ struct CorpusSource {
 struct CorpusUnit {
   string path, part, record;  // of the file; in .pith: unfinished, and of its sources
   vector<CorpusSource> sources;
-  int64_t bytes = 0;
+  i64 bytes = 0;
   string identity;  // hash of the sources' names, sizes, times and formats
 };
 // In path order. Exit code 2: nothing found, no format in a name, two sources for one token file.
 vector<CorpusUnit> plan_corpus(const CorpusOptions& options);
 
 struct CorpusReport {
-  int64_t files = 0, files_done_before = 0, files_total = 0;
-  int64_t documents = 0, tokens = 0, text_bytes = 0;  // of this run
-  int64_t bad_documents = 0;
+  i64 files = 0, files_done_before = 0, files_total = 0;
+  i64 documents = 0, tokens = 0, text_bytes = 0;  // of this run
+  i64 bad_documents = 0;
   double seconds = 0;
   bool stopped = false;  // by a signal: the same command goes on
 };
@@ -55,27 +55,27 @@ struct CorpusReport {
 CorpusReport tokenize_corpus(const CorpusOptions& options);
 
 // Ids >= vocab_size are exit code 2.
-vector<uint32_t> document_ids(const TokenFile& file, int64_t document, uint32_t vocab_size);
+vector<u32> document_ids(const TokenFile& file, i64 document, u32 vocab_size);
 
 struct CorpusSummary {
-  int64_t files = 0, documents = 0, tokens = 0;
-  int64_t unfinished = 0;            // files, and runs that did not end
-  vector<int64_t> length_histogram;  // [i]: documents of [2^i, 2^(i+1)) tokens; [0] has 0 too
+  i64 files = 0, documents = 0, tokens = 0;
+  i64 unfinished = 0;            // files, and runs that did not end
+  vector<i64> length_histogram;  // [i]: documents of [2^i, 2^(i+1)) tokens; [0] has 0 too
   struct Frequent {
-    uint32_t id;
-    int64_t count;
+    u32 id;
+    i64 count;
     string text;
   };
   vector<Frequent> frequent;  // falling
   struct Sample {
     string file;
-    int64_t document;  // in the file, from 0
-    string text;       // its begin
+    i64 document;  // in the file, from 0
+    string text;   // its begin
   };
   vector<Sample> samples;
 };
 
 // Of a folder or one file, with the tokenizer.json beside it. Exit code 2: no or damaged files.
-CorpusSummary inspect_corpus(const string& path, int64_t top = 20, int64_t samples = 3);
+CorpusSummary inspect_corpus(const string& path, i64 top = 20, i64 samples = 3);
 
-}  // namespace pith
+}

@@ -12,14 +12,14 @@ namespace fs = std::filesystem;
 
 constexpr size_t kSampleTokens = 100;
 
-vector<uint32_t> document_ids(const TokenFile& file, int64_t document, uint32_t vocab_size) {
-  const int64_t begin = document ? file.doc_end(document - 1) : 0;
-  vector<uint32_t> ids(file.doc_end(document) - begin);
-  file.copy(begin, ids.size(), vocab_size, reinterpret_cast<int32_t*>(ids.data()));
+vector<u32> document_ids(const TokenFile& file, i64 document, u32 vocab_size) {
+  const i64 begin = document ? file.doc_end(document - 1) : 0;
+  vector<u32> ids(file.doc_end(document) - begin);
+  file.copy(begin, ids.size(), vocab_size, reinterpret_cast<int*>(ids.data()));
   return ids;
 }
 
-CorpusSummary inspect_corpus(const string& where, int64_t top, int64_t samples) {
+CorpusSummary inspect_corpus(const string& where, i64 top, i64 samples) {
   const vector<string> paths = find_token_files(where);
   const string folder = fs::is_directory(where) ? where : folder_of(where);
   const Tokenizer tokenizer = Tokenizer::load(folder + "/tokenizer.json");
@@ -29,17 +29,17 @@ CorpusSummary inspect_corpus(const string& where, int64_t top, int64_t samples) 
   for (const auto& entry : fs::recursive_directory_iterator(folder + "/.pith", absent))
     summary.unfinished += entry.path().extension() == ".part" || entry.path().filename() == ".run";
   std::mt19937_64 random;
-  vector<int64_t> counts(tokenizer.vocab_size());
+  vector<i64> counts(tokenizer.vocab_size());
   for (const string& path : paths) {
     const TokenFile file = open_token_file(path);
-    for (int64_t i = 0; i < file.num_docs; i++) {
-      vector<uint32_t> ids = document_ids(file, i, counts.size());
-      for (const uint32_t id : ids) counts[id]++;
+    for (i64 i = 0; i < file.num_docs; i++) {
+      vector<u32> ids = document_ids(file, i, counts.size());
+      for (const u32 id : ids) counts[id]++;
       const size_t bin = std::bit_width(ids.size() | 1) - 1;
       if (bin >= summary.length_histogram.size()) summary.length_histogram.resize(bin + 1);
       summary.length_histogram[bin]++;
       // A uniform sample: document n takes the place of another with probability samples / n.
-      const int64_t n = summary.documents++, place = n < samples ? n : random() % (n + 1);
+      const i64 n = summary.documents++, place = n < samples ? n : random() % (n + 1);
       if (place >= samples) continue;
       if (place == n) summary.samples.emplace_back();
       ids.resize(min<size_t>(ids.size(), kSampleTokens));
@@ -48,7 +48,7 @@ CorpusSummary inspect_corpus(const string& where, int64_t top, int64_t samples) 
     }
     summary.tokens += file.num_tokens;
   }
-  for (uint32_t id = 0; id < counts.size(); id++)
+  for (u32 id = 0; id < counts.size(); id++)
     if (counts[id]) summary.frequent.push_back({id, counts[id], ""});
   std::ranges::stable_sort(summary.frequent, std::greater{}, &CorpusSummary::Frequent::count);
   summary.frequent.resize(min<size_t>(summary.frequent.size(), top));
@@ -56,4 +56,4 @@ CorpusSummary inspect_corpus(const string& where, int64_t top, int64_t samples) 
   return summary;
 }
 
-}  // namespace pith
+}

@@ -1,5 +1,4 @@
 // corpus_plan: which files become which token file.
-
 #include <fnmatch.h>
 #include <xxhash.h>
 
@@ -45,7 +44,7 @@ static vector<CorpusSource> find_sources(const string& input, const CorpusOption
   vector<CorpusSource> found;
   try {
     if (fs::is_regular_file(input))
-      return {{input, fs::path(input).filename(), int64_t(fs::file_size(input))}};
+      return {{input, fs::path(input).filename(), i64(fs::file_size(input))}};
     std::error_code absent;
     for (fs::recursive_directory_iterator it(input), end; it != end; ++it) {
       const fs::path &path = it->path(), file = path.filename();
@@ -58,7 +57,7 @@ static vector<CorpusSource> find_sources(const string& input, const CorpusOption
         it.disable_recursion_pending();
       else if (!hidden && it->is_regular_file() &&
                (o.include.empty() || std::ranges::any_of(o.include, matches)))
-        found.push_back({path, below, int64_t(it->file_size())});
+        found.push_back({path, below, i64(it->file_size())});
     }
   } catch (const fs::filesystem_error& error) {
     bad_input(input, "is not a file or folder that can be read (" + error.code().message() + ")",
@@ -70,7 +69,7 @@ static vector<CorpusSource> find_sources(const string& input, const CorpusOption
 
 static void add_source(CorpusUnit& unit, CorpusSource& source) {
   std::error_code none;  // standard input has no time
-  const int64_t time = fs::last_write_time(source.path, none).time_since_epoch().count();
+  const i64 time = fs::last_write_time(source.path, none).time_since_epoch().count();
   const string all = unit.identity + text("%s\t%ld\t%ld\t%d", source.name.c_str(), source.bytes,
                                           time, int(source.format));
   unit.identity = std::to_string(XXH3_64bits(all.data(), all.size()));
@@ -118,4 +117,4 @@ vector<CorpusUnit> plan_corpus(const CorpusOptions& o) {
   return units;
 }
 
-}  // namespace pith
+}

@@ -3,8 +3,6 @@
 #include <xxhash.h>
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 #include <filesystem>
 
 #include "core/rng.h"
@@ -13,25 +11,25 @@ namespace pith {
 
 namespace fs = std::filesystem;
 
-int64_t TokenFile::doc_end(int64_t doc) const {
-  int64_t end;
+i64 TokenFile::doc_end(i64 doc) const {
+  i64 end;
   memcpy(&end, ends + 8 * doc, 8);
   return end;
 }
 
-void TokenFile::copy(int64_t offset, int64_t count, int64_t vocab_size, int32_t* dst) const {
-  const int64_t width = size_of(type), shift = 64 - 8 * width;
-  for (int64_t i = offset; i < offset + count; i++) {
-    uint64_t id;
+void TokenFile::copy(i64 offset, i64 count, i64 vocab_size, int* dst) const {
+  const i64 width = size_of(type), shift = 64 - 8 * width;
+  for (i64 i = offset; i < offset + count; i++) {
+    u64 id;
     memcpy(&id, tokens + i * width, 8);  // the second array lies behind the last token
     id = id << shift >> shift;
-    if (id >= uint64_t(vocab_size))
+    if (id >= u64(vocab_size))
       bad_input(map.path(),
                 text("holds a token id beyond the vocabulary (got %lu at token %ld, need less than "
                      "%ld)",
                      id, i, vocab_size),
                 "the model's own tokenizer");
-    *dst++ = int32_t(id);
+    *dst++ = int(id);
   }
 }
 
@@ -55,16 +53,16 @@ TokenFile open_token_file(const string& path) {
   const NpyHeader ends = read(rest, "document ends", "second", NpyType::U8);
   file.num_docs = ends.numel();
   file.ends = rest + ends.header_bytes;
-  const int64_t more = end_of_file - file.ends - ends.data_bytes();
+  const i64 more = end_of_file - file.ends - ends.data_bytes();
   if (more != 0) refuse(text("goes on behind its two arrays (got %ld bytes more)", more));
   if (file.num_docs == 0 && file.num_tokens > 0) refuse("has tokens, but no documents");
-  int64_t least = 0;
-  for (int64_t doc = 0; doc < file.num_docs; doc++) {
-    const int64_t end = file.doc_end(doc), most = file.num_tokens;
+  i64 least = 0;
+  for (i64 doc = 0; doc < file.num_docs; doc++) {
+    const i64 end = file.doc_end(doc), most = file.num_tokens;
     if (doc + 1 == file.num_docs) least = most;
     if (end < least || end > most)
-      refuse(text("has a corrupt end of document %ld (got %lu, need %ld to %ld)", doc,
-                  uint64_t(end), least, most));
+      refuse(text("has a corrupt end of document %ld (got %lu, need %ld to %ld)", doc, u64(end),
+                  least, most));
     least = end;
   }
   return file;
@@ -97,19 +95,19 @@ Dataset::Dataset(const vector<string>& paths, const DataOptions& options)
   if (token_bytes_ == 0)
     bad_input("data.path", text("is an empty corpus (got 0 tokens in %zu files)", paths.size()),
               "another folder");
-  constexpr int64_t kChecked = int64_t{1} << 30, kBlock = 4096;
-  int32_t block[kBlock];
+  constexpr i64 kChecked = i64{1} << 30, kBlock = 4096;
+  int block[kBlock];
   for (int index = 0; index < int(files_.size()); index++) {
     const TokenFile& file = files_[index];
-    const int64_t width = size_of(file.type), n = file.num_tokens;
-    for (int64_t at = 0; at < n && token_bytes_ <= kChecked; at += kBlock)
+    const i64 width = size_of(file.type), n = file.num_tokens;
+    for (i64 at = 0; at < n && token_bytes_ <= kChecked; at += kBlock)
       file.copy(at, min(kBlock, n - at), options.vocab_size, block);
-    for (int64_t doc = 0, begin = 0, end; doc < file.num_docs; doc++, begin = end) {
+    for (i64 doc = 0, begin = 0, end; doc < file.num_docs; doc++, begin = end) {
       end = file.doc_end(doc);
       if (begin == end) continue;
       bool held = options.heldout_fraction >= 1;
       if (options.heldout_fraction > 0 && !held) {
-        const uint64_t hash = XXH3_64bits(file.tokens + begin * width, (end - begin) * width);
+        const u64 hash = XXH3_64bits(file.tokens + begin * width, (end - begin) * width);
         held = double(hash >> 11) * 0x1.0p-53 < options.heldout_fraction;
       }
       Stream& stream = held ? heldout_ : train_[index];
@@ -120,12 +118,12 @@ Dataset::Dataset(const vector<string>& paths, const DataOptions& options)
   }
 }
 
-int64_t Dataset::heldout_samples() const {
+i64 Dataset::heldout_samples() const {
   return (heldout_.num_labels() + options_.seq_length - 1) / options_.seq_length;
 }
 
-void Dataset::require_samples(int64_t required) const {
-  const int64_t epoch = samples_per_epoch(), epochs = options_.max_epochs;
+void Dataset::require_samples(i64 required) const {
+  const i64 epoch = samples_per_epoch(), epochs = options_.max_epochs;
   if (required <= epoch * epochs) return;
   const string what = text(
       "the corpus is smaller than the run (got %ld samples: %ld an epoch, %ld epochs; need %ld)",
@@ -143,83 +141,82 @@ void Dataset::require_heldout() const {
             "a larger one, or more documents");
 }
 
-void Dataset::train_sample(int64_t index, const SampleRow& row) const {
-  const int64_t n = samples_per_epoch(), all = n * options_.max_epochs;
+void Dataset::train_sample(i64 index, const SampleRow& row) const {
+  const i64 n = samples_per_epoch(), all = n * options_.max_epochs;
   if (index < 0 || index >= all)
     failed("train_sample", text("sample %ld (need less than %ld)", index, all));
-  int64_t sample = index % n;
+  i64 sample = index % n;
   if (options_.shuffle) {
-    const uint64_t key = stream_key(options_.seed, text("data.epoch.%ld", index / n));
-    sample = int64_t(permute_index(key, sample, n));
+    const u64 key = stream_key(options_.seed, text("data.epoch.%ld", index / n));
+    sample = i64(permute_index(key, sample, n));
   }
   const auto file = std::ranges::upper_bound(first_sample_, sample) - first_sample_.begin() - 1;
   cut(train_[file], (sample - first_sample_[file]) * options_.seq_length, row);
 }
 
-void Dataset::heldout_sample(int64_t index, const SampleRow& row) const {
+void Dataset::heldout_sample(i64 index, const SampleRow& row) const {
   cut(heldout_, min(index * options_.seq_length, heldout_.num_tokens), row);
   if (index >= heldout_samples()) std::fill_n(row.labels, options_.seq_length, kIgnoreLabel);
 }
 
-void Dataset::cut(const Stream& stream, int64_t begin, const SampleRow& row) const {
-  const int64_t length = options_.seq_length;
-  const int64_t n = min(length + 1, stream.num_tokens - begin);  // with the last label
+void Dataset::cut(const Stream& stream, i64 begin, const SampleRow& row) const {
+  const i64 length = options_.seq_length;
+  const i64 n = min(length + 1, stream.num_tokens - begin);  // with the last label
   const bool mask = options_.document_mask;
-  vector<int32_t> window(length + 1), ends(length, int32_t(length));
+  vector<int> window(length + 1), ends(length, int(length));
   std::fill_n(row.labels, length, kIgnoreLabel);
   auto next = std::ranges::upper_bound(stream.documents, begin, {}, &Document::begin);
-  for (int64_t at = 0, stop; at < n; at = stop, next++) {
+  for (i64 at = 0, stop; at < n; at = stop, next++) {
     const Document& document = next[-1];
-    const int64_t end = next == stream.documents.end() ? stream.num_tokens : next->begin;
+    const i64 end = next == stream.documents.end() ? stream.num_tokens : next->begin;
     stop = min(n, end - begin);
     files_[document.file].copy(document.file_offset + begin + at - document.begin, stop - at,
                                options_.vocab_size, &window[at]);
     // Each token is the label of the one before it, in its document or, unmasked, in any.
-    const int64_t first = mask ? at + 1 : max<int64_t>(at, 1);
+    const i64 first = mask ? at + 1 : max<i64>(at, 1);
     std::copy(window.data() + first, window.data() + stop, row.labels + first - 1);
-    const int64_t inside = min(stop, length);
-    if (mask) std::fill_n(ends.data() + at, inside - at, int32_t(inside));
+    const i64 inside = min(stop, length);
+    if (mask) std::fill_n(ends.data() + at, inside - at, int(inside));
   }
   std::copy_n(window.begin(), length, row.tokens);
   if (row.doc_ends) std::ranges::copy(ends, row.doc_ends);
 }
 
-uint64_t Dataset::fingerprint() const {
-  const bool whole = token_bytes_ <= int64_t{64} << 20;
-  uint64_t hash = 0;
-  const auto add = [&](const void* data, int64_t bytes) {
+u64 Dataset::fingerprint() const {
+  const bool whole = token_bytes_ <= i64{64} << 20;
+  u64 hash = 0;
+  const auto add = [&](const void* data, i64 bytes) {
     hash = XXH3_64bits_withSeed(data, size_t(bytes), hash);
   };
   for (const TokenFile& file : files_) {
-    const int64_t sizes[] = {size_of(file.type), file.num_tokens, file.num_docs};
-    const int64_t bytes = sizes[0] * sizes[1];
-    const int64_t block = whole ? bytes : min<int64_t>(bytes, 4096);
+    const i64 sizes[] = {size_of(file.type), file.num_tokens, file.num_docs};
+    const i64 bytes = sizes[0] * sizes[1];
+    const i64 block = whole ? bytes : min<i64>(bytes, 4096);
     add(sizes, sizeof sizes);
     add(file.ends, 8 * file.num_docs);
-    for (int64_t i = 0; i < (whole ? 1 : 16); i++)  // from the first block to the last one
+    for (i64 i = 0; i < (whole ? 1 : 16); i++)  // from the first block to the last one
       add(file.tokens + (bytes - block) * i / 15, block);
   }
   return hash;
 }
 
-void positions_from_ends(const int32_t* doc_ends, int64_t seq_length, int32_t* positions) {
-  int64_t begin = 0;
-  for (int64_t i = 0; i < seq_length; i++) {
+void positions_from_ends(const int* doc_ends, i64 seq_length, int* positions) {
+  i64 begin = 0;
+  for (i64 i = 0; i < seq_length; i++) {
     if (i > 0 && i == doc_ends[i - 1]) begin = i;
-    positions[i] = int32_t(i - begin);
+    positions[i] = int(i - begin);
   }
 }
 
-int64_t global_sample(const BatchShape& shape, int64_t step, int dp_rank, int ep_rank,
-                      int64_t row) {
-  const int64_t micro = row / shape.micro_batch, sender = dp_rank * shape.ep + ep_rank;
-  const int64_t group = micro * shape.dp * shape.ep + sender;  // of micro_batch samples
+i64 global_sample(const BatchShape& shape, i64 step, int dp_rank, int ep_rank, i64 row) {
+  const i64 micro = row / shape.micro_batch, sender = dp_rank * shape.ep + ep_rank;
+  const i64 group = micro * shape.dp * shape.ep + sender;  // of micro_batch samples
   return step * shape.global_batch + group * shape.micro_batch + row % shape.micro_batch;
 }
 
-ZigzagBlocks zigzag_blocks(int64_t seq_length, int cp, int cp_rank) {
+ZigzagBlocks zigzag_blocks(i64 seq_length, int cp, int cp_rank) {
   if (cp == 1) return {{0, seq_length}, {seq_length, 0}};
-  const int64_t blocks = 2 * cp, length = seq_length / blocks;
+  const i64 blocks = 2 * cp, length = seq_length / blocks;
   if (seq_length % blocks != 0)
     bad_input(
         "data.sequence_length",
@@ -230,7 +227,7 @@ ZigzagBlocks zigzag_blocks(int64_t seq_length, int cp, int cp_rank) {
   return {{cp_rank * length, (blocks - 1 - cp_rank) * length}, {length, length}};
 }
 
-void take_zigzag(const int32_t* row, const ZigzagBlocks& blocks, int32_t* out) {
+void take_zigzag(const int* row, const ZigzagBlocks& blocks, int* out) {
   for (int i = 0; i < 2; i++) out = std::copy_n(row + blocks.begin[i], blocks.length[i], out);
 }
 
@@ -241,20 +238,20 @@ static double discount_of(const auto& counts) {
 }
 
 double bigram_nats(const Dataset& data) {
-  const int64_t v = data.options_.vocab_size, length = data.options_.seq_length;
-  vector<int32_t> tokens(length), labels(length);
+  const i64 v = data.options_.vocab_size, length = data.options_.seq_length;
+  vector<int> tokens(length), labels(length);
   const auto each_pair = [&](const Dataset::Stream& stream, const auto& use) {
-    for (int64_t begin = 0; begin < stream.num_labels(); begin += length) {
+    for (i64 begin = 0; begin < stream.num_labels(); begin += length) {
       data.cut(stream, begin, {tokens.data(), labels.data()});
-      for (int64_t i = 0; i < length; i++)
+      for (i64 i = 0; i < length; i++)
         if (labels[i] != kIgnoreLabel) use(tokens[i], labels[i]);
     }
   };
-  vector<uint32_t> pairs(v * v);                 // [first, second]: times seen
+  vector<u32> pairs(v * v);                      // [first, second]: times seen
   vector<double> before(v), after(v), total(v);  // distinct neighbours; times followed
   double kinds = 0, nats = 0, count = 0;
   for (const Dataset::Stream& stream : data.train_)
-    each_pair(stream, [&](int32_t a, int32_t b) {
+    each_pair(stream, [&](int a, int b) {
       const bool is_new = pairs[a * v + b]++ == 0;
       before[b] += is_new;
       after[a] += is_new;
@@ -267,7 +264,7 @@ double bigram_nats(const Dataset& data) {
   const auto mix = [](double n, double off, double kind, double low, double all) {
     return all == 0 ? low : (max(n - off, 0.0) + off * kind * low) / all;
   };
-  each_pair(data.heldout_, [&](int32_t a, int32_t b) {
+  each_pair(data.heldout_, [&](int a, int b) {
     const double low = mix(before[b], discount, seen, 1.0 / v, kinds);
     nats -= std::log(mix(pairs[a * v + b], pair_discount, after[a], low, total[a]));
     count++;
@@ -275,4 +272,4 @@ double bigram_nats(const Dataset& data) {
   return nats / count;
 }
 
-}  // namespace pith
+}

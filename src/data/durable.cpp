@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <cstring>
 #include <filesystem>
 
 #include "core/log.h"
@@ -50,7 +49,7 @@ DurableFile::~DurableFile() {
   unlink(temporary_.c_str());
 }
 
-void DurableFile::write(const void* bytes, int64_t size) {
+void DurableFile::write(const void* bytes, i64 size) {
   const char* next = static_cast<const char*>(bytes);
   for (const char* end = next + size; next < end;) {
     const ssize_t n = ::write(fd_, next, min<size_t>(end - next, 1 << 30));  // Linux: < 2 GiB
@@ -72,7 +71,7 @@ void DurableFile::finish() {
 
 void write_file_durably(const string& path, const string& bytes) {
   DurableFile file(path);
-  file.write(bytes.data(), int64_t(bytes.size()));
+  file.write(bytes.data(), i64(bytes.size()));
   file.finish();
 }
 
@@ -120,4 +119,4 @@ RunLock::RunLock(const string& folder) {
 
 RunLock::~RunLock() { close(fd_); }
 
-}  // namespace pith
+}

@@ -1,6 +1,5 @@
 // Files that are whole or absent, files mapped for reading, and the lock of a run's folder.
 #pragma once
-#include <cstdint>
 #include <memory>
 
 #include "core/check.h"
@@ -14,11 +13,11 @@ class MappedFile {
   explicit MappedFile(const string& path);
   const string& path() const { return path_; }
   const char* data() const { return map_.get(); }  // null when empty
-  int64_t size() const { return size_; }
+  i64 size() const { return size_; }
 
  private:
   string path_;
-  int64_t size_ = 0;
+  i64 size_ = 0;
   std::shared_ptr<const char> map_;
 };
 
@@ -30,15 +29,15 @@ class DurableFile {
   DurableFile(const DurableFile&) = delete;
   DurableFile& operator=(const DurableFile&) = delete;
   ~DurableFile();
-  void write(const void* bytes, int64_t size);  // appends
+  void write(const void* bytes, i64 size);  // appends
   void finish();
-  int64_t size() const { return size_; }
+  i64 size() const { return size_; }
   const string& path() const { return path_; }
 
  private:
   string path_, temporary_;
   int fd_ = -1;
-  int64_t size_ = 0;
+  i64 size_ = 0;
 };
 
 void write_file_durably(const string& path, const string& bytes);
@@ -61,4 +60,4 @@ class RunLock {
   int fd_ = -1;
 };
 
-}  // namespace pith
+}

@@ -1,26 +1,25 @@
 #include "data/npy.h"
 
 #include <algorithm>
-#include <cstring>
 
 namespace pith {
 
 static constexpr struct {
   const char* name;
-  int64_t bytes;
+  i64 bytes;
 } kTypes[] = {{"|u1", 1}, {"<u2", 2}, {"<u4", 4}, {"<u8", 8},
               {"<i4", 4}, {"<i8", 8}, {"<f4", 4}, {"<f8", 8}};
 
-int64_t size_of(NpyType type) { return kTypes[int(type)].bytes; }
+i64 size_of(NpyType type) { return kTypes[int(type)].bytes; }
 const char* name_of(NpyType type) { return kTypes[int(type)].name; }
 
-int64_t NpyHeader::numel() const {
-  int64_t n = 1;
-  for (const int64_t size : shape) n *= size;
+i64 NpyHeader::numel() const {
+  i64 n = 1;
+  for (const i64 size : shape) n *= size;
   return n;
 }
 
-NpyHeader parse_npy_header(const char* data, int64_t size, const string& place) {
+NpyHeader parse_npy_header(const char* data, i64 size, const string& place) {
   const auto refuse = [&](const string& what) {
     bad_input(place, what, "write or fetch the file again");
   };
@@ -28,8 +27,8 @@ NpyHeader parse_npy_header(const char* data, int64_t size, const string& place) 
     refuse(text("is not an NPY array, or is cut short (got %ld bytes)", size));
   if (data[6] != 1) refuse(text("has an unknown NPY version (got %d, need 1)", data[6]));
   NpyHeader header;
-  header.header_bytes = 10 + uint8_t(data[8]) + 256 * uint8_t(data[9]);
-  const int64_t room = size - header.header_bytes;
+  header.header_bytes = 10 + u8(data[8]) + 256 * u8(data[9]);
+  const i64 room = size - header.header_bytes;
   if (room < 0)
     refuse(text("is cut short (got %ld bytes, need a header of %ld)", size, header.header_bytes));
   const string dict(data + 10, data + header.header_bytes);
@@ -43,12 +42,12 @@ NpyHeader parse_npy_header(const char* data, int64_t size, const string& place) 
   if (known == std::end(kTypes))
     refuse(text("has an unknown dtype (got \"%s\", need |u1, <u2, ...)", type));
   header.type = NpyType(known - kTypes);
-  int64_t bytes = known->bytes;
+  i64 bytes = known->bytes;
   const char* at = &dict[shape];
   for (char* end = nullptr; *at != ')'; at = end + strspn(end, ", ")) {
     header.shape.push_back(strtoll(at, &end, 10));
     if (end == at || header.shape.back() < 0) refuse("has a bad shape (got " + dict + ")");
-    const int64_t extent = max<int64_t>(header.shape.back(), 1);
+    const i64 extent = max<i64>(header.shape.back(), 1);
     if (__builtin_mul_overflow(bytes, extent, &bytes)) refuse("has a shape that is too large");
   }
   if (header.data_bytes() > room)
@@ -56,9 +55,9 @@ NpyHeader parse_npy_header(const char* data, int64_t size, const string& place) 
   return header;
 }
 
-string npy_header(NpyType type, const vector<int64_t>& shape, int64_t bytes) {
+string npy_header(NpyType type, const vector<i64>& shape, i64 bytes) {
   string tuple;
-  for (const int64_t size : shape) tuple += (tuple.empty() ? "" : ", ") + std::to_string(size);
+  for (const i64 size : shape) tuple += (tuple.empty() ? "" : ", ") + std::to_string(size);
   if (shape.size() == 1) tuple += ',';
   string dict = text("{'descr': '%s', 'fortran_order': False, 'shape': (%s), }", name_of(type),
                      tuple.c_str());
@@ -68,7 +67,7 @@ string npy_header(NpyType type, const vector<int64_t>& shape, int64_t bytes) {
   return string("\x93NUMPY\x01\0", 8) + char(length & 0xff) + char(length >> 8) + dict + '\n';
 }
 
-void write_npy(const string& path, NpyType type, const vector<int64_t>& shape, const void* data) {
+void write_npy(const string& path, NpyType type, const vector<i64>& shape, const void* data) {
   DurableFile file(path);
   file.write(npy_header(type, shape).data(), 128);
   file.write(data, NpyHeader{type, shape}.data_bytes());
@@ -81,4 +80,4 @@ NpyArray read_npy(const string& path) {
   return {file, header, file.data() + header.header_bytes};
 }
 
-}  // namespace pith
+}

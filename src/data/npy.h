@@ -5,25 +5,25 @@
 
 namespace pith {
 
-enum class NpyType : uint8_t { U1, U2, U4, U8, I4, I8, F4, F8 };
-int64_t size_of(NpyType type);
+enum class NpyType : u8 { U1, U2, U4, U8, I4, I8, F4, F8 };
+i64 size_of(NpyType type);
 const char* name_of(NpyType type);  // "<u2", as in the header
 
 struct NpyHeader {
   NpyType type = NpyType::U1;
-  vector<int64_t> shape;     // empty: a scalar
-  int64_t header_bytes = 0;  // the data begin here
-  int64_t numel() const;
-  int64_t data_bytes() const { return numel() * size_of(type); }
+  vector<i64> shape;     // empty: a scalar
+  i64 header_bytes = 0;  // the data begin here
+  i64 numel() const;
+  i64 data_bytes() const { return numel() * size_of(type); }
 };
 
 // The header of an array in the `size` bytes at `data`. Exit code 2 unless all of it is there.
-NpyHeader parse_npy_header(const char* data, int64_t size, const string& place);
+NpyHeader parse_npy_header(const char* data, i64 size, const string& place);
 
 // Padded to `bytes`, a multiple of 64; 128 hold three dimensions.
-string npy_header(NpyType type, const vector<int64_t>& shape, int64_t bytes = 128);
+string npy_header(NpyType type, const vector<i64>& shape, i64 bytes = 128);
 
-void write_npy(const string& path, NpyType type, const vector<int64_t>& shape, const void* data);
+void write_npy(const string& path, NpyType type, const vector<i64>& shape, const void* data);
 
 struct NpyArray {
   MappedFile file;
@@ -32,4 +32,4 @@ struct NpyArray {
 };
 NpyArray read_npy(const string& path);
 
-}  // namespace pith
+}

@@ -2,11 +2,9 @@
 
 #include <algorithm>
 #include <bit>
-#include <cstring>
 #include <filesystem>
 #include <map>
 #include <set>
-#include <utility>
 
 #include "core/json.h"
 
@@ -16,27 +14,26 @@ namespace fs = std::filesystem;
 
 static constexpr struct {
   const char* name;
-  int64_t bytes;
+  i64 bytes;
 } kDTypes[] = {{"F32", 4},     {"F64", 8}, {"F16", 2}, {"BF16", 2}, {"F8_E4M3", 1},
                {"F8_E5M2", 1}, {"I64", 8}, {"I32", 4}, {"I16", 2},  {"I8", 1},
                {"U64", 8},     {"U32", 4}, {"U16", 2}, {"U8", 1},   {"BOOL", 1}};
 static const string kExtension = ".safetensors";
 
-int64_t size_of(FileDType dtype) { return kDTypes[int(dtype)].bytes; }
+i64 size_of(FileDType dtype) { return kDTypes[int(dtype)].bytes; }
 const char* name_of(FileDType dtype) { return kDTypes[int(dtype)].name; }
 bool is_float(FileDType dtype) { return dtype <= FileDType::BF16; }
 
-int64_t TensorDecl::bytes() const {
-  int64_t bytes = size_of(dtype);
-  for (const int64_t size : shape)
+i64 TensorDecl::bytes() const {
+  i64 bytes = size_of(dtype);
+  for (const i64 size : shape)
     if (__builtin_mul_overflow(bytes, size, &bytes)) return -1;
   return bytes;
 }
 
 string describe(const TensorDecl& tensor) {
   string shape;
-  for (const int64_t size : tensor.shape)
-    shape += (shape.empty() ? "" : ",") + std::to_string(size);
+  for (const i64 size : tensor.shape) shape += (shape.empty() ? "" : ",") + std::to_string(size);
   return "[" + shape + "] " + name_of(tensor.dtype);
 }
 
@@ -46,17 +43,17 @@ string describe(const TensorDecl& tensor) {
 
 void SafetensorsReader::open_file(const string& path) {
   const MappedFile& file = files_.emplace_back(path);
-  int64_t length = 0, end = 0, room = file.size() - 8;
+  i64 length = 0, end = 0, room = file.size() - 8;
   if (room >= 0) memcpy(&length, file.data(), 8);
   if (length < 2 || length > room)
     damaged(
         path,
         text("is no safetensors file or is cut short (got %ld bytes and a header length of %lu)",
-             file.size(), uint64_t(length)));
+             file.size(), u64(length)));
   const char* const data = file.data() + 8 + length;
   room -= length;
   const Json header = Json::parse(string(file.data() + 8, data), path);
-  vector<std::pair<vector<int64_t>, string>> order;
+  vector<std::pair<vector<i64>, string>> order;
   for (const string& name : header.keys())
     if (name != "__metadata__") order.push_back({header[name]["data_offsets"].as_ints(), name});
   std::ranges::sort(order);
@@ -71,10 +68,10 @@ void SafetensorsReader::open_file(const string& path) {
     if (known == std::end(kDTypes))
       damaged(json.place(), "has an unknown dtype (got \"" + dtype + "\", need F32, BF16, ...)");
     tensor.dtype = FileDType(known - kDTypes);
-    for (int64_t i = 0; i < json["shape"].size(); i++)
+    for (i64 i = 0; i < json["shape"].size(); i++)
       tensor.shape.push_back(json["shape"][i].as_int(0));
-    const int64_t bytes = tensor.bytes();
-    if (bytes < 0 || bytes > room - end || offsets != vector<int64_t>{end, end + bytes})
+    const i64 bytes = tensor.bytes();
+    if (bytes < 0 || bytes > room - end || offsets != vector<i64>{end, end + bytes})
       damaged(json.place(), text("has bad data_offsets, or the file is cut short (got %s, need %ld "
                                  "bytes for %s from %ld on, up to %ld)",
                                  json["data_offsets"].dump().c_str(), bytes,
@@ -135,9 +132,9 @@ const TensorEntry& SafetensorsReader::at(const string& name) const {
 }
 
 SafetensorsWriter::SafetensorsWriter(const string& path, const vector<TensorDecl>& tensors,
-                                     int64_t max_bytes)
+                                     i64 max_bytes)
     : path_(path.substr(0, path.rfind(kExtension))), shards_(1) {
-  int64_t filled = 0;
+  i64 filled = 0;
   for (const TensorDecl& tensor : tensors) {
     if (tensor.bytes() > max_bytes - filled && !shards_.back().empty()) {
       shards_.emplace_back();
@@ -161,19 +158,19 @@ void SafetensorsWriter::open_next() {
   for (const TensorDecl& tensor : shards_[begun_]) {
     json.key(tensor.name).object().key("dtype").value(name_of(tensor.dtype));
     json.key("shape").array();
-    for (const int64_t size : tensor.shape) json.value(size);
+    for (const i64 size : tensor.shape) json.value(size);
     json.end().key("data_offsets").array().value(left_).value(left_ + tensor.bytes()).end().end();
     left_ += tensor.bytes();
   }
   string header = json.end().str();
   header.resize((header.size() + 7) / 8 * 8, ' ');  // so that the data are aligned
-  const auto length = int64_t(header.size());
+  const auto length = i64(header.size());
   file_.emplace(shard_path(begun_++));
   file_->write(&length, 8);
   file_->write(header.data(), length);
 }
 
-void SafetensorsWriter::write(const void* bytes, int64_t size) {
+void SafetensorsWriter::write(const void* bytes, i64 size) {
   const char* next = static_cast<const char*>(bytes);
   while (size > 0) {
     if (left_ == 0 && begun_ < shards_.size()) {
@@ -183,7 +180,7 @@ void SafetensorsWriter::write(const void* bytes, int64_t size) {
     if (left_ < size && begun_ == shards_.size())
       failed(file_->path(),
              text("was given more bytes than declared (got %ld, need %ld)", size, left_));
-    const int64_t piece = min(size, left_);
+    const i64 piece = min(size, left_);
     file_->write(next, piece);
     next += piece;
     size -= piece;
@@ -197,7 +194,7 @@ void SafetensorsWriter::finish() {
   file_->finish();
   if (num_files() == 1) return;
   JsonWriter map;
-  int64_t total = 0;
+  i64 total = 0;
   map.object();
   for (size_t shard = 0; shard < shards_.size(); shard++)
     for (const TensorDecl& tensor : shards_[shard]) {
@@ -211,45 +208,45 @@ void SafetensorsWriter::finish() {
 }
 
 // IEEE half: its exponent and mantissa, placed as a float's, are 2^112 too small.
-static float from_half(uint32_t half) {
-  const uint32_t top = (half & 0x7c00) == 0x7c00 ? 0x7f800000 : 0;  // Inf or NaN
+static float from_half(u32 half) {
+  const u32 top = (half & 0x7c00) == 0x7c00 ? 0x7f800000 : 0;  // Inf or NaN
   const float size = std::bit_cast<float>((half & 0x7fff) << 13 | top) * 0x1p112f;
   return half & 0x8000 ? -size : size;
 }
 
-static float from_bf16(uint32_t bits) { return std::bit_cast<float>(bits << 16); }
+static float from_bf16(u32 bits) { return std::bit_cast<float>(bits << 16); }
 
 template <class T>
-static void convert(const void* src, float* dst, int64_t n, const auto& to_float) {
-  for (int64_t i = 0; i < n; i++) {
+static void convert(const void* src, float* dst, i64 n, const auto& to_float) {
+  for (i64 i = 0; i < n; i++) {
     T value;
     memcpy(&value, static_cast<const char*>(src) + i * sizeof(T), sizeof(T));
     dst[i] = to_float(value);
   }
 }
 
-void to_f32(FileDType dtype, const void* src, float* dst, int64_t n) {
+void to_f32(FileDType dtype, const void* src, float* dst, i64 n) {
   switch (dtype) {
     case FileDType::F32: memcpy(dst, src, n * 4); break;
     case FileDType::F64: convert<double>(src, dst, n, [](double x) { return float(x); }); break;
-    case FileDType::F16: convert<uint16_t>(src, dst, n, from_half); break;
-    case FileDType::BF16: convert<uint16_t>(src, dst, n, from_bf16); break;
+    case FileDType::F16: convert<u16>(src, dst, n, from_half); break;
+    case FileDType::BF16: convert<u16>(src, dst, n, from_bf16); break;
     default: failed("to_f32", string("cannot convert ") + name_of(dtype));
   }
 }
 
-void from_f32(FileDType dtype, const float* src, void* dst, int64_t n) {
+void from_f32(FileDType dtype, const float* src, void* dst, i64 n) {
   if (dtype == FileDType::F32) {
     memcpy(dst, src, n * 4);
     return;
   }
   if (dtype != FileDType::BF16) failed("from_f32", string("cannot write ") + name_of(dtype));
-  for (int64_t i = 0; i < n; i++) {
-    const auto bits = std::bit_cast<uint32_t>(src[i]);
+  for (i64 i = 0; i < n; i++) {
+    const auto bits = std::bit_cast<u32>(src[i]);
     const bool nan = (bits & 0x7fffffff) > 0x7f800000;
-    const uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
-    static_cast<uint16_t*>(dst)[i] = uint16_t(nan ? bits >> 16 | 0x40 : rounded >> 16);
+    const u32 rounded = bits + 0x7fff + (bits >> 16 & 1);
+    static_cast<u16*>(dst)[i] = u16(nan ? bits >> 16 | 0x40 : rounded >> 16);
   }
 }
 
-}  // namespace pith
+}

@@ -7,20 +7,20 @@
 namespace pith {
 
 // clang-format off
-enum class FileDType : uint8_t {
+enum class FileDType : u8 {
     F32, F64, F16, BF16, F8_E4M3, F8_E5M2, I64, I32, I16, I8, U64, U32, U16, U8, BOOL
 };
 // clang-format on
-int64_t size_of(FileDType dtype);
+i64 size_of(FileDType dtype);
 const char* name_of(FileDType dtype);  // "BF16", as in the header
 bool is_float(FileDType dtype);        // to_f32() takes it
 
 struct TensorDecl {
   string name;
   FileDType dtype = FileDType::F32;
-  vector<int64_t> shape;
-  int64_t bytes() const;  // -1 if they do not fit 63 bits
-  int64_t numel() const { return bytes() / size_of(dtype); }
+  vector<i64> shape;
+  i64 bytes() const;  // -1 if they do not fit 63 bits
+  i64 numel() const { return bytes() / size_of(dtype); }
 };
 string describe(const TensorDecl& tensor);  // "[128,64] BF16"
 
@@ -50,11 +50,11 @@ class SafetensorsReader {
 class SafetensorsWriter {
  public:
   SafetensorsWriter(const string& path, const vector<TensorDecl>& tensors,
-                    int64_t max_bytes = INT64_MAX);
+                    i64 max_bytes = INT64_MAX);
   // Bytes in declared order, in pieces of any size.
-  void write(const void* bytes, int64_t size);
+  void write(const void* bytes, i64 size);
   void finish();  // exit code 1 unless exactly the declared bytes were written
-  int64_t size() const { return file_->size(); }  // of the file at hand so far, header and all
+  i64 size() const { return file_->size(); }  // of the file at hand so far, header and all
   int num_files() const { return int(shards_.size()); }
 
  private:
@@ -63,12 +63,12 @@ class SafetensorsWriter {
   string path_;  // without the extension
   vector<vector<TensorDecl>> shards_;
   size_t begun_ = 0;  // shards; the last of them is being written
-  int64_t left_ = 0;  // bytes of that shard
+  i64 left_ = 0;      // bytes of that shard
   std::optional<DurableFile> file_;
 };
 
-void to_f32(FileDType dtype, const void* src, float* dst, int64_t n);  // src may be unaligned
+void to_f32(FileDType dtype, const void* src, float* dst, i64 n);  // src may be unaligned
 // To F32 (a copy) or BF16: to nearest, ties to even; NaN stays NaN.
-void from_f32(FileDType dtype, const float* src, void* dst, int64_t n);
+void from_f32(FileDType dtype, const float* src, void* dst, i64 n);
 
-}  // namespace pith
+}

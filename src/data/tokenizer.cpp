@@ -7,7 +7,7 @@ namespace pith {
 AddedTokens::AddedTokens(vector<AddedToken> tokens) : tokens_(std::move(tokens)) {
   std::stable_sort(tokens_.begin(), tokens_.end(),
                    [](const auto& a, const auto& b) { return a.content < b.content; });
-  for (const AddedToken& token : tokens_) starts_[uint8_t(token.content[0])] = true;
+  for (const AddedToken& token : tokens_) starts_[u8(token.content[0])] = true;
 }
 
 // The longest token at the front of `rest` is the last one that is not above it in order, or is at
@@ -16,7 +16,7 @@ const AddedToken* AddedTokens::find(string_view text, size_t from, size_t& begin
   if (tokens_.empty()) return nullptr;
   const auto above = [](string_view a, const AddedToken& b) { return a < b.content; };
   for (begin = from; begin < text.size(); begin++) {
-    if (!starts_[uint8_t(text[begin])]) continue;
+    if (!starts_[u8(text[begin])]) continue;
     for (string_view rest = text.substr(begin); !rest.empty();) {
       const auto at = std::upper_bound(tokens_.begin(), tokens_.end(), rest, above);
       if (at == tokens_.begin()) break;
@@ -29,8 +29,7 @@ const AddedToken* AddedTokens::find(string_view text, size_t from, size_t& begin
   return nullptr;
 }
 
-void Tokenizer::encode_words(string_view text, EncodeScratch& scratch,
-                             vector<uint32_t>& out) const {
+void Tokenizer::encode_words(string_view text, EncodeScratch& scratch, vector<u32>& out) const {
   SplitBuffers& buffers = scratch.split_;
   if (steps.size() != 1 || !steps[0].fast) {
     split(steps, text, buffers);
@@ -58,7 +57,7 @@ static Char flags_before(string_view text, size_t at) {
 // Cuts `text` at added tokens as Hugging Face does: first at those found in the text as it is, and
 // what is between them again, once normalized.
 void Tokenizer::encode_text(string_view text, bool normalized, bool parse_special,
-                            EncodeScratch& scratch, vector<uint32_t>& out) const {
+                            EncodeScratch& scratch, vector<u32>& out) const {
   const auto encode_between = [&](size_t begin, size_t end) {
     const string_view part = text.substr(begin, end - begin);
     if (part.empty()) return;
@@ -84,7 +83,7 @@ void Tokenizer::encode_text(string_view text, bool normalized, bool parse_specia
   encode_between(done, text.size());
 }
 
-void Tokenizer::encode(string_view utf8, vector<uint32_t>& out, EncodeOptions options,
+void Tokenizer::encode(string_view utf8, vector<u32>& out, EncodeOptions options,
                        EncodeScratch& scratch) const {
   const size_t valid = valid_utf8_prefix(utf8);
   if (valid < utf8.size())
@@ -96,9 +95,9 @@ void Tokenizer::encode(string_view utf8, vector<uint32_t>& out, EncodeOptions op
   if (options.add_special) out.insert(out.end(), suffix.begin(), suffix.end());
 }
 
-string Tokenizer::decode(std::span<const uint32_t> tokens, SpecialTokens which) const {
+string Tokenizer::decode(std::span<const u32> tokens, SpecialTokens which) const {
   string out;
-  for (const uint32_t id : tokens) {
+  for (const u32 id : tokens) {
     if (token_text(id).empty() || (which == SpecialTokens::Skip && is_special(id))) continue;
     if (join_with_space && !out.empty()) out += ' ';
     out += join_with_space || bytes[id].empty() ? texts[id] : bytes[id];
@@ -125,14 +124,14 @@ string_view TokenizerTables::normalize(string_view text, string& buffer, string&
   return text;
 }
 
-uint32_t TokenizerTables::find(string_view token) const {
+u32 TokenizerTables::find(string_view token) const {
   const auto known = ids.find(token);
   return known == ids.end() ? kNoId : known->second;
 }
 
-std::optional<uint32_t> Tokenizer::id_of(string_view token) const {
-  const uint32_t id = find(token);
+std::optional<u32> Tokenizer::id_of(string_view token) const {
+  const u32 id = find(token);
   return id == kNoId ? std::nullopt : std::optional(id);
 }
 
-}  // namespace pith
+}

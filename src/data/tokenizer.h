@@ -14,26 +14,26 @@ struct EncodeOptions {
   bool add_special = true;
 };
 
-enum class SpecialTokens : uint8_t { Keep, Skip };
+enum class SpecialTokens : u8 { Keep, Skip };
 
 // What tokenizer.json says.
 struct TokenizerTables {
   string path;
-  uint64_t file_hash = 0;
+  u64 file_hash = 0;
   std::deque<string> strings;  // where the tokens' text and bytes lie
   vector<string_view> texts;   // by id; empty: no token
   vector<string_view> bytes;   // by id: what it stands for; empty: its text
   vector<bool> special;        // by id
-  std::unordered_map<string_view, uint32_t> ids;
+  std::unordered_map<string_view, u32> ids;
   AddedTokens added, added_normalized;  // found before and after normalization
   vector<NormalizerStep> normalizer;
   vector<SplitStep> steps;
   Bpe bpe;
-  vector<uint32_t> prefix, suffix;  // from the post-processor
-  bool join_with_space = false;     // there is no decoder
-  std::optional<uint32_t> eos;
+  vector<u32> prefix, suffix;    // from the post-processor
+  bool join_with_space = false;  // there is no decoder
+  std::optional<u32> eos;
 
-  uint32_t find(string_view token) const;  // kNoId if there is none
+  u32 find(string_view token) const;  // kNoId if there is none
   // `text` normalized: itself, or in `buffer`, which `other` helps to fill.
   string_view normalize(string_view text, string& buffer, string& other) const;
 };
@@ -48,33 +48,33 @@ class Tokenizer : TokenizerTables {
   Tokenizer& operator=(Tokenizer&&) = default;
 
   // Appends the ids of `utf8`. Throws bad_input with the byte offset where it is not valid UTF-8.
-  void encode(string_view utf8, vector<uint32_t>& out, EncodeOptions options,
+  void encode(string_view utf8, vector<u32>& out, EncodeOptions options,
               EncodeScratch& scratch) const;
   // The text of `tokens`; bytes that do not form UTF-8 become U+FFFD, ids without a token nothing,
   // as in Hugging Face.
-  string decode(std::span<const uint32_t> tokens, SpecialTokens which) const;
+  string decode(std::span<const u32> tokens, SpecialTokens which) const;
 
-  uint32_t vocab_size() const { return uint32_t(texts.size()); }  // largest id plus one
-  std::optional<uint32_t> id_of(string_view token) const;
+  u32 vocab_size() const { return u32(texts.size()); }  // largest id plus one
+  std::optional<u32> id_of(string_view token) const;
   // As the vocabulary writes it ("Ġthe"), while the tokenizer lives; empty for an id without one.
-  string_view token_text(uint32_t id) const { return id < texts.size() ? texts[id] : ""; }
-  bool is_special(uint32_t id) const { return id < special.size() && special[id]; }
+  string_view token_text(u32 id) const { return id < texts.size() ? texts[id] : ""; }
+  bool is_special(u32 id) const { return id < special.size() && special[id]; }
   // End-of-text, from the first of: eos_token in a tokenizer_config.json beside the file;
   // eos_token_id in a config.json beside it (the first of a list); a token with a well-known name,
   // such as <|endoftext|>. A named token that the vocabulary lacks is bad_input at load.
-  std::optional<uint32_t> eos_id() const { return eos; }
+  std::optional<u32> eos_id() const { return eos; }
   // XXH3 of tokenizer.json.
-  uint64_t fingerprint() const { return file_hash; }
+  u64 fingerprint() const { return file_hash; }
 
  private:
   Tokenizer() = default;
   void encode_text(string_view text, bool normalized, bool parse_special, EncodeScratch& scratch,
-                   vector<uint32_t>& out) const;
-  void encode_words(string_view text, EncodeScratch& scratch, vector<uint32_t>& out) const;
+                   vector<u32>& out) const;
+  void encode_words(string_view text, EncodeScratch& scratch, vector<u32>& out) const;
 };
 
 bool is_valid_utf8(string_view bytes);
 // Python's bytes.decode("utf-8", errors="replace"): each maximal invalid part becomes U+FFFD.
 string replace_invalid_utf8(string_view bytes);
 
-}  // namespace pith
+}

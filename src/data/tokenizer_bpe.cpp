@@ -3,53 +3,51 @@
 
 #include <algorithm>
 #include <bit>
-#include <cstring>
 #include <queue>
-#include <utility>
 
 #include "data/tokenizer_parts.h"
 
 namespace pith {
 
-static constexpr uint64_t kNoPair = UINT64_MAX;
+static constexpr u64 kNoPair = UINT64_MAX;
 
 // Where the pair is in `pairs_`, or would be.
-size_t Bpe::slot_of(uint32_t left, uint32_t right) const {
-  const uint64_t key = uint64_t{left} << kIdBits | right;
+size_t Bpe::slot_of(u32 left, u32 right) const {
+  const u64 key = u64{left} << kIdBits | right;
   size_t at = key * 0x9e3779b97f4a7c15 >> 32 & (pairs_.size() - 1);
   while (pairs_[at] != kNoPair && pairs_[at] >> kRankBits != key)
     at = (at + 1) & (pairs_.size() - 1);
   return at;
 }
 
-uint32_t Bpe::rank_of(uint32_t left, uint32_t right) const {
-  const uint64_t pair = pairs_[slot_of(left, right)];
-  return pair == kNoPair ? kNoId : uint32_t(pair & ((1u << kRankBits) - 1));
+u32 Bpe::rank_of(u32 left, u32 right) const {
+  const u64 pair = pairs_[slot_of(left, right)];
+  return pair == kNoPair ? kNoId : u32(pair & ((1u << kRankBits) - 1));
 }
 
 Bpe::Bpe(const vector<Merge>& merges, const vector<string_view>& bytes, bool ignore_merges)
     : pairs_(std::bit_ceil(2 * merges.size() + 1), kNoPair) {
   for (const auto& [left, right, joined] : merges) {  // of equal pairs the last one counts
-    const uint64_t key = uint64_t{left} << kIdBits | right;
+    const u64 key = u64{left} << kIdBits | right;
     pairs_[slot_of(left, right)] = key << kRankBits | joined_.size();
     joined_.push_back(joined);
   }
   byte_ids_.fill(kNoId);
-  for (uint32_t id = 0; id < bytes.size(); id++) {
-    if (bytes[id].size() == 1) byte_ids_[uint8_t(bytes[id][0])] = id;
+  for (u32 id = 0; id < bytes.size(); id++) {
+    if (bytes[id].size() == 1) byte_ids_[u8(bytes[id][0])] = id;
     if (ignore_merges) whole_.emplace(bytes[id], id);
   }
-  for (uint32_t pair = 0; pair < byte_pairs_.size(); pair++)
+  for (u32 pair = 0; pair < byte_pairs_.size(); pair++)
     byte_pairs_[pair] = rank_of(byte_ids_[pair >> 8], byte_ids_[pair & 255]);
 }
 
 // Byte-pair encoding: merges the pair of the lowest rank, of equal ones the leftmost, until none is
 // left. ranks: of each id and the next one. All equal ones are merged in one pass, unless that
 // makes a pair of a lower rank.
-void Bpe::merge(vector<uint32_t>& ids, vector<uint32_t>& ranks) const {
+void Bpe::merge(vector<u32>& ids, vector<u32>& ranks) const {
   if (ids.size() > 96) return merge_long(ids, ranks);
   while (!ids.empty()) {
-    const uint32_t lowest = *std::min_element(ranks.begin(), ranks.end());
+    const u32 lowest = *std::min_element(ranks.begin(), ranks.end());
     if (lowest == kNoId) break;
     bool merges = true;
     size_t size = 0;
@@ -69,17 +67,17 @@ void Bpe::merge(vector<uint32_t>& ids, vector<uint32_t>& ranks) const {
 }
 
 // The same with links and a heap, in O(n log n).
-void Bpe::merge_long(vector<uint32_t>& ids, vector<uint32_t>& ranks) const {
-  const uint32_t size = uint32_t(ids.size());
-  vector<uint32_t> before(size), after(size);
-  using Candidate = std::pair<uint32_t, uint32_t>;  // rank, position
+void Bpe::merge_long(vector<u32>& ids, vector<u32>& ranks) const {
+  const u32 size = u32(ids.size());
+  vector<u32> before(size), after(size);
+  using Candidate = std::pair<u32, u32>;  // rank, position
   std::priority_queue<Candidate, vector<Candidate>, std::greater<>> heap;
-  for (uint32_t i = 0; i < size; i++) {
+  for (u32 i = 0; i < size; i++) {
     before[i] = i - 1;
     after[i] = i + 1;
     if (ranks[i] != kNoId) heap.emplace(ranks[i], i);
   }
-  const auto look_up = [&](uint32_t i) {
+  const auto look_up = [&](u32 i) {
     ranks[i] = after[i] < size ? rank_of(ids[i], ids[after[i]]) : kNoId;
     if (ranks[i] != kNoId) heap.emplace(ranks[i], i);
   };
@@ -87,7 +85,7 @@ void Bpe::merge_long(vector<uint32_t>& ids, vector<uint32_t>& ranks) const {
     const auto [rank, i] = heap.top();
     heap.pop();
     if (ranks[i] != rank) continue;  // one of the two has been merged since
-    const uint32_t right = after[i];
+    const u32 right = after[i];
     ids[i] = joined_[rank];
     after[i] = after[right];
     if (after[i] < size) before[after[i]] = i;
@@ -96,20 +94,20 @@ void Bpe::merge_long(vector<uint32_t>& ids, vector<uint32_t>& ranks) const {
     if (i > 0) look_up(before[i]);
   }
   size_t count = 0;
-  for (uint32_t i = 0; i < size; i = after[i]) ids[count++] = ids[i];
+  for (u32 i = 0; i < size; i = after[i]) ids[count++] = ids[i];
   ids.resize(count);
 }
 
 // The ids of a word, into scratch.ids_.
 void Bpe::encode_word(string_view word, EncodeScratch& scratch) const {
-  vector<uint32_t>& ids = scratch.ids_;
+  vector<u32>& ids = scratch.ids_;
   ids.clear();
   if (const auto known = whole_.find(word); known != whole_.end())
     return ids.push_back(known->second);
   scratch.ranks_.clear();
-  uint8_t before = 0;
+  u8 before = 0;
   for (const char c : word) {
-    const uint8_t byte = uint8_t(c);
+    const u8 byte = u8(c);
     if (byte_ids_[byte] == kNoId) continue;  // a byte without a token is dropped
     if (!ids.empty()) scratch.ranks_.push_back(byte_pairs_[before << 8 | byte]);
     ids.push_back(byte_ids_[byte]);
@@ -122,14 +120,13 @@ void Bpe::encode_word(string_view word, EncodeScratch& scratch) const {
 EncodeScratch::EncodeScratch(size_t cache_bytes)
     : entries_(std::bit_floor(max(cache_bytes / sizeof(Entry), size_t{2}))) {}
 
-void EncodeScratch::use(uint64_t tokenizer) {
+void EncodeScratch::use(u64 tokenizer) {
   if (!cache_.empty() && owner_ == tokenizer) return;
   cache_.assign(entries_, {});
   owner_ = tokenizer;
 }
 
-void Bpe::encode(const vector<string_view>& words, EncodeScratch& scratch,
-                 vector<uint32_t>& out) const {
+void Bpe::encode(const vector<string_view>& words, EncodeScratch& scratch, vector<u32>& out) const {
   using Entry = EncodeScratch::Entry;
   constexpr size_t kBatch = 64, kIds = std::size(Entry{}.ids);
   Entry keys[kBatch], *slots[kBatch];
@@ -143,7 +140,7 @@ void Bpe::encode(const vector<string_view>& words, EncodeScratch& scratch,
       if (!is_short(word)) continue;
       memset(keys[i].key, 0, sizeof Entry::key);
       memcpy(keys[i].key, word.data(), word.size());
-      reinterpret_cast<uint8_t*>(keys[i].key)[sizeof Entry::key - 1] = uint8_t(word.size());
+      reinterpret_cast<u8*>(keys[i].key)[sizeof Entry::key - 1] = u8(word.size());
     }
     for (size_t i = 0; i < batch; i++) {  // read at once, a key just written in parts would stall
       if (!is_short(words[done + i])) continue;
@@ -165,12 +162,12 @@ void Bpe::encode(const vector<string_view>& words, EncodeScratch& scratch,
         }
       }
       encode_word(word, scratch);
-      const vector<uint32_t>& ids = scratch.ids_;
+      const vector<u32>& ids = scratch.ids_;
       if (ids.size() > kIds) out.resize(out.size() + ids.size());
       std::copy(ids.begin(), ids.end(), out.begin() + used);
       used += ids.size();
       if (!is_short(word) || ids.size() > kIds) continue;
-      keys[i].count = uint32_t(ids.size());
+      keys[i].count = u32(ids.size());
       std::copy(ids.begin(), ids.end(), keys[i].ids);
       slots[i][1] = std::exchange(slots[i][0], keys[i]);
     }
@@ -178,4 +175,4 @@ void Bpe::encode(const vector<string_view>& words, EncodeScratch& scratch,
   out.resize(used);
 }
 
-}  // namespace pith
+}

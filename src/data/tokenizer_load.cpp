@@ -17,11 +17,11 @@ static const char* const kRefetch = "fetch the file again";
 static const char* const kOther = "a byte-level BPE tokenizer, as Qwen, DeepSeek and GPT-OSS have";
 static const char* const kGpt2Pattern =
     R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
-static constexpr uint32_t kMostIds = 1u << kIdBits, kMostMerges = 1u << kRankBits;
+static constexpr u32 kMostIds = 1u << kIdBits, kMostMerges = 1u << kRankBits;
 
 // The byte that one of GPT-2's characters stands for, or -1. Visible Latin-1 stands for itself, the
 // other bytes follow in order from U+0100 on.
-static int byte_of(uint32_t code) {
+static int byte_of(u32 code) {
   if ((code >= 0x21 && code <= 0x7e) || (code >= 0xa1 && code <= 0xff && code != 0xad))
     return int(code);
   if (code >= 0x100 && code <= 0x120) return int(code - 0x100);
@@ -60,7 +60,7 @@ static vector<Json> components(const Json& json, const char* members) {
   if (type_of(json) != "Sequence") return {json};
   vector<Json> out;
   const Json parts = json[members];
-  for (int64_t i = 0; i < parts.size(); i++)
+  for (i64 i = 0; i < parts.size(); i++)
     for (const Json& part : components(parts[i], members)) out.push_back(part);
   return out;
 }
@@ -69,7 +69,7 @@ static string_view keep(TokenizerTables& t, string text) {
   return t.strings.emplace_back(std::move(text));
 }
 
-static bool is_token(const TokenizerTables& t, uint64_t id) {
+static bool is_token(const TokenizerTables& t, u64 id) {
   return id < t.texts.size() && !t.texts[id].empty();
 }
 
@@ -98,7 +98,7 @@ static Json parse(TokenizerTables& t, rapidjson::Document& document, Value& voca
 }
 
 // `name` is how the vocabulary knows the token, `text` how it is found in a document.
-static void set_token(TokenizerTables& t, uint32_t id, string_view name, string_view text) {
+static void set_token(TokenizerTables& t, u32 id, string_view name, string_view text) {
   const size_t ids = max<size_t>(t.texts.size(), id + 1);
   t.texts.resize(ids);
   t.bytes.resize(ids);
@@ -117,7 +117,7 @@ static vector<Bpe::Merge> read_merges(const TokenizerTables& t, const Value& mer
       pair = string(view(merge[0])) + " " + string(view(merge[1]));
     const size_t space = min(pair.find(' '), pair.size());
     const string left = pair.substr(0, space), right = pair.substr(space + (space < pair.size()));
-    const uint32_t ids[] = {t.find(left), t.find(right), t.find(left + right)};
+    const u32 ids[] = {t.find(left), t.find(right), t.find(left + right)};
     if (std::count(ids, ids + 3, kNoId))
       bad_input(t.path + text(": model.merges[%u]", i), "is no pair of tokens that make a token",
                 kRefetch);
@@ -148,7 +148,7 @@ static void read_model(TokenizerTables& t, const Json& model, const Value& vocab
   if (!model.string_or("unk_token", "").empty()) {  // which bytes without a token would become
     std::bitset<256> known;
     for (const string_view bytes : t.bytes)
-      if (bytes.size() == 1) known.set(uint8_t(bytes[0]));
+      if (bytes.size() == 1) known.set(u8(bytes[0]));
     if (!known.all())
       bad_input(model.place(), "has an unk_token, but not a token of every byte", kOther);
   }
@@ -160,8 +160,8 @@ static void read_model(TokenizerTables& t, const Json& model, const Value& vocab
 static void read_added(TokenizerTables& t, const Json& tokens) {
   vector<AddedToken> plain, normalized;
   string buffer, other;
-  uint32_t next_id = t.ids.size();
-  for (int64_t i = 0; i < tokens.size(); i++) {
+  u32 next_id = t.ids.size();
+  for (i64 i = 0; i < tokens.size(); i++) {
     const Json json = tokens[i];
     const string content = json["content"].as_string();
     if (content.empty()) continue;
@@ -171,7 +171,7 @@ static void read_added(TokenizerTables& t, const Json& tokens) {
                      .rstrip = json["rstrip"].as_bool(),
                      .special = json["special"].as_bool()};
     if (token.id == kNoId) token.id = next_id++;
-    const int64_t said = json["id"].as_int(0, kMostIds - 1);
+    const i64 said = json["id"].as_int(0, kMostIds - 1);
     if (said != token.id)
       bad_input(json.place(),
                 text("has another id in Hugging Face (got %ld, need %u)", said, token.id),
@@ -238,16 +238,16 @@ static void read_pre_tokenizer(TokenizerTables& t, const Json& json) {
 
 static void read_template(TokenizerTables& t, const Json& json) {
   const Json single = json["single"];
-  int64_t sequences = 0;
-  for (int64_t i = 0; i < single.size(); i++) {
+  i64 sequences = 0;
+  for (i64 i = 0; i < single.size(); i++) {
     sequences += single[i].has("Sequence");
     if (single[i].has("Sequence")) continue;
     const string name = single[i]["SpecialToken"]["id"].as_string();
-    for (const int64_t id : json["special_tokens"][name]["ids"].as_ints()) {
+    for (const i64 id : json["special_tokens"][name]["ids"].as_ints()) {
       if (!is_token(t, id))
         bad_input(json.place() + ".special_tokens." + name, text("is no token (got id %ld)", id),
                   kRefetch);
-      (sequences ? t.suffix : t.prefix).push_back(uint32_t(id));
+      (sequences ? t.suffix : t.prefix).push_back(u32(id));
     }
   }
   if (sequences != 1) unsupported(single, text("%ld sequences", sequences));
@@ -255,7 +255,7 @@ static void read_template(TokenizerTables& t, const Json& json) {
 
 // In the files beside tokenizer.json a token is a string, an object with "content", an id, or a
 // list of ids, of which the first counts.
-static std::optional<uint32_t> find_eos(const TokenizerTables& t) {
+static std::optional<u32> find_eos(const TokenizerTables& t) {
   static const std::pair<const char*, const char*> kPlaces[] = {
       {"tokenizer_config.json", "eos_token"}, {"config.json", "eos_token_id"}};
   for (const auto& [file, key] : kPlaces) {
@@ -266,7 +266,7 @@ static std::optional<uint32_t> find_eos(const TokenizerTables& t) {
     Json value = json[key];
     if (value.is_array()) value = value[0];
     if (value.is_object()) value = value["content"];
-    const uint32_t id = value.is_int() ? value.as_int(0, kMostIds) : t.find(value.as_string());
+    const u32 id = value.is_int() ? value.as_int(0, kMostIds) : t.find(value.as_string());
     if (!is_token(t, id))
       bad_input(value.place(), "is no token of " + t.path + " (got " + value.dump() + ")",
                 "use the files of one model");
@@ -274,7 +274,7 @@ static std::optional<uint32_t> find_eos(const TokenizerTables& t) {
   }
   for (const char* name : {"<|endoftext|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|return|>",
                            "<|end_of_text|>", "<|im_end|>", "<eos>", "</s>"})
-    if (const uint32_t id = t.find(name); id != kNoId) return id;
+    if (const u32 id = t.find(name); id != kNoId) return id;
   return std::nullopt;
 }
 
@@ -315,4 +315,4 @@ Tokenizer Tokenizer::load(const string& path) {
   return t;
 }
 
-}  // namespace pith
+}

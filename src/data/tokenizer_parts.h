@@ -13,7 +13,7 @@ namespace pith {
 // tokenizer_unicode.cpp
 
 // What a character is, in the Unicode version of Hugging Face's regular expressions, 16.0.
-enum CharFlag : uint16_t {
+enum CharFlag : u16 {
   kLetter = 1,          // L
   kMark = 2,            // M
   kNumber = 4,          // N
@@ -25,7 +25,7 @@ enum CharFlag : uint16_t {
   kUnknownToNfc = 256,  // newer than Hugging Face's NFC, which leaves it alone
   kUnstable = 512,      // NFC may change it, move it, or join it to what is before it
 };
-const uint16_t* char_flags();  // by code point
+const u16* char_flags();  // by code point
 
 // General categories of code points that libraries may be too old to know, as "1c89 a7cb-a7cc".
 struct NewerCodes {
@@ -34,11 +34,11 @@ struct NewerCodes {
 std::span<const NewerCodes> newer_codes();
 
 struct Char {
-  uint32_t code, size;
+  u32 code, size;
 };
 // The character at `p`, in valid UTF-8.
 inline Char decode_char(const char* p) {
-  const auto* b = reinterpret_cast<const uint8_t*>(p);
+  const auto* b = reinterpret_cast<const u8*>(p);
   if (b[0] < 0x80) return {b[0], 1};
   if (b[0] < 0xe0) return {(b[0] & 31u) << 6 | (b[1] & 63u), 2};
   if (b[0] < 0xf0) return {(b[0] & 15u) << 12 | (b[1] & 63u) << 6 | (b[2] & 63u), 3};
@@ -50,7 +50,7 @@ inline const char* char_before(const char* p) {
   while ((*p & 0xc0) == 0x80);
   return p;
 }
-void append_char(string& out, uint32_t code);
+void append_char(string& out, u32 code);
 // Bytes of the valid UTF-8 at the front of `bytes`: its size if all of it is valid.
 size_t valid_utf8_prefix(string_view bytes);
 // `text` in NFC, into `out`. False, leaving `out` alone, when `text` is in NFC already.
@@ -83,13 +83,7 @@ class Regex {
 // Splits by hand-written code: the next words of `text`, at most `most`, are appended to `words`
 // and taken off `text`.
 using FastSplit = void (*)(string_view& text, vector<string_view>& words, size_t most);
-enum class SplitBehavior : uint8_t {
-  Removed,
-  Isolated,
-  MergedWithPrevious,
-  MergedWithNext,
-  Contiguous
-};
+enum class SplitBehavior : u8 { Removed, Isolated, MergedWithPrevious, MergedWithNext, Contiguous };
 
 // One step of the pre-tokenizer: cuts every piece of text at the matches of a pattern; without one,
 // puts a space before those that do not start with one.
@@ -115,14 +109,14 @@ void split(const vector<SplitStep>& steps, string_view text, SplitBuffers& buffe
 // tokenizer.cpp
 
 struct NormalizerStep {
-  enum Kind : uint8_t { Nfc, Prepend, Replace } kind = Nfc;
+  enum Kind : u8 { Nfc, Prepend, Replace } kind = Nfc;
   string text;                 // put before the text, or in a match's place
   std::optional<Regex> regex;  // of Replace
 };
 
 struct AddedToken {
   string content;  // in the form to be found
-  uint32_t id = 0;
+  u32 id = 0;
   bool single_word = false, lstrip = false, rstrip = false, special = false;
 };
 
@@ -140,7 +134,7 @@ class AddedTokens {
 
 // tokenizer_bpe.cpp
 
-constexpr uint32_t kNoId = UINT32_MAX;
+constexpr u32 kNoId = UINT32_MAX;
 constexpr int kIdBits = 21, kRankBits = 64 - 2 * kIdBits;  // of a packed merge
 
 // What one thread needs to encode, the cache of words included. Any scratch may be used with any
@@ -153,15 +147,15 @@ class EncodeScratch {
  private:
   friend class Bpe;
   friend class Tokenizer;
-  void use(uint64_t tokenizer);  // by fingerprint: empties the cache of another
+  void use(u64 tokenizer);  // by fingerprint: empties the cache of another
   struct Entry {
-    uint64_t key[4];  // the bytes of a word of less than 32, its size in the last one; 0: unused
-    uint32_t ids[7], count;
+    u64 key[4];  // the bytes of a word of less than 32, its size in the last one; 0: unused
+    u32 ids[7], count;
   };
   size_t entries_;
   vector<Entry> cache_;  // a power of two; of a word's two places the older is given up
-  uint64_t owner_ = 0;
-  vector<uint32_t> ids_, ranks_;  // of the word at hand
+  u64 owner_ = 0;
+  vector<u32> ids_, ranks_;  // of the word at hand
   SplitBuffers split_;
   string normalized_, next_;
 };
@@ -169,28 +163,27 @@ class EncodeScratch {
 class Bpe {
  public:
   struct Merge {
-    uint32_t left, right, joined;
+    u32 left, right, joined;
   };
   Bpe() = default;
   // Merges, best first. `bytes` are the tokens' bytes by id, empty if it has none; they outlive
   // this. With `ignore_merges` a word that is a token always becomes that token.
   Bpe(const vector<Merge>& merges, const vector<string_view>& bytes, bool ignore_merges);
   // Appends the ids of each word to `out`. The cache of `scratch` must belong to this.
-  void encode(const vector<string_view>& words, EncodeScratch& scratch,
-              vector<uint32_t>& out) const;
+  void encode(const vector<string_view>& words, EncodeScratch& scratch, vector<u32>& out) const;
 
  private:
-  size_t slot_of(uint32_t left, uint32_t right) const;
-  uint32_t rank_of(uint32_t left, uint32_t right) const;
-  void merge(vector<uint32_t>& ids, vector<uint32_t>& ranks) const;
-  void merge_long(vector<uint32_t>& ids, vector<uint32_t>& ranks) const;
+  size_t slot_of(u32 left, u32 right) const;
+  u32 rank_of(u32 left, u32 right) const;
+  void merge(vector<u32>& ids, vector<u32>& ranks) const;
+  void merge_long(vector<u32>& ids, vector<u32>& ranks) const;
   void encode_word(string_view word, EncodeScratch& scratch) const;
 
-  vector<uint64_t> pairs_;   // left, right, rank; open addressing; packed for one cache miss
-  vector<uint32_t> joined_;  // by rank
-  std::array<uint32_t, 256> byte_ids_{};
-  vector<uint32_t> byte_pairs_ = vector<uint32_t>(1 << 16, kNoId);  // ranks, by two bytes
-  std::unordered_map<string_view, uint32_t> whole_;                 // words that become one token
+  vector<u64> pairs_;   // left, right, rank; open addressing; packed for one cache miss
+  vector<u32> joined_;  // by rank
+  std::array<u32, 256> byte_ids_{};
+  vector<u32> byte_pairs_ = vector<u32>(1 << 16, kNoId);  // ranks, by two bytes
+  std::unordered_map<string_view, u32> whole_;            // words that become one token
 };
 
-}  // namespace pith
+}

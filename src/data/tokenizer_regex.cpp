@@ -1,8 +1,6 @@
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include <pcre2.h>
 
-#include <cstring>
-
 #include "data/tokenizer_parts.h"
 
 namespace pith {
@@ -68,7 +66,7 @@ static string translate(const string& pattern, const string& place) {
           if (lower == 'w') members += in_category(category);
         if (lower == 'w') members += kMoreOfWords;
         negated = isupper(next);
-      } else if (!next || (isalnum(uint8_t(next)) && !strchr("rntfaexAz", next))) {
+      } else if (!next || (isalnum(u8(next)) && !strchr("rntfaexAz", next))) {
         refuse(2);
       }
     } else if (in_class) {
@@ -117,7 +115,7 @@ Regex::Regex(const string& pattern, const string& place) : place_(place) {
         "fetch the file again");
   code_.reset(code, pcre2_code_free);
   pcre2_jit_compile(code, PCRE2_JIT_COMPLETE);  // which pcre2_match uses, if it succeeds
-  const uint8_t* bitmap = nullptr;
+  const u8* bitmap = nullptr;
   pcre2_pattern_info(code, PCRE2_INFO_FIRSTBITMAP, &bitmap);
   may_be_empty_ = !bitmap;
   for (size_t byte = 0; byte < starts_.size(); byte++)
@@ -132,7 +130,7 @@ void Regex::matches(string_view text, std::shared_ptr<void>& room, vector<Match>
   const auto* subject = reinterpret_cast<PCRE2_SPTR>(text.data());
   const PCRE2_SIZE* found = pcre2_get_ovector_pointer(data);
   size_t from = 0, done = 0;
-  const auto match = [&](uint32_t options) {
+  const auto match = [&](u32 options) {
     return pcre2_match(code, subject, text.size(), from, options, data, nullptr);
   };
   for (bool any = false;;) {
@@ -158,4 +156,4 @@ void Regex::matches(string_view text, std::shared_ptr<void>& room, vector<Match>
   if (done < text.size()) out.push_back({done, text.size(), false});
 }
 
-}  // namespace pith
+}

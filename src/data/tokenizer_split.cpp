@@ -23,23 +23,23 @@ constexpr const char* kDeepSeekV3 =  // the last of its three
 
 // Splits text that ends at `end`. Each pattern's function returns the end of the word at `p`.
 struct Splitter {
-  const uint16_t* flags;
+  const u16* flags;
   const char* end;
 
   // Flags and size of the character at `p`; at the end of the text 0 and 0.
   Char at(const char* p) const {
     if (p >= end) return {0, 0};
-    if (uint8_t(*p) < 0x80) return {flags[uint8_t(*p)], 1};
+    if (u8(*p) < 0x80) return {flags[u8(*p)], 1};
     const Char c = decode_char(p);
     return {flags[c.code], c.size};
   }
 
   // The end of the characters with a flag of `mask`, or without any.
-  const char* run(const char* p, uint32_t mask) const {
+  const char* run(const char* p, u32 mask) const {
     for (Char c; (c = at(p)).code & mask;) p += c.size;
     return p;
   }
-  const char* run_without(const char* p, uint32_t mask) const {
+  const char* run_without(const char* p, u32 mask) const {
     for (Char c; !((c = at(p)).code & mask) && c.size;) p += c.size;
     return p;
   }
@@ -79,7 +79,7 @@ struct Splitter {
   }
 
   // Qwen2, cl100k and Qwen3.5: what a word consists of, and how many digits stay together.
-  template <uint32_t kWord, int kDigits>
+  template <u32 kWord, int kDigits>
   const char* cl100k(const char* p) const {
     const Char c = at(p);
     const char* second = p + c.size;
@@ -124,13 +124,13 @@ struct Splitter {
 
   // With what no alternative matches.
   const char* deepseek_v3(const char* p) const {
-    constexpr uint32_t kWord = kLetter | kMark;
+    constexpr u32 kWord = kLetter | kMark;
     const Char c = at(p);
     const char* second = p + c.size;
     if (c.code & kWord) return run(second, kWord);
     if (c.code & kPunct && c.size == 1) {
       const char* q = second;
-      while (q < end && uint8_t(*q) < 0x80 && flags[uint8_t(*q)] & kLetter) q++;
+      while (q < end && u8(*q) < 0x80 && flags[u8(*q)] & kLetter) q++;
       if (q > second) return q;
     }
     if (!(c.code & kPunct) && !is_newline(p) && at(second).code & kWord) return run(second, kWord);
@@ -165,7 +165,7 @@ const struct {
     {kO200k, fast_split<&Splitter::o200k>},
     {kDeepSeekV3, fast_split<&Splitter::deepseek_v3>},
 };
-}  // namespace
+}
 
 SplitStep::SplitStep(const string& pattern, const string& place, SplitBehavior how, bool inverted)
     : behavior(how), invert(inverted) {
@@ -231,4 +231,4 @@ void split(const vector<SplitStep>& steps, string_view text, SplitBuffers& buffe
   }
 }
 
-}  // namespace pith
+}

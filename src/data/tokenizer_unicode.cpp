@@ -1,7 +1,6 @@
 #include <utf8proc.h>
 
 #include <algorithm>
-#include <cstring>
 
 #include "data/tokenizer_parts.h"
 
@@ -56,16 +55,16 @@ std::span<const NewerCodes> newer_codes() { return kNewer; }
 // Calls action(code) for all of "1c89 a7cb-a7cc".
 static void for_each_code(const char* ranges, auto&& action) {
   for (char* at; *ranges; ranges = at + (*at == ' ')) {
-    const uint32_t first = strtoul(ranges, &at, 16);
-    const uint32_t last = *at == '-' ? strtoul(at + 1, &at, 16) : first;
-    for (uint32_t code = first; code <= last; code++) action(code);
+    const u32 first = strtoul(ranges, &at, 16);
+    const u32 last = *at == '-' ? strtoul(at + 1, &at, 16) : first;
+    for (u32 code = first; code <= last; code++) action(code);
   }
 }
 
-static uint16_t flags_of(uint32_t code, const char* category) {
+static u16 flags_of(u32 code, const char* category) {
   const char major = category[0], minor = category[1];
   const bool uncased = major == 'M' || (major == 'L' && (minor == 'm' || minor == 'o'));
-  uint16_t flags = 0;
+  u16 flags = 0;
   if (major == 'L') flags |= kLetter;
   if (major == 'M') flags |= kMark;
   if (major == 'N') flags |= kNumber;
@@ -78,62 +77,61 @@ static uint16_t flags_of(uint32_t code, const char* category) {
   return flags;
 }
 
-static void append_decomposed(int32_t code, vector<int32_t>& out) {
-  int32_t parts[32];
+static void append_decomposed(int code, vector<int>& out) {
+  int parts[32];
   const auto count =
       utf8proc_decompose_char(code, parts, std::size(parts), UTF8PROC_DECOMPOSE, nullptr);
   out.insert(out.end(), parts, parts + count);
 }
 
-static auto combining_class(int32_t code) { return utf8proc_get_property(code)->combining_class; }
+static auto combining_class(int code) { return utf8proc_get_property(code)->combining_class; }
 
 // `codes` become NFC. utf8proc's own sort takes time quadratic in the marks on one letter.
-static void compose(vector<int32_t>& codes) {
-  vector<int32_t> parts;
-  for (const int32_t code : codes) append_decomposed(code, parts);
+static void compose(vector<int>& codes) {
+  vector<int> parts;
+  for (const int code : codes) append_decomposed(code, parts);
   for (auto at = parts.begin(); at != parts.end();) {
-    const auto end = std::find_if(at, parts.end(), [](int32_t c) { return !combining_class(c); });
-    std::stable_sort(at, end,
-                     [](int32_t a, int32_t b) { return combining_class(a) < combining_class(b); });
+    const auto end = std::find_if(at, parts.end(), [](int c) { return !combining_class(c); });
+    std::stable_sort(at, end, [](int a, int b) { return combining_class(a) < combining_class(b); });
     at = end == parts.end() ? end : end + 1;
   }
   // "Stable" keeps what Unicode excludes from composition apart.
   const auto options = static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE);
-  parts.resize(utf8proc_normalize_utf32(parts.data(), int64_t(parts.size()), options));
+  parts.resize(utf8proc_normalize_utf32(parts.data(), i64(parts.size()), options));
   codes.swap(parts);
 }
 
 // What joins the character before it is a later part of some decomposition.
-static void mark_unstable(vector<uint16_t>& flags) {
-  const auto mark = [&](uint32_t code) {
+static void mark_unstable(vector<u16>& flags) {
+  const auto mark = [&](u32 code) {
     if (!(flags[code] & kUnknownToNfc)) flags[code] |= kUnstable;
   };
-  vector<int32_t> codes;
-  for (uint32_t code = 0xc0; code < 0x30000; code++) {
+  vector<int> codes;
+  for (u32 code = 0xc0; code < 0x30000; code++) {
     if (code >= 0xac00 && code < 0xe000) continue;  // Hangul syllables, surrogates
-    if (combining_class(int32_t(code))) mark(code);
+    if (combining_class(int(code))) mark(code);
     codes.clear();
-    append_decomposed(int32_t(code), codes);
-    if (codes.size() == 1 && codes[0] == int32_t(code)) continue;
-    for (size_t i = 1; i < codes.size(); i++) mark(uint32_t(codes[i]));
+    append_decomposed(int(code), codes);
+    if (codes.size() == 1 && codes[0] == int(code)) continue;
+    for (size_t i = 1; i < codes.size(); i++) mark(u32(codes[i]));
     compose(codes);
-    if (codes.size() != 1 || codes[0] != int32_t(code)) mark(code);
+    if (codes.size() != 1 || codes[0] != int(code)) mark(code);
   }
-  for (uint32_t code = 0x1161; code <= 0x1175; code++) mark(code);  // jamo vowels
-  for (uint32_t code = 0x11a8; code <= 0x11c2; code++) mark(code);  // and finals
+  for (u32 code = 0x1161; code <= 0x1175; code++) mark(code);  // jamo vowels
+  for (u32 code = 0x11a8; code <= 0x11c2; code++) mark(code);  // and finals
 }
 
-const uint16_t* char_flags() {
-  static const vector<uint16_t> table = [] {
-    vector<uint16_t> flags(0x110000);
-    for (uint32_t code = 0; code < flags.size(); code++)
+const u16* char_flags() {
+  static const vector<u16> table = [] {
+    vector<u16> flags(0x110000);
+    for (u32 code = 0; code < flags.size(); code++)
       if (code < 0x40000 || code >> 12 == 0xe0)  // the rest has no flags
-        flags[code] = flags_of(code, utf8proc_category_string(int32_t(code)));
+        flags[code] = flags_of(code, utf8proc_category_string(int(code)));
     for (const auto& [category, ranges] : kNewer)
       for_each_code(ranges,
-                    [&](uint32_t code) { flags[code] = flags_of(code, category) | kUnknownToNfc; });
-    for_each_code(kMoreOfWords, [&](uint32_t code) { flags[code] |= kWordChar; });
-    for_each_code(kUnknownMarks, [&](uint32_t code) { flags[code] |= kUnknownToNfc; });
+                    [&](u32 code) { flags[code] = flags_of(code, category) | kUnknownToNfc; });
+    for_each_code(kMoreOfWords, [&](u32 code) { flags[code] |= kWordChar; });
+    for_each_code(kUnknownMarks, [&](u32 code) { flags[code] |= kUnknownToNfc; });
     mark_unstable(flags);
     return flags;
   }();
@@ -142,18 +140,18 @@ const uint16_t* char_flags() {
 
 // The first byte from `p` on that is not ASCII, or `end`.
 static const char* skip_ascii(const char* p, const char* end) {
-  for (uint64_t bytes; end - p >= 8; p += 8) {
+  for (u64 bytes; end - p >= 8; p += 8) {
     memcpy(&bytes, p, 8);
     if (bytes & 0x8080808080808080) break;
   }
-  while (p < end && uint8_t(*p) < 0x80) p++;
+  while (p < end && u8(*p) < 0x80) p++;
   return p;
 }
 
 bool to_nfc(string_view text, string& out) {
-  const uint16_t* flags = char_flags();
+  const u16* flags = char_flags();
   const char *const begin = text.data(), *const end = begin + text.size(), *done = begin;
-  vector<int32_t> codes, before;
+  vector<int> codes, before;
   for (const char* p = skip_ascii(begin, end); p < end; p = skip_ascii(p, end)) {
     const Char c = decode_char(p);
     if (!(flags[c.code] & kUnstable)) {
@@ -163,15 +161,15 @@ bool to_nfc(string_view text, string& out) {
     const char* first = p > begin ? char_before(p) : p;  // which may join in
     if (flags[decode_char(first).code] & kUnknownToNfc) first = p;
     codes.clear();
-    if (first < p) codes.push_back(int32_t(decode_char(first).code));
+    if (first < p) codes.push_back(int(decode_char(first).code));
     for (Char next; p < end && flags[(next = decode_char(p)).code] & kUnstable; p += next.size)
-      codes.push_back(int32_t(next.code));
+      codes.push_back(int(next.code));
     before = codes;
     compose(codes);
     if (codes == before) continue;
     if (done == begin) out.clear();
     out.append(done, first);
-    for (const int32_t code : codes) append_char(out, uint32_t(code));
+    for (const int code : codes) append_char(out, u32(code));
     done = p;
   }
   if (done == begin) return false;
@@ -179,18 +177,18 @@ bool to_nfc(string_view text, string& out) {
   return true;
 }
 
-void append_char(string& out, uint32_t code) {
-  uint8_t bytes[4];
-  const auto size = utf8proc_encode_char(int32_t(code), bytes);
+void append_char(string& out, u32 code) {
+  u8 bytes[4];
+  const auto size = utf8proc_encode_char(int(code), bytes);
   out.append(reinterpret_cast<const char*>(bytes), size_t(size));
 }
 
 size_t valid_utf8_prefix(string_view bytes) {
   const char *const begin = bytes.data(), *const end = begin + bytes.size();
   const char* p = begin;
-  int32_t code = 0;
+  int code = 0;
   while ((p = skip_ascii(p, end)) < end) {
-    const auto size = utf8proc_iterate(reinterpret_cast<const uint8_t*>(p), end - p, &code);
+    const auto size = utf8proc_iterate(reinterpret_cast<const u8*>(p), end - p, &code);
     if (size < 0) break;
     p += size;
   }
@@ -220,4 +218,4 @@ string replace_invalid_utf8(string_view bytes) {
   }
 }
 
-}  // namespace pith
+}

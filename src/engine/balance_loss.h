@@ -9,7 +9,7 @@
 
 namespace pith {
 
-enum class BalanceKind : uint8_t { None, MicroBatch, Sequence, GlobalBatch };
+enum class BalanceKind : u8 { None, MicroBatch, Sequence, GlobalBatch };
 
 struct BalanceState {
   BalanceKind kind = BalanceKind::None;
@@ -20,11 +20,11 @@ struct BalanceState {
   vector<double> previous;  // the last step's, of all ranks; empty: 1/E each
   vector<double> loss;      // [layers], unscaled: this rank's share
 };
-void begin_step(BalanceState& state, int64_t global_tokens);
+void begin_step(BalanceState& state, i64 global_tokens);
 
 // Counts a layer's routing of `rows` sequences, adds its share of the loss, and records the
 // gradient on routing.probs.
-void add_balance_loss(Rank& rank, BalanceState& state, int layer, const Routing& routing,
-                      int64_t rows, At at = At::here());
+void add_balance_loss(Rank& rank, BalanceState& state, int layer, const Routing& routing, i64 rows,
+                      At at = At::here());
 
-}  // namespace pith
+}

@@ -5,8 +5,6 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cmath>
-#include <cstring>
 #include <filesystem>
 #include <future>
 #include <nlohmann/json.hpp>
@@ -32,17 +30,17 @@ static const char* const kRestore = "restore it, or remove it to use the checkpo
 static constexpr std::pair<const char*, Tensor FlatUnit::*> kStored[] = {
     {"", &FlatUnit::master}, {".exp_avg", &FlatUnit::m}, {".exp_avg_sq", &FlatUnit::v}};
 
-static string hex(uint64_t value) { return text("%016lx", value); }
+static string hex(u64 value) { return text("%016lx", value); }
 
-uint64_t checksum_of(const void* bytes, int64_t size) { return XXH3_64bits(bytes, size_t(size)); }
+u64 checksum_of(const void* bytes, i64 size) { return XXH3_64bits(bytes, size_t(size)); }
 
 static bool is_moment(const string& name) {
   return name.ends_with(kStored[1].first) || name.ends_with(kStored[2].first);
 }
 
-static string step_name(int64_t step) { return text("step-%08ld", step); }
+static string step_name(i64 step) { return text("step-%08ld", step); }
 
-vector<int64_t> shape_of(const Piece& piece) {
+vector<i64> shape_of(const Piece& piece) {
   return {piece.dims.size, piece.dims.size + piece.dims.rank};
 }
 
@@ -71,7 +69,7 @@ NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Checkpoint, state, mesh, files, tensors)
 
 // A manifest begins with the version of its form and a checksum of what follows.
 static string sealed(const string& rest) {
-  const uint64_t checksum = checksum_of(rest.data(), int64_t(rest.size()));
+  const u64 checksum = checksum_of(rest.data(), i64(rest.size()));
   return "{\"pith_checkpoint_2_xxh3\": \"" + hex(checksum) + "\"," + rest;
 }
 
@@ -99,7 +97,7 @@ StoredFile stored_file(const string& folder, const string& name) {
 
 static void check_coverage(const Checkpoint& c, const string& name, const StoredTensor& tensor) {
   bool good = true;
-  int64_t end = 0;
+  i64 end = 0;
   for (const StoredFragment& f : tensor.fragments) {
     good = good && f.begin == end && size_t(f.file) < c.files.size() &&
            f.offset + f.count * size_of(tensor.dtype) <= c.files[size_t(f.file)].bytes;
@@ -136,8 +134,8 @@ void verify(const Checkpoint& c, bool weights_only) {
   struct Region {
     string place;
     const char* data;
-    int64_t bytes;
-    uint64_t need, got = 0;
+    i64 bytes;
+    u64 need, got = 0;
   };
   vector<Region> regions;
   for (const auto& [name, bytes, header_bytes, checksum, map] : c.files)
@@ -156,19 +154,19 @@ void verify(const Checkpoint& c, bool weights_only) {
                 kRestore);
 }
 
-std::map<int64_t, string> list_checkpoints(const string& run_folder) {
-  std::map<int64_t, string> list;
+std::map<i64, string> list_checkpoints(const string& run_folder) {
+  std::map<i64, string> list;
   std::error_code error;
   for (const auto& entry : fs::directory_iterator(run_folder, error)) {
     const string name = entry.path().filename();
-    const int64_t step = name.starts_with("step-") ? strtoll(name.c_str() + 5, nullptr, 10) : -1;
+    const i64 step = name.starts_with("step-") ? strtoll(name.c_str() + 5, nullptr, 10) : -1;
     if (name == step_name(step)) list[step] = entry.path();
   }
   return list;
 }
 
 std::optional<Checkpoint> find_checkpoint(const string& run_folder) {
-  const std::map<int64_t, string> list = list_checkpoints(run_folder);
+  const std::map<i64, string> list = list_checkpoints(run_folder);
   for (const auto& [step, path] : list | std::views::reverse) {
     try {
       Checkpoint c = open_checkpoint(path);
@@ -199,7 +197,7 @@ Checkpoint open_weights(const string& folder) {
   for (const MappedFile& file : reader.files())
     c.files.push_back({.name = file.path(), .bytes = file.size(), .map = file});
   for (const TensorEntry& t : reader.tensors()) {
-    const int64_t offset = t.data - reader.files()[size_t(t.file)].data();
+    const i64 offset = t.data - reader.files()[size_t(t.file)].data();
     c.tensors[t.name] = {t.dtype, t.shape, {{0, t.numel(), t.file, offset}}};
   }
   return c;
@@ -248,7 +246,7 @@ void check_weights(const Checkpoint& c, const ParameterTable& whole) {
   struct Fitting {
     const string& name;
     const StoredTensor& tensor;
-    int64_t bad = 0;
+    i64 bad = 0;
   };
   vector<Fitting> fitting;
   for (const Parameter& parameter : whole)
@@ -290,10 +288,10 @@ void check_weights(const Checkpoint& c, const ParameterTable& whole) {
               "the config.json of these weights, or weights of a run that did not diverge");
 }
 
-void read_elements(const Checkpoint& c, const StoredTensor& tensor, int64_t begin, int64_t count,
+void read_elements(const Checkpoint& c, const StoredTensor& tensor, i64 begin, i64 count,
                    float* out) {
   for (const StoredFragment& f : tensor.fragments) {
-    const int64_t from = max(begin, f.begin), to = min(begin + count, f.begin + f.count);
+    const i64 from = max(begin, f.begin), to = min(begin + count, f.begin + f.count);
     if (from >= to) continue;
     const char* data = c.files[size_t(f.file)].map.data() + f.offset;
     to_f32(tensor.dtype, data + (from - f.begin) * size_of(tensor.dtype), out + (from - begin),
@@ -328,7 +326,7 @@ void load_state(Rank&, Parameters& p, const Checkpoint& c) { load(p, c, std::siz
 void load_weights(Rank&, Parameters& p, const Checkpoint& c) { load(p, c, 1); }
 
 // Of the slowest rank, while the others go on.
-static constexpr int64_t kMostBytesLeft = int64_t{1} << 30;
+static constexpr i64 kMostBytesLeft = i64{1} << 30;
 static constexpr int kAllUnits = INT32_MAX;
 
 static void remove_tree(const string& path) {
@@ -361,9 +359,9 @@ void put_in_place(const string& temporary, const string& folder) {
 }
 
 // Later ones than `now` are of a course that this run has left: a resume must not take them.
-static void prune(const SaveOptions& options, int64_t now) {
-  const std::map<int64_t, string> list = list_checkpoints(options.folder);
-  int64_t extra = std::distance(list.begin(), list.upper_bound(now)) - options.keep;
+static void prune(const SaveOptions& options, i64 now) {
+  const std::map<i64, string> list = list_checkpoints(options.folder);
+  i64 extra = std::distance(list.begin(), list.upper_bound(now)) - options.keep;
   for (const auto& [step, path] : list) {
     if (step > now) {
       log_warning("%s is of an earlier course: moved aside", path.c_str());
@@ -381,7 +379,7 @@ struct CheckpointSaver::Job {
   int rank = 0;
   Checkpoint checkpoint;     // under way: its folder is the temporary one
   std::atomic<int> unit{0};  // units before this one are saved
-  std::atomic<int64_t> bytes_left{0};
+  std::atomic<i64> bytes_left{0};
   std::atomic<bool> cancel{false};
   double begun_s = now_s();
   std::shared_future<string> done;  // what went wrong; empty: nothing
@@ -425,7 +423,7 @@ struct CheckpointSaver::Job {
         reached(f.unit);
         for (const auto& [suffix, shard] : kStored) {
           const float* values = (parameters.units[size_t(f.unit)].*shard).f32() + f.offset;
-          const int64_t bytes = f.count * int64_t(sizeof(float));
+          const i64 bytes = f.count * i64(sizeof(float));
           StoredTensor& tensor = part.tensors[f.piece->name + suffix];
           tensor.shape = shape_of(*f.piece);
           tensor.fragments.push_back(
@@ -490,13 +488,13 @@ void CheckpointSaver::begin(Rank& rank, const RunState& state) {
   if (rank.comm) job.checkpoint.mesh = mesh_of(rank);
   job.checkpoint.folder = job.folder() + ".tmp";
   for (const FlatUnit& unit : parameters_.units)
-    job.bytes_left += unit.shard_count * int64_t(std::size(kStored) * sizeof(float));
+    job.bytes_left += unit.shard_count * i64(std::size(kStored) * sizeof(float));
   job.done = std::async(std::launch::async, [&job] { return job.run(); });
 }
 
 // Ends the save once all ranks are done. Bytes that the slowest has yet to write; -1: none is under
 // way.
-int64_t CheckpointSaver::exchange(Rank& rank) {
+i64 CheckpointSaver::exchange(Rank& rank) {
   if (!job_) return -1;
   const bool done = job_->done.wait_for(duration<double>(0)) == std::future_status::ready;
   const string error = done ? job_->done.get() : "";
@@ -504,7 +502,7 @@ int64_t CheckpointSaver::exchange(Rank& rank) {
   all_reduce(rank, Group::World, v, 3, Reduce::Max, "checkpoint progress");
   last_failed_ = v[1] > 0;
   if (last_failed_) job_->cancel = true;
-  if (v[0] > 0) return int64_t(v[2]);
+  if (v[0] > 0) return i64(v[2]);
   if (!error.empty()) log_warning("rank %d: %s", rank.id, error.c_str());
   if (last_failed_) {
     if (rank.id == 0) {
@@ -519,7 +517,7 @@ int64_t CheckpointSaver::exchange(Rank& rank) {
   return -1;
 }
 
-void CheckpointSaver::wait(Rank& rank, int64_t most_bytes_left) {
+void CheckpointSaver::wait(Rank& rank, i64 most_bytes_left) {
   for (double pause = 2e-4; exchange(rank) > most_bytes_left; pause = min(pause * 1.5, 0.02)) {
     std::this_thread::sleep_for(duration<double>(pause));
     stall_s_ += pause;
@@ -542,4 +540,4 @@ void CheckpointSaver::wait_unit(int unit) {
   }
 }
 
-}  // namespace pith
+}

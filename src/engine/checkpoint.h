@@ -5,7 +5,6 @@
 #include <map>
 #include <memory>
 #include <optional>
-#include <utility>
 
 #include "data/durable.h"
 #include "data/safetensors.h"
@@ -15,11 +14,11 @@ namespace pith {
 
 // What a run keeps besides tensors.
 struct RunState {
-  int64_t step = 0;               // optimiser steps completed
-  int64_t updates = 0;            // of them, those that changed weights: Adam's t
-  int64_t samples = 0;            // training samples consumed: the data position
-  uint64_t seed = 0;              // of initialisation and data order
-  uint64_t data_fingerprint = 0;  // Dataset::fingerprint()
+  i64 step = 0;                   // optimiser steps completed
+  i64 updates = 0;                // of them, those that changed weights: Adam's t
+  i64 samples = 0;                // training samples consumed: the data position
+  u64 seed = 0;                   // of initialisation and data order
+  u64 data_fingerprint = 0;       // Dataset::fingerprint()
   string optimizer = "adamw";     // what the moments are; "none": weights alone
   vector<double> balance_counts;  // BalanceState::previous
   string config;                  // to_toml(RunConfig)
@@ -27,21 +26,21 @@ struct RunState {
 };
 
 struct StoredFragment {
-  int64_t begin = 0, count = 0;  // elements of the tensor
+  i64 begin = 0, count = 0;  // elements of the tensor
   int file = 0;
-  int64_t offset = 0;     // bytes
-  uint64_t checksum = 0;  // XXH3
+  i64 offset = 0;    // bytes
+  u64 checksum = 0;  // XXH3
 };
 struct StoredTensor {
   FileDType dtype = FileDType::F32;
-  vector<int64_t> shape;             // of the whole tensor
+  vector<i64> shape;                 // of the whole tensor
   vector<StoredFragment> fragments;  // by begin
-  int64_t numel() const { return TensorDecl{"", dtype, shape}.bytes() / size_of(dtype); }
+  i64 numel() const { return TensorDecl{"", dtype, shape}.bytes() / size_of(dtype); }
 };
 struct StoredFile {
   string name;
-  int64_t bytes = 0, header_bytes = 0;
-  uint64_t header_checksum = 0;
+  i64 bytes = 0, header_bytes = 0;
+  u64 header_checksum = 0;
   MappedFile map;
 };
 struct Checkpoint {
@@ -53,7 +52,7 @@ struct Checkpoint {
 };
 
 // The folders step-NNNNNNNN of a run, by step, good or not.
-std::map<int64_t, string> list_checkpoints(const string& run_folder);
+std::map<i64, string> list_checkpoints(const string& run_folder);
 // Checks manifest and sizes; exit code 2 naming what is wrong.
 Checkpoint open_checkpoint(const string& folder);
 // Reads all of it, or all but moments. Exit code 2 naming what differs from its checksum.
@@ -70,15 +69,15 @@ void check_resumable(const Checkpoint& checkpoint, const RunState& now);
 void check_weights(const Checkpoint& weights, const ParameterTable& whole);
 
 // Elements [begin, begin + count) of a stored tensor as F32.
-void read_elements(const Checkpoint& checkpoint, const StoredTensor& tensor, int64_t begin,
-                   int64_t count, float* out);
+void read_elements(const Checkpoint& checkpoint, const StoredTensor& tensor, i64 begin, i64 count,
+                   float* out);
 vector<float> read_tensor(const Checkpoint& checkpoint, const StoredTensor& tensor);
 // Fill this rank's shards of master, m and v; of master alone.
 void load_state(Rank& rank, Parameters& parameters, const Checkpoint& checkpoint);
 void load_weights(Rank& rank, Parameters& parameters, const Checkpoint& checkpoint);
 
-vector<int64_t> shape_of(const Piece& piece);
-uint64_t checksum_of(const void* bytes, int64_t size);
+vector<i64> shape_of(const Piece& piece);
+u64 checksum_of(const void* bytes, i64 size);
 // Of a complete safetensors file.
 StoredFile stored_file(const string& folder, const string& name);
 void write_manifest(const Checkpoint& checkpoint, const string& path);
@@ -86,8 +85,8 @@ void write_manifest(const Checkpoint& checkpoint, const string& path);
 void put_in_place(const string& temporary, const string& folder);
 
 struct SaveOptions {
-  string folder;     // the run's
-  int64_t keep = 3;  // newest checkpoints kept; 0: all
+  string folder;  // the run's
+  i64 keep = 3;   // newest checkpoints kept; 0: all
 };
 
 // Writes this rank's shards on a thread of its own while training goes on. Calls that take a Rank
@@ -116,8 +115,8 @@ class CheckpointSaver {
 
  private:
   struct Job;  // a save under way
-  int64_t exchange(Rank& rank);
-  void wait(Rank& rank, int64_t most_bytes_left);
+  i64 exchange(Rank& rank);
+  void wait(Rank& rank, i64 most_bytes_left);
   const Parameters& parameters_;
   SaveOptions options_;
   std::unique_ptr<Job> job_;
@@ -125,4 +124,4 @@ class CheckpointSaver {
   double stall_s_ = 0;
 };
 
-}  // namespace pith
+}

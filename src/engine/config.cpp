@@ -3,11 +3,9 @@
 #include <toml++/toml.h>
 #include <algorithm>
 #include <cfloat>
-#include <cmath>
 #include <filesystem>
 #include <numeric>
 #include <sstream>
-#include <utility>
 #include <variant>
 
 #include "core/json.h"
@@ -34,7 +32,7 @@ enum Flag : unsigned {
   kKept = 4,      // by a resumed run
 };
 
-using Slot = std::variant<string*, bool*, int*, int64_t*, uint64_t*, double*>;
+using Slot = std::variant<string*, bool*, int*, i64*, u64*, double*>;
 constexpr const char* kTypes[] = {"text in quotes", "true or false",  "a whole number",
                                   "a whole number", "a whole number", "a number"};
 
@@ -110,7 +108,7 @@ string text_of(const toml::node& node) {
 }
 
 template <class T>
-using TomlType = std::conditional_t<std::is_integral_v<T> && !std::is_same_v<T, bool>, int64_t, T>;
+using TomlType = std::conditional_t<std::is_integral_v<T> && !std::is_same_v<T, bool>, i64, T>;
 
 string value_of(const Key& key) {
   return std::visit(
@@ -159,7 +157,7 @@ void assign(const Key& key, const toml::node& node, const string& place,
     auto value = node.value_exact<TomlType<T>>();
     if constexpr (std::is_same_v<T, double>)
       if (node.is_integer()) value = node.value<double>();
-    if constexpr (std::is_same_v<TomlType<T>, int64_t>)
+    if constexpr (std::is_same_v<TomlType<T>, i64>)
       if (value && !std::in_range<T>(*value)) value.reset();
     if (!value) wrong_type(key, place, text_of(node));
     *to = T(*value);
@@ -207,7 +205,7 @@ void read_override(const vector<Key>& keys, const string& argument) {
   assign(key, *parsed.get("value"), place);
 }
 
-}  // namespace
+}
 
 RunConfig load_run_config(const string& path, const vector<string>& overrides) {
   RunConfig config;
@@ -272,4 +270,4 @@ bool may_change_on_resume(const string& name) {
       keys_of(c), [&](const Key& key) { return key.name == name && !(key.flags & kKept); });
 }
 
-}  // namespace pith
+}

@@ -22,17 +22,17 @@ struct RunConfig {
   } model;
   struct {
     string path;
-    int64_t sequence_length = 0;
-    uint64_t seed = 1234;
+    i64 sequence_length = 0;
+    u64 seed = 1234;
     bool shuffle = true;
-    int64_t max_epochs = 1;
+    i64 max_epochs = 1;
     double heldout_fraction = 0;
     bool document_mask = false;
   } data;
   struct {
-    int64_t steps = 0, global_batch_size = 0, micro_batch_size = 1;
+    i64 steps = 0, global_batch_size = 0, micro_batch_size = 1;
     string on_nonfinite = "stop";
-    int64_t eval_interval = 0, log_interval = 1;
+    i64 eval_interval = 0, log_interval = 1;
     double peak_tflops = 0;  // of all devices; 0: unknown, no MFU
   } train;
   struct : AdamW {
@@ -51,7 +51,7 @@ struct RunConfig {
     double timeout_s = 120, startup_timeout_s = 600;
   } parallel;
   struct {
-    int64_t interval = 0, keep = 3;
+    i64 interval = 0, keep = 3;
   } checkpoint;
 };
 
@@ -63,4 +63,4 @@ void validate(const RunConfig& config);  // what needs no model, data or mesh; e
 string to_toml(const RunConfig& config);
 bool may_change_on_resume(const string& key);
 
-}  // namespace pith
+}

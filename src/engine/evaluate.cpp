@@ -1,7 +1,6 @@
 #include "engine/evaluate.h"
 
 #include <algorithm>
-#include <cmath>
 #include <numeric>
 
 #include "comm/communicator.h"
@@ -16,7 +15,7 @@ EvalResult evaluate(Rank& rank, Instance& instance, const Dataset& data, const B
   forward.forward_only = true;
   const ActionList actions = make_schedule(forward, rank.mesh.pp_rank);
   double sums[2] = {0, 0};
-  for (int64_t i = 0; i * shape.global_batch < data.heldout_samples(); i++) {
+  for (i64 i = 0; i * shape.global_batch < data.heldout_samples(); i++) {
     LoadedBatches loaded = make_batches(rank, data, shape, i, Split::Heldout);
     StepIo io{.batches = std::move(loaded.batches)};
     run_actions(rank, instance, io, forward, actions);
@@ -25,43 +24,43 @@ EvalResult evaluate(Rank& rank, Instance& instance, const Dataset& data, const B
     if (rank.mesh.pp_rank == 0) sums[1] += double(loaded.labels);
   }
   all_reduce(rank, Group::World, sums, 2, Reduce::Sum, "all_reduce evaluation");
-  return {sums[1] > 0 ? sums[0] / sums[1] : 0, int64_t(sums[1])};
+  return {sums[1] > 0 ? sums[0] / sums[1] : 0, i64(sums[1])};
 }
 
 // A token drawn with probability proportional to e^(logit / temperature) from the smallest set of
 // the most likely ones that holds top_p.
-static int32_t draw(const float* logits, int64_t vocab, const SampleOptions& o, int64_t index) {
-  vector<int32_t> order(vocab);
+static int draw(const float* logits, i64 vocab, const SampleOptions& o, i64 index) {
+  vector<int> order(vocab);
   std::iota(order.begin(), order.end(), 0);
-  std::ranges::stable_sort(order, std::greater(), [&](int32_t id) { return logits[id]; });
+  std::ranges::stable_sort(order, std::greater(), [&](int id) { return logits[id]; });
   if (o.temperature <= 0) return order[0];
   vector<double> mass;  // of the tokens so far
-  for (const int32_t id : order)
+  for (const int id : order)
     mass.push_back((mass.empty() ? 0 : mass.back()) +
                    std::exp((logits[id] - logits[order[0]]) / o.temperature));
   const auto last = std::ranges::lower_bound(mass, o.top_p * mass.back());
-  const double point = uniform_at(stream_key(o.seed, "generate"), uint64_t(index)) * *last;
+  const double point = uniform_at(stream_key(o.seed, "generate"), u64(index)) * *last;
   return order[std::upper_bound(mass.begin(), last, point) - mass.begin()];
 }
 
-int32_t next_token(Rank& rank, Instance& instance, const vector<int32_t>& tokens,
-                   const SampleOptions& options, int64_t index) {
-  const auto n = int64_t(tokens.size());
-  const auto upload = [&](const vector<int32_t>& values) {
+int next_token(Rank& rank, Instance& instance, const vector<int>& tokens,
+               const SampleOptions& options, i64 index) {
+  const auto n = i64(tokens.size());
+  const auto upload = [&](const vector<int>& values) {
     return tensor_from(rank, {n}, DType::I32, values.data());
   };
-  vector<int32_t> positions(n);
+  vector<int> positions(n);
   std::iota(positions.begin(), positions.end(), 0);
   Batch batch{.rows = 1, .length = n, .tokens = upload(tokens)};
-  batch.labels = upload(vector<int32_t>(n, kIgnoreLabel));
+  batch.labels = upload(vector<int>(n, kIgnoreLabel));
   batch.positions = upload(positions);
   StepIo io{.batches = {batch}};
   io.logits.resize(1);
   const ScheduleOptions schedule{
       .kind = ScheduleKind::OneF1B, .forward_only = true, .gather_step = true};
   run_actions(rank, instance, io, schedule, make_schedule(schedule, 0));
-  const int64_t vocab = instance.shape.vocab;
+  const i64 vocab = instance.shape.vocab;
   return draw(io.logits[0].f32() + (n - 1) * vocab, vocab, options, index);
 }
 
-}  // namespace pith
+}

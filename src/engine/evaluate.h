@@ -7,7 +7,7 @@ namespace pith {
 
 struct EvalResult {
   double loss = 0;  // nats a label; 0 when there are none
-  int64_t labels = 0;
+  i64 labels = 0;
 };
 
 // Mean loss over the held-out samples, the same on every rank.
@@ -17,10 +17,10 @@ EvalResult evaluate(Rank& rank, Instance& instance, const Dataset& data, const B
 struct SampleOptions {
   double temperature = 0;  // 0: the most likely token
   double top_p = 1;        // probability of the set that is drawn from
-  uint64_t seed = 0;
+  u64 seed = 0;
 };
 // The `index`-th token to be drawn, after `tokens`, by a world of one rank.
-int32_t next_token(Rank& rank, Instance& instance, const vector<int32_t>& tokens,
-                   const SampleOptions& options, int64_t index);
+int next_token(Rank& rank, Instance& instance, const vector<int>& tokens,
+               const SampleOptions& options, i64 index);
 
-}  // namespace pith
+}

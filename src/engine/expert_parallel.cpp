@@ -6,13 +6,13 @@
 
 namespace pith {
 
-static Tensor upload(Rank& rank, const vector<int32_t>& values) {
-  return tensor_from(rank, {int64_t(values.size())}, DType::I32, values.data());
+static Tensor upload(Rank& rank, const vector<int>& values) {
+  return tensor_from(rank, {i64(values.size())}, DType::I32, values.data());
 }
 
 // Rows of x, by destination in the ep group -> rows received, by source. The gradient goes back.
-static Tensor exchange(Rank& rank, Tensor x, const vector<int64_t>& send,
-                       const vector<int64_t>& recv, const char* what, At at) {
+static Tensor exchange(Rank& rank, Tensor x, const vector<i64>& send, const vector<i64>& recv,
+                       const char* what, At at) {
   if (send.size() == 1) return x;
   Dims dims = x.dim;
   dims[0] = std::reduce(recv.begin(), recv.end());
@@ -24,7 +24,7 @@ static Tensor exchange(Rank& rank, Tensor x, const vector<int64_t>& send,
     n->bx = [](Rank& r, Node& node) {
       const auto counts = [&](int i) {
         const Tensor& t = node.bx_keep[i];
-        return vector<int64_t>(t.i32(), t.i32() + t.numel());
+        return vector<i64>(t.i32(), t.i32() + t.numel());
       };
       Tensor dx = empty(r, node.in[0].dim, node.in[0].dtype, node.at);
       all_to_all(r, Group::Ep, node.grad[0], counts(1).data(), dx, counts(0).data(), node.op,
@@ -37,39 +37,38 @@ static Tensor exchange(Rank& rank, Tensor x, const vector<int64_t>& send,
 
 // To compute: a row of one sender's, by an expert of this rank.
 struct Pair {
-  int32_t row, expert;
+  int row, expert;
 };
 
 // Indices of the expert side from the pairs received, which come by (sender, row, slot). Sets
 // recv_rows; returns which pair stands at each place of the order by expert.
-static Tensor index_pairs(Rank& rank, const Pair* pairs, const vector<int64_t>& pairs_from,
-                          int experts, Dispatch& out) {
-  vector<int32_t> row;
-  int64_t R = 0;
+static Tensor index_pairs(Rank& rank, const Pair* pairs, const vector<i64>& pairs_from, int experts,
+                          Dispatch& out) {
+  vector<int> row;
+  i64 R = 0;
   for (size_t source = 0; source < pairs_from.size(); source++) {
-    const int64_t first = R;
-    for (int64_t i = 0; i < pairs_from[source]; i++)
-      row.push_back(int32_t(first + pairs[row.size()].row));
+    const i64 first = R;
+    for (i64 i = 0; i < pairs_from[source]; i++) row.push_back(int(first + pairs[row.size()].row));
     if (pairs_from[source]) R = row.back() + 1;
     out.recv_rows.push_back(R - first);
   }
-  const auto P = int64_t(row.size());
+  const auto P = i64(row.size());
   Dispatched& d = out.at_experts;
   d.row_of = empty(rank, {P}, DType::I32);
   d.pair_of = empty(rank, {P}, DType::I32);
   d.offsets = zeros(rank, {experts + 1}, DType::I32);
   d.row_begin = zeros(rank, {R + 1}, DType::I32);
-  for (int64_t p = 0; p < P; p++) {
+  for (i64 p = 0; p < P; p++) {
     d.offsets.i32()[pairs[p].expert + 1]++;
     d.row_begin.i32()[row[p] + 1]++;
   }
   std::partial_sum(d.offsets.i32(), d.offsets.i32() + experts + 1, d.offsets.i32());
   std::partial_sum(d.row_begin.i32(), d.row_begin.i32() + R + 1, d.row_begin.i32());
   Tensor sorted = empty(rank, {P}, DType::I32);
-  vector<int32_t> next(d.offsets.i32(), d.offsets.i32() + experts);
-  for (int64_t p = 0; p < P; p++) {
-    const int32_t place = next[pairs[p].expert]++;
-    sorted.i32()[place] = int32_t(p);
+  vector<int> next(d.offsets.i32(), d.offsets.i32() + experts);
+  for (i64 p = 0; p < P; p++) {
+    const int place = next[pairs[p].expert]++;
+    sorted.i32()[place] = int(p);
     d.row_of.i32()[place] = row[p];
     d.pair_of.i32()[p] = place;  // arrival order is the order of row_begin
   }
@@ -83,32 +82,32 @@ Dispatch dispatch(Rank& rank, Tensor hidden, const Routing& routing, int num_exp
           hidden.dim.rank == 2 && routing.ids.dim.rank == 2 && hidden.dim[0] == routing.ids.dim[0]},
          {"experts divisible by ep", num_experts % ep == 0}},
         {&hidden, &routing.ids});
-  const int64_t k = routing.ids.dim[1];
+  const i64 k = routing.ids.dim[1];
   Dispatch out{.tokens = hidden.dim[0]};
-  vector<int32_t> tokens, slots;  // of each row sent; of each pair, its place in the routing
+  vector<int> tokens, slots;  // of each row sent; of each pair, its place in the routing
   vector<Pair> pairs;
-  vector<int64_t> pairs_to;
+  vector<i64> pairs_to;
   for (int g = 0; g < ep; g++) {
     const size_t rows_before = tokens.size(), pairs_before = pairs.size();
-    for (int64_t t = 0; t < out.tokens; t++) {
-      const auto row = int32_t(tokens.size() - rows_before);
+    for (i64 t = 0; t < out.tokens; t++) {
+      const auto row = int(tokens.size() - rows_before);
       const size_t before = pairs.size();
-      for (int64_t slot = t * k; slot < (t + 1) * k; slot++) {
-        const int32_t expert = routing.ids.i32()[slot];
+      for (i64 slot = t * k; slot < (t + 1) * k; slot++) {
+        const int expert = routing.ids.i32()[slot];
         if (expert / local != g) continue;
         pairs.push_back({row, expert % local});
-        slots.push_back(int32_t(slot));
+        slots.push_back(int(slot));
       }
-      if (pairs.size() > before) tokens.push_back(int32_t(t));
+      if (pairs.size() > before) tokens.push_back(int(t));
     }
-    out.send_rows.push_back(int64_t(tokens.size() - rows_before));
-    pairs_to.push_back(int64_t(pairs.size() - pairs_before));
+    out.send_rows.push_back(i64(tokens.size() - rows_before));
+    pairs_to.push_back(i64(pairs.size() - pairs_before));
   }
   const Tensor mine = upload(rank, {pairs_to.begin(), pairs_to.end()});
   const Tensor theirs = empty(rank, {ep}, DType::I32);
   all_to_all(rank, Group::Ep, mine, nullptr, theirs, nullptr, "all_to_all counts", at);
-  const vector<int64_t> pairs_from(theirs.i32(), theirs.i32() + ep);
-  const Tensor sent = tensor_from(rank, {int64_t(pairs.size()), 2}, DType::I32, pairs.data(), at);
+  const vector<i64> pairs_from(theirs.i32(), theirs.i32() + ep);
+  const Tensor sent = tensor_from(rank, {i64(pairs.size()), 2}, DType::I32, pairs.data(), at);
   const Tensor received = exchange(rank, sent, pairs_to, pairs_from, "all_to_all pairs", at);
   const Tensor sorted = index_pairs(rank, received.as<Pair>(), pairs_from, local, out);
   Tensor weights = reshape(rank, routing.weights, {routing.weights.numel()});
@@ -127,4 +126,4 @@ Tensor combine(Rank& rank, Tensor rows, const Dispatch& d, At at) {
   return scatter_add(rank, home, d.sent_tokens, d.tokens, at);
 }
 
-}  // namespace pith
+}

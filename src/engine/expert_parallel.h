@@ -7,9 +7,9 @@ namespace pith {
 
 struct Dispatch {
   Dispatched at_experts;
-  Tensor sent_tokens;                    // I32: of each row sent, by destination
-  vector<int64_t> send_rows, recv_rows;  // to and from each rank of the ep group
-  int64_t tokens = 0;
+  Tensor sent_tokens;                // I32: of each row sent, by destination
+  vector<i64> send_rows, recv_rows;  // to and from each rank of the ep group
+  i64 tokens = 0;
 };
 
 // Stage 2. hidden [T, D]; rank r of the ep group holds experts [r*E/ep, (r+1)*E/ep).
@@ -18,4 +18,4 @@ Dispatch dispatch(Rank& rank, Tensor hidden, const Routing& routing, int num_exp
 // Stage 4: rows [R, D] go home, where each token sums the ranks' rows in rank order. -> [T, D]
 Tensor combine(Rank& rank, Tensor rows, const Dispatch& dispatch, At at = At::here());
 
-}  // namespace pith
+}

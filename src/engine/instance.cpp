@@ -35,4 +35,4 @@ ParameterTable whole_table(const Json& config) {
   return table;
 }
 
-}  // namespace pith
+}

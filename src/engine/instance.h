@@ -17,7 +17,7 @@ struct Pipeline;
 struct PipelineOptions {
   ScheduleKind schedule = ScheduleKind::OneF1B;
   bool gather_layer = false;  // free weights after each use, else gathered for the step
-  int64_t length = 0;         // of the longest whole row
+  i64 length = 0;             // of the longest whole row
   double init_std = 0.02;
   Mesh mesh = {};
   int id = 0;
@@ -58,4 +58,4 @@ template <class M>
 void run_pipeline(Rank& rank, Pipeline<M>& pipeline, StepIo& io, const ScheduleOptions& schedule,
                   const ActionList& actions);
 
-}  // namespace pith
+}

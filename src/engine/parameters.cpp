@@ -1,17 +1,16 @@
 #include "engine/parameters.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "comm/communicator.h"
 #include "core/rng.h"
 
 namespace pith {
 
-constexpr int64_t kAlign = 128;  // elements: 256 bytes of BF16
+constexpr i64 kAlign = 128;  // elements: 256 bytes of BF16
 
-int64_t total_numel(const ParameterTable& table) {
-  int64_t n = 0;
+i64 total_numel(const ParameterTable& table) {
+  i64 n = 0;
   for (const Parameter& p : table) n += p.dims.numel();
   return n;
 }
@@ -38,9 +37,9 @@ Parameters make_parameters(const vector<ParameterTable>& chunks, bool gather_lay
   for (FlatUnit& unit : p.units) {
     if (unit.kind == UnitKind::Experts) unit.group = Group::ExpertShard;
     const vector<int> members = group_members(mesh, unit.group, id);
-    const auto n = int64_t(members.size()), blocks = unit.numel / kAlign;
-    for (int64_t i = 0; i < n; i++) {
-      const int64_t begin = blocks * i / n * kAlign, end = blocks * (i + 1) / n * kAlign;
+    const auto n = i64(members.size()), blocks = unit.numel / kAlign;
+    for (i64 i = 0; i < n; i++) {
+      const i64 begin = blocks * i / n * kAlign, end = blocks * (i + 1) / n * kAlign;
       unit.cuts.push_back(end - begin);
       if (members[i] != id) continue;
       unit.shard_begin = begin;
@@ -58,10 +57,10 @@ vector<Fragment> fragments(const Parameters& p) {
   for (size_t u = 0; u < p.units.size(); u++) {
     const FlatUnit& unit = p.units[u];
     for (size_t i = 0; i < unit.entries.size(); i++) {
-      int64_t at = unit.offsets[i] - unit.shard_begin;  // in the shard
+      i64 at = unit.offsets[i] - unit.shard_begin;  // in the shard
       for (const Piece& piece : p.table[unit.entries[i]].pieces) {
-        const int64_t n = piece.dims.numel();
-        const int64_t from = max<int64_t>(at, 0), to = min(at + n, unit.shard_count);
+        const i64 n = piece.dims.numel();
+        const i64 from = max<i64>(at, 0), to = min(at + n, unit.shard_count);
         if (from < to) list.push_back({&piece, from - at, to - from, int(u), from});
         at += n;
       }
@@ -70,7 +69,7 @@ vector<Fragment> fragments(const Parameters& p) {
   return list;
 }
 
-void initialize(Rank& rank, Parameters& p, uint64_t seed) {
+void initialize(Rank& rank, Parameters& p, u64 seed) {
   for (const Fragment& f : fragments(p)) {
     const Tensor part = p.units[f.unit].master.slice_rows(f.offset, f.offset + f.count);
     if (f.piece->init.kind == InitKind::Constant)
@@ -143,4 +142,4 @@ double gradient_norm(Rank& rank, const Parameters& p) {
   return std::sqrt(sum / group_size(rank, Group::Replicate));
 }
 
-}  // namespace pith
+}

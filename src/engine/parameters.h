@@ -12,12 +12,12 @@ namespace pith {
 struct FlatUnit {
   UnitKind kind = UnitKind::Layer;
   int layer = -1, chunk = 0;
-  vector<int> entries;      // of Parameters::table
-  vector<int64_t> offsets;  // of each, in elements
-  int64_t numel = 0;
+  vector<int> entries;  // of Parameters::table
+  vector<i64> offsets;  // of each, in elements
+  i64 numel = 0;
   Group group = Group::DenseShard;
-  vector<int64_t> cuts;  // elements of each member's shard
-  int64_t shard_begin = 0, shard_count = 0;
+  vector<i64> cuts;  // elements of each member's shard
+  i64 shard_begin = 0, shard_count = 0;
   Tensor master, m, v;    // F32 [shard_count]; m and v: Adam's moments
   Tensor weights, grads;  // compute dtype, F32 [numel]; undefined while released
   Tensor grad_shard;      // F32 [shard_count]: the reduced gradient
@@ -32,9 +32,9 @@ struct Parameters {
 // Part of a tensor of the checkpoint that a rank's shard holds.
 struct Fragment {
   const Piece* piece = nullptr;
-  int64_t begin = 0, count = 0;  // elements of the piece
+  i64 begin = 0, count = 0;  // elements of the piece
   int unit = 0;
-  int64_t offset = 0;  // in the unit's shard
+  i64 offset = 0;  // in the unit's shard
 };
 
 // Lays out the tables of the chunks of rank `id`; with `rank`, also its shards, which are zero.
@@ -42,7 +42,7 @@ Parameters make_parameters(const vector<ParameterTable>& chunks, bool gather_lay
                            const Mesh& mesh, int id, Rank* rank);
 vector<Fragment> fragments(const Parameters& parameters);  // in unit order
 // Draws each element from (seed, Hugging Face name, element index).
-void initialize(Rank& rank, Parameters& parameters, uint64_t seed);
+void initialize(Rank& rank, Parameters& parameters, u64 seed);
 
 void zero_grads(Rank& rank, Parameters& parameters);
 // Makes a unit's full weights, and full gradients if wanted, available to the table's tensors.
@@ -55,6 +55,6 @@ void reduce_replicas(Rank& rank, Parameters& parameters);  // grad_shard, once a
 // L2, of all ranks' reduced gradients, each element counted once.
 double gradient_norm(Rank& rank, const Parameters& parameters);
 
-int64_t total_numel(const ParameterTable& table);
+i64 total_numel(const ParameterTable& table);
 
-}  // namespace pith
+}

@@ -1,7 +1,6 @@
 // pipeline: the one executor of action lists. Only engine/pipeline_<model>.cpp includes it.
 #pragma once
 #include <map>
-#include <utility>
 
 #include "comm/communicator.h"
 #include "engine/expert_parallel.h"
@@ -249,4 +248,4 @@ void run_pipeline(Rank& rank, Pipeline<M>& p, StepIo& io, const ScheduleOptions&
   p.flights.clear();
 }
 
-}  // namespace pith
+}

@@ -8,4 +8,4 @@ template std::shared_ptr<Pipeline<Qwen3Moe>> make_pipeline(Instance&, const Json
 template void run_pipeline(Rank&, Pipeline<Qwen3Moe>&, StepIo&, const ScheduleOptions&,
                            const ActionList&);
 
-}  // namespace pith
+}

@@ -1,18 +1,16 @@
 #include "engine/routing_trace.h"
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 
 #include "data/npy.h"
 
 namespace pith {
 
-static string file_of(const string& folder, int64_t step, const char* what) {
+static string file_of(const string& folder, i64 step, const char* what) {
   return folder + text("/step-%08ld.%s.npy", step, what);
 }
 
-void begin_trace(RoutingStep& routing, int64_t layers, int64_t tokens, int64_t top_k) {
+void begin_trace(RoutingStep& routing, i64 layers, i64 tokens, i64 top_k) {
   routing = {layers, tokens, top_k};
   routing.ids.assign(layers * tokens * top_k, -1);
   routing.weights.assign(layers * tokens * top_k, 0);
@@ -20,8 +18,8 @@ void begin_trace(RoutingStep& routing, int64_t layers, int64_t tokens, int64_t t
   routing.traced = true;
 }
 
-void write_routing(const string& folder, int64_t step, const RoutingStep& routing) {
-  const vector<int64_t> shape = {routing.layers, routing.tokens, routing.top_k};
+void write_routing(const string& folder, i64 step, const RoutingStep& routing) {
+  const vector<i64> shape = {routing.layers, routing.tokens, routing.top_k};
   make_folders(folder);
   write_npy(file_of(folder, step, "ids"), NpyType::I4, shape, routing.ids.data());
   write_npy(file_of(folder, step, "weights"), NpyType::F4, shape, routing.weights.data());
@@ -29,9 +27,9 @@ void write_routing(const string& folder, int64_t step, const RoutingStep& routin
 
 // A token's k ids are distinct experts, or -1 throughout a layer without.
 static void check_ids(const string& path, const RoutingStep& r, int num_experts) {
-  const int64_t k = r.top_k, per_layer = r.tokens * k;
-  for (int64_t i = 0; i < r.layers * per_layer; i++) {
-    const int32_t* id = &r.ids[i];
+  const i64 k = r.top_k, per_layer = r.tokens * k;
+  for (i64 i = 0; i < r.layers * per_layer; i++) {
+    const int* id = &r.ids[i];
     const bool dense = id[-(i % per_layer)] == -1;
     const bool expert = *id >= 0 && *id < num_experts && std::find(id - i % k, id, *id) == id;
     if (dense ? *id == -1 : expert) continue;
@@ -43,10 +41,10 @@ static void check_ids(const string& path, const RoutingStep& r, int num_experts)
   }
 }
 
-void read_routing(const string& folder, int64_t step, int num_experts, RoutingStep& routing) {
+void read_routing(const string& folder, i64 step, int num_experts, RoutingStep& routing) {
   const string path = file_of(folder, step, "ids");
   const NpyArray array = read_npy(path);
-  const vector<int64_t> need = {routing.layers, routing.tokens, routing.top_k};
+  const vector<i64> need = {routing.layers, routing.tokens, routing.top_k};
   if (array.header.type != NpyType::I4 || array.header.shape != need)
     bad_input(path,
               text("is not this run's routing (need <i4 [%ld, %ld, %ld]: layers, tokens, k)",
@@ -60,36 +58,36 @@ void read_routing(const string& folder, int64_t step, int num_experts, RoutingSt
 
 Tensor forced_ids(Rank& rank, const RoutingSlot& slot, int layer, int micro_batch) {
   const RoutingStep& step = *slot.step;
-  const vector<int64_t>& tokens = slot.tokens[micro_batch];
-  vector<int32_t> ids;
+  const vector<i64>& tokens = slot.tokens[micro_batch];
+  vector<int> ids;
   if (!step.forced) return {};
-  for (const int64_t token : tokens) {
-    const int32_t* first = &step.ids[(layer * step.tokens + token) * step.top_k];
+  for (const i64 token : tokens) {
+    const int* first = &step.ids[(layer * step.tokens + token) * step.top_k];
     ids.insert(ids.end(), first, first + step.top_k);
   }
   if (ids.empty() || ids[0] < 0) return {};  // no tokens, or a layer without experts
-  return tensor_from(rank, {int64_t(tokens.size()), step.top_k}, DType::I32, ids.data());
+  return tensor_from(rank, {i64(tokens.size()), step.top_k}, DType::I32, ids.data());
 }
 
 void trace_routing(const RoutingSlot& slot, int layer, int micro_batch, const Routing& routing) {
   RoutingStep& step = *slot.step;
   if (!step.traced || !routing.ids.defined()) return;
-  const vector<int64_t>& tokens = slot.tokens[micro_batch];
-  const int64_t k = step.top_k, T = int64_t(tokens.size());
+  const vector<i64>& tokens = slot.tokens[micro_batch];
+  const i64 k = step.top_k, T = i64(tokens.size());
   if (routing.ids.numel() != T * k)
     failed("trace_routing", "need the ids of all tokens (got " + describe(routing.ids) + ")");
-  const int64_t E = routing.probs.cols();
-  const auto element = [](const Tensor& t, int64_t i) {
+  const i64 E = routing.probs.cols();
+  const auto element = [](const Tensor& t, i64 i) {
     return t.dtype == DType::F64 ? t.as<double>()[i] : t.f32()[i];
   };
-  for (int64_t t = 0; t < T; t++) {
-    const int32_t* ids = routing.ids.i32() + t * k;
-    const int64_t place = layer * step.tokens + tokens[t];
+  for (i64 t = 0; t < T; t++) {
+    const int* ids = routing.ids.i32() + t * k;
+    const i64 place = layer * step.tokens + tokens[t];
     std::copy_n(ids, k, &step.ids[place * k]);
-    for (int64_t j = 0; j < k; j++)
+    for (i64 j = 0; j < k; j++)
       step.weights[place * k + j] = float(element(routing.weights, t * k + j));
     double chosen = 1, left_out = 0;
-    for (int64_t e = 0; e < E; e++) {
+    for (i64 e = 0; e < E; e++) {
       const double p = element(routing.probs, t * E + e);
       if (std::find(ids, ids + k, e) == ids + k)
         left_out = max(left_out, p);
@@ -100,4 +98,4 @@ void trace_routing(const RoutingSlot& slot, int layer, int micro_batch, const Ro
   }
 }
 
-}  // namespace pith
+}

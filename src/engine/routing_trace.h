@@ -9,8 +9,8 @@ namespace pith {
 
 // A step's routing over the whole global batch: one, of which each rank writes its own tokens.
 struct RoutingStep {
-  int64_t layers = 0, tokens = 0, top_k = 0;
-  vector<int32_t> ids;    // [layers, tokens, k]
+  i64 layers = 0, tokens = 0, top_k = 0;
+  vector<int> ids;        // [layers, tokens, k]
   vector<float> weights;  // [layers, tokens, k]
   vector<float> gaps;     // [layers, tokens]: logit of the last expert chosen, less the next one's
   bool forced = false;    // ids were read and are to be used
@@ -18,20 +18,20 @@ struct RoutingStep {
 };
 
 // Makes room for a step to trace.
-void begin_trace(RoutingStep& routing, int64_t layers, int64_t tokens, int64_t top_k);
-void write_routing(const string& folder, int64_t step, const RoutingStep& routing);
+void begin_trace(RoutingStep& routing, i64 layers, i64 tokens, i64 top_k);
+void write_routing(const string& folder, i64 step, const RoutingStep& routing);
 // Fills ids and sets `forced`. Exit code 2 for a file that does not fit the shape of `routing` or
 // does not name distinct experts in [0, num_experts).
-void read_routing(const string& folder, int64_t step, int num_experts, RoutingStep& routing);
+void read_routing(const string& folder, i64 step, int num_experts, RoutingStep& routing);
 
 // How a rank's micro-batches map to the step's tokens.
 struct RoutingSlot {
   RoutingStep* step = nullptr;
-  vector<vector<int64_t>> tokens;  // [micro-batch][local token]: index in the step
+  vector<vector<i64>> tokens;  // [micro-batch][local token]: index in the step
 };
 // I32 ids [T, k] to force on a layer of a micro-batch; undefined where nothing is forced.
 Tensor forced_ids(Rank& rank, const RoutingSlot& slot, int layer, int micro_batch);
 // Copies a layer's routing into the step, where it is traced.
 void trace_routing(const RoutingSlot& slot, int layer, int micro_batch, const Routing& routing);
 
-}  // namespace pith
+}

@@ -30,9 +30,9 @@ RunPlan plan_run(const RunConfig& config, Device device, int ranks) {
   const Instance whole = make_instance(plan.model);
   const ModelShape& shape = plan.shape = whole.shape;
   for (const Parameter& p : whole.parameters->table) {
-    const int64_t n = p.dims.numel();
+    const i64 n = p.dims.numel();
     plan.parameters += n;
-    const int64_t active = p.unit == UnitKind::Experts ? n / shape.num_experts * shape.top_k : n;
+    const i64 active = p.unit == UnitKind::Experts ? n / shape.num_experts * shape.top_k : n;
     plan.active_parameters += active;
     if (p.dims.rank > 1 && p.unit != UnitKind::Embedding) plan.flops_per_token += 6.0 * active;
   }
@@ -46,7 +46,7 @@ RunPlan plan_run(const RunConfig& config, Device device, int ranks) {
               text("does not divide the experts (got ep = %d and %d experts, need a divisor)",
                    mesh.ep, shape.num_experts),
               "parallel.ep = 1");
-  const int64_t length = config.data.sequence_length;
+  const i64 length = config.data.sequence_length;
   if (shape.max_positions > 0 && length > shape.max_positions)
     bad_input("data.sequence_length",
               text("is beyond the model's positions (got %ld, need at most "
@@ -55,7 +55,7 @@ RunPlan plan_run(const RunConfig& config, Device device, int ranks) {
               "a shorter sequence");
   const BatchShape& batch = plan.batch = {config.train.global_batch_size,
                                           config.train.micro_batch_size, mesh.dp, mesh.ep};
-  const int64_t unit = batch.micro_batch * mesh.dp * mesh.ep;
+  const i64 unit = batch.micro_batch * mesh.dp * mesh.ep;
   if (batch.global_batch % unit != 0)
     bad_input("train.global_batch_size",
               text("does not split into micro-batches over the mesh (got %ld sequences, need a "
@@ -80,7 +80,7 @@ Dataset open_data(const RunPlan& plan) {
 
 vector<RankMemory> rank_memory(const RunPlan& plan) {
   const ModelShape& s = plan.shape;
-  const int64_t tokens = plan.batch.micro_batch * plan.config.data.sequence_length / plan.mesh.cp;
+  const i64 tokens = plan.batch.micro_batch * plan.config.data.sequence_length / plan.mesh.cp;
   const int live = check_schedule(plan.schedule, make_schedules(plan.schedule)).peak_live;
   vector<RankMemory> ranks;
   for (int rank = 0; rank < plan.mesh.world(); rank++) {
@@ -89,8 +89,8 @@ vector<RankMemory> rank_memory(const RunPlan& plan) {
     options.id = rank;
     const Instance instance = make_instance(plan.model, options);
     RankMemory& bytes = ranks.emplace_back();
-    int64_t full = 0, largest = 0;   // elements of gathered units
-    int64_t layers = 0, widths = 0;  // of an expert's three products, together
+    i64 full = 0, largest = 0;   // elements of gathered units
+    i64 layers = 0, widths = 0;  // of an expert's three products, together
     for (const FlatUnit& unit : instance.parameters->units) {
       const bool whole = unit.cuts.size() == 1;
       bytes.weights += 4 * unit.shard_count;
@@ -106,12 +106,12 @@ vector<RankMemory> rank_memory(const RunPlan& plan) {
     bytes.compute_copy = 4 * (plan.pipeline.gather_layer ? 2 * largest : full);
     bytes.gradients += bytes.compute_copy;
     // What a token leaves on the tape in one layer.
-    const int64_t values = 5 * s.hidden + 3 * s.attention_width + 2 * s.num_experts +
-                           s.top_k * (2 * s.hidden + widths);
+    const i64 values = 5 * s.hidden + 3 * s.attention_width + 2 * s.num_experts +
+                       s.top_k * (2 * s.hidden + widths);
     bytes.activations = 4 * tokens * values * layers * live / chunks_of(plan.schedule.kind);
     bytes.workspace = 4 * 2 * tokens * s.top_k * widths;
   }
   return ranks;
 }
 
-}  // namespace pith
+}

@@ -13,7 +13,7 @@ struct RunPlan {
   RunConfig config;
   Json model;  // config.json
   ModelShape shape;
-  int64_t parameters = 0, active_parameters = 0;  // a token uses top_k of the experts
+  i64 parameters = 0, active_parameters = 0;  // a token uses top_k of the experts
   // Of training a token: 6 a parameter in a matrix product, 3 * S * attention_width a layer.
   double flops_per_token = 0;
   Mesh mesh;
@@ -21,7 +21,7 @@ struct RunPlan {
   BatchShape batch;
   PipelineOptions pipeline;
   Device device = Device::CPU;
-  int64_t step_tokens() const { return batch.global_batch * config.data.sequence_length; }
+  i64 step_tokens() const { return batch.global_batch * config.data.sequence_length; }
 };
 
 // Everything that can be refused is refused here, saying what to change. Exit code 2.
@@ -33,4 +33,4 @@ Dataset open_data(const RunPlan& plan);
 // Bytes by kind of every rank; activations and workspace are estimates.
 vector<RankMemory> rank_memory(const RunPlan& plan);
 
-}  // namespace pith
+}

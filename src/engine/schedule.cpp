@@ -255,7 +255,7 @@ void add_gathers(const ScheduleOptions& o, int rank, ActionList& list) {
   list.insert(list.begin(), {.what = Do::Gather, .chunk = 0});
 }
 
-}  // namespace
+}
 
 ActionList make_schedule(const ScheduleOptions& o, int rank) {
   const int least = min_micro_batches(o);
@@ -323,4 +323,4 @@ Action parse_action(const string& line, const string& place) {
             "the form that pith plan --schedule --lists prints");
 }
 
-}  // namespace pith
+}

@@ -1,6 +1,5 @@
 // schedule: the pipeline as data. A list of actions a rank, which is proven, drawn and run.
 #pragma once
-#include <cstdint>
 
 #include "comm/mesh.h"
 #include "models/model.h"
@@ -10,7 +9,7 @@ namespace pith {
 // DualPipeV: 2*pp stages, rank r holds stage r (chunk 0) and stage 2*pp-1-r (chunk 1), weight
 //   gradients deferred into the bubble (DeepSeek-V3, arXiv:2412.19437; its "cut-in-half" form).
 // OneF1B: pp contiguous stages, chunk 0 only (PipeDream-Flush, arXiv:2006.09503).
-enum class ScheduleKind : uint8_t { DualPipeV, OneF1B };
+enum class ScheduleKind : u8 { DualPipeV, OneF1B };
 const char* name_of(ScheduleKind kind);  // "dualpipev", "1f1b"
 // "auto" is OneF1B at pp = ep = 1 and DualPipeV otherwise.
 ScheduleKind schedule_kind(const string& name, int pp, int ep);
@@ -29,7 +28,7 @@ struct ChunkLayers {
 };
 vector<ChunkLayers> chunk_layers(ScheduleKind kind, int pp, int rank, int layers);
 
-enum class Do : uint8_t {
+enum class Do : u8 {
   F,       // forward of (chunk, mb)
   B,       // backward; with `defer` its weight gradients are left to a later W
   W,       // weight gradients of `count` micro-batches from mb on
@@ -39,7 +38,7 @@ enum class Do : uint8_t {
   Gather,  // all-gather the weights of chunk's units, in order
   Reduce,  // reduce-scatter the gradients of chunk's units, in reverse order
 };
-enum class Payload : uint8_t { Activation, Gradient };
+enum class Payload : u8 { Activation, Gradient };
 
 // Consecutive Sends and Recvs are one group call: all are posted together, and messages from one
 // rank to another are matched in posted order.
@@ -109,7 +108,7 @@ string to_text(const Action& action);
 Action parse_action(const string& line, const string& place);
 
 // Inside an action: the five stages of each layer.
-enum class Part : uint8_t {
+enum class Part : u8 {
   Prolog,     // embedding (first stage)
   Attention,  // stage 1: attention, router, shared experts
   Dispatch,   // stage 2, started
@@ -138,4 +137,4 @@ struct Step {
 vector<Step> steps_of(const Action& action, const vector<ChunkLayers>& chunks, bool forward_only,
                       bool gather_layer);
 
-}  // namespace pith
+}

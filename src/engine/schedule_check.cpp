@@ -17,7 +17,7 @@ string where(const vector<ActionList>& lists, int rank, int action) {
 }
 
 // What has run of a chunk and micro-batch; gathers and reduces stand with micro-batch 0.
-enum Fact : uint8_t { kRecvF, kF, kSendF, kRecvB, kB, kW, kSendB, kGather, kReduce };
+enum Fact : u8 { kRecvF, kF, kSendF, kRecvB, kB, kW, kSendB, kGather, kReduce };
 constexpr const char* kFacts[] = {"recv F%d.%d", "F%d.%d",    "send F%d.%d",
                                   "recv B%d.%d", "B%d.%d",    "W%d.%d",
                                   "send B%d.%d", "gather %d", "reduce %d"};
@@ -27,7 +27,7 @@ struct ListWalk {
   const ScheduleOptions& o;
   int rank;  // of the pipeline
   int n = o.micro_batches;
-  vector<uint16_t> facts = vector<uint16_t>(2 * n, 0);  // bits
+  vector<u16> facts = vector<u16>(2 * n, 0);  // bits
   int live = 0, peak_live = 0;
 
   bool has(Fact f, int i) const { return facts[i] >> f & 1; }
@@ -275,7 +275,7 @@ struct Replay {
   }
 };
 
-}  // namespace
+}
 
 ScheduleCheck check_collectives(const ScheduleOptions& o, const Mesh& mesh, int layers,
                                 bool gather_layer, const vector<ActionList>& lists) {
@@ -307,4 +307,4 @@ ScheduleCheck check_schedule(const ScheduleOptions& o, const vector<ActionList>&
   return check_collectives(o, Mesh{.pp = o.pp}, 0, false, lists);
 }
 
-}  // namespace pith
+}

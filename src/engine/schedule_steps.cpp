@@ -116,7 +116,7 @@ struct Gatherer {
   }
   void release(size_t index) {
     add(Part::Release, full[index], false);
-    full.erase(full.begin() + int64_t(index));
+    full.erase(full.begin() + i64(index));
   }
   // Gathers what step `at` uses; where two units are full, the one needed later makes room.
   void gather(size_t at) {
@@ -141,7 +141,7 @@ struct Gatherer {
   }
 };
 
-}  // namespace
+}
 
 vector<Step> steps_of(const Action& a, const vector<ChunkLayers>& chunks, bool forward_only,
                       bool gather_layer) {
@@ -165,4 +165,4 @@ vector<Step> steps_of(const Action& a, const vector<ChunkLayers>& chunks, bool f
   return std::move(g.out);
 }
 
-}  // namespace pith
+}

@@ -1,7 +1,6 @@
 #include "engine/trainer.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstdlib>
 #include <ctime>
 #include <numbers>
@@ -14,7 +13,7 @@
 
 namespace pith {
 
-double learning_rate(const LrSchedule& schedule, double peak, int64_t s, int64_t steps) {
+double learning_rate(const LrSchedule& schedule, double peak, i64 s, i64 steps) {
   const double x = double(s), n = double(steps);
   const double warmup = std::nearbyint(schedule.warmup_ratio * n);
   if (x < warmup) return schedule.start_lr + (peak - schedule.start_lr) * x / warmup;
@@ -149,9 +148,7 @@ void Trainer::train(const string& routing_trace) {
     update(m);
     end_startup(rank);
     const bool last = m.step == m.steps;
-    const auto due = [&](int64_t interval) {
-      return interval > 0 && (m.step % interval == 0 || last);
-    };
+    const auto due = [&](i64 interval) { return interval > 0 && (m.step % interval == 0 || last); };
     if (due(config.train.eval_interval))
       m.eval_loss = evaluate(rank, instance, run.data, plan.batch, plan.schedule).loss;
     saving = last || stop || due(config.checkpoint.interval);
@@ -216,4 +213,4 @@ bool train(const RunPlan& plan, const TrainOptions& options) {
   return !run.stopped;
 }
 
-}  // namespace pith
+}

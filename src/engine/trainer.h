@@ -18,7 +18,7 @@ bool train(const RunPlan& plan, const TrainOptions& options);
 
 // Of 0-based step s of `steps`. Warm-up takes round(warmup_ratio * steps) steps, the decay the last
 // round(decay_ratio * steps) of "wsd", all the rest of "cosine". Half to even.
-double learning_rate(const LrSchedule& schedule, double peak, int64_t s, int64_t steps);
+double learning_rate(const LrSchedule& schedule, double peak, i64 s, i64 steps);
 // AdamW; updates each unit after the save under way (null: none) has copied it.
 void optimizer_pass(Rank& rank, Parameters& parameters, const AdamW& options,
                     CheckpointSaver* saver);
@@ -60,4 +60,4 @@ struct Trainer {
   bool stop = false;  // a signal came to a rank
 };
 
-}  // namespace pith
+}

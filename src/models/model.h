@@ -7,14 +7,14 @@
 
 namespace pith {
 
-enum class InitKind : uint8_t { Normal, Constant };
+enum class InitKind : u8 { Normal, Constant };
 struct Init {
   InitKind kind = InitKind::Constant;
   double value = 0;  // the constant, or the standard deviation
 };
 
 // Tensors that are gathered, reduced and updated together.
-enum class UnitKind : uint8_t { Embedding, Layer, Experts, Head };
+enum class UnitKind : u8 { Embedding, Layer, Experts, Head };
 
 // One tensor of a Hugging Face checkpoint, under its name there.
 struct Piece {
@@ -44,7 +44,7 @@ struct StagePart {
 
 // One micro-batch as a rank sees it: T = rows * length tokens.
 struct Batch {
-  int64_t rows = 0, length = 0;
+  i64 rows = 0, length = 0;
   Tensor tokens, labels;  // I32 [T]; a label may be kIgnoreLabel
   Tensor positions;       // I32 [T]: within the document under a document mask
   AttentionMask mask;
@@ -61,10 +61,10 @@ struct MoeInput {
 // The numbers of any architecture that engine, planner and reports need.
 struct ModelShape {
   string model_type;
-  int64_t hidden = 0, vocab = 0;
+  i64 hidden = 0, vocab = 0;
   int num_layers = 0, num_experts = 0, top_k = 0;
-  int64_t attention_width = 0;  // H * (sizes of a query and of a value head)
-  int64_t max_positions = 0;    // 0: unbounded
+  i64 attention_width = 0;  // H * (sizes of a query and of a value head)
+  i64 max_positions = 0;    // 0: unbounded
 };
 
 // A model M is the weights of one pipeline stage, with a vector<M::Layer> `layers`, and these
@@ -79,8 +79,8 @@ concept Model = requires(Rank& rank, const Json& json, const typename M::Config&
   { M::shape(config) } -> std::same_as<ModelShape>;
   // Sizes model.layers; scale: model.init_std.
   { model.parameters(config, part, scale) } -> std::same_as<ParameterTable>;
-  { model.prepare(rank, config, int64_t{}) } -> std::same_as<void>;  // for a sequence length
-  { stage.embed(rank, batch) } -> std::same_as<Tensor>;              // [T, D]
+  { model.prepare(rank, config, i64{}) } -> std::same_as<void>;  // for a sequence length
+  { stage.embed(rank, batch) } -> std::same_as<Tensor>;          // [T, D]
   { stage.attend(rank, config, layer, x, batch, routing) } -> std::same_as<MoeInput>;  // 1
   { stage.experts(rank, config, layer, d) } -> std::same_as<Tensor>;                   // 3: [R, D]
   { stage.finish(rank, config, layer, x, in) } -> std::same_as<Tensor>;                // 5: [T, D]
@@ -88,4 +88,4 @@ concept Model = requires(Rank& rank, const Json& json, const typename M::Config&
   { stage.logits(rank, config, x) } -> std::same_as<Tensor>;                           // [T, V]
 };
 
-}  // namespace pith
+}

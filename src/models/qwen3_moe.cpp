@@ -1,7 +1,5 @@
 #include "models/qwen3_moe.h"
 
-#include <cmath>
-
 namespace pith {
 
 // Fields that read_config takes, and those without effect on training.
@@ -45,7 +43,7 @@ static void refuse_unimplemented(const Json& j) {
                 "removing it, if it does not change the model's mathematics");
   }
   const Json layers = j.has("layer_types") ? j["layer_types"] : Json{};
-  for (int64_t i = 0; !layers.is_null() && i < layers.size(); i++)
+  for (i64 i = 0; !layers.is_null() && i < layers.size(); i++)
     if (layers[i].as_string() != "full_attention")
       refuse(j, "layer_types", "\"full_attention\" throughout");
 }
@@ -94,14 +92,14 @@ Qwen3Moe::Config Qwen3Moe::read_config(const Json& j) {
 }
 
 ModelShape Qwen3Moe::shape(const Config& c) {
-  const int64_t attention_width = int64_t{2} * c.heads.query * c.heads.size;
+  const i64 attention_width = i64{2} * c.heads.query * c.heads.size;
   return {"qwen3_moe",   c.hidden, c.vocab,         c.num_layers,
           c.num_experts, c.top_k,  attention_width, c.max_positions};
 }
 
 ParameterTable Qwen3Moe::parameters(const Config& c, const StagePart& part, double init_std) {
-  const int64_t D = c.hidden, F = c.expert_width, V = c.vocab, N = c.heads.size;
-  const int64_t q = c.heads.query * N, kv = c.heads.kv * N, E = c.num_experts;
+  const i64 D = c.hidden, F = c.expert_width, V = c.vocab, N = c.heads.size;
+  const i64 q = c.heads.query * N, kv = c.heads.kv * N, E = c.num_experts;
   const Init ones{InitKind::Constant, 1.0}, normal{InitKind::Normal, init_std};
   // Projections that write to the residual stream begin smaller, by 1/sqrt(2 * layers).
   const Init output{InitKind::Normal, init_std / std::sqrt(2.0 * c.num_layers)};
@@ -152,7 +150,7 @@ ParameterTable Qwen3Moe::parameters(const Config& c, const StagePart& part, doub
   return table;
 }
 
-void Qwen3Moe::prepare(Rank& rank, const Config& c, int64_t length) {
+void Qwen3Moe::prepare(Rank& rank, const Config& c, i64 length) {
   rope = rope_tables(rank, length, c.heads.size, c.rope_theta);
 }
 
@@ -200,4 +198,4 @@ Tensor Qwen3Moe::logits(Rank& rank, const Config& c, Tensor x_TD) const {
 
 static_assert(Model<Qwen3Moe>);
 
-}  // namespace pith
+}

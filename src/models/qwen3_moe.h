@@ -7,7 +7,7 @@ namespace pith {
 
 struct Qwen3Moe {
   struct Config {
-    int64_t hidden = 0, expert_width = 0, vocab = 0, max_positions = 0;
+    i64 hidden = 0, expert_width = 0, vocab = 0, max_positions = 0;
     int num_layers = 0, num_experts = 0, top_k = 0;
     Heads heads;
     bool norm_topk_prob = false;
@@ -33,7 +33,7 @@ struct Qwen3Moe {
   static Config read_config(const Json& json);
   static ModelShape shape(const Config& c);
   ParameterTable parameters(const Config& c, const StagePart& part, double init_std);
-  void prepare(Rank& rank, const Config& c, int64_t length);
+  void prepare(Rank& rank, const Config& c, i64 length);
 
   Tensor embed(Rank& rank, const Batch& batch) const;
   MoeInput attend(Rank& rank, const Config& c, const Layer& w, Tensor x_TD, const Batch& batch,
@@ -45,4 +45,4 @@ struct Qwen3Moe {
   Tensor logits(Rank& rank, const Config& c, Tensor x_TD) const;
 };
 
-}  // namespace pith
+}

@@ -4,8 +4,6 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <cmath>
-#include <cstring>
 #include <numeric>
 
 #include "core/json.h"
@@ -111,7 +109,7 @@ static double number(const Json& value) { return value.is_null() ? NAN : value.a
 
 struct LineReader {
   const Json& line;
-  void operator()(const char* key, int64_t& value) { value = line[key].as_int(0); }
+  void operator()(const char* key, i64& value) { value = line[key].as_int(0); }
   void operator()(const char* key, bool& value) { value = line[key].as_bool(); }
   void operator()(const char* key, double& value) { value = number(line[key]); }
   void operator()(const char* key, string& value) { value = line.string_or(key, ""); }
@@ -119,7 +117,7 @@ struct LineReader {
     if (line.has(key)) value = number(line[key]);
   }
   void operator()(const char* key, vector<double>& values) {
-    for (int64_t i = 0; line.has(key) && i < line[key].size(); i++)
+    for (i64 i = 0; line.has(key) && i < line[key].size(); i++)
       values.push_back(number(line[key][i]));
   }
 };
@@ -137,9 +135,9 @@ static bool write_all(const AppendedFile& file, const string& bytes) {
 }
 
 // The end of the lines up to `last_step`, taken for whole by their two ends.
-static size_t kept_bytes(const string& bytes, int64_t last_step, const string& path) {
+static size_t kept_bytes(const string& bytes, i64 last_step, const string& path) {
   size_t begin = 0;
-  for (int64_t step = 0, previous = 0; begin < bytes.size(); previous = step) {
+  for (i64 step = 0, previous = 0; begin < bytes.size(); previous = step) {
     const size_t end = bytes.find('\n', begin);
     const string start = bytes.substr(begin, 30);
     const bool whole = end != string::npos && bytes[end - 1] == '}' &&
@@ -153,7 +151,7 @@ static size_t kept_bytes(const string& bytes, int64_t last_step, const string& p
   return begin;
 }
 
-MetricsFile::MetricsFile(const string& path, int64_t last_step)
+MetricsFile::MetricsFile(const string& path, i64 last_step)
     : path_(path), file_(open_appended(path)) {
   cut_back(kept_bytes(read_text_file(path), last_step, path));
 }
@@ -187,10 +185,10 @@ vector<StepMetrics> read_metrics(const string& path) {
   return steps;
 }
 
-uint32_t crc32c(const string& bytes) {
-  uint32_t crc = ~0u;
+u32 crc32c(const string& bytes) {
+  u32 crc = ~0u;
   for (const char byte : bytes) {
-    crc ^= uint8_t(byte);
+    crc ^= u8(byte);
     for (int bit = 0; bit < 8; bit++) crc = crc >> 1 ^ (crc & 1 ? 0x82f63b78u : 0);
   }
   return ~crc;
@@ -201,7 +199,7 @@ static string fixed(T value) {
   return {reinterpret_cast<const char*>(&value), sizeof value};
 }
 
-static string varint(uint64_t value) {
+static string varint(u64 value) {
   string bytes;
   for (; value >= 128; value >>= 7) bytes += char(value | 128);
   return bytes + char(value);
@@ -211,13 +209,13 @@ static string varint(uint64_t value) {
 static string field(int number, const string& bytes) {
   return varint(number << 3 | 2) + varint(bytes.size()) + bytes;
 }
-static string field(int number, int64_t value) { return varint(number << 3) + varint(value); }
+static string field(int number, i64 value) { return varint(number << 3) + varint(value); }
 static string field(int number, double value) { return varint(number << 3 | 1) + fixed(value); }
 static string field(int number, float value) { return varint(number << 3 | 5) + fixed(value); }
 
 // As TFRecord keeps it.
 static string masked_crc(const string& bytes) {
-  const uint32_t crc = crc32c(bytes);
+  const u32 crc = crc32c(bytes);
   return fixed((crc >> 15 | crc << 17) + 0xa282ead8u);
 }
 
@@ -225,21 +223,21 @@ static string event_file(const string& folder, double wall_s) {
   make_folders(folder);
   char host[256] = "localhost";
   gethostname(host, sizeof host - 1);
-  return folder + text("/events.out.tfevents.%010ld.%s.%d", int64_t(wall_s), host, int(getpid()));
+  return folder + text("/events.out.tfevents.%010ld.%s.%d", i64(wall_s), host, int(getpid()));
 }
 
 // event.proto: 1 wall_time, 2 step, 3 file_version, 5 summary {1 value {1 tag, 2 simple_value}},
 // 7 session_log {1 status}.
-TensorBoardFile::TensorBoardFile(const string& folder, int64_t first_step, double wall_s)
+TensorBoardFile::TensorBoardFile(const string& folder, i64 first_step, double wall_s)
     : path_(event_file(folder, wall_s)), file_(open_appended(path_)) {
   event(0, wall_s, field(3, string("brain.Event:2")));
-  if (first_step > 1) event(first_step, wall_s, field(7, field(1, int64_t{1})));
+  if (first_step > 1) event(first_step, wall_s, field(7, field(1, i64{1})));
 }
 
-void TensorBoardFile::event(int64_t step, double wall_s, const string& fields) {
+void TensorBoardFile::event(i64 step, double wall_s, const string& fields) {
   if (!file_) return;
   const string data = field(1, wall_s) + (step ? field(2, step) : "") + fields;
-  const string length = fixed(uint64_t(data.size()));
+  const string length = fixed(u64(data.size()));
   const string bytes = length + masked_crc(length) + data + masked_crc(data);
   if (write_all(file_, bytes)) return;
   // Readers stop at a torn frame, so nothing may follow it.
@@ -247,7 +245,7 @@ void TensorBoardFile::event(int64_t step, double wall_s, const string& fields) {
   file_.reset();
 }
 
-void TensorBoardFile::scalars(int64_t step, double wall_s,
+void TensorBoardFile::scalars(i64 step, double wall_s,
                               const vector<std::pair<string, double>>& values) {
   string summary;
   for (const auto& [tag, value] : values)
@@ -276,4 +274,4 @@ void TensorBoardFile::step(const StepMetrics& m, double wall_s) {
   scalars(m.step, wall_s, values);
 }
 
-}  // namespace pith
+}

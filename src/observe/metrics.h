@@ -1,9 +1,7 @@
 // metrics: the numbers of a step, as a log line, in metrics.jsonl and as TensorBoard events.
 #pragma once
-#include <cstdio>
 #include <memory>
 #include <optional>
-#include <utility>
 
 #include "core/check.h"
 
@@ -20,7 +18,7 @@ struct ExpertLoad {
 ExpertLoad expert_load(const vector<double>& counts, int num_experts);
 
 struct StepMetrics {
-  int64_t step = 0, steps = 0;  // from 1, and of the run
+  i64 step = 0, steps = 0;  // from 1, and of the run
   double loss = 0;
   vector<double> balance_loss;  // [layers], unscaled: 1 is balance; empty: not in use
   double learning_rate = 0;
@@ -28,7 +26,7 @@ struct StepMetrics {
   bool clipped = false;
   bool skipped = false;  // the update was not finite
   string router_forced;  // "balanced", or empty
-  int64_t tokens = 0;
+  i64 tokens = 0;
   double seconds = 0;  // of the slowest rank, without evaluation and saving
   std::optional<double> mfu;
   double peak_memory_bytes = 0;  // of the fullest rank
@@ -51,7 +49,7 @@ using AppendedFile = std::unique_ptr<FILE, int (*)(FILE*)>;
 class MetricsFile {
  public:
   // Cuts the file back to steps up to `last_step`.
-  MetricsFile(const string& path, int64_t last_step);
+  MetricsFile(const string& path, i64 last_step);
   // A line that does not fit on the disk is taken back, with a warning.
   void append(const StepMetrics& metrics);
   // Before a checkpoint is sealed.
@@ -69,17 +67,17 @@ vector<StepMetrics> read_metrics(const string& path);
 class TensorBoardFile {
  public:
   // A new file of the folder, which voids what others say of `first_step` on.
-  TensorBoardFile(const string& folder, int64_t first_step, double wall_s);
-  void scalars(int64_t step, double wall_s, const vector<std::pair<string, double>>& values);
+  TensorBoardFile(const string& folder, i64 first_step, double wall_s);
+  void scalars(i64 step, double wall_s, const vector<std::pair<string, double>>& values);
   void step(const StepMetrics& metrics, double wall_s);
   const string& path() const { return path_; }
 
  private:
-  void event(int64_t step, double wall_s, const string& fields);
+  void event(i64 step, double wall_s, const string& fields);
   string path_;
   AppendedFile file_;  // null once a write failed
 };
 
-uint32_t crc32c(const string& bytes);
+u32 crc32c(const string& bytes);
 
-}  // namespace pith
+}

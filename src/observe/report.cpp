@@ -1,7 +1,6 @@
 #include "observe/report.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "core/json.h"
 #include "core/log.h"
@@ -10,7 +9,7 @@ namespace pith {
 
 struct Kind {
   const char *key, *heading;
-  int64_t RankMemory::*bytes;
+  i64 RankMemory::*bytes;
 };
 static constexpr Kind kKinds[] = {
     {"weights", "weights", &RankMemory::weights},
@@ -118,7 +117,7 @@ string report_html(const vector<StepMetrics>& steps, const ReportInput& input) {
   vector<Curve> load;
   vector<ReportRow> rows = input.summary;
   StepMetrics sum;
-  int64_t skipped = 0;
+  i64 skipped = 0;
   for (const StepMetrics& m : steps) {
     train.values.push_back(m.loss);
     held_out.values.push_back(m.eval_loss.value_or(NAN));
@@ -161,4 +160,4 @@ string sparkline(const vector<double>& values, int width) {
   return out;
 }
 
-}  // namespace pith
+}

@@ -6,13 +6,13 @@ namespace pith {
 
 // Bytes.
 struct RankMemory {
-  int64_t weights = 0;       // F32 master shard
-  int64_t compute_copy = 0;  // gathered weights
-  int64_t gradients = 0;     // full accumulators and reduced shard
-  int64_t optimizer = 0;
-  int64_t activations = 0;  // estimate
-  int64_t workspace = 0;    // estimate
-  int64_t total() const {
+  i64 weights = 0;       // F32 master shard
+  i64 compute_copy = 0;  // gathered weights
+  i64 gradients = 0;     // full accumulators and reduced shard
+  i64 optimizer = 0;
+  i64 activations = 0;  // estimate
+  i64 workspace = 0;    // estimate
+  i64 total() const {
     return weights + compute_copy + gradients + optimizer + activations + workspace;
   }
 };
@@ -35,4 +35,4 @@ string report_html(const vector<StepMetrics>& steps, const ReportInput& input);
 // A block is a mean; a dot: nothing is finite.
 string sparkline(const vector<double>& values, int width);
 
-}  // namespace pith
+}

@@ -6,6 +6,7 @@
 //          dk = scale ds^T q, dbias = ds.  Dao et al. 2022, arXiv:2205.14135
 //   errors shapes that do not fit; a row of doc_ends that descends; dtypes differ; with cp > 1
 //          also a bias or mask tensor, and S != Z
+
 #include "ops/attention.h"
 
 #include <algorithm>
@@ -17,7 +18,7 @@ namespace pith {
 namespace {
 
 // Heads of x [B, positions, heads, size], positions `width` apart if that is not 0.
-HeadView heads_of(const Tensor& t, int64_t width) {
+HeadView heads_of(const Tensor& t, i64 width) {
   if (width == 0) width = t.dim[2] * t.dim[3];
   return {t.data, t.dim[1] * width, width, t.dim[3]};
 }
@@ -28,23 +29,23 @@ HeadView out_of(const AttentionCore& core, const Tensor& out) {
 // The ring: at step s member r gets the keys of member r-s that its queries see and merges what
 // they give (Liu et al. 2023, arXiv:2310.01889):
 //   out = out + sigmoid(lse' - lse) (out' - out), lse = log(e^lse + e^lse')
-vector<int32_t> zigzag_coords(int members, int member, int64_t count) {
-  const int64_t half = count / 2;
-  vector<int32_t> coord(count);
-  for (int64_t i = 0; i < count; i++)
+vector<int> zigzag_coords(int members, int member, i64 count) {
+  const i64 half = count / 2;
+  vector<int> coord(count);
+  for (i64 i = 0; i < count; i++)
     coord[i] = (i < half ? member : 2 * members - 2 - member) * half + i;
   return coord;
 }
 
 // Positions of `owner` that some query of `reader` may see.
 KeyRange traveling(AttentionCore rule, int members, int owner, int reader) {
-  const int64_t count = rule.key.count;
+  const i64 count = rule.key.count;
   const auto keys = zigzag_coords(members, owner, count);
   const auto queries = zigzag_coords(members, reader, count);
   rule.query = {count, queries.data()};
   rule.key = {count, keys.data()};
   KeyRange all;
-  for (int64_t i = 0; i < count; i++) all.cover(visible_keys(rule, 0, i));
+  for (i64 i = 0; i < count; i++) all.cover(visible_keys(rule, 0, i));
   return all;
 }
 
@@ -52,13 +53,13 @@ KeyRange traveling(AttentionCore rule, int members, int owner, int reader) {
 struct Keys {
   Tensor kv, table;
   AttentionViews views(const AttentionCore& core) const {
-    const int64_t width = kv.dim[2], batch = kv.dim[1] * width, k = core.kv_heads * core.size;
+    const i64 width = kv.dim[2], batch = kv.dim[1] * width, k = core.kv_heads * core.size;
     char* v = kv.data ? kv.data + k * size_of(kv.dtype) : nullptr;
     return {{}, {kv.data, batch, width, core.size}, {v, batch, width, core.v_size}, {}};
   }
 };
-Keys empty_keys(const Op& op, const AttentionCore& core, int64_t count) {
-  const int64_t width = core.kv_heads * (core.size + core.v_size);
+Keys empty_keys(const Op& op, const AttentionCore& core, i64 count) {
+  const i64 width = core.kv_heads * (core.size + core.v_size);
   return {op.empty({core.batch, count, width}, core.dtype),
           op.empty({1 + (core.key.doc_end ? core.batch : 0), count}, DType::I32)};
 }
@@ -66,7 +67,7 @@ Keys empty_keys(const Op& op, const AttentionCore& core, int64_t count) {
 // Copies the positions `range` of `local` to `packed` or, if `home`, adds them from there.
 void move_keys(const Op& op, const AttentionCore& core, const Keys& packed,
                const AttentionViews& local, KeyRange range, bool home) {
-  const auto view = [](const HeadView& x, int64_t first) {
+  const auto view = [](const HeadView& x, i64 first) {
     View v{{}, first * x.position, {x.batch, x.position, 1}};
     v.x.data = x.data;
     return v;
@@ -107,8 +108,8 @@ Step take_step(const Op& op, const AttentionCore& core, int number) {
   const KeyRange theirs = traveling(core, n, owner, me), mine = traveling(core, n, me, reader);
   const Keys sent = empty_keys(op, core, mine.count());
   move_keys(op, core, sent, core.in, mine, false);
-  int32_t* to = std::copy_n(core.key.coord + mine.begin, mine.count(), sent.table.i32());
-  for (int64_t b = 0; b + 1 < sent.table.dim[0]; b++)
+  int* to = std::copy_n(core.key.coord + mine.begin, mine.count(), sent.table.i32());
+  for (i64 b = 0; b + 1 < sent.table.dim[0]; b++)
     to = std::copy_n(core.key.doc_end + b * core.key.doc_stride + mine.begin, mine.count(), to);
   Step step{owner, reader, mine, empty_keys(op, core, theirs.count()), core};
   exchange(op, "keys and values", number, {sent.kv, sent.table}, reader,
@@ -121,20 +122,20 @@ Step take_step(const Op& op, const AttentionCore& core, int number) {
 
 void ring_forward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse) {
   attention_forward(op, core, out, lse);
-  const int64_t S = core.query.count, H = core.heads, M = core.v_size;
+  const i64 S = core.query.count, H = core.heads, M = core.v_size;
   for (int number = 1; number < group_size(op.rank, Group::Cp); number++) {
     const Step step = take_step(op, core, number);
     const Tensor part = op.empty({core.batch, S, H, M}, core.dtype), part_lse = op.like(lse);
     const HeadView part_out = out_of(core, part);
     attention_forward(op, step.core, part_out, part_lse);
     op.on_cpu(lse, [&]<class T>(T*) {
-      parallel_rows(lse.numel(), M, [&](int64_t row) {
-        const int64_t b = row / S / H, h = row / S % H, i = row % S;
+      parallel_rows(lse.numel(), M, [&](i64 row) {
+        const i64 b = row / S / H, h = row / S % H, i = row % S;
         const T mine = lse.as<T>()[row], other = part_lse.as<T>()[row];
         if (other == -std::numeric_limits<T>::infinity()) return;
         T *y = out.at<T>(b, h, i), *x = part_out.at<T>(b, h, i);
         const T weight = logistic(other - mine);
-        for (int64_t n = 0; n < M; n++) y[n] += weight * (x[n] - y[n]);
+        for (i64 n = 0; n < M; n++) y[n] += weight * (x[n] - y[n]);
         lse.as<T>()[row] = max(mine, other) + std::log1p(std::exp(-std::abs(mine - other)));
       });
     });
@@ -161,20 +162,20 @@ enum Keep { kQ, kK, kV, kOut, kLse, kTable, kBias };
 enum Number { kWidth, kCausal, kWindow };
 
 // Heads [first, first + count) of a packed projection.
-Tensor packed_part(Tensor qkv, int64_t batch, int64_t first, int64_t count, int64_t size) {
+Tensor packed_part(Tensor qkv, i64 batch, i64 first, i64 count, i64 size) {
   if (qkv.data) qkv.data += first * size * size_of(qkv.dtype);
   qkv.home_offset += first * size;
   qkv.dim = {batch, batch ? qkv.dim[0] / batch : 0, count, size};
   return qkv;
 }
 HeadView scores_of(const Tensor& t) {  // of [1|B, 1|H, S, Z]
-  const int64_t head = t.dim[2] * t.dim[3];
+  const i64 head = t.dim[2] * t.dim[3];
   return {t.data, t.dim[0] > 1 ? t.dim[1] * head : 0, t.dim[3], t.dim[1] > 1 ? head : 0};
 }
 
-AttentionCore core_of(const TensorList& t, const int64_t* i, double scale) {
+AttentionCore core_of(const TensorList& t, const i64* i, double scale) {
   const Dims &q = t[kQ].dim, &k = t[kK].dim, &v = t[kV].dim;
-  const int64_t width = i[kWidth];
+  const i64 width = i[kWidth];
   AttentionCore core{t[kQ].dtype, q[0], q[2], k[2], q[3], v[3], scale, i[kCausal] != 0, i[kWindow]};
   core.query = positions_of(t[kTable], q[1]);
   core.key = positions_of(t[kTable], k[1]);
@@ -186,7 +187,7 @@ AttentionCore core_of(const TensorList& t, const int64_t* i, double scale) {
 void attention_bx(const auto& b) {
   const TensorList& t = b.keep;
   const AttentionCore core = core_of(t, b.node.i, b.node.f[0]);
-  const int64_t width = b.node.i[kWidth], H = core.heads, K = core.kv_heads, N = core.size;
+  const i64 width = b.node.i[kWidth], H = core.heads, K = core.kv_heads, N = core.size;
   Tensor d[3] = {b.zeroed(0)};
   for (int k = 1; k < 3; k++)
     d[k] = width ? packed_part(d[0], core.batch, k == 1 ? H : H + K, K, N) : b.zeroed(k);
@@ -197,8 +198,7 @@ void attention_bx(const auto& b) {
 }
 
 // Checks the mask and makes the table of max(queries, keys) positions, see positions_of.
-Tensor mask_table(const Op& op, const AttentionMask& mask, int64_t batch, int64_t queries,
-                  int64_t keys) {
+Tensor mask_table(const Op& op, const AttentionMask& mask, i64 batch, i64 queries, i64 keys) {
   const Tensor& ends = mask.doc_ends;
   const bool documents = ends.defined();
   op.check(
@@ -208,19 +208,19 @@ Tensor mask_table(const Op& op, const AttentionMask& mask, int64_t batch, int64_
        {"mask.window >= 0", mask.window >= 0}},
       {&ends});
   bool ascend = true;
-  for (int64_t r = 0; documents && r < batch; r++)
-    ascend &= std::is_sorted(row_of<int32_t>(ends, r), row_of<int32_t>(ends, r + 1));
+  for (i64 r = 0; documents && r < batch; r++)
+    ascend &= std::is_sorted(row_of<int>(ends, r), row_of<int>(ends, r + 1));
   op.check({{"mask.doc_ends that ascend in a row", ascend}}, {&ends});
-  const int64_t count = max(queries, keys), first = min<int64_t>(0, keys - queries);
+  const i64 count = max(queries, keys), first = min<i64>(0, keys - queries);
   const Tensor table = op.empty({1 + (documents ? batch : 0), count}, DType::I32);
   const auto coord =
       zigzag_coords(group_size(op.rank, Group::Cp), group_rank(op.rank, Group::Cp), count);
-  for (int64_t i = 0; i < count; i++) table.i32()[i] = int32_t(first + coord[i]);
+  for (i64 i = 0; i < count; i++) table.i32()[i] = int(first + coord[i]);
   if (documents) std::copy_n(ends.i32(), ends.numel(), table.i32() + count);
   return table;
 }
 
-Tensor attend(const Op& op, const Tensor& q, const Tensor& k, const Tensor& v, int64_t width,
+Tensor attend(const Op& op, const Tensor& q, const Tensor& k, const Tensor& v, i64 width,
               double scale, const AttentionMask& mask, const Tensor& bias, const Dims& dims,
               std::initializer_list<Tensor> in) {
   op.check_cpu(q);
@@ -228,18 +228,18 @@ Tensor attend(const Op& op, const Tensor& q, const Tensor& k, const Tensor& v, i
   Tensor out = op.empty(dims, q.dtype);
   const Tensor lse = op.empty({q.dim[0], q.dim[2], q.dim[1]}, q.dtype);
   const TensorList all = {q, k, v, out, lse, table, bias};
-  const std::initializer_list<int64_t> numbers = {width, mask.causal, mask.window};
+  const std::initializer_list<i64> numbers = {width, mask.causal, mask.window};
   const AttentionCore core = core_of(all, numbers.begin(), scale);
   ring_forward(op, core, out_of(core, out), lse);
   record(op, in, {&out}).numbers(numbers, {scale}).bx(all, [](const auto& b) { attention_bx(b); });
   return out;
 }
 
-}  // namespace
+}
 
-Tensor attention(Rank& rank, Tensor qkv, Heads heads, int64_t batch, AttentionMask mask, At at) {
+Tensor attention(Rank& rank, Tensor qkv, Heads heads, i64 batch, AttentionMask mask, At at) {
   const Op op{rank, "attention", at};
-  const int64_t H = heads.query, K = heads.kv, N = heads.size;
+  const i64 H = heads.query, K = heads.kv, N = heads.size;
   op.check({{"heads.query a multiple of heads.kv >= 1", K >= 1 && H >= 1 && H % K == 0},
             {"heads.size >= 1", N >= 1},
             {"qkv [B*S, (H+2K)*N]", qkv.dim.rank == 2 && qkv.dim[1] == heads.width()},
@@ -263,7 +263,7 @@ Tensor attention(Rank& rank, Tensor q, Tensor k, Tensor v, double scale, Attenti
              k.dim[2] >= 1 && q.dim[2] >= 1 && q.dim[2] % k.dim[2] == 0},
             {"equal dtypes", q.dtype == k.dtype && q.dtype == v.dtype}},
            {&q, &k, &v});
-  const int64_t B = q.dim[0], S = q.dim[1], H = q.dim[2], Z = k.dim[1];
+  const i64 B = q.dim[0], S = q.dim[1], H = q.dim[2], Z = k.dim[1];
   const auto fits = [&](const Tensor& t, DType dtype) {
     return !t.defined() || (t.dtype == dtype && (t.dim == Dims{t.dim[0], t.dim[1], S, Z}) &&
                             (t.dim[0] == 1 || t.dim[0] == B) && (t.dim[1] == 1 || t.dim[1] == H));
@@ -282,4 +282,4 @@ Tensor attention(Rank& rank, Tensor q, Tensor k, Tensor v, double scale, Attenti
   return attend(op, q, k, v, 0, scale, mask, extra, {B, S, H, v.dim[3]}, {q, k, v, extra});
 }
 
-}  // namespace pith
+}

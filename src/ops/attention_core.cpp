@@ -7,7 +7,7 @@ namespace pith {
 namespace {
 
 // Queries a block: their scores against every key stay in a core's cache.
-constexpr int64_t kBlockRows = 64;
+constexpr i64 kBlockRows = 64;
 
 // What a thread works on: queries [first, first + rows) of head h of batch row b; `seen`, the keys
 // that each sees; `hull`, those that any of them sees.
@@ -16,23 +16,23 @@ struct Block {
   static constexpr T kHidden = -std::numeric_limits<T>::infinity();
   const AttentionCore& core;
   vector<T> scores = vector<T>(kBlockRows * core.key.count), dscores = {};
-  int64_t b = 0, first = 0, rows = 0, h = 0, kv = 0, n = 0;
+  i64 b = 0, first = 0, rows = 0, h = 0, kv = 0, n = 0;
   KeyRange seen[kBlockRows] = {}, hull = {};
 
-  void take(int64_t row, int64_t begin, int64_t head) {
+  void take(i64 row, i64 begin, i64 head) {
     b = row;
     first = begin;
     h = head;
     kv = head / (core.heads / core.kv_heads);
     rows = min(kBlockRows, core.query.count - begin);
     hull = {};
-    for (int64_t r = 0; r < rows; r++) hull.cover(seen[r] = visible_keys(core, b, first + r));
+    for (i64 r = 0; r < rows; r++) hull.cover(seen[r] = visible_keys(core, b, first + r));
     n = hull.count();
   }
   T* lse_of(const Tensor& lse) const {
     return lse.as<T>() + (b * core.heads + h) * core.query.count + first;
   }
-  T* query(const HeadView& x, int64_t r = 0) const { return x.at<T>(b, h, first + r); }
+  T* query(const HeadView& x, i64 r = 0) const { return x.at<T>(b, h, first + r); }
   T* key(const HeadView& x) const { return x.at<T>(b, kv, hull.begin); }
   Matrix<T> queries(const HeadView& x) const { return {query(x), x.position}; }
   Matrix<T> keys(const HeadView& x, Layout layout = kNormal) const {
@@ -44,12 +44,12 @@ struct Block {
     T* s = scores.data();
     gemm<T>(rows, n, core.size, queries(core.in.q), keys(core.in.k, kTransposed), 0, s, n,
             T(core.scale));
-    for (int64_t r = 0; r < rows; r++, s += n) {
+    for (i64 r = 0; r < rows; r++, s += n) {
       if (core.in.bias.data) {
         const T* bias = query(core.in.bias, r) + hull.begin;
-        for (int64_t j = 0; j < n; j++) s[j] += bias[j];
+        for (i64 j = 0; j < n; j++) s[j] += bias[j];
       }
-      const int64_t count = seen[r].count(), from = count ? seen[r].begin - hull.begin : n;
+      const i64 count = seen[r].count(), from = count ? seen[r].begin - hull.begin : n;
       std::fill(s, s + from, kHidden);
       std::fill(s + from + count, s + n, kHidden);
     }
@@ -58,7 +58,7 @@ struct Block {
   void forward(HeadView out, T* lse) {
     T scale[kBlockRows], *s = scores.data(), *y = query(out);
     make_scores();
-    for (int64_t r = 0; r < rows; r++) {
+    for (i64 r = 0; r < rows; r++) {
       // The sum is 0 where all is hidden, and NaN for NaNs, which `top` does not show.
       const T top = max_of(s + r * n, n), shift = top == kHidden ? 0 : top;
       const T sum = exp_sum(s + r * n, n, shift);
@@ -66,8 +66,8 @@ struct Block {
       lse[r] = shift + std::log(sum);
     }
     gemm<T>(rows, core.v_size, n, {s, n}, keys(core.in.v), 0, y, out.position);
-    for (int64_t r = 0; r < rows; r++)
-      for (int64_t j = 0; j < core.v_size; j++) y[r * out.position + j] *= scale[r];
+    for (i64 r = 0; r < rows; r++)
+      for (i64 j = 0; j < core.v_size; j++) y[r * out.position + j] *= scale[r];
   }
 
   // Makes probabilities of the scores and their gradients, and adds what these give.
@@ -76,15 +76,15 @@ struct Block {
     dscores.resize(scores.size());
     T *s = scores.data(), *ds = dscores.data();
     gemm<T>(rows, n, core.v_size, queries(dout), keys(core.in.v, kTransposed), 0, ds, n);
-    for (int64_t r = 0; r < rows; r++, s += n, ds += n) {
+    for (i64 r = 0; r < rows; r++, s += n, ds += n) {
       if (lse[r] == kHidden)
         std::fill_n(s, n, T(0));
       else
         exp_sum(s, n, lse[r]);
       const T mean = dot(query(dout, r), query(out, r), core.v_size);
-      for (int64_t j = 0; j < n; j++) ds[j] = s[j] * (ds[j] - mean);
+      for (i64 j = 0; j < n; j++) ds[j] = s[j] * (ds[j] - mean);
       T* dbias = d.bias.data ? query(d.bias, r) + hull.begin : nullptr;
-      for (int64_t j = 0; dbias && j < n; j++) dbias[j] += ds[j];
+      for (i64 j = 0; dbias && j < n; j++) dbias[j] += ds[j];
     }
     const T scale = T(core.scale);
     const Matrix<T> p_t{scores.data(), n, kTransposed}, d_s{dscores.data(), n};
@@ -102,32 +102,32 @@ bool worth_threads(const AttentionCore& core) {
          kParallelProduct;
 }
 
-}  // namespace
+}
 
-KeyRange visible_keys(const AttentionCore& core, int64_t b, int64_t i) {
-  const int32_t at = core.query.coord[i];
-  const int32_t *first = core.key.coord, *last = first + core.key.count;
+KeyRange visible_keys(const AttentionCore& core, i64 b, i64 i) {
+  const int at = core.query.coord[i];
+  const int *first = core.key.coord, *last = first + core.key.count;
   KeyRange seen{0, core.key.count};
   if (core.causal) seen.end = std::upper_bound(first, last, at) - first;
   if (core.window > 0) seen.begin = std::upper_bound(first, last, at - core.window) - first;
   if (core.query.doc_end && core.key.doc_end) {
-    const int32_t doc = core.query.doc_end[b * core.query.doc_stride + i];
-    const int32_t* ends = core.key.doc_end + b * core.key.doc_stride;
+    const int doc = core.query.doc_end[b * core.query.doc_stride + i];
+    const int* ends = core.key.doc_end + b * core.key.doc_stride;
     const auto same = std::equal_range(ends, ends + core.key.count, doc);
-    seen.begin = max<int64_t>(seen.begin, same.first - ends);
-    seen.end = min<int64_t>(seen.end, same.second - ends);
+    seen.begin = max<i64>(seen.begin, same.first - ends);
+    seen.end = min<i64>(seen.end, same.second - ends);
   }
   return seen;
 }
 
 void attention_forward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse) {
-  const int64_t H = core.heads, blocks = (core.query.count + kBlockRows - 1) / kBlockRows;
+  const i64 H = core.heads, blocks = (core.query.count + kBlockRows - 1) / kBlockRows;
   op.on_cpu(lse, [&]<class T>(T*) {
 #pragma omp parallel if (worth_threads(core))
     {
       Block<T> block{core};
 #pragma omp for schedule(dynamic)
-      for (int64_t task = 0; task < core.batch * blocks * H; task++) {
+      for (i64 task = 0; task < core.batch * blocks * H; task++) {
         block.take(task / H / blocks, task / H % blocks * kBlockRows, task % H);
         block.forward(out, block.lse_of(lse));
       }
@@ -138,15 +138,15 @@ void attention_forward(const Op& op, const AttentionCore& core, HeadView out, co
 // A task writes all gradients of a key/value head; only a bias's may be shared between tasks.
 void attention_backward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse,
                         HeadView dout, const AttentionViews& grads) {
-  const int64_t K = core.kv_heads, group = K ? core.heads / K : 0;
+  const i64 K = core.kv_heads, group = K ? core.heads / K : 0;
   op.on_cpu(lse, [&]<class T>(T*) {
 #pragma omp parallel if (!grads.bias.data && worth_threads(core))
     {
       Block<T> block{core};
 #pragma omp for schedule(dynamic)
-      for (int64_t task = 0; task < core.batch * K; task++)
-        for (int64_t first = 0; first < core.query.count; first += kBlockRows)
-          for (int64_t h = task % K * group; h < (task % K + 1) * group; h++) {
+      for (i64 task = 0; task < core.batch * K; task++)
+        for (i64 first = 0; first < core.query.count; first += kBlockRows)
+          for (i64 h = task % K * group; h < (task % K + 1) * group; h++) {
             block.take(task / K, first, h);
             block.backward(out, block.lse_of(lse), dout, grads);
           }
@@ -154,4 +154,4 @@ void attention_backward(const Op& op, const AttentionCore& core, HeadView out, c
   });
 }
 
-}  // namespace pith
+}

@@ -9,49 +9,49 @@
 namespace pith {
 
 // Operations, or multiply-adds of a product, that pay for a second thread.
-constexpr int64_t kParallelWork = 1 << 16, kParallelProduct = 1 << 20;
+constexpr i64 kParallelWork = 1 << 16, kParallelProduct = 1 << 20;
 
 // f(i) for rows i, on all threads when it pays. f writes to its own row only and does not throw.
 template <class F>
-void parallel_rows(int64_t rows, int64_t work_per_row, F&& f) {
+void parallel_rows(i64 rows, i64 work_per_row, F&& f) {
 #pragma omp parallel for schedule(static) if (rows > 1 && rows * work_per_row > kParallelWork)
-  for (int64_t i = 0; i < rows; i++) f(i);
+  for (i64 i = 0; i < rows; i++) f(i);
 }
 
 // f(first, n) for blocks of columns, each taking `rows` rows.
-constexpr int64_t kBlockColumns = 64;
+constexpr i64 kBlockColumns = 64;
 template <class F>
-void column_blocks(int64_t rows, int64_t cols, F&& f) {
-  parallel_rows((cols + kBlockColumns - 1) / kBlockColumns, rows * kBlockColumns, [&](int64_t b) {
-    const int64_t first = b * kBlockColumns, left = cols - first;
+void column_blocks(i64 rows, i64 cols, F&& f) {
+  parallel_rows((cols + kBlockColumns - 1) / kBlockColumns, rows * kBlockColumns, [&](i64 b) {
+    const i64 first = b * kBlockColumns, left = cols - first;
     f(first, left < kBlockColumns ? left : kBlockColumns);
   });
 }
 
 // to[c] = or += the sum of f(r, c) over rows r in their order, if wanted.
 template <class Sum, class T, class F>
-void add_columns(int64_t rows, int64_t cols, Slot<T> to, F&& f) {
+void add_columns(i64 rows, i64 cols, Slot<T> to, F&& f) {
   if (!to.data) return;
-  column_blocks(rows, cols, [&](int64_t first, int64_t n) {
+  column_blocks(rows, cols, [&](i64 first, i64 n) {
     Sum sum[kBlockColumns] = {};
-    for (int64_t r = 0; r < rows; r++)
-      for (int64_t c = 0; c < n; c++) sum[c] += f(r, first + c);
-    for (int64_t c = 0; c < n; c++) to.put(first + c, T(sum[c]));
+    for (i64 r = 0; r < rows; r++)
+      for (i64 c = 0; c < n; c++) sum[c] += f(r, first + c);
+    for (i64 c = 0; c < n; c++) to.put(first + c, T(sum[c]));
   });
 }
 
 template <class T>
-T* row_of(const Tensor& t, int64_t r) {
+T* row_of(const Tensor& t, i64 r) {
   return t.as<T>() + r * t.cols();
 }
 
 // start joined with f(i) for i in [0, n): in sixteen lanes that become vector instructions.
 template <class T, class F, class Join>
-T lane_fold(int64_t n, T start, F&& f, Join&& join) {
+T lane_fold(i64 n, T start, F&& f, Join&& join) {
   constexpr int kLanes = 16;
   T lane[kLanes];
   for (T& x : lane) x = start;
-  int64_t i = 0;
+  i64 i = 0;
   for (; i + kLanes <= n; i += kLanes)
     for (int j = 0; j < kLanes; j++) lane[j] = join(lane[j], f(i + j));
   for (int j = 0; i < n; i++, j++) lane[j] = join(lane[j], f(i));
@@ -60,66 +60,65 @@ T lane_fold(int64_t n, T start, F&& f, Join&& join) {
   return lane[0];
 }
 template <class T, class F>
-T lane_sum(int64_t n, F&& f) {
+T lane_sum(i64 n, F&& f) {
   return lane_fold(n, T(0), f, [](T a, T b) { return a + b; });
 }
 template <class T>
-T dot(const T* a, const T* b, int64_t n) {
-  return lane_sum<T>(n, [&](int64_t i) { return a[i] * b[i]; });
+T dot(const T* a, const T* b, i64 n) {
+  return lane_sum<T>(n, [&](i64 i) { return a[i] * b[i]; });
 }
 // NaNs are passed over.
 template <class T>
-T max_of(const T* x, int64_t n) {
+T max_of(const T* x, i64 n) {
   return lane_fold(
-      n, -std::numeric_limits<T>::infinity(), [x](int64_t i) { return x[i]; },
+      n, -std::numeric_limits<T>::infinity(), [x](i64 i) { return x[i]; },
       [](T a, T b) { return b > a ? b : a; });
 }
 // x = e^(x - shift), shift >= every x; the sum.
 template <class T>
-T exp_sum(T* x, int64_t n, T shift) {
-  return lane_sum<T>(n, [&](int64_t i) { return x[i] = exp_negative(x[i] - shift); });
+T exp_sum(T* x, i64 n, T shift) {
+  return lane_sum<T>(n, [&](i64 i) { return x[i] = exp_negative(x[i] - shift); });
 }
 
 // The ids of the k largest of x [n], descending; ties keep their order.
 template <class T>
-void largest(const T* x, int64_t n, int64_t k, int32_t* ids) {
-  int64_t held = 0;
-  for (int64_t i = 0; i < n; i++) {
+void largest(const T* x, i64 n, i64 k, int* ids) {
+  i64 held = 0;
+  for (i64 i = 0; i < n; i++) {
     if (held == k && !above(x[i], x[ids[k - 1]])) continue;
-    int64_t place = held < k ? held++ : k - 1;
+    i64 place = held < k ? held++ : k - 1;
     for (; place > 0 && above(x[i], x[ids[place - 1]]); place--) ids[place] = ids[place - 1];
-    ids[place] = int32_t(i);
+    ids[place] = int(i);
   }
 }
 
 // The norm y = x s w of a row.
 template <class T>
-T rms_scale(const T* x, int64_t n, T eps) {
+T rms_scale(const T* x, i64 n, T eps) {
   return 1 / std::sqrt(dot(x, x, n) / n + eps);
 }
 // dx = s (u - x s^2 mean(u x)), u = dy w. dx may be dy.
 template <class T>
-void rms_norm_grad(int64_t n, const T* dy, const T* w, const T* x, T s, T* dx) {
-  const T along = lane_sum<T>(n, [&](int64_t j) { return dy[j] * w[j] * x[j]; });
+void rms_norm_grad(i64 n, const T* dy, const T* w, const T* x, T s, T* dx) {
+  const T along = lane_sum<T>(n, [&](i64 j) { return dy[j] * w[j] * x[j]; });
   const T c = along * s * s * s / n;
 #pragma GCC ivdep
-  for (int64_t j = 0; j < n; j++) dx[j] = dy[j] * w[j] * s - x[j] * c;
+  for (i64 j = 0; j < n; j++) dx[j] = dy[j] * w[j] * s - x[j] * c;
 }
 
-enum Layout : uint8_t { kNormal, kTransposed };
+enum Layout : u8 { kNormal, kTransposed };
 // A row-major factor, `ld` elements from a stored row to the next.
 template <class T>
 struct Matrix {
   const T* data;
-  int64_t ld;
+  i64 ld;
   Layout layout = kNormal;
 };
 
 // c [m, n] = alpha * a [m, k] b [k, n] + beta * c; a Transposed factor is stored [k, m] or [n, k].
 // beta = 0 never reads c; any size may be 0.
 template <class T>
-void gemm(int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, T beta, T* c, int64_t ldc,
-          T alpha = 1);
+void gemm(i64 m, i64 n, i64 k, Matrix<T> a, Matrix<T> b, T beta, T* c, i64 ldc, T alpha = 1);
 
 // c = or += a b, tensors seen as [rows, cols], if wanted. Of y = x w^T: product(x, w, y, kNormal,
 // kTransposed), product(dy, w, dx) and product(dy, x, dw, kTransposed).
@@ -128,8 +127,8 @@ void product(const Op& op, const Tensor& a, const Tensor& b, Slot<T> c, Layout a
              Layout b_layout = kNormal) {
   if (!c.data) return;
   const bool at = a_layout == kTransposed;
-  const int64_t m = at ? a.cols() : a.rows(), k = at ? a.rows() : a.cols();
-  const int64_t n = b_layout == kTransposed ? b.rows() : b.cols();
+  const i64 m = at ? a.cols() : a.rows(), k = at ? a.rows() : a.cols();
+  const i64 n = b_layout == kTransposed ? b.rows() : b.cols();
   const Matrix<T> left{a.as<T>(), a.cols(), a_layout}, right{b.as<T>(), b.cols(), b_layout};
   if (kCuda && a.device == Device::CUDA)
     return OnCuda<T>::gemm(op.rank, m, n, k, left, right, c.add, c.data);
@@ -140,7 +139,7 @@ void product(const Op& op, const Tensor& a, const Tensor& b, Slot<T> c, Layout a
 
 // A tensor seen from one dimension: [outer, n, inner].
 struct Extent {
-  int64_t outer = 1, n = 1, inner = 1;
+  i64 outer = 1, n = 1, inner = 1;
 };
 inline Extent extent_of(const Dims& dims, int dim) {
   Extent e;
@@ -152,12 +151,12 @@ inline Extent extent_of(const Dims& dims, int dim) {
 // without a tensor, the scalar at each.
 struct View {
   Tensor x;
-  int64_t begin = 0;
-  int64_t step[kMaxDims] = {};
+  i64 begin = 0;
+  i64 step[kMaxDims] = {};
   double scalar = 0;
   // Where element i of the space lies.
-  int64_t offset(const Dims& space, int64_t i) const {
-    int64_t at = begin;
+  i64 offset(const Dims& space, i64 i) const {
+    i64 at = begin;
     for (int d = space.rank - 1; d >= 0; i /= space[d--]) at += i % space[d] * step[d];
     return at;
   }
@@ -165,7 +164,7 @@ struct View {
 // x broadcast to `space`, aligned at the last dimension.
 inline View view_of(const Tensor& x, const Dims& space) {
   View view{x};
-  int64_t step = 1;
+  i64 step = 1;
   for (int i = x.dim.rank - 1; i >= 0; step *= x.dim[i--])
     view.step[space.rank - x.dim.rank + i] = x.dim[i] == 1 ? 0 : step;
   return view;
@@ -176,10 +175,10 @@ inline View view_of(const Tensor& x) { return view_of(x, x.dim); }
 template <class T>
 struct Column {
   const T* data;
-  int64_t step;
-  Column(const View& v, const Dims& space, int64_t i, const T* scalar)
+  i64 step;
+  Column(const View& v, const Dims& space, i64 i, const T* scalar)
       : data(v.x.data ? v.x.as<T>() + v.offset(space, i) : scalar), step(v.step[space.rank - 1]) {}
-  T operator[](int64_t i) const { return data[i * step]; }
+  T operator[](i64 i) const { return data[i * step]; }
 };
 
 // v[4] = or += f of g, a, b, c = v[0..3] at each index of `space`; c is bytes where f is Where.
@@ -188,17 +187,17 @@ void elementwise(const Op& op, const Dims& space, const View (&v)[5], bool add) 
   const View& out = v[4];
   if (kCuda && out.x.device == Device::CUDA)
     return OnCuda<T>::elementwise(op.rank, space, v, add, f);
-  const int64_t n = space[space.rank - 1], rows = n ? space.numel() / n : 0;
+  const i64 n = space[space.rank - 1], rows = n ? space.numel() / n : 0;
   const T scalar[4] = {T(v[0].scalar), T(v[1].scalar), T(v[2].scalar), T(v[3].scalar)};
-  parallel_rows(rows, n, [&](int64_t row) {
-    const int64_t at = row * n, step = out.step[space.rank - 1];
+  parallel_rows(rows, n, [&](i64 row) {
+    const i64 at = row * n, step = out.step[space.rank - 1];
     const Slot<T> to{out.x.as<T>() + out.offset(space, at), add};
     const auto x = [&](int k) { return Column<T>(v[k], space, at, scalar + k); };
     const auto run = [&](const auto... in) {
-      for (int64_t i = 0; i < n; i++) to.put(i * step, evaluate<T>(f, in[i]...));
+      for (i64 i = 0; i < n; i++) to.put(i * step, evaluate<T>(f, in[i]...));
     };
     if constexpr (f >= Formula::Where)
-      run(x(0), x(1), x(2), Column<uint8_t>(v[3], space, at, nullptr));
+      run(x(0), x(1), x(2), Column<u8>(v[3], space, at, nullptr));
     else
       run(x(0), x(1), x(2), x(3));
   });
@@ -219,14 +218,14 @@ void sum_to(const Op& op, Tensor x, const GradSlot& to) {
     if (kCuda && x.device == Device::CUDA)
       OnCuda<T>::sum(op.rank, e, x.as<T>(), y.as<T>());
     else
-      parallel_rows(e.outer, e.n * e.inner, [&](int64_t o) {
+      parallel_rows(e.outer, e.n * e.inner, [&](i64 o) {
         const T* from = x.as<T>() + o * e.n * e.inner;
         add_columns<double>(e.n, e.inner, Slot<T>{y.as<T>() + o * e.inner},
-                            [&](int64_t i, int64_t c) { return from[i * e.inner + c]; });
+                            [&](i64 i, i64 c) { return from[i * e.inner + c]; });
       });
     x = y;
   }
   copy_elements<T>(op, x.dim, view_of(x), view_of(to.grad, x.dim), to.add);
 }
 
-}  // namespace pith
+}

@@ -2,6 +2,7 @@
 //   in     x [T, D]   w [V, D]   f32|f64, one dtype   labels I32 [T] in [0, V) or kIgnoreLabel
 //   grad   dlogits = scale (softmax(logits) - one-hot(label)), dx = dlogits w, dw = dlogits^T x
 //   errors shapes; a label outside [0, V); dtypes differ
+
 #include <algorithm>
 
 #include "ops/cpu.h"
@@ -10,11 +11,11 @@ namespace pith {
 namespace {
 
 // Rows of logits at a time: a pass over w and dw is cheap beside their products.
-constexpr int64_t kChunkRows = 256;
+constexpr i64 kChunkRows = 256;
 
 // The loss of one row; with `grad`, its logits become their gradient.
 template <class T>
-double row_loss(T* logits, int64_t V, int32_t label, T scale, bool grad) {
+double row_loss(T* logits, i64 V, int label, T scale, bool grad) {
   if (label == kIgnoreLabel) {
     if (grad) std::fill_n(logits, V, T(0));
     return 0;
@@ -23,7 +24,7 @@ double row_loss(T* logits, int64_t V, int32_t label, T scale, bool grad) {
   const T sum = exp_sum(logits, V, top);
   if (grad) {
     const T factor = scale / sum;
-    for (int64_t v = 0; v < V; v++) logits[v] *= factor;
+    for (i64 v = 0; v < V; v++) logits[v] *= factor;
     logits[label] -= scale;
   }
   return std::log(double(sum)) + double(top - at_label);
@@ -33,19 +34,19 @@ template <class T>
 double cross_entropy_cpu(const Op& op, const Tensor& x, const Tensor& w, const Tensor& labels,
                          double scale, const Tensor& dx, const GradSlot& slot) {
   const Slot<T> dw{slot.grad.as<T>(), slot.add};
-  const int64_t tokens = x.dim[0], V = w.dim[0], most = min(kChunkRows, tokens);
+  const i64 tokens = x.dim[0], V = w.dim[0], most = min(kChunkRows, tokens);
   const bool grad = dx.defined() || dw.data;
   const Tensor logits = op.empty({most, V}, x.dtype);
   vector<double> losses(most);
   double sum = 0;
-  for (int64_t first = 0; first < tokens; first += kChunkRows) {
-    const int64_t rows = min(kChunkRows, tokens - first);
+  for (i64 first = 0; first < tokens; first += kChunkRows) {
+    const i64 rows = min(kChunkRows, tokens - first);
     const Tensor part = x.slice_rows(first, first + rows), d = logits.slice_rows(0, rows);
     product<T>(op, part, w, {d.as<T>()}, kNormal, kTransposed);
-    parallel_rows(rows, V * 8, [&](int64_t r) {
+    parallel_rows(rows, V * 8, [&](i64 r) {
       losses[r] = row_loss(row_of<T>(d, r), V, labels.i32()[first + r], T(scale), grad);
     });
-    for (int64_t r = 0; r < rows; r++) sum += losses[r];
+    for (i64 r = 0; r < rows; r++) sum += losses[r];
     if (dx.defined()) product<T>(op, d, w, {row_of<T>(dx, first)});
     product<T>(op, d, part, {dw.data, dw.add || first > 0}, kTransposed);
   }
@@ -53,7 +54,7 @@ double cross_entropy_cpu(const Op& op, const Tensor& x, const Tensor& w, const T
   return sum;
 }
 
-}  // namespace
+}
 
 Tensor lm_head_cross_entropy(Rank& rank, Tensor x, Tensor w, Tensor labels, double scale, At at) {
   const Op op{rank, "lm_head_cross_entropy", at};
@@ -74,4 +75,4 @@ Tensor lm_head_cross_entropy(Rank& rank, Tensor x, Tensor w, Tensor labels, doub
   return loss;
 }
 
-}  // namespace pith
+}

@@ -8,14 +8,14 @@ namespace pith {
 // tensors need no division.
 struct Walk {
   int rank = 0;
-  int64_t size[kMaxDims], step[kMaxDims][5];
+  i64 size[kMaxDims], step[kMaxDims][5];
   char* data[5];
   double scalar[5];
   bool bytes[5];
   template <class T>
-  __device__ T at(int k, int64_t i) const {
+  __device__ T at(int k, i64 i) const {
     if (!data[k]) return T(scalar[k]);
-    return bytes[k] ? T(uint8_t(data[k][i])) : reinterpret_cast<T*>(data[k])[i];
+    return bytes[k] ? T(u8(data[k][i])) : reinterpret_cast<T*>(data[k])[i];
   }
 };
 
@@ -36,12 +36,12 @@ void OnCuda<T>::elementwise(Rank& rank, const Dims& space, const View* v, bool a
     w.size[w.rank - 1] *= space[d];
     for (int k = 0; k < 5; k++) w.step[w.rank - 1][k] = v[k].step[d];
   }
-  const int64_t n = space.numel();
-  cuda_each(rank, n, [=] __device__(int64_t i) {
-    int64_t at[5] = {};
+  const i64 n = space.numel();
+  cuda_each(rank, n, [=] __device__(i64 i) {
+    i64 at[5] = {};
     for (int d = w.rank - 1; d >= 0; d--) {
-      const int64_t size = w.size[d];
-      const int64_t next = d == 0 ? 0 : n >> 32 ? i / size : uint32_t(i) / uint32_t(size);
+      const i64 size = w.size[d];
+      const i64 next = d == 0 ? 0 : n >> 32 ? i / size : u32(i) / u32(size);
 #pragma unroll
       for (int k = 0; k < 5; k++) at[k] += (i - next * size) * w.step[d][k];
       i = next;
@@ -56,11 +56,11 @@ template <class T>
 void OnCuda<T>::sum(Rank& rank, const Extent& e, const T* x, T* y) {
   int width = 1;
   while (width < 32 && width < e.inner) width *= 2;
-  const int64_t tiles = (e.inner + width - 1) / width;
-  cuda_each<1>(rank, e.outer * tiles, [=] __device__(int64_t b) {
-    const int64_t o = b / tiles, c = b % tiles * width + threadIdx.x % width;
+  const i64 tiles = (e.inner + width - 1) / width;
+  cuda_each<1>(rank, e.outer * tiles, [=] __device__(i64 b) {
+    const i64 o = b / tiles, c = b % tiles * width + threadIdx.x % width;
     double sum = 0;
-    for (int64_t i = threadIdx.x / width; c < e.inner && i < e.n; i += kBlock / width)
+    for (i64 i = threadIdx.x / width; c < e.inner && i < e.n; i += kBlock / width)
       sum += x[(o * e.n + i) * e.inner + c];
     sum = block_sum(sum, width);
     if (threadIdx.x < width && c < e.inner) y[o * e.inner + c] = T(sum);
@@ -68,8 +68,7 @@ void OnCuda<T>::sum(Rank& rank, const Extent& e, const T* x, T* y) {
 }
 
 template <class T>
-void OnCuda<T>::gemm(Rank& rank, int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, T beta,
-                     T* c) {
+void OnCuda<T>::gemm(Rank& rank, i64 m, i64 n, i64 k, Matrix<T> a, Matrix<T> b, T beta, T* c) {
   if (k == 0 && beta == 0) cuda_zero(rank, c, m * n * sizeof(T));
   if (m == 0 || n == 0 || k == 0) return;
   // c^T = b^T a^T, as cuBLAS has columns for rows.
@@ -85,15 +84,15 @@ void OnCuda<T>::gemm(Rank& rank, int64_t m, int64_t n, int64_t k, Matrix<T> a, M
 }
 
 template <class T>
-void OnCuda<T>::gather_rows(Rank& rank, const Tensor& x, int64_t n, const Tensor& index,
+void OnCuda<T>::gather_rows(Rank& rank, const Tensor& x, i64 n, const Tensor& index,
                             const Tensor& begin, Slot<T> y) {
   const T* from = x.as<T>();
-  const int32_t *id = index.i32(), *cut = begin.defined() ? begin.i32() : nullptr;
-  cuda_each<1>(rank, cut ? begin.dim[0] - 1 : index.numel(), [=] __device__(int64_t r) {
-    const int64_t first = cut ? cut[r] : r, end = cut ? cut[r + 1] : r + 1;
-    block_each(n, [=](int64_t j) {
+  const int *id = index.i32(), *cut = begin.defined() ? begin.i32() : nullptr;
+  cuda_each<1>(rank, cut ? begin.dim[0] - 1 : index.numel(), [=] __device__(i64 r) {
+    const i64 first = cut ? cut[r] : r, end = cut ? cut[r + 1] : r + 1;
+    block_each(n, [=](i64 j) {
       T sum = y.add ? y.data[r * n + j] : 0;
-      for (int64_t i = first; i < end; i++) sum += from[id[i] * n + j];
+      for (i64 i = first; i < end; i++) sum += from[id[i] * n + j];
       y.data[r * n + j] = sum;
     });
   });
@@ -101,36 +100,36 @@ void OnCuda<T>::gather_rows(Rank& rank, const Tensor& x, int64_t n, const Tensor
 
 // The block of an id's first row adds all of them, in order.
 template <class T>
-void OnCuda<T>::scatter_rows(Rank& rank, const Tensor& x, int64_t n, const Tensor& ids,
+void OnCuda<T>::scatter_rows(Rank& rank, const Tensor& x, i64 n, const Tensor& ids,
                              const Tensor& y) {
-  const int64_t count = ids.numel();
-  const int32_t* id = ids.i32();
+  const i64 count = ids.numel();
+  const int* id = ids.i32();
   const T* from = x.as<T>();
   T* to = y.as<T>();
-  cuda_each<1>(rank, count, [=] __device__(int64_t row) {
+  cuda_each<1>(rank, count, [=] __device__(i64 row) {
     __shared__ bool same[kBlock];
-    for (int64_t first = 0; first < count; first += kBlock) {
-      const int64_t mine = first + threadIdx.x;
+    for (i64 first = 0; first < count; first += kBlock) {
+      const i64 mine = first + threadIdx.x;
       const bool is = mine < count && id[mine] == id[row];
       if (__syncthreads_or(is && mine < row)) return;
       same[threadIdx.x] = is;
       if (!__syncthreads_or(is)) continue;
       for (int i = 0; i < kBlock; i++)
         if (same[i])
-          block_each(n, [=](int64_t j) { to[id[row] * n + j] += from[(first + i) * n + j]; });
+          block_each(n, [=](i64 j) { to[id[row] * n + j] += from[(first + i) * n + j]; });
     }
   });
 }
 
 template <class T>
 void OnCuda<T>::cumsum(Rank& rank, const Tensor& x, Slot<T> to, bool reverse) {
-  const int64_t n = x.cols();
+  const i64 n = x.cols();
   const T* from = x.as<T>();
-  cuda_each<1>(rank, x.rows(), [=] __device__(int64_t r) {
+  cuda_each<1>(rank, x.rows(), [=] __device__(i64 r) {
     __shared__ T part[kBlock];
     T before = 0;
-    for (int64_t first = 0; first < n; first += kBlock) {
-      const int64_t i = first + threadIdx.x, at = r * n + (reverse ? n - 1 - i : i);
+    for (i64 first = 0; first < n; first += kBlock) {
+      const i64 i = first + threadIdx.x, at = r * n + (reverse ? n - 1 - i : i);
       T sum = i < n ? from[at] : 0;
       for (int back = 1; back < 2 * kBlock; back *= 2) {
         __syncthreads();
@@ -146,36 +145,36 @@ void OnCuda<T>::cumsum(Rank& rank, const Tensor& x, Slot<T> to, bool reverse) {
 
 template <class T>
 void OnCuda<T>::softmax(Rank& rank, const Tensor& x, const Tensor& y) {
-  const int64_t n = x.cols();
+  const i64 n = x.cols();
   const T* from = x.as<T>();
   T* to = y.as<T>();
-  cuda_each<1>(rank, x.rows(), [=] __device__(int64_t r) {
+  cuda_each<1>(rank, x.rows(), [=] __device__(i64 r) {
     const auto larger = [](T a, T b) { return b > a ? b : a; };
     T top = -INFINITY, sum = 0;
-    block_each(n, [&](int64_t i) { top = larger(top, from[r * n + i]); });
+    block_each(n, [&](i64 i) { top = larger(top, from[r * n + i]); });
     top = block_fold(top, larger);
-    block_each(n, [&](int64_t i) { sum += to[r * n + i] = exp_negative(from[r * n + i] - top); });
+    block_each(n, [&](i64 i) { sum += to[r * n + i] = exp_negative(from[r * n + i] - top); });
     sum = block_sum(sum);
-    block_each(n, [&](int64_t i) { to[r * n + i] /= sum; });
+    block_each(n, [&](i64 i) { to[r * n + i] /= sum; });
   });
 }
 
 template <class T>
 void OnCuda<T>::softmax_grad(Rank& rank, const Tensor& dy, const Tensor& y, Slot<T> dx) {
-  const int64_t n = y.cols();
+  const i64 n = y.cols();
   const T *g = dy.as<T>(), *p = y.as<T>();
-  cuda_each<1>(rank, y.rows(), [=] __device__(int64_t r) {
+  cuda_each<1>(rank, y.rows(), [=] __device__(i64 r) {
     T mean = 0;
-    block_each(n, [&](int64_t i) { mean += g[r * n + i] * p[r * n + i]; });
+    block_each(n, [&](i64 i) { mean += g[r * n + i] * p[r * n + i]; });
     mean = block_sum(mean);
-    block_each(n, [&](int64_t i) { dx.put(r * n + i, p[r * n + i] * (g[r * n + i] - mean)); });
+    block_each(n, [&](i64 i) { dx.put(r * n + i, p[r * n + i] * (g[r * n + i] - mean)); });
   });
 }
 
 template <class T>
 struct Pick {
   T value;
-  int32_t id;
+  int id;
   __device__ bool before(Pick b) const {
     return above(value, b.value) || (!above(b.value, value) && id < b.id);
   }
@@ -184,16 +183,16 @@ struct Pick {
 // The first after the last pick, k times.
 template <class T>
 void OnCuda<T>::top_k(Rank& rank, const Tensor& x, int k, const Tensor& values, const Tensor& ids) {
-  const int64_t n = x.cols();
+  const i64 n = x.cols();
   const T* from = x.as<T>();
   T* value = values.as<T>();
-  int32_t* id = ids.i32();
-  cuda_each<1>(rank, x.rows(), [=] __device__(int64_t r) {
+  int* id = ids.i32();
+  cuda_each<1>(rank, x.rows(), [=] __device__(i64 r) {
     Pick<T> last{NAN, -1};
-    for (int64_t j = r * k; j < (r + 1) * k; j++) {
+    for (i64 j = r * k; j < (r + 1) * k; j++) {
       Pick<T> best{-INFINITY, INT32_MAX};
-      block_each(n, [&](int64_t i) {
-        const Pick<T> one{from[r * n + i], int32_t(i)};
+      block_each(n, [&](i64 i) {
+        const Pick<T> one{from[r * n + i], int(i)};
         if (last.before(one) && one.before(best)) best = one;
       });
       last = block_fold(best, [](Pick<T> a, Pick<T> b) { return b.before(a) ? b : a; });
@@ -206,14 +205,14 @@ void OnCuda<T>::top_k(Rank& rank, const Tensor& x, int k, const Tensor& values, 
 
 template <class T>
 void OnCuda<T>::top_k_grad(Rank& rank, const Tensor& dy, const Tensor& ids, const Tensor& dx) {
-  const int64_t n = dx.cols(), k = ids.cols();
-  const int32_t* id = ids.i32();
+  const i64 n = dx.cols(), k = ids.cols();
+  const int* id = ids.i32();
   const T* g = dy.as<T>();
   T* to = dx.as<T>();
-  cuda_each(rank, ids.numel(), [=] __device__(int64_t i) { to[i / k * n + id[i]] += g[i]; });
+  cuda_each(rank, ids.numel(), [=] __device__(i64 i) { to[i / k * n + id[i]] += g[i]; });
 }
 
 template struct OnCuda<float>;
 template struct OnCuda<double>;
 
-}  // namespace pith
+}

@@ -17,15 +17,13 @@ template <class T>
 struct OnCuda {
   // Of cpu.h; c has n columns.
   static void elementwise(Rank& rank, const Dims& space, const View* v, bool add, Formula f);
-  static void gemm(Rank& rank, int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, T beta,
-                   T* c);
+  static void gemm(Rank& rank, i64 m, i64 n, i64 k, Matrix<T> a, Matrix<T> b, T beta, T* c);
   // y [outer, inner] = the sum of x [outer, n, inner], in F64.
   static void sum(Rank& rank, const Extent& e, const T* x, T* y);
   // Of shape.cpp.
-  static void gather_rows(Rank& rank, const Tensor& x, int64_t n, const Tensor& index,
+  static void gather_rows(Rank& rank, const Tensor& x, i64 n, const Tensor& index,
                           const Tensor& begin, Slot<T> y);
-  static void scatter_rows(Rank& rank, const Tensor& x, int64_t n, const Tensor& ids,
-                           const Tensor& y);
+  static void scatter_rows(Rank& rank, const Tensor& x, i64 n, const Tensor& ids, const Tensor& y);
   // Over the last dimension.
   static void cumsum(Rank& rank, const Tensor& x, Slot<T> to, bool reverse);
   static void softmax(Rank& rank, const Tensor& x, const Tensor& y);
@@ -34,4 +32,4 @@ struct OnCuda {
   static void top_k_grad(Rank& rank, const Tensor& dy, const Tensor& ids, const Tensor& dx);
 };
 
-}  // namespace pith
+}

@@ -2,6 +2,7 @@
 //   in     f32|f64, all inputs alike; mask u8
 //   grad   the formula, summed over the dimensions in which the input was repeated
 //   errors shapes that do not broadcast; dtypes or devices differ; mask not u8; clamp low > high
+
 #include "ops/cpu.h"
 
 namespace pith {
@@ -61,7 +62,7 @@ Tensor apply(const Op& op, const TensorList& in, const Reads& reads) {
   return y;
 }
 
-}  // namespace
+}
 
 using enum Formula;
 
@@ -118,4 +119,4 @@ Tensor where(Rank& rank, Tensor mask, Tensor a, Tensor b, At at) {
   return apply<Where, WhereGradA, WhereGradB>(op, {a, b, mask}, {.c = 3});
 }
 
-}  // namespace pith
+}

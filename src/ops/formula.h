@@ -1,8 +1,8 @@
 // formula: what an elementwise op computes of one element, on both devices.
 #pragma once
 #include <bit>
-#include <cmath>
-#include <cstdint>
+
+#include "core/check.h"
 
 namespace pith {
 
@@ -20,7 +20,7 @@ constexpr float exp_negative(float x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  const float power = std::bit_cast<float>((int32_t(n) + 127) << 23);
+  const float power = std::bit_cast<float>((int(n) + 127) << 23);
   return x < low ? 0.0f : p * power;
 }
 constexpr double exp_negative(double x) { return std::exp(x); }
@@ -37,7 +37,7 @@ constexpr bool above(T a, T b) {
   return a > b || (a != a && b == b);
 }
 
-enum class Formula : uint8_t {
+enum class Formula : u8 {
   Copy,
   Pass,
   Negate,
@@ -109,4 +109,4 @@ constexpr T evaluate(Formula f, T g, T a, T b, T c) {
   return 0;
 }
 
-}  // namespace pith
+}

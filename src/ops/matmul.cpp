@@ -3,6 +3,7 @@
 //   grad   linear: dx = dy w, dw = dy^T x, dbias = sum over rows of dy;
 //          matmul: da = dc b^T, db = a^T dc, each summed over repeated products
 //   errors inner sizes differ; leading sizes differ, neither is 1; bias not [out]; dtypes differ
+
 #include <cblas.h>
 
 #include <algorithm>
@@ -14,14 +15,13 @@ namespace pith {
 
 // OpenBLAS computes a tile on the calling thread; tiles are of one size for any number of threads.
 template <class T>
-void gemm(int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, T beta, T* c, int64_t ldc,
-          T alpha) {
+void gemm(i64 m, i64 n, i64 k, Matrix<T> a, Matrix<T> b, T beta, T* c, i64 ldc, T alpha) {
   [[maybe_unused]] static const bool one_thread = (openblas_set_num_threads(1), true);
-  constexpr int64_t kTileM = 192, kTileN = 384;
+  constexpr i64 kTileM = 192, kTileN = 384;
   const bool at = a.layout == kTransposed, bt = b.layout == kTransposed;
-  const int64_t across = (n + kTileN - 1) / kTileN, down = (m + kTileM - 1) / kTileM;
-  parallel_rows(across * down, min(m, kTileM) * min(n, kTileN) * k, [&](int64_t tile) {
-    const int64_t i = tile / across * kTileM, j = tile % across * kTileN;
+  const i64 across = (n + kTileN - 1) / kTileN, down = (m + kTileM - 1) / kTileM;
+  parallel_rows(across * down, min(m, kTileM) * min(n, kTileN) * k, [&](i64 tile) {
+    const i64 i = tile / across * kTileM, j = tile % across * kTileN;
     const auto blas = [](auto... x) {
       if constexpr (std::is_same_v<T, float>)
         cblas_sgemm(CblasRowMajor, x...);
@@ -29,18 +29,16 @@ void gemm(int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, T beta, T* 
         cblas_dgemm(CblasRowMajor, x...);
     };
     blas(at ? CblasTrans : CblasNoTrans, bt ? CblasTrans : CblasNoTrans, min(kTileM, m - i),
-         min(kTileN, n - j), k, alpha, a.data + i * (at ? 1 : a.ld), max<int64_t>(1, a.ld),
-         b.data + j * (bt ? b.ld : 1), max<int64_t>(1, b.ld), beta, c + i * ldc + j, ldc);
+         min(kTileN, n - j), k, alpha, a.data + i * (at ? 1 : a.ld), max<i64>(1, a.ld),
+         b.data + j * (bt ? b.ld : 1), max<i64>(1, b.ld), beta, c + i * ldc + j, ldc);
   });
 }
-template void gemm(int64_t, int64_t, int64_t, Matrix<float>, Matrix<float>, float, float*, int64_t,
-                   float);
-template void gemm(int64_t, int64_t, int64_t, Matrix<double>, Matrix<double>, double, double*,
-                   int64_t, double);
+template void gemm(i64, i64, i64, Matrix<float>, Matrix<float>, float, float*, i64, float);
+template void gemm(i64, i64, i64, Matrix<double>, Matrix<double>, double, double*, i64, double);
 
 Tensor linear(Rank& rank, Tensor x, Tensor w, Tensor bias, At at) {
   const Op op{rank, "linear", at};
-  const int64_t out = w.dim[0];
+  const i64 out = w.dim[0];
   op.check({{"x [..., in] and w [out, in]", x.defined() && w.dim.rank == 2 && x.cols() == w.dim[1]},
             {"bias [out] or undefined", !bias.defined() || bias.dim == Dims{out}},
             {"one dtype", one_dtype({&x, &w, &bias})}},
@@ -76,25 +74,25 @@ void products(const Op& op, const Dims& lead, const Tensor& a, Layout a_layout, 
   if (!c.defined()) return;
   const View va = view_of(leading(a), lead), vb = view_of(leading(b), lead);
   const View vc = view_of(leading(c), lead);
-  const auto at = [&](Tensor x, const View& v, int64_t p) {
-    const int64_t rows = x.dim[x.dim.rank - 2], cols = x.cols();
+  const auto at = [&](Tensor x, const View& v, i64 p) {
+    const i64 rows = x.dim[x.dim.rank - 2], cols = x.cols();
     x.dim = {rows, cols};
     if (x.data) x.data += v.offset(lead, p) * rows * cols * sizeof(T);
     return x;
   };
-  const auto one = [&](int64_t p) {
+  const auto one = [&](i64 p) {
     product<T>(op, at(a, va, p), at(b, vb, p), {at(c, vc, p).template as<T>(), add}, a_layout,
                b_layout);
   };
-  const int64_t work = c.cols() * a.dim[a.dim.rank - 2] * a.cols();
+  const i64 work = c.cols() * a.dim[a.dim.rank - 2] * a.cols();
   if (c.device == Device::CPU && vc.x.numel() == lead.numel()) {
     parallel_rows(lead.numel(), work, one);
   } else {
-    for (int64_t p = 0; p < lead.numel(); p++) one(p);
+    for (i64 p = 0; p < lead.numel(); p++) one(p);
   }
 }
 
-}  // namespace
+}
 
 Tensor matmul(Rank& rank, Tensor a, Tensor b, At at) {
   const Op op{rank, "matmul", at};
@@ -122,4 +120,4 @@ Tensor matmul(Rank& rank, Tensor a, Tensor b, At at) {
   return c;
 }
 
-}  // namespace pith
+}

@@ -3,6 +3,7 @@
 //   grad   u = dy w, s = 1/rms: dx = s (u - x s^2 mean(u x)) and dsum, to x and residual;
 //          dw = sum over rows of dy x s; of a rotation, that by the opposite angle
 //   errors shapes; dtypes differ; a norm weight of q without k's; a position outside the tables
+
 #include <algorithm>
 
 #include "ops/cpu.h"
@@ -18,14 +19,14 @@ struct Turns {
 
   int turned() const { return heads.query + heads.kv; }
   const T* x() const { return keep[3].as<T>(); }
-  T& rstd(int64_t t, int h) const { return keep[4].as<T>()[t * turned() + h]; }
+  T& rstd(i64 t, int h) const { return keep[4].as<T>()[t * turned() + h]; }
   const T* weight(int h) const { return keep[h < heads.query ? 5 : 6].as<T>(); }
   // to = from, one head of token t, turned by the token's angle times `sign`. May be in place.
-  void turn(int64_t t, T sign, const T* from, T* to) const {
-    const int64_t half = heads.size / 2, position = keep[2].i32()[t];
+  void turn(i64 t, T sign, const T* from, T* to) const {
+    const i64 half = heads.size / 2, position = keep[2].i32()[t];
     const T *cos = row_of<T>(keep[0], position), *sin = row_of<T>(keep[1], position);
 #pragma GCC ivdep
-    for (int64_t i = 0; i < half; i++) {
+    for (i64 i = 0; i < half; i++) {
       const T a = from[i], b = from[i + half], s = sign * sin[i];
       to[i] = a * cos[i] - b * s;
       to[i + half] = b * cos[i] + a * s;
@@ -33,16 +34,16 @@ struct Turns {
   }
   // f(t, h, first element) of each head to turn; v's elements are copied.
   template <class F>
-  void each_head(int64_t tokens, const T* from, T* to, F&& f) const {
-    parallel_rows(tokens, heads.width() * 8, [&](int64_t t) {
-      const int64_t first = t * heads.width(), v = first + turned() * heads.size;
+  void each_head(i64 tokens, const T* from, T* to, F&& f) const {
+    parallel_rows(tokens, heads.width() * 8, [&](i64 t) {
+      const i64 first = t * heads.width(), v = first + turned() * heads.size;
       for (int h = 0; h < turned(); h++) f(t, h, first + h * heads.size);
       std::copy_n(from + v, heads.kv * heads.size, to + v);
     });
   }
 
   void forward(const Tensor& qkv, T eps, const Tensor& out) const {
-    each_head(qkv.rows(), qkv.as<T>(), out.as<T>(), [&](int64_t t, int h, int64_t first) {
+    each_head(qkv.rows(), qkv.as<T>(), out.as<T>(), [&](i64 t, int h, i64 first) {
       const T *from = qkv.as<T>() + first, *w = weight(h);
       T* y = out.as<T>() + first;
       if (w) {
@@ -53,7 +54,7 @@ struct Turns {
     });
   }
   void backward(const Tensor& dy, const Tensor& dx) const {
-    each_head(dy.rows(), dy.as<T>(), dx.as<T>(), [&](int64_t t, int h, int64_t first) {
+    each_head(dy.rows(), dy.as<T>(), dx.as<T>(), [&](i64 t, int h, i64 first) {
       T* u = dx.as<T>() + first;
       turn(t, -1, dy.as<T>() + first, u);
       if (const T* w = weight(h)) rms_norm_grad(heads.size, u, w, x() + first, rstd(t, h), u);
@@ -61,10 +62,10 @@ struct Turns {
   }
   // dw = or += the gradients u of the normed heads [first, end) times these without w.
   void weight_grad(const Tensor& u, int first, int end, Slot<T> dw) const {
-    const int64_t count = end - first;
-    add_columns<T>(u.rows() * count, heads.size, dw, [&](int64_t row, int64_t i) {
-      const int64_t t = row / count, h = first + row % count;
-      const int64_t at = t * heads.width() + h * heads.size + i;
+    const i64 count = end - first;
+    add_columns<T>(u.rows() * count, heads.size, dw, [&](i64 row, i64 i) {
+      const i64 t = row / count, h = first + row % count;
+      const i64 at = t * heads.width() + h * heads.size + i;
       return u.as<T>()[at] * (x()[at] * rstd(t, h));
     });
   }
@@ -73,14 +74,14 @@ struct Turns {
 // Without the norms' weights in `keep` they turn only.
 template <class T>
 Turns<T> turns_of(Backward<T> b) {
-  const int64_t* i = b.node.i;
+  const i64* i = b.node.i;
   return {{int(i[0]), int(i[1]), int(i[2])}, b.keep};
 }
 
 // Without a residual sum is x, and no output of the node.
 AddRmsNorm norm_of_sum(const Op& op, bool summed, const Tensor& x, const Tensor& residual,
                        const Tensor& w, double eps) {
-  const int64_t D = w.numel();
+  const i64 D = w.numel();
   op.check({{"x [..., D] and w [D]", x.defined() && w.dim == Dims{x.cols()}},
             {"residual of x's shape", !summed || residual.dim == x.dim},
             {"one dtype", one_dtype({&x, &residual, &w})}},
@@ -88,19 +89,19 @@ AddRmsNorm norm_of_sum(const Op& op, bool summed, const Tensor& x, const Tensor&
   AddRmsNorm y{summed ? op.like(x) : x, op.like(x)};
   const Tensor rstd = op.empty({x.rows()}, x.dtype);
   op.on_cpu(x, [&]<class T>(T*) {
-    parallel_rows(x.rows(), D * 4, [&](int64_t r) {
+    parallel_rows(x.rows(), D * 4, [&](i64 r) {
       T *row = row_of<T>(y.sum, r), *out = row_of<T>(y.normed, r);
       const T *a = row_of<T>(x, r), *b = residual.as<T>() + r * D;
-      for (int64_t j = 0; summed && j < D; j++) row[j] = a[j] + b[j];
+      for (i64 j = 0; summed && j < D; j++) row[j] = a[j] + b[j];
       const T scale = rstd.as<T>()[r] = rms_scale(row, D, T(eps));
-      for (int64_t j = 0; j < D; j++) out[j] = row[j] * scale * w.as<T>()[j];
+      for (i64 j = 0; j < D; j++) out[j] = row[j] * scale * w.as<T>()[j];
     });
   });
   const auto bx = []<class T>(Backward<T> b) {
     const bool two = b.node.out.count == 2;
     const Tensor &dy = b.dy(two), dsum = two ? b.dy() : Tensor{}, dx = b.op().like(b.keep[0]);
-    const int64_t n = dx.cols();
-    parallel_rows(dx.rows(), n * 8, [&](int64_t r) {
+    const i64 n = dx.cols();
+    parallel_rows(dx.rows(), n * 8, [&](i64 r) {
       T* to = row_of<T>(dx, r);
       if (dy.defined())
         rms_norm_grad(n, row_of<T>(dy, r), b.keep[1].template as<T>(), row_of<T>(b.keep[0], r),
@@ -108,7 +109,7 @@ AddRmsNorm norm_of_sum(const Op& op, bool summed, const Tensor& x, const Tensor&
       else
         std::fill_n(to, n, T(0));
       const T* more = dsum.as<T>() + r * n;
-      for (int64_t j = 0; dsum.defined() && j < n; j++) to[j] += more[j];
+      for (i64 j = 0; dsum.defined() && j < n; j++) to[j] += more[j];
     });
     if (two && b.node.in[1].needs_grad()) {
       const Tensor copy = b.op().like(dx);
@@ -120,11 +121,10 @@ AddRmsNorm norm_of_sum(const Op& op, bool summed, const Tensor& x, const Tensor&
   const auto bw = []<class T>(Backward<T> b) {
     const Tensor &dy = b.dy(b.node.out.count - 1), &rows = b.keep[0];
     if (!dy.defined()) return;
-    const int64_t n = rows.cols();
+    const i64 n = rows.cols();
     const T *g = dy.as<T>(), *row = rows.as<T>(), *scale = b.keep[1].template as<T>();
-    add_columns<T>(rows.rows(), n, b.to(2), [=](int64_t r, int64_t j) {
-      return g[r * n + j] * (row[r * n + j] * scale[r]);
-    });
+    add_columns<T>(rows.rows(), n, b.to(2),
+                   [=](i64 r, i64 j) { return g[r * n + j] * (row[r * n + j] * scale[r]); });
   };
   (summed ? record(op, {x, residual, w}, {&y.sum, &y.normed})
           : record(op, {x, residual, w}, {&y.normed}))
@@ -133,7 +133,7 @@ AddRmsNorm norm_of_sum(const Op& op, bool summed, const Tensor& x, const Tensor&
   return y;
 }
 
-}  // namespace
+}
 
 Tensor rms_norm(Rank& rank, Tensor x, Tensor w, double eps, At at) {
   return norm_of_sum({rank, "rms_norm", at}, false, x, {}, w, eps).normed;
@@ -143,18 +143,18 @@ AddRmsNorm add_rms_norm(Rank& rank, Tensor x, Tensor residual, Tensor w, double 
   return norm_of_sum({rank, "add_rms_norm", at}, true, x, residual, w, eps);
 }
 
-Rope rope_tables(Rank& rank, int64_t positions, int size, double theta, At at) {
+Rope rope_tables(Rank& rank, i64 positions, int size, double theta, At at) {
   const Op op{rank, "rope_tables", at};
   op.check({{"an even head size", size > 0 && size % 2 == 0},
             {"positions >= 0", positions >= 0},
             {"theta > 0", theta > 0}},
            {});
   const DType dtype = rank.compute == DType::F64 ? DType::F64 : DType::F32;
-  const int64_t half = size / 2;
+  const i64 half = size / 2;
   Rope rope{op.empty({positions, half}, dtype), op.empty({positions, half}, dtype)};
   op.on_cpu(rope.cos, [&]<class T>(T*) {
-    parallel_rows(positions, half * 100, [&](int64_t p) {
-      for (int64_t i = 0; i < half; i++) {
+    parallel_rows(positions, half * 100, [&](i64 p) {
+      for (i64 i = 0; i < half; i++) {
         const double turn = double(p) * std::pow(theta, -2.0 * i / size);
         row_of<T>(rope.cos, p)[i] = T(std::cos(turn));
         row_of<T>(rope.sin, p)[i] = T(std::sin(turn));
@@ -167,7 +167,7 @@ Rope rope_tables(Rank& rank, int64_t positions, int size, double theta, At at) {
 Tensor qk_norm_rope(Rank& rank, Tensor qkv, Heads heads, Tensor q_norm, Tensor k_norm, double eps,
                     Rope rope, Tensor positions, At at) {
   const Op op{rank, "qk_norm_rope", at};
-  const int64_t N = heads.size;
+  const i64 N = heads.size;
   const bool normed = q_norm.defined();
   op.check({{"qkv [T, (H+2K)*N] with an even N",
              qkv.dim.rank == 2 && qkv.dim[1] == heads.width() && N > 0 && N % 2 == 0},
@@ -205,4 +205,4 @@ Tensor qk_norm_rope(Rank& rank, Tensor qkv, Heads heads, Tensor q_norm, Tensor k
   return y;
 }
 
-}  // namespace pith
+}

@@ -20,23 +20,23 @@ void Op::check_alike(std::initializer_list<const Tensor*> ts) const {
           ts);
 }
 
-void Op::check_ids(const char* what, const Tensor& ids, int64_t limit, int32_t also) const {
+void Op::check_ids(const char* what, const Tensor& ids, i64 limit, int also) const {
   vector<char> bytes;
   if (ids.device == Device::CUDA && !rank.debug) return;
   const Tensor host = on_host(rank, ids, bytes);
-  const int32_t* id = host.i32();
-  for (int64_t i = 0, n = ids.numel(); i < n; i++) {
+  const int* id = host.i32();
+  for (i64 i = 0, n = ids.numel(); i < n; i++) {
     if ((id[i] >= 0 && id[i] < limit) || (also && id[i] == also)) continue;
     check({{text("%s in [0,%ld), not %d at element %ld", what, limit, id[i], i).c_str(), false}},
           {&ids});
   }
 }
 
-void Op::check_offsets(const char* what, const Tensor& offsets, int64_t last) const {
+void Op::check_offsets(const char* what, const Tensor& offsets, i64 last) const {
   vector<char> bytes;
   if (offsets.device == Device::CUDA && !rank.debug) return;
   const Tensor host = on_host(rank, offsets, bytes);
-  const int32_t *begin = host.i32(), *end = begin + host.numel();
+  const int *begin = host.i32(), *end = begin + host.numel();
   const bool good = begin != end && *begin == 0 && end[-1] == last && std::is_sorted(begin, end);
   check({{text("%s ascending from 0 to P", what).c_str(), good}}, {&offsets});
 }
@@ -54,7 +54,7 @@ Dims Op::broadcast(std::initializer_list<const Tensor*> ts) const {
   std::fill_n(all.size, all.rank, 1);
   for (const Tensor* t : ts)
     for (int i = 0; i < t->dim.rank; i++) {
-      int64_t& size = all[all.rank - t->dim.rank + i];
+      i64& size = all[all.rank - t->dim.rank + i];
       if (size == 1) size = t->dim[i];
       const bool fits = t->dim[i] == 1 || t->dim[i] == size;
       check({{"sizes equal or 1, aligned at the last dimension", fits}}, ts);
@@ -69,4 +69,4 @@ void Op::check_cpu(const Tensor& x) const {
          "device = cpu");
 }
 
-}  // namespace pith
+}

@@ -9,14 +9,14 @@ template <class T>
 struct Slot {
   T* data = nullptr;
   bool add = false;
-  constexpr void put(int64_t i, T value) const { data[i] = add ? data[i] + value : value; }
-  Slot from(int64_t i) const { return {data ? data + i : nullptr, add}; }
+  constexpr void put(i64 i, T value) const { data[i] = add ? data[i] + value : value; }
+  Slot from(i64 i) const { return {data ? data + i : nullptr, add}; }
 };
 
 inline bool is_i32(const Tensor& t, const Dims& dims) {
   return t.dtype == DType::I32 && t.dim == dims;
 }
-inline Dims with_size(Dims dims, int d, int64_t size) {
+inline Dims with_size(Dims dims, int d, i64 size) {
   dims[d] = size;
   return dims;
 }
@@ -35,9 +35,9 @@ struct Op {
   // Defined, of one dtype, on one device.
   void check_alike(std::initializer_list<const Tensor*> ts) const;
   // Elements of `ids` (I32) are in [0, limit) or `also`; on a GPU with PITH_DEBUG=1 alone.
-  void check_ids(const char* what, const Tensor& ids, int64_t limit, int32_t also = 0) const;
+  void check_ids(const char* what, const Tensor& ids, i64 limit, int also = 0) const;
   // `offsets` (I32) ascend from 0 to P = last.
-  void check_offsets(const char* what, const Tensor& offsets, int64_t last) const;
+  void check_offsets(const char* what, const Tensor& offsets, i64 last) const;
   // `dim` of x, from the end when negative, as one from the beginning.
   int dim_of(const Tensor& x, int dim) const;
   Dims broadcast(std::initializer_list<const Tensor*> ts) const;
@@ -100,7 +100,7 @@ template <class Bx = NoGradient>
 struct Recorded {
   Node* node;
 
-  Recorded numbers(std::initializer_list<int64_t> i, std::initializer_list<double> f = {}) const {
+  Recorded numbers(std::initializer_list<i64> i, std::initializer_list<double> f = {}) const {
     for (size_t k = 0; node && k < i.size(); k++) node->i[k] = i.begin()[k];
     for (size_t k = 0; node && k < f.size(); k++) node->f[k] = f.begin()[k];
     return *this;
@@ -137,4 +137,4 @@ inline Recorded<> record(const Op& op, std::initializer_list<Tensor> in,
   return {record(op.rank, op.name, op.at, in, out)};
 }
 
-}  // namespace pith
+}

@@ -45,16 +45,16 @@ Tensor permute(Rank& rank, Tensor x, Dims order, At at = At::here());
 // x itself; one size may be -1.
 Tensor reshape(Rank& rank, Tensor x, Dims dims, At at = At::here());
 // Elements [begin, end) of a dimension.
-Tensor slice(Rank& rank, Tensor x, int dim, int64_t begin, int64_t end, At at = At::here());
+Tensor slice(Rank& rank, Tensor x, int dim, i64 begin, i64 end, At at = At::here());
 // Pieces whose sizes sum to the dimension's; at most 8, as in concat.
 TensorList split(Rank& rank, Tensor x, int dim, Dims sizes, At at = At::here());
 Tensor concat(Rank& rank, TensorList xs, int dim, At at = At::here());
 // x laid out `times` times.
-Tensor repeat(Rank& rank, Tensor x, int dim, int64_t times, At at = At::here());
+Tensor repeat(Rank& rank, Tensor x, int dim, i64 times, At at = At::here());
 // Rows ids[i] of the first dimension, ids I32 [n].
 Tensor index_select(Rank& rank, Tensor x, Tensor ids, At at = At::here());
 // `rows` rows of zeros, plus row i of src at ids[i].
-Tensor scatter_add(Rank& rank, Tensor src, Tensor ids, int64_t rows, At at = At::here());
+Tensor scatter_add(Rank& rank, Tensor src, Tensor ids, i64 rows, At at = At::here());
 // The k largest of the last dimension, descending; ties go to the lower id, I32.
 struct TopK {
   Tensor values, ids;
@@ -77,14 +77,14 @@ AddRmsNorm add_rms_norm(Rank& rank, Tensor x, Tensor residual, Tensor w, double 
 // Heads of a packed projection: rows of q (H*N), then k (K*N), then v (K*N).
 struct Heads {
   int query = 0, kv = 0, size = 0;
-  int64_t width() const { return (query + 2 * int64_t(kv)) * size; }
+  i64 width() const { return (query + 2 * i64(kv)) * size; }
 };
 // cos and sin of position * theta^(-2i/N), [positions, N/2].  Su et al. 2021, arXiv:2104.09864
 struct Rope {
   Tensor cos, sin;
 };
 // Tables for positions [0, positions).
-Rope rope_tables(Rank& rank, int64_t positions, int size, double theta, At at = At::here());
+Rope rope_tables(Rank& rank, i64 positions, int size, double theta, At at = At::here());
 // Per head of q and k: rms_norm with weights [N] (both undefined: none), then rotation of its
 // halves, (x1 cos - x2 sin, x2 cos + x1 sin).  qkv [T, (H+2K)*N], positions I32 [T]
 Tensor qk_norm_rope(Rank& rank, Tensor qkv, Heads heads, Tensor q_norm, Tensor k_norm, double eps,
@@ -100,7 +100,7 @@ struct AttentionMask {
 // qkv [B*S, (H+2K)*N] -> [B*S, H*N], scores scaled by 1/sqrt(N); with mesh.cp > 1 a ring over the
 // cp group, whose member r holds chunks r and 2*cp-1-r of each row.  Vaswani et al. 2017,
 // arXiv:1706.03762; Ainslie et al. 2023, arXiv:2305.13245
-Tensor attention(Rank& rank, Tensor qkv, Heads heads, int64_t batch, AttentionMask mask,
+Tensor attention(Rank& rank, Tensor qkv, Heads heads, i64 batch, AttentionMask mask,
                  At at = At::here());
 // q [B,S,H,N], k [B,Z,K,N], v [B,Z,K,M] -> [B,S,H,M], with an additive bias or a boolean mask (U8,
 // 1 = visible) [1|B, 1|H, S, Z]. The last query stands at the last key; one that sees nothing gives
@@ -155,14 +155,13 @@ Tensor lm_head_cross_entropy(Rank& rank, Tensor x, Tensor w, Tensor labels, doub
 struct AdamW {
   double lr = 0, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 0.1;
   double grad_scale = 1;  // for clipping
-  int64_t step = 1;       // 1-based, for the bias corrections
+  i64 step = 1;           // 1-based, for the bias corrections
 };
 void adamw_step(Rank& rank, Tensor w, Tensor g, Tensor m, Tensor v, const AdamW& options,
                 At at = At::here());
 double sum_squares(Rank& rank, Tensor x, At at = At::here());  // in F64
 // Element i of x becomes std * normal_at(key, first + i).
-void fill_normal(Rank& rank, Tensor x, uint64_t key, uint64_t first, double std,
-                 At at = At::here());
+void fill_normal(Rank& rank, Tensor x, u64 key, u64 first, double std, At at = At::here());
 void fill_constant(Rank& rank, Tensor x, double value, At at = At::here());
 
-}  // namespace pith
+}

@@ -3,6 +3,7 @@
 //   grad   sum: dy; max, top_k: dy at the ids; cumsum: the running sum of dy from the end;
 //          softmax: y * (dy - <dy, y>)
 //   errors no such dimension; mean or max over an empty one; k outside [1, size]
+
 #include <algorithm>
 
 #include "ops/cpu.h"
@@ -29,18 +30,18 @@ Tensor over_last(const Op& op, const Tensor& x, int d, F f) {
 // Over the last dimension, from its end if `reverse`.
 template <class T>
 void cumulate(const Op& op, const Tensor& x, Slot<T> to, bool reverse) {
-  const int64_t n = x.cols();
+  const i64 n = x.cols();
   if (kCuda && x.device == Device::CUDA) return OnCuda<T>::cumsum(op.rank, x, to, reverse);
-  parallel_rows(x.rows(), n, [&](int64_t r) {
+  parallel_rows(x.rows(), n, [&](i64 r) {
     T sum = 0;
-    for (int64_t i = 0; i < n; i++) {
-      const int64_t at = r * n + (reverse ? n - 1 - i : i);
+    for (i64 i = 0; i < n; i++) {
+      const i64 at = r * n + (reverse ? n - 1 - i : i);
       to.put(at, sum += x.as<T>()[at]);
     }
   });
 }
 
-}  // namespace
+}
 
 Tensor sum(Rank& rank, Tensor x, int dim, At at) {
   const Op op{rank, "sum", at};
@@ -73,8 +74,8 @@ TopK top_k(Rank& rank, Tensor x, int k, At at) {
   TopK y{op.empty(dims, x.dtype), op.empty(dims, DType::I32)};
   op.typed(x, [&]<class T>(T*) {
     if (kCuda && x.device == Device::CUDA) return OnCuda<T>::top_k(rank, x, k, y.values, y.ids);
-    parallel_rows(x.rows(), x.cols() * 2, [&](int64_t r) {
-      int32_t* ids = row_of<int32_t>(y.ids, r);
+    parallel_rows(x.rows(), x.cols() * 2, [&](i64 r) {
+      int* ids = row_of<int>(y.ids, r);
       largest(row_of<T>(x, r), x.cols(), k, ids);
       for (int j = 0; j < k; j++) row_of<T>(y.values, r)[j] = row_of<T>(x, r)[ids[j]];
     });
@@ -82,7 +83,7 @@ TopK top_k(Rank& rank, Tensor x, int k, At at) {
   record(op, {x}, {&y.values}).bx({y.ids}, []<class T>(Backward<T> b) {
     const Tensor dx = b.zeroed(0), &ids = b.keep[0];
     if (kCuda && dx.device == Device::CUDA) return OnCuda<T>::top_k_grad(b.rank, b.dy(), ids, dx);
-    for (int64_t i = 0; i < ids.numel(); i++)
+    for (i64 i = 0; i < ids.numel(); i++)
       row_of<T>(dx, i / ids.cols())[ids.i32()[i]] += b.dy().template as<T>()[i];
   });
   return y;
@@ -104,24 +105,24 @@ Tensor softmax(Rank& rank, Tensor x, int dim, At at) {
     Tensor y = op.like(t);
     op.typed(t, [&, n = t.cols()]<class T>(T*) {
       if (kCuda && t.device == Device::CUDA) return OnCuda<T>::softmax(op.rank, t, y);
-      parallel_rows(t.rows(), n * 4, [&](int64_t r) {
+      parallel_rows(t.rows(), n * 4, [&](i64 r) {
         T* to = std::copy_n(row_of<T>(t, r), n, row_of<T>(y, r)) - n;
         const T sum = exp_sum(to, n, max_of(to, n));
-        for (int64_t i = 0; i < n; i++) to[i] /= sum;
+        for (i64 i = 0; i < n; i++) to[i] /= sum;
       });
     });
     record(op, {t}, {&y}).bx({y}, []<class T>(Backward<T> b) {
-      const int64_t n = b.dy().cols();
+      const i64 n = b.dy().cols();
       const Slot<T> dx = b.to(0);
       if (kCuda && b.dy().device == Device::CUDA)
         return OnCuda<T>::softmax_grad(b.rank, b.dy(), b.keep[0], dx);
-      parallel_rows(b.dy().rows(), n * 2, [&](int64_t r) {
+      parallel_rows(b.dy().rows(), n * 2, [&](i64 r) {
         const T *g = row_of<T>(b.dy(), r), *p = row_of<T>(b.keep[0], r), mean = dot(g, p, n);
-        for (int64_t i = 0; i < n; i++) dx.put(r * n + i, p[i] * (g[i] - mean));
+        for (i64 i = 0; i < n; i++) dx.put(r * n + i, p[i] * (g[i] - mean));
       });
     });
     return y;
   });
 }
 
-}  // namespace pith
+}

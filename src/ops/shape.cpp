@@ -3,6 +3,7 @@
 //   grad   the elements' gradients, moved back: of a choice, the sum over where a row went; of a
 //          sum, the choice
 //   errors sizes, ranges, ids or dimensions that do not fit; dtypes or devices differ
+
 #include <algorithm>
 
 #include "ops/cpu.h"
@@ -11,7 +12,7 @@ namespace pith {
 namespace {
 
 // x from index `begin` of a dimension on.
-View part_of(const Tensor& x, int dim, int64_t begin) {
+View part_of(const Tensor& x, int dim, i64 begin) {
   View part = view_of(x);
   part.begin = begin * part.step[dim];
   return part;
@@ -21,7 +22,7 @@ View part_of(const Tensor& x, int dim, int64_t begin) {
 Tensor taken(const Op& op, const View& part, const Dims& dims) {
   Tensor y = op.empty(dims, part.x.dtype);
   op.typed(part.x, [&]<class T>(T*) { copy_elements<T>(op, dims, part, view_of(y), false); });
-  const int64_t* s = part.step;
+  const i64* s = part.step;
   record(op, {part.x}, {&y})
       .numbers({s[0], s[1], s[2], s[3], s[4], part.begin})
       .bx({}, []<class T>(Backward<T> b) {
@@ -35,20 +36,20 @@ Tensor taken(const Op& op, const View& part, const Dims& dims) {
 // Row r of y, of n elements, = or += the sum of rows index[i] of x, i in [begin[r], begin[r+1]) or,
 // where begin is undefined, r.
 template <class T>
-void gather_rows(const Op& op, const Tensor& x, int64_t n, const Tensor& index, const Tensor& begin,
+void gather_rows(const Op& op, const Tensor& x, i64 n, const Tensor& index, const Tensor& begin,
                  Slot<T> y) {
-  const int64_t rows = begin.defined() ? begin.dim[0] - 1 : index.numel();
+  const i64 rows = begin.defined() ? begin.dim[0] - 1 : index.numel();
   if (!y.data) return;
   if (kCuda && x.device == Device::CUDA)
     return OnCuda<T>::gather_rows(op.rank, x, n, index, begin, y);
-  parallel_rows(rows, n * (1 + index.numel() / max<int64_t>(1, rows)), [&](int64_t r) {
-    const int64_t first = begin.defined() ? begin.i32()[r] : r;
-    const int64_t end = begin.defined() ? begin.i32()[r + 1] : r + 1;
+  parallel_rows(rows, n * (1 + index.numel() / max<i64>(1, rows)), [&](i64 r) {
+    const i64 first = begin.defined() ? begin.i32()[r] : r;
+    const i64 end = begin.defined() ? begin.i32()[r + 1] : r + 1;
     T* to = y.data + r * n;
     if (!y.add) std::fill_n(to, n, T(0));
-    for (int64_t i = first; i < end; i++) {
+    for (i64 i = first; i < end; i++) {
       const T* from = x.as<T>() + index.i32()[i] * n;
-      for (int64_t j = 0; j < n; j++) to[j] += from[j];
+      for (i64 j = 0; j < n; j++) to[j] += from[j];
     }
   });
 }
@@ -56,19 +57,19 @@ void gather_rows(const Op& op, const Tensor& x, int64_t n, const Tensor& index, 
 // Row ids[i] of y += row i of x, in the order of i.
 template <class T>
 void scatter_rows(const Op& op, const Tensor& x, const Tensor& ids, const Tensor& y) {
-  const int64_t count = ids.numel(), n = count ? x.numel() / count : 0;
+  const i64 count = ids.numel(), n = count ? x.numel() / count : 0;
   if (!y.data) return;
   if (kCuda && x.device == Device::CUDA) return OnCuda<T>::scatter_rows(op.rank, x, n, ids, y);
-  column_blocks(count, n, [&](int64_t first, int64_t width) {
-    for (int64_t i = 0; i < count; i++) {
+  column_blocks(count, n, [&](i64 first, i64 width) {
+    for (i64 i = 0; i < count; i++) {
       T* to = y.as<T>() + ids.i32()[i] * n + first;
       const T* from = x.as<T>() + i * n + first;
-      for (int64_t j = 0; j < width; j++) to[j] += from[j];
+      for (i64 j = 0; j < width; j++) to[j] += from[j];
     }
   });
 }
 
-int64_t width_of(const Dims& dims) { return dims[0] ? dims.numel() / dims[0] : 0; }
+i64 width_of(const Dims& dims) { return dims[0] ? dims.numel() / dims[0] : 0; }
 
 constexpr auto kScatterGrad = []<class T>(Backward<T> b) {
   scatter_rows<T>(b.op(), b.dy(), b.keep[0], b.zeroed(0));
@@ -86,7 +87,7 @@ Tensor select(const Op& op, const Tensor& x, const Tensor& ids) {
   return y;
 }
 
-void check_rows(const Op& op, const Tensor& x, const Tensor& ids, int64_t rows) {
+void check_rows(const Op& op, const Tensor& x, const Tensor& ids, i64 rows) {
   op.check({{"a defined tensor", x.defined()},
             {"ids of dtype i32 and one dimension", ids.dtype == DType::I32 && ids.dim.rank == 1},
             {"tensors on one device", x.device == ids.device}},
@@ -97,7 +98,7 @@ void check_rows(const Op& op, const Tensor& x, const Tensor& ids, int64_t rows) 
 // Rows to pairs or pairs to rows. `need` tells x's shape.
 Tensor move_rows(const Op& op, bool to_pairs, const char* need, const Tensor& x,
                  const Dispatched& d) {
-  const int64_t P = d.row_of.dim[0], R = d.row_begin.dim[0] - 1;
+  const i64 P = d.row_of.dim[0], R = d.row_begin.dim[0] - 1;
   op.check({{"row_of I32 [P], pair_of I32 [P] and row_begin I32 [R+1]",
              is_i32(d.row_of, {P}) && is_i32(d.pair_of, {P}) && is_i32(d.row_begin, {R + 1})},
             {need, x.dim.rank == 2 && x.dim[0] == (to_pairs ? R : P)}},
@@ -115,7 +116,7 @@ Tensor move_rows(const Op& op, bool to_pairs, const char* need, const Tensor& x,
   return y;
 }
 
-}  // namespace
+}
 
 Tensor permute(Rank& rank, Tensor x, Dims order, At at) {
   const Op op{rank, "permute", at};
@@ -136,7 +137,7 @@ Tensor permute(Rank& rank, Tensor x, Dims order, At at) {
 }
 
 Tensor reshape(Rank& rank, Tensor x, Dims dims, At at) {
-  int64_t* end = dims.size + dims.rank;
+  i64* end = dims.size + dims.rank;
   const bool sizes = dims.rank > 0 && *std::min_element(dims.size, end) >= -1;
   Op{rank, "reshape", at}.check(
       {{"a defined tensor", x.defined()},
@@ -145,7 +146,7 @@ Tensor reshape(Rank& rank, Tensor x, Dims dims, At at) {
   return x.view(dims, at);
 }
 
-Tensor slice(Rank& rank, Tensor x, int dim, int64_t begin, int64_t end, At at) {
+Tensor slice(Rank& rank, Tensor x, int dim, i64 begin, i64 end, At at) {
   const Op op{rank, "slice", at};
   const int d = op.dim_of(x, dim);
   const string need =
@@ -157,11 +158,11 @@ Tensor slice(Rank& rank, Tensor x, int dim, int64_t begin, int64_t end, At at) {
 TensorList split(Rank& rank, Tensor x, int dim, Dims sizes, At at) {
   const Op op{rank, "split", at};
   const int d = op.dim_of(x, dim);
-  int64_t total = 0;
+  i64 total = 0;
   for (int i = 0; i < sizes.rank; i++) total += sizes[i];
   op.check({{"sizes that sum to the dimension's", sizes.rank > 0 && total == x.dim[d]}}, {&x});
   TensorList ys;
-  int64_t begin = 0;
+  i64 begin = 0;
   for (int i = 0; i < sizes.rank; begin += sizes[i++])
     ys.push(slice(rank, x, d, begin, begin + sizes[i], at));
   return ys;
@@ -180,7 +181,7 @@ Tensor concat(Rank& rank, TensorList xs, int dim, At at) {
   }
   Tensor y = op.empty(dims, xs[0].dtype);
   op.typed(y, [&]<class T>(T*) {
-    int64_t begin = 0;
+    i64 begin = 0;
     for (int k = 0; k < xs.count; begin += xs[k++].dim[d])
       copy_elements<T>(op, xs[k].dim, view_of(xs[k]), part_of(y, d, begin), false);
   });
@@ -188,7 +189,7 @@ Tensor concat(Rank& rank, TensorList xs, int dim, At at) {
       .numbers({d})
       .bx({}, []<class T>(Backward<T> b) {
         const int along = int(b.node.i[0]);
-        int64_t begin = 0;
+        i64 begin = 0;
         for (int k = 0; k < b.node.in.count && b.node.in[k].defined();
              begin += b.node.in[k++].dim[along]) {
           const GradSlot dx = b.slot(k);
@@ -200,7 +201,7 @@ Tensor concat(Rank& rank, TensorList xs, int dim, At at) {
   return y;
 }
 
-Tensor repeat(Rank& rank, Tensor x, int dim, int64_t times, At at) {
+Tensor repeat(Rank& rank, Tensor x, int dim, i64 times, At at) {
   const Op op{rank, "repeat", at};
   const int d = op.dim_of(x, dim);
   op.check({{"times >= 0", times >= 0}}, {&x});
@@ -232,7 +233,7 @@ Tensor embedding(Rank& rank, Tensor ids, Tensor w, At at) {
   return y;
 }
 
-Tensor scatter_add(Rank& rank, Tensor src, Tensor ids, int64_t rows, At at) {
+Tensor scatter_add(Rank& rank, Tensor src, Tensor ids, i64 rows, At at) {
   const Op op{rank, "scatter_add", at};
   check_rows(op, src, ids, rows);
   op.check({{"rows >= 0", rows >= 0}, {"an id a row of src", ids.numel() == src.dim[0]}},
@@ -251,4 +252,4 @@ Tensor reduce_pairs(Rank& rank, Tensor y, const Dispatched& d, At at) {
   return move_rows({rank, "reduce_pairs", at}, false, "y [P, D]", y, d);
 }
 
-}  // namespace pith
+}
