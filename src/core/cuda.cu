@@ -41,6 +41,7 @@ Cuda* cuda_open(int device) {
 
 void cuda_close(Cuda* cuda) {
   cuda_check(cudaStreamSynchronize(cuda->stream));
+  cuda->attention.reset();  // it uses the stream
   cuda_check(cublasDestroy(cuda->blas));
   cuda_check(cudaStreamDestroy(cuda->stream));
   delete cuda;
@@ -68,15 +69,29 @@ void cuda_copy(Rank& rank, void* to, const void* from, i64 bytes) {
   cuda_check(cudaStreamSynchronize(stream));
 }
 
-template <class T>
-static void add_elements(Rank& rank, i64 n, T* to, const T* from) {
-  cuda_each(rank, n, [=] __device__(i64 i) { to[i] += from[i]; });
+template <class To, class T, int N>
+static void add_packs(Rank& rank, i64 packs, To* to, const T* from) {
+  cuda_each(rank, packs, [=] __device__(i64 i) {
+    Pack<To, N> a = pack<N>(to, i);
+    const Pack<T, N> b = pack<N>(from, i);
+    for (int j = 0; j < N; j++) a.x[j] = a.x[j] + b.x[j];
+    pack<N>(to, i) = a;
+  });
+}
+template <class To, class T>
+static void add_elements(Rank& rank, i64 n, To* to, const T* from) {
+  with_packs<To>(n, [&](auto width) {
+    constexpr int N = width;
+    add_packs<To, T, N>(rank, n / N, to, from);
+  });
 }
 
 void cuda_add(Rank& rank, const Tensor& to, const Tensor& from) {
-  if (to.dtype == DType::F64)
-    return add_elements(rank, to.numel(), to.as<double>(), from.as<double>());
-  add_elements(rank, to.numel(), to.f32(), from.f32());
+  const i64 n = to.numel();
+  if (to.dtype == DType::F64) return add_elements(rank, n, to.as<double>(), from.as<double>());
+  if (to.dtype != from.dtype) return add_elements(rank, n, to.f32(), from.as<BF16>());
+  if (to.dtype == DType::BF16) return add_elements(rank, n, to.as<BF16>(), from.as<BF16>());
+  add_elements(rank, n, to.f32(), from.f32());
 }
 
 }

@@ -10,11 +10,13 @@ void TensorList::push(const Tensor& t) {
 }
 
 static void check_finite(Rank& rank, const char* op, At at, const Tensor& x) {
-  if (!x.data || (x.dtype != DType::F32 && x.dtype != DType::F64)) return;
+  if (!x.data || !is_float(x.dtype)) return;
   vector<char> bytes;
   const Tensor t = on_host(rank, x, bytes);
   for (i64 i = 0, n = t.numel(); i < n; i++) {
-    const double v = t.dtype == DType::F32 ? t.as<float>()[i] : t.as<double>()[i];
+    const double v = t.dtype == DType::F32    ? t.f32()[i]
+                     : t.dtype == DType::BF16 ? t.as<BF16>()[i]
+                                              : t.as<double>()[i];
     if (!std::isfinite(v))
       op_failed(rank, op, at, "non-finite value",
                 text("%g at element %ld of ", v, i) + describe(x));
@@ -63,7 +65,7 @@ static void add_elements(const Tensor& to, const Tensor& from) {
 void add_into(Rank& rank, const Tensor& to, const Tensor& from, At at) {
   check(rank, "add_grad", at,
         {{"equal element counts", to.numel() == from.numel()},
-         {"equal dtypes", to.dtype == from.dtype},
+         {"equal dtypes, or bf16 to f32", to.dtype == from.dtype || to.dtype == wide(from.dtype)},
          {"tensors on one device", to.device == from.device}},
         {&to, &from});
   if (kCuda && to.device == Device::CUDA) return cuda_add(rank, to, from);
@@ -77,7 +79,7 @@ static Tensor accumulator(const Tensor& weight) {
   Tensor g = weight.meta();
   g.data = weight.grad;
   g.grad = nullptr;
-  g.dtype = weight.dtype == DType::F64 ? DType::F64 : DType::F32;
+  g.dtype = wide(weight.dtype);
   return g;
 }
 

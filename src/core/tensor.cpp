@@ -66,7 +66,7 @@ Tensor Tensor::view(Dims dims, At at) const {
 }
 
 // Bytes of an element of a weight's gradient.
-static i64 grad_size(DType dtype) { return dtype == DType::F64 ? 8 : 4; }
+static i64 grad_size(DType dtype) { return size_of(wide(dtype)); }
 
 Tensor Tensor::slice_rows(i64 begin, i64 end, At at) const {
   if (begin < 0 || begin > end || end > dim[0])

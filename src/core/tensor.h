@@ -1,7 +1,7 @@
 // tensor: a contiguous view of reference-counted storage.
 #pragma once
 
-#include "core/check.h"
+#include "core/bf16.h"
 
 namespace pith {
 
@@ -11,6 +11,8 @@ enum class Device : u8 { CPU, CUDA };
 i64 size_of(DType dtype);
 const char* name_of(DType dtype);
 inline bool is_float(DType d) { return d != DType::I32 && d != DType::U8; }
+// Of statistics, routing weights and weight gradients beside values of a dtype.
+inline DType wide(DType d) { return d == DType::BF16 ? DType::F32 : d; }
 
 struct Allocator;
 struct Storage {

@@ -13,6 +13,7 @@
 
 #include "comm/communicator.h"
 #include "ops/cpu.h"
+#include "ops/cudnn_attention.h"
 
 namespace pith {
 namespace {
@@ -177,36 +178,72 @@ AttentionCore core_of(const TensorList& t, const i64* i, double scale) {
   const Dims &q = t[kQ].dim, &k = t[kK].dim, &v = t[kV].dim;
   const i64 width = i[kWidth];
   AttentionCore core{t[kQ].dtype, q[0], q[2], k[2], q[3], v[3], scale, i[kCausal] != 0, i[kWindow]};
-  core.query = positions_of(t[kTable], q[1]);
-  core.key = positions_of(t[kTable], k[1]);
+  const Tensor& table = t[kTable];
+  if (t[kQ].device == Device::CUDA) {
+    core.query = {q[1], nullptr, table.i32(), q[1]};
+    core.key = {k[1], nullptr, table.i32(), k[1]};
+  } else {
+    core.query = positions_of(table, q[1]);
+    core.key = positions_of(table, k[1]);
+  }
   core.in = {heads_of(t[kQ], width), heads_of(t[kK], width), heads_of(t[kV], width),
              scores_of(t[kBias])};
   return core;
+}
+
+// What cuDNN takes: a packed projection in BF16.
+bool by_cudnn(const TensorList& t, const i64* numbers, const AttentionShape& s) {
+  return kCuda && t[kQ].device == Device::CUDA && t[kQ].dtype == DType::BF16 && numbers[kWidth] &&
+         cudnn_attention_fits(s, t[kTable].defined());
+}
+AttentionShape shape_of(const AttentionCore& c) {
+  return {c.batch, c.query.count, c.heads, c.kv_heads, c.size, c.causal, c.window, c.scale};
 }
 
 void attention_bx(const auto& b) {
   const TensorList& t = b.keep;
   const AttentionCore core = core_of(t, b.node.i, b.node.f[0]);
   const i64 width = b.node.i[kWidth], H = core.heads, K = core.kv_heads, N = core.size;
-  Tensor d[3] = {b.zeroed(0)};
+  const bool gpu = t[kQ].device == Device::CUDA;
+  if (by_cudnn(t, b.node.i, shape_of(core))) {
+    const Tensor dqkv = b.op().empty(b.node.in[0].dim, DType::BF16);
+    cudnn_attention_backward(b.rank, shape_of(core),
+                             {t[kQ], t[kTable], t[kOut], t[kLse], b.dy(), dqkv});
+    return add_grad(b.rank, b.node.in[0], dqkv);
+  }
+  // On a GPU a weight's gradient is of another dtype than what is computed.
+  Tensor made[4];
+  const auto grad = [&](int input) {
+    const Tensor& in = b.node.in[input];
+    if (!gpu) return b.zeroed(input);
+    if (in.needs_grad()) made[input] = zeros(b.rank, in.dim, in.dtype, b.node.at);
+    return made[input];
+  };
+  Tensor d[3] = {grad(0)};
   for (int k = 1; k < 3; k++)
-    d[k] = width ? packed_part(d[0], core.batch, k == 1 ? H : H + K, K, N) : b.zeroed(k);
+    d[k] = width ? packed_part(d[0], core.batch, k == 1 ? H : H + K, K, N) : grad(k);
   if (width) d[0] = packed_part(d[0], core.batch, 0, H, N);
   ring_backward(b.op(), core, out_of(core, t[kOut]), t[kLse], out_of(core, b.dy()),
                 {heads_of(d[0], width), heads_of(d[1], width), heads_of(d[2], width),
-                 width ? HeadView{} : scores_of(b.zeroed(3))});
+                 width ? HeadView{} : scores_of(grad(3))});
+  for (int k = 0; k < b.node.in.count; k++)
+    if (made[k].defined()) add_grad(b.rank, b.node.in[k], made[k]);
 }
 
-// Checks the mask and makes the table of max(queries, keys) positions, see positions_of.
+// Checks the mask and makes the table of max(queries, keys) positions, see positions_of; on a GPU,
+// where a position is its coordinate, the ends of documents.
 Tensor mask_table(const Op& op, const AttentionMask& mask, i64 batch, i64 queries, i64 keys) {
   const Tensor& ends = mask.doc_ends;
   const bool documents = ends.defined();
   op.check(
-      {{"mask.doc_ends i32 [B, S]", !documents || is_i32(ends, {batch, queries})},
+      {{"mask.doc_ends i32 [B, S] on the rank's device",
+        !documents || (is_i32(ends, {batch, queries}) && ends.device == op.rank.device)},
        {"S == Z where mask.doc_ends is given", queries == keys || !documents},
        {"chunks r and 2*cp-1-r of a row, of equal size", op.rank.mesh.cp == 1 || queries % 2 == 0},
+       {"cp = 1 on a GPU", op.rank.mesh.cp == 1 || op.rank.device == Device::CPU},
        {"mask.window >= 0", mask.window >= 0}},
       {&ends});
+  if (op.rank.device == Device::CUDA) return ends;
   bool ascend = true;
   for (i64 r = 0; documents && r < batch; r++)
     ascend &= std::is_sorted(row_of<int>(ends, r), row_of<int>(ends, r + 1));
@@ -223,14 +260,16 @@ Tensor mask_table(const Op& op, const AttentionMask& mask, i64 batch, i64 querie
 Tensor attend(const Op& op, const Tensor& q, const Tensor& k, const Tensor& v, i64 width,
               double scale, const AttentionMask& mask, const Tensor& bias, const Dims& dims,
               std::initializer_list<Tensor> in) {
-  op.check_cpu(q);
   const Tensor table = mask_table(op, mask, q.dim[0], q.dim[1], k.dim[1]);
   Tensor out = op.empty(dims, q.dtype);
-  const Tensor lse = op.empty({q.dim[0], q.dim[2], q.dim[1]}, q.dtype);
+  const Tensor lse = op.empty({q.dim[0], q.dim[2], q.dim[1]}, wide(q.dtype));
   const TensorList all = {q, k, v, out, lse, table, bias};
   const std::initializer_list<i64> numbers = {width, mask.causal, mask.window};
   const AttentionCore core = core_of(all, numbers.begin(), scale);
-  ring_forward(op, core, out_of(core, out), lse);
+  if (by_cudnn(all, numbers.begin(), shape_of(core)))
+    cudnn_attention_forward(op.rank, shape_of(core), {q, table, out, lse});
+  else
+    ring_forward(op, core, out_of(core, out), lse);
   record(op, in, {&out}).numbers(numbers, {scale}).bx(all, [](const auto& b) { attention_bx(b); });
   return out;
 }

@@ -2,6 +2,7 @@
 // pieces, and sums have one order: results never depend on the number of threads.
 #pragma once
 #include <limits>
+#include <type_traits>
 
 #include "ops/cuda.h"
 #include "ops/op.h"
@@ -106,6 +107,28 @@ void rms_norm_grad(i64 n, const T* dy, const T* w, const T* x, T s, T* dx) {
   for (i64 j = 0; j < n; j++) dx[j] = dy[j] * w[j] * s - x[j] * c;
 }
 
+// Of a step of AdamW.
+template <class T>
+struct AdamWFactors {
+  T b1, c1, b2, c2, scale, eps, keep, rate, root;
+  explicit AdamWFactors(const AdamW& o)
+      : b1(T(o.beta1)),
+        c1(T(1 - o.beta1)),
+        b2(T(o.beta2)),
+        c2(T(1 - o.beta2)),
+        scale(T(o.grad_scale)),
+        eps(T(o.eps)),
+        keep(T(1 - o.lr * o.weight_decay)),
+        rate(T(o.lr / (1 - std::pow(o.beta1, double(o.step))))),
+        root(T(1 / std::sqrt(1 - std::pow(o.beta2, double(o.step))))) {}
+  constexpr void step(T g, T& w, T& m, T& v) const {
+    const T grad = g * scale;
+    m = m * b1 + grad * c1;
+    v = v * b2 + grad * grad * c2;
+    w = w * keep - rate * (m / (std::sqrt(v) * root + eps));
+  }
+};
+
 enum Layout : u8 { kNormal, kTransposed };
 // A row-major factor, `ld` elements from a stored row to the next.
 template <class T>
@@ -123,16 +146,17 @@ void gemm(i64 m, i64 n, i64 k, Matrix<T> a, Matrix<T> b, T beta, T* c, i64 ldc, 
 // c = or += a b, tensors seen as [rows, cols], if wanted. Of y = x w^T: product(x, w, y, kNormal,
 // kTransposed), product(dy, w, dx) and product(dy, x, dw, kTransposed).
 template <class T>
-void product(const Op& op, const Tensor& a, const Tensor& b, Slot<T> c, Layout a_layout = kNormal,
-             Layout b_layout = kNormal) {
-  if (!c.data) return;
+void product(const Op& op, const Tensor& a, const Tensor& b, const GradSlot& c,
+             Layout a_layout = kNormal, Layout b_layout = kNormal) {
+  if (!c.grad.data) return;
   const bool at = a_layout == kTransposed;
   const i64 m = at ? a.cols() : a.rows(), k = at ? a.rows() : a.cols();
   const i64 n = b_layout == kTransposed ? b.rows() : b.cols();
-  const Matrix<T> left{a.as<T>(), a.cols(), a_layout}, right{b.as<T>(), b.cols(), b_layout};
   if (kCuda && a.device == Device::CUDA)
-    return OnCuda<T>::gemm(op.rank, m, n, k, left, right, c.add, c.data);
-  gemm<T>(m, n, k, left, right, c.add, c.data, n);
+    return cuda_gemm(op.rank, m, n, k, a, at, b, b_layout == kTransposed, c);
+  if constexpr (!std::is_same_v<T, BF16>)
+    gemm<T>(m, n, k, {a.as<T>(), a.cols(), a_layout}, {b.as<T>(), b.cols(), b_layout}, c.add,
+            c.grad.as<T>(), n);
 }
 
 // ---- Tensors walked over one index space, for the general vocabulary.
@@ -181,12 +205,9 @@ struct Column {
   T operator[](i64 i) const { return data[i * step]; }
 };
 
-// v[4] = or += f of g, a, b, c = v[0..3] at each index of `space`; c is bytes where f is Where.
 template <class T, Formula f>
-void elementwise(const Op& op, const Dims& space, const View (&v)[5], bool add) {
+void elementwise_on_cpu(const Dims& space, const View (&v)[5], bool add) {
   const View& out = v[4];
-  if (kCuda && out.x.device == Device::CUDA)
-    return OnCuda<T>::elementwise(op.rank, space, v, add, f);
   const i64 n = space[space.rank - 1], rows = n ? space.numel() / n : 0;
   const T scalar[4] = {T(v[0].scalar), T(v[1].scalar), T(v[2].scalar), T(v[3].scalar)};
   parallel_rows(rows, n, [&](i64 row) {
@@ -202,6 +223,14 @@ void elementwise(const Op& op, const Dims& space, const View (&v)[5], bool add) 
       run(x(0), x(1), x(2), x(3));
   });
 }
+// v[4] = or += f of g, a, b, c = v[0..3] at each index of `space`; c is bytes where f is Where.
+template <class T, Formula f>
+void elementwise(const Op& op, const Dims& space, const View (&v)[5], bool add) {
+  const View& out = v[4];
+  if (kCuda && out.x.device == Device::CUDA)
+    return OnCuda<T>::elementwise(op.rank, space, v, add, f);
+  if constexpr (!std::is_same_v<T, BF16>) elementwise_on_cpu<T, f>(space, v, add);
+}
 template <class T>
 void copy_elements(const Op& op, const Dims& space, const View& from, const View& to, bool add) {
   elementwise<T, Formula::Copy>(op, space, {{}, from, {}, {}, to}, add);
@@ -214,9 +243,9 @@ void sum_to(const Op& op, Tensor x, const GradSlot& to) {
   for (int d = 0; d < x.dim.rank; d++) {
     if (x.dim[d] == 1 || (d >= missing && to.grad.dim[d - missing] != 1)) continue;
     const Extent e = extent_of(x.dim, d);
-    const Tensor y = op.empty(with_size(x.dim, d, 1), x.dtype);
+    const Tensor y = op.empty(with_size(x.dim, d, 1), wide(x.dtype));
     if (kCuda && x.device == Device::CUDA)
-      OnCuda<T>::sum(op.rank, e, x.as<T>(), y.as<T>());
+      cuda_sum(op.rank, e, x, y);
     else
       parallel_rows(e.outer, e.n * e.inner, [&](i64 o) {
         const T* from = x.as<T>() + o * e.n * e.inner;

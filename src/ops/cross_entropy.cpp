@@ -10,8 +10,8 @@
 namespace pith {
 namespace {
 
-// Rows of logits at a time: a pass over w and dw is cheap beside their products.
-constexpr i64 kChunkRows = 256;
+// Logits at a time, a whole number of rows: a pass over w and dw is cheap beside their products.
+constexpr i64 kCpuRows = 256, kChunk = i64{1} << 29;
 
 // The loss of one row; with `grad`, its logits become their gradient.
 template <class T>
@@ -31,27 +31,34 @@ double row_loss(T* logits, i64 V, int label, T scale, bool grad) {
 }
 
 template <class T>
-double cross_entropy_cpu(const Op& op, const Tensor& x, const Tensor& w, const Tensor& labels,
-                         double scale, const Tensor& dx, const GradSlot& slot) {
-  const Slot<T> dw{slot.grad.as<T>(), slot.add};
-  const i64 tokens = x.dim[0], V = w.dim[0], most = min(kChunkRows, tokens);
-  const bool grad = dx.defined() || dw.data;
-  const Tensor logits = op.empty({most, V}, x.dtype);
-  vector<double> losses(most);
-  double sum = 0;
-  for (i64 first = 0; first < tokens; first += kChunkRows) {
-    const i64 rows = min(kChunkRows, tokens - first);
-    const Tensor part = x.slice_rows(first, first + rows), d = logits.slice_rows(0, rows);
-    product<T>(op, part, w, {d.as<T>()}, kNormal, kTransposed);
-    parallel_rows(rows, V * 8, [&](i64 r) {
-      losses[r] = row_loss(row_of<T>(d, r), V, labels.i32()[first + r], T(scale), grad);
-    });
-    for (i64 r = 0; r < rows; r++) sum += losses[r];
-    if (dx.defined()) product<T>(op, d, w, {row_of<T>(dx, first)});
-    product<T>(op, d, part, {dw.data, dw.add || first > 0}, kTransposed);
+void cross_entropy(const Op& op, const Tensor& x, const Tensor& w, const Tensor& labels,
+                   double scale, const Tensor& dx, const GradSlot& dw, const Tensor& loss) {
+  const i64 tokens = x.dim[0], V = w.dim[0];
+  const bool grad = dx.defined() || dw.grad.defined(), gpu = x.device == Device::CUDA;
+  const i64 chunks = max<i64>(1, (tokens * V + kChunk - 1) / kChunk);
+  const i64 most = gpu ? (tokens + chunks - 1) / chunks : min(kCpuRows, tokens);
+  const Tensor logits = op.empty({most, V}, x.dtype), losses = op.empty({tokens}, DType::F64);
+  for (i64 first = 0; first < tokens; first += most) {
+    const i64 end = min(tokens, first + most);
+    const Tensor part = x.slice_rows(first, end), d = logits.slice_rows(0, end - first);
+    const Tensor label = labels.slice_rows(first, end), to = losses.slice_rows(first, end);
+    product<T>(op, part, w, {d}, kNormal, kTransposed);
+    op.run(
+        x,
+        [&]<class U>(U*) {
+          parallel_rows(end - first, V * 8, [&](i64 r) {
+            to.as<double>()[r] = row_loss(row_of<U>(d, r), V, label.i32()[r], U(scale), grad);
+          });
+        },
+        [&]<class U>(U*) { OnCuda<U>::row_losses(op.rank, d, label, scale, grad, to); });
+    if (dx.defined()) product<T>(op, d, w, {dx.slice_rows(first, end)});
+    product<T>(op, d, part, {dw.grad, dw.add || first > 0}, kTransposed);
   }
-  if (dw.data && !dw.add && tokens == 0) std::fill_n(dw.data, w.numel(), T(0));
-  return sum;
+  if (!dw.add && tokens == 0) fill_zero(op.rank, dw.grad);
+  double sum = 0;
+  if (gpu) return OnCuda<T>::add_up(op.rank, losses, loss);
+  for (i64 t = 0; t < tokens; t++) sum += losses.as<double>()[t];
+  *loss.as<T>() = T(sum);
 }
 
 }
@@ -62,13 +69,11 @@ Tensor lm_head_cross_entropy(Rank& rank, Tensor x, Tensor w, Tensor labels, doub
             {"labels I32 [T]", is_i32(labels, {x.dim[0]})},
             {"one dtype", x.dtype == w.dtype}},
            {&x, &w, &labels});
-  Tensor loss = op.empty({1}, x.dtype);
+  Tensor loss = op.empty({1}, wide(x.dtype));
   const Tensor dx = rank.tape && x.needs_grad() ? op.like(x) : Tensor{};
-  op.on_cpu(x, [&]<class T>(T*) {
-    op.check_ids("labels", labels, w.dim[0], kIgnoreLabel);
-    const GradSlot dw = rank.tape ? grad_slot(rank, w, at) : GradSlot{};
-    *loss.as<T>() = T(cross_entropy_cpu<T>(op, x, w, labels, scale, dx, dw));
-  });
+  op.check_ids("labels", labels, w.dim[0], kIgnoreLabel);
+  const GradSlot dw = rank.tape ? grad_slot(rank, w, at) : GradSlot{};
+  op.typed(x, [&]<class T>(T*) { cross_entropy<T>(op, x, w, labels, scale, dx, dw, loss); });
   record(op, {x, w}, {&loss}).bx({dx}, [](const auto& b) {
     if (b.keep[0].defined()) add_grad(b.rank, b.node.in[0], b.keep[0]);
   });

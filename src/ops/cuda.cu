@@ -4,6 +4,9 @@
 
 namespace pith {
 
+template <class T>
+using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
 // g, a, b, c and the output in one index space. Dimensions that all cross as one are one: whole
 // tensors need no division.
 struct Walk {
@@ -11,13 +14,37 @@ struct Walk {
   i64 size[kMaxDims], step[kMaxDims][5];
   char* data[5];
   double scalar[5];
-  bool bytes[5];
-  template <class T>
-  __device__ T at(int k, i64 i) const {
-    if (!data[k]) return T(scalar[k]);
-    return bytes[k] ? T(u8(data[k][i])) : reinterpret_cast<T*>(data[k])[i];
+  DType dtype[5];
+  template <class A>
+  __device__ A at(int k, i64 i) const {
+    if (!data[k]) return A(scalar[k]);
+    if (dtype[k] == DType::U8) return A(u8(data[k][i]));
+    if (dtype[k] == DType::BF16) return A(float(reinterpret_cast<BF16*>(data[k])[i]));
+    if (dtype[k] == DType::F64) return A(reinterpret_cast<double*>(data[k])[i]);
+    return A(reinterpret_cast<float*>(data[k])[i]);
   }
 };
+
+// Tensors of one dtype and shape, and scalars.
+template <class T, int N>
+static void alike(Rank& rank, i64 packs, const Walk& w, bool add, Formula f) {
+  using A = Wide<T>;
+  cuda_each(rank, packs, [=] __device__(i64 i) {
+    Pack<T, N> x[4], out;
+    for (int k = 0; k < 4; k++)
+      if (w.data[k])
+        x[k] = pack<N>(reinterpret_cast<T*>(w.data[k]), i);
+      else
+        for (int j = 0; j < N; j++) x[k].x[j] = T(A(w.scalar[k]));
+    T* to = reinterpret_cast<T*>(w.data[4]);
+    if (add) out = pack<N>(to, i);
+    for (int j = 0; j < N; j++) {
+      const A y = evaluate<A>(f, x[0].x[j], x[1].x[j], x[2].x[j], x[3].x[j]);
+      out.x[j] = T(add ? A(out.x[j]) + y : y);
+    }
+    pack<N>(to, i) = out;
+  });
+}
 
 template <class T>
 void OnCuda<T>::elementwise(Rank& rank, const Dims& space, const View* v, bool add, Formula f) {
@@ -25,7 +52,7 @@ void OnCuda<T>::elementwise(Rank& rank, const Dims& space, const View* v, bool a
   for (int k = 0; k < 5; k++) {
     const Tensor& x = v[k].x;
     w.data[k] = x.data ? x.data + v[k].begin * size_of(x.dtype) : nullptr;
-    w.bytes[k] = x.dtype == DType::U8;
+    w.dtype[k] = x.dtype;
     w.scalar[k] = v[k].scalar;
   }
   for (int d = 0; d < space.rank; d++) {
@@ -37,6 +64,15 @@ void OnCuda<T>::elementwise(Rank& rank, const Dims& space, const View* v, bool a
     for (int k = 0; k < 5; k++) w.step[w.rank - 1][k] = v[k].step[d];
   }
   const i64 n = space.numel();
+  bool same = w.rank <= 1;
+  for (int k = 0; k < 5; k++)
+    same = same && (!w.data[k] || (v[k].x.dtype == v[4].x.dtype && v[k].begin == 0 &&
+                                   (w.rank == 0 || w.step[0][k] == 1)));
+  if (same)
+    return with_packs<T>(n, [&](auto width) { alike<T, width>(rank, n / width, w, add, f); });
+  using A = Wide<T>;
+  const AnyFloat out(v[4].x);
+  const i64 begin = v[4].begin;
   cuda_each(rank, n, [=] __device__(i64 i) {
     i64 at[5] = {};
     for (int d = w.rank - 1; d >= 0; d--) {
@@ -46,14 +82,15 @@ void OnCuda<T>::elementwise(Rank& rank, const Dims& space, const View* v, bool a
       for (int k = 0; k < 5; k++) at[k] += (i - next * size) * w.step[d][k];
       i = next;
     }
-    const auto x = [&](int k) { return w.at<T>(k, at[k]); };
-    Slot<T>{reinterpret_cast<T*>(w.data[4]), add}.put(at[4], evaluate(f, x(0), x(1), x(2), x(3)));
+    const auto x = [&](int k) { return w.at<A>(k, at[k]); };
+    const A y = evaluate<A>(f, x(0), x(1), x(2), x(3));
+    out.put(begin + at[4], add ? y + x(4) : y);
   });
 }
 
 // A block adds up `width` neighbours; every `width`-th thread the same.
-template <class T>
-void OnCuda<T>::sum(Rank& rank, const Extent& e, const T* x, T* y) {
+void cuda_sum(Rank& rank, const Extent& e, const Tensor& x, const Tensor& y) {
+  const AnyFloat from(x), to(y);
   int width = 1;
   while (width < 32 && width < e.inner) width *= 2;
   const i64 tiles = (e.inner + width - 1) / width;
@@ -61,83 +98,117 @@ void OnCuda<T>::sum(Rank& rank, const Extent& e, const T* x, T* y) {
     const i64 o = b / tiles, c = b % tiles * width + threadIdx.x % width;
     double sum = 0;
     for (i64 i = threadIdx.x / width; c < e.inner && i < e.n; i += kBlock / width)
-      sum += x[(o * e.n + i) * e.inner + c];
+      sum += from.get((o * e.n + i) * e.inner + c);
     sum = block_sum(sum, width);
-    if (threadIdx.x < width && c < e.inner) y[o * e.inner + c] = T(sum);
+    if (threadIdx.x < width && c < e.inner) to.put(o * e.inner + c, sum);
   });
 }
 
-template <class T>
-void OnCuda<T>::gemm(Rank& rank, i64 m, i64 n, i64 k, Matrix<T> a, Matrix<T> b, T beta, T* c) {
-  if (k == 0 && beta == 0) cuda_zero(rank, c, m * n * sizeof(T));
-  if (m == 0 || n == 0 || k == 0) return;
-  // c^T = b^T a^T, as cuBLAS has columns for rows.
-  const auto call = [&](auto blas, T one = 1) {
-    const auto left = cublasOperation_t(b.layout), right = cublasOperation_t(a.layout);
-    cuda_check(blas(cuda_of(rank).blas, left, right, n, m, k, &one, b.data, b.ld, a.data, a.ld,
-                    &beta, c, n));
-  };
-  if constexpr (sizeof(T) == 8)
-    call(cublasDgemm_64);
-  else
-    call(cublasSgemm_64);
+static cudaDataType_t blas_type(DType d) {
+  return d == DType::F64 ? CUDA_R_64F : d == DType::F32 ? CUDA_R_32F : CUDA_R_16BF;
 }
 
-template <class T>
-void OnCuda<T>::gather_rows(Rank& rank, const Tensor& x, i64 n, const Tensor& index,
-                            const Tensor& begin, Slot<T> y) {
-  const T* from = x.as<T>();
-  const int *id = index.i32(), *cut = begin.defined() ? begin.i32() : nullptr;
-  cuda_each<1>(rank, cut ? begin.dim[0] - 1 : index.numel(), [=] __device__(i64 r) {
+void cuda_gemm(Rank& rank, i64 m, i64 n, i64 k, const Tensor& a, bool a_transposed, const Tensor& b,
+               bool b_transposed, const GradSlot& c) {
+  if (k == 0 && !c.add) cuda_zero(rank, c.grad.data, m * n * size_of(c.grad.dtype));
+  if (m == 0 || n == 0 || k == 0) return;
+  const bool f64 = a.dtype == DType::F64;
+  const double one = 1, beta = c.add;
+  const float one32 = 1, beta32 = c.add;
+  const auto scalar = [f64](const double& x, const float& y) -> const void* {
+    return f64 ? static_cast<const void*>(&x) : &y;
+  };
+  // c^T = b^T a^T, as cuBLAS has columns for rows.
+  cuda_check(cublasGemmEx_64(cuda_of(rank).blas, cublasOperation_t(b_transposed),
+                             cublasOperation_t(a_transposed), n, m, k, scalar(one, one32), b.data,
+                             blas_type(b.dtype), b.cols(), a.data, blas_type(a.dtype), a.cols(),
+                             scalar(beta, beta32), c.grad.data, blas_type(c.grad.dtype), n,
+                             f64 ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+}
+
+template <class T, int N>
+static void gather(Rank& rank, i64 rows, i64 n, const T* from, const int* id, const int* cut,
+                   const AnyFloat& out, bool add) {
+  using A = Wide<T>;
+  const bool same = out.dtype == (sizeof(T) == 2   ? DType::BF16
+                                  : sizeof(T) == 4 ? DType::F32
+                                                   : DType::F64);
+  cuda_rows(rank, rows, n / N, [=] __device__(i64 r, Team team) {
     const i64 first = cut ? cut[r] : r, end = cut ? cut[r + 1] : r + 1;
-    block_each(n, [=](i64 j) {
-      T sum = y.add ? y.data[r * n + j] : 0;
-      for (i64 i = first; i < end; i++) sum += from[id[i] * n + j];
-      y.data[r * n + j] = sum;
+    team.each(n / N, [&](i64 j) {
+      A sum[N] = {};
+      for (int l = 0; add && l < N; l++) sum[l] = out.get(r * n + j * N + l);
+      for (i64 i = first; i < end; i++) {
+        const Pack<T, N> a = pack<N>(from + id[i] * n, j);
+        for (int l = 0; l < N; l++) sum[l] += A(a.x[l]);
+      }
+      Pack<T, N> to;
+      for (int l = 0; l < N; l++) to.x[l] = T(sum[l]);
+      if (same) pack<N>(reinterpret_cast<T*>(out.data) + r * n, j) = to;
+      for (int l = 0; !same && l < N; l++) out.put(r * n + j * N + l, sum[l]);
     });
   });
 }
 
-// The block of an id's first row adds all of them, in order.
 template <class T>
-void OnCuda<T>::scatter_rows(Rank& rank, const Tensor& x, i64 n, const Tensor& ids,
-                             const Tensor& y) {
-  const i64 count = ids.numel();
-  const int* id = ids.i32();
-  const T* from = x.as<T>();
-  T* to = y.as<T>();
-  cuda_each<1>(rank, count, [=] __device__(i64 row) {
-    __shared__ bool same[kBlock];
-    for (i64 first = 0; first < count; first += kBlock) {
-      const i64 mine = first + threadIdx.x;
-      const bool is = mine < count && id[mine] == id[row];
-      if (__syncthreads_or(is && mine < row)) return;
-      same[threadIdx.x] = is;
-      if (!__syncthreads_or(is)) continue;
-      for (int i = 0; i < kBlock; i++)
-        if (same[i])
-          block_each(n, [=](i64 j) { to[id[row] * n + j] += from[(first + i) * n + j]; });
-    }
+void OnCuda<T>::gather_rows(Rank& rank, const Tensor& x, i64 n, const Tensor& index,
+                            const Tensor& begin, const GradSlot& y) {
+  const i64 rows = begin.defined() ? begin.dim[0] - 1 : index.numel();
+  with_packs<T>(n, [&](auto width) {
+    gather<T, width>(rank, rows, n, x.as<T>(), index.i32(), begin.i32(), AnyFloat(y.grad), y.add);
+  });
+}
+
+// Equal ids stand together once sorted; the first of them adds all.
+template <class T, int N>
+static void scatter(Rank& rank, i64 count, i64 n, const T* from, const int* id, const int* order,
+                    const AnyFloat& to) {
+  using A = Wide<T>;
+  cuda_rows(rank, count, n / N, [=] __device__(i64 first, Team team) {
+    if (first > 0 && id[first - 1] == id[first]) return;
+    team.each(n / N, [&](i64 j) {
+      const i64 at = id[first] * n + j * N;
+      A sum[N];
+      for (int l = 0; l < N; l++) sum[l] = to.get(at + l);
+      for (i64 i = first; i < count && id[i] == id[first]; i++) {
+        const Pack<T, N> a = pack<N>(from + order[i] * n, j);
+        for (int l = 0; l < N; l++) sum[l] += A(a.x[l]);
+      }
+      for (int l = 0; l < N; l++) to.put(at + l, sum[l]);
+    });
   });
 }
 
 template <class T>
-void OnCuda<T>::cumsum(Rank& rank, const Tensor& x, Slot<T> to, bool reverse) {
+void OnCuda<T>::scatter_rows(Rank& rank, const Tensor& x, i64 n, const Tensor& ids,
+                             const Tensor& y) {
+  if (ids.numel() == 0 || n == 0) return;
+  const Tensor sorted = empty(rank, ids.dim, DType::I32), order = empty(rank, ids.dim, DType::I32);
+  cuda_sort(rank, ids, y.numel() / n, sorted, order);
+  with_packs<T>(n, [&](auto width) {
+    scatter<T, width>(rank, ids.numel(), n, x.as<T>(), sorted.i32(), order.i32(), AnyFloat(y));
+  });
+}
+
+template <class T>
+void OnCuda<T>::cumsum(Rank& rank, const Tensor& x, const GradSlot& slot, bool reverse) {
+  const AnyFloat to(slot.grad);
+  const bool add = slot.add;
   const i64 n = x.cols();
   const T* from = x.as<T>();
   cuda_each<1>(rank, x.rows(), [=] __device__(i64 r) {
-    __shared__ T part[kBlock];
-    T before = 0;
+    __shared__ Wide<T> part[kBlock];
+    Wide<T> before = 0;
     for (i64 first = 0; first < n; first += kBlock) {
       const i64 i = first + threadIdx.x, at = r * n + (reverse ? n - 1 - i : i);
-      T sum = i < n ? from[at] : 0;
+      Wide<T> sum = i < n ? from[at] : T(0);
       for (int back = 1; back < 2 * kBlock; back *= 2) {
         __syncthreads();
         part[threadIdx.x] = sum;
         __syncthreads();
         if (threadIdx.x >= back) sum += part[threadIdx.x - back];
       }
-      if (i < n) to.put(at, before + sum);
+      if (i < n) to.put(at, before + sum, add);
       before += part[kBlock - 1];
     }
   });
@@ -149,25 +220,28 @@ void OnCuda<T>::softmax(Rank& rank, const Tensor& x, const Tensor& y) {
   const T* from = x.as<T>();
   T* to = y.as<T>();
   cuda_each<1>(rank, x.rows(), [=] __device__(i64 r) {
-    const auto larger = [](T a, T b) { return b > a ? b : a; };
-    T top = -INFINITY, sum = 0;
-    block_each(n, [&](i64 i) { top = larger(top, from[r * n + i]); });
+    using A = Wide<T>;
+    const auto larger = [](A a, A b) { return b > a ? b : a; };
+    A top = -INFINITY, sum = 0;
+    block_each(n, [&](i64 i) { top = larger(top, A(from[r * n + i])); });
     top = block_fold(top, larger);
-    block_each(n, [&](i64 i) { sum += to[r * n + i] = exp_negative(from[r * n + i] - top); });
+    block_each(n, [&](i64 i) { sum += exp_negative(A(from[r * n + i]) - top); });
     sum = block_sum(sum);
-    block_each(n, [&](i64 i) { to[r * n + i] /= sum; });
+    block_each(n, [&](i64 i) { to[r * n + i] = T(exp_negative(A(from[r * n + i]) - top) / sum); });
   });
 }
 
 template <class T>
-void OnCuda<T>::softmax_grad(Rank& rank, const Tensor& dy, const Tensor& y, Slot<T> dx) {
+void OnCuda<T>::softmax_grad(Rank& rank, const Tensor& dy, const Tensor& y, const GradSlot& slot) {
+  const AnyFloat dx(slot.grad);
+  const bool add = slot.add;
   const i64 n = y.cols();
   const T *g = dy.as<T>(), *p = y.as<T>();
   cuda_each<1>(rank, y.rows(), [=] __device__(i64 r) {
-    T mean = 0;
+    Wide<T> mean = 0;
     block_each(n, [&](i64 i) { mean += g[r * n + i] * p[r * n + i]; });
     mean = block_sum(mean);
-    block_each(n, [&](i64 i) { dx.put(r * n + i, p[r * n + i] * (g[r * n + i] - mean)); });
+    block_each(n, [&](i64 i) { dx.put(r * n + i, p[r * n + i] * (g[r * n + i] - mean), add); });
   });
 }
 
@@ -208,11 +282,12 @@ void OnCuda<T>::top_k_grad(Rank& rank, const Tensor& dy, const Tensor& ids, cons
   const i64 n = dx.cols(), k = ids.cols();
   const int* id = ids.i32();
   const T* g = dy.as<T>();
-  T* to = dx.as<T>();
-  cuda_each(rank, ids.numel(), [=] __device__(i64 i) { to[i / k * n + id[i]] += g[i]; });
+  const AnyFloat to(dx);
+  cuda_each(rank, ids.numel(), [=] __device__(i64 i) { to.put(i / k * n + id[i], g[i], true); });
 }
 
 template struct OnCuda<float>;
 template struct OnCuda<double>;
+template struct OnCuda<BF16>;
 
 }

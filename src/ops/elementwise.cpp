@@ -34,7 +34,7 @@ void operand_grad(Backward<T> b, int k) {
   const GradSlot d = b.slot(k);
   if (!d.grad.defined()) return;
   const bool repeated = d.grad.numel() != b.dy().numel();
-  Tensor whole = repeated ? b.op().like(b.dy()) : d.grad;
+  Tensor whole = repeated ? b.op().empty(b.dy().dim, wide(b.dy().dtype)) : d.grad;
   whole.dim = b.dy().dim;
   apply<T, f>(b.op(), whole, d.add && !repeated, b.dy(), b.keep, b.node.f);
   if (repeated) sum_to<T>(b.op(), whole, d);

@@ -10,6 +10,7 @@
 #include <algorithm>
 
 #include "ops/cpu.h"
+#include "ops/grouped.h"
 
 namespace pith {
 namespace {
@@ -21,13 +22,21 @@ T sum_at(const T* p, const int* ids, i64 k) {
   return sum;
 }
 
-// f(e, begin, end) for each expert and its rows; `work`: multiply-adds in all.
+// f(e, begin, end) for each expert and its rows; `work`: multiply-adds in all. Waits for a GPU.
 template <class F>
-void each_expert(const Tensor& offsets, i64 work, F&& f) {
+void each_expert(Rank& rank, const Tensor& offsets, i64 work, F&& f) {
   const i64 E = offsets.dim[0] - 1;
-  const int* begin = offsets.i32();
-#pragma omp parallel for schedule(dynamic) if (E > 1 && work > kParallelProduct)
+  vector<char> bytes;
+  const Tensor host = on_host(rank, offsets, bytes);
+  const int* begin = host.i32();
+  const bool threads = E > 1 && work > kParallelProduct && offsets.device == Device::CPU;
+#pragma omp parallel for schedule(dynamic) if (threads)
   for (i64 e = 0; e < E; e++) f(e, begin[e], begin[e + 1]);
+}
+
+// Whether CUTLASS's product by expert serves.
+bool grouped(const Tensor& x, i64 in, i64 out) {
+  return kCuda && x.dtype == DType::BF16 && grouped_fits(in, out);
 }
 
 // PERF: one loop an output, for vector instructions, over a stretch whose sigmoids are kept.
@@ -68,10 +77,11 @@ Routing router(Rank& rank, Tensor x, Tensor w, RouterOptions options, At at) {
        {"forced_ids I32 [T, k] or undefined", !forced.defined() || is_i32(forced, {T, k})},
        {"forced_ids or force_balanced, not both", !forced.defined() || !options.force_balanced}},
       {&x, &w, &forced});
-  Routing out{op.empty({T, k}, DType::I32), op.empty({T, k}, x.dtype), op.empty({T, E}, x.dtype)};
-  op.on_cpu(x, [&]<class F>(F*) {
-    if (forced.defined()) op.check_ids("forced_ids", forced, E);
-    product<F>(op, x, w, {out.probs.as<F>()}, kNormal, kTransposed);
+  const DType dtype = wide(x.dtype);
+  Routing out{op.empty({T, k}, DType::I32), op.empty({T, k}, dtype), op.empty({T, E}, dtype)};
+  if (forced.defined()) op.check_ids("forced_ids", forced, E);
+  op.typed(x, [&]<class F>(F*) { product<F>(op, x, w, {out.probs}, kNormal, kTransposed); });
+  const auto route = [&]<class F>(F*) {
     parallel_rows(T, E * 8, [&](i64 t) {
       F *p = row_of<F>(out.probs, t), *weights = row_of<F>(out.weights, t);
       int* ids = row_of<int>(out.ids, t);
@@ -86,10 +96,12 @@ Routing router(Rank& rank, Tensor x, Tensor w, RouterOptions options, At at) {
       const F divisor = options.normalize ? sum_at(p, ids, k) : 1;
       for (i64 j = 0; j < k; j++) weights[j] = p[ids[j]] / divisor;
     });
-  });
+  };
+  op.run(out.probs, route, [&]<class F>(F*) { OnCuda<F>::route(rank, options, out); });
   record(op, {x, w}, {&out.weights, &out.probs})
       .numbers({options.normalize})
-      .bx({w, out.probs, out.ids},
+      .bx(
+          {w, out.probs, out.ids},
           []<class F>(Backward<F> b) {
             const Tensor &dweights = b.dy(0), &dprobs = b.dy(1), d = b.op().like(b.keep[1]);
             const i64 experts = d.dim[1], chosen = b.keep[2].dim[1];
@@ -110,11 +122,19 @@ Routing router(Rank& rank, Tensor x, Tensor w, RouterOptions options, At at) {
               const F along = dot(row, p, experts);
               for (i64 e = 0; e < experts; e++) row[e] = p[e] * (row[e] - along);
             });
-            product(b.op(), d, b.keep[0], b.to(0));
+            product<F>(b.op(), d, b.keep[0], b.slot(0));
+            b.node.bw_keep.push(d);
+          },
+          []<class F>(Backward<F> b) {
+            using Wide = std::conditional_t<std::is_same_v<F, BF16>, float, F>;
+            const Tensor d = b.op().empty(b.keep[1].dim, b.node.in[0].dtype);
+            OnCuda<Wide>::template route_grad<F>(b.rank, b.node.i[0], b.keep, b.dy(0), b.dy(1), d);
+            product<F>(b.op(), d, b.keep[0], b.slot(0));
             b.node.bw_keep.push(d);
           })
-      .bw(1, {x},
-          [](const auto& b) { product(b.op(), b.keep[1], b.keep[0], b.to(1), kTransposed); });
+      .bw(1, {x}, []<class F>(Backward<F> b) {
+        product<F>(b.op(), b.keep[1], b.keep[0], b.slot(1), kTransposed);
+      });
   return out;
 }
 
@@ -126,29 +146,36 @@ Tensor grouped_linear(Rank& rank, Tensor x, Tensor w, Tensor offsets, At at) {
        {"one dtype", x.dtype == w.dtype}},
       {&x, &w, &offsets});
   Tensor y = op.empty({x.dim[0], w.dim[1]}, x.dtype);
-  op.on_cpu(x, [&]<class T>(T*) {
-    op.check_offsets("offsets", offsets, x.dim[0]);
-    each_expert(offsets, x.numel() * w.dim[1], [&](i64 e, i64 r, i64 end) {
-      product<T>(op, x.slice_rows(r, end), w.slice_rows(e, e + 1), {row_of<T>(y, r)}, kNormal,
+  op.check_offsets("offsets", offsets, x.dim[0]);
+  op.typed(x, [&]<class T>(T*) {
+    if (grouped(x, w.cols(), w.dim[1])) return grouped_forward(rank, x, w, offsets, y);
+    each_expert(rank, offsets, x.numel() * w.dim[1], [&](i64 e, i64 r, i64 end) {
+      product<T>(op, x.slice_rows(r, end), w.slice_rows(e, e + 1), {y.slice_rows(r, end)}, kNormal,
                  kTransposed);
     });
   });
   record(op, {x, w}, {&y})
       .bx({w, offsets},
           []<class T>(Backward<T> b) {
-            const Slot<T> dx = b.to(0);
-            const i64 in = b.keep[0].dim[2];
-            each_expert(b.keep[1], b.dy().numel() * in, [&](i64 e, i64 r, i64 end) {
-              product(b.op(), b.dy().slice_rows(r, end), b.keep[0].slice_rows(e, e + 1),
-                      dx.from(r * in));
-            });
+            const GradSlot dx = b.slot(0);
+            if (!dx.grad.defined()) return;
+            if (!dx.add && grouped(b.dy(), b.dy().cols(), dx.grad.cols()))
+              return grouped_input_grad(b.rank, b.dy(), b.keep[0], b.keep[1], dx.grad);
+            each_expert(
+                b.rank, b.keep[1], b.dy().numel() * dx.grad.cols(), [&](i64 e, i64 r, i64 end) {
+                  product<T>(b.op(), b.dy().slice_rows(r, end), b.keep[0].slice_rows(e, e + 1),
+                             {dx.grad.slice_rows(r, end), dx.add});
+                });
           })
       .bw(1, {x, offsets}, []<class T>(Backward<T> b) {
-        const Slot<T> dw = b.to(1);
-        const i64 in = b.keep[0].dim[1], size = in * b.dy().dim[1];
-        each_expert(b.keep[1], b.dy().numel() * in, [&](i64 e, i64 r, i64 end) {
-          product(b.op(), b.dy().slice_rows(r, end), b.keep[0].slice_rows(r, end),
-                  dw.from(e * size), kTransposed);
+        const GradSlot dw = b.slot(1);
+        const Tensor &rows = b.keep[0], &begin = b.keep[1];
+        if (!dw.grad.defined()) return;
+        if (dw.add && dw.grad.dtype == DType::F32 && grouped(b.dy(), rows.cols(), b.dy().cols()))
+          return grouped_weight_grad(b.rank, b.dy(), rows, begin, dw.grad);
+        each_expert(b.rank, begin, b.dy().numel() * rows.cols(), [&](i64 e, i64 r, i64 end) {
+          product<T>(b.op(), b.dy().slice_rows(r, end), rows.slice_rows(r, end),
+                     {dw.grad.slice_rows(e, e + 1), dw.add}, kTransposed);
         });
       });
   return y;
@@ -157,21 +184,31 @@ Tensor grouped_linear(Rank& rank, Tensor x, Tensor w, Tensor offsets, At at) {
 Tensor swiglu(Rank& rank, Tensor gate_up, Tensor weights, At at) {
   const Op op{rank, "swiglu", at};
   op.check({{"gate_up [P, 2F]", gate_up.dim.rank == 2 && gate_up.dim[1] % 2 == 0},
-            {"weights [P] or undefined", !weights.defined() || weights.dim == Dims{gate_up.dim[0]}},
-            {"one dtype", one_dtype({&gate_up, &weights})}},
+            {"weights [P], f32 with bf16, or undefined",
+             !weights.defined() ||
+                 (weights.dim == Dims{gate_up.dim[0]} && weights.dtype == wide(gate_up.dtype))}},
            {&gate_up, &weights});
   Tensor y = op.empty({gate_up.dim[0], gate_up.dim[1] / 2}, gate_up.dtype);
-  op.on_cpu(gate_up, [&, F = y.dim[1]]<class T>(T*) {
+  const auto on_cpu = [&, F = y.dim[1]]<class T>(T*) {
     parallel_rows(y.dim[0], F * 16, [&](i64 p) {
       const T *gate = row_of<T>(gate_up, p), *up = gate + F;
       const T weight = weights.defined() ? weights.as<T>()[p] : 1;
       T* out = row_of<T>(y, p);
       for (i64 j = 0; j < F; j++) out[j] = gate[j] * logistic(gate[j]) * up[j] * weight;
     });
-  });
-  record(op, {gate_up, weights}, {&y}).bx({gate_up, weights}, [](const auto& b) {
-    swiglu_bx_cpu(b.dy(), b.keep[0], b.keep[1], b.to(0), b.to(1));
-  });
+  };
+  op.run(gate_up, on_cpu, [&]<class T>(T*) { OnCuda<T>::swiglu(rank, gate_up, weights, y); });
+  record(op, {gate_up, weights}, {&y})
+      .bx(
+          {gate_up, weights},
+          [](const auto& b) { swiglu_bx_cpu(b.dy(), b.keep[0], b.keep[1], b.to(0), b.to(1)); },
+          []<class T>(Backward<T> b) {
+            const Tensor d = b.op().like(b.keep[0]), &in = b.node.in[1];
+            const Tensor dweights = in.needs_grad() ? b.op().like(b.keep[1]) : Tensor{};
+            OnCuda<T>::swiglu_grad(b.rank, b.dy(), b.keep, d, dweights);
+            add_grad(b.rank, b.node.in[0], d);
+            if (in.needs_grad()) add_grad(b.rank, in, dweights);
+          });
   return y;
 }
 

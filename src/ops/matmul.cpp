@@ -46,12 +46,12 @@ Tensor linear(Rank& rank, Tensor x, Tensor w, Tensor bias, At at) {
   Tensor y = op.empty(with_size(x.dim, x.dim.rank - 1, out), x.dtype);
   op.typed(x, [&]<class T>(T*) {
     if (bias.defined()) copy_elements<T>(op, y.dim, view_of(bias, y.dim), view_of(y), false);
-    product<T>(op, x, w, {y.as<T>(), bias.defined()}, kNormal, kTransposed);
+    product<T>(op, x, w, {y, bias.defined()}, kNormal, kTransposed);
   });
   record(op, {x, w, bias}, {&y})
-      .bx({w}, [](const auto& b) { product(b.op(), b.dy(), b.keep[0], b.to(0)); })
+      .bx({w}, []<class T>(Backward<T> b) { product<T>(b.op(), b.dy(), b.keep[0], b.slot(0)); })
       .bw(1, {x}, []<class T>(Backward<T> b) {
-        product(b.op(), b.dy(), b.keep[0], b.to(1), kTransposed);
+        product<T>(b.op(), b.dy(), b.keep[0], b.slot(1), kTransposed);
         const GradSlot dbias = b.slot(2);
         if (dbias.grad.defined()) sum_to<T>(b.op(), b.dy(), dbias);
       });
@@ -77,12 +77,11 @@ void products(const Op& op, const Dims& lead, const Tensor& a, Layout a_layout, 
   const auto at = [&](Tensor x, const View& v, i64 p) {
     const i64 rows = x.dim[x.dim.rank - 2], cols = x.cols();
     x.dim = {rows, cols};
-    if (x.data) x.data += v.offset(lead, p) * rows * cols * sizeof(T);
+    if (x.data) x.data += v.offset(lead, p) * rows * cols * size_of(x.dtype);
     return x;
   };
   const auto one = [&](i64 p) {
-    product<T>(op, at(a, va, p), at(b, vb, p), {at(c, vc, p).template as<T>(), add}, a_layout,
-               b_layout);
+    product<T>(op, at(a, va, p), at(b, vb, p), {at(c, vc, p), add}, a_layout, b_layout);
   };
   const i64 work = c.cols() * a.dim[a.dim.rank - 2] * a.cols();
   if (c.device == Device::CPU && vc.x.numel() == lead.numel()) {

@@ -71,11 +71,11 @@ struct Turns {
   }
 };
 
+Heads heads_of(const Node& node) { return {int(node.i[0]), int(node.i[1]), int(node.i[2])}; }
 // Without the norms' weights in `keep` they turn only.
 template <class T>
 Turns<T> turns_of(Backward<T> b) {
-  const i64* i = b.node.i;
-  return {{int(i[0]), int(i[1]), int(i[2])}, b.keep};
+  return {heads_of(b.node), b.keep};
 }
 
 // Without a residual sum is x, and no output of the node.
@@ -87,16 +87,21 @@ AddRmsNorm norm_of_sum(const Op& op, bool summed, const Tensor& x, const Tensor&
             {"one dtype", one_dtype({&x, &residual, &w})}},
            {&x, &residual, &w});
   AddRmsNorm y{summed ? op.like(x) : x, op.like(x)};
-  const Tensor rstd = op.empty({x.rows()}, x.dtype);
-  op.on_cpu(x, [&]<class T>(T*) {
-    parallel_rows(x.rows(), D * 4, [&](i64 r) {
-      T *row = row_of<T>(y.sum, r), *out = row_of<T>(y.normed, r);
-      const T *a = row_of<T>(x, r), *b = residual.as<T>() + r * D;
-      for (i64 j = 0; summed && j < D; j++) row[j] = a[j] + b[j];
-      const T scale = rstd.as<T>()[r] = rms_scale(row, D, T(eps));
-      for (i64 j = 0; j < D; j++) out[j] = row[j] * scale * w.as<T>()[j];
-    });
-  });
+  const Tensor rstd = op.empty({x.rows()}, wide(x.dtype));
+  op.run(
+      x,
+      [&]<class T>(T*) {
+        parallel_rows(x.rows(), D * 4, [&](i64 r) {
+          T *row = row_of<T>(y.sum, r), *out = row_of<T>(y.normed, r);
+          const T *a = row_of<T>(x, r), *b = residual.as<T>() + r * D;
+          for (i64 j = 0; summed && j < D; j++) row[j] = a[j] + b[j];
+          const T scale = rstd.as<T>()[r] = rms_scale(row, D, T(eps));
+          for (i64 j = 0; j < D; j++) out[j] = row[j] * scale * w.as<T>()[j];
+        });
+      },
+      [&]<class T>(T*) {
+        OnCuda<T>::rms_norm(op.rank, x, summed ? residual : Tensor{}, w, eps, y, rstd);
+      });
   const auto bx = []<class T>(Backward<T> b) {
     const bool two = b.node.out.count == 2;
     const Tensor &dy = b.dy(two), dsum = two ? b.dy() : Tensor{}, dx = b.op().like(b.keep[0]);
@@ -118,6 +123,17 @@ AddRmsNorm norm_of_sum(const Op& op, bool summed, const Tensor& x, const Tensor&
     }
     add_grad(b.rank, b.node.in[0], dx);
   };
+  const auto gpu_bx = []<class T>(Backward<T> b) {
+    const bool two = b.node.out.count == 2, twice = two && b.node.in[1].needs_grad();
+    const Tensor dx = b.op().like(b.keep[0]), copy = twice ? b.op().like(dx) : Tensor{};
+    OnCuda<T>::rms_norm_grad(b.rank, b.dy(two), two ? b.dy() : Tensor{}, b.keep, dx, copy);
+    if (twice) add_grad(b.rank, b.node.in[1], copy);
+    add_grad(b.rank, b.node.in[0], dx);
+  };
+  const auto gpu_bw = []<class T>(Backward<T> b) {
+    const Tensor& dy = b.dy(b.node.out.count - 1);
+    if (dy.defined()) OnCuda<T>::rms_norm_weight(b.rank, dy, b.keep[0], b.keep[1], b.slot(2));
+  };
   const auto bw = []<class T>(Backward<T> b) {
     const Tensor &dy = b.dy(b.node.out.count - 1), &rows = b.keep[0];
     if (!dy.defined()) return;
@@ -128,8 +144,8 @@ AddRmsNorm norm_of_sum(const Op& op, bool summed, const Tensor& x, const Tensor&
   };
   (summed ? record(op, {x, residual, w}, {&y.sum, &y.normed})
           : record(op, {x, residual, w}, {&y.normed}))
-      .bx({y.sum, w, rstd}, bx)
-      .bw(2, {y.sum, rstd}, bw);
+      .bx({y.sum, w, rstd}, bx, gpu_bx)
+      .bw(2, {y.sum, rstd}, bw, gpu_bw);
   return y;
 }
 
@@ -152,15 +168,18 @@ Rope rope_tables(Rank& rank, i64 positions, int size, double theta, At at) {
   const DType dtype = rank.compute == DType::F64 ? DType::F64 : DType::F32;
   const i64 half = size / 2;
   Rope rope{op.empty({positions, half}, dtype), op.empty({positions, half}, dtype)};
-  op.on_cpu(rope.cos, [&]<class T>(T*) {
-    parallel_rows(positions, half * 100, [&](i64 p) {
-      for (i64 i = 0; i < half; i++) {
-        const double turn = double(p) * std::pow(theta, -2.0 * i / size);
-        row_of<T>(rope.cos, p)[i] = T(std::cos(turn));
-        row_of<T>(rope.sin, p)[i] = T(std::sin(turn));
-      }
-    });
-  });
+  op.run(
+      rope.cos,
+      [&]<class T>(T*) {
+        parallel_rows(positions, half * 100, [&](i64 p) {
+          for (i64 i = 0; i < half; i++) {
+            const double turn = double(p) * std::pow(theta, -2.0 * i / size);
+            row_of<T>(rope.cos, p)[i] = T(std::cos(turn));
+            row_of<T>(rope.sin, p)[i] = T(std::sin(turn));
+          }
+        });
+      },
+      [&]<class T>(T*) { OnCuda<T>::rope_tables(rank, rope, size, theta); });
   return rope;
 }
 
@@ -176,32 +195,53 @@ Tensor qk_norm_rope(Rank& rank, Tensor qkv, Heads heads, Tensor q_norm, Tensor k
              normed ? q_norm.dim == Dims{N} && k_norm.dim == Dims{N} : !k_norm.defined()},
             {"tables [positions, N/2]",
              rope.cos.dim.rank == 2 && rope.cos.dim[1] == N / 2 && rope.sin.dim == rope.cos.dim},
-            {"one dtype", one_dtype({&qkv, &rope.cos, &rope.sin, &q_norm, &k_norm})}},
+            {"one dtype, of the tables f32 with bf16", one_dtype({&qkv, &q_norm, &k_norm}) &&
+                                                           one_dtype({&rope.cos, &rope.sin}) &&
+                                                           rope.cos.dtype == wide(qkv.dtype)}},
            {&qkv, &q_norm, &k_norm, &rope.cos, &positions});
   Tensor y = op.like(qkv);
-  const Tensor rstd = normed ? op.empty({qkv.dim[0], heads.query + heads.kv}, qkv.dtype) : Tensor{};
+  const Tensor rstd =
+      normed ? op.empty({qkv.dim[0], heads.query + heads.kv}, wide(qkv.dtype)) : Tensor{};
   const TensorList all = {rope.cos, rope.sin, positions, normed ? qkv : Tensor{},
                           rstd,     q_norm,   k_norm};
-  op.on_cpu(qkv, [&]<class T>(T*) {
-    op.check_ids("positions", positions, rope.cos.dim[0]);
-    Turns<T>{heads, all}.forward(qkv, T(eps), y);
-  });
-  const auto node = record(op, {qkv, q_norm, k_norm}, {&y})
-                        .numbers({heads.query, heads.kv, N})
-                        .bx(all, [](const auto& b) {
-                          const Tensor dx = b.op().like(b.dy());
-                          turns_of(b).backward(b.dy(), dx);
-                          add_grad(b.rank, b.node.in[0], dx);
-                        });
+  op.check_ids("positions", positions, rope.cos.dim[0]);
+  op.run(
+      qkv,
+      [&]<class T>(T*) {
+        Turns<T>{heads, all}.forward(qkv, T(eps), y);
+      },
+      [&]<class T>(T*) { OnCuda<T>::qk_norm_rope(rank, heads, all, qkv, eps, y); });
+  const auto node =
+      record(op, {qkv, q_norm, k_norm}, {&y})
+          .numbers({heads.query, heads.kv, N})
+          .bx(
+              all,
+              [](const auto& b) {
+                const Tensor dx = b.op().like(b.dy());
+                turns_of(b).backward(b.dy(), dx);
+                add_grad(b.rank, b.node.in[0], dx);
+              },
+              []<class T>(Backward<T> b) {
+                const Tensor dx = b.op().like(b.dy());
+                OnCuda<T>::qk_norm_rope_grad(b.rank, heads_of(b.node), b.keep, b.dy(), dx);
+                add_grad(b.rank, b.node.in[0], dx);
+              });
   if (normed)
-    node.bw(1, {rope.cos, rope.sin, positions, qkv, rstd}, [](const auto& b) {
-      const auto turns = turns_of(b);
-      const Tensor u = b.op().like(b.dy());
-      turns.backward(b.dy(), u);
-      // One after the other: one weight may serve both, and the first writer assigns.
-      turns.weight_grad(u, 0, turns.heads.query, b.to(1));
-      turns.weight_grad(u, turns.heads.query, turns.turned(), b.to(2));
-    });
+    node.bw(
+        1, {rope.cos, rope.sin, positions, qkv, rstd},
+        [](const auto& b) {
+          const auto turns = turns_of(b);
+          const Tensor u = b.op().like(b.dy());
+          turns.backward(b.dy(), u);
+          // One after the other: one weight may serve both, and the first writer assigns.
+          turns.weight_grad(u, 0, turns.heads.query, b.to(1));
+          turns.weight_grad(u, turns.heads.query, turns.turned(), b.to(2));
+        },
+        []<class T>(Backward<T> b) {
+          const Heads h = heads_of(b.node);
+          OnCuda<T>::qk_norm_weight(b.rank, h, b.keep, b.dy(), 0, h.query, b.slot(1));
+          OnCuda<T>::qk_norm_weight(b.rank, h, b.keep, b.dy(), h.query, h.query + h.kv, b.slot(2));
+        });
   return y;
 }
 

@@ -62,11 +62,4 @@ Dims Op::broadcast(std::initializer_list<const Tensor*> ts) const {
   return all;
 }
 
-void Op::check_cpu(const Tensor& x) const {
-  if (x.device == Device::CPU) return;
-  failed(text("%s:%d: %s", at.file, at.line, name),
-         text("no CUDA implementation in this build (got %s)", describe(x).c_str()),
-         "device = cpu");
-}
-
 }

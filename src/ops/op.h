@@ -1,5 +1,6 @@
 // op: checks, the choice of element type and tape nodes of every op.
 #pragma once
+#include "core/cuda.h"
 #include "ops/ops.h"
 
 namespace pith {
@@ -9,7 +10,7 @@ template <class T>
 struct Slot {
   T* data = nullptr;
   bool add = false;
-  constexpr void put(i64 i, T value) const { data[i] = add ? data[i] + value : value; }
+  constexpr void put(i64 i, T value) const { data[i] = add ? T(data[i] + value) : value; }
   Slot from(i64 i) const { return {data ? data + i : nullptr, add}; }
 };
 
@@ -45,21 +46,28 @@ struct Op {
   Tensor empty(const Dims& dims, DType dtype) const { return pith::empty(rank, dims, dtype, at); }
   Tensor like(const Tensor& x) const { return empty(x.dim, x.dtype); }
 
-  // x is in main memory.
-  void check_cpu(const Tensor& x) const;
-  template <class F>
-  void on_cpu(const Tensor& x, F&& f) const {
-    check_cpu(x);
-    typed(x, f);
-  }
-  // f(T*), a null pointer, T being x's float or double.
+  // f(T*), a null pointer, T being x's float, double or, on a GPU, BF16.
   template <class F>
   void typed(const Tensor& x, F&& f) const {
-    check({{"dtype f32 or f64", x.dtype == DType::F32 || x.dtype == DType::F64}}, {&x});
+    if constexpr (kCuda)
+      if (x.dtype == DType::BF16 && x.device == Device::CUDA) return f((BF16*)nullptr);
+    on_cpu(x, f);
+  }
+  template <class F>
+  void on_cpu(const Tensor& x, F&& f) const {
+    check({{"dtype f32 or f64, or bf16 on a GPU", x.dtype == DType::F32 || x.dtype == DType::F64}},
+          {&x});
     if (x.dtype == DType::F64)
-      f(static_cast<double*>(nullptr));
+      f((double*)nullptr);
     else
-      f(static_cast<float*>(nullptr));
+      f((float*)nullptr);
+  }
+  // cpu(T*), or gpu(T*) if x is there.
+  template <class F, class G>
+  void run(const Tensor& x, F&& cpu, G&& gpu) const {
+    if constexpr (kCuda)
+      if (x.device == Device::CUDA) return typed(x, gpu);
+    on_cpu(x, cpu);
   }
 };
 
@@ -85,18 +93,24 @@ struct Backward {
   }
 };
 
-template <class F>
+// f(Backward<T>), or g where the node is on a GPU.
+template <class F, class G>
 void run_backward(Rank& rank, Node& node, const TensorList& keep) {
-  Op{rank, node.op, node.at}.typed(node.in[0], [&]<class T>(T*) {
-    F{}(Backward<T>{rank, node, keep});
-  });
+  Op{rank, node.op, node.at}.run(
+      node.in[0],
+      [&]<class T>(T*) {
+        F{}(Backward<T>{rank, node, keep});
+      },
+      [&]<class T>(T*) {
+        G{}(Backward<T>{rank, node, keep});
+      });
 }
 
 struct NoGradient {
   void operator()(const auto&) const {}
 };
 // The node that record() made, or null. Functions are captureless, of a Backward<T>.
-template <class Bx = NoGradient>
+template <class Bx = NoGradient, class GpuBx = Bx>
 struct Recorded {
   Node* node;
 
@@ -105,28 +119,28 @@ struct Recorded {
     for (size_t k = 0; node && k < f.size(); k++) node->f[k] = f.begin()[k];
     return *this;
   }
-  template <class F>
-  Recorded<F> bx(const TensorList& keep, F) const {
+  template <class F, class G = F>
+  Recorded<F, G> bx(const TensorList& keep, F, G = {}) const {
     if (node) node->bx_keep = keep;
-    if (node) node->bx = [](Rank& r, Node& n) { run_backward<F>(r, n, n.bx_keep); };
+    if (node) node->bx = [](Rank& r, Node& n) { run_backward<F, G>(r, n, n.bx_keep); };
     return {node};
   }
   // Gradients of the inputs from `first` on, weights: due in bx, before that op's, where another op
   // made one; else they can wait.
-  template <class F>
-  void bw(int first, const TensorList& keep, F) const {
+  template <class F, class G = F>
+  void bw(int first, const TensorList& keep, F, G = {}) const {
     if (!node) return;
     node->bw_keep = keep;
     bool made = false;
     for (int k = first; k < node->in.count; k++) made |= node->in[k].var >= 0 && !node->in[k].grad;
     if (made)
       node->bx = [](Rank& r, Node& n) {
-        run_backward<Bx>(r, n, n.bx_keep);
-        run_backward<F>(r, n, n.bw_keep);
+        run_backward<Bx, GpuBx>(r, n, n.bx_keep);
+        run_backward<F, G>(r, n, n.bw_keep);
       };
     else
       node->bw = [](Rank& r, Node* const* nodes, int count) {
-        for (int i = 0; i < count; i++) run_backward<F>(r, *nodes[i], nodes[i]->bw_keep);
+        for (int i = 0; i < count; i++) run_backward<F, G>(r, *nodes[i], nodes[i]->bw_keep);
       };
   }
 };

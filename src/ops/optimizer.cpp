@@ -20,20 +20,6 @@ void parallel_blocks(i64 n, i64 work, F&& f) {
                 [&](i64 b) { f(b * kBlock, min(n, (b + 1) * kBlock)); });
 }
 
-template <class T>
-void adamw_block(const AdamW& o, i64 n, const T* g, T* w, T* m, T* v) {
-  const T b1 = T(o.beta1), c1 = T(1 - o.beta1), b2 = T(o.beta2), c2 = T(1 - o.beta2);
-  const T scale = T(o.grad_scale), eps = T(o.eps), keep = T(1 - o.lr * o.weight_decay);
-  const T rate = T(o.lr / (1 - std::pow(o.beta1, double(o.step))));
-  const T root = T(1 / std::sqrt(1 - std::pow(o.beta2, double(o.step))));
-  for (i64 i = 0; i < n; i++) {
-    const T grad = g[i] * scale;
-    m[i] = m[i] * b1 + grad * c1;
-    v[i] = v[i] * b2 + grad * grad * c2;
-    w[i] = w[i] * keep - rate * (m[i] / (std::sqrt(v[i]) * root + eps));
-  }
-}
-
 }
 
 void adamw_step(Rank& rank, Tensor w, Tensor g, Tensor m, Tensor v, const AdamW& options, At at) {
@@ -42,32 +28,46 @@ void adamw_step(Rank& rank, Tensor w, Tensor g, Tensor m, Tensor v, const AdamW&
             {"one dtype", one_dtype({&w, &g, &m, &v})},
             {"step >= 1", options.step >= 1}},
            {&w, &g, &m, &v});
-  op.on_cpu(w, [&]<class T>(T*) {
-    parallel_blocks(w.numel(), 16, [&](i64 i, i64 end) {
-      adamw_block(options, end - i, g.as<T>() + i, w.as<T>() + i, m.as<T>() + i, v.as<T>() + i);
-    });
-  });
+  op.run(
+      w,
+      [&]<class T>(T*) {
+        const AdamWFactors<T> factors(options);
+        const T* grad = g.as<T>();
+        T *to = w.as<T>(), *first = m.as<T>(), *second = v.as<T>();
+        parallel_blocks(w.numel(), 16, [=](i64 i, i64 end) {
+          for (; i < end; i++) factors.step(grad[i], to[i], first[i], second[i]);
+        });
+      },
+      [&]<class T>(T*) {
+        OnCuda<T>::adamw(rank, w.numel(), w.as<T>(), g.as<T>(), m.as<T>(), v.as<T>(), options);
+      });
 }
 
 double sum_squares(Rank& rank, Tensor x, At at) {
-  vector<double> sums((x.numel() + kBlock - 1) / kBlock);
-  Op{rank, "sum_squares", at}.on_cpu(x, [&]<class T>(T*) {
-    parallel_blocks(x.numel(), 2, [&](i64 begin, i64 end) {
-      const T* v = x.as<T>() + begin;
-      sums[begin / kBlock] =
-          lane_sum<double>(end - begin, [&](i64 i) { return double(v[i]) * v[i]; });
-    });
-  });
   double total = 0;
-  for (const double sum : sums) total += sum;
+  Op{rank, "sum_squares", at}.run(
+      x,
+      [&]<class T>(T*) {
+        vector<double> sums((x.numel() + kBlock - 1) / kBlock);
+        parallel_blocks(x.numel(), 2, [&](i64 begin, i64 end) {
+          const T* v = x.as<T>() + begin;
+          sums[begin / kBlock] =
+              lane_sum<double>(end - begin, [&](i64 i) { return double(v[i]) * v[i]; });
+        });
+        for (const double sum : sums) total += sum;
+      },
+      [&]<class T>(T*) { total = OnCuda<T>::sum_squares(rank, x); });
   return total;
 }
 
 void fill_normal(Rank& rank, Tensor x, u64 key, u64 first, double std, At at) {
-  Op{rank, "fill_normal", at}.on_cpu(x, [&]<class T>(T*) {
-    parallel_rows(x.numel(), 100,
-                  [&](i64 i) { x.as<T>()[i] = T(std * normal_at(key, first + i)); });
-  });
+  Op{rank, "fill_normal", at}.run(
+      x,
+      [&]<class T>(T*) {
+        parallel_rows(x.numel(), 100,
+                      [&](i64 i) { x.as<T>()[i] = T(std * normal_at(key, first + i)); });
+      },
+      [&]<class T>(T*) { OnCuda<T>::fill_normal(rank, x, key, first, std); });
 }
 
 void fill_constant(Rank& rank, Tensor x, double value, At at) {

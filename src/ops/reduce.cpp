@@ -29,9 +29,10 @@ Tensor over_last(const Op& op, const Tensor& x, int d, F f) {
 
 // Over the last dimension, from its end if `reverse`.
 template <class T>
-void cumulate(const Op& op, const Tensor& x, Slot<T> to, bool reverse) {
+void cumulate(const Op& op, const Tensor& x, const GradSlot& out, bool reverse) {
   const i64 n = x.cols();
-  if (kCuda && x.device == Device::CUDA) return OnCuda<T>::cumsum(op.rank, x, to, reverse);
+  const Slot<T> to{out.grad.as<T>(), out.add};
+  if (kCuda && x.device == Device::CUDA) return OnCuda<T>::cumsum(op.rank, x, out, reverse);
   parallel_rows(x.rows(), n, [&](i64 r) {
     T sum = 0;
     for (i64 i = 0; i < n; i++) {
@@ -93,8 +94,10 @@ Tensor cumsum(Rank& rank, Tensor x, int dim, At at) {
   const Op op{rank, "cumsum", at};
   return over_last(op, x, op.dim_of(x, dim), [&](Tensor t) {
     Tensor y = op.like(t);
-    op.typed(t, [&]<class T>(T*) { cumulate<T>(op, t, {y.as<T>()}, false); });
-    record(op, {t}, {&y}).bx({}, [](const auto& b) { cumulate(b.op(), b.dy(), b.to(0), true); });
+    op.typed(t, [&]<class T>(T*) { cumulate<T>(op, t, {y}, false); });
+    record(op, {t}, {&y}).bx({}, []<class T>(Backward<T> b) {
+      cumulate<T>(b.op(), b.dy(), b.slot(0), true);
+    });
     return y;
   });
 }
@@ -113,9 +116,10 @@ Tensor softmax(Rank& rank, Tensor x, int dim, At at) {
     });
     record(op, {t}, {&y}).bx({y}, []<class T>(Backward<T> b) {
       const i64 n = b.dy().cols();
-      const Slot<T> dx = b.to(0);
+      const GradSlot slot = b.slot(0);
       if (kCuda && b.dy().device == Device::CUDA)
-        return OnCuda<T>::softmax_grad(b.rank, b.dy(), b.keep[0], dx);
+        return OnCuda<T>::softmax_grad(b.rank, b.dy(), b.keep[0], slot);
+      const Slot<T> dx{slot.grad.as<T>(), slot.add};
       parallel_rows(b.dy().rows(), n * 2, [&](i64 r) {
         const T *g = row_of<T>(b.dy(), r), *p = row_of<T>(b.keep[0], r), mean = dot(g, p, n);
         for (i64 i = 0; i < n; i++) dx.put(r * n + i, p[i] * (g[i] - mean));

@@ -37,11 +37,12 @@ Tensor taken(const Op& op, const View& part, const Dims& dims) {
 // where begin is undefined, r.
 template <class T>
 void gather_rows(const Op& op, const Tensor& x, i64 n, const Tensor& index, const Tensor& begin,
-                 Slot<T> y) {
+                 const GradSlot& out) {
   const i64 rows = begin.defined() ? begin.dim[0] - 1 : index.numel();
+  const Slot<T> y{out.grad.as<T>(), out.add};
   if (!y.data) return;
   if (kCuda && x.device == Device::CUDA)
-    return OnCuda<T>::gather_rows(op.rank, x, n, index, begin, y);
+    return OnCuda<T>::gather_rows(op.rank, x, n, index, begin, out);
   parallel_rows(rows, n * (1 + index.numel() / max<i64>(1, rows)), [&](i64 r) {
     const i64 first = begin.defined() ? begin.i32()[r] : r;
     const i64 end = begin.defined() ? begin.i32()[r + 1] : r + 1;
@@ -74,8 +75,8 @@ i64 width_of(const Dims& dims) { return dims[0] ? dims.numel() / dims[0] : 0; }
 constexpr auto kScatterGrad = []<class T>(Backward<T> b) {
   scatter_rows<T>(b.op(), b.dy(), b.keep[0], b.zeroed(0));
 };
-constexpr auto kGatherGrad = [](const auto& b) {
-  gather_rows(b.op(), b.dy(), width_of(b.node.in[0].dim), b.keep[0], b.keep[1], b.to(0));
+constexpr auto kGatherGrad = []<class T>(Backward<T> b) {
+  gather_rows<T>(b.op(), b.dy(), width_of(b.node.in[0].dim), b.keep[0], b.keep[1], b.slot(0));
 };
 
 // Rows ids of x, whose first dimension is replaced by those of ids.
@@ -83,7 +84,7 @@ Tensor select(const Op& op, const Tensor& x, const Tensor& ids) {
   Dims dims = ids.dim;
   for (int i = 1; i < x.dim.rank; i++) dims[dims.rank++] = x.dim[i];
   Tensor y = op.empty(dims, x.dtype);
-  op.typed(x, [&]<class T>(T*) { gather_rows<T>(op, x, width_of(x.dim), ids, {}, {y.as<T>()}); });
+  op.typed(x, [&]<class T>(T*) { gather_rows<T>(op, x, width_of(x.dim), ids, {}, {y}); });
   return y;
 }
 
@@ -110,7 +111,7 @@ Tensor move_rows(const Op& op, bool to_pairs, const char* need, const Tensor& x,
     op.check_offsets("row_begin", d.row_begin, P);
     op.check_ids("row_of", d.row_of, R);
     op.check_ids("pair_of", d.pair_of, P);
-    gather_rows<T>(op, x, x.dim[1], forth[0], forth[1], {y.as<T>()});
+    gather_rows<T>(op, x, x.dim[1], forth[0], forth[1], {y});
   });
   record(op, {x}, {&y}).bx(back, kGatherGrad);
   return y;

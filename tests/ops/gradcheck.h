@@ -49,6 +49,8 @@ inline std::vector<double> values_of(const Tensor& t) {
       v[i] = host.as<double>()[i];
     else if (t.dtype == DType::F32)
       v[i] = host.f32()[i];
+    else if (t.dtype == DType::BF16)
+      v[i] = host.as<BF16>()[i];
     else if (t.dtype == DType::I32)
       v[i] = host.i32()[i];
     else
@@ -95,6 +97,8 @@ struct TestRank {
     values.resize(dims.numel());
     if (dtype == DType::F64) return tensor_from(rank, dims, dtype, values.data());
     const std::vector<float> narrow(values.begin(), values.end());
+    const std::vector<BF16> half(narrow.begin(), narrow.end());
+    if (dtype == DType::BF16) return tensor_from(rank, dims, dtype, half.data());
     return tensor_from(rank, dims, dtype, narrow.data());
   }
   Tensor ints(Dims dims, const std::vector<int32_t>& values) {
@@ -104,10 +108,13 @@ struct TestRank {
     return tensor_from(rank, dims, DType::U8, values.data());
   }
   // A copy of a CPU's tensor in this rank's memory; a float tensor becomes `dtype`.
-  Tensor cast(const Tensor& x, DType dtype) {
+  // With `round`, through BF16.
+  Tensor cast(const Tensor& x, DType dtype, bool round = false) {
     if (!x.defined()) return x;
     if (!is_float(x.dtype)) return tensor_from(rank, x.dim, x.dtype, x.data);
-    return floats(x.dim, values_of(x), dtype);
+    std::vector<double> values = values_of(x);
+    for (double& v : values) v = round ? double(BF16(float(v))) : v;
+    return floats(x.dim, values, dtype);
   }
 };
 
@@ -126,13 +133,15 @@ inline double relative_error(const Tensor& a, const Tensor& b) {
 }
 
 struct GradcheckOptions {
-  double tolerance = 1e-6;      // of an element, relative to it or to its tensor's rms
-  double step = 1e-5;           // of the central difference
-  double f32_tolerance = 1e-5;  // relative L2 of F32 values and gradients; 0: no F32 run
-  int max_elements = 200;       // elements of an input that are checked, spread over it
-  unsigned constants = 0;       // bit i: input i is a float without a gradient
-  double cotangent = 0;         // != 0: every output's gradient, instead of random numbers (for
-                                // a terminal op, which takes it as given)
+  double tolerance = 1e-6;       // of an element, relative to it or to its tensor's rms
+  double step = 1e-5;            // of the central difference
+  double f32_tolerance = 1e-5;   // relative L2 of F32 values and gradients; 0: no F32 run
+  double bf16_tolerance = 5e-3;  // of BF16 ones on a GPU; 0: no BF16 run
+  unsigned wide = 0;             // bit i: input i is F32 beside BF16
+  int max_elements = 200;        // elements of an input that are checked, spread over it
+  unsigned constants = 0;        // bit i: input i is a float without a gradient
+  double cotangent = 0;          // != 0: every output's gradient, instead of random numbers (for
+                                 // a terminal op, which takes it as given)
 };
 
 // What the GPU did in this program.
@@ -154,6 +163,7 @@ struct Mode {
   DType dtype = DType::F64;
   Device device = Device::CPU;
   bool tape = true;
+  bool rounded = false;   // inputs and gradients are first rounded to BF16
   bool weights = false;   // inputs have accumulators, which start at `start`
   bool deferred = false;  // weight gradients in a second pass
   double start = 0;
@@ -190,11 +200,14 @@ struct Checker {
     TensorList xs;
     std::vector<Tensor> accumulators(inputs.size());
     for (size_t i = 0; i < inputs.size(); i++) {
-      Tensor x = t.cast(inputs[i], mode.dtype);
+      const bool in_f32 = mode.dtype == DType::BF16 && o.wide >> i & 1;
+      const bool rounds = mode.rounded && !(o.wide >> i & 1);
+      Tensor x = t.cast(inputs[i], in_f32 ? DType::F32 : mode.dtype, rounds);
       const bool wanted =
           mode.tape && differentiable(i) && (mode.only_input < 0 || mode.only_input == int(i));
       if (wanted && mode.weights) {
-        accumulators[i] = t.floats(x.dim, std::vector<double>(x.numel(), mode.start), mode.dtype);
+        accumulators[i] =
+            t.floats(x.dim, std::vector<double>(x.numel(), mode.start), wide(x.dtype));
         x.grad = accumulators[i].data;
         // An empty weight has no bytes, yet is a weight.
         if (!x.grad) x.grad = reinterpret_cast<char*>(&t);
@@ -231,7 +244,8 @@ struct Checker {
     if (!is_float(y.dtype) || !y.needs_grad()) return;
     if (mode.only_output >= 0 && mode.only_output != k) return;
     std::vector<double> c(y.numel());
-    for (size_t i = 0; i < c.size(); i++) c[i] = cotangent(k, i);
+    for (size_t i = 0; i < c.size(); i++)
+      c[i] = mode.rounded ? double(BF16(float(cotangent(k, i)))) : cotangent(k, i);
     add_grad(t.rank, y, t.floats(y.dim, c, y.dtype));
   }
 
@@ -315,6 +329,19 @@ struct Checker {
       EXPECT_EQ(gpu.nodes, full.nodes) << name << ": on the GPU";
       near("accumulators on the GPU", run({.device = kGpu, .weights = true, .start = 0.5}).grads,
            weights.grads, limit);
+      if (o.bf16_tolerance > 0) {
+        const Mode half{.dtype = DType::BF16, .device = kGpu, .rounded = true};
+        const Result want = run({.rounded = true}), got = run(half), got_again = run(half);
+        near("BF16 values on the GPU", got.outputs, want.outputs, o.bf16_tolerance);
+        near("BF16 gradients on the GPU", got.grads, want.grads, o.bf16_tolerance);
+        EXPECT_EQ(got.outputs, got_again.outputs) << name << ": second BF16 run on the GPU";
+        EXPECT_EQ(got.grads, got_again.grads) << name << ": second BF16 run on the GPU";
+        Mode sums = half;
+        sums.weights = true;
+        sums.start = 0.5;
+        near("BF16 accumulators on the GPU", run(sums).grads, scaled(want.grads, 1, 0.5),
+             o.bf16_tolerance);
+      }
       if (o.f32_tolerance > 0) {
         const Mode mode{.dtype = DType::F32, .device = kGpu};
         const Result f32 = run(mode), f32_again = run(mode);

@@ -173,7 +173,7 @@ TEST(Layers, QkNormRope) {
                   return qk_norm_rope(r, v[0], heads, normed ? v[4] : Tensor{},
                                       normed ? v[5] : Tensor{}, eps, {v[1], v[2]}, v[3]);
                 },
-                {.max_elements = T > 100 ? 6 : 40, .constants = 0b110});
+                {.wide = 0b110, .max_elements = T > 100 ? 6 : 40, .constants = 0b110});
       const Tensor y = qk_norm_rope(t.rank, qkv, heads, normed ? q : Tensor{},
                                     normed ? k : Tensor{}, eps, rope, positions);
       std::vector<double> want;
@@ -329,7 +329,7 @@ TEST(Layers, WeightsMadeByAnotherOp) {
               const Tensor w = linear(r, in[1], in[2]);
               return qk_norm_rope(r, in[0], {1, 1, 4}, w, w, 0.1, {in[3], in[3]}, in[4]);
             },
-            {.constants = 0b1000});
+            {.wide = 0b1000, .constants = 0b1000});
 }
 
 TEST(Layers, ErrorsNameTheCallersLine) {

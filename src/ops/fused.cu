@@ -1,0 +1,493 @@
+// fused: the GPU's forms of norm.cpp, experts.cpp, cross_entropy.cpp and optimizer.cpp.
+#include "core/cuda.cuh"
+#include "core/rng.h"
+#include "ops/cpu.h"
+
+namespace pith {
+
+template <class T>
+using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// to[c] = or += the sum of f(r, c) over rows r: of pieces of rows first, then of these.
+template <class A, class F>
+static void add_columns_of(Rank& rank, i64 rows, i64 cols, const GradSlot& to, F f) {
+  if (!to.grad.data || cols == 0) return;
+  constexpr int kTile = 32, kDown = kBlock / kTile;
+  const i64 tiles = (cols + kTile - 1) / kTile;
+  const i64 pieces = std::clamp<i64>(rows / 64, 1, max<i64>(1, 2048 / tiles));
+  const Tensor partial = empty(rank, {pieces, cols}, sizeof(A) == 8 ? DType::F64 : DType::F32);
+  A* sums = partial.as<A>();
+  cuda_each<1>(rank, tiles * pieces, [=] __device__(i64 b) {
+    const i64 c = b % tiles * kTile + threadIdx.x % kTile, piece = b / tiles;
+    A sum = 0;
+    for (i64 r = piece + threadIdx.x / kTile * pieces; c < cols && r < rows; r += kDown * pieces)
+      sum += f(r, c);
+    sum = block_sum(sum, kTile);
+    if (threadIdx.x < kTile && c < cols) sums[piece * cols + c] = sum;
+  });
+  const AnyFloat out(to.grad);
+  const bool add = to.add;
+  cuda_each(rank, cols, [=] __device__(i64 c) {
+    A sum = 0;
+    for (i64 p = 0; p < pieces; p++) sum += sums[p * cols + c];
+    out.put(c, sum + (add ? out.get(c) : 0));
+  });
+}
+
+// ---- rms_norm, add_rms_norm
+
+template <class T, int N>
+static void norm_rows(Rank& rank, i64 rows, i64 n, const T* x, const T* more, const T* w,
+                      Wide<T> eps, T* sum, T* normed, Wide<T>* rstd) {
+  using A = Wide<T>;
+  cuda_rows(rank, rows, n / N, [=] __device__(i64 r, Team team) {
+    const T* row = (more ? sum : x) + r * n;
+    A squares = 0;
+    team.each(n / N, [&](i64 i) {
+      Pack<T, N> a = pack<N>(x + r * n, i);
+      if (more) {
+        const Pack<T, N> b = pack<N>(more + r * n, i);
+        for (int j = 0; j < N; j++) a.x[j] = T(A(a.x[j]) + A(b.x[j]));
+        pack<N>(sum + r * n, i) = a;
+      }
+      for (int j = 0; j < N; j++) squares += A(a.x[j]) * A(a.x[j]);
+    });
+    const A scale = 1 / std::sqrt(team.sum(squares) / n + eps);
+    if (team.id() == 0) rstd[r] = scale;
+    team.each(n / N, [&](i64 i) {
+      Pack<T, N> a = pack<N>(row, i);
+      const Pack<T, N> b = pack<N>(w, i);
+      for (int j = 0; j < N; j++) a.x[j] = T(A(a.x[j]) * scale * A(b.x[j]));
+      pack<N>(normed + r * n, i) = a;
+    });
+  });
+}
+
+template <class T>
+void OnCuda<T>::rms_norm(Rank& rank, const Tensor& x, const Tensor& residual, const Tensor& w,
+                         double eps, const AddRmsNorm& y, const Tensor& rstd) {
+  with_packs<T>(w.numel(), [&](auto width) {
+    norm_rows<T, width>(rank, x.rows(), w.numel(), x.as<T>(), residual.as<T>(), w.as<T>(), eps,
+                        y.sum.as<T>(), y.normed.as<T>(), rstd.as<Wide<T>>());
+  });
+}
+
+template <class T, int N>
+static void norm_grad_rows(Rank& rank, i64 rows, i64 n, const T* dy, const T* dsum, const T* x,
+                           const T* w, const Wide<T>* rstd, T* dx, T* copy) {
+  using A = Wide<T>;
+  cuda_rows(rank, rows, n / N, [=] __device__(i64 r, Team team) {
+    const A s = rstd[r];
+    A along = 0;
+    if (dy)
+      team.each(n / N, [&](i64 i) {
+        const Pack<T, N> g = pack<N>(dy + r * n, i), a = pack<N>(x + r * n, i), b = pack<N>(w, i);
+        for (int j = 0; j < N; j++) along += A(g.x[j]) * A(b.x[j]) * A(a.x[j]);
+      });
+    const A c = team.sum(along) * s * s * s / n;
+    team.each(n / N, [&](i64 i) {
+      A to[N] = {};
+      if (dy) {
+        const Pack<T, N> g = pack<N>(dy + r * n, i), a = pack<N>(x + r * n, i), b = pack<N>(w, i);
+        for (int j = 0; j < N; j++) to[j] = A(g.x[j]) * A(b.x[j]) * s - A(a.x[j]) * c;
+      }
+      if (dsum) {
+        const Pack<T, N> more = pack<N>(dsum + r * n, i);
+        for (int j = 0; j < N; j++) to[j] += A(more.x[j]);
+      }
+      Pack<T, N> out;
+      for (int j = 0; j < N; j++) out.x[j] = T(to[j]);
+      pack<N>(dx + r * n, i) = out;
+      if (copy) pack<N>(copy + r * n, i) = out;
+    });
+  });
+}
+
+template <class T>
+void OnCuda<T>::rms_norm_grad(Rank& rank, const Tensor& dy, const Tensor& dsum,
+                              const TensorList& keep, const Tensor& dx, const Tensor& copy) {
+  const i64 n = dx.cols();
+  with_packs<T>(n, [&](auto width) {
+    norm_grad_rows<T, width>(rank, dx.rows(), n, dy.as<T>(), dsum.as<T>(), keep[0].as<T>(),
+                             keep[1].as<T>(), keep[2].as<Wide<T>>(), dx.as<T>(), copy.as<T>());
+  });
+}
+
+template <class T>
+void OnCuda<T>::rms_norm_weight(Rank& rank, const Tensor& dy, const Tensor& x, const Tensor& rstd,
+                                const GradSlot& dw) {
+  using A = Wide<T>;
+  const i64 n = x.cols();
+  const T *g = dy.as<T>(), *row = x.as<T>();
+  const A* scale = rstd.as<A>();
+  add_columns_of<A>(rank, x.rows(), n, dw, [=] __device__(i64 r, i64 c) {
+    return A(g[r * n + c]) * (A(row[r * n + c]) * scale[r]);
+  });
+}
+
+// ---- qk_norm_rope: a team a head, a thread the two elements that turn together.
+
+template <class T>
+void OnCuda<T>::rope_tables(Rank& rank, const Rope& rope, int size, double theta) {
+  const i64 half = size / 2;
+  T *cos_to = rope.cos.as<T>(), *sin_to = rope.sin.as<T>();
+  cuda_each(rank, rope.cos.numel(), [=] __device__(i64 at) {
+    const double turn = double(at / half) * pow(theta, -2.0 * double(at % half) / size);
+    cos_to[at] = T(cos(turn));
+    sin_to[at] = T(sin(turn));
+  });
+}
+
+template <class T>
+struct HeadTurns {
+  using A = Wide<T>;
+  int query, turned, all;
+  i64 n, half;
+  const A *cosines, *sines;
+  const int* positions;
+  const T *x, *q_norm, *k_norm;
+  A* rstd;
+  HeadTurns(const Heads& heads, const TensorList& keep, const Tensor& qkv)
+      : query(heads.query),
+        turned(heads.query + heads.kv),
+        all(turned + heads.kv),
+        n(heads.size),
+        half(heads.size / 2),
+        cosines(keep[0].as<A>()),
+        sines(keep[1].as<A>()),
+        positions(keep[2].i32()),
+        x(qkv.as<T>()),
+        q_norm(keep[5].as<T>()),
+        k_norm(keep[6].as<T>()),
+        rstd(keep[4].as<A>()) {}
+  __device__ const T* weight(int head) const { return head < query ? q_norm : k_norm; }
+  __device__ A* scale_of(i64 row) const { return rstd + row / all * turned + row % all; }
+  // Of head `row` of the whole projection, pair i: turned by the token's angle times `sign`.
+  __device__ void turn(i64 row, i64 i, A sign, A& a, A& b) const {
+    const i64 at = positions[row / all] * half + i;
+    const A c = cosines[at], s = sign * sines[at], before = a;
+    a = a * c - b * s;
+    b = b * c + before * s;
+  }
+};
+
+template <class T>
+void OnCuda<T>::qk_norm_rope(Rank& rank, const Heads& heads, const TensorList& keep,
+                             const Tensor& qkv, double eps, const Tensor& y) {
+  using A = Wide<T>;
+  const HeadTurns<T> h(heads, keep, qkv);
+  T* out = y.as<T>();
+  const A small = eps;
+  cuda_rows(rank, qkv.dim[0] * h.all, 1, [=] __device__(i64 row, Team team) {
+    const int head = row % h.all;
+    const T *from = h.x + row * h.n, *w = h.weight(head);
+    T* to = out + row * h.n;
+    if (head >= h.turned) return team.each(h.n, [&](i64 i) { to[i] = from[i]; });
+    A scale = 1;
+    if (w) {
+      A squares = 0;
+      team.each(h.n, [&](i64 i) { squares += A(from[i]) * A(from[i]); });
+      scale = 1 / std::sqrt(team.sum(squares) / h.n + small);
+      if (team.id() == 0) *h.scale_of(row) = scale;
+    }
+    team.each(h.half, [&](i64 i) {
+      A a = A(from[i]) * scale * (w ? A(w[i]) : 1);
+      A b = A(from[i + h.half]) * scale * (w ? A(w[i + h.half]) : 1);
+      h.turn(row, i, 1, a, b);
+      to[i] = T(a);
+      to[i + h.half] = T(b);
+    });
+  });
+}
+
+template <class T>
+void OnCuda<T>::qk_norm_rope_grad(Rank& rank, const Heads& heads, const TensorList& keep,
+                                  const Tensor& dy, const Tensor& dx) {
+  using A = Wide<T>;
+  const HeadTurns<T> h(heads, keep, keep[3]);
+  const T* grad = dy.as<T>();
+  T* out = dx.as<T>();
+  cuda_rows(rank, dy.dim[0] * h.all, 1, [=] __device__(i64 row, Team team) {
+    const int head = row % h.all;
+    const T *g = grad + row * h.n, *x = h.x + row * h.n, *w = h.weight(head);
+    T* to = out + row * h.n;
+    if (head >= h.turned) return team.each(h.n, [&](i64 i) { to[i] = g[i]; });
+    A s = 1, c = 0;
+    if (w) {
+      A along = 0;
+      s = *h.scale_of(row);
+      team.each(h.half, [&](i64 i) {
+        A a = g[i], b = g[i + h.half];
+        h.turn(row, i, -1, a, b);
+        along += a * A(w[i]) * A(x[i]) + b * A(w[i + h.half]) * A(x[i + h.half]);
+      });
+      c = team.sum(along) * s * s * s / h.n;
+    }
+    team.each(h.half, [&](i64 i) {
+      A a = g[i], b = g[i + h.half];
+      h.turn(row, i, -1, a, b);
+      to[i] = T(w ? a * A(w[i]) * s - A(x[i]) * c : a);
+      to[i + h.half] = T(w ? b * A(w[i + h.half]) * s - A(x[i + h.half]) * c : b);
+    });
+  });
+}
+
+template <class T>
+void OnCuda<T>::qk_norm_weight(Rank& rank, const Heads& heads, const TensorList& keep,
+                               const Tensor& dy, int first, int end, const GradSlot& dw) {
+  using A = Wide<T>;
+  const HeadTurns<T> h(heads, keep, keep[3]);
+  const T* grad = dy.as<T>();
+  const i64 count = end - first;
+  add_columns_of<A>(rank, dy.dim[0] * count, h.n, dw, [=] __device__(i64 r, i64 i) {
+    const i64 row = r / count * h.all + first + r % count, low = i % h.half;
+    const T* g = grad + row * h.n;
+    A a = g[low], b = g[low + h.half];
+    h.turn(row, low, -1, a, b);
+    return (i < h.half ? a : b) * (A(h.x[row * h.n + i]) * *h.scale_of(row));
+  });
+}
+
+// ---- router: a warp a token
+
+template <class T>
+void OnCuda<T>::route(Rank& rank, const RouterOptions& o, const Routing& out) {
+  const i64 k = o.top_k, E = out.probs.dim[1];
+  T *probs = out.probs.as<T>(), *weights = out.weights.as<T>();
+  int* ids = out.ids.i32();
+  const int* forced = o.forced_ids.i32();
+  const bool balanced = o.force_balanced, normalize = o.normalize;
+  cuda_rows(rank, out.probs.dim[0], 1, [=] __device__(i64 t, Team team) {
+    const auto larger = [](T a, T b) { return b > a ? b : a; };
+    T *p = probs + t * E, top = -INFINITY, sum = 0;
+    team.each(E, [&](i64 e) { top = larger(top, p[e]); });
+    top = team.fold(top, larger);
+    team.each(E, [&](i64 e) { sum += p[e] = exp_negative(p[e] - top); });
+    const T scale = 1 / team.sum(sum);
+    team.each(E, [&](i64 e) { p[e] *= scale; });
+    __syncwarp();
+    T last = INFINITY, total = 0;
+    int id = -1;
+    for (i64 j = 0; j < k; j++) {
+      if (forced) {
+        id = forced[t * k + j];
+      } else if (balanced) {
+        id = (t + j * (E / k)) % E;
+      } else {  // the largest after the last one; ties go to the lower id
+        T best = -1;
+        int at = INT_MAX;
+        team.each(E, [&](i64 e) {
+          const bool after = p[e] < last || (p[e] == last && e > id);
+          if (after && p[e] > best) {
+            best = p[e];
+            at = e;
+          }
+        });
+        last = team.fold(best, larger);
+        id = team.fold(best == last ? at : INT_MAX, [](int a, int b) { return a < b ? a : b; });
+        if (id == INT_MAX) id = j;  // NaNs alone
+      }
+      total += p[id];
+      if (team.id() != 0) continue;
+      ids[t * k + j] = id;
+      weights[t * k + j] = p[id];
+    }
+    __syncwarp();
+    if (normalize) team.each(k, [&](i64 j) { weights[t * k + j] /= total; });
+  });
+}
+
+template <class T>
+template <class D>
+void OnCuda<T>::route_grad(Rank& rank, bool normalize, const TensorList& keep,
+                           const Tensor& dweights, const Tensor& dprobs, const Tensor& dlogits) {
+  const T *probs = keep[1].as<T>(), *dw = dweights.as<T>(), *dp = dprobs.as<T>();
+  const int* ids = keep[2].i32();
+  const i64 E = keep[1].dim[1], k = keep[2].dim[1];
+  D* out = dlogits.as<D>();
+  cuda_rows(rank, dlogits.dim[0], 1, [=] __device__(i64 t, Team team) {
+    const T* p = probs + t * E;
+    const int* id = ids + t * k;
+    T total = normalize ? 0 : 1, mean = 0, along = 0;
+    for (i64 j = 0; normalize && j < k; j++) total += p[id[j]];
+    for (i64 j = 0; normalize && dw && j < k; j++) mean += dw[t * k + j] * (p[id[j]] / total);
+    const auto grad = [&](i64 e) {
+      T g = dp ? dp[t * E + e] : 0;
+      for (i64 j = 0; dw && j < k; j++)
+        if (id[j] == e) g += (dw[t * k + j] - mean) / total;
+      return g;
+    };
+    team.each(E, [&](i64 e) { along += grad(e) * p[e]; });
+    along = team.sum(along);
+    team.each(E, [&](i64 e) { out[t * E + e] = D(p[e] * (grad(e) - along)); });
+  });
+}
+
+// ---- swiglu
+
+template <class T, int N>
+static void swiglu_rows(Rank& rank, i64 rows, i64 F, const T* gate_up, const Wide<T>* weights,
+                        T* out) {
+  using A = Wide<T>;
+  const i64 packs = F / N;
+  cuda_each(rank, rows * packs, [=] __device__(i64 at) {
+    const i64 p = at / packs, i = at % packs;
+    const Pack<T, N> gate = pack<N>(gate_up, p * 2 * packs + i);
+    Pack<T, N> up = pack<N>(gate_up, p * 2 * packs + packs + i);
+    const A weight = weights ? weights[p] : 1;
+    for (int j = 0; j < N; j++) {
+      const A g = gate.x[j];
+      up.x[j] = T(g * logistic(g) * A(up.x[j]) * weight);
+    }
+    pack<N>(out, at) = up;
+  });
+}
+
+template <class T>
+void OnCuda<T>::swiglu(Rank& rank, const Tensor& gate_up, const Tensor& weights, const Tensor& y) {
+  with_packs<T>(y.dim[1], [&](auto width) {
+    swiglu_rows<T, width>(rank, y.dim[0], y.dim[1], gate_up.as<T>(), weights.as<Wide<T>>(),
+                          y.as<T>());
+  });
+}
+
+template <class T, int N>
+static void swiglu_grad_rows(Rank& rank, i64 rows, i64 F, const T* dy, const T* gate_up,
+                             const Wide<T>* weights, T* dgate_up, Wide<T>* dweights) {
+  using A = Wide<T>;
+  const i64 packs = F / N;
+  cuda_rows(rank, rows, packs, [=] __device__(i64 p, Team team) {
+    const A weight = weights ? weights[p] : 1;
+    A dweight = 0;
+    team.each(packs, [&](i64 i) {
+      const Pack<T, N> g = pack<N>(dy + p * F, i);
+      Pack<T, N> gate = pack<N>(gate_up + p * 2 * F, i), up = pack<N>(gate_up + p * 2 * F + F, i);
+      for (int j = 0; j < N; j++) {
+        const A a = gate.x[j], u = up.x[j], s = logistic(a), d = A(g.x[j]) * weight;
+        dweight += A(g.x[j]) * (a * s * u);
+        up.x[j] = T(d * (a * s));
+        gate.x[j] = T(d * u * (s + a * s * (1 - s)));
+      }
+      pack<N>(dgate_up + p * 2 * F, i) = gate;
+      pack<N>(dgate_up + p * 2 * F + F, i) = up;
+    });
+    dweight = team.sum(dweight);
+    if (dweights && team.id() == 0) dweights[p] = dweight;
+  });
+}
+
+template <class T>
+void OnCuda<T>::swiglu_grad(Rank& rank, const Tensor& dy, const TensorList& keep,
+                            const Tensor& dgate_up, const Tensor& dweights) {
+  with_packs<T>(dy.dim[1], [&](auto width) {
+    swiglu_grad_rows<T, width>(rank, dy.dim[0], dy.dim[1], dy.as<T>(), keep[0].as<T>(),
+                               keep[1].as<Wide<T>>(), dgate_up.as<T>(), dweights.as<Wide<T>>());
+  });
+}
+
+// ---- cross entropy of rows of logits, which become their gradients
+
+template <class T, int N>
+static void loss_rows(Rank& rank, i64 rows, i64 V, T* logits, const int* labels, Wide<T> scale,
+                      bool grad, double* losses) {
+  using A = Wide<T>;
+  cuda_each<1>(rank, rows, [=] __device__(i64 r) {
+    const Team team{kBlock};
+    T* row = logits + r * V;
+    const int label = labels[r];
+    const bool counts = label != kIgnoreLabel;
+    A top = -INFINITY, sum = 0;
+    if (counts)
+      team.each(V / N, [&](i64 i) {
+        const Pack<T, N> a = pack<N>(row, i);
+        A most = top;
+        for (int j = 0; j < N; j++) most = A(a.x[j]) > most ? A(a.x[j]) : most;
+        if (most > top) sum *= exp_negative(top - most);
+        top = most;
+        for (int j = 0; j < N; j++) sum += exp_negative(A(a.x[j]) - top);
+      });
+    const A all = team.fold(top, [](A a, A b) { return b > a ? b : a; });
+    sum = team.sum(top > -INFINITY ? sum * exp_negative(top - all) : sum);
+    if (team.id() == 0)
+      losses[r] = counts ? std::log(double(sum)) + double(all - A(row[label])) : 0;
+    __syncthreads();
+    if (!grad) return;
+    const A factor = counts ? scale / sum : 0;
+    team.each(V / N, [&](i64 i) {
+      Pack<T, N> a = pack<N>(row, i);
+      for (int j = 0; j < N; j++)
+        a.x[j] =
+            counts ? T(exp_negative(A(a.x[j]) - all) * factor - (i * N + j == label ? scale : A(0)))
+                   : T(0);
+      pack<N>(row, i) = a;
+    });
+  });
+}
+
+template <class T>
+void OnCuda<T>::row_losses(Rank& rank, const Tensor& logits, const Tensor& labels, double scale,
+                           bool grad, const Tensor& losses) {
+  with_packs<T>(logits.dim[1], [&](auto width) {
+    loss_rows<T, width>(rank, logits.dim[0], logits.dim[1], logits.as<T>(), labels.i32(), scale,
+                        grad, losses.as<double>());
+  });
+}
+
+template <class T>
+void OnCuda<T>::add_up(Rank& rank, const Tensor& values, const Tensor& sum) {
+  const i64 n = values.numel();
+  const double* from = values.as<double>();
+  const AnyFloat to(sum);
+  cuda_each<1>(rank, 1, [=] __device__(i64) {
+    double x = 0;
+    block_each(n, [&](i64 i) { x += from[i]; });
+    x = block_sum(x);
+    if (threadIdx.x == 0) to.put(0, x);
+  });
+}
+
+// ---- optimizer.cpp
+
+template <class T>
+void OnCuda<T>::adamw(Rank& rank, i64 n, T* w, const T* g, T* m, T* v, const AdamW& options) {
+  const AdamWFactors<T> o(options);
+  cuda_each(rank, n, [=] __device__(i64 i) { o.step(g[i], w[i], m[i], v[i]); });
+}
+
+template <class T>
+double OnCuda<T>::sum_squares(Rank& rank, const Tensor& x) {
+  const i64 n = x.numel(), blocks = cuda_of(rank).processors * 8;
+  const T* from = x.as<T>();
+  const Tensor sums = empty(rank, {blocks}, DType::F64);
+  double* to = sums.as<double>();
+  cuda_each<1>(rank, blocks, [=] __device__(i64 b) {
+    double sum = 0;
+    for (i64 i = b * kBlock + threadIdx.x; i < n; i += blocks * kBlock)
+      sum += double(from[i]) * double(from[i]);
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) to[b] = sum;
+  });
+  vector<char> bytes;
+  const Tensor host = on_host(rank, sums, bytes);
+  double total = 0;
+  for (i64 b = 0; b < blocks; b++) total += host.as<double>()[b];
+  return total;
+}
+
+template <class T>
+void OnCuda<T>::fill_normal(Rank& rank, const Tensor& x, u64 key, u64 first, double std) {
+  T* to = x.as<T>();
+  cuda_each(rank, x.numel(), [=] __device__(i64 i) { to[i] = T(std * normal_at(key, first + i)); });
+}
+
+template struct OnCuda<float>;
+template struct OnCuda<double>;
+template struct OnCuda<BF16>;
+template void OnCuda<float>::route_grad<BF16>(Rank&, bool, const TensorList&, const Tensor&,
+                                              const Tensor&, const Tensor&);
+template void OnCuda<float>::route_grad<float>(Rank&, bool, const TensorList&, const Tensor&,
+                                               const Tensor&, const Tensor&);
+template void OnCuda<double>::route_grad<double>(Rank&, bool, const TensorList&, const Tensor&,
+                                                 const Tensor&, const Tensor&);
+
+}
