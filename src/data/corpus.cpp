@@ -361,7 +361,7 @@ class CorpusRun {
         threads_(options.threads ? int(options.threads)
                                  : max<int>(1, std::thread::hardware_concurrency())),
         progress_("tokenize", find_work() / 1e6, "MB of files") {
-    auto eos = options.eos.empty() ? tokenizer_.eos_id() : tokenizer_.id_of(options.eos);
+    auto eos = options.eos.empty() ? tokenizer_.eos_id : tokenizer_.id_of(options.eos);
     const bool is_id = !options.eos.empty() && options.eos.size() < 10 &&
                        options.eos.find_first_not_of("0123456789") == string::npos;
     if (!eos && is_id && std::stoul(options.eos) < tokenizer_.vocab_size())
@@ -425,7 +425,7 @@ class CorpusRun {
   void open_folder() const {
     const string &folder = options_.output, path = folder + "/corpus.json";
     JsonWriter w(2);
-    w.object().key("tokenizer_xxh3").value(tokenizer_.fingerprint());
+    w.object().key("tokenizer_xxh3").value(tokenizer_.fingerprint);
     w.key("eos_id").value(eos_).key("key").value(options_.key);
     w.key("special_as_text").value(options_.special_as_text).end();
     make_folders(folder + "/.pith");
