@@ -35,7 +35,7 @@ int run_generate(int argc, char** argv) {
   vector<u32> ids;
   EncodeScratch scratch;
   tokenizer.encode(prompt, ids, {}, scratch);
-  const auto eos = tokenizer.eos_id();
+  const auto eos = tokenizer.eos_id;
   if (ids.empty() && eos) ids.push_back(*eos);
   if (ids.empty())
     bad_input("--prompt", "is empty, and the tokenizer names no end-of-text token",

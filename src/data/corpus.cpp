@@ -1,11 +1,13 @@
-// corpus: each thread reads a batch of some unit, encodes it, and writes what is next in order.
+// corpus: each thread reads a batch of some unit, encodes it, and writes it when its turn comes.
 #include "data/corpus.h"
 
 #include <fcntl.h>
+#include <fnmatch.h>
 #include <rapidjson/document.h>
 #include <rapidjson/error/en.h>
 #include <sys/file.h>
 #include <unistd.h>
+#include <xxhash.h>
 #include <zlib.h>
 #include <zstd.h>
 
@@ -29,7 +31,120 @@ namespace fs = std::filesystem;
 
 namespace {
 constexpr size_t kReadBytes = 256 << 10, kBatchBytes = 1 << 20;
-constexpr i64 kAhead = 4;  // batches of a unit encoded before their turn
+
+struct Source {
+  string path, name;  // as opened; below its input
+  i64 bytes = 0;
+  CorpusFormat format = CorpusFormat::Auto;
+};
+
+// What becomes one token file.
+struct Unit {
+  string path, record;
+  vector<Source> sources;
+  i64 bytes = 0;
+  string identity;  // hash of the sources' names, sizes, times and formats
+};
+
+// Sets the format; returns the name without the suffixes that tell it.
+string classify(Source& source, CorpusFormat wanted) {
+  fs::path stem = source.name;
+  if (stem.extension() == ".parquet")
+    bad_input(source.path, "Parquet is not read (need text or JSON lines)",
+              "duckdb -c \"COPY (SELECT text FROM 'x.parquet') TO 'x.jsonl' (FORMAT json)\"");
+  if (stem.extension() == ".gz" || stem.extension() == ".zst") stem.replace_extension();
+  const bool jsonl = stem.extension() == ".jsonl", known = jsonl || stem.extension() == ".txt";
+  if (known) stem.replace_extension();
+  if (wanted == CorpusFormat::Auto && !known)
+    bad_input(source.path,
+              source.path == "-"
+                  ? "standard input has no name to tell its format by"
+                  : "its name does not tell its format (need .txt or .jsonl, also .gz, .zst)",
+              "--format text or --format jsonl; --include '*.jsonl' to take only some files");
+  source.format = wanted != CorpusFormat::Auto ? wanted
+                  : jsonl                      ? CorpusFormat::Jsonl
+                                               : CorpusFormat::Text;
+  return stem;
+}
+
+// Linked folders are left out: in source trees they lead to the same files again.
+vector<Source> find_sources(const string& input, const CorpusOptions& o) {
+  if (input == "-") return {{"-", "stdin"}};
+  vector<Source> found;
+  try {
+    if (fs::is_regular_file(input))
+      return {{input, fs::path(input).filename(), i64(fs::file_size(input))}};
+    std::error_code absent;
+    for (fs::recursive_directory_iterator it(input), end; it != end; ++it) {
+      const fs::path &path = it->path(), file = path.filename();
+      const bool hidden = file.native().starts_with('.');
+      const fs::path below = path.lexically_relative(input);
+      const auto matches = [&](const string& s) {
+        return !fnmatch(s.c_str(), file.c_str(), 0) || !fnmatch(s.c_str(), below.c_str(), 0);
+      };
+      if (it->is_directory() && (hidden || fs::equivalent(path, o.output, absent)))
+        it.disable_recursion_pending();
+      else if (!hidden && it->is_regular_file() &&
+               (o.include.empty() || std::ranges::any_of(o.include, matches)))
+        found.push_back({path, below, i64(it->file_size())});
+    }
+  } catch (const fs::filesystem_error& error) {
+    bad_input(input, "is not a file or folder that can be read (" + error.code().message() + ")",
+              "another --input; data from a pipe as --input -");
+  }
+  std::ranges::sort(found, {}, &Source::name);
+  return found;
+}
+
+void add_source(Unit& unit, Source& source) {
+  std::error_code none;  // standard input has no time
+  const i64 time = fs::last_write_time(source.path, none).time_since_epoch().count();
+  const string all = unit.identity + text("%s\t%ld\t%ld\t%d", source.name.c_str(), source.bytes,
+                                          time, int(source.format));
+  unit.identity = std::to_string(XXH3_64bits(all.data(), all.size()));
+  unit.bytes += source.bytes;
+  unit.sources.push_back(std::move(source));
+}
+
+vector<Unit> plan(const CorpusOptions& o) {
+  if (o.join.starts_with(".") || o.join.find('/') != string::npos)
+    bad_input("--join", text("is \"%s\" (need a plain file name)", o.join.c_str()), "--join c");
+  if (o.inputs.size() > 1 && std::ranges::count(o.inputs, "-"))
+    bad_input("-", "standard input beside other inputs (need it alone)", "two runs, or files only");
+  vector<Unit> units;
+  const auto add_unit = [&](const string& name) {
+    units.push_back({o.output + "/" + name + ".bin", o.output + "/.pith/" + name + ".sources"});
+  };
+  std::map<string, string> taken;  // name -> its source
+  vector<Source> sources;
+  for (const string& input : o.inputs)
+    std::ranges::move(find_sources(input, o), std::back_inserter(sources));
+  for (Source& source : sources) {
+    const string name = classify(source, o.format);
+    const bool empty = source.bytes == 0 && source.path != "-";
+    if (o.join.empty()) {
+      const auto [other, fresh] = taken.emplace(name, source.path);
+      if (!fresh)
+        bad_input(source.path,
+                  text("would become the same token file %s.bin as %s", name.c_str(),
+                       other->second.c_str()),
+                  "--join NAME, or one run and output folder for each");
+      if (empty && !o.skip_bad)
+        bad_input(source.path, "is empty (need at least one document)",
+                  "removing it, or --skip-bad to leave such files out");
+      add_unit(name);
+    } else if (empty) {
+      continue;
+    } else if (units.empty() || units.back().bytes + source.bytes > o.part_bytes) {
+      add_unit(text("%s-%05zu", o.join.c_str(), units.size()));
+    }
+    add_source(units.back(), source);
+  }
+  if (sources.empty())
+    bad_input("--input", "no file to tokenise was found", "another folder or --include");
+  if (units.empty()) bad_input("--input", "all files are empty", "files with text in them");
+  return units;
+}
 
 // The bytes of a source, decompressed as the suffix of its name says.
 class SourceStream {
@@ -37,12 +152,10 @@ class SourceStream {
   explicit SourceStream(const string& path)
       : path_(path),
         fd_(path == "-" ? dup(STDIN_FILENO) : open(path.c_str(), O_RDONLY | O_CLOEXEC)),
-        gzip_(path.ends_with(".gz")) {
+        gzip_(path.ends_with(".gz")),
+        zstd_(path.ends_with(".zst") ? ZSTD_createDStream() : nullptr) {
     if (fd_ < 0) bad_input(path, text("cannot be opened (%s)", strerror(errno)), "another file");
     if (gzip_) inflateInit2(&inflater_, 15 + 16);
-    if (!path.ends_with(".zst") && !path.ends_with(".zstd")) return;
-    zstd_ = ZSTD_createDStream();
-    ZSTD_DCtx_setParameter(zstd_, ZSTD_d_windowLogMax, 31);  // as files made with --long=31
   }
   SourceStream(const SourceStream&) = delete;
   ~SourceStream() {
@@ -107,25 +220,20 @@ class SourceStream {
   const string path_;
   const int fd_;
   const bool gzip_;
+  ZSTD_DStream* const zstd_;
   bool inside_ = true;  // of a gzip member or zstd frame
   string buffer_;       // stored bytes; [begin_, end_) are not used yet
   size_t begin_ = 0, end_ = 0;
   z_stream inflater_{};
-  ZSTD_DStream* zstd_ = nullptr;
 };
 
-// Part of a unit: about a MiB, or one larger document.
+// Whole lines of a source, about a MiB or one longer, or a whole text file.
 struct Batch {
-  // Whole lines of a source, or a whole text file: raw[begin, end).
-  struct Piece {
-    const CorpusSource* source;
-    i64 first_line;
-    size_t begin, end;
-  };
+  const Source* source;
+  i64 first_line;
   string raw;
-  vector<Piece> pieces;
   i64 stored_bytes = 0;
-  bool last = false;
+  bool last = false;  // of its unit
   vector<string_view> documents;
   vector<std::pair<string, string>> bad;  // "file:line", what is wrong
   vector<u32> tokens;
@@ -134,29 +242,17 @@ struct Batch {
 
 class BatchReader {
  public:
-  explicit BatchReader(const vector<CorpusSource>& sources) : sources_(sources) {}
+  explicit BatchReader(const vector<Source>& sources) : sources_(sources) {}
 
   Batch read() {
-    Batch batch;
-    batch.raw.reserve(kBatchBytes + kReadBytes);
-    while (next_ < sources_.size() && batch.raw.size() < kBatchBytes) read_piece(batch);
-    batch.last = next_ == sources_.size();
-    return batch;
-  }
-
- private:
-  // The rest of a source, or as many whole lines as fill the batch.
-  void read_piece(Batch& batch) {
-    const CorpusSource& source = sources_[next_];
+    const Source& source = sources_[next_];
     const bool lines = source.format == CorpusFormat::Jsonl;
-    string& raw = batch.raw;
-    const size_t begin = raw.size();
     if (!stream_) {
       stream_.emplace(source.path);
       line_ = 1;
     }
-    raw += carry_;
-    carry_.clear();
+    Batch batch{&source, line_, std::exchange(carry_, "")};
+    string& raw = batch.raw;
     const auto step = std::clamp<size_t>(source.bytes + 1, 16 << 10, kReadBytes);
     for (;;) {
       const size_t size = raw.size();
@@ -167,22 +263,20 @@ class BatchReader {
       if (got == 0) {
         if (lines) raw += '\n';  // where the last line has none
         stream_.reset();
-        next_++;
-        break;
+        batch.last = ++next_ == sources_.size();
+        return batch;
       }
       const size_t newline = string_view(raw).substr(size).rfind('\n');
-      if (lines && raw.size() >= kBatchBytes && newline != string::npos) {
-        carry_ = raw.substr(size + newline + 1);
-        raw.resize(size + newline + 1);
-        break;
-      }
+      if (!lines || raw.size() < kBatchBytes || newline == string::npos) continue;
+      carry_ = raw.substr(size + newline + 1);
+      raw.resize(size + newline + 1);
+      line_ += std::ranges::count(raw, '\n');
+      return batch;
     }
-    batch.pieces.push_back({&source, line_, begin, raw.size()});
-    if (!lines) return;
-    for (size_t at = begin; (at = raw.find('\n', at)) != string::npos; at++) line_++;
   }
 
-  const vector<CorpusSource>& sources_;
+ private:
+  const vector<Source>& sources_;
   size_t next_ = 0;
   std::optional<SourceStream> stream_;
   i64 line_ = 1;
@@ -216,139 +310,73 @@ string parse_line(char* line, size_t n, const string& key, string_view& document
   return "";
 }
 
-// Returns what is wrong, and moves `line` on to it.
-string check_text(string_view document, i64& line) {
-  if (document.empty()) return "is empty";
-  if (is_valid_utf8(document)) return "";
-  for (;; line++) {
-    const size_t newline = document.find('\n');
-    if (newline == string::npos || !is_valid_utf8(document.substr(0, newline)))
-      return "not valid UTF-8";
-    document.remove_prefix(newline + 1);
-  }
-}
-
 void find_documents(Batch& batch, const string& key) {
-  constexpr string_view kBom = "\xef\xbb\xbf";
-  for (const Batch::Piece& piece : batch.pieces) {
-    i64 line = piece.first_line;
-    const auto add = [&](string_view document, const string& wrong) {
-      if (wrong.empty())
-        batch.documents.push_back(document);
-      else
-        batch.bad.push_back({piece.source->path + ":" + std::to_string(line), wrong});
-    };
-    char *at = &batch.raw[piece.begin], *const end = &batch.raw[piece.end];
-    if (line == 1 && string_view(at, end).starts_with(kBom)) at += kBom.size();
-    if (piece.source->format == CorpusFormat::Text) {
-      const string_view document(at, end);
-      add(document, check_text(document, line));
-      continue;
-    }
-    for (char* next; at < end; at = next, line++) {
-      next = static_cast<char*>(memchr(at, '\n', end - at)) + 1;
-      const string_view whole(at, next - 1);
-      if (whole.find_first_not_of(" \t\r") == string::npos) continue;
-      string_view document;
-      next[-1] = '\0';
-      const string wrong = parse_line(at, whole.size(), key, document);
-      add(document, wrong);
-    }
+  i64 line = batch.first_line;
+  const auto add = [&](string_view document, const string& wrong) {
+    if (wrong.empty())
+      batch.documents.push_back(document);
+    else
+      batch.bad.push_back({batch.source->path + ":" + std::to_string(line), wrong});
+  };
+  char *at = batch.raw.data(), *const end = at + batch.raw.size();
+  if (line == 1 && batch.raw.starts_with("\xef\xbb\xbf")) at += 3;  // byte order mark
+  if (batch.source->format == CorpusFormat::Text) {
+    const size_t valid = valid_utf8_prefix({at, end});
+    line += std::count(at, at + valid, '\n');
+    return add({at, end}, at == end ? "is empty" : at + valid < end ? "not valid UTF-8" : "");
+  }
+  for (char* next; at < end; at = next, line++) {
+    next = static_cast<char*>(memchr(at, '\n', end - at)) + 1;
+    const string_view whole(at, next - 1);
+    if (whole.find_first_not_of(" \t\r") == string::npos) continue;
+    string_view document;
+    next[-1] = '\0';
+    const string wrong = parse_line(at, whole.size(), key, document);
+    add(document, wrong);
   }
 }
-
-void need_io(bool good, const string& path, const char* what) {
-  if (!good)
-    failed(path, text("%s (%s)", what, strerror(errno)),
-           "free space, permissions, another --output");
-}
-
-// The kernel lets go of the lock however the process ends.
-struct LockedFile {
-  LockedFile(const string& file, int operation)
-      : path(file), fd(open(file.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666)) {
-    need_io(fd >= 0, path, "cannot be opened");
-    held = flock(fd, operation) == 0;
-    need_io(held || errno == EWOULDBLOCK, path, "cannot be locked");
-  }
-  LockedFile(const LockedFile&) = delete;
-  ~LockedFile() { close(fd); }
-
-  void clear() const { need_io(ftruncate(fd, 0) == 0, path, "cannot be emptied"); }
-  void append(string_view bytes) const {
-    while (!bytes.empty()) {
-      const ssize_t n = write(fd, bytes.data(), bytes.size());
-      need_io(n > 0, path, "cannot be written");
-      bytes.remove_prefix(n);
-    }
-  }
-  // On disk, with `begin` at its begin.
-  void complete(const string& begin) const {
-    need_io(pwrite(fd, begin.data(), begin.size(), 0) == ssize_t(begin.size()) && fsync(fd) == 0,
-            path, "cannot be completed");
-  }
-  const string path;
-  const int fd;
-  bool held;
-};
 
 // A unit at work, claimed by the lock on its record, which holds the ends of its documents and at
 // last what the token file was made of.
 struct OpenUnit {
-  explicit OpenUnit(const CorpusUnit& u)
+  explicit OpenUnit(const Unit& u)
       : unit(u), reader(u.sources), record(u.record, LOCK_EX | LOCK_NB) {}
-  ~OpenUnit() {
-    if (file) unlink(unit.part.c_str());
-  }
 
   void begin(NpyType type) {
-    file.emplace(unit.part, LOCK_EX);
-    file->clear();
     record.clear();
-    file->append(npy_header(type, {0}));  // until the number of tokens is known
+    make_folders(folder_of(unit.path));
+    file.emplace(unit.path);
+    file->write(npy_header(type, {0}));  // until the number of tokens is known
   }
 
   void append(Batch& batch, NpyType type) {
-    const auto append_ids = [&](const auto& ids) {
-      file->append({reinterpret_cast<const char*>(ids.data()), ids.size() * sizeof ids[0]});
-    };
     if (type == NpyType::U4)
-      append_ids(batch.tokens);
+      file->write(batch.tokens);
     else
-      append_ids(vector<u16>(batch.tokens.begin(), batch.tokens.end()));
+      file->write(vector<u16>(batch.tokens.begin(), batch.tokens.end()));
     for (u64& end : batch.ends) end += num_tokens;
-    record.append({reinterpret_cast<const char*>(batch.ends.data()), batch.ends.size() * 8});
+    record.append(batch.ends.data(), batch.ends.size() * 8);
     num_tokens += batch.tokens.size();
     num_documents += batch.ends.size();
   }
 
   void finish(NpyType type) {
-    file->append(npy_header(NpyType::U8, {num_documents}));
-    string block(1 << 20, '\0');
-    for (i64 at = 0; at < num_documents * 8;) {
-      const ssize_t got = pread(record.fd, block.data(), block.size(), at);
-      need_io(got > 0, record.path, "cannot be read back");
-      file->append({block.data(), size_t(got)});
-      at += got;
-    }
-    file->complete(npy_header(type, {num_tokens}));
+    const MappedFile ends(unit.record);
+    file->write(npy_header(NpyType::U8, {num_documents}));
+    file->write(ends.data(), ends.size());
+    file->write_begin(npy_header(type, {num_tokens}));
     record.clear();
-    record.complete(unit.identity);
-    make_folders(folder_of(unit.path));
-    need_io(rename(unit.part.c_str(), unit.path.c_str()) == 0, unit.path, "cannot be renamed to");
-    sync_folder(folder_of(unit.path));
+    record.append(unit.identity.data(), unit.identity.size());
+    record.sync();
+    file->finish();
   }
 
-  // Batches not written yet.
-  i64 load() const { return reading ? INT64_MAX : batches_read - batches_written; }
-
-  const CorpusUnit& unit;
+  const Unit& unit;
   BatchReader reader;
-  bool reading = false, writing = false;
-  std::map<i64, Batch> encoded;
+  bool reading = false;
   i64 batches_read = 0, batches_written = 0;
   LockedFile record;
-  std::optional<LockedFile> file;
+  std::optional<DurableFile> file;
   i64 num_tokens = 0, num_documents = 0;
 };
 
@@ -356,21 +384,16 @@ class CorpusRun {
  public:
   explicit CorpusRun(const CorpusOptions& options)
       : options_(options),
-        units_(plan_corpus(options)),
+        units_(plan(options)),
         tokenizer_(Tokenizer::load(options.tokenizer)),
-        threads_(options.threads ? int(options.threads)
-                                 : max<int>(1, std::thread::hardware_concurrency())),
+        threads_(options.threads ? options.threads
+                                 : max<i64>(1, std::thread::hardware_concurrency())),
         progress_("tokenize", find_work() / 1e6, "MB of files") {
-    auto eos = options.eos.empty() ? tokenizer_.eos_id() : tokenizer_.id_of(options.eos);
-    const bool is_id = !options.eos.empty() && options.eos.size() < 10 &&
-                       options.eos.find_first_not_of("0123456789") == string::npos;
-    if (!eos && is_id && std::stoul(options.eos) < tokenizer_.vocab_size())
-      eos = std::stoul(options.eos);
+    const auto eos = options.eos.empty() ? tokenizer_.eos_id : tokenizer_.id_of(options.eos);
     if (!eos)
       bad_input("--eos",
-                text("no such token (got %s, need a token of %s or an id < %u)",
-                     options.eos.empty() ? "none" : options.eos.c_str(), options.tokenizer.c_str(),
-                     tokenizer_.vocab_size()),
+                text("no such token (got %s, need a token of %s)",
+                     options.eos.empty() ? "none" : options.eos.c_str(), options.tokenizer.c_str()),
                 "a token as the vocabulary writes it");
     eos_ = *eos;
     type_ = tokenizer_.vocab_size() < UINT16_MAX ? NpyType::U2 : NpyType::U4;
@@ -390,7 +413,7 @@ class CorpusRun {
     if (report_.stopped) return report_;
     if (report_.files + report_.files_done_before == 0)
       bad_input("--input", "no file holds a document that can be used", "other inputs or --key");
-    unlink(mark_.c_str());
+    fs::remove(mark_);
     return report_;
   }
 
@@ -399,15 +422,15 @@ class CorpusRun {
 
   i64 find_work() {
     i64 bytes = 0;
-    for (size_t i = 0; i < units_.size(); i++) {
-      if (is_finished(units_[i])) continue;
-      to_do_.push_back(i);
-      bytes += units_[i].bytes;
+    for (const Unit& unit : units_) {
+      if (is_finished(unit)) continue;
+      to_do_.push_back(&unit);
+      bytes += unit.bytes;
     }
     return bytes;
   }
 
-  bool is_finished(const CorpusUnit& unit) {
+  bool is_finished(const Unit& unit) {
     if (!fs::exists(unit.path)) return false;
     const char* why = unit.sources[0].path == "-" ? "and standard input cannot be resumed"
                       : !fs::exists(unit.record)  ? "but was not made by this command"
@@ -425,7 +448,7 @@ class CorpusRun {
   void open_folder() const {
     const string &folder = options_.output, path = folder + "/corpus.json";
     JsonWriter w(2);
-    w.object().key("tokenizer_xxh3").value(tokenizer_.fingerprint());
+    w.object().key("tokenizer_xxh3").value(tokenizer_.fingerprint);
     w.key("eos_id").value(eos_).key("key").value(options_.key);
     w.key("special_as_text").value(options_.special_as_text).end();
     make_folders(folder + "/.pith");
@@ -462,9 +485,8 @@ class CorpusRun {
         find_documents(batch, options_.key);
         encode(batch, scratch);
         lock.lock();
-        unit->encoded.emplace(turn, std::move(batch));
-        write_encoded(lock, *unit);
-        changed_.wait(lock, [&] { return error_ || turn < unit->batches_written + kAhead; });
+        changed_.wait(lock, [&] { return error_ || unit->batches_written == turn; });
+        if (!error_) write(lock, *unit, batch);
       }
     } catch (...) {
       if (!lock.owns_lock()) lock.lock();
@@ -476,29 +498,30 @@ class CorpusRun {
   // Null when nothing is left to read.
   std::shared_ptr<OpenUnit> next_unit(Lock& lock) {
     while (!error_ && !stop_requested() && !(to_do_.empty() && open_.empty())) {
-      if (!to_do_.empty() && int(open_.size()) < threads_ && claim_next()) continue;
-      const auto unit = std::ranges::min_element(open_, {}, &OpenUnit::load);
+      claim_units();
+      const auto unit = std::ranges::min_element(open_, {}, [](const auto& u) {
+        return u->reading ? INT64_MAX : u->batches_read - u->batches_written;
+      });
       if (unit != open_.end() && !(*unit)->reading) return *unit;
       changed_.wait_for(lock, std::chrono::milliseconds(100));
     }
     return nullptr;
   }
 
-  // False when other processes hold all that are left.
-  bool claim_next() {
-    const size_t i = to_do_.front();
-    to_do_.pop_front();
-    make_folders(folder_of(units_[i].record));
-    const auto unit = std::make_shared<OpenUnit>(units_[i]);
-    if (!unit->record.held) {
-      to_do_.push_back(i);
-      return ++refused_ < to_do_.size();
+  // One a thread, if other processes do not hold all that are left.
+  void claim_units() {
+    for (size_t left = to_do_.size(); left > 0 && i64(open_.size()) < threads_; left--) {
+      const Unit& next = *to_do_.front();
+      make_folders(folder_of(next.record));
+      const auto unit = std::make_shared<OpenUnit>(next);
+      to_do_.pop_front();
+      if (!unit->record.held) {
+        to_do_.push_back(&next);
+      } else if (!is_finished(next)) {
+        unit->begin(type_);
+        open_.push_back(unit);
+      }
     }
-    refused_ = 0;
-    if (is_finished(units_[i])) return true;
-    unit->begin(type_);
-    open_.push_back(unit);
-    return true;
   }
 
   void encode(Batch& batch, EncodeScratch& scratch) const {
@@ -508,12 +531,6 @@ class CorpusRun {
       batch.tokens.push_back(eos_);
       batch.ends.push_back(batch.tokens.size());
     }
-  }
-
-  void write_encoded(Lock& lock, OpenUnit& unit) {
-    if (std::exchange(unit.writing, true)) return;  // by a thread that goes on
-    while (auto next = unit.encoded.extract(unit.batches_written)) write(lock, unit, next.mapped());
-    unit.writing = false;
   }
 
   void write(Lock& lock, OpenUnit& unit, Batch& batch) {
@@ -541,16 +558,15 @@ class CorpusRun {
   }
 
   const CorpusOptions& options_;
-  const vector<CorpusUnit> units_;
+  const vector<Unit> units_;
   const string mark_ = options_.output + "/.pith/.run";
   const Tokenizer tokenizer_;
-  const int threads_;
+  const i64 threads_;
   u32 eos_;
   NpyType type_;
   std::mutex mutex_;  // guards all below
   std::condition_variable changed_;
-  std::deque<size_t> to_do_;
-  size_t refused_ = 0;                      // claims in a row
+  std::deque<const Unit*> to_do_;
   vector<std::shared_ptr<OpenUnit>> open_;  // not read to the end
   i64 bytes_done_ = 0;
   CorpusReport report_;

@@ -1,6 +1,6 @@
 // corpus: files of documents -> token files (see TokenFile), in parallel, in order, restartable.
-// `output` also gets tokenizer.json, corpus.json (what must not change) and .pith: unfinished
-// files, and for each file a lock and a record of its sources.
+// `output` also gets tokenizer.json, corpus.json (what must not change) and .pith: for each file a
+// lock and a record of its sources.
 #pragma once
 #include "data/dataset.h"
 
@@ -22,22 +22,6 @@ struct CorpusOptions {
   bool skip_bad = false;  // log malformed documents, do not stop at them
   i64 threads = 0;        // 0: every core
 };
-
-struct CorpusSource {
-  string path, name;  // as opened; below its input
-  i64 bytes = 0;
-  CorpusFormat format = CorpusFormat::Auto;
-};
-
-// What becomes one token file.
-struct CorpusUnit {
-  string path, part, record;  // of the file; in .pith: unfinished, and of its sources
-  vector<CorpusSource> sources;
-  i64 bytes = 0;
-  string identity;  // hash of the sources' names, sizes, times and formats
-};
-// In path order. Exit code 2: nothing found, no format in a name, two sources for one token file.
-vector<CorpusUnit> plan_corpus(const CorpusOptions& options);
 
 struct CorpusReport {
   i64 files = 0, files_done_before = 0, files_total = 0;

@@ -25,9 +25,8 @@ CorpusSummary inspect_corpus(const string& where, i64 top, i64 samples) {
   const Tokenizer tokenizer = Tokenizer::load(folder + "/tokenizer.json");
   CorpusSummary summary;
   summary.files = paths.size();
-  std::error_code absent;
-  for (const auto& entry : fs::recursive_directory_iterator(folder + "/.pith", absent))
-    summary.unfinished += entry.path().extension() == ".part" || entry.path().filename() == ".run";
+  for (const auto& entry : fs::recursive_directory_iterator(folder))
+    summary.unfinished += entry.path().extension() == ".tmp" || entry.path().filename() == ".run";
   std::mt19937_64 random;
   vector<i64> counts(tokenizer.vocab_size());
   for (const string& path : paths) {

@@ -49,19 +49,32 @@ DurableFile::~DurableFile() {
   unlink(temporary_.c_str());
 }
 
-void DurableFile::write(const void* bytes, i64 size) {
+static void write_all(int fd, const string& path, const void* bytes, i64 size) {
   const char* next = static_cast<const char*>(bytes);
   for (const char* end = next + size; next < end;) {
-    const ssize_t n = ::write(fd_, next, min<size_t>(end - next, 1 << 30));  // Linux: < 2 GiB
+    const ssize_t n = write(fd, next, min<size_t>(end - next, 1 << 30));  // Linux: < 2 GiB
     if (n < 0 && errno == EINTR) continue;
-    if (n < 0) failed_call(temporary_, "cannot be written", errno);
+    if (n < 0) failed_call(path, "cannot be written", errno);
     next += n;
-    size_ += n;
   }
 }
 
+static void flush(int fd, const string& path) {
+  if (fsync(fd) != 0) failed_call(path, "cannot be flushed to disk", errno);
+}
+
+void DurableFile::write(const void* bytes, i64 size) {
+  write_all(fd_, temporary_, bytes, size);
+  size_ += size;
+}
+
+void DurableFile::write_begin(const string& bytes) {
+  if (pwrite(fd_, bytes.data(), bytes.size(), 0) != ssize_t(bytes.size()))
+    failed_call(temporary_, "cannot be written", errno);
+}
+
 void DurableFile::finish() {
-  if (fsync(fd_) != 0) failed_call(temporary_, "cannot be flushed to disk", errno);
+  flush(fd_, temporary_);
   if (rename(temporary_.c_str(), path_.c_str()) != 0)
     failed_call(path_, "cannot be put in place", errno);
   close(fd_);
@@ -71,7 +84,7 @@ void DurableFile::finish() {
 
 void write_file_durably(const string& path, const string& bytes) {
   DurableFile file(path);
-  file.write(bytes.data(), i64(bytes.size()));
+  file.write(bytes);
   file.finish();
 }
 
@@ -95,28 +108,42 @@ string folder_of(const string& path) {
   return folder.empty() ? "." : folder.string();
 }
 
-RunLock::RunLock(const string& folder) {
-  make_folders(folder);
-  const string path = folder + "/.lock";
-  fd_ = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+LockedFile::LockedFile(const string& path, int operation)
+    : path_(path), fd_(open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666)) {
   if (fd_ < 0) failed_call(path, "cannot be opened", errno);
+  if (flock(fd_, operation) == 0) return;
+  held = errno != EWOULDBLOCK;
+  if (held)
+    log_warning("%s: cannot be locked (%s): use one process", path.c_str(), strerror(errno));
+}
+
+LockedFile::~LockedFile() { close(fd_); }
+
+void LockedFile::clear() {
+  if (ftruncate(fd_, 0) != 0 || lseek(fd_, 0, SEEK_SET) != 0)
+    failed_call(path_, "cannot be emptied", errno);
+}
+
+void LockedFile::append(const void* bytes, i64 size) { write_all(fd_, path_, bytes, size); }
+
+void LockedFile::sync() { flush(fd_, path_); }
+
+static string lock_file(const string& folder) {
+  make_folders(folder);
+  return folder + "/.lock";
+}
+
+RunLock::RunLock(const string& folder) : file(lock_file(folder), LOCK_EX | LOCK_NB) {
   char holder[400] = "", host[256] = "";
-  if (flock(fd_, LOCK_EX | LOCK_NB) != 0) {
-    if (errno != EWOULDBLOCK) {
-      log_warning("%s: cannot be locked (%s)", path.c_str(), strerror(errno));
-      return;
-    }
-    const bool named = pread(fd_, holder, sizeof holder - 1, 0) > 0;
-    close(fd_);
+  if (!file.held) {
+    const bool named = pread(file.fd_, holder, sizeof holder - 1, 0) > 0;
     bad_input(folder, text("another run writes there (%s)", named ? holder : "just begun"),
               "another run.folder");
   }
   gethostname(host, sizeof host - 1);
   const int length = snprintf(holder, sizeof holder, "process %d on %s", getpid(), host);
-  if (ftruncate(fd_, 0) != 0 || pwrite(fd_, holder, size_t(length), 0) < 0)
-    log_warning("%s: cannot be written (%s)", path.c_str(), strerror(errno));
+  file.clear();
+  file.append(holder, length);
 }
-
-RunLock::~RunLock() { close(fd_); }
 
 }

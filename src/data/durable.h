@@ -1,4 +1,4 @@
-// Files that are whole or absent, files mapped for reading, and the lock of a run's folder.
+// Files that are whole or absent, files mapped for reading, and locked ones.
 #pragma once
 #include <memory>
 
@@ -27,9 +27,10 @@ class DurableFile {
  public:
   explicit DurableFile(const string& path);
   DurableFile(const DurableFile&) = delete;
-  DurableFile& operator=(const DurableFile&) = delete;
   ~DurableFile();
   void write(const void* bytes, i64 size);  // appends
+  void write(const auto& all) { write(all.data(), i64(all.size() * sizeof all[0])); }
+  void write_begin(const string& bytes);  // over the first ones
   void finish();
   i64 size() const { return size_; }
   const string& path() const { return path_; }
@@ -47,17 +48,28 @@ void sync_folder(const string& path);
 // "a/b.txt" -> "a", "b.txt" -> ".".
 string folder_of(const string& path);
 
-// Holds FOLDER/.lock, made where missing, while the process lives, however that ends. Exit code 2,
-// naming its holder, if it is taken.
-class RunLock {
+// A file, made where missing, with flock()'s lock, which the kernel lets go of however the process
+// ends.
+class LockedFile {
  public:
-  explicit RunLock(const string& folder);
-  RunLock(const RunLock&) = delete;
-  RunLock& operator=(const RunLock&) = delete;
-  ~RunLock();
+  LockedFile(const string& path, int operation);
+  LockedFile(const LockedFile&) = delete;
+  ~LockedFile();
+  void clear();
+  void append(const void* bytes, i64 size);
+  void sync();
+  bool held = true;  // false: by another, where `operation` does not wait
 
  private:
-  int fd_ = -1;
+  friend struct RunLock;
+  string path_;
+  int fd_;
+};
+
+// Holds FOLDER/.lock, made where missing. Exit code 2, naming its holder, if it is taken.
+struct RunLock {
+  explicit RunLock(const string& folder);
+  LockedFile file;
 };
 
 }

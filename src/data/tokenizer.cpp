@@ -4,26 +4,23 @@
 
 namespace pith {
 
-AddedTokens::AddedTokens(vector<AddedToken> tokens) : tokens_(std::move(tokens)) {
-  std::stable_sort(tokens_.begin(), tokens_.end(),
-                   [](const auto& a, const auto& b) { return a.content < b.content; });
-  for (const AddedToken& token : tokens_) starts_[u8(token.content[0])] = true;
+void AddedTokens::add(const AddedToken& token) {
+  starts_[u8(token.content[0])] = true;
+  tokens_[token.content] = token;
 }
 
 // The longest token at the front of `rest` is the last one that is not above it in order, or is at
 // the front of what that one shares with it.
 const AddedToken* AddedTokens::find(string_view text, size_t from, size_t& begin) const {
   if (tokens_.empty()) return nullptr;
-  const auto above = [](string_view a, const AddedToken& b) { return a < b.content; };
   for (begin = from; begin < text.size(); begin++) {
     if (!starts_[u8(text[begin])]) continue;
     for (string_view rest = text.substr(begin); !rest.empty();) {
-      const auto at = std::upper_bound(tokens_.begin(), tokens_.end(), rest, above);
+      auto at = tokens_.upper_bound(rest);
       if (at == tokens_.begin()) break;
-      const string& token = at[-1].content;
-      if (rest.starts_with(token)) return &at[-1];
-      const auto differs = std::mismatch(rest.begin(), rest.end(), token.begin(), token.end());
-      rest = rest.substr(0, size_t(differs.first - rest.begin()));
+      const auto& [content, token] = *--at;
+      if (rest.starts_with(content)) return &token;
+      rest = rest.substr(0, std::ranges::mismatch(rest, content).in1 - rest.begin());
     }
   }
   return nullptr;
@@ -51,7 +48,7 @@ static Char flags_at(string_view text, size_t at) {
 
 static Char flags_before(string_view text, size_t at) {
   if (at == 0) return {0, 0};
-  return flags_at(text, size_t(char_before(text.data() + at) - text.data()));
+  return flags_at(text, char_before(text.data() + at) - text.data());
 }
 
 // Cuts `text` at added tokens as Hugging Face does: first at those found in the text as it is, and
@@ -62,12 +59,10 @@ void Tokenizer::encode_text(string_view text, bool normalized, bool parse_specia
     const string_view part = text.substr(begin, end - begin);
     if (part.empty()) return;
     if (normalized) return encode_words(part, scratch, out);
-    encode_text(normalize(part, scratch.normalized_, scratch.next_), true, parse_special, scratch,
-                out);
+    encode_text(nfc ? to_nfc(part, scratch.normalized_) : part, true, parse_special, scratch, out);
   };
-  const AddedTokens& tokens = normalized ? added_normalized : added;
   size_t done = 0, from = 0, begin = 0;
-  while (const AddedToken* token = tokens.find(text, from, begin)) {
+  while (const AddedToken* token = added[normalized].find(text, from, begin)) {
     size_t end = from = begin + token->content.size();
     if (token->special && !parse_special) continue;
     Char before = flags_before(text, begin), after = flags_at(text, end);
@@ -89,7 +84,7 @@ void Tokenizer::encode(string_view utf8, vector<u32>& out, EncodeOptions options
   if (valid < utf8.size())
     bad_input(path, text("the text to encode is no UTF-8 (got a bad byte at %zu)", valid),
               "replace what is invalid");
-  scratch.use(file_hash);
+  scratch.use(fingerprint);
   if (options.add_special) out.insert(out.end(), prefix.begin(), prefix.end());
   encode_text(utf8, false, options.parse_special, scratch, out);
   if (options.add_special) out.insert(out.end(), suffix.begin(), suffix.end());
@@ -97,41 +92,15 @@ void Tokenizer::encode(string_view utf8, vector<u32>& out, EncodeOptions options
 
 string Tokenizer::decode(std::span<const u32> tokens, SpecialTokens which) const {
   string out;
-  for (const u32 id : tokens) {
-    if (token_text(id).empty() || (which == SpecialTokens::Skip && is_special(id))) continue;
-    if (join_with_space && !out.empty()) out += ' ';
-    out += join_with_space || bytes[id].empty() ? texts[id] : bytes[id];
-  }
+  for (const u32 id : tokens)
+    if (!token_text(id).empty() && (which == SpecialTokens::Keep || !is_special(id)))
+      out += bytes[id].empty() ? texts[id] : bytes[id];
   return replace_invalid_utf8(out);
 }
 
-string_view TokenizerTables::normalize(string_view text, string& buffer, string& other) const {
-  for (const NormalizerStep& step : normalizer) {
-    if (text.empty()) break;
-    if (step.kind == NormalizerStep::Nfc && !to_nfc(text, other)) continue;
-    if (step.kind == NormalizerStep::Prepend) other.assign(step.text).append(text);
-    if (step.kind == NormalizerStep::Replace) {
-      vector<Match> matches;
-      std::shared_ptr<void> room;
-      step.regex->matches(text, room, matches);
-      other.clear();
-      for (const Match& m : matches)
-        other += m.is_match ? string_view(step.text) : text.substr(m.begin, m.end - m.begin);
-    }
-    buffer.swap(other);
-    text = buffer;
-  }
-  return text;
-}
-
-u32 TokenizerTables::find(string_view token) const {
-  const auto known = ids.find(token);
-  return known == ids.end() ? kNoId : known->second;
-}
-
 std::optional<u32> Tokenizer::id_of(string_view token) const {
-  const u32 id = find(token);
-  return id == kNoId ? std::nullopt : std::optional(id);
+  const auto known = ids.find(token);
+  return known == ids.end() ? std::nullopt : std::optional(known->second);
 }
 
 }

@@ -1,57 +1,186 @@
 // tokenizer: byte-level BPE from a tokenizer.json, giving Hugging Face's ids.
 #pragma once
+#include <array>
 #include <deque>
+#include <map>
+#include <memory>
+#include <optional>
+#include <span>
+#include <unordered_map>
 
-#include "data/tokenizer_parts.h"
+#include "core/check.h"
 
 namespace pith {
+
+// tokenizer_unicode.cpp
+
+// What a character is, in the Unicode version of Hugging Face's regular expressions, 16.0.
+enum CharFlag : u16 {
+  kLetter = 1,
+  kMark = 2,
+  kNumber = 4,
+  kSpace = 8,           // White_Space, which is \s
+  kUpper = 16,          // Lu Lt Lm Lo M: o200k's first half of a word
+  kLower = 32,          // Ll Lm Lo M: its second half
+  kWordChar = 64,       // \w of added tokens' single_word
+  kPunct = 128,         // P S
+  kUnknownToNfc = 256,  // newer than Hugging Face's NFC, which leaves it alone
+  kUnstable = 512,      // NFC may change it, move it, or join it to what is before it
+};
+const u16* char_flags();  // by code point
+// "\x{1c8a}\x{a7cd}": what is in a category, such as "Ll", but may be newer than a library.
+string newer_members(string_view category);
+
+struct Char {
+  u32 code, size;
+};
+// The character at `p`, in valid UTF-8.
+inline Char decode_char(const char* p) {
+  const auto* b = reinterpret_cast<const u8*>(p);
+  if (b[0] < 0x80) return {b[0], 1};
+  if (b[0] < 0xe0) return {(b[0] & 31u) << 6 | (b[1] & 63u), 2};
+  if (b[0] < 0xf0) return {(b[0] & 15u) << 12 | (b[1] & 63u) << 6 | (b[2] & 63u), 3};
+  return {(b[0] & 7u) << 18 | (b[1] & 63u) << 12 | (b[2] & 63u) << 6 | (b[3] & 63u), 4};
+}
+// The character that ends at `p`.
+inline const char* char_before(const char* p) {
+  do p--;
+  while ((*p & 0xc0) == 0x80);
+  return p;
+}
+// Bytes of the valid UTF-8 at the front of `bytes`.
+size_t valid_utf8_prefix(string_view bytes);
+bool is_valid_utf8(string_view bytes);
+// Python's bytes.decode("utf-8", errors="replace"): each maximal invalid part becomes U+FFFD.
+string replace_invalid_utf8(string_view bytes);
+// `text` in NFC: itself, or in `buffer`.
+string_view to_nfc(string_view text, string& buffer);
+
+// tokenizer_split.cpp, tokenizer_regex.cpp
+
+// Takes the next words, at most `most`, off `text`.
+using FastSplit = void (*)(string_view& text, vector<string_view>& words, size_t most);
+
+// One step of the pre-tokenizer: cuts text at the matches of a regular expression in Oniguruma's
+// Ruby syntax, which are words too unless `removed`.
+class SplitStep {
+ public:
+  // Exit code 2, at `place`, for what is malformed, matches nothing, or is read by PCRE2 in another
+  // way.
+  SplitStep(const string& pattern, const string& place, bool removed = false, bool use_fast = true);
+  // Appends the words of `text`. `room` belongs to one thread.
+  void split(string_view text, std::shared_ptr<void>& room, vector<string_view>& words) const;
+  FastSplit fast = nullptr;  // hand-written, for known patterns
+
+ private:
+  void compile(const string& pattern);
+  std::shared_ptr<void> code_;  // pcre2_code
+  string place_;
+  bool removed_;
+};
+
+struct SplitBuffers {
+  vector<string_view> pieces, next;
+  std::shared_ptr<void> room;
+};
+// All words of `text`, into buffers.pieces.
+void split(const vector<SplitStep>& steps, string_view text, SplitBuffers& buffers);
+
+// tokenizer_bpe.cpp
+
+constexpr u32 kNoId = UINT32_MAX;
+constexpr int kIdBits = 21, kRankBits = 64 - 2 * kIdBits;  // of a packed merge
+
+// What one thread needs to encode, the cache of words included. Any scratch may be used with any
+// tokenizer; ids never depend on what it holds.
+class EncodeScratch {
+ public:
+  explicit EncodeScratch(size_t cache_bytes = size_t{1} << 23);
+  EncodeScratch(EncodeScratch&&) = default;
+
+ private:
+  friend class Bpe;
+  friend struct Tokenizer;
+  void use(u64 tokenizer);  // by fingerprint: empties the cache of another
+  struct Entry {
+    u64 key[4];  // the bytes of a word of less than 32, its size in the last one; 0: unused
+    u32 ids[7], count;
+  };
+  size_t entries_;
+  vector<Entry> cache_;  // a power of two; of a word's two places the older is given up
+  u64 owner_ = 0;
+  vector<u32> ids_, ranks_;  // of the word at hand
+  SplitBuffers split_;
+  string normalized_;
+};
+
+class Bpe {
+ public:
+  struct Merge {
+    u32 left, right, joined;
+  };
+  Bpe() = default;
+  // Merges, best first. `bytes` are the tokens' by id, empty for none; they outlive this. With
+  // `ignore_merges` a word that is a token always becomes that token.
+  Bpe(const vector<Merge>& merges, const vector<string_view>& bytes, bool ignore_merges);
+  // Appends the ids of each word. The cache of `scratch` must belong to this.
+  void encode(const vector<string_view>& words, EncodeScratch& scratch, vector<u32>& out) const;
+
+ private:
+  size_t slot_of(u32 left, u32 right) const;
+  u32 rank_of(u32 left, u32 right) const;
+  void merge(vector<u32>& ids, vector<u32>& ranks) const;
+  void merge_long(vector<u32>& ids, vector<u32>& ranks) const;
+  void encode_word(string_view word, EncodeScratch& scratch) const;
+
+  vector<u64> pairs_;   // left, right, rank; open addressing; packed for one cache miss
+  vector<u32> joined_;  // by rank
+  std::array<u32, 256> byte_ids_{};
+  vector<u32> byte_pairs_ = vector<u32>(1 << 16, kNoId);  // ranks, by two bytes
+  std::unordered_map<string_view, u32> whole_;            // words that become one token
+};
+
+// tokenizer.cpp, tokenizer_load.cpp
+
+struct AddedToken {
+  string content;  // in the form to be found
+  u32 id = 0;
+  bool single_word = false, lstrip = false, rstrip = false, special = false;
+};
+
+// Finds added tokens, leftmost first, the longest of those that start at one place.
+class AddedTokens {
+ public:
+  void add(const AddedToken& token);
+  // The first one at or after `from`, and its place in `begin`; null at the end.
+  const AddedToken* find(string_view text, size_t from, size_t& begin) const;
+
+ private:
+  std::map<string, AddedToken, std::less<>> tokens_;
+  std::array<bool, 256> starts_{};
+};
 
 struct EncodeOptions {
   // Special tokens' text in a document becomes those tokens. False is Hugging Face's
   // encode_special_tokens.
   bool parse_special = true;
-  // Add the post-processor's special tokens, such as a leading BOS.
-  bool add_special = true;
+  bool add_special = true;  // what the post-processor adds, such as a leading BOS
 };
 
 enum class SpecialTokens : u8 { Keep, Skip };
 
-// What tokenizer.json says.
-struct TokenizerTables {
-  string path;
-  u64 file_hash = 0;
-  std::deque<string> strings;  // where the tokens' text and bytes lie
-  vector<string_view> texts;   // by id; empty: no token
-  vector<string_view> bytes;   // by id: what it stands for; empty: its text
-  vector<bool> special;        // by id
-  std::unordered_map<string_view, u32> ids;
-  AddedTokens added, added_normalized;  // found before and after normalization
-  vector<NormalizerStep> normalizer;
-  vector<SplitStep> steps;
-  Bpe bpe;
-  vector<u32> prefix, suffix;    // from the post-processor
-  bool join_with_space = false;  // there is no decoder
-  std::optional<u32> eos;
-
-  u32 find(string_view token) const;  // kNoId if there is none
-  // `text` normalized: itself, or in `buffer`, which `other` helps to fill.
-  string_view normalize(string_view text, string& buffer, string& other) const;
-};
-
 // Shared by all threads, each with an EncodeScratch of its own.
-class Tokenizer : TokenizerTables {
- public:
-  // Throws bad_input, naming the part, for a file that is missing, damaged, or uses what is not
-  // supported. The file's truncation and padding are not applied.
+struct Tokenizer {
+  // Exit code 2, naming the part, for a file that is missing, damaged, or uses what is not
+  // supported. Its truncation and padding are not applied.
   static Tokenizer load(const string& path);
+  Tokenizer() = default;
   Tokenizer(Tokenizer&&) = default;
-  Tokenizer& operator=(Tokenizer&&) = default;
 
-  // Appends the ids of `utf8`. Throws bad_input with the byte offset where it is not valid UTF-8.
+  // Appends the ids of `utf8`. Exit code 2, with the byte offset, where it is not valid UTF-8.
   void encode(string_view utf8, vector<u32>& out, EncodeOptions options,
               EncodeScratch& scratch) const;
-  // The text of `tokens`; bytes that do not form UTF-8 become U+FFFD, ids without a token nothing,
-  // as in Hugging Face.
+  // Bytes that do not form UTF-8 become U+FFFD, ids without a token nothing, as in Hugging Face.
   string decode(std::span<const u32> tokens, SpecialTokens which) const;
 
   u32 vocab_size() const { return u32(texts.size()); }  // largest id plus one
@@ -59,22 +188,27 @@ class Tokenizer : TokenizerTables {
   // As the vocabulary writes it ("Ġthe"), while the tokenizer lives; empty for an id without one.
   string_view token_text(u32 id) const { return id < texts.size() ? texts[id] : ""; }
   bool is_special(u32 id) const { return id < special.size() && special[id]; }
+
+  string path;
+  u64 fingerprint = 0;  // XXH3 of tokenizer.json
   // End-of-text, from the first of: eos_token in a tokenizer_config.json beside the file;
   // eos_token_id in a config.json beside it (the first of a list); a token with a well-known name,
-  // such as <|endoftext|>. A named token that the vocabulary lacks is bad_input at load.
-  std::optional<u32> eos_id() const { return eos; }
-  // XXH3 of tokenizer.json.
-  u64 fingerprint() const { return file_hash; }
+  // such as <|endoftext|>. A named token that the vocabulary lacks is exit code 2 at load.
+  std::optional<u32> eos_id;
+  std::deque<string> strings;        // where the tokens' text and bytes lie
+  vector<string_view> texts, bytes;  // by id; empty: no token; not of GPT-2's characters
+  vector<bool> special;              // by id
+  std::unordered_map<string_view, u32> ids;
+  AddedTokens added[2];  // found before and after normalization
+  bool nfc = false;
+  vector<SplitStep> steps;
+  Bpe bpe;
+  vector<u32> prefix, suffix;  // from the post-processor
 
  private:
-  Tokenizer() = default;
   void encode_text(string_view text, bool normalized, bool parse_special, EncodeScratch& scratch,
                    vector<u32>& out) const;
   void encode_words(string_view text, EncodeScratch& scratch, vector<u32>& out) const;
 };
-
-bool is_valid_utf8(string_view bytes);
-// Python's bytes.decode("utf-8", errors="replace"): each maximal invalid part becomes U+FFFD.
-string replace_invalid_utf8(string_view bytes);
 
 }

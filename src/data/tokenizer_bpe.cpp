@@ -5,7 +5,7 @@
 #include <bit>
 #include <queue>
 
-#include "data/tokenizer_parts.h"
+#include "data/tokenizer.h"
 
 namespace pith {
 

@@ -1,4 +1,4 @@
-#include "data/tokenizer_parts.h"
+#include "data/tokenizer.h"
 
 namespace pith {
 
@@ -167,65 +167,22 @@ const struct {
 };
 }
 
-SplitStep::SplitStep(const string& pattern, const string& place, SplitBehavior how, bool inverted)
-    : behavior(how), invert(inverted) {
+SplitStep::SplitStep(const string& pattern, const string& place, bool removed, bool use_fast)
+    : place_(place), removed_(removed) {
   for (const auto& known : kFast)
-    if (how == SplitBehavior::Isolated && pattern == known.pattern) fast = known.split;
-  if (!fast) regex.emplace(pattern, place);
-}
-
-// Joins matches and what is between them as the step says, into `pieces`.
-static void join(const SplitStep& step, string_view text, const vector<Match>& matches,
-                 vector<string_view>& pieces) {
-  Match piece{0, 0, false};
-  const auto flush = [&] {
-    const bool removed = step.behavior == SplitBehavior::Removed && piece.is_match;
-    if (piece.begin < piece.end && !removed)
-      pieces.push_back(text.substr(piece.begin, piece.end - piece.begin));
-  };
-  bool before = false;
-  for (const Match& m : matches) {
-    const bool now = m.is_match != step.invert;
-    bool joins = false;
-    if (step.behavior == SplitBehavior::MergedWithPrevious) joins = now && !before;
-    if (step.behavior == SplitBehavior::MergedWithNext) joins = before && !now;
-    if (step.behavior == SplitBehavior::Contiguous) joins = now == before;
-    if (!joins) {
-      flush();
-      piece = {m.begin, m.end, now};
-    }
-    piece.end = m.end;
-    before = now;
-  }
-  flush();
-}
-
-// Into buffers.text, in which no piece lies yet: at most one step does this.
-static void prefix_spaces(SplitBuffers& buffers) {
-  size_t size = 0;
-  for (const string_view piece : buffers.pieces) size += piece.size() + 1;
-  buffers.text.clear();
-  buffers.text.reserve(size);
-  for (const string_view piece : buffers.pieces) {
-    const size_t begin = buffers.text.size();
-    if (piece[0] != ' ') buffers.text += ' ';
-    buffers.text += piece;
-    buffers.next.emplace_back(buffers.text.data() + begin, buffers.text.size() - begin);
-  }
+    if (use_fast && !removed && pattern == known.pattern) fast = known.split;
+  if (!fast) compile(pattern);
 }
 
 void split(const vector<SplitStep>& steps, string_view text, SplitBuffers& buffers) {
   buffers.pieces.assign(1, text);
   for (const SplitStep& step : steps) {
     buffers.next.clear();
-    if (!step.fast && !step.regex) prefix_spaces(buffers);
     for (string_view piece : buffers.pieces) {
-      if (step.fast) {
+      if (step.fast)
         step.fast(piece, buffers.next, SIZE_MAX);
-      } else if (step.regex) {
-        step.regex->matches(piece, buffers.room, buffers.matches);
-        join(step, piece, buffers.matches, buffers.next);
-      }
+      else
+        step.split(piece, buffers.room, buffers.next);
     }
     buffers.pieces.swap(buffers.next);
   }

@@ -169,7 +169,7 @@ TEST(Corpus, EveryFormatGivesTheSameDocuments) {
       {"a.jsonl.gz", gzip(lines), false},
       {"a.jsonl.gz", gzip(all) + gzip("") + gzip(more), false},  // members
       {"a.jsonl.zst", zstd(lines), false},
-      {"a.jsonl.zstd", zstd(all) + zstd(more), false},  // frames
+      {"a.jsonl.zst", zstd(all) + zstd(more), false},  // frames
       {"a.txt", whole, true},
       {"a.txt.gz", gzip(whole), true},
       {"a.txt.zst", zstd(whole), true},
@@ -485,8 +485,8 @@ TEST(Corpus, AFolderKeepsItsSettingsAndSources) {
   } cases[] = {
       {[](CorpusOptions& o, const std::string& f) { o.tokenizer = f + "/other/tokenizer.json"; },
        "corpus.json: the folder was made with another tokenizer_xxh3 (got "},
-      {[](CorpusOptions& o, const std::string&) { o.eos = "2000"; },
-       "the folder was made with another eos_id (got 2000, need 0)"},
+      {[](CorpusOptions& o, const std::string&) { o.eos = "!"; },
+       "the folder was made with another eos_id (got 1, need 0)"},
       {[](CorpusOptions& o, const std::string&) { o.key = "id"; },
        "the folder was made with another key (got \"id\", need \"text\")"},
       {[](CorpusOptions& o, const std::string&) { o.special_as_text = true; },
@@ -597,8 +597,8 @@ void expect_complete(const CorpusOptions& options, const Files& expected) {
   EXPECT_EQ(exit_code_of(start_child([&] { return tokenize(options); })), kExitDone);
   EXPECT_EQ(difference(files_of(options.output), expected), "");
   EXPECT_EQ(unfinished_in(options.output), 0);
-  for (const auto& entry : fs::recursive_directory_iterator(options.output + "/.pith"))
-    EXPECT_NE(entry.path().extension(), ".part") << entry.path();
+  for (const auto& entry : fs::recursive_directory_iterator(options.output))
+    EXPECT_NE(entry.path().extension(), ".tmp") << entry.path();
 }
 }  // namespace
 
@@ -637,7 +637,7 @@ TEST(SlowCorpus, AKilledProcessIsReplaced) {
   const Files expected = make_work(folder, 4, 6000);
   const CorpusOptions options = options_for(folder);
   const pid_t first = start_child([&] { return tokenize(options); });
-  while (!fs::exists(folder + "/out/.pith/f00.part")) usleep(200);
+  while (!fs::exists(folder + "/out/f00.bin.tmp")) usleep(200);
   const pid_t second = start_child([&] { return tokenize(options); });
   usleep(20000);
   kill(first, SIGKILL);
@@ -737,7 +737,7 @@ TEST(SlowCorpus, FullDisk) {
     expect_part(read_text_file(error_path), "(File too large). Try: ");
     expect_whole_files(options.output, expected, "limit " + std::to_string(limit));
     for (const auto& entry : fs::recursive_directory_iterator(options.output))
-      EXPECT_NE(entry.path().extension(), ".part") << entry.path();
+      EXPECT_NE(entry.path().extension(), ".tmp") << entry.path();
   }
   expect_complete(options, expected);
 }
