@@ -1,4 +1,4 @@
-// schedule: the pipeline as data. A list of actions a rank, which is proven, drawn and run.
+// The pipeline as data: a list of actions a rank, which is proven, drawn and run.
 #pragma once
 
 #include "comm/mesh.h"
@@ -45,17 +45,17 @@ enum class Payload : u8 { Activation, Gradient };
 struct Action {
   Do what = Do::F;
   int chunk = 0, mb = 0;
-  int chunk2 = 0, mb2 = 0;                // FB
-  int count = 1;                          // W
-  bool defer = false;                     // B, FB
-  Payload payload = Payload::Activation;  // Send, Recv
-  int peer = -1;                          // pipeline rank at the other end
+  int chunk2 = 0, mb2 = 0;
+  int count = 1;
+  bool defer = false;
+  Payload payload = Payload::Activation;
+  int peer = -1;  // pipeline rank at the other end of a message
   bool operator==(const Action&) const = default;
 
   bool is_message() const { return what == Do::Send || what == Do::Recv; }
-  bool is_collective() const { return what == Do::Gather || what == Do::Reduce; }
   bool has_forward() const { return what == Do::F || what == Do::FB; }
   bool has_backward() const { return what == Do::B || what == Do::FB; }
+  bool has_weights() const { return what == Do::W || (has_backward() && !defer); }
   int backward_chunk() const { return what == Do::FB ? chunk2 : chunk; }
   int backward_mb() const { return what == Do::FB ? mb2 : mb; }
 };
@@ -79,6 +79,8 @@ vector<ActionList> make_schedules(const ScheduleOptions& options);
 int message_stage(const ScheduleOptions& options, int rank, const Action& transfer);
 // Rank of the stage `step` behind chunk's (negative: before it); -1: there is none.
 int rank_beside(const ScheduleOptions& options, int rank, int chunk, int step);
+// Rank that a chunk's message goes to or comes from; -1: none but this one.
+int message_peer(const ScheduleOptions& options, int rank, const Action& transfer);
 
 // Units of time: a forward, the gradient of its input and its weight gradients take 1 each.
 int duration(const Action& action);
