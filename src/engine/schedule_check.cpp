@@ -1,9 +1,7 @@
 // Proofs of lists: each rank's own order, then all ranks together, as they would run when every
 // group call and every collective blocks. What is wrong is thrown as a string.
-#include <algorithm>
 #include <array>
 #include <map>
-#include <set>
 
 #include "engine/schedule.h"
 
@@ -17,90 +15,74 @@ string where(const vector<ActionList>& lists, int rank, int action) {
   return text("rank %d, action %d (%s)", rank, action, to_text(lists[rank][action]).c_str());
 }
 
-// Walks one rank's list; what has run stands in `done` by name: "F0.3", "send F0.3", "reduce 0".
+string name(const char* what, int chunk, int mb) { return text("%s%d.%d", what, chunk, mb); }
+
+// What an action does: "F0.3", "W1.2", "send B0.3", "reduce 0".
+vector<string> deeds_of(const Action& a) {
+  vector<string> deeds;
+  if (a.has_forward()) deeds.push_back(name("F", a.chunk, a.mb));
+  if (a.has_backward()) deeds.push_back(name("B", a.backward_chunk(), a.backward_mb()));
+  for (int i = 0; i < a.count && a.has_weights(); i++)
+    deeds.push_back(name("W", a.backward_chunk(), a.backward_mb() + i));
+  if (deeds.empty()) deeds.push_back(to_text(a));
+  if (a.is_message()) deeds[0].erase(deeds[0].rfind(' ') - 2);  // without the peer
+  return deeds;
+}
+
+// Walks one rank's list. All its right lists do the same, each thing once.
 struct ListWalk {
+  struct Deed {
+    int peer;
+    bool done = false;
+  };
   const ScheduleOptions& o;
-  int rank;  // of the pipeline
-  std::set<string> done = {};
+  std::map<string, Deed> deeds = {};
   int live = 0, peak_live = 0;
 
-  void need(const string& what) const {
-    if (!done.contains(what)) throw what + " has not run";
+  ListWalk(const ScheduleOptions& options, int rank) : o(options) {
+    for (const Action& a : make_schedule(o, rank))
+      for (const string& deed : deeds_of(a)) deeds[deed] = {a.peer};
   }
-  void record(const string& what) {
-    if (!done.insert(what).second) throw what + " has run already";
-  }
-  static string name(const char* what, int chunk, int mb) {
-    return text("%s%d.%d", what, chunk, mb);
-  }
-  int beside(int chunk, int step) const { return rank_beside(o, rank, chunk, step); }
-  bool passes_on(int chunk, int step) const {
-    const int other = beside(chunk, step);
-    return other >= 0 && other != rank;
-  }
-  // What a chunk computes on: received, or made here by the stage at `step`.
-  void need_input(const char* what, int chunk, int mb, int step) const {
-    if (beside(chunk, step) == rank) need(name(what, 1 - chunk, mb));
-    if (passes_on(chunk, step)) need("recv " + name(what, chunk, mb));
-  }
-  void message(const Action& a) {
-    const bool send = a.what == Do::Send;
-    const int peer = message_peer(o, rank, a);
-    if (a.peer != peer || peer < 0)
-      throw text("goes to the wrong rank (got %d, need %s)", a.peer,
-                 peer < 0 ? "none" : std::to_string(peer).c_str());
-    const string what = name(a.payload == Payload::Activation ? "F" : "B", a.chunk, a.mb);
-    if (send) need(what);
-    record((send ? "send " : "recv ") + what);
-    live -= o.forward_only && send;
+  void need(const string& deed) const {
+    const auto at = deeds.find(deed);
+    if (at != deeds.end() && !at->second.done) throw deed + " has not run";
   }
   void run(const Action& a) {
+    const vector<string> own = deeds_of(a);
+    if (o.forward_only && a.has_backward()) throw string("a forward-only list has no backward");
+    for (const string& deed : own)
+      if (const auto at = deeds.find(deed); at == deeds.end() || at->second.peer != a.peer)
+        throw string("names no chunk and micro-batch of this rank, or goes to the wrong rank");
     const int chunk = a.backward_chunk(), mb = a.backward_mb();
-    const bool reduces = a.what == Do::Reduce, collective = reduces || a.what == Do::Gather;
-    if (o.forward_only &&
-        (a.has_backward() || a.what == Do::W || reduces || a.payload == Payload::Gradient))
-      throw string("a forward-only list has no backward");
-    if (collective && !o.gather_step) throw string("weights are not gathered for the whole step");
-    if (std::min({a.chunk, a.mb, chunk, mb, a.count - 1}) < 0 ||
-        max(a.chunk, chunk) >= chunks_of(o.kind) || max(a.mb, mb) + a.count > o.micro_batches)
-      throw string("names no chunk and micro-batch of this rank");
-    if (a.is_message()) message(a);
-    for (int i = 0; i < o.micro_batches && reduces; i++) need(name("B", chunk, i));
-    for (int i = 0; i < o.micro_batches && reduces; i++) need(name("W", chunk, i));
-    if (collective) record(to_text(a));
+    if (a.what == Do::Send) need(own[0].substr(5));
     if (a.has_forward()) {
-      if (o.gather_step) need(text("gather %d", a.chunk));
-      need_input("F", a.chunk, a.mb, -1);
-      record(name("F", a.chunk, a.mb));
-      peak_live = max(peak_live, ++live);
-      if (o.forward_only)  // an output stays until it is sent or has become an input
-        live -= (beside(a.chunk, 1) < 0) + (beside(a.chunk, -1) == rank);
+      need(text("gather %d", a.chunk));
+      need(name("recv F", a.chunk, a.mb));
+      if (a.chunk == 1) need(name("F", 0, a.mb));
     }
     if (a.has_backward()) {
       need(name("F", chunk, mb));
-      need_input("B", chunk, mb, 1);
-      record(name("B", chunk, mb));
-      live--;
+      need(name("recv B", chunk, mb));
+      if (chunk == 0) need(name("B", 1, mb));
     }
-    for (int i = mb; i < mb + a.count && a.has_weights(); i++) {
+    for (int i = mb; i < mb + a.count && a.what == Do::W; i++) {
       need(name("B", chunk, i));
-      if (a.what == Do::W && passes_on(chunk, -1)) need(name("send B", chunk, i));  // W frees it
-      record(name("W", chunk, i));
+      need(name("send B", chunk, i));  // W frees what is sent
     }
+    for (int i = 0; i < o.micro_batches && a.what == Do::Reduce; i++) {
+      need(name("B", chunk, i));
+      need(name("W", chunk, i));
+    }
+    for (const string& deed : own)
+      if (std::exchange(deeds[deed].done, true)) throw deed + " has run already";
+    if (a.has_forward()) peak_live = max(peak_live, ++live);
+    // In a forward-only list an output stays until it is sent.
+    live -= o.forward_only
+                ? a.what == Do::Send || (a.has_forward() && !deeds.contains("send " + own[0]))
+                : a.has_backward();
   }
   void end() const {
-    for (int chunk = 0; chunk < chunks_of(o.kind); chunk++) {
-      for (int mb = 0; mb < o.micro_batches; mb++) {
-        need(name("F", chunk, mb));
-        if (passes_on(chunk, 1)) need(name("send F", chunk, mb));
-        if (o.forward_only) continue;
-        need(name("B", chunk, mb));
-        need(name("W", chunk, mb));
-        if (passes_on(chunk, -1)) need(name("send B", chunk, mb));
-      }
-      if (o.gather_step) need(text("gather %d", chunk));
-      if (o.gather_step && !o.forward_only) need(text("reduce %d", chunk));
-    }
+    for (const auto& [deed, state] : deeds) need(deed);
   }
 };
 
@@ -251,7 +233,8 @@ ScheduleCheck check_collectives(const ScheduleOptions& o, const Mesh& mesh, int 
     Replay replay{o, mesh, lists, c};
     for (c.rank = 0; c.rank < count; c.rank++) {  // where the check is
       const ActionList& list = lists[c.rank];
-      ListWalk walk{o, coord_of(mesh, c.rank).pp_rank};
+      const int pp_rank = coord_of(mesh, c.rank).pp_rank;
+      ListWalk walk(o, pp_rank);
       int peak = 0;  // where the most are live
       for (c.action = 0; c.action < int(list.size()); c.action++) {
         const int before = walk.peak_live;
@@ -260,7 +243,7 @@ ScheduleCheck check_collectives(const ScheduleOptions& o, const Mesh& mesh, int 
       }
       walk.end();
       const int live = walk.peak_live;
-      const int most = o.kind == ScheduleKind::DualPipeV ? 2 * o.pp + 1 : o.pp - walk.rank;
+      const int most = o.kind == ScheduleKind::DualPipeV ? 2 * o.pp + 1 : o.pp - pp_rank;
       c.action = peak;
       if (live > most && !o.forward_only)
         throw text("activations of too many micro-batches are held (got %d, need at most %d)", live,
