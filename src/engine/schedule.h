@@ -50,7 +50,7 @@ struct Action {
   bool defer = false;
   Payload payload = Payload::Activation;
   int peer = -1;  // pipeline rank at the other end of a message
-  bool operator==(const Action&) const = default;
+  auto operator<=>(const Action&) const = default;
 
   bool is_message() const { return what == Do::Send || what == Do::Recv; }
   bool has_forward() const { return what == Do::F || what == Do::FB; }

@@ -15,74 +15,78 @@ string where(const vector<ActionList>& lists, int rank, int action) {
   return text("rank %d, action %d (%s)", rank, action, to_text(lists[rank][action]).c_str());
 }
 
-string name(const char* what, int chunk, int mb) { return text("%s%d.%d", what, chunk, mb); }
-
-// What an action does: "F0.3", "W1.2", "send B0.3", "reduce 0".
-vector<string> deeds_of(const Action& a) {
-  vector<string> deeds;
-  if (a.has_forward()) deeds.push_back(name("F", a.chunk, a.mb));
-  if (a.has_backward()) deeds.push_back(name("B", a.backward_chunk(), a.backward_mb()));
-  for (int i = 0; i < a.count && a.has_weights(); i++)
-    deeds.push_back(name("W", a.backward_chunk(), a.backward_mb() + i));
-  if (deeds.empty()) deeds.push_back(to_text(a));
-  if (a.is_message()) deeds[0].erase(deeds[0].rfind(' ') - 2);  // without the peer
+// What an action does, in parts of which a list holds each once: F, B and a W a micro-batch, and
+// messages without their peer.
+vector<Action> deeds_of(const Action& a) {
+  const int chunk = a.backward_chunk(), mb = a.backward_mb();
+  vector<Action> deeds;
+  if (a.has_forward()) deeds.push_back({Do::F, a.chunk, a.mb});
+  if (a.has_backward()) deeds.push_back({Do::B, chunk, mb});
+  for (int i = 0; i < a.count && a.has_weights(); i++) deeds.push_back({Do::W, chunk, mb + i});
+  if (deeds.empty())
+    deeds.push_back({.what = a.what, .chunk = chunk, .mb = mb, .payload = a.payload});
   return deeds;
 }
 
-// Walks one rank's list. All its right lists do the same, each thing once.
+// Walks one rank's list, which must do what the right one does.
 struct ListWalk {
   struct Deed {
     int peer;
     bool done = false;
   };
   const ScheduleOptions& o;
-  std::map<string, Deed> deeds = {};
+  std::map<Action, Deed> deeds = {};
   int live = 0, peak_live = 0;
 
   ListWalk(const ScheduleOptions& options, int rank) : o(options) {
     for (const Action& a : make_schedule(o, rank))
-      for (const string& deed : deeds_of(a)) deeds[deed] = {a.peer};
+      for (const Action& deed : deeds_of(a)) deeds[deed] = {a.peer};
   }
-  void need(const string& deed) const {
-    const auto at = deeds.find(deed);
-    if (at != deeds.end() && !at->second.done) throw deed + " has not run";
+  [[noreturn]] static void fail(const Action& deed, const char* what) {
+    const string name = to_text(deed);
+    throw name.substr(0, name.find_first_of("<>") - deed.is_message()) + what;
+  }
+  void need(Do what, int chunk, int mb, Payload payload = Payload::Activation) const {
+    const auto at = deeds.find({.what = what, .chunk = chunk, .mb = mb, .payload = payload});
+    if (at != deeds.end() && !at->second.done) fail(at->first, " has not run");
   }
   void run(const Action& a) {
-    const vector<string> own = deeds_of(a);
+    const vector<Action> own = deeds_of(a);
     if (o.forward_only && a.has_backward()) throw string("a forward-only list has no backward");
-    for (const string& deed : own)
+    for (const Action& deed : own)
       if (const auto at = deeds.find(deed); at == deeds.end() || at->second.peer != a.peer)
         throw string("names no chunk and micro-batch of this rank, or goes to the wrong rank");
     const int chunk = a.backward_chunk(), mb = a.backward_mb();
-    if (a.what == Do::Send) need(own[0].substr(5));
+    if (a.what == Do::Send) need(a.payload == Payload::Activation ? Do::F : Do::B, chunk, mb);
     if (a.has_forward()) {
-      need(text("gather %d", a.chunk));
-      need(name("recv F", a.chunk, a.mb));
-      if (a.chunk == 1) need(name("F", 0, a.mb));
+      need(Do::Gather, a.chunk, 0);
+      need(Do::Recv, a.chunk, a.mb);
+      if (a.chunk == 1) need(Do::F, 0, a.mb);
     }
     if (a.has_backward()) {
-      need(name("F", chunk, mb));
-      need(name("recv B", chunk, mb));
-      if (chunk == 0) need(name("B", 1, mb));
+      need(Do::F, chunk, mb);
+      need(Do::Recv, chunk, mb, Payload::Gradient);
+      if (chunk == 0) need(Do::B, 1, mb);
     }
     for (int i = mb; i < mb + a.count && a.what == Do::W; i++) {
-      need(name("B", chunk, i));
-      need(name("send B", chunk, i));  // W frees what is sent
+      need(Do::B, chunk, i);
+      need(Do::Send, chunk, i, Payload::Gradient);  // W frees what is sent
     }
     for (int i = 0; i < o.micro_batches && a.what == Do::Reduce; i++) {
-      need(name("B", chunk, i));
-      need(name("W", chunk, i));
+      need(Do::B, chunk, i);
+      need(Do::W, chunk, i);
     }
-    for (const string& deed : own)
-      if (std::exchange(deeds[deed].done, true)) throw deed + " has run already";
+    for (const Action& deed : own)
+      if (std::exchange(deeds[deed].done, true)) fail(deed, " has run already");
     if (a.has_forward()) peak_live = max(peak_live, ++live);
     // In a forward-only list an output stays until it is sent.
     live -= o.forward_only
-                ? a.what == Do::Send || (a.has_forward() && !deeds.contains("send " + own[0]))
+                ? a.what == Do::Send || (a.has_forward() && !deeds.contains({Do::Send, chunk, mb}))
                 : a.has_backward();
   }
   void end() const {
-    for (const auto& [deed, state] : deeds) need(deed);
+    for (const auto& [deed, state] : deeds)
+      if (!state.done) fail(deed, " has not run");
   }
 };
 
