@@ -28,19 +28,15 @@ struct RunState {
 struct StoredFragment {
   i64 begin = 0, count = 0;  // elements of the tensor
   int file = 0;
-  i64 offset = 0;    // bytes
-  u64 checksum = 0;  // XXH3
+  i64 offset = 0;  // bytes
 };
-struct StoredTensor {
-  FileDType dtype = FileDType::F32;
-  vector<i64> shape;                 // of the whole tensor
+struct StoredTensor : TensorDecl {   // of the whole tensor; the map of tensors names it
   vector<StoredFragment> fragments;  // by begin
-  i64 numel() const { return TensorDecl{"", dtype, shape}.bytes() / size_of(dtype); }
 };
 struct StoredFile {
   string name;
-  i64 bytes = 0, header_bytes = 0;
-  u64 header_checksum = 0;
+  i64 bytes = 0;
+  u64 checksum = 0;  // XXH3
   MappedFile map;
 };
 struct Checkpoint {
@@ -55,8 +51,8 @@ struct Checkpoint {
 std::map<i64, string> list_checkpoints(const string& run_folder);
 // Checks manifest and sizes; exit code 2 naming what is wrong.
 Checkpoint open_checkpoint(const string& folder);
-// Reads all of it, or all but moments. Exit code 2 naming what differs from its checksum.
-void verify(const Checkpoint& checkpoint, bool weights_only = false);
+// Reads all of it. Exit code 2 naming a file that differs from its checksum.
+void verify(const Checkpoint& checkpoint);
 // The newest good checkpoint of a run, verified, with a warning for each newer one that is bad.
 // None if the run has no step-*; exit code 2 if it has some and none is good.
 std::optional<Checkpoint> find_checkpoint(const string& run_folder);
@@ -77,8 +73,6 @@ void load_state(Rank& rank, Parameters& parameters, const Checkpoint& checkpoint
 void load_weights(Rank& rank, Parameters& parameters, const Checkpoint& checkpoint);
 
 vector<i64> shape_of(const Piece& piece);
-u64 checksum_of(const void* bytes, i64 size);
-// Of a complete safetensors file.
 StoredFile stored_file(const string& folder, const string& name);
 void write_manifest(const Checkpoint& checkpoint, const string& path);
 // Flushes folder `temporary` and renames it; one that was there before is removed.
@@ -115,7 +109,6 @@ class CheckpointSaver {
 
  private:
   struct Job;  // a save under way
-  i64 exchange(Rank& rank);
   void wait(Rank& rank, i64 most_bytes_left);
   const Parameters& parameters_;
   SaveOptions options_;
