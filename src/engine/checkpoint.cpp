@@ -26,7 +26,7 @@ using std::chrono::duration;
 static constexpr const char* kManifest = "/manifest.json";
 static const char* const kRestore = "restore it, or remove it to use the checkpoint before";
 
-// What is stored of a parameter: the suffix of its name, and its values.
+// Of a parameter: the suffix of its name, and its values.
 static constexpr std::pair<const char*, Tensor FlatUnit::*> kStored[] = {
     {"", &FlatUnit::master}, {".exp_avg", &FlatUnit::m}, {".exp_avg_sq", &FlatUnit::v}};
 
@@ -155,7 +155,6 @@ Checkpoint open_weights(const string& folder) {
     verify(c);
     return c;
   }
-  // A Hugging Face folder: each tensor is one fragment.
   const SafetensorsReader reader(folder);
   Checkpoint c{.folder = folder, .state = {.optimizer = "none"}};
   const string config = folder + "/config.json";
@@ -281,7 +280,7 @@ static void remove_tree(const string& path) {
   fs::remove_all(path, ignored);
 }
 
-// From under its name at once, so that a kill leaves no half of it there.
+// A kill leaves no half of it under its name.
 static void remove_checkpoint(const string& folder) {
   const string old = folder + ".old.tmp";
   std::error_code error;
@@ -312,7 +311,6 @@ static void prune(const SaveOptions& options, i64 now) {
   }
 }
 
-// What the rank's thread and its saver thread share.
 struct CheckpointSaver::Job {
   const Parameters& parameters;
   const SaveOptions& options;

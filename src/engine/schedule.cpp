@@ -9,11 +9,8 @@ const char* name_of(ScheduleKind kind) {
 }
 
 ScheduleKind schedule_kind(const string& name, int pp, int ep) {
-  if (name == "auto") return pp == 1 && ep == 1 ? ScheduleKind::OneF1B : ScheduleKind::DualPipeV;
-  for (const ScheduleKind kind : {ScheduleKind::DualPipeV, ScheduleKind::OneF1B})
-    if (name == name_of(kind)) return kind;
-  bad_input("schedule", text("is unknown (got \"%s\", need auto, dualpipev or 1f1b)", name.c_str()),
-            "schedule = \"auto\"");
+  const bool dual = name == "dualpipev" || (name == "auto" && (pp > 1 || ep > 1));
+  return dual ? ScheduleKind::DualPipeV : ScheduleKind::OneF1B;
 }
 
 int stage_of(ScheduleKind kind, int pp, int rank, int chunk) {
@@ -80,10 +77,10 @@ struct Builder {
   const ScheduleOptions& o;
   int rank;
   ActionList list = {};
-  ActionList due = {}, late = {};  // behind the messages at hand; behind those that follow
-  ActionList deferred = {};        // W of one micro-batch each, oldest first
+  ActionList due = {}, late = {};  // run behind the next messages; behind those after them
+  ActionList deferred = {};        // W of one micro-batch each
   int received[2] = {}, forwards[2] = {}, backwards[2] = {};
-  bool zero_bubble = false;  // weight gradients wait for the schedule's own W
+  bool zero_bubble = false;  // weight gradients wait for w()
 
   void message(Do what, Payload payload, int chunk, int mb) {
     Action a{.what = what, .chunk = chunk, .mb = mb, .payload = payload};
@@ -101,8 +98,9 @@ struct Builder {
     if (o.gather_step && a.has_weights() && a.backward_mb() + a.count == o.micro_batches)
       due.push_back({.what = Do::Reduce, .chunk = a.backward_chunk()});
   }
-  void add_due() {
-    for (const Action& a : std::exchange(due, std::exchange(late, {}))) add(a);
+  void compute(const Action& a) {
+    for (const Action& w : std::exchange(due, std::exchange(late, {}))) add(w);
+    if (a.count > 0) add(a);
   }
 
   Action take_deferred(int chunk, int most) {
@@ -115,8 +113,8 @@ struct Builder {
     return batch;
   }
   bool defers() const { return zero_bubble || o.weight_grad_batch > 1; }
-  // Batches fall due on all ranks at once, so that none waits for another's: DualPipeV is at
-  // (stage, mb) in `slot` of the steady state, even ones of one chunk and odd ones of the other.
+  // Batches fall due on all ranks at once, so that none waits for another's: in DualPipeV by the
+  // slot of the steady state, even ones of one chunk and odd ones of the other.
   void end_backward(int chunk) {
     const int mb = backwards[chunk]++, n = o.weight_grad_batch;
     if (!defers()) return;
@@ -128,11 +126,9 @@ struct Builder {
     if (falls_due && !zero_bubble) due.push_back(take_deferred(chunk, n));
   }
 
-  // Without the messages around it, but for an input that has not been asked for.
   void forward(int chunk) {
     if (received[chunk] == forwards[chunk]) recv_f(chunk);
-    add_due();
-    add({.what = Do::F, .chunk = chunk, .mb = forwards[chunk]++});
+    compute({.what = Do::F, .chunk = chunk, .mb = forwards[chunk]++});
   }
   void f(int chunk) {
     forward(chunk);
@@ -140,8 +136,7 @@ struct Builder {
   }
   void b(int chunk) {
     recv_b(chunk);
-    add_due();
-    add({.what = Do::B, .chunk = chunk, .mb = backwards[chunk], .defer = defers()});
+    compute({.what = Do::B, .chunk = chunk, .mb = backwards[chunk], .defer = defers()});
     end_backward(chunk);
     send_b(chunk);
   }
@@ -149,30 +144,25 @@ struct Builder {
     const int b_chunk = 1 - chunk;
     if (received[chunk] == forwards[chunk]) recv_f(chunk);
     recv_b(b_chunk);
-    add_due();
-    add({Do::FB, chunk, forwards[chunk]++, b_chunk, backwards[b_chunk], 1, defers()});
+    compute({Do::FB, chunk, forwards[chunk]++, b_chunk, backwards[b_chunk], 1, defers()});
     end_backward(b_chunk);
     send_f(chunk);
     send_b(b_chunk);
   }
-  void w(int most = 1) {
-    add_due();
-    if (!deferred.empty()) add(take_deferred(deferred[0].chunk, most));
-  }
+  void w(int most = 1) { compute(take_deferred(deferred.empty() ? 0 : deferred[0].chunk, most)); }
 };
 
-// The eight steps of DualPipeV.
 void build_dualpipev(Builder& s) {
   const int r = s.rank, below = s.o.pp - r - 1;
-  for (int i = 0; i < 2 * below; i++) s.f(0);  // 1: fill, down leg
-  for (int i = 0; i <= r; i++) {               // 2: fill, both legs
+  for (int i = 0; i < 2 * below; i++) s.f(0);  // fill, down leg
+  for (int i = 0; i <= r; i++) {               // fill, both legs
     s.forward(0);
     s.recv_f(0);
     s.forward(1);
     if (below > 0 || i < r) s.send_f(1);
     s.send_f(0);
   }
-  for (int i = 0; i < below; i++) {  // 3: weight gradients fill the bubble
+  for (int i = 0; i < below; i++) {  // weight gradients fill the bubble
     s.zero_bubble = true;
     s.b(1);
     s.zero_bubble = false;
@@ -180,8 +170,8 @@ void build_dualpipev(Builder& s) {
     s.w();
     s.f(1);
   }
-  for (int i = 0; i < s.o.micro_batches - s.o.pp - below; i++) {  // 4: the steady state
-    if (i == 0 && below == 0) {  // unfused, so that the turn starts its first backward sooner
+  for (int i = 0; i < s.o.micro_batches - s.o.pp - below; i++) {  // the steady state
+    if (i == 0 && below == 0) {  // unfused: the first backward starts sooner
       s.forward(0);
       s.send_f(1);
       s.b(1);
@@ -190,17 +180,17 @@ void build_dualpipev(Builder& s) {
     }
     s.fb(1);
   }
-  for (int i = 0; i < below; i++) {  // 5: up leg only
+  for (int i = 0; i < below; i++) {  // up leg only
     s.b(1);
     s.fb(1);
   }
-  for (int i = 0; i <= r; i++) {  // 6: drain; deferral begins half-way
+  for (int i = 0; i <= r; i++) {  // drain; deferral begins half-way
     if (2 * i == r + 1) s.zero_bubble = true;
     s.b(1);
     if (2 * i == r) s.zero_bubble = true;
     s.b(0);
   }
-  for (int i = 0; i < below; i++) {  // 7: drain, down leg
+  for (int i = 0; i < below; i++) {  // drain, down leg
     s.w();
     s.b(0);
   }
@@ -256,7 +246,7 @@ ActionList make_schedule(const ScheduleOptions& o, int rank) {
 
 vector<ActionList> make_schedules(const ScheduleOptions& o) {
   vector<ActionList> lists;
-  for (int rank = 0; rank < o.pp; rank++) lists.push_back(make_schedule(o, rank));
+  while (int(lists.size()) < o.pp) lists.push_back(make_schedule(o, int(lists.size())));
   return lists;
 }
 
@@ -278,7 +268,7 @@ string to_text(const Action& a) {
   return "";
 }
 
-// Of all actions with the line's numbers, the one that prints as the line.
+// Of the actions with the line's numbers, the one that prints as the line.
 Action parse_action(const string& line, const string& place) {
   int n[4] = {};
   sscanf(line.c_str(), "%*[^0-9]%6d%*[^0-9]%6d%*[^0-9]%6d%*[^0-9]%6d", &n[0], &n[1], &n[2], &n[3]);
@@ -318,8 +308,8 @@ Step with_part(Part part, const Step& s, bool backward) {
   return {part, backward, s.chunk, s.mb, s.layer, unit_of(s)};
 }
 
-// The steps of one micro-batch's forward or backward, cut where an overlapped one takes turns:
-// behind what starts communication and the weight gradients that run beside it.
+// A micro-batch's forward or backward, cut where an overlapped one takes turns: behind what starts
+// communication and the weight gradients that run beside it.
 vector<vector<Step>> pieces_of(bool backward, int chunk, int mb, bool weights,
                                const ChunkLayers& held) {
   vector<Step> all, beside;
@@ -345,8 +335,7 @@ vector<vector<Step>> pieces_of(bool backward, int chunk, int mb, bool weights,
   return pieces;
 }
 
-// Adds the steps of layer-wise sharding. At most two units are full: one in use and the next one,
-// whose gather runs beside it; of two, the one needed later makes room.
+// At most two units are full: one in use and the next. The one needed later makes room.
 vector<Step> with_sharding(const vector<Step>& in, bool forward_only) {
   vector<Step> out, full;  // full: the Gather of each
   const auto uses = [](const Step& s, const Step& unit) {

@@ -1,5 +1,4 @@
-// Proofs of lists: each rank's own order, then all ranks together, as they would run when every
-// group call and every collective blocks. What is wrong is thrown as a string.
+// What is wrong with lists is thrown as a string.
 #include <array>
 #include <map>
 
@@ -15,8 +14,7 @@ string where(const vector<ActionList>& lists, int rank, int action) {
   return text("rank %d, action %d (%s)", rank, action, to_text(lists[rank][action]).c_str());
 }
 
-// What an action does, in parts of which a list holds each once: F, B and a W a micro-batch, and
-// messages without their peer.
+// What an action does, in parts of which a list holds each once.
 vector<Action> deeds_of(const Action& a) {
   const int chunk = a.backward_chunk(), mb = a.backward_mb();
   vector<Action> deeds;
@@ -28,7 +26,7 @@ vector<Action> deeds_of(const Action& a) {
   return deeds;
 }
 
-// Walks one rank's list, which must do what the right one does.
+// One rank's list, which must do what the right one does.
 struct ListWalk {
   struct Deed {
     int peer;
@@ -90,22 +88,22 @@ struct ListWalk {
   }
 };
 
-// A rank's event in a collective, or at one end of a message, and what all members agree on.
+// In a collective, or at an end of a message; all members agree on `what`.
 struct Visit {
   int event, action;
   string what;
 };
 using Place = std::map<int, vector<Visit>>;  // by member: the n-th visits of all of them meet
 
-// What a rank does next: it computes, joins a collective, or posts the messages of one group call,
-// which begins with `action`.
+// A rank computes, joins a collective, or posts the messages of one group call.
 struct Event {
-  int action;
+  int action;    // the first
   int time = 0;  // it takes
   vector<std::pair<const Place*, size_t>> visits = {};
   int begin = 0;
 };
 
+// All ranks together, as they would run when every group call and every collective blocks.
 struct Replay {
   const ScheduleOptions& o;
   const Mesh& mesh;
@@ -165,7 +163,6 @@ struct Replay {
                          : text("micro-batch %d%s", s.mb, s.backward ? ", backward" : "")));
     }
   }
-  // Messages and computations; with `layers` > 0, collectives too.
   void add_events(int rank, int layers, bool gather_layer) {
     const ActionList& list = lists[rank];
     vector<ChunkLayers> chunks;
@@ -181,14 +178,13 @@ struct Replay {
     }
   }
 
-  // Who has not come to what the rank stands in; -1: nobody.
+  // Who has not come to where the rank stands; -1: nobody.
   int missing(int rank) const {
     for (const auto& [place, turn] : events[rank][next[rank]].visits)
       for (const auto& [member, visits] : *place)
         if (turn >= visits.size() || visits[turn].event > next[member]) return member;
     return -1;
   }
-  // Unless someone is missing, ends the rank's event and begins the next.
   bool advance(int rank) {
     if (ended(rank) || missing(rank) >= 0) return false;
     const Event& e = events[rank][next[rank]++];

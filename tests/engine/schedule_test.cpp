@@ -110,8 +110,6 @@ TEST(Schedule, NamesOfKinds) {
       {"dualpipev", 1, 1, ScheduleKind::DualPipeV},
   };
   for (const auto& c : cases) EXPECT_EQ(schedule_kind(c.name, c.pp, c.ep), c.kind) << c.name;
-  expect_error("schedule: is unknown (got \"gpipe\", need auto, dualpipev or 1f1b)",
-               [] { schedule_kind("gpipe", 2, 1); });
 }
 
 TEST(Schedule, StagesLieWhereTheKindSays) {
