@@ -66,8 +66,7 @@ struct World {
   std::mutex mutex;
   std::map<std::pair<int, int>, GroupState> groups;  // by kind and first member
   vector<Comm> ranks;
-  int returned = 0;
-  std::condition_variable over;
+  bool exit_on_failure = false;
   int failed_rank = -1;
   int exit_code = 0;
   string message;
@@ -80,8 +79,7 @@ namespace {
               text("%s:%d: %s \"%s\"", call.at.file, call.at.line, call.op, call.what) + what);
 }
 
-// Under every collective and message: posts what goes to and what comes from members, waits, and
-// takes what came, in the order of `from`.
+// Under every collective and message: post what is sent and what is to come, wait, take it.
 struct Exchange {
   Comm& mine;
   const Call& call;
@@ -163,7 +161,7 @@ i64 row_bytes(const Tensor& t) {
   return bytes;
 }
 
-// Of a tensor's rows, in bytes: where each member's part begins, and where all end.
+// Bytes before each member's part of a tensor, and of all.
 using Parts = vector<i64>;
 Parts parts_of(const Tensor& whole, const i64* rows, int n) {
   Parts begin(n + 1);
@@ -175,8 +173,8 @@ i64 bytes_of(const Tensor& whole, const Parts& parts, int i) {
   return parts.empty() ? whole.bytes() : parts[i + 1] - parts[i];
 }
 
-// Sends each member its part of `in`, and receives as many bytes as its part of `out`, to where
-// that lies; without parts each is all of the tensor, and nothing is written.
+// Sends each member its part of `in`, and receives its place in `out`. Without parts, `in` goes to
+// each whole; without places, each sends as much as `out`, and nothing is written.
 vector<Parcel> meet(Rank& rank, const Call& call, const Tensor& in, const Parts& parts,
                     const Tensor& out, const Parts& places, int detail = 0) {
   const int n = group_size(rank, call.group);
@@ -379,10 +377,11 @@ static void run_rank(World& world, Comm& mine, void (*call)(void*, Rank&), void*
       char line[1024];
       world.message += string(line, status_line(line, sizeof line, s, doing));
     }
+    // A rank that hangs may hold the locks of stdio.
+    const string all = "error: " + world.message + "\n";
+    if (world.exit_on_failure) _exit(write(2, all.data(), all.size()) < 0 ? kExitFailed : code);
   }
-  world.returned++;
   for (Comm& other : world.ranks) other.changed.notify_all();
-  world.over.notify_all();
 }
 
 void run_rank_threads(const Mesh& mesh, Device device, const LaunchOptions& options,
@@ -394,7 +393,7 @@ void run_rank_threads(const Mesh& mesh, Device device, const LaunchOptions& opti
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
     failed("ranks", "this processor lacks AVX2 or FMA", "another machine");
   if (n > 1 && openblas_set_num_threads) openblas_set_num_threads(1);
-  World world{.mesh = mesh, .ranks = vector<Comm>(n)};
+  World world{.mesh = mesh, .ranks = vector<Comm>(n), .exit_on_failure = options.exit_on_failure};
   for (int id = 0; id < n; id++) {
     Comm& comm = world.ranks[id];
     for (int kind = 0; kind < kGroups; kind++) {
@@ -422,16 +421,6 @@ void run_rank_threads(const Mesh& mesh, Device device, const LaunchOptions& opti
   }
   vector<std::thread> threads;
   for (Comm& comm : world.ranks) threads.emplace_back([&] { run_rank(world, comm, call, fn); });
-  if (options.exit_on_failure) {
-    std::unique_lock lock(world.mutex);
-    world.over.wait(lock, [&] { return world.failed_rank >= 0 || world.returned == n; });
-    if (world.failed_rank >= 0) {
-      // A rank that hangs may hold the locks of stdio.
-      const string line = "error: " + world.message + "\n";
-      if (write(2, line.data(), line.size()) < 0) _exit(kExitFailed);
-      _exit(world.exit_code);
-    }
-  }
   for (std::thread& thread : threads) thread.join();
   if (world.failed_rank >= 0) throw Error(world.exit_code, world.message);
 }

@@ -97,15 +97,6 @@ Checkpoint open_checkpoint(const string& folder) {
                      file.bytes),
                 kRestore);
   }
-  for (const auto& [name, tensor] : c.tensors) {
-    i64 end = 0;
-    for (const StoredFragment& f : tensor.fragments)
-      if (f.begin == end && f.offset + f.count * size_of(tensor.dtype) <= c.files.at(f.file).bytes)
-        end += f.count;
-    if (end != tensor.numel())
-      bad_input(folder + ": " + name, "its fragments do not cover it once, within their files",
-                kRestore);
-  }
   return c;
 }
 
@@ -240,17 +231,19 @@ void check_weights(const Checkpoint& c, const ParameterTable& whole) {
 
 void read_elements(const Checkpoint& c, const StoredTensor& tensor, i64 begin, i64 count,
                    float* out) {
+  i64 left = count;
   for (const StoredFragment& f : tensor.fragments) {
     const i64 from = max(begin, f.begin), to = min(begin + count, f.begin + f.count);
     if (from >= to) continue;
-    const char* data = c.files[size_t(f.file)].map.data() + f.offset;
-    to_f32(tensor.dtype, data + (from - f.begin) * size_of(tensor.dtype), out + (from - begin),
-           to - from);
+    const i64 offset = f.offset + (from - f.begin) * size_of(tensor.dtype);
+    to_f32(tensor.dtype, c.files[f.file].map.data() + offset, out + (from - begin), to - from);
+    left -= to - from;
   }
+  if (left) bad_input(c.folder, text("lacks %ld elements of a tensor", left), kRestore);
 }
 
 vector<float> read_tensor(const Checkpoint& c, const StoredTensor& tensor) {
-  vector<float> values(size_t(tensor.numel()));
+  vector<float> values(tensor.numel());
   read_elements(c, tensor, 0, tensor.numel(), values.data());
   return values;
 }
@@ -266,8 +259,7 @@ static void load(Parameters& p, const Checkpoint& c, size_t kinds) {
         bad_input(c.folder + ": " + name,
                   found ? "has another shape than the model's" : "is missing",
                   "the config.json that it was trained with");
-      read_elements(c, at->second, f.begin, f.count,
-                    (p.units[size_t(f.unit)].*shard).f32() + f.offset);
+      read_elements(c, at->second, f.begin, f.count, (p.units[f.unit].*shard).f32() + f.offset);
     }
 }
 
@@ -315,7 +307,7 @@ struct CheckpointSaver::Job {
   const Parameters& parameters;
   const SaveOptions& options;
   int rank = 0;
-  Checkpoint checkpoint;     // under way: its folder is the temporary one
+  Checkpoint checkpoint;     // its folder is the temporary one
   std::atomic<int> unit{0};  // units before this one are saved
   std::atomic<i64> bytes_left{0};
   std::atomic<bool> cancel{false};
@@ -391,7 +383,6 @@ struct CheckpointSaver::Job {
       remove_tree(part_path(r));
     }
     write_manifest(checkpoint, checkpoint.folder + kManifest);
-    open_checkpoint(checkpoint.folder);
     put_in_place(checkpoint.folder, folder());
     prune(options, checkpoint.state.step);
   }
