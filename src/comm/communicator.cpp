@@ -2,10 +2,10 @@
 
 #include <unistd.h>
 
-#include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -26,22 +26,20 @@ struct Call {
   At at;
 };
 
-// What one member brings to others, copied; constant once sent.
+// What one member sends another: a part of what it brought, copied.
 struct Parcel {
   Call call;
-  Tensor tensor;
-  vector<char> data;
-  int detail = 0;           // Reduce, or the root
-  vector<i64> offsets;      // of the parts by destination, in all_to_all
-  bool is_message = false;  // its sender waits until a receive is posted
+  Tensor meta;
+  std::shared_ptr<const char> data;
+  i64 bytes;
+  int detail;  // Reduce, or the root
   MessageTag tag;
 };
 
-// From one member to another: parcels are received in the order in which both ends post.
+// From one member to another: matched in the order in which both ends post.
 struct Channel {
-  std::deque<std::shared_ptr<const Parcel>> parcels;
-  size_t matched = 0;  // parcels that have a receive
-  int wanted = 0;      // receives that have no parcel
+  std::deque<Parcel> parcels;
+  int unmatched = 0;  // parcels sent, less receives posted
 };
 
 struct GroupState {
@@ -59,17 +57,16 @@ struct Comm {
   int place[kGroups] = {};
   double limit_s = 0, limit_after_startup_s = 0;
   std::condition_variable changed;
-  int open = 0;  // receives, and sends of messages, that it waits for
+  int open = 0;  // sends and receives that it waits for
   bool finished = false;
 };
 
 struct World {
   Mesh mesh;
   std::mutex mutex;
-  std::deque<GroupState> groups;
+  std::map<std::pair<int, int>, GroupState> groups;  // by kind and first member
   vector<Comm> ranks;
-  int returned = 0;
-  std::condition_variable over;
+  bool exit_on_failure = false;
   int failed_rank = -1;
   int exit_code = 0;
   string message;
@@ -77,69 +74,31 @@ struct World {
 
 namespace {
 
-using ParcelRef = std::shared_ptr<const Parcel>;
-
 [[noreturn]] void fail_call(const Call& call, const string& what) {
   throw Error(kExitFailed,
               text("%s:%d: %s \"%s\"", call.at.file, call.at.line, call.op, call.what) + what);
 }
 
-// Under every collective and message: post what is sent and what is to be received, wait, pick up.
+// Under every collective and message: post what is sent and what is to come, wait, take it.
 struct Exchange {
   Comm& mine;
   const Call& call;
   World& world = *mine.world;
   GroupState& group = *mine.group[int(call.group)];
   int n = int(group.members.size()), me = mine.place[int(call.group)];
-  std::unique_lock<std::mutex> lock{world.mutex};
+  std::unique_lock<std::mutex> lock = {};
 
   Channel& channel(int from, int to) { return group.channels[from * n + to]; }
 
-  void send(int to, const ParcelRef& parcel) {
-    channel(me, to).parcels.push_back(parcel);
-    mine.open += parcel->is_message;
-    match(me, to);
-  }
-
-  void receive(int from) {
-    channel(from, me).wanted++;
-    mine.open++;
-    match(from, me);
-  }
-
-  void match(int from, int to) {
+  void post(int from, int to, int sign) {
     Channel& c = channel(from, to);
-    while (c.wanted > 0 && c.matched < c.parcels.size()) {
-      c.wanted--;
-      settle(to);
-      if (c.parcels[c.matched++]->is_message) settle(from);
+    const bool matches = c.unmatched * sign < 0;
+    c.unmatched += sign;
+    mine.open++;
+    for (const int member : {from, to}) {
+      Comm& end = world.ranks[group.members[member]];
+      if (matches && --end.open == 0) end.changed.notify_one();
     }
-  }
-
-  void settle(int member) {
-    Comm& state = world.ranks[group.members[member]];
-    if (--state.open == 0) state.changed.notify_one();
-  }
-
-  ParcelRef pick_up(int from, DType dtype, int detail = 0) {
-    Channel& c = channel(from, me);
-    const ParcelRef parcel = c.parcels.front();
-    c.parcels.pop_front();
-    c.matched--;
-    const Call& its = parcel->call;
-    const DType its_dtype = parcel->tensor.dtype;
-    if (std::strcmp(its.op, call.op) != 0 || its_dtype != dtype || parcel->detail != detail)
-      fail_call(call, text(": the members' calls differ (got %s \"%s\" of %s, %d, on rank %d at "
-                           "%s:%d; need %s, %d)",
-                           its.op, its.what, name_of(its_dtype), parcel->detail,
-                           group.members[from], its.at.file, its.at.line, name_of(dtype), detail));
-    return parcel;
-  }
-
-  bool waits_for(int peer) {
-    const Channel& out = channel(me, peer);
-    const bool unmatched = out.matched < out.parcels.size() && out.parcels.back()->is_message;
-    return unmatched || channel(peer, me).wanted > 0;
   }
 
   // Three exits: all is matched; another rank failed; the time limit or a rank that has ended,
@@ -154,7 +113,7 @@ struct Exchange {
       string names;
       bool ended = false;
       for (int peer = 0; peer < n; peer++) {
-        if (!waits_for(peer)) continue;
+        if (channel(me, peer).unmatched <= 0 && channel(peer, me).unmatched >= 0) continue;
         names += text("%s %d", names.empty() ? "" : ",", group.members[peer]);
         ended |= world.ranks[group.members[peer]].finished;
       }
@@ -168,40 +127,32 @@ struct Exchange {
       throw Error(kExitFailed, text("stopped, because rank %d failed", world.failed_rank));
     waiting[0] = 0;
   }
-};
 
-std::shared_ptr<Parcel> pack(const Call& call, const Tensor& t) {
-  return std::make_shared<Parcel>(Parcel{call, t.meta(), {t.data, t.data + t.bytes()}});
-}
-
-struct Meeting {
-  const Rank& rank;
-  Call call;
-  vector<ParcelRef> parcels;
-
-  const char* data(int member, i64 want) const {
-    const vector<char>& bytes = parcels[member]->data;
-    if (i64(bytes.size()) != want)
-      fail_call(call, text(": rank %d brings %zu bytes (need %ld)",
-                           group_member(rank, call.group, member), bytes.size(), want));
-    return bytes.data();
+  vector<Parcel> run(vector<std::pair<int, Parcel>>&& to, const vector<int>& from) {
+    lock = std::unique_lock(world.mutex);
+    for (auto& [peer, parcel] : to) {
+      channel(me, peer).parcels.push_back(std::move(parcel));
+      post(me, peer, 1);
+    }
+    for (const int peer : from) post(peer, me, -1);
+    wait();
+    vector<Parcel> got;
+    for (const int peer : from) {
+      auto& parcels = channel(peer, me).parcels;
+      got.push_back(std::move(parcels.front()));
+      parcels.pop_front();
+    }
+    return got;
   }
 };
 
-Meeting meet(Rank& rank, const Call& call, const Tensor& t, int detail = 0,
-             const vector<i64>& offsets = {}) {
-  const auto mine = pack(call, t);
-  mine->detail = detail;
-  mine->offsets = offsets;
-  const int n = group_size(rank, call.group);
-  if (n == 1) return {rank, call, {mine}};
-  Meeting meeting{rank, call, {}};
-  Exchange exchange{*rank.comm, call};
-  for (int i = 0; i < n; i++) exchange.send(i, mine);
-  for (int i = 0; i < n; i++) exchange.receive(i);
-  exchange.wait();
-  for (int i = 0; i < n; i++) meeting.parcels.push_back(exchange.pick_up(i, t.dtype, detail));
-  return meeting;
+std::shared_ptr<const char> copy_of(const Tensor& t) {
+  const auto whole = std::make_shared<vector<char>>(t.data, t.data + t.bytes());
+  return {whole, whole->data()};
+}
+
+void copy(char* to, const Parcel& from) {
+  if (from.bytes > 0) std::memcpy(to, from.data.get(), from.bytes);
 }
 
 i64 row_bytes(const Tensor& t) {
@@ -210,24 +161,60 @@ i64 row_bytes(const Tensor& t) {
   return bytes;
 }
 
-// Byte offsets of n parts, and their sum.
-vector<i64> part_offsets(const Tensor& whole, const i64* rows, int n) {
-  vector<i64> offset(n + 1);
+// Bytes before each member's part of a tensor, and of all.
+using Parts = vector<i64>;
+Parts parts_of(const Tensor& whole, const i64* rows, int n) {
+  Parts begin(n + 1);
   for (int i = 0; i < n; i++)
-    offset[i + 1] = offset[i] + (rows ? rows[i] : whole.dim[0] / n) * row_bytes(whole);
-  return offset;
+    begin[i + 1] = begin[i] + (rows ? rows[i] : whole.dim[0] / n) * row_bytes(whole);
+  return begin;
+}
+i64 bytes_of(const Tensor& whole, const Parts& parts, int i) {
+  return parts.empty() ? whole.bytes() : parts[i + 1] - parts[i];
 }
 
-void copy(char* to, const char* from, i64 bytes) {
-  if (bytes > 0) std::memcpy(to, from, bytes);
+// Sends each member its part of `in`, and receives its place in `out`. Without parts, `in` goes to
+// each whole; without places, each sends as much as `out`, and nothing is written.
+vector<Parcel> meet(Rank& rank, const Call& call, const Tensor& in, const Parts& parts,
+                    const Tensor& out, const Parts& places, int detail = 0) {
+  const int n = group_size(rank, call.group);
+  const auto whole = copy_of(in);
+  vector<std::pair<int, Parcel>> sent;
+  vector<int> members(n);
+  for (int i = 0; i < n; i++) {
+    members[i] = i;
+    const char* begin = whole.get() + (parts.empty() ? 0 : parts[i]);
+    sent.push_back({i, {call, in.meta(), {whole, begin}, bytes_of(in, parts, i), detail, {}}});
+  }
+  vector<Parcel> got;
+  if (n > 1)
+    got = Exchange{*rank.comm, call}.run(std::move(sent), members);
+  else
+    got.push_back(sent[0].second);
+  for (int i = 0; i < n; i++) {
+    const Parcel& p = got[i];
+    const Call& its = p.call;
+    const int member = group_member(rank, call.group, i);
+    if (std::strcmp(its.op, call.op) != 0 || p.meta.dtype != in.dtype || p.detail != detail)
+      fail_call(call, text(": the members' calls differ (got %s \"%s\" of %s, %d, on rank %d at "
+                           "%s:%d; need %s, %d)",
+                           its.op, its.what, name_of(p.meta.dtype), p.detail, member, its.at.file,
+                           its.at.line, name_of(in.dtype), detail));
+    if (const i64 need = bytes_of(out, places, i); p.bytes != need)
+      fail_call(call, text(": rank %d sends %ld bytes to rank %d (need %ld, of %ld-byte rows)",
+                           member, p.bytes, rank.id, need, row_bytes(in)));
+    if (!places.empty()) copy(out.data + places[i], p);
+  }
+  return got;
 }
 
+// In the members' order.
 template <class T>
-void reduce_as(const Meeting& m, const Tensor& in, const Tensor& out, i64 begin, Reduce reduce) {
-  copy(out.data, m.data(0, in.bytes()) + begin, out.bytes());
-  for (size_t i = 1; i < m.parcels.size(); i++) {
-    const T* x = reinterpret_cast<const T*>(m.data(int(i), in.bytes()) + begin);
-    T* sum = out.as<T>();
+void reduce_as(const Tensor& out, const vector<Parcel>& got, Reduce reduce) {
+  T* sum = out.as<T>();
+  copy(out.data, got[0]);
+  for (size_t i = 1; i < got.size(); i++) {
+    const T* x = reinterpret_cast<const T*>(got[i].data.get());
     for (i64 k = 0, n = out.numel(); k < n; k++) {
       if (reduce == Reduce::Sum)
         sum[k] += x[k];
@@ -237,12 +224,11 @@ void reduce_as(const Meeting& m, const Tensor& in, const Tensor& out, i64 begin,
   }
 }
 
-// out = reduction, in the members' order, of their `in` from byte `begin` on.
-void reduce_members(Rank& rank, const Call& call, const Tensor& in, const Tensor& out, i64 begin,
-                    Reduce reduce) {
-  const Meeting m = meet(rank, call, in, int(reduce));
-  if (in.dtype == DType::F64) return reduce_as<double>(m, in, out, begin, reduce);
-  reduce_as<float>(m, in, out, begin, reduce);
+void reduce_parts(Rank& rank, const Call& call, const Tensor& in, const Parts& parts,
+                  const Tensor& out, Reduce reduce) {
+  const vector<Parcel> got = meet(rank, call, in, parts, out, {}, int(reduce));
+  if (in.dtype == DType::F64) return reduce_as<double>(out, got, reduce);
+  reduce_as<float>(out, got, reduce);
 }
 
 Need reducible(DType dtype) {
@@ -268,36 +254,32 @@ const Mesh& mesh_of(const Rank& rank) { return rank.comm->world->mesh; }
 void all_gather(Rank& rank, Group group, const Tensor& in, const Tensor& out, const char* what,
                 const i64* rows, At at) {
   const int n = group_size(rank, group), me = group_rank(rank, group);
-  const auto offset = part_offsets(out, rows, n);
+  const Parts parts = parts_of(out, rows, n);
   check(rank, "all_gather", at,
         {{"equal dtypes", in.dtype == out.dtype},
-         {"in's rows are this member's part", in.bytes() == offset[me + 1] - offset[me]},
-         {"out's rows are all parts", out.bytes() == offset[n]}},
+         {"in's rows are this member's part", in.bytes() == bytes_of(out, parts, me)},
+         {"out's rows are all parts", out.bytes() == parts[n]}},
         {&in, &out});
-  const Meeting m = meet(rank, {"all_gather", what, group, at}, in);
-  for (int i = 0; i < n; i++) {
-    const i64 bytes = offset[i + 1] - offset[i];
-    copy(out.data + offset[i], m.data(i, bytes), bytes);
-  }
+  meet(rank, {"all_gather", what, group, at}, in, {}, out, parts);
 }
 
 void reduce_scatter(Rank& rank, Group group, const Tensor& in, const Tensor& out, const char* what,
                     const i64* rows, At at) {
   const int n = group_size(rank, group), me = group_rank(rank, group);
-  const auto offset = part_offsets(in, rows, n);
+  const Parts parts = parts_of(in, rows, n);
   check(rank, "reduce_scatter", at,
         {reducible(in.dtype),
          {"equal dtypes", in.dtype == out.dtype},
-         {"out's rows are this member's part", out.bytes() == offset[me + 1] - offset[me]},
-         {"in's rows are all parts", in.bytes() == offset[n]}},
+         {"out's rows are this member's part", out.bytes() == bytes_of(in, parts, me)},
+         {"in's rows are all parts", in.bytes() == parts[n]}},
         {&in, &out});
-  reduce_members(rank, {"reduce_scatter", what, group, at}, in, out, offset[me], Reduce::Sum);
+  reduce_parts(rank, {"reduce_scatter", what, group, at}, in, parts, out, Reduce::Sum);
 }
 
 void all_reduce(Rank& rank, Group group, const Tensor& t, Reduce reduce, const char* what, At at) {
   check(rank, "all_reduce", at, {reducible(t.dtype)}, {&t});
   if (group_size(rank, group) > 1)
-    reduce_members(rank, {"all_reduce", what, group, at}, t, t, 0, reduce);
+    reduce_parts(rank, {"all_reduce", what, group, at}, t, {}, t, reduce);
 }
 
 void all_reduce(Rank& rank, Group group, double* values, int n, Reduce reduce, const char* what,
@@ -311,36 +293,26 @@ void all_reduce(Rank& rank, Group group, double* values, int n, Reduce reduce, c
 
 void all_to_all(Rank& rank, Group group, const Tensor& in, const i64* send_rows, const Tensor& out,
                 const i64* recv_rows, const char* what, At at) {
-  const int n = group_size(rank, group), me = group_rank(rank, group);
-  const auto from = part_offsets(in, send_rows, n), to = part_offsets(out, recv_rows, n);
+  const int n = group_size(rank, group);
+  const Parts from = parts_of(in, send_rows, n), to = parts_of(out, recv_rows, n);
   check(rank, "all_to_all", at,
         {{"equal dtypes", in.dtype == out.dtype},
          {"rows of equal length", row_bytes(in) == row_bytes(out)},
          {"in's rows are the sent ones", from[n] == in.bytes()},
          {"out has room", to[n] <= out.bytes()}},
         {&in, &out});
-  if (n == 1) return copy(out.data, in.data, from[1]);
-  const Meeting m = meet(rank, {"all_to_all", what, group, at}, in, 0, from);
-  for (int i = 0; i < n; i++) {
-    const Parcel& sent = *m.parcels[i];
-    const i64 bytes = sent.offsets[me + 1] - sent.offsets[me], want = to[i + 1] - to[i];
-    if (bytes != want)
-      fail_call(m.call, text(": rank %d sends %ld bytes to rank %d (need %ld, of %ld-byte rows)",
-                             group_member(rank, group, i), bytes, rank.id, want, row_bytes(in)));
-    copy(out.data + to[i], sent.data.data() + sent.offsets[me], want);
-  }
+  meet(rank, {"all_to_all", what, group, at}, in, from, out, to);
 }
 
 void broadcast(Rank& rank, Group group, const Tensor& t, int root, const char* what, At at) {
   check(rank, "broadcast", at,
         {{"root is a member of the group", root >= 0 && root < group_size(rank, group)}}, {&t});
-  const Meeting m = meet(rank, {"broadcast", what, group, at}, t, root);
-  copy(t.data, m.data(root, t.bytes()), t.bytes());
+  copy(t.data, meet(rank, {"broadcast", what, group, at}, t, {}, t, {}, root)[root]);
 }
 
 void barrier(Rank& rank, Group group, const char* what, At at) {
   check(rank, "barrier", at, {}, {});
-  meet(rank, {"barrier", what, group, at}, Tensor{});
+  meet(rank, {"barrier", what, group, at}, {}, {}, {}, {});
 }
 
 static string message_text(const MessageTag& tag, const Tensor& t) {
@@ -349,52 +321,33 @@ static string message_text(const MessageTag& tag, const Tensor& t) {
 }
 
 void send_recv(Rank& rank, Group group, const Transfer* list, int n, const char* what, At at) {
-  if (n == 0) return;
   const Call call{"send_recv", what, group, at};
-  vector<ParcelRef> parcels;
+  vector<std::pair<int, Parcel>> sent;
+  vector<int> peers;
+  vector<const Transfer*> wanted;
   for (const Transfer* t = list; t < list + n; t++) {
     check(rank, "send_recv", at,
           {{"peer is a member of the group", t->peer >= 0 && t->peer < group_size(rank, group)}},
           {&t->tensor});
-    const auto parcel = t->kind == Transfer::Send ? pack(call, t->tensor) : nullptr;
-    if (parcel) parcel->tag = t->tag;
-    if (parcel) parcel->is_message = true;
-    parcels.push_back(parcel);
-  }
-  {
-    Exchange exchange{*rank.comm, call};
-    for (int i = 0; i < n; i++)
-      parcels[i] ? exchange.send(list[i].peer, parcels[i]) : exchange.receive(list[i].peer);
-    exchange.wait();
-    for (int i = 0; i < n; i++)
-      if (!parcels[i]) parcels[i] = exchange.pick_up(list[i].peer, list[i].tensor.dtype);
-  }
-  for (int i = 0; i < n; i++) {
-    const Transfer& want = list[i];
-    const Parcel& got = *parcels[i];
-    if (want.kind == Transfer::Send) continue;
-    if (got.tag != want.tag || i64(got.data.size()) != want.tensor.bytes())
-      fail_call(call, text(": message from rank %d is not the one expected (got ",
-                           group_member(rank, group, want.peer)) +
-                          message_text(got.tag, got.tensor) + ", sent by \"" + got.call.what +
-                          "\"; need " + message_text(want.tag, want.tensor) + ")");
-    copy(want.tensor.data, got.data.data(), want.tensor.bytes());
-  }
-}
-
-static void connect(World& world) {
-  for (int kind = 0; kind < kGroups; kind++)
-    for (size_t rank = 0; rank < world.ranks.size(); rank++) {
-      if (world.ranks[rank].group[kind]) continue;
-      GroupState& g = world.groups.emplace_back();
-      g.members = group_members(world.mesh, Group(kind), int(rank));
-      const size_t n = g.members.size();
-      g.channels.resize(n * n);
-      for (size_t i = 0; i < n; i++) {
-        world.ranks[g.members[i]].group[kind] = &g;
-        world.ranks[g.members[i]].place[kind] = int(i);
-      }
+    const Tensor& x = t->tensor;
+    if (t->kind == Transfer::Send) {
+      sent.push_back({t->peer, {call, x.meta(), copy_of(x), x.bytes(), 0, t->tag}});
+    } else {
+      peers.push_back(t->peer);
+      wanted.push_back(t);
     }
+  }
+  if (n == 0) return;
+  const vector<Parcel> got = Exchange{*rank.comm, call}.run(std::move(sent), peers);
+  for (size_t i = 0; i < got.size(); i++) {
+    const Tensor& x = wanted[i]->tensor;
+    if (got[i].tag != wanted[i]->tag || got[i].meta.dtype != x.dtype || got[i].bytes != x.bytes())
+      fail_call(call, text(": message from rank %d is not the one expected (got ",
+                           group_member(rank, group, peers[i])) +
+                          message_text(got[i].tag, got[i].meta) + ", sent by \"" +
+                          got[i].call.what + "\"; need " + message_text(wanted[i]->tag, x) + ")");
+    copy(x.data, got[i]);
+  }
 }
 
 static void run_rank(World& world, Comm& mine, void (*call)(void*, Rank&), void* fn) {
@@ -424,10 +377,11 @@ static void run_rank(World& world, Comm& mine, void (*call)(void*, Rank&), void*
       char line[1024];
       world.message += string(line, status_line(line, sizeof line, s, doing));
     }
+    // A rank that hangs may hold the locks of stdio.
+    const string all = "error: " + world.message + "\n";
+    if (world.exit_on_failure) _exit(write(2, all.data(), all.size()) < 0 ? kExitFailed : code);
   }
-  world.returned++;
   for (Comm& other : world.ranks) other.changed.notify_all();
-  world.over.notify_all();
 }
 
 void run_rank_threads(const Mesh& mesh, Device device, const LaunchOptions& options,
@@ -439,10 +393,17 @@ void run_rank_threads(const Mesh& mesh, Device device, const LaunchOptions& opti
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
     failed("ranks", "this processor lacks AVX2 or FMA", "another machine");
   if (n > 1 && openblas_set_num_threads) openblas_set_num_threads(1);
-  World world{.mesh = mesh, .ranks = vector<Comm>(n)};
-  connect(world);
+  World world{.mesh = mesh, .ranks = vector<Comm>(n), .exit_on_failure = options.exit_on_failure};
   for (int id = 0; id < n; id++) {
     Comm& comm = world.ranks[id];
+    for (int kind = 0; kind < kGroups; kind++) {
+      const vector<int> members = group_members(mesh, Group(kind), id);
+      GroupState& group = world.groups[{kind, members[0]}];
+      group.members = members;
+      group.channels.resize(members.size() * members.size());
+      comm.group[kind] = &group;
+      while (members[comm.place[kind]] != id) comm.place[kind]++;
+    }
     comm.world = &world;
     comm.limit_s = options.startup_limit_s;
     comm.limit_after_startup_s = options.limit_s;
@@ -460,16 +421,6 @@ void run_rank_threads(const Mesh& mesh, Device device, const LaunchOptions& opti
   }
   vector<std::thread> threads;
   for (Comm& comm : world.ranks) threads.emplace_back([&] { run_rank(world, comm, call, fn); });
-  if (options.exit_on_failure) {
-    std::unique_lock lock(world.mutex);
-    world.over.wait(lock, [&] { return world.failed_rank >= 0 || world.returned == n; });
-    if (world.failed_rank >= 0) {
-      // A rank that hangs may hold the locks of stdio.
-      const string line = "error: " + world.message + "\n";
-      if (write(2, line.data(), line.size()) < 0) _exit(kExitFailed);
-      _exit(world.exit_code);
-    }
-  }
   for (std::thread& thread : threads) thread.join();
   if (world.failed_rank >= 0) throw Error(world.exit_code, world.message);
 }

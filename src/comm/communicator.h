@@ -1,7 +1,5 @@
-// communicator: collectives and messages between ranks. All members of a group make the same calls
-// in the same order. Reductions add in the order of the ranks, so results repeat bit for bit. Calls
-// that differ, a member that failed, ended or is late: exit code 1. `what` labels the call in
-// messages.
+// All members of a group make the same calls in the same order. Reductions (F32, F64) add in the
+// order of the ranks. Calls that differ, a member that failed, ended or is late: exit code 1.
 #pragma once
 #include "comm/mesh.h"
 
@@ -14,13 +12,10 @@ int group_rank(const Rank& rank, Group group);
 int group_member(const Rank& rank, Group group, int member);
 const Mesh& mesh_of(const Rank& rank);
 
-// Counts are rows, one a member; null: equal parts. Reductions take F32 and F64.
-
-// out [sum(rows), ...] = the members' in [rows[me], ...]; `in` may lie in `out`.
+// Rows by member, null: equal parts. The smaller tensor may lie in the larger.
 void all_gather(Rank& rank, Group group, const Tensor& in, const Tensor& out, const char* what,
                 const i64* rows = nullptr, At at = At::here());
 
-// out [rows[me], ...] = a part of the sum of all in [sum(rows), ...]; `out` may lie in `in`.
 void reduce_scatter(Rank& rank, Group group, const Tensor& in, const Tensor& out, const char* what,
                     const i64* rows = nullptr, At at = At::here());
 
@@ -29,7 +24,7 @@ void all_reduce(Rank& rank, Group group, const Tensor& t, Reduce reduce, const c
 void all_reduce(Rank& rank, Group group, double* values, int n, Reduce reduce, const char* what,
                 At at = At::here());
 
-// Rows of in [sum(send_rows), ...] lie by destination, of out [>= sum(recv_rows), ...] by source.
+// Rows lie by destination and by source; `out` may have more.
 void all_to_all(Rank& rank, Group group, const Tensor& in, const i64* send_rows, const Tensor& out,
                 const i64* recv_rows, const char* what, At at = At::here());
 
@@ -51,8 +46,7 @@ struct Transfer {
   MessageTag tag;
 };
 
-// All under way at once. Messages between two members match in posted order; a send blocks until
-// its receive is posted.
+// All at once. Messages match in posted order; a send blocks until its receive is posted.
 void send_recv(Rank& rank, Group group, const Transfer* list, int n, const char* what,
                At at = At::here());
 

@@ -1,11 +1,10 @@
-// launch: runs one function on every rank of a mesh, a thread each, and ends them together.
 #pragma once
 #include "comm/communicator.h"
 
 namespace pith {
 
 struct LaunchOptions {
-  double startup_limit_s = 600;  // longest wait, until end_startup
+  double startup_limit_s = 600;  // of a wait, until end_startup
   double limit_s = 120;
   // Print a failure and leave at once, for ranks may hang; else throw it when all have returned.
   bool exit_on_failure = false;
@@ -18,8 +17,8 @@ void end_startup(Rank& rank);
 void run_rank_threads(const Mesh& mesh, Device device, const LaunchOptions& options,
                       void (*call)(void*, Rank&), void* fn);
 
-// Calls fn(Rank&) on mesh.world() threads. The first exception wakes all who wait; the error tells
-// what each was doing.
+// fn(Rank&) on a thread a rank. The first exception wakes all who wait; the error tells what each
+// was doing.
 template <class Fn>
 void run_ranks(const Mesh& mesh, Device device, const LaunchOptions& options, Fn&& fn) {
   run_rank_threads(

@@ -1,5 +1,7 @@
 #include "comm/mesh.h"
 
+#include <array>
+
 namespace pith {
 
 struct GroupAxes {
@@ -18,23 +20,14 @@ static constexpr GroupAxes kAxes[kGroups] = {{"world", "pRSce"},
 const char* name_of(Group group) { return kAxes[int(group)].name; }
 
 Mesh make_mesh(int world, int pp, int cp, int ep, int dp_replicate) {
-  struct {
-    const char* name;
-    int size;
-  } const axes[] = {
-      {"ranks", world}, {"pp", pp}, {"cp", cp}, {"ep", ep}, {"dp_replicate", dp_replicate}};
-  for (const auto& axis : axes)
-    if (axis.size < 1)
-      bad_input("mesh", text("size of %s (got %d, need at least 1)", axis.name, axis.size),
-                text("%s = 1", axis.name));
   const i64 fixed = i64{pp} * cp * ep, below = world / fixed * fixed;
+  const string fewer = below > 0 ? text("%ld or ", below) : "";
   if (below != world)
     bad_input("mesh",
               text("ranks do not split over pp * cp * ep (got %d ranks and %d * %d * %d = %ld, "
                    "need a multiple)",
                    world, pp, cp, ep, fixed),
-              (below > 0 ? text("%ld or ", below) : "") +
-                  text("%ld ranks, or a smaller pp, cp or ep", below + fixed));
+              fewer + text("%ld ranks, or a smaller pp, cp or ep", below + fixed));
   const int dp = int(world / fixed);
   if (dp % dp_replicate != 0)
     bad_input("mesh",
@@ -59,19 +52,18 @@ int rank_of(const Mesh& mesh, const MeshCoord& c) {
 }
 
 vector<int> group_members(const Mesh& mesh, Group group, int rank) {
-  const MeshCoord mine = coord_of(mesh, rank);
-  const int shard = mesh.dp_shard();
-  const auto fits = [&](char axis, int a, int b) {
-    return a == b || std::strchr(kAxes[int(group)].free, axis);
+  const auto place = [&](int of) {
+    const MeshCoord c = coord_of(mesh, of);
+    const int shard = mesh.dp_shard();
+    std::array<int, 5> place = {c.pp_rank, c.dp_rank / shard, c.dp_rank % shard, c.cp_rank,
+                                c.ep_rank};
+    for (int axis = 0; axis < 5; axis++)
+      if (std::strchr(kAxes[int(group)].free, "pRSce"[axis])) place[axis] = 0;
+    return place;
   };
   vector<int> members;
-  for (int other = 0; other < mesh.world(); other++) {
-    const MeshCoord c = coord_of(mesh, other);
-    if (fits('p', c.pp_rank, mine.pp_rank) && fits('R', c.dp_rank / shard, mine.dp_rank / shard) &&
-        fits('S', c.dp_rank % shard, mine.dp_rank % shard) && fits('c', c.cp_rank, mine.cp_rank) &&
-        fits('e', c.ep_rank, mine.ep_rank))
-      members.push_back(other);
-  }
+  for (int other = 0; other < mesh.world(); other++)
+    if (place(other) == place(rank)) members.push_back(other);
   return members;
 }
 

@@ -1,11 +1,10 @@
-// mesh: how the ranks are laid out over the axes, and which of them talk to each other.
 #pragma once
 
 #include "core/rank.h"
 
 namespace pith {
 
-// Axes outer to inner. Weights are replicated over dp_replicate, the outer factor of dp.
+// Axes outer to inner; dp_replicate is the outer factor of dp.
 struct Mesh {
   int pp = 1, dp = 1, cp = 1, ep = 1;
   int dp_replicate = 1;

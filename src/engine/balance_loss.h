@@ -1,9 +1,6 @@
-// balance_loss: keeps the experts evenly used.  Fedus et al. 2022, arXiv:2101.03961, eq. 4-6.
-//
-// Per layer and group of tokens: E * sum_i f_i * p_i, f_i the share of the group's (token, slot)
-// pairs that chose expert i (without gradient), p_i its mean router probability. The training loss
-// adds coefficient * the sum over layers of the mean over groups, weighted by their tokens. A group
-// is a micro-batch or a sequence, over cp; GlobalBatch takes f from the step before.
+// Per layer and group of tokens E * sum_i f_i * p_i: f_i the share of pairs that chose expert i,
+// p_i its mean probability (Fedus et al. 2022, arXiv:2101.03961, eq. 4-6). A group is a micro-batch
+// or a sequence, over cp; GlobalBatch takes f from the step before.
 #pragma once
 #include "ops/ops.h"
 
@@ -16,14 +13,13 @@ struct BalanceState {
   double coefficient = 0;
   int num_experts = 0, num_layers = 0;
   double token_share = 0;   // 1 / tokens of the global batch
-  vector<double> counts;    // [layers * E]: pairs that chose each expert this step, here
-  vector<double> previous;  // the last step's, of all ranks; empty: 1/E each
+  vector<double> counts;    // [layers * E]: pairs of this step and rank
+  vector<double> previous;  // of the last step and all ranks; empty: 1/E each
   vector<double> loss;      // [layers], unscaled: this rank's share
 };
 void begin_step(BalanceState& state, i64 global_tokens);
 
-// Counts a layer's routing of `rows` sequences, adds its share of the loss, and records the
-// gradient on routing.probs.
+// Of `rows` sequences; the gradient goes to routing.probs.
 void add_balance_loss(Rank& rank, BalanceState& state, int layer, const Routing& routing, i64 rows,
                       At at = At::here());
 

@@ -26,13 +26,11 @@ using std::chrono::duration;
 static constexpr const char* kManifest = "/manifest.json";
 static const char* const kRestore = "restore it, or remove it to use the checkpoint before";
 
-// What is stored of a parameter: the suffix of its name, and its values.
+// Of a parameter: the suffix of its name, and its values.
 static constexpr std::pair<const char*, Tensor FlatUnit::*> kStored[] = {
     {"", &FlatUnit::master}, {".exp_avg", &FlatUnit::m}, {".exp_avg_sq", &FlatUnit::v}};
 
-static string hex(u64 value) { return text("%016lx", value); }
-
-u64 checksum_of(const void* bytes, i64 size) { return XXH3_64bits(bytes, size_t(size)); }
+static u64 checksum_of(const void* bytes, i64 size) { return XXH3_64bits(bytes, size_t(size)); }
 
 static bool is_moment(const string& name) {
   return name.ends_with(kStored[1].first) || name.ends_with(kStored[2].first);
@@ -44,17 +42,6 @@ vector<i64> shape_of(const Piece& piece) {
   return {piece.dims.size, piece.dims.size + piece.dims.rank};
 }
 
-// Calls fn, which must not throw, with each item, on a few threads.
-static void in_parallel(auto& items, const auto& fn) {
-  std::atomic<size_t> next{0};
-  vector<std::jthread> threads;
-  const size_t most = std::clamp(std::thread::hardware_concurrency(), 1u, 8u);
-  while (threads.size() < min(most, items.size()))
-    threads.emplace_back([&] {
-      for (size_t i = next++; i < items.size(); i = next++) fn(items[i]);
-    });
-}
-
 static void to_json(nlohmann::json& json, FileDType dtype) { json = name_of(dtype); }
 static void from_json(const nlohmann::json& json, FileDType& dtype) {
   for (int i = 0; json != name_of(dtype) && dtype != FileDType::BOOL;) dtype = FileDType(++i);
@@ -62,15 +49,16 @@ static void from_json(const nlohmann::json& json, FileDType& dtype) {
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(RunState, step, updates, samples, seed, data_fingerprint,
                                    optimizer, balance_counts, config, model)
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Mesh, pp, dp, cp, ep, dp_replicate)
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(StoredFragment, begin, count, file, offset, checksum)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(StoredFragment, begin, count, file, offset)
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(StoredTensor, dtype, shape, fragments)
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(StoredFile, name, bytes, header_bytes, header_checksum)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(StoredFile, name, bytes, checksum)
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Checkpoint, state, mesh, files, tensors)
 
 // A manifest begins with the version of its form and a checksum of what follows.
 static string sealed(const string& rest) {
-  const u64 checksum = checksum_of(rest.data(), i64(rest.size()));
-  return "{\"pith_checkpoint_2_xxh3\": \"" + hex(checksum) + "\"," + rest;
+  return text("{\"pith_checkpoint_3_xxh3\": \"%016lx\",",
+              checksum_of(rest.data(), i64(rest.size()))) +
+         rest;
 }
 
 void write_manifest(const Checkpoint& c, const string& path) {
@@ -88,24 +76,7 @@ static Checkpoint read_manifest(const string& path) {
 
 StoredFile stored_file(const string& folder, const string& name) {
   const MappedFile map(folder + "/" + name);
-  StoredFile file{.name = name, .bytes = map.size()};
-  memcpy(&file.header_bytes, map.data(), 8);  // the length of what follows it
-  file.header_bytes += 8;
-  file.header_checksum = checksum_of(map.data(), file.header_bytes);
-  return file;
-}
-
-static void check_coverage(const Checkpoint& c, const string& name, const StoredTensor& tensor) {
-  bool good = true;
-  i64 end = 0;
-  for (const StoredFragment& f : tensor.fragments) {
-    good = good && f.begin == end && size_t(f.file) < c.files.size() &&
-           f.offset + f.count * size_of(tensor.dtype) <= c.files[size_t(f.file)].bytes;
-    end += f.count;
-  }
-  if (!good || end != tensor.numel())
-    bad_input(c.folder + ": " + name, "its fragments do not cover it once, within their files",
-              kRestore);
+  return {name, map.size(), checksum_of(map.data(), map.size()), map};
 }
 
 Checkpoint open_checkpoint(const string& folder) {
@@ -116,7 +87,6 @@ Checkpoint open_checkpoint(const string& folder) {
               "name a step-* folder that has one");
   Checkpoint c = read_manifest(folder + kManifest);
   c.folder = folder;
-  for (const auto& [name, tensor] : c.tensors) check_coverage(c, name, tensor);
   for (StoredFile& file : c.files) {
     const string path = folder + "/" + file.name;
     if (!fs::exists(path)) bad_input(path, "is missing, but the manifest names it", kRestore);
@@ -130,27 +100,14 @@ Checkpoint open_checkpoint(const string& folder) {
   return c;
 }
 
-void verify(const Checkpoint& c, bool weights_only) {
-  struct Region {
-    string place;
-    const char* data;
-    i64 bytes;
-    u64 need, got = 0;
-  };
-  vector<Region> regions;
-  for (const auto& [name, bytes, header_bytes, checksum, map] : c.files)
-    regions.push_back({map.path() + ": header", map.data(), header_bytes, checksum});
-  for (const auto& [name, tensor] : c.tensors)
-    for (const auto& [begin, count, file, offset, checksum] : tensor.fragments) {
-      const MappedFile& map = c.files[size_t(file)].map;
-      if (!weights_only || !is_moment(name))
-        regions.push_back({map.path() + ": " + name + "#" + std::to_string(begin),
-                           map.data() + offset, count * size_of(tensor.dtype), checksum});
-    }
-  in_parallel(regions, [](Region& r) { r.got = checksum_of(r.data, r.bytes); });
-  for (const Region& r : regions)
-    if (r.got != r.need)
-      bad_input(r.place, "is damaged (checksum " + hex(r.got) + ", need " + hex(r.need) + ")",
+void verify(const Checkpoint& c) {
+  vector<std::future<u64>> sums;
+  for (const StoredFile& file : c.files)
+    sums.push_back(std::async(std::launch::async, checksum_of, file.map.data(), file.bytes));
+  for (size_t i = 0; i < sums.size(); i++)
+    if (const u64 got = sums[i].get(); got != c.files[i].checksum)
+      bad_input(c.files[i].map.path(),
+                text("is damaged (checksum %016lx, need %016lx)", got, c.files[i].checksum),
                 kRestore);
 }
 
@@ -186,20 +143,17 @@ Checkpoint open_weights(const string& folder) {
   if (!list_checkpoints(folder).empty()) return *find_checkpoint(folder);
   if (fs::exists(folder + kManifest)) {
     Checkpoint c = open_checkpoint(folder);
-    verify(c, true);
+    verify(c);
     return c;
   }
-  // A Hugging Face folder: each tensor is one fragment.
   const SafetensorsReader reader(folder);
   Checkpoint c{.folder = folder, .state = {.optimizer = "none"}};
   const string config = folder + "/config.json";
   if (fs::exists(config)) c.state.model = read_text_file(config);
   for (const MappedFile& file : reader.files())
     c.files.push_back({.name = file.path(), .bytes = file.size(), .map = file});
-  for (const TensorEntry& t : reader.tensors()) {
-    const i64 offset = t.data - reader.files()[size_t(t.file)].data();
-    c.tensors[t.name] = {t.dtype, t.shape, {{0, t.numel(), t.file, offset}}};
-  }
+  for (const TensorEntry& t : reader.tensors())
+    c.tensors[t.name] = {t, {{0, t.numel(), t.file, t.data - c.files[t.file].map.data()}}};
   return c;
 }
 
@@ -218,7 +172,7 @@ static std::map<string, string> identity_of(const RunState& s) {
   const nlohmann::json model = nlohmann::json::parse(s.model);
   for (const auto& [key, value] : model.items()) values["the model's " + key] = value.dump();
   values["data.seed"] = std::to_string(s.seed);
-  values["the data set (its fingerprint)"] = hex(s.data_fingerprint);
+  values["the data set (its fingerprint)"] = text("%016lx", s.data_fingerprint);
   values["the optimiser"] = s.optimizer;
   return values;
 }
@@ -236,19 +190,9 @@ void check_resumable(const Checkpoint& c, const RunState& now) {
                 "the saved value, or another run.folder to begin anew");
 }
 
-static string text_of(const StoredTensor& t) {
-  return describe({.dtype = t.dtype, .shape = t.shape});
-}
-
 void check_weights(const Checkpoint& c, const ParameterTable& whole) {
   std::map<string, vector<string>> faults;  // names by what is wrong with them
   std::set<string> known;
-  struct Fitting {
-    const string& name;
-    const StoredTensor& tensor;
-    i64 bad = 0;
-  };
-  vector<Fitting> fitting;
   for (const Parameter& parameter : whole)
     for (const Piece& piece : parameter.pieces) {
       known.insert(piece.name);
@@ -259,24 +203,21 @@ void check_weights(const Checkpoint& c, const ParameterTable& whole) {
       }
       const StoredTensor& got = at->second;
       const bool usable = is_float(got.dtype);
-      if (usable && got.shape == shape_of(piece))
-        fitting.push_back({piece.name, got});
-      else
-        faults["of another shape or type"].push_back(
-            piece.name + " (got " + text_of(got) + ", need " +
-            text_of({usable ? got.dtype : FileDType::F32, shape_of(piece), {}}) + ")");
+      const TensorDecl need{"", usable ? got.dtype : FileDType::F32, shape_of(piece)};
+      if (!usable || got.shape != need.shape) {
+        faults["of another shape or type"].push_back(piece.name + " (got " + describe(got) +
+                                                     ", need " + describe(need) + ")");
+        continue;
+      }
+      const vector<float> values = read_tensor(c, got);
+      const i64 bad = std::ranges::count_if(values, [](float x) { return !std::isfinite(x); });
+      if (bad > 0)
+        faults["tensors with NaN or Inf"].push_back(
+            piece.name + text(" (%ld of %zu values)", bad, values.size()));
     }
   for (const auto& [name, tensor] : c.tensors)
     if (!is_moment(name) && !known.contains(name))
-      faults["not of this model"].push_back(name + " " + text_of(tensor));
-  in_parallel(fitting, [&](Fitting& f) {
-    f.bad =
-        std::ranges::count_if(read_tensor(c, f.tensor), [](float x) { return !std::isfinite(x); });
-  });
-  for (const auto& [name, tensor, bad] : fitting)
-    if (bad > 0)
-      faults["tensors with NaN or Inf"].push_back(
-          text("%s (%ld of %ld values)", name.c_str(), bad, tensor.numel()));
+      faults["not of this model"].push_back(name + " " + describe(tensor));
   string what;
   for (const auto& [fault, names] : faults) {
     what += text("; %zu %s: ", names.size(), fault.c_str());
@@ -290,17 +231,19 @@ void check_weights(const Checkpoint& c, const ParameterTable& whole) {
 
 void read_elements(const Checkpoint& c, const StoredTensor& tensor, i64 begin, i64 count,
                    float* out) {
+  i64 left = count;
   for (const StoredFragment& f : tensor.fragments) {
     const i64 from = max(begin, f.begin), to = min(begin + count, f.begin + f.count);
     if (from >= to) continue;
-    const char* data = c.files[size_t(f.file)].map.data() + f.offset;
-    to_f32(tensor.dtype, data + (from - f.begin) * size_of(tensor.dtype), out + (from - begin),
-           to - from);
+    const i64 offset = f.offset + (from - f.begin) * size_of(tensor.dtype);
+    to_f32(tensor.dtype, c.files[f.file].map.data() + offset, out + (from - begin), to - from);
+    left -= to - from;
   }
+  if (left) bad_input(c.folder, text("lacks %ld elements of a tensor", left), kRestore);
 }
 
 vector<float> read_tensor(const Checkpoint& c, const StoredTensor& tensor) {
-  vector<float> values(size_t(tensor.numel()));
+  vector<float> values(tensor.numel());
   read_elements(c, tensor, 0, tensor.numel(), values.data());
   return values;
 }
@@ -316,8 +259,7 @@ static void load(Parameters& p, const Checkpoint& c, size_t kinds) {
         bad_input(c.folder + ": " + name,
                   found ? "has another shape than the model's" : "is missing",
                   "the config.json that it was trained with");
-      read_elements(c, at->second, f.begin, f.count,
-                    (p.units[size_t(f.unit)].*shard).f32() + f.offset);
+      read_elements(c, at->second, f.begin, f.count, (p.units[f.unit].*shard).f32() + f.offset);
     }
 }
 
@@ -325,26 +267,19 @@ void load_state(Rank&, Parameters& p, const Checkpoint& c) { load(p, c, std::siz
 
 void load_weights(Rank&, Parameters& p, const Checkpoint& c) { load(p, c, 1); }
 
-// Of the slowest rank, while the others go on.
-static constexpr i64 kMostBytesLeft = i64{1} << 30;
-static constexpr int kAllUnits = INT32_MAX;
-
 static void remove_tree(const string& path) {
   std::error_code ignored;
   fs::remove_all(path, ignored);
 }
 
-// At once, so that a kill leaves no half of it under its name.
-static void move_away(const string& folder, const string& to) {
-  std::error_code error;
-  remove_tree(to);
-  fs::rename(folder, to, error);
-  if (error) log_warning("%s: cannot be moved (%s)", folder.c_str(), error.message().c_str());
-}
-
+// A kill leaves no half of it under its name.
 static void remove_checkpoint(const string& folder) {
-  move_away(folder, folder + ".old.tmp");
-  remove_tree(folder + ".old.tmp");
+  const string old = folder + ".old.tmp";
+  std::error_code error;
+  remove_tree(old);
+  fs::rename(folder, old, error);
+  if (error) log_warning("%s: cannot be removed (%s)", folder.c_str(), error.message().c_str());
+  remove_tree(old);
 }
 
 void put_in_place(const string& temporary, const string& folder) {
@@ -363,21 +298,16 @@ static void prune(const SaveOptions& options, i64 now) {
   const std::map<i64, string> list = list_checkpoints(options.folder);
   i64 extra = std::distance(list.begin(), list.upper_bound(now)) - options.keep;
   for (const auto& [step, path] : list) {
-    if (step > now) {
-      log_warning("%s is of an earlier course: moved aside", path.c_str());
-      move_away(path, path + ".aside");
-    } else if (options.keep > 0 && extra-- > 0) {
-      remove_checkpoint(path);
-    }
+    if (step > now) log_warning("%s is of an earlier course: removed", path.c_str());
+    if (step > now || (options.keep > 0 && extra-- > 0)) remove_checkpoint(path);
   }
 }
 
-// What the rank's thread and its saver thread share.
 struct CheckpointSaver::Job {
   const Parameters& parameters;
   const SaveOptions& options;
   int rank = 0;
-  Checkpoint checkpoint;     // under way: its folder is the temporary one
+  Checkpoint checkpoint;     // its folder is the temporary one
   std::atomic<int> unit{0};  // units before this one are saved
   std::atomic<i64> bytes_left{0};
   std::atomic<bool> cancel{false};
@@ -399,22 +329,22 @@ struct CheckpointSaver::Job {
     } catch (const std::exception& e) {
       error = e.what();
     }
-    reached(kAllUnits);
+    reached(INT32_MAX);
     return error;
   }
 
   // A file, and a manifest of it for rank 0. Of replicas the first writes.
   void write_shards() {
+    Checkpoint part;
     vector<Fragment> list;
+    vector<TensorDecl> decls;
     if (coord_of(checkpoint.mesh, rank).dp_rank < checkpoint.mesh.dp_shard())
       list = fragments(parameters);
-    vector<TensorDecl> decls;
     for (const Fragment& f : list)
       for (const auto& [suffix, shard] : kStored)
         decls.push_back(
             {f.piece->name + suffix + "#" + std::to_string(f.begin), FileDType::F32, {f.count}});
     make_folders(checkpoint.folder);
-    Checkpoint part;
     if (!list.empty()) {
       const string name = text("rank-%05d.safetensors", rank);
       SafetensorsWriter file(checkpoint.folder + "/" + name, decls);
@@ -422,17 +352,15 @@ struct CheckpointSaver::Job {
         if (cancel) return;
         reached(f.unit);
         for (const auto& [suffix, shard] : kStored) {
-          const float* values = (parameters.units[size_t(f.unit)].*shard).f32() + f.offset;
           const i64 bytes = f.count * i64(sizeof(float));
           StoredTensor& tensor = part.tensors[f.piece->name + suffix];
           tensor.shape = shape_of(*f.piece);
-          tensor.fragments.push_back(
-              {f.begin, f.count, 0, file.size(), checksum_of(values, bytes)});
-          file.write(values, bytes);
+          tensor.fragments.push_back({f.begin, f.count, 0, file.size()});
+          file.write((parameters.units[f.unit].*shard).f32() + f.offset, bytes);
           bytes_left -= bytes;
         }
       }
-      reached(kAllUnits);
+      reached(INT32_MAX);
       file.finish();
       part.files.push_back(stored_file(checkpoint.folder, name));
     }
@@ -448,16 +376,13 @@ struct CheckpointSaver::Job {
       for (const auto& [name, tensor] : part.tensors) {
         StoredTensor& whole = checkpoint.tensors[name];
         whole.shape = tensor.shape;
-        for (StoredFragment f : tensor.fragments) {
-          f.file = int(checkpoint.files.size());
-          whole.fragments.push_back(f);
-        }
+        whole.fragments.push_back(tensor.fragments[0]);
+        whole.fragments.back().file = int(checkpoint.files.size());
       }
       checkpoint.files.insert(checkpoint.files.end(), part.files.begin(), part.files.end());
       remove_tree(part_path(r));
     }
-    write_manifest(checkpoint, checkpoint.folder + "/manifest.json");
-    open_checkpoint(checkpoint.folder);
+    write_manifest(checkpoint, checkpoint.folder + kManifest);
     put_in_place(checkpoint.folder, folder());
     prune(options, checkpoint.state.step);
   }
@@ -492,39 +417,36 @@ void CheckpointSaver::begin(Rank& rank, const RunState& state) {
   job.done = std::async(std::launch::async, [&job] { return job.run(); });
 }
 
-// Ends the save once all ranks are done. Bytes that the slowest has yet to write; -1: none is under
-// way.
-i64 CheckpointSaver::exchange(Rank& rank) {
-  if (!job_) return -1;
-  const bool done = job_->done.wait_for(duration<double>(0)) == std::future_status::ready;
-  const string error = done ? job_->done.get() : "";
-  double v[] = {double(!done), double(!error.empty()), done ? 0 : double(job_->bytes_left)};
-  all_reduce(rank, Group::World, v, 3, Reduce::Max, "checkpoint progress");
-  last_failed_ = v[1] > 0;
-  if (last_failed_) job_->cancel = true;
-  if (v[0] > 0) return i64(v[2]);
-  if (!error.empty()) log_warning("rank %d: %s", rank.id, error.c_str());
-  if (last_failed_) {
-    if (rank.id == 0) {
-      remove_tree(job_->checkpoint.folder);
-      log_warning("%s was not saved; the next save tries again", job_->folder().c_str());
-    }
-    barrier(rank, Group::World, "failed checkpoint removed");
-  } else if (rank.id == 0) {
-    log_info("saved %s in %.1f s", job_->folder().c_str(), now_s() - job_->begun_s);
-  }
-  job_.reset();
-  return -1;
-}
-
+// Ends the save once all ranks are done. Returns before that when the slowest has few bytes left.
 void CheckpointSaver::wait(Rank& rank, i64 most_bytes_left) {
-  for (double pause = 2e-4; exchange(rank) > most_bytes_left; pause = min(pause * 1.5, 0.02)) {
-    std::this_thread::sleep_for(duration<double>(pause));
-    stall_s_ += pause;
+  for (double pause = 2e-4; job_; pause = min(pause * 1.5, 0.02)) {
+    const bool done = job_->done.wait_for(duration<double>(0)) == std::future_status::ready;
+    const string error = done ? job_->done.get() : "";
+    double v[] = {done ? -1 : double(job_->bytes_left), double(!error.empty())};
+    all_reduce(rank, Group::World, v, 2, Reduce::Max, "checkpoint progress");
+    last_failed_ = v[1] > 0;
+    if (last_failed_) job_->cancel = true;
+    if (v[0] >= 0 && v[0] <= double(most_bytes_left)) return;
+    if (v[0] >= 0) {
+      std::this_thread::sleep_for(duration<double>(pause));
+      stall_s_ += pause;
+      continue;
+    }
+    const string folder = job_->folder();
+    if (!error.empty()) log_warning("rank %d: %s", rank.id, error.c_str());
+    if (rank.id == 0 && last_failed_) {
+      remove_tree(job_->checkpoint.folder);
+      log_warning("%s was not saved; the next save tries again", folder.c_str());
+    } else if (rank.id == 0) {
+      log_info("saved %s in %.1f s", folder.c_str(), now_s() - job_->begun_s);
+    }
+    barrier(rank, Group::World, "checkpoint saved or removed");
+    job_.reset();
   }
 }
 
-void CheckpointSaver::poll(Rank& rank) { wait(rank, kMostBytesLeft); }
+// Others could meet the time limit of the next collective.
+void CheckpointSaver::poll(Rank& rank) { wait(rank, i64{1} << 30); }
 
 bool CheckpointSaver::finish(Rank& rank) {
   wait(rank, -1);

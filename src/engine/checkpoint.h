@@ -1,6 +1,5 @@
-// A run's state on disk, saved in the background, readable under any layout. RUN/step-00000100/ has
-// rank-00000.safetensors with fragments `NAME#begin` of weights, `NAME.exp_avg` and
-// `NAME.exp_avg_sq`, and manifest.json, which says what they are and is written last.
+// RUN/step-00000100/ has rank-00000.safetensors ... with fragments `NAME#begin` of weights,
+// `NAME.exp_avg` and `NAME.exp_avg_sq`, and manifest.json, which is written last.
 #pragma once
 #include <map>
 #include <memory>
@@ -12,35 +11,30 @@
 
 namespace pith {
 
-// What a run keeps besides tensors.
 struct RunState {
-  i64 step = 0;                   // optimiser steps completed
-  i64 updates = 0;                // of them, those that changed weights: Adam's t
-  i64 samples = 0;                // training samples consumed: the data position
-  u64 seed = 0;                   // of initialisation and data order
-  u64 data_fingerprint = 0;       // Dataset::fingerprint()
-  string optimizer = "adamw";     // what the moments are; "none": weights alone
-  vector<double> balance_counts;  // BalanceState::previous
-  string config;                  // to_toml(RunConfig)
-  string model;                   // text of the model's config.json; empty: there is none
+  i64 step = 0;
+  i64 updates = 0;  // steps that changed weights: Adam's t
+  i64 samples = 0;  // consumed
+  u64 seed = 0;
+  u64 data_fingerprint = 0;
+  string optimizer = "adamw";  // "none": weights alone
+  vector<double> balance_counts;
+  string config;
+  string model;  // config.json; empty: there is none
 };
 
 struct StoredFragment {
   i64 begin = 0, count = 0;  // elements of the tensor
   int file = 0;
-  i64 offset = 0;    // bytes
-  u64 checksum = 0;  // XXH3
+  i64 offset = 0;  // bytes
 };
-struct StoredTensor {
-  FileDType dtype = FileDType::F32;
-  vector<i64> shape;                 // of the whole tensor
+struct StoredTensor : TensorDecl {   // of the whole tensor; the map of tensors names it
   vector<StoredFragment> fragments;  // by begin
-  i64 numel() const { return TensorDecl{"", dtype, shape}.bytes() / size_of(dtype); }
 };
 struct StoredFile {
   string name;
-  i64 bytes = 0, header_bytes = 0;
-  u64 header_checksum = 0;
+  i64 bytes = 0;
+  u64 checksum = 0;  // XXH3
   MappedFile map;
 };
 struct Checkpoint {
@@ -51,47 +45,43 @@ struct Checkpoint {
   std::map<string, StoredTensor> tensors;  // by Hugging Face name, one an expert
 };
 
-// The folders step-NNNNNNNN of a run, by step, good or not.
+// By step, good or not.
 std::map<i64, string> list_checkpoints(const string& run_folder);
-// Checks manifest and sizes; exit code 2 naming what is wrong.
+// Checks manifest and sizes. Exit code 2, here and below, names what is wrong.
 Checkpoint open_checkpoint(const string& folder);
-// Reads all of it, or all but moments. Exit code 2 naming what differs from its checksum.
-void verify(const Checkpoint& checkpoint, bool weights_only = false);
-// The newest good checkpoint of a run, verified, with a warning for each newer one that is bad.
-// None if the run has no step-*; exit code 2 if it has some and none is good.
+// Compares every byte with the checksums.
+void verify(const Checkpoint& checkpoint);
+// The newest good one of a run, verified, with a warning for each newer one. Exit code 2 if it has
+// some and none is good.
 std::optional<Checkpoint> find_checkpoint(const string& run_folder);
-// Weights of a Hugging Face folder, a checkpoint (verified), or a run folder (its newest good one).
+// Of a Hugging Face folder, a checkpoint (verified), or a run (its newest good one).
 Checkpoint open_weights(const string& folder);
 
-// Exit code 2, naming the difference, unless the run `now` may go on from `checkpoint`.
+// Exit code 2 unless the run `now` may go on from it.
 void check_resumable(const Checkpoint& checkpoint, const RunState& now);
-// Exit code 2 naming the tensors that are missing, extra, misshapen or not finite. Reads all.
+// Exit code 2 for tensors that are missing, extra, misshapen or not finite.
 void check_weights(const Checkpoint& weights, const ParameterTable& whole);
 
-// Elements [begin, begin + count) of a stored tensor as F32.
 void read_elements(const Checkpoint& checkpoint, const StoredTensor& tensor, i64 begin, i64 count,
                    float* out);
 vector<float> read_tensor(const Checkpoint& checkpoint, const StoredTensor& tensor);
-// Fill this rank's shards of master, m and v; of master alone.
+// This rank's shards of master, m and v; of master alone.
 void load_state(Rank& rank, Parameters& parameters, const Checkpoint& checkpoint);
 void load_weights(Rank& rank, Parameters& parameters, const Checkpoint& checkpoint);
 
 vector<i64> shape_of(const Piece& piece);
-u64 checksum_of(const void* bytes, i64 size);
-// Of a complete safetensors file.
 StoredFile stored_file(const string& folder, const string& name);
 void write_manifest(const Checkpoint& checkpoint, const string& path);
-// Flushes folder `temporary` and renames it; one that was there before is removed.
+// Flushes and renames a folder; replaces one that is there.
 void put_in_place(const string& temporary, const string& folder);
 
 struct SaveOptions {
   string folder;  // the run's
-  i64 keep = 3;   // newest checkpoints kept; 0: all
+  i64 keep = 3;   // 0: all
 };
 
-// Writes this rank's shards on a thread of its own while training goes on. Calls that take a Rank
-// are collective over the world. A save that fails on one rank is taken back on all, with a
-// warning.
+// Writes this rank's shards on a thread of its own. Calls that take a Rank are collective. A save
+// that fails on one rank is taken back on all, with a warning.
 class CheckpointSaver {
  public:
   // Removes what killed saves left behind; the caller holds the run's lock.
@@ -100,22 +90,20 @@ class CheckpointSaver {
   CheckpointSaver& operator=(const CheckpointSaver&) = delete;
   ~CheckpointSaver();
 
-  // Starts to save weights and moments as they are now, once the save before is over.
+  // Once the save before is over.
   void begin(Rank& rank, const RunState& state);
-  // Once a step, before the optimiser pass: learns how far all ranks are. Waits for one so far
-  // behind that others could meet the time limit of the next collective.
+  // Once a step, before the optimiser pass.
   void poll(Rank& rank);
-  // Before the optimiser writes parameters.units[unit]: waits until its shards are saved. Local.
+  // Before the optimiser writes that unit of the parameters.
   void wait_unit(int unit);
-  // Waits for the save under way, if any. False if the last save failed.
+  // False if the last save failed.
   bool finish(Rank& rank);
   bool under_way() const { return job_ != nullptr; }
-  // Seconds this rank has waited since the last call.
+  // Seconds waited since the last call.
   double take_stall() { return std::exchange(stall_s_, 0); }
 
  private:
-  struct Job;  // a save under way
-  i64 exchange(Rank& rank);
+  struct Job;
   void wait(Rank& rank, i64 most_bytes_left);
   const Parameters& parameters_;
   SaveOptions options_;

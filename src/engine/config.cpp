@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cfloat>
 #include <filesystem>
-#include <numeric>
 #include <sstream>
 #include <variant>
 
@@ -27,9 +26,9 @@ constexpr Range kBelowOne = {0, 1 - DBL_EPSILON / 2, "0 or more, less than 1"};
 constexpr Range one_of(const char* texts) { return {.need = texts}; }
 
 enum Flag : unsigned {
-  kRequired = 1,  // no default
-  kPath = 2,      // of a file or folder
-  kKept = 4,      // by a resumed run
+  kRequired = 1,
+  kPath = 2,
+  kKept = 4,  // by a resumed run
 };
 
 using Slot = std::variant<string*, bool*, int*, i64*, u64*, double*>;
@@ -117,15 +116,13 @@ string value_of(const Key& key) {
 
 // Levenshtein's, per letter.
 double distance(string_view a, string_view b) {
-  vector<size_t> row(b.size() + 1);
-  std::iota(row.begin(), row.end(), 0);
-  for (size_t i = 0; i < a.size(); i++) {
-    size_t diagonal = std::exchange(row[0], i + 1);
-    for (size_t j = 0; j < b.size(); j++) {
-      const size_t least = std::min({row[j] + 1, row[j + 1] + 1, diagonal + (a[i] != b[j])});
-      diagonal = std::exchange(row[j + 1], least);
-    }
-  }
+  vector<size_t> row(b.size() + 1), last;
+  for (size_t i = 0; i <= a.size(); i++, last = row)
+    for (size_t j = 0; j <= b.size(); j++)
+      row[j] = i == 0 ? j
+               : j == 0
+                   ? i
+                   : std::min({row[j - 1] + 1, last[j] + 1, last[j - 1] + (a[i - 1] != b[j - 1])});
   return double(row.back()) / double(max(a.size(), b.size()));
 }
 
@@ -155,8 +152,7 @@ void assign(const Key& key, const toml::node& node, const string& place,
   const string need = key.range.need;
   const auto take = [&]<class T>(T* to) {
     auto value = node.value_exact<TomlType<T>>();
-    if constexpr (std::is_same_v<T, double>)
-      if (node.is_integer()) value = node.value<double>();
+    if (std::is_same_v<T, double> && node.is_integer()) value = node.value<TomlType<T>>();
     if constexpr (std::is_same_v<TomlType<T>, i64>)
       if (value && !std::in_range<T>(*value)) value.reset();
     if (!value) wrong_type(key, place, text_of(node));
@@ -194,13 +190,14 @@ void read_override(const vector<Key>& keys, const string& argument) {
     bad_input(place, "has no value (got " + argument + ", need key=value)", name + "=...");
   const Key& key = find_key(keys, name, place);
   const string value = argument.substr(equals + 1);
-  if (std::holds_alternative<string*>(key.slot) && !value.starts_with('"'))
-    return assign(key, toml::value(value), place);
   toml::table parsed;
-  try {
-    parsed = toml::parse("value = " + value);
-  } catch (const toml::parse_error&) {
-  }
+  if (std::holds_alternative<string*>(key.slot) && !value.starts_with('"'))
+    parsed.emplace("value", value);
+  else
+    try {
+      parsed = toml::parse("value = " + value);
+    } catch (const toml::parse_error&) {
+    }
   if (parsed.size() != 1) wrong_type(key, place, value);
   assign(key, *parsed.get("value"), place);
 }

@@ -1,4 +1,3 @@
-// config: a run, as a TOML file and --set overrides fill it.
 #pragma once
 #include "ops/ops.h"
 
@@ -55,11 +54,10 @@ struct RunConfig {
   } checkpoint;
 };
 
-// `overrides`: "a.b=c"; later ones win. Paths in the file are relative to its folder, others to the
-// working directory; the result's are absolute. Exit code 2 naming what is wrong.
+// Paths in the file are relative to its folder, those of overrides ("a.b=c") to the working
+// directory. Exit code 2 naming what is wrong.
 RunConfig load_run_config(const string& path, const vector<string>& overrides);
-void validate(const RunConfig& config);  // what needs no model, data or mesh; exit code 2
-// Reading it back gives the same.
+void validate(const RunConfig& config);
 string to_toml(const RunConfig& config);
 bool may_change_on_resume(const string& key);
 

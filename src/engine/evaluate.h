@@ -1,4 +1,3 @@
-// evaluate: loss on held-out documents; the next token of a text.
 #pragma once
 #include "data/dataset.h"
 #include "engine/instance.h"
@@ -10,7 +9,7 @@ struct EvalResult {
   i64 labels = 0;
 };
 
-// Mean loss over the held-out samples, the same on every rank.
+// Mean over the held-out samples, the same on every rank.
 EvalResult evaluate(Rank& rank, Instance& instance, const Dataset& data, const BatchShape& shape,
                     const ScheduleOptions& schedule);
 

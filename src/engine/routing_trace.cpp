@@ -11,10 +11,13 @@ static string file_of(const string& folder, i64 step, const char* what) {
 }
 
 void begin_trace(RoutingStep& routing, i64 layers, i64 tokens, i64 top_k) {
-  routing = {layers, tokens, top_k};
-  routing.ids.assign(layers * tokens * top_k, -1);
-  routing.weights.assign(layers * tokens * top_k, 0);
-  routing.gaps.assign(layers * tokens, 0);
+  const i64 rows = layers * tokens;
+  routing = {layers,
+             tokens,
+             top_k,
+             vector<int>(rows * top_k, -1),
+             vector<float>(rows * top_k),
+             vector<float>(rows)};
   routing.traced = true;
 }
 
@@ -77,24 +80,20 @@ void trace_routing(const RoutingSlot& slot, int layer, int micro_batch, const Ro
   if (routing.ids.numel() != T * k)
     failed("trace_routing", "need the ids of all tokens (got " + describe(routing.ids) + ")");
   const i64 E = routing.probs.cols();
-  const auto element = [](const Tensor& t, i64 i) {
-    return t.dtype == DType::F64 ? t.as<double>()[i] : t.f32()[i];
-  };
   for (i64 t = 0; t < T; t++) {
     const int* ids = routing.ids.i32() + t * k;
+    const float* probs = routing.probs.f32() + t * E;
     const i64 place = layer * step.tokens + tokens[t];
     std::copy_n(ids, k, &step.ids[place * k]);
-    for (i64 j = 0; j < k; j++)
-      step.weights[place * k + j] = float(element(routing.weights, t * k + j));
-    double chosen = 1, left_out = 0;
+    std::copy_n(routing.weights.f32() + t * k, k, &step.weights[place * k]);
+    float chosen = 1, left_out = 0;
     for (i64 e = 0; e < E; e++) {
-      const double p = element(routing.probs, t * E + e);
       if (std::find(ids, ids + k, e) == ids + k)
-        left_out = max(left_out, p);
+        left_out = max(left_out, probs[e]);
       else
-        chosen = min(chosen, p);
+        chosen = min(chosen, probs[e]);
     }
-    step.gaps[place] = float(std::log(chosen) - std::log(left_out));
+    step.gaps[place] = std::log(chosen) - std::log(left_out);
   }
 }
 

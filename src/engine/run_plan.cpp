@@ -4,26 +4,6 @@
 
 namespace pith {
 
-static ScheduleOptions plan_schedule(const RunPlan& plan) {
-  const auto& parallel = plan.config.parallel;
-  ScheduleOptions s{.kind = schedule_kind(parallel.schedule, parallel.pp, parallel.ep),
-                    .pp = parallel.pp,
-                    .micro_batches = int(plan.batch.num_micro_batches()),
-                    .weight_grad_batch = parallel.weight_grad_batch,
-                    .gather_step = parallel.gather == "step"};
-  const int least = min_micro_batches(s);
-  if (s.micro_batches < least)
-    bad_input("train.global_batch_size",
-              text("gives too few micro-batches for the schedule %s at pp = %d (got %ld sequences "
-                   "/ (micro-batch %ld * dp %d * ep %d) = %d, need at least %d)",
-                   name_of(s.kind), s.pp, plan.batch.global_batch, plan.batch.micro_batch,
-                   plan.mesh.dp, plan.mesh.ep, s.micro_batches, least),
-              text("train.global_batch_size = %ld, or parallel.schedule = \"1f1b\"",
-                   least * (plan.batch.global_batch / s.micro_batches)));
-  layer_partition(plan.shape.num_layers, stages_of(s.kind, s.pp));
-  return s;
-}
-
 RunPlan plan_run(const RunConfig& config, Device device, int ranks) {
   validate(config);
   RunPlan plan{.config = config, .model = Json::parse_file(config.model.config), .device = device};
@@ -36,8 +16,8 @@ RunPlan plan_run(const RunConfig& config, Device device, int ranks) {
     plan.active_parameters += active;
     if (p.dims.rank > 1 && p.unit != UnitKind::Embedding) plan.flops_per_token += 6.0 * active;
   }
-  plan.flops_per_token +=
-      3.0 * config.data.sequence_length * shape.attention_width * shape.num_layers;
+  const i64 length = config.data.sequence_length;
+  plan.flops_per_token += 3.0 * length * shape.attention_width * shape.num_layers;
   const auto& parallel = config.parallel;
   const Mesh& mesh = plan.mesh =
       make_mesh(ranks, parallel.pp, parallel.cp, parallel.ep, parallel.dp_replicate);
@@ -46,7 +26,6 @@ RunPlan plan_run(const RunConfig& config, Device device, int ranks) {
               text("does not divide the experts (got ep = %d and %d experts, need a divisor)",
                    mesh.ep, shape.num_experts),
               "parallel.ep = 1");
-  const i64 length = config.data.sequence_length;
   if (shape.max_positions > 0 && length > shape.max_positions)
     bad_input("data.sequence_length",
               text("is beyond the model's positions (got %ld, need at most "
@@ -62,8 +41,23 @@ RunPlan plan_run(const RunConfig& config, Device device, int ranks) {
                    "multiple of micro-batch %ld * dp %d * ep %d = %ld)",
                    batch.global_batch, batch.micro_batch, mesh.dp, mesh.ep, unit),
               std::to_string((batch.global_batch / unit + 1) * unit));
-  plan.schedule = plan_schedule(plan);
-  plan.pipeline = {plan.schedule.kind, !plan.schedule.gather_step, length, config.model.init_std};
+  ScheduleOptions& schedule =
+      plan.schedule = {.kind = schedule_kind(parallel.schedule, parallel.pp, parallel.ep),
+                       .pp = parallel.pp,
+                       .micro_batches = int(batch.num_micro_batches()),
+                       .weight_grad_batch = parallel.weight_grad_batch,
+                       .gather_step = parallel.gather == "step"};
+  const int least = min_micro_batches(schedule);
+  if (schedule.micro_batches < least)
+    bad_input(
+        "train.global_batch_size",
+        text("gives too few micro-batches for the schedule %s at pp = %d (got %ld / %ld = %d, "
+             "need at least %d)",
+             name_of(schedule.kind), schedule.pp, batch.global_batch, unit, schedule.micro_batches,
+             least),
+        text("train.global_batch_size = %ld, or parallel.schedule = \"1f1b\"", least * unit));
+  layer_partition(shape.num_layers, stages_of(schedule.kind, schedule.pp));
+  plan.pipeline = {schedule.kind, !schedule.gather_step, length, config.model.init_std};
   return plan;
 }
 

@@ -1,5 +1,3 @@
-// run_plan: what follows from a configuration, a model and a number of ranks before any memory is
-// taken.
 #pragma once
 #include "core/json.h"
 #include "data/dataset.h"
@@ -11,10 +9,10 @@ namespace pith {
 
 struct RunPlan {
   RunConfig config;
-  Json model;  // config.json
+  Json model;
   ModelShape shape;
   i64 parameters = 0, active_parameters = 0;  // a token uses top_k of the experts
-  // Of training a token: 6 a parameter in a matrix product, 3 * S * attention_width a layer.
+  // 6 a parameter in a matrix product, 3 * S * attention_width a layer.
   double flops_per_token = 0;
   Mesh mesh;
   ScheduleOptions schedule;
@@ -24,13 +22,12 @@ struct RunPlan {
   i64 step_tokens() const { return batch.global_batch * config.data.sequence_length; }
 };
 
-// Everything that can be refused is refused here, saying what to change. Exit code 2.
+// Refuses what does not fit, before any memory is taken.
 RunPlan plan_run(const RunConfig& config, Device device, int ranks);
 
-// The run's token files, as its samples are cut and dealt.
 Dataset open_data(const RunPlan& plan);
 
-// Bytes by kind of every rank; activations and workspace are estimates.
+// Activations and workspace are estimates.
 vector<RankMemory> rank_memory(const RunPlan& plan);
 
 }

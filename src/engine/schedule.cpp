@@ -9,11 +9,8 @@ const char* name_of(ScheduleKind kind) {
 }
 
 ScheduleKind schedule_kind(const string& name, int pp, int ep) {
-  if (name == "auto") return pp == 1 && ep == 1 ? ScheduleKind::OneF1B : ScheduleKind::DualPipeV;
-  for (const ScheduleKind kind : {ScheduleKind::DualPipeV, ScheduleKind::OneF1B})
-    if (name == name_of(kind)) return kind;
-  bad_input("schedule", text("is unknown (got \"%s\", need auto, dualpipev or 1f1b)", name.c_str()),
-            "schedule = \"auto\"");
+  const bool dual = name == "dualpipev" || (name == "auto" && (pp > 1 || ep > 1));
+  return dual ? ScheduleKind::DualPipeV : ScheduleKind::OneF1B;
 }
 
 int stage_of(ScheduleKind kind, int pp, int rank, int chunk) {
@@ -60,48 +57,50 @@ int rank_beside(const ScheduleOptions& o, int rank, int chunk, int step) {
   return exists ? rank_of_stage(o.kind, o.pp, stage) : -1;
 }
 
+int message_peer(const ScheduleOptions& o, int rank, const Action& a) {
+  const bool onward = (a.what == Do::Send) == (a.payload == Payload::Activation);
+  const int peer = rank_beside(o, rank, a.chunk, onward ? 1 : -1);
+  return peer == rank ? -1 : peer;
+}
+
 int min_micro_batches(const ScheduleOptions& o) {
   return o.kind == ScheduleKind::DualPipeV && !o.forward_only ? 2 * o.pp : 1;
 }
 
 int duration(const Action& a) {
-  const int weights = a.what == Do::W ? a.count : a.has_backward() && !a.defer;
-  return a.has_forward() + a.has_backward() + weights;
+  return a.has_forward() + a.has_backward() + a.has_weights() * a.count;
 }
 
 namespace {
 
-// Builds one rank's list. Messages are queued, and leave as one group right before the next compute
-// action.
 struct Builder {
   const ScheduleOptions& o;
   int rank;
   ActionList list = {};
-  ActionList queue = {}, due = {};  // messages of the next group, W to run behind it
-  ActionList deferred = {};         // W of one micro-batch each, oldest first
-  int forwards[2] = {}, received[2] = {}, backwards[2] = {};
-  bool zero_bubble = false;  // weight gradients wait for the schedule's own W
+  ActionList due = {}, late = {};  // run behind the next messages; behind those after them
+  ActionList deferred = {};        // W of one micro-batch each
+  int received[2] = {}, forwards[2] = {}, backwards[2] = {};
+  bool zero_bubble = false;  // weight gradients wait for w()
 
   void message(Do what, Payload payload, int chunk, int mb) {
-    const bool onward = (what == Do::Send) == (payload == Payload::Activation);
-    const int peer = rank_beside(o, rank, chunk, onward ? 1 : -1);
-    if (peer < 0 || peer == rank) return;
-    queue.push_back({.what = what, .chunk = chunk, .mb = mb, .payload = payload, .peer = peer});
+    Action a{.what = what, .chunk = chunk, .mb = mb, .payload = payload};
+    a.peer = message_peer(o, rank, a);
+    if (a.peer >= 0) list.push_back(a);
   }
   void recv_f(int chunk) { message(Do::Recv, Payload::Activation, chunk, received[chunk]++); }
   void recv_b(int chunk) { message(Do::Recv, Payload::Gradient, chunk, backwards[chunk]); }
   void send_f(int chunk) { message(Do::Send, Payload::Activation, chunk, forwards[chunk] - 1); }
   void send_b(int chunk) { message(Do::Send, Payload::Gradient, chunk, backwards[chunk] - 1); }
 
-  void commit() {
-    list.insert(list.end(), queue.begin(), queue.end());
-    list.insert(list.end(), due.begin(), due.end());
-    queue.clear();
-    due.clear();
-  }
+  // A chunk's last weight gradients are followed by its Reduce.
   void add(const Action& a) {
-    commit();
     list.push_back(a);
+    if (o.gather_step && a.has_weights() && a.backward_mb() + a.count == o.micro_batches)
+      due.push_back({.what = Do::Reduce, .chunk = a.backward_chunk()});
+  }
+  void compute(const Action& a) {
+    for (const Action& w : std::exchange(due, std::exchange(late, {}))) add(w);
+    if (a.count > 0) add(a);
   }
 
   Action take_deferred(int chunk, int most) {
@@ -114,8 +113,8 @@ struct Builder {
     return batch;
   }
   bool defers() const { return zero_bubble || o.weight_grad_batch > 1; }
-  // Batches fall due on all ranks at once, so that none waits for another's: DualPipeV is at
-  // (stage, mb) in `slot` of the steady state, even ones of one chunk and odd ones of the other.
+  // Batches fall due on all ranks at once, so that none waits for another's: in DualPipeV by the
+  // slot of the steady state, even ones of one chunk and odd ones of the other.
   void end_backward(int chunk) {
     const int mb = backwards[chunk]++, n = o.weight_grad_batch;
     if (!defers()) return;
@@ -127,83 +126,71 @@ struct Builder {
     if (falls_due && !zero_bubble) due.push_back(take_deferred(chunk, n));
   }
 
-  void compute_f(int chunk) {  // without the messages around it
-    add({.what = Do::F, .chunk = chunk, .mb = forwards[chunk]++});
+  void forward(int chunk) {
+    if (received[chunk] == forwards[chunk]) recv_f(chunk);
+    compute({.what = Do::F, .chunk = chunk, .mb = forwards[chunk]++});
   }
   void f(int chunk) {
-    recv_f(chunk);
-    compute_f(chunk);
+    forward(chunk);
     send_f(chunk);
   }
   void b(int chunk) {
     recv_b(chunk);
-    add({.what = Do::B, .chunk = chunk, .mb = backwards[chunk], .defer = defers()});
+    compute({.what = Do::B, .chunk = chunk, .mb = backwards[chunk], .defer = defers()});
     end_backward(chunk);
     send_b(chunk);
   }
-  void fb(int f_chunk, bool receive = true) {
-    const int b_chunk = 1 - f_chunk;
-    if (receive) recv_f(f_chunk);
+  void fb(int chunk) {
+    const int b_chunk = 1 - chunk;
+    if (received[chunk] == forwards[chunk]) recv_f(chunk);
     recv_b(b_chunk);
-    add({.what = Do::FB,
-         .chunk = f_chunk,
-         .mb = forwards[f_chunk]++,
-         .chunk2 = b_chunk,
-         .mb2 = backwards[b_chunk],
-         .defer = defers()});
+    compute({Do::FB, chunk, forwards[chunk]++, b_chunk, backwards[b_chunk], 1, defers()});
     end_backward(b_chunk);
-    send_f(f_chunk);
+    send_f(chunk);
     send_b(b_chunk);
   }
-  void w(int most = 1) {
-    commit();
-    if (!deferred.empty()) list.push_back(take_deferred(deferred.front().chunk, most));
-  }
+  void w(int most = 1) { compute(take_deferred(deferred.empty() ? 0 : deferred[0].chunk, most)); }
 };
 
-// The eight steps of DualPipeV.
 void build_dualpipev(Builder& s) {
   const int r = s.rank, below = s.o.pp - r - 1;
-  for (int i = 0; i < 2 * below; i++) s.f(0);  // 1: fill, down leg
-  s.recv_f(0);
-  for (int i = 0; i <= r; i++) {  // 2: fill, both legs
-    s.compute_f(0);
+  for (int i = 0; i < 2 * below; i++) s.f(0);  // fill, down leg
+  for (int i = 0; i <= r; i++) {               // fill, both legs
+    s.forward(0);
     s.recv_f(0);
-    s.recv_f(1);
-    s.compute_f(1);
+    s.forward(1);
     if (below > 0 || i < r) s.send_f(1);
     s.send_f(0);
   }
-  for (int i = 0; i < below; i++) {  // 3: weight gradients fill the bubble
+  for (int i = 0; i < below; i++) {  // weight gradients fill the bubble
     s.zero_bubble = true;
     s.b(1);
     s.zero_bubble = false;
     s.recv_f(1);
     s.w();
-    s.compute_f(1);
-    s.send_f(1);
+    s.f(1);
   }
-  for (int i = 0; i < s.o.micro_batches - s.o.pp - below; i++) {  // 4: the steady state
-    if (i == 0 && below == 0) {  // unfused, so that the turn starts its first backward sooner
-      s.compute_f(0);
+  for (int i = 0; i < s.o.micro_batches - s.o.pp - below; i++) {  // the steady state
+    if (i == 0 && below == 0) {  // unfused: the first backward starts sooner
+      s.forward(0);
       s.send_f(1);
       s.b(1);
     } else {
-      s.fb(0, i > 0);
+      s.fb(0);
     }
     s.fb(1);
   }
-  for (int i = 0; i < below; i++) {  // 5: up leg only
+  for (int i = 0; i < below; i++) {  // up leg only
     s.b(1);
     s.fb(1);
   }
-  for (int i = 0; i <= r; i++) {  // 6: drain; deferral begins half-way
+  for (int i = 0; i <= r; i++) {  // drain; deferral begins half-way
     if (2 * i == r + 1) s.zero_bubble = true;
     s.b(1);
     if (2 * i == r) s.zero_bubble = true;
     s.b(0);
   }
-  for (int i = 0; i < below; i++) {  // 7: drain, down leg
+  for (int i = 0; i < below; i++) {  // drain, down leg
     s.w();
     s.b(0);
   }
@@ -234,27 +221,6 @@ void build_forward(Builder& s) {
     }
 }
 
-// Gathers stand first, where ranks wait anyhow; rank 0 does not, and begins before it gathers its
-// second chunk. A Reduce stands behind the messages that follow its chunk's last weight gradients.
-void add_gathers(const ScheduleOptions& o, int rank, ActionList& list) {
-  for (int chunk = 0; chunk < chunks_of(o.kind) && !o.forward_only; chunk++) {
-    const auto gives_gradients = [&](const Action& a) {
-      const bool any = a.what == Do::W || (a.has_backward() && !a.defer);
-      return any && a.backward_chunk() == chunk;
-    };
-    size_t at = list.size();
-    while (!gives_gradients(list[at - 1])) at--;
-    while (at < list.size() && list[at].is_message()) at++;
-    list.insert(list.begin() + at, {.what = Do::Reduce, .chunk = chunk});
-  }
-  if (chunks_of(o.kind) == 2) {
-    size_t at = rank == 0;
-    while (rank == 0 && list[at].is_message()) at++;
-    list.insert(list.begin() + at, {.what = Do::Gather, .chunk = 1});
-  }
-  list.insert(list.begin(), {.what = Do::Gather, .chunk = 0});
-}
-
 }
 
 ActionList make_schedule(const ScheduleOptions& o, int rank) {
@@ -265,22 +231,22 @@ ActionList make_schedule(const ScheduleOptions& o, int rank) {
                    name_of(o.kind), o.pp, o.micro_batches, least),
               "more micro-batches in a step, a smaller pp, or schedule = \"1f1b\"");
   Builder s{o, rank};
+  // Gathers stand first, where ranks wait anyhow; rank 0 does not, and begins before its second.
+  for (int chunk = 0; chunk < chunks_of(o.kind) && o.gather_step; chunk++)
+    (chunk > rank ? s.late : s.list).push_back({.what = Do::Gather, .chunk = chunk});
   if (o.forward_only)
     build_forward(s);
   else if (o.kind == ScheduleKind::DualPipeV)
     build_dualpipev(s);
   else
     build_1f1b(s);
-  do {
-    s.w(o.weight_grad_batch);
-  } while (!s.deferred.empty());
-  if (o.gather_step) add_gathers(o, rank, s.list);
+  while (!s.due.empty() || !s.deferred.empty()) s.w(o.weight_grad_batch);
   return std::move(s.list);
 }
 
 vector<ActionList> make_schedules(const ScheduleOptions& o) {
   vector<ActionList> lists;
-  for (int rank = 0; rank < o.pp; rank++) lists.push_back(make_schedule(o, rank));
+  while (int(lists.size()) < o.pp) lists.push_back(make_schedule(o, int(lists.size())));
   return lists;
 }
 
@@ -302,7 +268,7 @@ string to_text(const Action& a) {
   return "";
 }
 
-// Of all actions with the line's numbers, the one that prints as the line.
+// Of the actions with the line's numbers, the one that prints as the line.
 Action parse_action(const string& line, const string& place) {
   int n[4] = {};
   sscanf(line.c_str(), "%*[^0-9]%6d%*[^0-9]%6d%*[^0-9]%6d%*[^0-9]%6d", &n[0], &n[1], &n[2], &n[3]);
@@ -321,6 +287,121 @@ Action parse_action(const string& line, const string& place) {
                  "F0.5|B1.3, send F0.3 > 1 or recv B1.2 < 1)",
                  line.c_str()),
             "the form that pith plan --schedule --lists prints");
+}
+
+namespace {
+
+bool starts_communication(const Step& s) {
+  return s.part == Part::Dispatch || s.part == Part::Combine;
+}
+
+UnitKind unit_of(const Step& s) {
+  switch (s.part) {
+    case Part::Prolog: return UnitKind::Embedding;
+    case Part::Epilog: return UnitKind::Head;
+    case Part::Experts: return UnitKind::Experts;
+    default: return s.unit;
+  }
+}
+
+Step with_part(Part part, const Step& s, bool backward) {
+  return {part, backward, s.chunk, s.mb, s.layer, unit_of(s)};
+}
+
+// A micro-batch's forward or backward, cut where an overlapped one takes turns: behind what starts
+// communication and the weight gradients that run beside it.
+vector<vector<Step>> pieces_of(bool backward, int chunk, int mb, bool weights,
+                               const ChunkLayers& held) {
+  vector<Step> all, beside;
+  const auto add = [&](Part part, int layer) { all.push_back({part, backward, chunk, mb, layer}); };
+  if (held.prolog) add(Part::Prolog, -1);
+  for (int layer = held.first; layer < held.first + held.count; layer++)
+    for (const Part part :
+         {Part::Attention, Part::Dispatch, Part::Experts, Part::Combine, Part::Residual})
+      add(part, layer);
+  if (held.epilog) add(Part::Epilog, -1);
+  if (backward) std::ranges::reverse(all);
+  vector<vector<Step>> pieces(1);
+  for (const Step& s : all) {
+    const bool starts = starts_communication(s);
+    pieces.back().push_back(s);
+    if (weights && !starts && s.part != Part::Residual)
+      beside.push_back(with_part(Part::Weights, s, true));
+    if (!starts && &s != &all.back()) continue;
+    pieces.back().insert(pieces.back().end(), beside.begin(), beside.end());
+    beside.clear();
+    if (starts) pieces.emplace_back();
+  }
+  return pieces;
+}
+
+// At most two units are full: one in use and the next. The one needed later makes room.
+vector<Step> with_sharding(const vector<Step>& in, bool forward_only) {
+  vector<Step> out, full;  // full: the Gather of each
+  const auto uses = [](const Step& s, const Step& unit) {
+    return !starts_communication(s) && s.chunk == unit.chunk && s.layer == unit.layer &&
+           unit_of(s) == unit.unit;
+  };
+  const auto next_use = [&](const Step& unit, size_t at) {
+    while (at < in.size() && !uses(in[at], unit)) at++;
+    return at;
+  };
+  const auto needs_gather = [&](const Step& s) {
+    return !starts_communication(s) &&
+           std::ranges::none_of(full, [&](const Step& unit) { return uses(s, unit); });
+  };
+  // The head's gradient is formed with the loss, in the forward.
+  const auto adds_gradients = [&](const Step& s) {
+    return s.part == Part::Weights || (s.part == Part::Epilog && !s.backward && !forward_only);
+  };
+  const auto release = [&](size_t i) {
+    out.push_back(with_part(Part::Release, full[i], false));
+    full.erase(full.begin() + i64(i));
+  };
+  for (size_t at = 0; at < in.size(); at++) {
+    for (size_t wanted = at; wanted < in.size(); wanted++) {
+      if (!needs_gather(in[wanted])) continue;
+      if (full.size() == 2 && wanted > at) break;
+      if (full.size() == 2) release(next_use(full[0], at) > next_use(full[1], at) ? 0 : 1);
+      Step gather = with_part(Part::Gather, in[wanted], false);
+      for (size_t i = wanted; i < in.size(); i = next_use(gather, i + 1))
+        gather.backward |= adds_gradients(in[i]);
+      out.push_back(gather);
+      full.push_back(gather);
+    }
+    out.push_back(in[at]);
+    if (adds_gradients(in[at])) out.push_back(with_part(Part::Reduce, in[at], in[at].backward));
+    for (size_t i = full.size(); i-- > 0;)
+      if (next_use(full[i], at + 1) == in.size()) release(i);
+  }
+  return out;
+}
+
+}
+
+vector<Step> steps_of(const Action& a, const vector<ChunkLayers>& chunks, bool forward_only,
+                      bool gather_layer) {
+  if (forward_only && (a.what == Do::W || a.has_backward()))
+    failed("schedule", text("a forward-only list holds %s", to_text(a).c_str()));
+  const bool gathers = a.what == Do::Gather, reduces = a.what == Do::Reduce;
+  const bool units = a.what == Do::W || gathers || reduces;  // a step a unit
+  const int chunk = a.backward_chunk();
+  vector<vector<Step>> f, b;
+  if (a.has_forward()) f = pieces_of(false, a.chunk, a.mb, false, chunks[a.chunk]);
+  if (a.has_backward() || units)
+    b = pieces_of(true, chunk, a.backward_mb(), !a.defer, chunks[chunk]);
+  vector<Step> steps;
+  for (size_t i = 0; i < max(f.size(), b.size()); i++)
+    for (const auto* half : {&b, &f})
+      if (i < half->size()) steps.insert(steps.end(), (*half)[i].begin(), (*half)[i].end());
+  if (units) std::erase_if(steps, [](const Step& s) { return s.part != Part::Weights; });
+  for (Step& s : steps) {
+    s.count = a.count;
+    if (gathers) s.backward = !forward_only;
+    if (gathers || reduces) s.part = gathers ? Part::Gather : Part::Reduce;
+  }
+  if (gathers) std::ranges::reverse(steps);
+  return gather_layer ? with_sharding(steps, forward_only) : steps;
 }
 
 }

@@ -1,6 +1,4 @@
-// Proofs of lists: first each rank's own order, then all ranks together, as they would run when
-// every group call and every collective blocks. What is wrong is thrown as a string.
-#include <algorithm>
+// What is wrong with lists is thrown as a string.
 #include <array>
 #include <map>
 
@@ -16,154 +14,119 @@ string where(const vector<ActionList>& lists, int rank, int action) {
   return text("rank %d, action %d (%s)", rank, action, to_text(lists[rank][action]).c_str());
 }
 
-// What has run of a chunk and micro-batch; gathers and reduces stand with micro-batch 0.
-enum Fact : u8 { kRecvF, kF, kSendF, kRecvB, kB, kW, kSendB, kGather, kReduce };
-constexpr const char* kFacts[] = {"recv F%d.%d", "F%d.%d",    "send F%d.%d",
-                                  "recv B%d.%d", "B%d.%d",    "W%d.%d",
-                                  "send B%d.%d", "gather %d", "reduce %d"};
+// What an action does, in parts of which a list holds each once.
+vector<Action> deeds_of(const Action& a) {
+  const int chunk = a.backward_chunk(), mb = a.backward_mb();
+  vector<Action> deeds;
+  if (a.has_forward()) deeds.push_back({Do::F, a.chunk, a.mb});
+  if (a.has_backward()) deeds.push_back({Do::B, chunk, mb});
+  for (int i = 0; i < a.count && a.has_weights(); i++) deeds.push_back({Do::W, chunk, mb + i});
+  if (deeds.empty())
+    deeds.push_back({.what = a.what, .chunk = chunk, .mb = mb, .payload = a.payload});
+  return deeds;
+}
 
-// Walks one rank's list. An index `i` is chunk * n + micro-batch.
+// One rank's list, which must do what the right one does.
 struct ListWalk {
+  struct Deed {
+    int peer;
+    bool done = false;
+  };
   const ScheduleOptions& o;
-  int rank;  // of the pipeline
-  int n = o.micro_batches;
-  vector<u16> facts = vector<u16>(2 * n, 0);  // bits
+  std::map<Action, Deed> deeds = {};
   int live = 0, peak_live = 0;
 
-  bool has(Fact f, int i) const { return facts[i] >> f & 1; }
-  void need(Fact f, int i) const {
-    if (!has(f, i)) throw text(kFacts[f], i / n, i % n) + " has not run";
+  ListWalk(const ScheduleOptions& options, int rank) : o(options) {
+    for (const Action& a : make_schedule(o, rank))
+      for (const Action& deed : deeds_of(a)) deeds[deed] = {a.peer};
   }
-  void record(Fact f, int i) {
-    if (has(f, i)) throw text(kFacts[f], i / n, i % n) + " has run already";
-    facts[i] |= 1 << f;
+  [[noreturn]] static void fail(const Action& deed, const char* what) {
+    const string name = to_text(deed);
+    throw name.substr(0, name.find_first_of("<>") - deed.is_message()) + what;
   }
-  int index(int chunk, int mb, int count = 1) const {
-    if (chunk < 0 || chunk >= chunks_of(o.kind) || mb < 0 || count < 1 || mb + count > n)
-      throw string("names no chunk and micro-batch of this rank");
-    return chunk * n + mb;
-  }
-  // The other rank before or behind a chunk; -1: there is none.
-  int peer(int i, int step) const {
-    const int other = rank_beside(o, rank, i / n, step);
-    return other == rank ? -1 : other;
-  }
-  // What a chunk computes on: received, or made here by the stage at `step`.
-  void need_input(int i, int step) const {
-    if (peer(i, step) >= 0) need(step < 0 ? kRecvF : kRecvB, i);
-    if (rank_beside(o, rank, i / n, step) == rank) need(step < 0 ? kF : kB, (i + n) % (2 * n));
-  }
-
-  void message(const Action& a, int i) {
-    const bool send = a.what == Do::Send, activation = a.payload == Payload::Activation;
-    const int other = peer(i, send == activation ? 1 : -1);
-    if (a.peer != other || other < 0)
-      throw text("goes to the wrong rank (got %d, need %s)", a.peer,
-                 other < 0 ? "none" : std::to_string(other).c_str());
-    if (send) need(activation ? kF : kB, i);
-    record(activation ? (send ? kSendF : kRecvF) : (send ? kSendB : kRecvB), i);
-    live -= o.forward_only && send;
-  }
-  void bound_live() const {
-    const int limit = o.kind == ScheduleKind::DualPipeV ? 2 * o.pp + 1 : o.pp - rank;
-    if (peak_live <= limit || o.forward_only) return;
-    int i = 0;
-    while (has(kF, i) == has(kB, i)) i++;
-    throw text(
-        "activations of too many micro-batches are held (got %d, need at most %d); "
-        "B%d.%d has not run",
-        peak_live, limit, i / n, i % n);
+  void need(Do what, int chunk, int mb, Payload payload = Payload::Activation) const {
+    const auto at = deeds.find({.what = what, .chunk = chunk, .mb = mb, .payload = payload});
+    if (at != deeds.end() && !at->second.done) fail(at->first, " has not run");
   }
   void run(const Action& a) {
-    if (o.forward_only && (a.has_backward() || a.what == Do::W || a.what == Do::Reduce ||
-                           a.payload == Payload::Gradient))
-      throw string("a forward-only list has no backward");
-    if (a.is_collective() && !o.gather_step)
-      throw string("weights are not gathered for the whole step");
-    const int i = index(a.chunk, a.is_collective() ? 0 : a.mb, a.count);
-    if (a.is_message()) message(a, i);
-    if (a.what == Do::Gather) record(kGather, i);
-    if (a.what == Do::Reduce) {
-      for (int mb = 0; mb < n; mb++) need(kB, i + mb);
-      for (int mb = 0; mb < n; mb++) need(kW, i + mb);
-      record(kReduce, i);
-    }
-    for (int mb = 0; mb < a.count && a.what == Do::W; mb++) {
-      need(kB, i + mb);
-      if (peer(i, -1) >= 0) need(kSendB, i + mb);  // W frees what is sent
-      record(kW, i + mb);
-    }
+    const vector<Action> own = deeds_of(a);
+    if (o.forward_only && a.has_backward()) throw string("a forward-only list has no backward");
+    for (const Action& deed : own)
+      if (const auto at = deeds.find(deed); at == deeds.end() || at->second.peer != a.peer)
+        throw string("names no chunk and micro-batch of this rank, or goes to the wrong rank");
+    const int chunk = a.backward_chunk(), mb = a.backward_mb();
+    if (a.what == Do::Send) need(a.payload == Payload::Activation ? Do::F : Do::B, chunk, mb);
     if (a.has_forward()) {
-      if (o.gather_step) need(kGather, a.chunk * n);
-      need_input(i, -1);
-      record(kF, i);
-      peak_live = max(peak_live, ++live);
-      if (o.forward_only) {  // an output stays until it is sent or has become an input
-        live -= rank_beside(o, rank, a.chunk, 1) < 0;
-        live -= rank_beside(o, rank, a.chunk, -1) == rank;
-      }
+      need(Do::Gather, a.chunk, 0);
+      need(Do::Recv, a.chunk, a.mb);
+      if (a.chunk == 1) need(Do::F, 0, a.mb);
     }
     if (a.has_backward()) {
-      const int b = index(a.backward_chunk(), a.backward_mb());
-      need(kF, b);
-      need_input(b, 1);
-      record(kB, b);
-      if (!a.defer) record(kW, b);
-      live--;
+      need(Do::F, chunk, mb);
+      need(Do::Recv, chunk, mb, Payload::Gradient);
+      if (chunk == 0) need(Do::B, 1, mb);
     }
-    bound_live();
+    for (int i = mb; i < mb + a.count && a.what == Do::W; i++) {
+      need(Do::B, chunk, i);
+      need(Do::Send, chunk, i, Payload::Gradient);  // W frees what is sent
+    }
+    for (int i = 0; i < o.micro_batches && a.what == Do::Reduce; i++) {
+      need(Do::B, chunk, i);
+      need(Do::W, chunk, i);
+    }
+    for (const Action& deed : own)
+      if (std::exchange(deeds[deed].done, true)) fail(deed, " has run already");
+    if (a.has_forward()) peak_live = max(peak_live, ++live);
+    // In a forward-only list an output stays until it is sent.
+    live -= o.forward_only
+                ? a.what == Do::Send || (a.has_forward() && !deeds.contains({Do::Send, chunk, mb}))
+                : a.has_backward();
   }
   void end() const {
-    for (int i = 0; i < n * chunks_of(o.kind); i++) {
-      need(kF, i);
-      if (peer(i, 1) >= 0) need(kSendF, i);
-      if (o.gather_step && i % n == 0) need(kGather, i);
-      if (o.forward_only) continue;
-      need(kB, i);
-      need(kW, i);
-      if (peer(i, -1) >= 0) need(kSendB, i);
-      if (o.gather_step && i % n == 0) need(kReduce, i);
-    }
+    for (const auto& [deed, state] : deeds)
+      if (!state.done) fail(deed, " has not run");
   }
 };
 
-// A rank in a collective, or at one end of a message.
-struct Visit;
-using Place = std::map<int, vector<Visit>>;  // by member: the n-th visits of all of them meet
+// In a collective, or at an end of a message; all members agree on `what`.
 struct Visit {
-  Place* place;
-  int action;
-  string what;  // in which all members must agree
-  int time = 0;
+  int event, action;
+  string what;
 };
-// What a rank does next: a collective, or the messages of one group call, which begins with
-// `action`; without visits it computes.
+using Place = std::map<int, vector<Visit>>;  // by member: the n-th visits of all of them meet
+
+// A rank computes, joins a collective, or posts the messages of one group call.
 struct Event {
-  int action;
-  vector<Visit> visits = {};
+  int action;    // the first
+  int time = 0;  // it takes
+  vector<std::pair<const Place*, size_t>> visits = {};
+  int begin = 0;
 };
 
+// All ranks together, as they would run when every group call and every collective blocks.
 struct Replay {
-  struct RankState {
-    vector<Event> events = {};
-    size_t next = 0;
-    bool inside = false;  // of the next event
-    int time = 0;
-    bool ended() const { return next == events.size(); }
-    const Event& event() const { return events[next]; }
-  };
-
   const ScheduleOptions& o;
   const Mesh& mesh;
   const vector<ActionList>& lists;  // by global rank
   ScheduleCheck& result;
-  vector<RankState> ranks = vector<RankState>(lists.size());
   std::map<std::array<int, 3>, Place> places = {};  // by group, first and last member
+  vector<vector<Event>> events = vector<vector<Event>>(lists.size());
+  vector<int> next = vector<int>(lists.size());  // event of each rank
+
+  bool ended(int rank) const { return next[rank] == int(events[rank].size()); }
 
   void add_visit(int rank, int action, Group group, const vector<int>& members, string what) {
     Place& place = places[{int(group), members.front(), members.back()}];
     for (const int member : members) place[member];
-    ranks[rank].events.back().visits.push_back({&place, action, std::move(what)});
+    const size_t turn = place[rank].size();
+    for (const auto& [other, visits] : place)
+      if (visits.size() > turn && visits[turn].what != what) {
+        result.action = action;
+        throw "does not match " + where(lists, other, visits[turn].action) + ": " + what +
+            " against " + visits[turn].what;
+      }
+    events[rank].back().visits.emplace_back(&place, turn);
+    place[rank].push_back({int(events[rank].size()) - 1, action, std::move(what)});
   }
   void add_message(int rank, int action) {
     const Action& a = lists[rank][action];
@@ -177,35 +140,37 @@ struct Replay {
                    stage, a.mb));
   }
   void add_collective(int rank, int action, const Step& s) {
-    const bool sharding = s.part == Part::Gather || s.part == Part::Reduce;
-    Group group = s.unit == UnitKind::Experts ? Group::ExpertShard : Group::DenseShard;
-    const char* name = s.part == Part::Gather ? "gather" : "reduce";
-    if (s.part == Part::Attention) {
-      group = Group::Cp;
-      name = "attention";
-    } else if (s.part == Part::Dispatch || s.part == Part::Combine) {
-      group = Group::Ep;
-      name = s.part == Part::Dispatch ? "dispatch" : "combine";
-    } else if (!sharding) {
-      return;
-    }
-    const vector<int> members = group_members(mesh, group, rank);
-    if (members.size() == 1) return;
+    static constexpr struct {
+      Part part;
+      Group group;
+      const char* name;
+    } kCollectives[] = {{Part::Attention, Group::Cp, "attention"},
+                        {Part::Dispatch, Group::Ep, "dispatch"},
+                        {Part::Combine, Group::Ep, "combine"},
+                        {Part::Gather, Group::DenseShard, "gather"},
+                        {Part::Reduce, Group::DenseShard, "reduce"}};
     constexpr const char* units[] = {"embedding", "layer", "experts", "head"};
-    ranks[rank].events.push_back({action});
-    add_visit(rank, action, group, members,
-              text("%s of chunk %d, layer %d, ", name, s.chunk, s.layer) +
-                  (sharding ? units[int(s.unit)]
-                            : text("micro-batch %d%s", s.mb, s.backward ? ", backward" : "")));
+    for (const auto& c : kCollectives) {
+      if (c.part != s.part) continue;
+      const Group group = s.unit == UnitKind::Experts ? Group::ExpertShard : c.group;
+      const vector<int> members = group_members(mesh, group, rank);
+      if (members.size() == 1) return;
+      events[rank].push_back({action});
+      add_visit(rank, action, group, members,
+                text("%s of chunk %d, layer %d, ", c.name, s.chunk, s.layer) +
+                    (c.group == Group::DenseShard
+                         ? units[int(s.unit)]
+                         : text("micro-batch %d%s", s.mb, s.backward ? ", backward" : "")));
+    }
   }
-  // Messages and computations; with `layers` > 0, collectives too.
   void add_events(int rank, int layers, bool gather_layer) {
     const ActionList& list = lists[rank];
     vector<ChunkLayers> chunks;
     if (layers) chunks = chunk_layers(o.kind, o.pp, coord_of(mesh, rank).pp_rank, layers);
     for (int i = 0; i < int(list.size()); i++) {
       const Action& a = list[i];
-      if (!a.is_message() || i == 0 || !list[i - 1].is_message()) ranks[rank].events.push_back({i});
+      if (!a.is_message() || i == 0 || !list[i - 1].is_message())
+        events[rank].push_back({i, duration(a)});
       if (a.is_message()) add_message(rank, i);
       if (!layers || a.is_message()) continue;
       for (const Step& s : steps_of(a, chunks, o.forward_only, gather_layer))
@@ -213,65 +178,46 @@ struct Replay {
     }
   }
 
-  void come(int rank, const Visit& v) {
-    vector<Visit>& own = v.place->at(rank);
-    const size_t turn = own.size();
-    own.push_back({v.place, v.action, v.what, ranks[rank].time});
-    result.rank = rank;
-    result.action = v.action;
-    for (const auto& [other, visits] : *v.place)
-      if (visits.size() > turn && visits[turn].what != v.what)
-        throw "does not match " + where(lists, other, visits[turn].action) + ": " + v.what +
-            " against " + visits[turn].what;
-  }
-  // Who has not come to what the rank stands in; -1: nobody.
+  // Who has not come to where the rank stands; -1: nobody.
   int missing(int rank) const {
-    for (const Visit& v : ranks[rank].event().visits)
-      for (const auto& [member, visits] : *v.place)
-        if (visits.size() < v.place->at(rank).size()) return member;
+    for (const auto& [place, turn] : events[rank][next[rank]].visits)
+      for (const auto& [member, visits] : *place)
+        if (turn >= visits.size() || visits[turn].event > next[member]) return member;
     return -1;
   }
-  // Begins the rank's next event and, unless someone is missing, ends it.
   bool advance(int rank) {
-    RankState& r = ranks[rank];
-    if (r.ended()) return false;
-    const Event& e = r.event();
-    if (e.visits.empty()) {
-      result.begin[rank][e.action] = r.time;
-      r.time += duration(lists[rank][e.action]);
-    }
-    for (size_t i = 0; i < e.visits.size() && !r.inside; i++) come(rank, e.visits[i]);
-    r.inside = missing(rank) >= 0;
-    if (r.inside) return false;
-    for (const Visit& v : e.visits)
-      for (const auto& [_, visits] : *v.place)
-        r.time = max(r.time, visits[v.place->at(rank).size() - 1].time);
-    r.next++;
+    if (ended(rank) || missing(rank) >= 0) return false;
+    const Event& e = events[rank][next[rank]++];
+    int end = e.begin + e.time;
+    for (const auto& [place, turn] : e.visits)
+      for (const auto& [member, visits] : *place)
+        end = max(end, events[member][visits[turn].event].begin);
+    if (!ended(rank)) events[rank][next[rank]].begin = end;
+    if (e.time > 0) result.begin[rank][e.action] = e.begin;
+    result.makespan = max(result.makespan, end);
     return true;
   }
   void deadlock(int rank) {
     string why = "deadlock: waits";
     result.rank = rank;
-    result.action = ranks[rank].event().action;
-    for (size_t i = 0; i < ranks.size() && !ranks[rank].ended(); i++) {
+    result.action = events[rank][next[rank]].action;
+    for (size_t i = 0; i < lists.size() && !ended(rank); i++) {
       rank = missing(rank);
       why += text(" for rank %d, which ", rank);
-      why += ranks[rank].ended() ? "has ended"
-                                 : "waits in " + where(lists, rank, ranks[rank].event().action);
+      why += ended(rank) ? "has ended"
+                         : "waits in " + where(lists, rank, events[rank][next[rank]].action);
     }
     throw why;
   }
   void run() {
-    const int count = int(ranks.size());
+    const int count = int(lists.size());
     for (bool moved = true; moved;) {
       moved = false;
       for (int r = 0; r < count; r++)
         while (advance(r)) moved = true;
     }
-    for (int r = 0; r < count; r++) {
-      if (!ranks[r].ended()) deadlock(r);
-      result.makespan = max(result.makespan, ranks[r].time);
-    }
+    for (int r = 0; r < count; r++)
+      if (!ended(r)) deadlock(r);
   }
 };
 
@@ -284,17 +230,29 @@ ScheduleCheck check_collectives(const ScheduleOptions& o, const Mesh& mesh, int 
     return {0, 0, text("lists of %d ranks (need %d)", count, mesh.world())};
   ScheduleCheck c;
   try {
+    Replay replay{o, mesh, lists, c};
     for (c.rank = 0; c.rank < count; c.rank++) {  // where the check is
       const ActionList& list = lists[c.rank];
-      ListWalk walk{o, coord_of(mesh, c.rank).pp_rank};
-      for (c.action = 0; c.action < int(list.size()); c.action++) walk.run(list[c.action]);
+      const int pp_rank = coord_of(mesh, c.rank).pp_rank;
+      ListWalk walk(o, pp_rank);
+      int peak = 0;  // where the most are live
+      for (c.action = 0; c.action < int(list.size()); c.action++) {
+        const int before = walk.peak_live;
+        walk.run(list[c.action]);
+        if (walk.peak_live > before) peak = c.action;
+      }
       walk.end();
-      c.peak_live = max(c.peak_live, walk.peak_live);
+      const int live = walk.peak_live;
+      const int most = o.kind == ScheduleKind::DualPipeV ? 2 * o.pp + 1 : o.pp - pp_rank;
+      c.action = peak;
+      if (live > most && !o.forward_only)
+        throw text("activations of too many micro-batches are held (got %d, need at most %d)", live,
+                   most);
+      c.peak_live = max(c.peak_live, live);
       c.begin.emplace_back(list.size());
       for (const Action& a : list) c.busy += duration(a);
+      replay.add_events(c.rank, layers, gather_layer);
     }
-    Replay replay{o, mesh, lists, c};
-    for (int rank = 0; rank < count; rank++) replay.add_events(rank, layers, gather_layer);
     replay.run();
     c.rank = c.action = -1;
   } catch (const string& why) {

@@ -355,7 +355,7 @@ TEST(Communicator, CallsThatDifferAreNamed) {
          Tensor t = zeros(r, {r.id == 1 ? 40000 : 80000}, DType::F32);
          all_reduce(r, Group::World, t, Reduce::Sum, "grads");
        },
-       "bytes (need"},
+       "sends 160000 bytes to rank"},
       {[](Rank& r) {
          const int64_t send[] = {1, r.id == 0 ? 2 : 1, 1}, recv[] = {1, 1, 1};
          all_to_all(r, Group::World, zeros(r, {send[1] + 2, 5}, DType::F32), send,

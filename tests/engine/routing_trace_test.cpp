@@ -127,7 +127,7 @@ TEST(RoutingSlot, RanksFillTheirTokensAndGetThemBack) {
     std::vector<double> weights;
     DType dtype;
   } parts[] = {{0, 0, {5, 1}, {0.5, 0.25}, DType::F32},
-               {0, 1, {7, 2}, {0.75, 0.125}, DType::F64},
+               {0, 1, {7, 2}, {0.75, 0.125}, DType::F32},
                {1, 0, {3, 4, 6, 0}, {1, 2, 3, 4}, DType::F32}};
   for (const auto& p : parts) {
     const int64_t T = static_cast<int64_t>(p.ids.size()) / 2;
