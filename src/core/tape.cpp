@@ -14,9 +14,9 @@ static void check_finite(Rank& rank, const char* op, At at, const Tensor& x) {
   vector<char> bytes;
   const Tensor t = on_host(rank, x, bytes);
   for (i64 i = 0, n = t.numel(); i < n; i++) {
-    const double v = t.dtype == DType::F32    ? t.f32()[i]
-                     : t.dtype == DType::BF16 ? t.as<BF16>()[i]
-                                              : t.as<double>()[i];
+    const double v = t.dtype == DType::F64    ? t.as<double>()[i]
+                     : t.dtype == DType::BF16 ? double(t.as<BF16>()[i])
+                                              : t.f32()[i];
     if (!std::isfinite(v))
       op_failed(rank, op, at, "non-finite value",
                 text("%g at element %ld of ", v, i) + describe(x));

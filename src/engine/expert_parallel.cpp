@@ -3,6 +3,7 @@
 #include <numeric>
 
 #include "comm/communicator.h"
+#include "ops/cuda.h"
 
 namespace pith {
 
@@ -75,13 +76,39 @@ static Tensor index_pairs(Rank& rank, const Pair* pairs, const vector<i64>& pair
   return sorted;
 }
 
+// On a GPU all experts are here: no row moves, and nothing waits for the device.
+static Dispatch dispatch_here(Rank& rank, const Tensor& hidden, const Routing& routing, int experts,
+                              At at) {
+  Dispatch out{.tokens = hidden.dim[0], .send_rows = {hidden.dim[0]}};
+  Dispatched& d = out.at_experts;
+  const Tensor order = cuda_dispatch(rank, routing.ids, experts, d);
+  const Tensor flat = reshape(rank, routing.weights, {routing.weights.numel()});
+  Tape* tape = std::exchange(rank.tape, nullptr);
+  d.weights = index_select(rank, flat, order, at);
+  rank.tape = tape;
+  if (Node* n = record(rank, "dispatch weights", at, {flat}, {&d.weights})) {
+    n->bx_keep = {d.pair_of};
+    n->bx = [](Rank& r, Node& node) {
+      Tape* paused = std::exchange(r.tape, nullptr);
+      const Tensor g = index_select(r, node.grad[0], node.bx_keep[0], node.at);
+      r.tape = paused;
+      add_grad(r, node.in[0], g);
+    };
+  }
+  d.rows = hidden;
+  return out;
+}
+
 Dispatch dispatch(Rank& rank, Tensor hidden, const Routing& routing, int num_experts, At at) {
   const int ep = group_size(rank, Group::Ep), local = num_experts / ep;
   check(rank, "dispatch", at,
         {{"hidden [T,D] and ids [T,k]",
           hidden.dim.rank == 2 && routing.ids.dim.rank == 2 && hidden.dim[0] == routing.ids.dim[0]},
-         {"experts divisible by ep", num_experts % ep == 0}},
+         {"experts divisible by ep", num_experts % ep == 0},
+         {"ep = 1 on a GPU", ep == 1 || rank.device == Device::CPU}},
         {&hidden, &routing.ids});
+  if (kCuda && hidden.device == Device::CUDA)
+    return dispatch_here(rank, hidden, routing, num_experts, at);
   const i64 k = routing.ids.dim[1];
   Dispatch out{.tokens = hidden.dim[0]};
   vector<int> tokens, slots;  // of each row sent; of each pair, its place in the routing

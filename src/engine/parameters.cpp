@@ -91,7 +91,9 @@ void gather(Rank& rank, Parameters& p, FlatUnit& unit, bool with_grads) {
   if (!unit.weights.defined())
     unit.weights =
         whole && rank.compute == DType::F32 ? unit.master : empty(rank, {unit.numel}, rank.compute);
-  if (!is_shared(unit))
+  if (unit.weights.dtype != unit.master.dtype)
+    cast(rank, unit.master, unit.weights);
+  else if (!is_shared(unit))
     all_gather(rank, unit.group, unit.master, unit.weights, "all_gather weights", unit.cuts.data());
   if (with_grads && !unit.grads.defined()) unit.grads = zeros(rank, {unit.numel}, DType::F32);
   if (with_grads && !unit.grad_shard.defined())

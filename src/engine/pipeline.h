@@ -65,6 +65,7 @@ struct Executor {
   Pipeline<M>& p;
   StepIo& io;
   const ScheduleOptions& schedule;
+  vector<Tensor> losses = vector<Tensor>(io.batches.size());  // [1], where they were computed
 
   void forward_part(const Step& s, Flight& f, int local) {
     const M& model = p.chunks[s.chunk];
@@ -101,7 +102,7 @@ struct Executor {
       case Part::Epilog: {
         if (!io.logits.empty()) io.logits[s.mb] = model.logits(rank, p.config, f.x);
         Tensor loss = model.loss(rank, p.config, f.x, batch, io.loss_scale);
-        io.loss[s.mb] = loss.f32()[0];
+        losses[s.mb] = loss;
         add_grad(rank, loss, loss);  // terminal: its own gradient only says that it is wanted
         break;
       }
@@ -232,7 +233,6 @@ template <class M>
 void run_pipeline(Rank& rank, Pipeline<M>& p, StepIo& io, const ScheduleOptions& schedule,
                   const ActionList& actions) {
   p.flights.clear();
-  io.loss.assign(io.batches.size(), 0.0);
   Executor<M> executor{rank, p, io, schedule};
   const Action* const last = actions.data() + actions.size();
   for (const Action* a = actions.data(); a < last; a++) {
@@ -246,6 +246,10 @@ void run_pipeline(Rank& rank, Pipeline<M>& p, StepIo& io, const ScheduleOptions&
     }
   }
   p.flights.clear();
+  io.loss.clear();
+  vector<char> bytes;
+  for (const Tensor& loss : executor.losses)
+    io.loss.push_back(loss.defined() ? on_host(rank, loss, bytes).f32()[0] : 0.0);
 }
 
 }

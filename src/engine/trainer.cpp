@@ -72,9 +72,10 @@ StepMetrics Trainer::compute_gradients() {
     }
     barrier(rank, Group::World, "routing of the step");
   }
-  begin_step(balance, plan.step_tokens());
+  begin_step(rank, balance, plan.step_tokens());
   zero_grads(rank, parameters);
   run_actions(rank, instance, io, plan.schedule, actions);
+  end_step(rank, balance);
   reduce_replicas(rank, parameters);
   vector<double> sums = {0.0, double(stop_requested())};
   for (const double loss : io.loss) sums[0] += loss;

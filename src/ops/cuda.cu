@@ -104,6 +104,36 @@ void cuda_sum(Rank& rank, const Extent& e, const Tensor& x, const Tensor& y) {
   });
 }
 
+template <int N>
+static void narrow(Rank& rank, i64 packs, const float* from, BF16* to) {
+  cuda_each(rank, packs, [=] __device__(i64 i) {
+    const Pack<float, N> a = pack<N>(from, i);
+    Pack<BF16, N> b;
+    for (int j = 0; j < N; j++) b.x[j] = BF16(a.x[j]);
+    pack<N>(to, i) = b;
+  });
+}
+
+void cuda_cast(Rank& rank, const Tensor& from, const Tensor& to) {
+  const i64 n = from.numel();
+  if (from.dtype == DType::F32 && to.dtype == DType::BF16 && n % 4 == 0)
+    return narrow<4>(rank, n / 4, from.f32(), to.as<BF16>());
+  const AnyFloat a(from), b(to);
+  cuda_each(rank, n, [=] __device__(i64 i) { b.put(i, a.get(i)); });
+}
+
+void cuda_count(Rank& rank, const Tensor& ids, const Tensor& counts) {
+  const i64 groups = counts.dim[0], E = counts.dim[1], n = ids.numel() / max<i64>(1, groups);
+  const int* id = ids.i32();
+  double* to = counts.as<double>();
+  cuda_each<1>(rank, groups * E, [=] __device__(i64 at) {
+    double count = 0;
+    block_each(n, [&](i64 i) { count += id[at / E * n + i] == at % E; });
+    count = block_sum(count);
+    if (threadIdx.x == 0) to[at] += count;
+  });
+}
+
 static cudaDataType_t blas_type(DType d) {
   return d == DType::F64 ? CUDA_R_64F : d == DType::F32 ? CUDA_R_32F : CUDA_R_16BF;
 }

@@ -25,6 +25,9 @@ void cuda_gemm(Rank& rank, i64 m, i64 n, i64 k, const Tensor& a, bool a_transpos
                bool b_transposed, const GradSlot& c);
 // y [outer, inner] = the sum of x [outer, n, inner], of any float dtypes, in F64.
 void cuda_sum(Rank& rank, const Extent& e, const Tensor& x, const Tensor& y);
+void cuda_cast(Rank& rank, const Tensor& from, const Tensor& to);  // F32 to BF16, or as F64
+// counts[g, e] += the ids of row group g that are e; ids I32 [T, k], counts F64 [groups, E].
+void cuda_count(Rank& rank, const Tensor& ids, const Tensor& counts);
 // ids I32 [n] in [0, limit), ascending; order: where each stood, equal ones in their order.
 void cuda_sort(Rank& rank, const Tensor& ids, i64 limit, const Tensor& sorted, const Tensor& order);
 

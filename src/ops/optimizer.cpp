@@ -77,4 +77,12 @@ void fill_constant(Rank& rank, Tensor x, double value, At at) {
   });
 }
 
+void cast(Rank& rank, Tensor from, Tensor to, At at) {
+  const Op op{rank, "cast", at};
+  op.check({{"a GPU's tensors of one shape",
+             from.device == Device::CUDA && to.device == Device::CUDA && from.dim == to.dim}},
+           {&from, &to});
+  if constexpr (kCuda) cuda_cast(rank, from, to);
+}
+
 }
