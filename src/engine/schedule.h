@@ -94,9 +94,9 @@ struct ScheduleCheck {
 // Proves the lists of all pp ranks: each action once and after what it needs, messages matched in
 // posted order, no deadlock though every group call blocks, live micro-batches bounded.
 ScheduleCheck check_schedule(const ScheduleOptions& options, const vector<ActionList>& lists);
-// The same for all ranks of a mesh, with the collectives of sharding, experts and context.
-ScheduleCheck check_collectives(const ScheduleOptions& options, const Mesh& mesh, int layers,
-                                bool gather_layer, const vector<ActionList>& lists);
+// Of all ranks of a mesh, with the collectives of sharding, experts and context.
+ScheduleCheck check_schedule(const ScheduleOptions& options, const vector<ActionList>& lists,
+                             const Mesh& mesh, int layers, bool gather_layer);
 
 // "F0.3", "B1.2+" (deferred), "W1.2-4", "F0.5|B1.3", "send F0.3 > 1", "gather 0".
 string to_text(const Action& action);
