@@ -32,8 +32,9 @@ struct Parcel {
   Tensor meta;
   std::shared_ptr<const char> data;
   i64 bytes;
+  int to;
   int detail;  // Reduce, or the root
-  MessageTag tag;
+  MessageTag tag = {};
 };
 
 // From one member to another: matched in the order in which both ends post.
@@ -128,11 +129,12 @@ struct Exchange {
     waiting[0] = 0;
   }
 
-  vector<Parcel> run(vector<std::pair<int, Parcel>>&& to, const vector<int>& from) {
+  vector<Parcel> run(vector<Parcel>&& sent, const vector<int>& from) {
     lock = std::unique_lock(world.mutex);
-    for (auto& [peer, parcel] : to) {
-      channel(me, peer).parcels.push_back(std::move(parcel));
-      post(me, peer, 1);
+    for (Parcel& parcel : sent) {
+      const int to = parcel.to;
+      channel(me, to).parcels.push_back(std::move(parcel));
+      post(me, to, 1);
     }
     for (const int peer : from) post(peer, me, -1);
     wait();
@@ -179,18 +181,17 @@ vector<Parcel> meet(Rank& rank, const Call& call, const Tensor& in, const Parts&
                     const Tensor& out, const Parts& places, int detail = 0) {
   const int n = group_size(rank, call.group);
   const auto whole = copy_of(in);
-  vector<std::pair<int, Parcel>> sent;
+  vector<Parcel> sent, got;
   vector<int> members(n);
   for (int i = 0; i < n; i++) {
     members[i] = i;
     const char* begin = whole.get() + (parts.empty() ? 0 : parts[i]);
-    sent.push_back({i, {call, in.meta(), {whole, begin}, bytes_of(in, parts, i), detail, {}}});
+    sent.push_back({call, in.meta(), {whole, begin}, bytes_of(in, parts, i), i, detail});
   }
-  vector<Parcel> got;
   if (n > 1)
     got = Exchange{*rank.comm, call}.run(std::move(sent), members);
   else
-    got.push_back(sent[0].second);
+    got = std::move(sent);
   for (int i = 0; i < n; i++) {
     const Parcel& p = got[i];
     const Call& its = p.call;
@@ -322,7 +323,7 @@ static string message_text(const MessageTag& tag, const Tensor& t) {
 
 void send_recv(Rank& rank, Group group, const Transfer* list, int n, const char* what, At at) {
   const Call call{"send_recv", what, group, at};
-  vector<std::pair<int, Parcel>> sent;
+  vector<Parcel> sent;
   vector<int> peers;
   vector<const Transfer*> wanted;
   for (const Transfer* t = list; t < list + n; t++) {
@@ -331,7 +332,7 @@ void send_recv(Rank& rank, Group group, const Transfer* list, int n, const char*
           {&t->tensor});
     const Tensor& x = t->tensor;
     if (t->kind == Transfer::Send) {
-      sent.push_back({t->peer, {call, x.meta(), copy_of(x), x.bytes(), 0, t->tag}});
+      sent.push_back({call, x.meta(), copy_of(x), x.bytes(), t->peer, 0, t->tag});
     } else {
       peers.push_back(t->peer);
       wanted.push_back(t);

@@ -54,7 +54,7 @@ NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(StoredTensor, dtype, shape, fragments)
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(StoredFile, name, bytes, checksum)
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Checkpoint, state, mesh, files, tensors)
 
-// A manifest begins with the version of its form and a checksum of what follows.
+// Begins with the version of the form and a checksum of the rest.
 static string sealed(const string& rest) {
   return text("{\"pith_checkpoint_3_xxh3\": \"%016lx\",",
               checksum_of(rest.data(), i64(rest.size()))) +
@@ -157,7 +157,7 @@ Checkpoint open_weights(const string& folder) {
   return c;
 }
 
-// What a resumed run must keep, by the words that name it.
+// What a resumed run must keep.
 static std::map<string, string> identity_of(const RunState& s) {
   std::map<string, string> values;
   string section;
@@ -202,18 +202,16 @@ void check_weights(const Checkpoint& c, const ParameterTable& whole) {
         continue;
       }
       const StoredTensor& got = at->second;
-      const bool usable = is_float(got.dtype);
-      const TensorDecl need{"", usable ? got.dtype : FileDType::F32, shape_of(piece)};
-      if (!usable || got.shape != need.shape) {
+      const TensorDecl need{"", is_float(got.dtype) ? got.dtype : FileDType::F32, shape_of(piece)};
+      if (describe(got) != describe(need)) {
         faults["of another shape or type"].push_back(piece.name + " (got " + describe(got) +
                                                      ", need " + describe(need) + ")");
         continue;
       }
       const vector<float> values = read_tensor(c, got);
       const i64 bad = std::ranges::count_if(values, [](float x) { return !std::isfinite(x); });
-      if (bad > 0)
-        faults["tensors with NaN or Inf"].push_back(
-            piece.name + text(" (%ld of %zu values)", bad, values.size()));
+      const string count = text(" (%ld of %zu values)", bad, values.size());
+      if (bad > 0) faults["tensors with NaN or Inf"].push_back(piece.name + count);
     }
   for (const auto& [name, tensor] : c.tensors)
     if (!is_moment(name) && !known.contains(name))

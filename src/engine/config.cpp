@@ -31,9 +31,8 @@ enum Flag : unsigned {
   kKept = 4,  // by a resumed run
 };
 
-using Slot = std::variant<string*, bool*, int*, i64*, u64*, double*>;
-constexpr const char* kTypes[] = {"text in quotes", "true or false",  "a whole number",
-                                  "a whole number", "a whole number", "a number"};
+using Slot = std::variant<string*, bool*, double*, int*, i64*, u64*>;
+constexpr const char* kTypes[] = {"text in quotes", "true or false", "a number", "a whole number"};
 
 struct Key {
   string name;
@@ -142,7 +141,8 @@ const Key& find_key(const vector<Key>& keys, const string& name, const string& p
 
 [[noreturn]] void wrong_type(const Key& key, const string& place, const string& got) {
   bad_input(place,
-            "has the wrong type or size (got " + got + ", need " + kTypes[key.slot.index()] + ")",
+            "has the wrong type or size (got " + got + ", need " +
+                kTypes[min<size_t>(key.slot.index(), 3)] + ")",
             key.word() + " = " + value_of(key));
 }
 
@@ -234,11 +234,6 @@ void validate(const RunConfig& c) {
               text("warm-up and decay overlap (got %g + %g, need at most 1 together)",
                    lr.warmup_ratio, lr.decay_ratio),
               "a smaller one");
-  if (c.train.global_batch_size % c.train.micro_batch_size != 0)
-    bad_input("train.global_batch_size",
-              text("is no multiple of train.micro_batch_size (got %ld and %ld)",
-                   c.train.global_batch_size, c.train.micro_batch_size),
-              "train.micro_batch_size = 1");
   zigzag_blocks(c.data.sequence_length, c.parallel.cp, 0);
   if (c.train.eval_interval > 0 && c.data.heldout_fraction == 0)
     bad_input("train.eval_interval",

@@ -26,14 +26,14 @@ struct ChunkLayers {
 vector<ChunkLayers> chunk_layers(ScheduleKind kind, int pp, int rank, int layers);
 
 enum class Do : u8 {
-  F,       // forward of (chunk, mb)
-  B,       // backward; with `defer` its weight gradients are left to a later W
+  F,       // forward
+  B,       // backward; with `defer`, weight gradients are left to a later W
   W,       // weight gradients of `count` micro-batches
   FB,      // F of (chunk, mb) overlapped with B of (chunk2, mb2)
   Send,    // (chunk, mb)'s output, or its input's gradient
   Recv,    // (chunk, mb)'s input, or its output's gradient
-  Gather,  // the weights of chunk's units
-  Reduce,  // the gradients of chunk's units
+  Gather,  // weights of chunk's units
+  Reduce,  // their gradients
 };
 enum class Payload : u8 { Activation, Gradient };
 
@@ -85,7 +85,7 @@ struct ScheduleCheck {
   int rank = -1, action = -1;  // what is wrong; the list's size: its end
   string why;
   bool ok() const { return rank < 0; }
-  int peak_live = 0;           // micro-batches of activations on a rank, both chunks
+  int peak_live = 0;           // micro-batches whose activations a rank holds
   int makespan = 0, busy = 0;  // busy: summed over ranks
   vector<vector<int>> begin;   // by rank and action
   double bubble() const { return 1 - double(busy) / (double(makespan) * double(begin.size())); }
@@ -94,9 +94,9 @@ struct ScheduleCheck {
 // Proves the lists of all pp ranks: each action once and after what it needs, messages matched in
 // posted order, no deadlock though every group call blocks, live micro-batches bounded.
 ScheduleCheck check_schedule(const ScheduleOptions& options, const vector<ActionList>& lists);
-// The same for all ranks of a mesh, with the collectives of sharding, experts and context.
-ScheduleCheck check_collectives(const ScheduleOptions& options, const Mesh& mesh, int layers,
-                                bool gather_layer, const vector<ActionList>& lists);
+// Of all ranks of a mesh, with the collectives of sharding, experts and context.
+ScheduleCheck check_schedule(const ScheduleOptions& options, const vector<ActionList>& lists,
+                             const Mesh& mesh, int layers, bool gather_layer);
 
 // "F0.3", "B1.2+" (deferred), "W1.2-4", "F0.5|B1.3", "send F0.3 > 1", "gather 0".
 string to_text(const Action& action);

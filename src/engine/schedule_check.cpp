@@ -223,8 +223,8 @@ struct Replay {
 
 }
 
-ScheduleCheck check_collectives(const ScheduleOptions& o, const Mesh& mesh, int layers,
-                                bool gather_layer, const vector<ActionList>& lists) {
+ScheduleCheck check_schedule(const ScheduleOptions& o, const vector<ActionList>& lists,
+                             const Mesh& mesh, int layers, bool gather_layer) {
   const int count = int(lists.size());
   if (count != mesh.world())
     return {0, 0, text("lists of %d ranks (need %d)", count, mesh.world())};
@@ -262,7 +262,7 @@ ScheduleCheck check_collectives(const ScheduleOptions& o, const Mesh& mesh, int 
 }
 
 ScheduleCheck check_schedule(const ScheduleOptions& o, const vector<ActionList>& lists) {
-  return check_collectives(o, Mesh{.pp = o.pp}, 0, false, lists);
+  return check_schedule(o, lists, Mesh{.pp = o.pp}, 0, false);
 }
 
 }

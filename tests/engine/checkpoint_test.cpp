@@ -233,8 +233,7 @@ TEST(Checkpoint, KeepsTheNewestAndLeavesNothingElse) {
   EXPECT_EQ(names_in(run), (std::vector<std::string>{"step-00000030", "step-00000040"}));
   // Gone back to 30 and on: 40 is no longer this run's, and is not taken by a later resume.
   save(make_mesh(2, 1, 1, 1), run, 35, 35, 2);
-  EXPECT_EQ(names_in(run),
-            (std::vector<std::string>{"step-00000030", "step-00000035"}));
+  EXPECT_EQ(names_in(run), (std::vector<std::string>{"step-00000030", "step-00000035"}));
   EXPECT_EQ(find_checkpoint(run)->state.step, 35);
   // The same step again replaces it.
   save(make_mesh(1, 1, 1, 1), run, 35, 99, 2);

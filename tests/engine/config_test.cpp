@@ -191,8 +191,6 @@ TEST(Config, RefusesBadOverrides) {
       {"train.on_nonfinite=go", {"got \"go\", need \"stop\", \"skip\""}},
       {"run.folder=\"open", {"--set run.folder: "}},
       {"run.folder=", {"run.folder: is required and not set"}},
-      {"train.micro_batch_size=3",
-       {"train.global_batch_size: is no multiple of train.micro_batch_size (got 8 and 3)"}},
       {"train.eval_interval=5", {"train.eval_interval: ", "data.heldout_fraction = 0"}},
       {"data.heldout_fraction=1", {"data.heldout_fraction: ", "less than 1"}},
   };

@@ -55,8 +55,8 @@ TEST(PlanRun, RefusesWhatDoesNotFit) {
       {"global batch and micro-batch",
        1,
        [](RunConfig& c) { c.train.micro_batch_size = 5; },
-       {"train.global_batch_size", "no multiple of train.micro_batch_size (got 64 and 5)",
-        "Try: train.micro_batch_size = 1"}},
+       {"train.global_batch_size", "got 64 sequences",
+        "need a multiple of micro-batch 5 * dp 1 * ep 1 = 5", "Try: 65"}},
       {"global batch, micro-batch and mesh",
        4,
        [](RunConfig& c) {

@@ -659,7 +659,7 @@ TEST(Schedule, CollectivesAreProven) {
             std::vector<ActionList> lists;
             for (int rank = 0; rank < mesh.world(); rank++)
               lists.push_back(make_schedule(o, coord_of(mesh, rank).pp_rank));
-            const ScheduleCheck c = check_collectives(o, mesh, 9, gather_layer, lists);
+            const ScheduleCheck c = check_schedule(o, lists, mesh, 9, gather_layer);
             EXPECT_TRUE(c.ok()) << described(o) << ": " << c.why;
             EXPECT_EQ(c.begin.size(), size_t(mesh.world()));
           }
@@ -701,7 +701,7 @@ TEST(Schedule, CollectivesOutOfOrderAreRefused) {
       for (ActionList& list : lists) std::swap(list[1], list[2]);
     std::swap(lists[1][c.swap[0]], lists[1][c.swap[1]]);
     EXPECT_TRUE(check_schedule(o, {lists[1]}).ok()) << joined(lists[1]);
-    const ScheduleCheck got = check_collectives(o, c.mesh, 4, c.gather_layer, lists);
+    const ScheduleCheck got = check_schedule(o, lists, c.mesh, 4, c.gather_layer);
     EXPECT_NE(got.why.find(c.why), std::string::npos) << got.why;
   }
   // A member whose list differs deadlocks or is found out before it does.
@@ -712,8 +712,8 @@ TEST(Schedule, CollectivesOutOfOrderAreRefused) {
   ScheduleOptions other = o;
   other.weight_grad_batch = 3;
   lists[3] = make_schedule(other, 1);
-  EXPECT_TRUE(check_collectives(o, mesh, 8, false, lists).ok());
-  EXPECT_FALSE(check_collectives(o, mesh, 8, true, lists).ok());
+  EXPECT_TRUE(check_schedule(o, lists, mesh, 8, false).ok());
+  EXPECT_FALSE(check_schedule(o, lists, mesh, 8, true).ok());
 }
 
 }  // namespace pith
