@@ -2,6 +2,7 @@
 #include "app/arguments.h"
 #include "app/commands.h"
 #include "app/model_folder.h"
+#include "core/cuda.h"
 #include "core/log.h"
 #include "data/durable.h"
 #include "engine/trainer.h"
@@ -79,18 +80,34 @@ static void write_report(const RunPlan& plan) {
   log_info("report: %s/report.html", folder.c_str());
 }
 
+// Says what was chosen, and why.
+static Device choose_device(const string& wanted, int ranks) {
+  string why = "this build has no CUDA";
+  bool gpu = false;
+  if constexpr (kCuda) gpu = !cuda_devices(why).empty();
+  if (wanted == "cuda" && !gpu)
+    bad_input("--device cuda", "there is no GPU to use (got: " + why + ")",
+              "--device cpu; pith doctor shows what there is");
+  if (wanted != "auto") return wanted == "cuda" ? Device::CUDA : Device::CPU;
+  if (gpu && ranks > 1) why = text("%d ranks, one alone is on a GPU as yet", ranks);
+  gpu = gpu && ranks == 1;
+  log_info("device: %s", gpu ? "GPU" : ("CPU (" + why + ")").c_str());
+  return gpu ? Device::CUDA : Device::CPU;
+}
+
 int run_train(int argc, char** argv) {
   Arguments args("pith train",
                  "Trains a model. The same command goes on from the newest checkpoint in "
                  "run.folder.");
-  string file, device = "cpu";
+  string file, device = "auto";
   vector<string> set;
   i64 ranks = 0;
   bool dry = false, json = false;
   TrainOptions options;
   args.positional("run", file, "run.toml: see docs/configuration.md");
   args.list("--set", set, "KEY=VALUE: overrides a key of the file, such as train.steps=10");
-  args.choice("--device", device, {"cpu"}, "where to train");
+  args.choice("--device", device, {"auto", "cpu", "cuda"},
+              "where to train; auto: on a GPU if there is one and one rank");
   args.option("--ranks", ranks, "ranks of this machine; 0: as many as pp * cp * ep need", 0, 256);
   args.flag("--dry-run", dry, "print the plan and leave; nothing is allocated or written");
   args.flag("--json", json, "with --dry-run: as JSON");
@@ -102,11 +119,12 @@ int run_train(int argc, char** argv) {
   const RunConfig config = load_run_config(file, set);
   const auto& parallel = config.parallel;
   if (ranks == 0) ranks = i64{parallel.pp} * parallel.cp * parallel.ep * parallel.dp_replicate;
-  const RunPlan plan = plan_run(config, Device::CPU, int(ranks));
+  const RunPlan plan = plan_run(config, choose_device(device, int(ranks)), int(ranks));
   if (dry) return dry_run(plan, json);
-  log_info("%s: %s parameters (%s active), %d ranks on the CPU, %s", plan.shape.model_type.c_str(),
+  log_info("%s: %s parameters (%s active), %d ranks on the %s, %s", plan.shape.model_type.c_str(),
            with_commas(plan.parameters).c_str(), with_commas(plan.active_parameters).c_str(),
-           plan.mesh.world(), name_of(plan.schedule.kind));
+           plan.mesh.world(), plan.device == Device::CPU ? "CPU" : "GPU",
+           name_of(plan.schedule.kind));
   const bool done = train(plan, options);
   write_report(plan);
   return done ? kExitDone : kExitStopped;

@@ -11,6 +11,7 @@
 #include <thread>
 
 #include "comm/launch.h"
+#include "core/cuda.h"
 #include "core/process.h"
 
 // Present when linked: OpenBLAS's number of threads is the process's, OpenMP's each thread's own.
@@ -358,7 +359,11 @@ static void run_rank(World& world, Comm& mine, void (*call)(void*, Rank&), void*
   int code = kExitDone;
   string error;
   try {
+    if constexpr (kCuda)
+      if (mine.rank.device == Device::CUDA) mine.allocator.cuda = cuda_open(mine.rank.id);
     call(fn, mine.rank);
+    if constexpr (kCuda)
+      if (mine.allocator.cuda) cuda_close(std::exchange(mine.allocator.cuda, nullptr));
   } catch (const Error& e) {
     code = e.exit_code;
     error = e.what();

@@ -26,9 +26,10 @@ vector<string> cuda_devices(string& why) {
 }
 
 Cuda* cuda_open(int device) {
-  Cuda* cuda = new Cuda;
+  Cuda* cuda = new Cuda{.device = device};
   cuda_check(cudaSetDevice(device));
   cuda_check(cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking));
+  cuda_check(cudaStreamCreateWithFlags(&cuda->reader, cudaStreamNonBlocking));
   cuda_check(cudaDeviceGetAttribute(&cuda->processors, cudaDevAttrMultiProcessorCount, device));
   cudaMemPool_t pool;
   cuda_check(cudaDeviceGetDefaultMemPool(&pool, device));
@@ -44,6 +45,7 @@ void cuda_close(Cuda* cuda) {
   cuda->attention.reset();  // it uses the stream
   cuda_check(cublasDestroy(cuda->blas));
   cuda_check(cudaStreamDestroy(cuda->stream));
+  cuda_check(cudaStreamDestroy(cuda->reader));
   delete cuda;
 }
 
@@ -68,6 +70,14 @@ void cuda_copy(Rank& rank, void* to, const void* from, i64 bytes) {
   cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream));
   cuda_check(cudaStreamSynchronize(stream));
 }
+
+void cuda_read(Cuda& cuda, void* to, const void* from, i64 bytes) {
+  cuda_check(cudaSetDevice(cuda.device));
+  cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, cuda.reader));
+  cuda_check(cudaStreamSynchronize(cuda.reader));
+}
+
+void cuda_sync(Cuda& cuda) { cuda_check(cudaStreamSynchronize(cuda.stream)); }
 
 template <class To, class T, int N>
 static void add_packs(Rank& rank, i64 packs, To* to, const T* from) {

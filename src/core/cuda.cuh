@@ -13,8 +13,8 @@ namespace pith {
 
 struct AttentionPlans;
 struct Cuda {
-  int processors = 0;
-  cudaStream_t stream = nullptr;
+  int device = 0, processors = 0;
+  cudaStream_t stream = nullptr, reader = nullptr;
   cublasHandle_t blas = nullptr;
   std::shared_ptr<AttentionPlans> attention;  // of ops/cudnn_attention
 };

@@ -23,6 +23,9 @@ void cuda_free(Cuda& cuda, void* data);
 void cuda_zero(Rank& rank, void* data, i64 bytes);
 // Between any memories; waits for the stream.
 void cuda_copy(Rank& rank, void* to, const void* from, i64 bytes);
+// To the host, from any thread; of what the rank's stream has done at the last cuda_sync.
+void cuda_read(Cuda& cuda, void* to, const void* from, i64 bytes);
+void cuda_sync(Cuda& cuda);
 void cuda_add(Rank& rank, const Tensor& to, const Tensor& from);
 
 inline Cuda& cuda_of(const Rank& rank) { return *rank.allocator->cuda; }

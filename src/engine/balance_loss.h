@@ -12,12 +12,14 @@ struct BalanceState {
   BalanceKind kind = BalanceKind::None;
   double coefficient = 0;
   int num_experts = 0, num_layers = 0;
-  double token_share = 0;   // 1 / tokens of the global batch
-  vector<double> counts;    // [layers * E]: pairs of this step and rank
-  vector<double> previous;  // of the last step and all ranks; empty: 1/E each
-  vector<double> loss;      // [layers], unscaled: this rank's share
+  double token_share = 0;       // 1 / tokens of the global batch
+  vector<double> counts;        // [layers * E]: pairs of this step and rank
+  vector<double> previous;      // of the last step and all ranks; empty: 1/E each
+  vector<double> loss;          // [layers], unscaled: this rank's share
+  Tensor gpu_counts, gpu_loss;  // F64 [layers, E], F32 [layers, 1]: of a step, until end_step
 };
-void begin_step(BalanceState& state, i64 global_tokens);
+void begin_step(Rank& rank, BalanceState& state, i64 global_tokens);
+void end_step(Rank& rank, BalanceState& state);
 
 // Of `rows` sequences; the gradient goes to routing.probs.
 void add_balance_loss(Rank& rank, BalanceState& state, int layer, const Routing& routing, i64 rows,

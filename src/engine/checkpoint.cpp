@@ -15,6 +15,7 @@
 #include <thread>
 
 #include "comm/communicator.h"
+#include "core/cuda.h"
 #include "core/json.h"
 #include "core/log.h"
 #include "engine/config.h"
@@ -247,7 +248,7 @@ vector<float> read_tensor(const Checkpoint& c, const StoredTensor& tensor) {
 }
 
 // The first `kinds` of kStored.
-static void load(Parameters& p, const Checkpoint& c, size_t kinds) {
+static void load(Rank& rank, Parameters& p, const Checkpoint& c, size_t kinds) {
   for (const Fragment& f : fragments(p))
     for (const auto& [suffix, shard] : std::span(kStored).first(kinds)) {
       const string name = f.piece->name + suffix;
@@ -257,13 +258,19 @@ static void load(Parameters& p, const Checkpoint& c, size_t kinds) {
         bad_input(c.folder + ": " + name,
                   found ? "has another shape than the model's" : "is missing",
                   "the config.json that it was trained with");
-      read_elements(c, at->second, f.begin, f.count, (p.units[f.unit].*shard).f32() + f.offset);
+      float* to = (p.units[f.unit].*shard).f32() + f.offset;
+      vector<float> values(kCuda && rank.device == Device::CUDA ? f.count : 0);
+      read_elements(c, at->second, f.begin, f.count, values.empty() ? to : values.data());
+      if constexpr (kCuda)
+        if (!values.empty()) cuda_copy(rank, to, values.data(), f.count * 4);
     }
 }
 
-void load_state(Rank&, Parameters& p, const Checkpoint& c) { load(p, c, std::size(kStored)); }
+void load_state(Rank& rank, Parameters& p, const Checkpoint& c) {
+  load(rank, p, c, std::size(kStored));
+}
 
-void load_weights(Rank&, Parameters& p, const Checkpoint& c) { load(p, c, 1); }
+void load_weights(Rank& rank, Parameters& p, const Checkpoint& c) { load(rank, p, c, 1); }
 
 static void remove_tree(const string& path) {
   std::error_code ignored;
@@ -331,6 +338,19 @@ struct CheckpointSaver::Job {
     return error;
   }
 
+  // A GPU's memory goes through a buffer.
+  static void write(SafetensorsWriter& file, const Tensor& values) {
+    if (!kCuda || values.device == Device::CPU) return file.write(values.data, values.bytes());
+    constexpr i64 kBuffer = i64{1} << 26;
+    vector<char> buffer(min(kBuffer, values.bytes()));
+    for (i64 at = 0; at < values.bytes(); at += kBuffer) {
+      const i64 n = min(kBuffer, values.bytes() - at);
+      if constexpr (kCuda)
+        cuda_read(*values.storage.get()->allocator->cuda, buffer.data(), values.data + at, n);
+      file.write(buffer.data(), n);
+    }
+  }
+
   // A file, and a manifest of it for rank 0. Of replicas the first writes.
   void write_shards() {
     Checkpoint part;
@@ -354,7 +374,7 @@ struct CheckpointSaver::Job {
           StoredTensor& tensor = part.tensors[f.piece->name + suffix];
           tensor.shape = shape_of(*f.piece);
           tensor.fragments.push_back({f.begin, f.count, 0, file.size()});
-          file.write((parameters.units[f.unit].*shard).f32() + f.offset, bytes);
+          write(file, (parameters.units[f.unit].*shard).slice_rows(f.offset, f.offset + f.count));
           bytes_left -= bytes;
         }
       }
@@ -412,6 +432,8 @@ void CheckpointSaver::begin(Rank& rank, const RunState& state) {
   job.checkpoint.folder = job.folder() + ".tmp";
   for (const FlatUnit& unit : parameters_.units)
     job.bytes_left += unit.shard_count * i64(std::size(kStored) * sizeof(float));
+  if constexpr (kCuda)
+    if (rank.device == Device::CUDA) cuda_sync(cuda_of(rank));
   job.done = std::async(std::launch::async, [&job] { return job.run(); });
 }
 

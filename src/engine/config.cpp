@@ -61,6 +61,7 @@ vector<Key> keys_of(RunConfig& config) {
       {"train.steps", &train.steps, kCount, kRequired},
       {"train.global_batch_size", &train.global_batch_size, kCount, kRequired | kKept},
       {"train.micro_batch_size", &train.micro_batch_size, kCount},
+      {"train.precision", &train.precision, one_of(R"("auto", "bf16", "fp32")")},
       {"train.on_nonfinite", &train.on_nonfinite, one_of(R"("stop", "skip")")},
       {"train.eval_interval", &train.eval_interval, kNotNegative},
       {"train.log_interval", &train.log_interval, kCount},

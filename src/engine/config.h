@@ -31,6 +31,7 @@ struct RunConfig {
   struct {
     i64 steps = 0, global_batch_size = 0, micro_batch_size = 1;
     string on_nonfinite = "stop";
+    string precision = "auto";  // "bf16", "fp32"; auto: bf16 on a GPU
     i64 eval_interval = 0, log_interval = 1;
     double peak_tflops = 0;  // of all devices; 0: unknown, no MFU
   } train;

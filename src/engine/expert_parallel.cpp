@@ -79,7 +79,8 @@ static Tensor index_pairs(Rank& rank, const Pair* pairs, const vector<i64>& pair
 // On a GPU all experts are here: no row moves, and nothing waits for the device.
 static Dispatch dispatch_here(Rank& rank, const Tensor& hidden, const Routing& routing, int experts,
                               At at) {
-  Dispatch out{.tokens = hidden.dim[0], .send_rows = {hidden.dim[0]}};
+  Dispatch out{.tokens = hidden.dim[0]};
+  out.send_rows = {out.tokens};
   Dispatched& d = out.at_experts;
   const Tensor order = cuda_dispatch(rank, routing.ids, experts, d);
   const Tensor flat = reshape(rank, routing.weights, {routing.weights.numel()});

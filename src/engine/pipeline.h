@@ -79,7 +79,7 @@ struct Executor {
         RouterOptions router{.force_balanced = io.force_balanced};
         if (io.routing) router.forced_ids = forced_ids(rank, *io.routing, s.layer, s.mb);
         l.in = model.attend(rank, p.config, model.layers[local], f.x, batch, router);
-        if (io.routing) trace_routing(*io.routing, s.layer, s.mb, l.in.routing);
+        if (io.routing) trace_routing(rank, *io.routing, s.layer, s.mb, l.in.routing);
         if (io.balance && l.in.routing.ids.defined())
           add_balance_loss(rank, *io.balance, s.layer, l.in.routing, batch.rows);
         break;

@@ -72,7 +72,8 @@ Tensor forced_ids(Rank& rank, const RoutingSlot& slot, int layer, int micro_batc
   return tensor_from(rank, {i64(tokens.size()), step.top_k}, DType::I32, ids.data());
 }
 
-void trace_routing(const RoutingSlot& slot, int layer, int micro_batch, const Routing& routing) {
+void trace_routing(Rank& rank, const RoutingSlot& slot, int layer, int micro_batch,
+                   Routing routing) {
   RoutingStep& step = *slot.step;
   if (!step.traced || !routing.ids.defined()) return;
   const vector<i64>& tokens = slot.tokens[micro_batch];
@@ -80,6 +81,10 @@ void trace_routing(const RoutingSlot& slot, int layer, int micro_batch, const Ro
   if (routing.ids.numel() != T * k)
     failed("trace_routing", "need the ids of all tokens (got " + describe(routing.ids) + ")");
   const i64 E = routing.probs.cols();
+  vector<char> ids_bytes, weight_bytes, prob_bytes;
+  routing.ids = on_host(rank, routing.ids, ids_bytes);
+  routing.weights = on_host(rank, routing.weights, weight_bytes);
+  routing.probs = on_host(rank, routing.probs, prob_bytes);
   for (i64 t = 0; t < T; t++) {
     const int* ids = routing.ids.i32() + t * k;
     const float* probs = routing.probs.f32() + t * E;

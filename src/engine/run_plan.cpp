@@ -7,6 +7,13 @@ namespace pith {
 RunPlan plan_run(const RunConfig& config, Device device, int ranks) {
   validate(config);
   RunPlan plan{.config = config, .model = Json::parse_file(config.model.config), .device = device};
+  const bool gpu = device == Device::CUDA;
+  if (!gpu && config.train.precision == "bf16")
+    bad_input("train.precision", "is bf16 on the CPU, which computes in fp32",
+              "fp32, or --device cuda");
+  if (gpu && config.train.precision != "fp32") plan.compute = DType::BF16;
+  if (gpu && ranks > 1)
+    bad_input("--ranks", text("one rank alone is on a GPU as yet (got %d)", ranks), "--device cpu");
   const Instance whole = make_instance(plan.model);
   const ModelShape& shape = plan.shape = whole.shape;
   for (const Parameter& p : whole.parameters->table) {

@@ -19,6 +19,7 @@ struct RunPlan {
   BatchShape batch;
   PipelineOptions pipeline;
   Device device = Device::CPU;
+  DType compute = DType::F32;
   i64 step_tokens() const { return batch.global_batch * config.data.sequence_length; }
 };
 

@@ -207,6 +207,7 @@ bool train(const RunPlan& plan, const TrainOptions& options) {
   const LaunchOptions launch{.startup_limit_s = config.parallel.startup_timeout_s,
                              .limit_s = config.parallel.timeout_s,
                              .exit_on_failure = options.exit_on_failure,
+                             .compute = plan.compute,
                              .debug = debug && *debug == '1'};
   run_ranks(plan.mesh, plan.device, launch,
             [&](Rank& rank) { Trainer(rank, run).train(options.routing_trace); });

@@ -7,6 +7,11 @@ namespace pith {
 template <class T>
 using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+template <class T>
+constexpr DType kDType = sizeof(T) == 2   ? DType::BF16
+                         : sizeof(T) == 4 ? DType::F32
+                                          : DType::F64;
+
 // g, a, b, c and the output in one index space. Dimensions that all cross as one are one: whole
 // tensors need no division.
 struct Walk {
@@ -64,7 +69,7 @@ void OnCuda<T>::elementwise(Rank& rank, const Dims& space, const View* v, bool a
     for (int k = 0; k < 5; k++) w.step[w.rank - 1][k] = v[k].step[d];
   }
   const i64 n = space.numel();
-  bool same = w.rank <= 1;
+  bool same = w.rank <= 1 && v[4].x.dtype == kDType<T>;
   for (int k = 0; k < 5; k++)
     same = same && (!w.data[k] || (v[k].x.dtype == v[4].x.dtype && v[k].begin == 0 &&
                                    (w.rank == 0 || w.step[0][k] == 1)));
@@ -160,9 +165,7 @@ template <class T, int N>
 static void gather(Rank& rank, i64 rows, i64 n, const T* from, const int* id, const int* cut,
                    const AnyFloat& out, bool add) {
   using A = Wide<T>;
-  const bool same = out.dtype == (sizeof(T) == 2   ? DType::BF16
-                                  : sizeof(T) == 4 ? DType::F32
-                                                   : DType::F64);
+  const bool same = out.dtype == kDType<T>;
   cuda_rows(rank, rows, n / N, [=] __device__(i64 r, Team team) {
     const i64 first = cut ? cut[r] : r, end = cut ? cut[r + 1] : r + 1;
     team.each(n / N, [&](i64 j) {

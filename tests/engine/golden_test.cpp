@@ -11,6 +11,7 @@
 #include "engine/instance.h"
 #include "engine/routing_trace.h"
 #include "layouts/layouts.h"
+#include "ops/gradcheck.h"
 
 namespace pith {
 namespace {
@@ -54,12 +55,13 @@ double error_of(const float* got, const std::vector<double>& want) {
 
 // Relative error of every checkpoint tensor's slice of `value(unit)`.
 template <class Value>
-void expect_tensors(const Parameters& p, const Golden& want, const std::string& prefix,
+void expect_tensors(Rank& rank, const Parameters& p, const Golden& want, const std::string& prefix,
                     double limit, Value value) {
   int compared = 0;
   for (const Fragment& f : fragments(p)) {
     ASSERT_EQ(f.count, f.piece->dims.numel());
-    const float* got = value(p.units[f.unit]).f32() + f.offset;
+    vector<char> bytes;
+    const float* got = on_host(rank, value(p.units[f.unit]), bytes).f32() + f.offset;
     EXPECT_LE(error_of(got, want.floats(prefix + f.piece->name)), limit) << prefix << f.piece->name;
     compared++;
   }
@@ -83,9 +85,14 @@ Batch make_batch(Rank& rank, int64_t rows, int64_t length, const int32_t* tokens
   return b;
 }
 
+// On the CPU and, where there is one, in F32 on a GPU.
 template <class F>
 void on_one_rank(F f) {
   run_ranks(Mesh{}, Device::CPU, {}, f);
+  if (no_gpu().empty()) run_ranks(Mesh{}, Device::CUDA, {}, f);
+}
+double limit_on(const Rank& rank, double on_cpu) {
+  return rank.device == Device::CPU ? on_cpu : 1e-4;
 }
 
 // A model folder's weights on one rank, gathered for steps of one micro-batch list.
@@ -130,7 +137,9 @@ void check_model(const std::string& name, bool documents) {
     for (size_t i = 0; i < tokens.size(); i++) slot.tokens[0].push_back(int64_t(i));
     io.routing = &slot;
     m.run(rank, io);
-    EXPECT_LE(error_of(io.logits[0].f32(), want.floats(prefix + "logits")), 1e-4);
+    vector<char> bytes;
+    EXPECT_LE(error_of(on_host(rank, io.logits[0], bytes).f32(), want.floats(prefix + "logits")),
+              1e-4);
     EXPECT_NEAR(io.loss[0] * io.loss_scale / want.floats(prefix + "loss")[0], 1, 1e-4);
     if (!documents)
       for (int l = 0; l < m.model.shape.num_layers; l++) {
@@ -141,7 +150,7 @@ void check_model(const std::string& name, bool documents) {
                            want.floats("router_weights." + std::to_string(l))),
                   1e-4);
       }
-    expect_tensors(*m.model.parameters, want, prefix + "grad.", 1e-4,
+    expect_tensors(rank, *m.model.parameters, want, prefix + "grad.", 1e-4,
                    [](const FlatUnit& u) { return u.grad_shard; });
   });
 }
@@ -175,23 +184,26 @@ void check_training(const std::string& name, BalanceKind kind) {
           double(count_labels({labels.begin() + first, labels.begin() + first + kRows * kLength}));
       io.loss_scale = 1 / n;
       io.balance = &balance;
-      begin_step(balance, kRows * kLength);
+      begin_step(rank, balance, kRows * kLength);
       m.run(rank, io);
+      end_step(rank, balance);
       double loss = 0, balance_loss = 0;
       for (const double l : io.loss) loss += l / n;
       for (const double l : balance.loss) balance_loss += l / double(balance.loss.size());
-      EXPECT_NEAR(loss / want.floats("loss")[step], 1, 2e-6) << "step " << step;
+      EXPECT_NEAR(loss / want.floats("loss")[step], 1, limit_on(rank, 2e-6)) << "step " << step;
       if (kind != BalanceKind::None) {
-        EXPECT_NEAR(balance_loss / want.floats("balance_loss")[step], 1, 1e-5) << "step " << step;
+        EXPECT_NEAR(balance_loss / want.floats("balance_loss")[step], 1, limit_on(rank, 1e-5))
+            << "step " << step;
       }
       const auto counts = want.ints("counts");
       for (size_t i = 0; i < balance.counts.size(); i++)
         EXPECT_EQ(balance.counts[i], counts[step * balance.counts.size() + i]);
       Parameters& p = *m.model.parameters;
       const double norm = gradient_norm(rank, p);
-      EXPECT_NEAR(norm / want.floats("grad_norm")[step], 1, 1e-5) << "step " << step;
+      EXPECT_NEAR(norm / want.floats("grad_norm")[step], 1, limit_on(rank, 1e-5))
+          << "step " << step;
       if (step == 0)
-        expect_tensors(p, want, "first_grad.", 2e-5,
+        expect_tensors(rank, p, want, "first_grad.", limit_on(rank, 2e-5),
                        [](const FlatUnit& u) { return u.grad_shard; });
       const double lr = learning_rate(kShort, 1e-3, step, 8);
       EXPECT_NEAR(lr, want.floats("lr")[step], 1e-12);
@@ -199,7 +211,7 @@ void check_training(const std::string& name, BalanceKind kind) {
                      nullptr);
       balance.previous = balance.counts;
     }
-    expect_tensors(*m.model.parameters, want, "final.", 2e-5,
+    expect_tensors(rank, *m.model.parameters, want, "final.", limit_on(rank, 2e-5),
                    [](const FlatUnit& u) { return u.master; });
   });
 }
