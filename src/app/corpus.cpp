@@ -107,7 +107,7 @@ int run_tokenize(int argc, char** argv) {
 }
 
 static void print_json(const CorpusSummary& s) {
-  JsonWriter w(2);
+  JsonWriter w;
   w.object().key("files").value(s.files).key("documents").value(s.documents);
   w.key("tokens").value(s.tokens).key("unfinished").value(s.unfinished);
   w.key("length_histogram").array();

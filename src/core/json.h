@@ -1,4 +1,3 @@
-// json: reading JSON, and writing it in a given order.
 #pragma once
 #include <concepts>
 #include <memory>
@@ -48,18 +47,18 @@ class Json {
  private:
   bool set(const string& key) const { return has(key) && !(*this)[key].is_null(); }
   Json child(const void* node, const string& place) const;
-  [[noreturn]] void wrong_type(const char* need) const;
+  void need(bool type_is_right, const char* type) const;
   std::shared_ptr<const void> node_;
   string place_;
   const char* separator_ = ": ";
 };
 
-// w.object().key("step").value(3).key("loss").value(2.5).end(); NaN and Inf are null.
+// w.object().key("a").array().value(1).end().members("b", 2, "c", true).end(); NaN and Inf are
+// null.
 class JsonWriter {
  public:
-  explicit JsonWriter(int indent = -1) : indent_(indent) {}
-  JsonWriter& object() { return open('{', '}'); }
-  JsonWriter& array() { return open('[', ']'); }
+  JsonWriter& object() { return open("{}"); }
+  JsonWriter& array() { return open("[]"); }
   JsonWriter& end();
   JsonWriter& key(const string& name);
   JsonWriter& value(double number);
@@ -67,16 +66,22 @@ class JsonWriter {
   JsonWriter& value(bool flag) { return raw(flag ? "true" : "false"); }
   JsonWriter& value(const string& text);
   JsonWriter& value(const char* text) { return value(string(text)); }
-  JsonWriter& null() { return raw("null"); }
+  template <class T>
+  JsonWriter& value(const vector<T>& list) {
+    array();
+    for (const T& item : list) value(item);
+    return end();
+  }
+  JsonWriter& members() { return *this; }
+  JsonWriter& members(const string& name, const auto& first, const auto&... more) {
+    return key(name).value(first).members(more...);
+  }
   JsonWriter& raw(const string& json);
-  const string& str() const;
+  const string& str() const { return out_; }
 
  private:
-  JsonWriter& open(char begin, char end);
-  bool opened() const { return out_.back() == '{' || out_.back() == '['; }
-  void new_line();
+  JsonWriter& open(const char* brackets);
   string out_, closers_;
-  int indent_;
 };
 
 }

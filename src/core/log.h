@@ -24,9 +24,4 @@ class Progress {
   double total_, start_s_ = now_s(), last_s_ = start_s_;
 };
 
-// "1,234,567"; "3 min 20 s"; "1.50 GiB".
-string with_commas(i64 value);
-string duration_text(double seconds);
-string bytes_text(double bytes);
-
 }

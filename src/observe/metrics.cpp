@@ -4,9 +4,9 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <filesystem>
 #include <numeric>
 
-#include "core/json.h"
 #include "core/log.h"
 #include "data/durable.h"
 
@@ -51,76 +51,25 @@ string step_line(const StepMetrics& m) {
   return line;
 }
 
-// `io` writes or reads each field of a line.
-template <class Metrics, class Io>
-static void each_field(Metrics& m, Io io) {
-  double rate = m.tokens_per_second();
-  std::optional<double> balance;
-  if (!m.balance_loss.empty()) balance = m.mean_balance_loss();
-  io("step", m.step);
-  io("steps", m.steps);
-  io("cross_entropy_loss", m.loss);
-  io("learning_rate", m.learning_rate);
-  io("gradient_norm", m.gradient_norm);
-  io("step_time", m.seconds);
-  io("peak_memory", m.peak_memory_bytes);
-  io("checkpoint_stall", m.checkpoint_stall_s);
-  io("clipped", m.clipped);
-  io("skipped", m.skipped);
-  io("tokens", m.tokens);
-  io("tokens_per_second", rate);
-  io("mfu", m.mfu);
-  io("eval_loss", m.eval_loss);
-  io("router_forced", m.router_forced);
-  io("load_balance_loss", balance);
-  io("load_balance_loss_per_layer", m.balance_loss);
-  io("expert_load_max", m.load.max_over_mean);
-  io("expert_load_p95", m.load.p95_over_mean);
-  io("expert_load_dead", m.load.dead_share);
-  io("expert_load_entropy", m.load.entropy);
-}
-
-struct LineWriter {
-  JsonWriter& w;
-  void operator()(const char* key, const auto& value) { w.key(key).value(value); }
-  void operator()(const char* key, const std::optional<double>& value) {
-    if (value) w.key(key).value(*value);
-  }
-  void operator()(const char* key, const string& value) {
-    if (!value.empty()) w.key(key).value(value);
-  }
-  void operator()(const char* key, const vector<double>& values) {
-    if (values.empty()) return;
-    w.key(key).array();
-    for (const double value : values) w.value(value);
-    w.end();
-  }
-};
-
 string step_json(const StepMetrics& m) {
   JsonWriter w;
-  w.object();
-  each_field(m, LineWriter{w});
+  w.object().members("step", m.step, "steps", m.steps, "cross_entropy_loss", m.loss,
+                     "learning_rate", m.learning_rate, "gradient_norm", m.gradient_norm,
+                     "step_time", m.seconds, "peak_memory", m.peak_memory_bytes, "checkpoint_stall",
+                     m.checkpoint_stall_s, "clipped", m.clipped, "skipped", m.skipped, "tokens",
+                     m.tokens, "tokens_per_second", m.tokens_per_second());
+  if (m.mfu) w.members("mfu", *m.mfu);
+  if (m.eval_loss) w.members("eval_loss", *m.eval_loss);
+  if (!m.router_forced.empty()) w.members("router_forced", m.router_forced);
+  if (!m.balance_loss.empty())
+    w.members("load_balance_loss", m.mean_balance_loss(), "load_balance_loss_per_layer",
+              m.balance_loss);
+  const ExpertLoad& load = m.load;
+  if (!load.entropy.empty())
+    w.members("expert_load_max", load.max_over_mean, "expert_load_p95", load.p95_over_mean,
+              "expert_load_dead", load.dead_share, "expert_load_entropy", load.entropy);
   return w.end().str();
 }
-
-// Numbers that are not finite were written as null.
-static double number(const Json& value) { return value.is_null() ? NAN : value.as_double(); }
-
-struct LineReader {
-  const Json& line;
-  void operator()(const char* key, i64& value) { value = line[key].as_int(0); }
-  void operator()(const char* key, bool& value) { value = line[key].as_bool(); }
-  void operator()(const char* key, double& value) { value = number(line[key]); }
-  void operator()(const char* key, string& value) { value = line.string_or(key, ""); }
-  void operator()(const char* key, std::optional<double>& value) {
-    if (line.has(key)) value = number(line[key]);
-  }
-  void operator()(const char* key, vector<double>& values) {
-    for (i64 i = 0; line.has(key) && i < line[key].size(); i++)
-      values.push_back(number(line[key][i]));
-  }
-};
 
 static AppendedFile open_appended(const string& path) {
   AppendedFile file(fopen(path.c_str(), "ab"), fclose);
@@ -134,39 +83,43 @@ static bool write_all(const AppendedFile& file, const string& bytes) {
   return fwrite(bytes.data(), 1, bytes.size(), file.get()) == bytes.size();
 }
 
-// The end of the lines up to `last_step`, taken for whole by their two ends.
-static size_t kept_bytes(const string& bytes, i64 last_step, const string& path) {
-  size_t begin = 0;
-  for (i64 step = 0, previous = 0; begin < bytes.size(); previous = step) {
-    const size_t end = bytes.find('\n', begin);
-    const string start = bytes.substr(begin, 30);
-    const bool whole = end != string::npos && bytes[end - 1] == '}' &&
-                       sscanf(start.c_str(), "{\"step\":%ld,", &step) == 1 && step > previous;
-    if (!whole)
-      log_warning("%s: damaged or cut short after step %ld: what follows is dropped", path.c_str(),
-                  previous);
-    if (!whole || step > last_step) break;
-    begin = end + 1;
+// Appends the whole lines of rising steps up to `last_step` to `lines`, and says where they end.
+static void read_lines(const string& path, const string& bytes, i64 last_step, vector<Json>& lines,
+                       size_t& end) {
+  for (i64 step = 0, before = 0; end < bytes.size(); before = step) {
+    const string place = text("%s: line %zu", path.c_str(), lines.size() + 1);
+    const size_t newline = bytes.find('\n', end);
+    if (newline == string::npos) bad_input(place, "is cut short", "removing it");
+    const Json line = Json::parse(bytes.substr(end, newline - end), place);
+    step = line["step"].as_int();
+    if (step <= before)
+      bad_input(place, text("is of step %ld, which does not follow %ld", step, before),
+                "removing it");
+    if (step > last_step) break;
+    lines.push_back(line);
+    end = newline + 1;
   }
-  return begin;
 }
 
 MetricsFile::MetricsFile(const string& path, i64 last_step)
     : path_(path), file_(open_appended(path)) {
-  cut_back(kept_bytes(read_text_file(path), last_step, path));
-}
-
-void MetricsFile::cut_back(size_t size) {
-  if (ftruncate(fileno(file_.get()), off_t(size)) != 0)
-    failed(path_, text("cannot be cut back (%s)", strerror(errno)), "check the disk");
+  const string bytes = read_text_file(path);
+  vector<Json> lines;
+  size_t end = 0;
+  try {
+    read_lines(path, bytes, last_step, lines, end);
+  } catch (const Error& error) {
+    log_warning("%s; it and what follows are dropped", error.what());
+  }
+  std::filesystem::resize_file(path, end);
 }
 
 void MetricsFile::append(const StepMetrics& metrics) {
-  const off_t before = lseek(fileno(file_.get()), 0, SEEK_END);
+  const auto before = std::filesystem::file_size(path_);
   if (write_all(file_, step_json(metrics) + "\n")) return;
   log_warning("%s: step %ld is not recorded: cannot be written (%s)", path_.c_str(), metrics.step,
               strerror(errno));
-  cut_back(size_t(before));
+  std::filesystem::resize_file(path_, before);
 }
 
 void MetricsFile::sync() {
@@ -174,15 +127,11 @@ void MetricsFile::sync() {
     log_warning("%s: cannot be flushed to disk (%s)", path_.c_str(), strerror(errno));
 }
 
-vector<StepMetrics> read_metrics(const string& path) {
-  const string bytes = read_text_file(path);
-  vector<StepMetrics> steps;
-  for (size_t begin = 0, end; (end = bytes.find('\n', begin)) != string::npos; begin = end + 1) {
-    const string place = text("%s: line %zu", path.c_str(), steps.size() + 1);
-    const Json line = Json::parse(bytes.substr(begin, end - begin), place);
-    each_field(steps.emplace_back(), LineReader{line});
-  }
-  return steps;
+vector<Json> read_metrics(const string& path) {
+  vector<Json> lines;
+  size_t end = 0;
+  read_lines(path, read_text_file(path), INT64_MAX, lines, end);
+  return lines;
 }
 
 u32 crc32c(const string& bytes) {
@@ -221,9 +170,7 @@ static string masked_crc(const string& bytes) {
 
 static string event_file(const string& folder, double wall_s) {
   make_folders(folder);
-  char host[256] = "localhost";
-  gethostname(host, sizeof host - 1);
-  return folder + text("/events.out.tfevents.%010ld.%s.%d", i64(wall_s), host, int(getpid()));
+  return folder + text("/events.out.tfevents.%010ld.pith.%d", i64(wall_s), int(getpid()));
 }
 
 // event.proto: 1 wall_time, 2 step, 3 file_version, 5 summary {1 value {1 tag, 2 simple_value}},

@@ -1,9 +1,8 @@
 // metrics: the numbers of a step, as a log line, in metrics.jsonl and as TensorBoard events.
 #pragma once
-#include <memory>
 #include <optional>
 
-#include "core/check.h"
+#include "core/json.h"
 
 namespace pith {
 
@@ -48,7 +47,7 @@ using AppendedFile = std::unique_ptr<FILE, int (*)(FILE*)>;
 // metrics.jsonl: one object a step, whole lines only.
 class MetricsFile {
  public:
-  // Cuts the file back to steps up to `last_step`.
+  // Cuts the file back to steps up to `last_step`, with a warning where it is damaged.
   MetricsFile(const string& path, i64 last_step);
   // A line that does not fit on the disk is taken back, with a warning.
   void append(const StepMetrics& metrics);
@@ -56,13 +55,12 @@ class MetricsFile {
   void sync();
 
  private:
-  void cut_back(size_t size);
   string path_;
   AppendedFile file_;
 };
 
-// Exit code 2 naming a damaged line.
-vector<StepMetrics> read_metrics(const string& path);
+// Its lines; what is not finite is null. Exit code 2 naming a damaged one.
+vector<Json> read_metrics(const string& path);
 
 class TensorBoardFile {
  public:

@@ -20,17 +20,10 @@ struct RankMemory {
 string memory_table(const vector<RankMemory>& ranks);
 string memory_json(const vector<RankMemory>& ranks);
 
-struct ReportRow {
-  string name, value;
-};
+using ReportRows = vector<std::pair<string, string>>;  // name, value
 
-struct ReportInput {
-  string title;
-  vector<ReportRow> summary;
-};
-
-// Loss curve, expert load and key figures.
-string report_html(const vector<StepMetrics>& steps, const ReportInput& input);
+// Loss curve and expert load of lines of metrics.jsonl, and `rows`.
+string report_html(const vector<Json>& steps, const string& title, const ReportRows& rows);
 
 // A block is a mean; a dot: nothing is finite.
 string sparkline(const vector<double>& values, int width);

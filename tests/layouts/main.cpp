@@ -69,7 +69,7 @@ static int run(int argc, char** argv) {
   std::map<int64_t, Probe> references;
   int failures = 0;
   for (const Layout& layout : layouts) {
-    if (stop_requested()) return 128 + stop_signal();
+    if (stop_requested()) return kExitStopped;
     const int64_t size = by_size ? layout.micro_batch : 1;
     Probe& reference = references[size];
     if (reference.loss.empty()) {
