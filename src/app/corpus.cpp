@@ -1,7 +1,6 @@
 // corpus: pith tokenize, its way back --decode, and pith corpus inspect.
 #include <algorithm>
 
-#include "app/arguments.h"
 #include "app/commands.h"
 #include "app/model_folder.h"
 #include "core/json.h"
@@ -151,7 +150,7 @@ int run_corpus(int argc, char** argv) {
   i64 top = 20, samples = 3;
   bool json = false;
   args.choice("action", action, {"inspect"}, "inspect");
-  args.positional("folder", path, "folder of token files, or one");
+  args.option("folder", path, "folder of token files, or one");
   args.option("--top", top, "most frequent tokens to list", 0, 1000);
   args.option("--samples", samples, "documents to decode", 0, 1000);
   args.flag("--json", json, "print it as JSON");

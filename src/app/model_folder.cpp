@@ -14,16 +14,24 @@ Json model_config(const Checkpoint& weights) {
   return Json::parse(weights.state.model, weights.folder + "/config.json");
 }
 
+vector<TensorDecl> declarations(const ParameterTable& table) {
+  vector<TensorDecl> all;
+  for (const Parameter& parameter : table)
+    for (const Piece& piece : parameter.pieces)
+      all.push_back({piece.name, FileDType::F32, shape_of(piece)});
+  return all;
+}
+
 ModelFolder open_model(const string& folder) {
   ModelFolder m{.weights = open_weights(folder)};
   m.config = model_config(m.weights);
   m.shape = make_instance(m.config).shape;
-  check_weights(m.weights, whole_table(m.config));
+  m.table = whole_table(m.config);
+  check_weights(m.weights, m.table);
   const fs::path here = fs::absolute(folder);
   for (const fs::path& at : {here, here.parent_path()})
     if (!m.run && fs::exists(at / "config.toml") && fs::exists(at / "metrics.jsonl"))
       m.run = load_run_config(at / "config.toml", {});
-  m.length = m.run ? m.run->data.sequence_length : min<i64>(m.shape.max_positions, 2048);
   return m;
 }
 

@@ -1,8 +1,5 @@
 // model_folder: what commands find out about a model, and its text, from the folder that holds it.
 #pragma once
-#include <optional>
-
-#include "comm/launch.h"
 #include "engine/checkpoint.h"
 #include "engine/config.h"
 #include "engine/evaluate.h"
@@ -12,25 +9,18 @@ namespace pith {
 // The config.json that came with the weights. Exit code 2 if none did.
 Json model_config(const Checkpoint& weights);
 
+// F32, by Hugging Face name.
+vector<TensorDecl> declarations(const ParameterTable& table);
+
 struct ModelFolder {
   Checkpoint weights;
   Json config;
+  ParameterTable table;
   ModelShape shape;
   std::optional<RunConfig> run;  // that the model comes from, if known
-  i64 length = 0;                // of a row as trained
 };
 // A run folder, a checkpoint, or a Hugging Face folder, whose weights are checked. Exit code 2.
 ModelFolder open_model(const string& folder);
-
-// Calls fn(Rank&, Instance&) with the model on one CPU rank.
-template <class Fn>
-void with_model(const ModelFolder& model, i64 length, Fn&& fn) {
-  run_ranks(Mesh{}, Device::CPU, {.exit_on_failure = true}, [&](Rank& rank) {
-    Instance instance = make_instance(rank, model.config, {.length = length});
-    load_weights(rank, *instance.parameters, model.weights);
-    fn(rank, instance);
-  });
-}
 
 // `path`, or the tokenizer.json in it if it is a folder.
 string tokenizer_file(const string& path);

@@ -60,12 +60,7 @@ void install_signal_handlers() {
   struct sigaction on = {};
   on.sa_handler = on_stop;
   for (const int s : {SIGINT, SIGTERM}) sigaction(s, &on, nullptr);
-  // For a stack overflow.
-  static char alternate[64 * 1024];
-  const stack_t stack = {.ss_sp = alternate, .ss_flags = 0, .ss_size = sizeof alternate};
-  sigaltstack(&stack, nullptr);
   on.sa_handler = on_crash;
-  on.sa_flags = SA_ONSTACK;
   for (const int s : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT}) sigaction(s, &on, nullptr);
   // Failing writes say so by errno.
   for (const int s : {SIGPIPE, SIGXFSZ}) signal(s, SIG_IGN);

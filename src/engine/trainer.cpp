@@ -159,7 +159,6 @@ void Trainer::train(const string& routing_trace) {
         log_info("%s", step_line(m).c_str());
       run.metrics->append(m);
       run.tensorboard->step(m, double(time(nullptr)));
-      if (saving) run.metrics->sync();
     }
     if (!saving) continue;
     state.samples = state.step * plan.batch.global_batch;

@@ -5,12 +5,14 @@
 #include <algorithm>
 #include <cerrno>
 #include <filesystem>
+#include <fstream>
 #include <numeric>
 
 #include "core/log.h"
 #include "data/durable.h"
 
 namespace pith {
+namespace fs = std::filesystem;
 
 ExpertLoad expert_load(const vector<double>& counts, int num_experts) {
   ExpertLoad load;
@@ -23,7 +25,6 @@ ExpertLoad expert_load(const vector<double>& counts, int num_experts) {
     for (const double c : sorted)
       if (c > 0) entropy -= c / total * std::log(c / total);
     load.max_over_mean.push_back(of_mean(sorted.back()));
-    load.p95_over_mean.push_back(of_mean(sorted[(95 * num_experts + 99) / 100 - 1]));
     load.dead_share.push_back(total > 0 ? double(std::ranges::count(sorted, 0)) / E : 0);
     load.entropy.push_back(num_experts > 1 ? entropy / std::log(E) : total > 0);
   }
@@ -66,21 +67,18 @@ string step_json(const StepMetrics& m) {
               m.balance_loss);
   const ExpertLoad& load = m.load;
   if (!load.entropy.empty())
-    w.members("expert_load_max", load.max_over_mean, "expert_load_p95", load.p95_over_mean,
-              "expert_load_dead", load.dead_share, "expert_load_entropy", load.entropy);
+    w.members("expert_load_max", load.max_over_mean, "expert_load_dead", load.dead_share,
+              "expert_load_entropy", load.entropy);
   return w.end().str();
 }
 
-static AppendedFile open_appended(const string& path) {
-  AppendedFile file(fopen(path.c_str(), "ab"), fclose);
-  if (!file)
-    failed(path, text("cannot be opened (%s)", strerror(errno)), "a folder that can be written to");
-  setvbuf(file.get(), nullptr, _IONBF, 0);
-  return file;
-}
-
-static bool write_all(const AppendedFile& file, const string& bytes) {
-  return fwrite(bytes.data(), 1, bytes.size(), file.get()) == bytes.size();
+static void append(const string& path, const string& bytes) {
+  const auto before = fs::file_size(path);
+  std::ofstream file(path, std::ios::app | std::ios::binary);
+  if (file << bytes << std::flush) return;
+  log_warning("%s: cannot be written (%s): a step is not recorded", path.c_str(), strerror(errno));
+  file.close();
+  fs::resize_file(path, before);
 }
 
 // Appends the whole lines of rising steps up to `last_step` to `lines`, and says where they end.
@@ -101,8 +99,8 @@ static void read_lines(const string& path, const string& bytes, i64 last_step, v
   }
 }
 
-MetricsFile::MetricsFile(const string& path, i64 last_step)
-    : path_(path), file_(open_appended(path)) {
+MetricsFile::MetricsFile(const string& path, i64 last_step) : path_(path) {
+  if (!fs::exists(path)) write_file_durably(path, "");
   const string bytes = read_text_file(path);
   vector<Json> lines;
   size_t end = 0;
@@ -111,20 +109,11 @@ MetricsFile::MetricsFile(const string& path, i64 last_step)
   } catch (const Error& error) {
     log_warning("%s; it and what follows are dropped", error.what());
   }
-  std::filesystem::resize_file(path, end);
+  fs::resize_file(path, end);
 }
 
 void MetricsFile::append(const StepMetrics& metrics) {
-  const auto before = std::filesystem::file_size(path_);
-  if (write_all(file_, step_json(metrics) + "\n")) return;
-  log_warning("%s: step %ld is not recorded: cannot be written (%s)", path_.c_str(), metrics.step,
-              strerror(errno));
-  std::filesystem::resize_file(path_, before);
-}
-
-void MetricsFile::sync() {
-  if (fsync(fileno(file_.get())) != 0)
-    log_warning("%s: cannot be flushed to disk (%s)", path_.c_str(), strerror(errno));
+  pith::append(path_, step_json(metrics) + "\n");
 }
 
 vector<Json> read_metrics(const string& path) {
@@ -168,28 +157,20 @@ static string masked_crc(const string& bytes) {
   return fixed((crc >> 15 | crc << 17) + 0xa282ead8u);
 }
 
-static string event_file(const string& folder, double wall_s) {
-  make_folders(folder);
-  return folder + text("/events.out.tfevents.%010ld.pith.%d", i64(wall_s), int(getpid()));
-}
-
 // event.proto: 1 wall_time, 2 step, 3 file_version, 5 summary {1 value {1 tag, 2 simple_value}},
 // 7 session_log {1 status}.
 TensorBoardFile::TensorBoardFile(const string& folder, i64 first_step, double wall_s)
-    : path_(event_file(folder, wall_s)), file_(open_appended(path_)) {
+    : path_(folder + text("/events.out.tfevents.%010ld.pith.%d", i64(wall_s), int(getpid()))) {
+  make_folders(folder);
+  write_file_durably(path_, "");
   event(0, wall_s, field(3, string("brain.Event:2")));
   if (first_step > 1) event(first_step, wall_s, field(7, field(1, i64{1})));
 }
 
 void TensorBoardFile::event(i64 step, double wall_s, const string& fields) {
-  if (!file_) return;
   const string data = field(1, wall_s) + (step ? field(2, step) : "") + fields;
   const string length = fixed(u64(data.size()));
-  const string bytes = length + masked_crc(length) + data + masked_crc(data);
-  if (write_all(file_, bytes)) return;
-  // Readers stop at a torn frame, so nothing may follow it.
-  log_warning("%s: cannot be written (%s): no more events", path_.c_str(), strerror(errno));
-  file_.reset();
+  append(path_, length + masked_crc(length) + data + masked_crc(data));
 }
 
 void TensorBoardFile::scalars(i64 step, double wall_s,

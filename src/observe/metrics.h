@@ -9,7 +9,6 @@ namespace pith {
 // By layer.
 struct ExpertLoad {
   vector<double> max_over_mean;  // 1 is balance, E the worst
-  vector<double> p95_over_mean;
   vector<double> dead_share;
   vector<double> entropy;  // over log E: 1 is balance
 };
@@ -42,21 +41,16 @@ struct StepMetrics {
 string step_line(const StepMetrics& metrics);
 string step_json(const StepMetrics& metrics);
 
-using AppendedFile = std::unique_ptr<FILE, int (*)(FILE*)>;
-
-// metrics.jsonl: one object a step, whole lines only.
+// metrics.jsonl: one object a step. Of it, and of TensorBoard's events, what does not fit on the
+// disk is left out whole, with a warning.
 class MetricsFile {
  public:
   // Cuts the file back to steps up to `last_step`, with a warning where it is damaged.
   MetricsFile(const string& path, i64 last_step);
-  // A line that does not fit on the disk is taken back, with a warning.
   void append(const StepMetrics& metrics);
-  // Before a checkpoint is sealed.
-  void sync();
 
  private:
   string path_;
-  AppendedFile file_;
 };
 
 // Its lines; what is not finite is null. Exit code 2 naming a damaged one.
@@ -73,7 +67,6 @@ class TensorBoardFile {
  private:
   void event(i64 step, double wall_s, const string& fields);
   string path_;
-  AppendedFile file_;  // null once a write failed
 };
 
 u32 crc32c(const string& bytes);

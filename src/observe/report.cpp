@@ -2,41 +2,19 @@
 
 namespace pith {
 
-struct Kind {
-  const char *key, *heading;
-  i64 RankMemory::*bytes;
-};
-static constexpr Kind kKinds[] = {
-    {"weights", "weights", &RankMemory::weights},
-    {"compute_copy", "compute copy", &RankMemory::compute_copy},
-    {"gradients", "gradients", &RankMemory::gradients},
-    {"optimizer", "optimizer", &RankMemory::optimizer},
-    {"activations", "activations*", &RankMemory::activations},
-    {"workspace", "workspace*", &RankMemory::workspace},
-};
-
 string memory_table(const vector<RankMemory>& ranks) {
-  string out = "rank";
-  const auto cell = [&](const string& words) { out += text(" %12s", words.c_str()); };
-  for (const Kind& kind : kKinds) cell(kind.heading);
-  cell("total");
+  string out =
+      "rank      weights compute copy    gradients    optimizer activations*   workspace*"
+      "        total\n";
   for (size_t i = 0; i < ranks.size(); i++) {
-    out += text("\n%4zu", i);
-    for (const Kind& kind : kKinds) cell(bytes_text(double(ranks[i].*kind.bytes)));
-    cell(bytes_text(double(ranks[i].total())));
+    const RankMemory& m = ranks[i];
+    out += text("%4zu", i);
+    for (const i64 bytes : {m.weights, m.compute_copy, m.gradients, m.optimizer, m.activations,
+                            m.workspace, m.total()})
+      out += text(" %12s", bytes_text(double(bytes)).c_str());
+    out += "\n";
   }
-  return out + "\n* estimated\n";
-}
-
-string memory_json(const vector<RankMemory>& ranks) {
-  JsonWriter w;
-  w.array();
-  for (size_t i = 0; i < ranks.size(); i++) {
-    w.object().members("rank", i);
-    for (const Kind& kind : kKinds) w.members(kind.key, ranks[i].*kind.bytes);
-    w.members("total", ranks[i].total()).end();
-  }
-  return w.end().str();
+  return out + "* estimated\n";
 }
 
 struct Curve {

@@ -18,7 +18,6 @@ struct RankMemory {
 };
 
 string memory_table(const vector<RankMemory>& ranks);
-string memory_json(const vector<RankMemory>& ranks);
 
 using ReportRows = vector<std::pair<string, string>>;  // name, value
 

@@ -2,7 +2,7 @@
 #include <cstdio>
 #include <map>
 
-#include "app/arguments.h"
+#include "app/commands.h"
 #include "core/json.h"
 #include "core/log.h"
 #include "core/process.h"
@@ -46,7 +46,7 @@ static int run(int argc, char** argv) {
   bool all = false, json = false;
   int64_t max_ranks = 16, steps = 8;
   double fault = 1;
-  args.positional("run", file, "run.toml");
+  args.option("run", file, "run.toml");
   args.list("--set", set, "KEY=VALUE, as for pith train");
   args.list("--layout", names, "such as pp2-dp1-cp2-ep2, pp1-dp2-cp1-ep1-hsdp-layer-mb2", ',');
   args.flag("--all", all, "pp 1,2,4 x dp 1,2 x cp 1,2 x ep 1,2,4");
