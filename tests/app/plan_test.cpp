@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
+#include <sstream>
 
 #include "app/commands.h"
 #include "core/json.h"
@@ -110,32 +111,30 @@ TEST(Plan, TimelineAsSvg) {
   }
 }
 
-// The actions that --lists prints, in their order, with the times of the picture.
+// The actions of the schedule, with the times of the picture.
 TEST(Plan, ListsAsJson) {
-  const std::vector<std::string> words = {"--schedule", "--pp", "2", "--micro-batches", "4"};
-  std::vector<std::string> as_json = words, as_lists = words;
-  as_json.push_back("--json");
-  as_lists.push_back("--lists");
-  const PlanOutput run = plan(as_json);
+  const PlanOutput run = plan({"--schedule", "--pp", "2", "--micro-batches", "4", "--json"});
   ASSERT_EQ(run.code, kExitDone) << run.error;
   const Json all = Json::parse(run.out, "plan");
   EXPECT_EQ(all["kind"].as_string(), "dualpipev");
   EXPECT_EQ(all["time"].as_int(), 26);
   EXPECT_NEAR(all["bubble"].as_double(), 1 - 24.0 / 26, 1e-12);
-  std::string lists;
-  for (int r = 0; r < 2; r++)
+  const auto lists = make_schedules({.kind = ScheduleKind::DualPipeV, .pp = 2, .micro_batches = 4});
+  ASSERT_EQ(all["ranks"].size(), 2);
+  for (int r = 0; r < 2; r++) {
+    ASSERT_EQ(all["ranks"][r].size(), static_cast<int64_t>(lists[r].size()));
     for (int i = 0, now = 0; i < all["ranks"][r].size(); i++) {
       const Json action = all["ranks"][r][i];
-      lists += text("%d %s\n", r, action["action"].as_string().c_str());
+      EXPECT_EQ(action["action"].as_string(), to_text(lists[r][i]));
       if (!action.has("begin")) continue;
       EXPECT_GE(action["begin"].as_int(), now);
       now = int(action["begin"].as_int() + action["duration"].as_int());
       EXPECT_LE(now, 26);
     }
-  EXPECT_EQ(lists, plan(as_lists).out);
+  }
 }
 
-// What --lists prints, --check proves.
+// What --json prints, --check proves.
 TEST(Plan, ListsReadBack) {
   const std::vector<std::vector<std::string>> cases = {
       {"--pp", "3", "--micro-batches", "7"},
@@ -147,12 +146,29 @@ TEST(Plan, ListsReadBack) {
     words.insert(words.begin(), {"--schedule"});
     const PlanOutput shown = plan(words);
     std::vector<std::string> listing = words;
-    listing.push_back("--lists");
-    words.insert(words.end(), {"--check", write("lists.txt", plan(listing).out)});
+    listing.push_back("--json");
+    words.insert(words.end(), {"--check", write("lists.json", plan(listing).out)});
     const PlanOutput checked = plan(words);
     EXPECT_EQ(checked.code, kExitDone) << checked.error;
     EXPECT_EQ(checked.out, shown.out);
   }
+}
+
+// The lists of ranks as --json prints them; `ranks` has a line an action: "0 F0.0".
+static std::string json_of_lists(const std::string& ranks, int pp) {
+  std::vector<std::vector<std::string>> lists(pp);
+  std::istringstream in(ranks);
+  for (std::string line; std::getline(in, line);)
+    lists.at(line[0] - '0')
+        .push_back(JsonWriter().object().members("action", line.substr(2)).end().str());
+  JsonWriter w;
+  w.object().key("ranks").array();
+  for (const auto& list : lists) {
+    w.array();
+    for (const std::string& action : list) w.raw(action);
+    w.end();
+  }
+  return w.end().end().str();
 }
 
 TEST(Plan, FaultyListsAreNamed) {
@@ -165,18 +181,17 @@ TEST(Plan, FaultyListsAreNamed) {
        "0 F0.0\n0 send F0.0 > 1\n0 recv B0.0 < 1\n0 B0.0\n"
        "1 recv F0.0 < 0\n1 F0.0\n1 send B0.0 > 0\n1 B0.0\n",
        ": rank 1, action 2 (send B0.0 > 0): B0.0 has not run. Try: the lists that pith plan "
-       "--schedule --lists prints"},
+       "--schedule --json prints"},
       {2, "0 F0.0\n0 send F0.0 > 1\n0 recv B0.0 < 1\n0 B0.0\n1 recv F0.0 < 0\n1 F0.0\n1 B0.0\n",
        ": rank 1, at the end: send B0.0 has not run"},
       {1, "0 B0.0\n0 F0.0\n", ": rank 0, action 0 (B0.0): F0.0 has not run"},
       {1, "0 F0.0\n0 B0.1\n", ": rank 0, action 1 (B0.1): names no chunk and micro-batch"},
-      {1, "0 F0.0\n1 B0.0\n", ":2: names no rank (got \"1 B0.0\", need 0 to 0)"},
-      {1, "F0.0\n", ":1: names no rank (got \"F0.0\", need 0 to 0). Try: a line such as 0 F0.3"},
-      {1, "0 F0.x\n", ":1: is not an action (got \"F0.x\", need one such as F0.3,"},
+      {1, "0 F0.x\n",
+       ": ranks[0][0].action: is not an action (got \"F0.x\", need one such as F0.3,"},
       {1, "", ": rank 0, at the end: F0.0 has not run"},
   };
   for (const auto& c : cases) {
-    const std::string path = write("faulty.txt", c.lists);
+    const std::string path = write("faulty.json", json_of_lists(c.lists, c.pp));
     const PlanOutput run =
         plan({"--schedule", "--kind", "1f1b", "--micro-batches", "1", "--pp", std::to_string(c.pp),
               "--check", path, "--svg", scratch("faulty.svg")});
@@ -195,7 +210,9 @@ TEST(Plan, WrongUseIsRefused) {
       {{"--schedule", "--pp", "4", "--micro-batches", "7"},
        "schedule: dualpipev at pp = 4 gets too few micro-batches (got 7, need at least 8). Try: "
        "more micro-batches in a step"},
-      {{"--schedule", "--lists", "--json"}, "pith plan: prints --lists or --json, not both"},
+      {{"--schedule", "--check", write("no.json", "{}")}, "no.json: ranks: is missing"},
+      {{"--schedule", "--check", write("one.json", "{\"ranks\": [[]]}")},
+       "one.json: ranks: has lists of 1 ranks (need 4)"},
       {{"--schedule", "--kind", "gpipe"}, "--kind"},
       {{"--schedule", "--pp", "0"}, "--pp"},
       {{"--schedule", "--check", "/nowhere/lists.txt"}, "/nowhere/lists.txt"},
