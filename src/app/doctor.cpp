@@ -22,37 +22,6 @@ static string value_of(const string& path, const string& key) {
   return "";
 }
 
-vector<Finding> examine_machine(const string& root, const string& folder) {
-  const bool fast = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const auto bytes_of = [&](const char* key) {
-    return 1024 * atof(value_of(root + "/proc/meminfo", key).c_str());
-  };
-  cpu_set_t cores;
-  sched_getaffinity(0, sizeof cores, &cores);
-  std::error_code error;
-  const auto space = std::filesystem::space(folder, error);
-  const bool writable = access(folder.c_str(), W_OK) == 0;
-  const string disk = writable ? bytes_text(double(space.available)) + " free"
-                               : string("cannot be written (") + strerror(errno) + ")";
-  const string driver = value_of(root + "/proc/driver/nvidia/version", "NVRM version");
-  vector<Finding> all = {
-      {true, "program", "compiled by " __VERSION__},
-      {true, "blas", openblas_get_config()},
-      {fast, "cpu",
-       value_of(root + "/proc/cpuinfo", "model name") +
-           (fast ? "; AVX2, FMA" : "; without AVX2 or FMA")},
-      {true, "cores", text("%d usable", CPU_COUNT(&cores))},
-      {bytes_of("MemAvailable") > 256 << 20, "memory",
-       bytes_text(bytes_of("MemAvailable")) + " available of " + bytes_text(bytes_of("MemTotal"))},
-      {writable, "disk", folder + ": " + disk},
-      {true, "gpu driver", driver.empty() ? "none" : driver}};
-  string why = "this program is built without CUDA";
-  const vector<string> gpus = kCuda ? cuda_devices(why) : vector<string>();
-  for (const string& gpu : gpus) all.push_back({true, "gpu", gpu});
-  if (gpus.empty()) all.push_back({true, "gpu", "none to compute on: " + why});
-  return all;
-}
-
 int run_doctor(int argc, char** argv) {
   string folder = ".";
   bool json = false, works = true;
@@ -62,12 +31,36 @@ int run_doctor(int argc, char** argv) {
   if (!args.parse(argc, argv)) return kExitDone;
   JsonWriter w;
   w.object().key("findings").array();
-  for (const Finding& f : examine_machine("", folder)) {
-    const char* verdict = f.good ? "PASS" : "FAIL";
-    works = works && f.good;
-    w.object().members("verdict", verdict, "name", f.name, "value", f.value).end();
-    if (!json) printf("%s  %-10s %s\n", verdict, f.name.c_str(), f.value.c_str());
-  }
+  // FAIL: training will not work.
+  const auto say = [&](bool good, const char* name, const string& value) {
+    const char* verdict = good ? "PASS" : "FAIL";
+    works = works && good;
+    w.object().members("verdict", verdict, "name", name, "value", value).end();
+    if (!json) printf("%s  %-10s %s\n", verdict, name, value.c_str());
+  };
+  say(true, "program", "compiled by " __VERSION__);
+  say(true, "blas", openblas_get_config());
+  const bool fast = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  say(fast, "cpu",
+      value_of("/proc/cpuinfo", "model name") + (fast ? "; AVX2, FMA" : "; without AVX2 or FMA"));
+  cpu_set_t cores;
+  sched_getaffinity(0, sizeof cores, &cores);
+  say(true, "cores", text("%d usable", CPU_COUNT(&cores)));
+  const double memory = 1024 * atof(value_of("/proc/meminfo", "MemAvailable").c_str());
+  say(memory > 256 << 20, "memory", bytes_text(memory) + " available");
+  std::error_code error;
+  const auto space = std::filesystem::space(folder, error);
+  const bool writable = access(folder.c_str(), W_OK) == 0;
+  say(writable, "disk",
+      folder + ": " +
+          (writable ? bytes_text(double(space.available)) + " free"
+                    : string("cannot be written (") + strerror(errno) + ")"));
+  const string driver = value_of("/proc/driver/nvidia/version", "NVRM version");
+  say(true, "gpu driver", driver.empty() ? "none" : driver);
+  string why = "this program is built without CUDA";
+  const vector<string> gpus = kCuda ? cuda_devices(why) : vector<string>();
+  for (const string& gpu : gpus) say(true, "gpu", gpu);
+  if (gpus.empty()) say(true, "gpu", "none to compute on: " + why);
   if (json) printf("%s\n", w.end().members("works", works).end().str().c_str());
   return works ? kExitDone : kExitFailed;
 }

@@ -75,7 +75,7 @@ int run_generate(int argc, char** argv) {
   SampleOptions options;
   i64 count = 128, seed = 0;
   args.option("model", folder, kModelHelp);
-  args.option("--prompt", prompt, "text to continue; empty: from the end-of-text token");
+  args.option("--prompt", prompt, "text to continue");
   args.option("--tokenizer", tokenizer_path, "default: found with the model");
   args.option("--max-new-tokens", count, "tokens to add", 0, 1 << 20);
   args.option("--temperature", options.temperature, "0: always the most likely token", 0, 100);
@@ -96,11 +96,7 @@ int run_generate(int argc, char** argv) {
   vector<u32> ids;
   EncodeScratch scratch;
   tokenizer.encode(prompt, ids, {}, scratch);
-  const auto eos = tokenizer.eos_id();
-  if (ids.empty() && eos) ids.push_back(*eos);
-  if (ids.empty())
-    bad_input("--prompt", "is empty, and the tokenizer names no end-of-text token",
-              "--prompt TEXT");
+  if (ids.empty()) bad_input("pith generate", "has no text to continue", "--prompt TEXT");
   const size_t given = ids.size();
   const i64 length = row_length(model);
   Progress progress("generating", double(count), "tokens");
@@ -108,7 +104,7 @@ int run_generate(int argc, char** argv) {
     for (i64 i = 0; i < count && !stop_requested(); i++) {
       const auto seen = ids.end() - min(i64(ids.size()), length);
       const auto token = u32(next_token(rank, instance, {seen, ids.end()}, options, i));
-      if (token == eos) break;
+      if (token == tokenizer.eos_id()) break;
       ids.push_back(token);
       progress.update(double(i + 1));
     }

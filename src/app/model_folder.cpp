@@ -52,18 +52,14 @@ double bits_a_byte(const Dataset& data, const string& data_path) {
   const Tokenizer tokenizer = Tokenizer::load(path);
   const i64 length = data.options().seq_length;
   vector<int> tokens(length), labels(length);
-  double bytes = 0, count = 0;
+  vector<u32> ids;
   for (i64 i = 0; i < data.heldout_samples(); i++) {
     data.heldout_sample(i, {tokens.data(), labels.data(), nullptr});
-    for (const int label : labels) {
-      if (label == kIgnoreLabel) continue;
-      count++;
-      if (u32(label) >= tokenizer.vocab_size() || tokenizer.is_special(label)) continue;
-      // A byte-level vocabulary writes a byte as one character.
-      for (const char c : tokenizer.token_text(label)) bytes += (c & 0xC0) != 0x80;
-    }
+    for (const int label : labels)
+      if (label != kIgnoreLabel) ids.push_back(label);
   }
-  return bytes > 0 ? count / bytes / std::numbers::ln2 : 0;
+  const string text = tokenizer.decode(ids, SpecialTokens::Skip);
+  return text.empty() ? 0 : double(ids.size()) / double(text.size()) / std::numbers::ln2;
 }
 
 }

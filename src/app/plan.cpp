@@ -35,14 +35,13 @@ struct Plan {
 
 static vector<string> heading(const Plan& plan) {
   const auto& [o, lists, c] = plan;
-  return {
-      text("%s, pp = %d, %d micro-batches%s: bubble %.1f%%", name_of(o.kind), o.pp, o.micro_batches,
-           o.forward_only ? ", forward only" : "", 100 * c.bubble()),
-      text("%d units of time, %d of them busy on each rank", c.makespan, c.busy / o.pp) +
-          (o.forward_only ? ""
-                          : text("; at most %d micro-batches' activations on a rank", c.peak_live)),
-      "F forward, B backward, W weight gradients, f b w of chunk 1, F5b3 both at once "
-      "(overlapped), . idle; number: micro-batch"};
+  return {text("%s, pp = %d, %d micro-batches: bubble %.1f%%", name_of(o.kind), o.pp,
+               o.micro_batches, 100 * c.bubble()),
+          text("%d units of time, %d of them busy on each rank; at most %d micro-batches' "
+               "activations on a rank",
+               c.makespan, c.busy / o.pp, c.peak_live),
+          "F forward, B backward, W weight gradients, f b w of chunk 1, F5b3 both at once "
+          "(overlapped), . idle; number: micro-batch"};
 }
 
 static string draw_text(const Plan& plan) {
@@ -71,9 +70,8 @@ static string draw_svg(const Plan& plan) {
   string out = text(
       "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%d\" height=\"%d\">\n"
       "<style>svg{background:#fff}rect{stroke:#fff}text{font:12px sans-serif}"
-      "g text{font-size:10px;text-anchor:middle}.F{fill:#7fb2e5}.f{fill:#c4dcf4}.B{fill:#f0a35e}"
-      ".b{fill:#fad7b3}.W{fill:#7fc29b}.w{fill:#c3e5d0}.both{fill:#cdb9e8}.idle{fill:#ededea}"
-      "</style>\n",
+      "g text{font-size:10px;text-anchor:middle}.F{fill:#7fb2e5}.B{fill:#f0a35e}"
+      ".W{fill:#7fc29b}.both{fill:#cdb9e8}.idle{fill:#ededea}</style>\n",
       max(kLeft + plan.check.makespan * kUnit, 900) + 20, kTop + plan.o.pp * kRow);
   const auto words = [&](int x, int y, const string& s) {
     out += text("<text x=\"%d\" y=\"%d\">%s</text>\n", x, y, s.c_str());
@@ -91,7 +89,7 @@ static string draw_svg(const Plan& plan) {
     const int x = kLeft + begin * kUnit, y = kTop + rank * kRow, units = duration(a);
     out += text("<g><title>rank %d, action %d: %s, from %d to %d</title>\n", rank, index,
                 to_text(a).c_str(), begin, begin + units);
-    box(x, y, units, a.what == Do::FB ? "both" : s.substr(0, 1));
+    box(x, y, units, a.what == Do::FB ? "both" : string(1, char(toupper(s[0]))));
     words(x + units * kUnit / 2, y + 16, s);
     out += "</g>\n";
   });
@@ -101,9 +99,8 @@ static string draw_svg(const Plan& plan) {
 static string to_json(const Plan& plan) {
   const auto& [o, lists, c] = plan;
   JsonWriter w;
-  w.object().members("kind", name_of(o.kind), "pp", o.pp, "micro_batches", o.micro_batches,
-                     "forward_only", o.forward_only, "time", c.makespan, "bubble", c.bubble(),
-                     "peak_live", c.peak_live);
+  w.object().members("kind", name_of(o.kind), "pp", o.pp, "micro_batches", o.micro_batches, "time",
+                     c.makespan, "bubble", c.bubble(), "peak_live", c.peak_live);
   w.key("ranks").array();
   for (int r = 0; r < o.pp; r++) {
     w.array();
@@ -142,7 +139,6 @@ int run_plan(int argc, char** argv) {
   args.choice("--kind", kind, {"auto", "dualpipev", "1f1b"}, "which schedule");
   args.option("--pp", pp, "pipeline ranks", 1, 256);
   args.option("--micro-batches", micro_batches, "in a step; 0: 2 * pp + 2", 0, 4096);
-  args.flag("--forward-only", o.forward_only, "as in evaluation");
   args.option("--svg", svg, "draw into this file");
   args.flag("--json", json, "print the lists of actions with their times as JSON");
   args.option("--check", file, "prove and draw the lists of this file, as --json prints them");

@@ -57,20 +57,15 @@ Json Json::parse(const string& text_in, const string& place) {
 
 Json Json::parse_file(const string& path) { return parse(read_text_file(path), path); }
 
-bool Json::is_null() const { return value_of(node_).is_null(); }
-bool Json::is_object() const { return value_of(node_).is_object(); }
-bool Json::is_array() const { return value_of(node_).is_array(); }
-bool Json::is_int() const { return value_of(node_).is_number_integer(); }
+string_view Json::type() const { return value_of(node_).type_name(); }
 
-void Json::need(bool type_is_right, const char* type) const {
-  if (type_is_right) return;
+void Json::need(bool right, const char* what) const {
+  if (right) return;
   string got = dump();
   if (got.size() > 60) got = got.substr(0, 57) + "...";
   const char* article = is_array() || is_object() ? "an " : is_null() ? "" : "a ";
-  bad_input(
-      place_,
-      text("is %s%s (got %s, need %s)", article, value_of(node_).type_name(), got.c_str(), type),
-      "correct the value");
+  bad_input(place_, text("is %s%s (got %s, need %s)", article, type().data(), got.c_str(), what),
+            "correct the value");
 }
 
 bool Json::has(const string& key) const { return is_object() && value_of(node_).contains(key); }
@@ -113,8 +108,9 @@ vector<string> Json::keys() const {
 i64 Json::as_int(i64 min, i64 max) const {
   const Value& v = value_of(node_);
   need(!v.is_number_unsigned() || v.get<u64>() <= u64(INT64_MAX), "a whole number below 2^63");
-  const double exact = v.is_number() ? v.get<double>() : NAN;
-  need(is_int() || (std::fabs(exact) <= 0x1p53 && exact == std::floor(exact)), "a whole number");
+  const double exact = is_number() ? v.get<double>() : NAN;
+  need(v.is_number_integer() || (std::fabs(exact) <= 0x1p53 && exact == std::floor(exact)),
+       "a whole number");
   const i64 number = v.get<i64>();
   if (number < min || number > max)
     bad_input(place_,
@@ -125,17 +121,17 @@ i64 Json::as_int(i64 min, i64 max) const {
 }
 
 double Json::as_double() const {
-  need(value_of(node_).is_number(), "a number");
+  need(is_number(), "a number");
   return value_of(node_).get<double>();
 }
 
 string Json::as_string() const {
-  need(value_of(node_).is_string(), "a string");
+  need(type() == "string", "a string");
   return value_of(node_).get<string>();
 }
 
 bool Json::as_bool() const {
-  need(value_of(node_).is_boolean(), "true or false");
+  need(type() == "boolean", "true or false");
   return value_of(node_).get<bool>();
 }
 

@@ -14,10 +14,12 @@ class Json {
   static Json parse(const string& text, const string& place);
   static Json parse_file(const string& path);
 
-  bool is_null() const;
-  bool is_object() const;
-  bool is_array() const;
-  bool is_int() const;  // written as an integer
+  // "null", "object", "array", "string", "boolean" or "number".
+  string_view type() const;
+  bool is_null() const { return type() == "null"; }
+  bool is_object() const { return type() == "object"; }
+  bool is_array() const { return type() == "array"; }
+  bool is_number() const { return type() == "number"; }
 
   bool has(const string& key) const;
   Json operator[](const string& key) const;
@@ -47,7 +49,7 @@ class Json {
  private:
   bool set(const string& key) const { return has(key) && !(*this)[key].is_null(); }
   Json child(const void* node, const string& place) const;
-  void need(bool type_is_right, const char* type) const;
+  void need(bool right, const char* what) const;
   std::shared_ptr<const void> node_;
   string place_;
   const char* separator_ = ": ";

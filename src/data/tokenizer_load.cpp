@@ -266,7 +266,7 @@ static std::optional<u32> find_eos(const TokenizerTables& t) {
     Json value = json[key];
     if (value.is_array()) value = value[0];
     if (value.is_object()) value = value["content"];
-    const u32 id = value.is_int() ? value.as_int(0, kMostIds) : t.find(value.as_string());
+    const u32 id = value.is_number() ? value.as_int(0, kMostIds) : t.find(value.as_string());
     if (!is_token(t, id))
       bad_input(value.place(), "is no token of " + t.path + " (got " + value.dump() + ")",
                 "use the files of one model");

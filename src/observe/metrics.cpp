@@ -2,7 +2,6 @@
 
 #include <unistd.h>
 
-#include <algorithm>
 #include <cerrno>
 #include <filesystem>
 #include <fstream>
@@ -16,16 +15,18 @@ namespace fs = std::filesystem;
 
 ExpertLoad expert_load(const vector<double>& counts, int num_experts) {
   ExpertLoad load;
+  const double E = num_experts;
   for (auto layer = counts.begin(); layer < counts.end(); layer += num_experts) {
-    vector<double> sorted(layer, layer + num_experts);
-    std::sort(sorted.begin(), sorted.end());
-    const double total = std::accumulate(sorted.begin(), sorted.end(), 0.0), E = num_experts;
-    const auto of_mean = [&](double count) { return total > 0 ? count / (total / E) : 0; };
-    double entropy = 0;
-    for (const double c : sorted)
-      if (c > 0) entropy -= c / total * std::log(c / total);
-    load.max_over_mean.push_back(of_mean(sorted.back()));
-    load.dead_share.push_back(total > 0 ? double(std::ranges::count(sorted, 0)) / E : 0);
+    double total = 0, most = 0, dead = 0, entropy = 0;
+    for (int e = 0; e < num_experts; e++) {
+      total += layer[e];
+      most = max(most, layer[e]);
+      dead += layer[e] == 0;
+    }
+    for (int e = 0; e < num_experts; e++)
+      if (layer[e] > 0) entropy -= layer[e] / total * std::log(layer[e] / total);
+    load.max_over_mean.push_back(total > 0 ? most / (total / E) : 0);
+    load.dead_share.push_back(total > 0 ? dead / E : 0);
     load.entropy.push_back(num_experts > 1 ? entropy / std::log(E) : total > 0);
   }
   return load;
@@ -73,12 +74,13 @@ string step_json(const StepMetrics& m) {
 }
 
 static void append(const string& path, const string& bytes) {
-  const auto before = fs::file_size(path);
+  std::error_code error;
+  const auto before = fs::file_size(path, error);
   std::ofstream file(path, std::ios::app | std::ios::binary);
   if (file << bytes << std::flush) return;
   log_warning("%s: cannot be written (%s): a step is not recorded", path.c_str(), strerror(errno));
   file.close();
-  fs::resize_file(path, before);
+  fs::resize_file(path, before, error);
 }
 
 // Appends the whole lines of rising steps up to `last_step` to `lines`, and says where they end.
@@ -181,25 +183,17 @@ void TensorBoardFile::scalars(i64 step, double wall_s,
   event(step, wall_s, field(5, summary));
 }
 
-void TensorBoardFile::step(const StepMetrics& m, double wall_s) {
-  vector<std::pair<string, double>> values = {
-      {"train/cross-entropy-loss", m.loss},
-      {"train/learning-rate", m.learning_rate},
-      {"train/gradient-norm", m.gradient_norm},
-      {"infra/step-time", m.seconds},
-      {"infra/tokens-per-second", m.tokens_per_second()},
-      {"infra/peak-memory-gib", m.peak_memory_bytes / (1 << 30)}};
-  if (!m.balance_loss.empty())
-    values.emplace_back("train/load-balance-loss", m.mean_balance_loss());
-  if (m.mfu) values.emplace_back("infra/mfu", *m.mfu);
-  if (m.eval_loss) values.emplace_back("eval/cross-entropy-loss", *m.eval_loss);
-  for (size_t i = 0; i < m.load.entropy.size(); i++) {
-    const string layer = text("/layer-%03zu", i);
-    values.emplace_back("expert-load-max" + layer, m.load.max_over_mean[i]);
-    values.emplace_back("expert-load-dead" + layer, m.load.dead_share[i]);
-    values.emplace_back("expert-load-entropy" + layer, m.load.entropy[i]);
+void TensorBoardFile::step(const StepMetrics& metrics, double wall_s) {
+  const Json line = Json::parse(step_json(metrics), path_);
+  vector<std::pair<string, double>> values;
+  for (const string& key : line.keys()) {
+    const Json value = line[key];
+    if (value.is_number()) values.emplace_back("step/" + key, value.as_double());
+    for (i64 i = 0; value.is_array() && i < value.size(); i++)
+      if (value[i].is_number())
+        values.emplace_back(text("%s/layer-%03ld", key.c_str(), i), value[i].as_double());
   }
-  scalars(m.step, wall_s, values);
+  scalars(metrics.step, wall_s, values);
 }
 
 }

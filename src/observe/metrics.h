@@ -61,6 +61,7 @@ class TensorBoardFile {
   // A new file of the folder, which voids what others say of `first_step` on.
   TensorBoardFile(const string& folder, i64 first_step, double wall_s);
   void scalars(i64 step, double wall_s, const vector<std::pair<string, double>>& values);
+  // The numbers of step_json(): as step/KEY, or KEY/layer-000 and so on.
   void step(const StepMetrics& metrics, double wall_s);
   const string& path() const { return path_; }
 

@@ -82,33 +82,26 @@ TEST(Plan, TimelineInTheTerminal) {
 
 TEST(Plan, TimelineAsSvg) {
   const std::string path = scratch("timeline.svg");
-  for (const bool forward_only : {false, true}) {
-    const ScheduleOptions o{
-        .kind = ScheduleKind::DualPipeV, .pp = 3, .micro_batches = 8, .forward_only = forward_only};
-    size_t compute = 0, overlapped = 0;
-    for (const ActionList& list : make_schedules(o))
-      for (const Action& a : list) {
-        compute += a.what != Do::Send && a.what != Do::Recv;
-        overlapped += a.what == Do::FB;
-      }
-    std::vector<std::string> words = {"--schedule", "--pp", "3", "--svg", path};
-    if (forward_only) words.push_back("--forward-only");
-    EXPECT_EQ(plan(words).code, kExitDone);
-    const std::string svg = read_text_file(path);
-    EXPECT_EQ(svg.rfind("<svg xmlns=\"http://www.w3.org/2000/svg\"", 0), 0u);
-    EXPECT_NE(
-        svg.find(forward_only ? ">dualpipev, pp = 3, 8 micro-batches, forward only: bubble 20.0%<"
-                              : ">dualpipev, pp = 3, 8 micro-batches: bubble 7.7%<"),
-        std::string::npos);
-    EXPECT_EQ(count(svg, "<title>"), compute);
-    EXPECT_EQ(count(svg, "<text"), 3 + 3 + compute);
-    EXPECT_EQ(count(svg, "class=\"both\""), overlapped);
-    EXPECT_EQ(count(svg, "<g>"), count(svg, "</g>"));
-    EXPECT_EQ(count(svg, "<text"), count(svg, "</text>"));
-    EXPECT_EQ(count(svg, ". idle; number: micro-batch</text>"), 1u);
-    EXPECT_EQ(svg.substr(svg.size() - 7), "</svg>\n");
-    EXPECT_EQ(count(svg, "href"), 0u);
-  }
+  const ScheduleOptions o{.kind = ScheduleKind::DualPipeV, .pp = 3, .micro_batches = 8};
+  size_t compute = 0, overlapped = 0;
+  for (const ActionList& list : make_schedules(o))
+    for (const Action& a : list) {
+      compute += a.what != Do::Send && a.what != Do::Recv;
+      overlapped += a.what == Do::FB;
+    }
+  std::vector<std::string> words = {"--schedule", "--pp", "3", "--svg", path};
+  EXPECT_EQ(plan(words).code, kExitDone);
+  const std::string svg = read_text_file(path);
+  EXPECT_EQ(svg.rfind("<svg xmlns=\"http://www.w3.org/2000/svg\"", 0), 0u);
+  EXPECT_NE(svg.find(">dualpipev, pp = 3, 8 micro-batches: bubble 7.7%<"), std::string::npos);
+  EXPECT_EQ(count(svg, "<title>"), compute);
+  EXPECT_EQ(count(svg, "<text"), 3 + 3 + compute);
+  EXPECT_EQ(count(svg, "class=\"both\""), overlapped);
+  EXPECT_EQ(count(svg, "<g>"), count(svg, "</g>"));
+  EXPECT_EQ(count(svg, "<text"), count(svg, "</text>"));
+  EXPECT_EQ(count(svg, ". idle; number: micro-batch</text>"), 1u);
+  EXPECT_EQ(svg.substr(svg.size() - 7), "</svg>\n");
+  EXPECT_EQ(count(svg, "href"), 0u);
 }
 
 // The actions of the schedule, with the times of the picture.
@@ -139,7 +132,6 @@ TEST(Plan, ListsReadBack) {
   const std::vector<std::vector<std::string>> cases = {
       {"--pp", "3", "--micro-batches", "7"},
       {"--kind", "1f1b", "--pp", "4", "--micro-batches", "3"},
-      {"--pp", "2", "--micro-batches", "3", "--forward-only"},
       {"--kind", "dualpipev", "--pp", "1"},
   };
   for (std::vector<std::string> words : cases) {

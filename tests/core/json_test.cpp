@@ -29,7 +29,7 @@ TEST(Json, ReadsValues) {
   EXPECT_EQ(j["f"][0].as_int(), 1);
   EXPECT_EQ(j["g"]["h"].as_int(), 1000000);
   EXPECT_EQ(j["i"].as_int(), 10000);
-  EXPECT_FALSE(j["i"].is_int());
+  EXPECT_EQ(j["i"].dump(), "10000.0");
   EXPECT_EQ(j["big"].as_int(), INT64_MAX);
   EXPECT_EQ(j.keys().size(), 9u);
   EXPECT_EQ(j.int_or("e", 7), 7);  // null is as good as absent
@@ -118,7 +118,7 @@ TEST(JsonWriter, NumbersKeepTheirBits) {
     const std::string json = JsonWriter().value(number).str();
     const double back = Json::parse(json, "p").as_double();
     EXPECT_EQ(memcmp(&back, &number, 8), 0) << json;
-    EXPECT_FALSE(Json::parse(json, "p").is_int()) << json;
+    EXPECT_NE(json.find_first_of(".e"), std::string::npos) << json;
   }
   EXPECT_EQ(JsonWriter().value(0.1).str(), "0.1");
   EXPECT_EQ(JsonWriter().value(static_cast<double>(NAN)).str(), "null");

@@ -107,17 +107,20 @@ TEST(TensorBoard, StepWritesEveryNumber) {
   m.loss = 2;
   m.seconds = 0.5;
   m.tokens = 100;
-  std::vector<const char*> tags = {"train/cross-entropy-loss", "train/learning-rate",
-                                   "train/gradient-norm",      "infra/step-time",
-                                   "infra/tokens-per-second",  "infra/peak-memory-gib"};
-  std::vector<const char*> more = {"train/load-balance-loss",    "infra/mfu",
-                                   "eval/cross-entropy-loss",    "expert-load-max/layer-001",
-                                   "expert-load-dead/layer-000", "expert-load-entropy/layer-001"};
+  std::vector<const char*> tags = {"step/cross_entropy_loss", "step/learning_rate",
+                                   "step/gradient_norm",      "step/step_time",
+                                   "step/tokens_per_second",  "step/peak_memory"};
+  std::vector<const char*> more = {"step/load_balance_loss",
+                                   "step/mfu",
+                                   "step/eval_loss",
+                                   "expert_load_max/layer-001",
+                                   "expert_load_dead/layer-000",
+                                   "expert_load_entropy/layer-001"};
   TensorBoardFile file(fresh_folder("tensorboard_step"), 1, 1700000000);
   file.step(m, 1700000001);
   m.balance_loss = {1};
   m.mfu = 0.5;
-  m.eval_loss = NAN;
+  m.eval_loss = 2.5;
   m.load = {{1, 1}, {0, 0}, {1, 1}};
   file.step(m, 1700000002);
   const std::vector<std::string> frames = frames_of(read_text_file(file.path()));
