@@ -5,9 +5,7 @@
 namespace pith {
 
 Arguments::Arguments(const string& command, const string& about)
-    : app_(std::make_unique<CLI::App>(about, command)) {
-  app_->get_formatter()->column_width(34);
-}
+    : app_(std::make_unique<CLI::App>(about, command)) {}
 Arguments::~Arguments() = default;
 
 void Arguments::option(const string& name, string& value, const string& about) {

@@ -24,12 +24,12 @@ struct Plan {
   vector<ActionList> lists;
   ScheduleCheck check;
 
-  // Calls fn(rank, index, action, label, begin) for what is drawn.
+  // Calls fn(rank, action, label, begin) for what is drawn.
   void each(const auto& fn) const {
     for (int r = 0; r < o.pp; r++)
       for (size_t i = 0; i < lists[r].size(); i++)
         if (const string words = label(lists[r][i]); !words.empty())
-          fn(r, int(i), lists[r][i], words, check.begin[r][i]);
+          fn(r, lists[r][i], words, check.begin[r][i]);
   }
 };
 
@@ -46,12 +46,12 @@ static vector<string> heading(const Plan& plan) {
 
 static string draw_text(const Plan& plan) {
   size_t scale = 1;  // characters of a unit of time, so that every label fits
-  plan.each([&](int, int, const Action& a, const string& words, int) {
+  plan.each([&](int, const Action& a, const string& words, int) {
     while (scale * duration(a) < words.size()) scale++;
   });
   const size_t width = scale * plan.check.makespan, band = 85 / scale * scale;
   vector<string> rows(plan.o.pp, string(width, '.'));
-  plan.each([&](int rank, int, const Action& a, string words, int begin) {
+  plan.each([&](int rank, const Action& a, string words, int begin) {
     words.resize(scale * duration(a), '-');
     rows[rank].replace(scale * begin, words.size(), words);
   });
@@ -85,15 +85,13 @@ static string draw_svg(const Plan& plan) {
     words(8, kTop + r * kRow + 16, text("rank %d", r));
     box(kLeft, kTop + r * kRow, plan.check.makespan, "idle");
   }
-  plan.each([&](int rank, int index, const Action& a, const string& s, int begin) {
+  out += "<g>\n";
+  plan.each([&](int rank, const Action& a, const string& s, int begin) {
     const int x = kLeft + begin * kUnit, y = kTop + rank * kRow, units = duration(a);
-    out += text("<g><title>rank %d, action %d: %s, from %d to %d</title>\n", rank, index,
-                to_text(a).c_str(), begin, begin + units);
     box(x, y, units, a.what == Do::FB ? "both" : string(1, char(toupper(s[0]))));
     words(x + units * kUnit / 2, y + 16, s);
-    out += "</g>\n";
   });
-  return out + "</svg>\n";
+  return out + "</g></svg>\n";
 }
 
 static string to_json(const Plan& plan) {

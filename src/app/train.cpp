@@ -38,10 +38,10 @@ static void write_report(const RunPlan& plan) {
   const string& folder = plan.config.run.folder;
   const vector<Json> steps = read_metrics(folder + "/metrics.jsonl");
   if (steps.empty()) return;
-  ReportRows rows;
-  const auto row = [&](const char* name, const string& value) {
-    rows.emplace_back(name, value);
-    log_info("%s: %s", name, value.c_str());
+  string notes;
+  const auto note = [&](const string& line) {
+    notes += line + "\n";
+    log_info("%s", line.c_str());
   };
   vector<double> losses;
   double eval_loss = 0;
@@ -51,20 +51,20 @@ static void write_report(const RunPlan& plan) {
     eval_loss = line.double_or("eval_loss", eval_loss);
     skipped += line["skipped"].as_bool();
   }
-  row("training loss", text("%.4f nats a token", losses.back()));
+  note(text("training loss: %.4f nats a token", losses.back()));
   if (eval_loss > 0) {
     const Dataset data = open_data(plan);
     const double bits = bits_a_byte(data, plan.config.data.path);
     const auto worth = [&](const char* name, double nats) {
-      row(name, text("%.4f nats a token", nats) +
-                    (bits > 0 ? text(", %.4f bits a byte", bits * nats) : ""));
+      note(text("%s: %.4f nats a token", name, nats) +
+           (bits > 0 ? text(", %.4f bits a byte", bits * nats) : ""));
     };
     worth("held-out loss", eval_loss);
     if (plan.shape.vocab <= kBigramMaxVocab)
       worth("bigram model on the same text", bigram_nats(data));
   }
-  if (skipped) row("updates skipped: not finite", with_commas(skipped));
-  write_file_durably(folder + "/report.html", report_html(steps, folder, rows));
+  if (skipped) note(text("updates skipped: not finite: %ld", skipped));
+  write_file_durably(folder + "/report.html", report_html(steps, folder, notes));
   log_info("loss over the steps: %s", sparkline(losses, 60).c_str());
   log_info("report: %s/report.html", folder.c_str());
 }

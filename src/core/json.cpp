@@ -43,16 +43,13 @@ Json Json::parse(const string& text_in, const string& place) {
       bad_input(place + ": " + string(parsed), "occurs twice in one object", "keep one of the two");
     return true;
   };
-  Json document;
-  document.place_ = place;
   try {
-    document.node_ = std::make_shared<const Value>(Value::parse(text_in, refuse_duplicates));
+    return {std::make_shared<const Value>(Value::parse(text_in, refuse_duplicates)), place, ": "};
   } catch (const Value::exception& error) {
     const string why = error.what();
     bad_input(place, "is not valid JSON: " + why.substr(why.find("] ") + 2),
               "correct it there; if the file was cut short, fetch or write it again");
   }
-  return document;
 }
 
 Json Json::parse_file(const string& path) { return parse(read_text_file(path), path); }
@@ -70,19 +67,11 @@ void Json::need(bool right, const char* what) const {
 
 bool Json::has(const string& key) const { return is_object() && value_of(node_).contains(key); }
 
-Json Json::child(const void* node, const string& place) const {
-  Json value;
-  value.node_ = {node_, node};
-  value.place_ = place;
-  value.separator_ = ".";
-  return value;
-}
-
 Json Json::operator[](const string& key) const {
   need(is_object(), "an object");
   const string place = place_ + separator_ + key;
   if (!has(key)) bad_input(place, "is missing", "add the key");
-  return child(&value_of(node_)[key], place);
+  return {{node_, &value_of(node_)[key]}, place, "."};
 }
 
 Json Json::operator[](i64 index) const {
@@ -90,7 +79,7 @@ Json Json::operator[](i64 index) const {
   if (index < 0 || index >= size())
     bad_input(place_, text("has too few elements (got %ld, need element %ld)", size(), index),
               "add the element");
-  return child(&value_of(node_)[size_t(index)], place_ + text("[%ld]", index));
+  return {{node_, &value_of(node_)[size_t(index)]}, place_ + text("[%ld]", index), "."};
 }
 
 i64 Json::size() const {

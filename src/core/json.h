@@ -11,6 +11,7 @@ string read_text_file(const string& path);
 // A value of a parsed document. Errors (exit code 2) name the file and the full key.
 class Json {
  public:
+  Json() = default;
   static Json parse(const string& text, const string& place);
   static Json parse_file(const string& path);
 
@@ -47,12 +48,13 @@ class Json {
   const string& place() const { return place_; }
 
  private:
+  Json(std::shared_ptr<const void> node, const string& place, const char* separator)
+      : node_(std::move(node)), place_(place), separator_(separator) {}
   bool set(const string& key) const { return has(key) && !(*this)[key].is_null(); }
-  Json child(const void* node, const string& place) const;
   void need(bool right, const char* what) const;
   std::shared_ptr<const void> node_;
   string place_;
-  const char* separator_ = ": ";
+  const char* separator_ = "";  // before a key
 };
 
 // w.object().key("a").array().value(1).end().members("b", 2, "c", true).end(); NaN and Inf are

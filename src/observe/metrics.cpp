@@ -101,7 +101,7 @@ static void read_lines(const string& path, const string& bytes, i64 last_step, v
   }
 }
 
-MetricsFile::MetricsFile(const string& path, i64 last_step) : path_(path) {
+void begin_metrics(const string& path, i64 last_step) {
   if (!fs::exists(path)) write_file_durably(path, "");
   const string bytes = read_text_file(path);
   vector<Json> lines;
@@ -114,8 +114,8 @@ MetricsFile::MetricsFile(const string& path, i64 last_step) : path_(path) {
   fs::resize_file(path, end);
 }
 
-void MetricsFile::append(const StepMetrics& metrics) {
-  pith::append(path_, step_json(metrics) + "\n");
+void append_metrics(const string& path, const StepMetrics& metrics) {
+  append(path, step_json(metrics) + "\n");
 }
 
 vector<Json> read_metrics(const string& path) {
@@ -161,30 +161,32 @@ static string masked_crc(const string& bytes) {
 
 // event.proto: 1 wall_time, 2 step, 3 file_version, 5 summary {1 value {1 tag, 2 simple_value}},
 // 7 session_log {1 status}.
-TensorBoardFile::TensorBoardFile(const string& folder, i64 first_step, double wall_s)
-    : path_(folder + text("/events.out.tfevents.%010ld.pith.%d", i64(wall_s), int(getpid()))) {
-  make_folders(folder);
-  write_file_durably(path_, "");
-  event(0, wall_s, field(3, string("brain.Event:2")));
-  if (first_step > 1) event(first_step, wall_s, field(7, field(1, i64{1})));
-}
-
-void TensorBoardFile::event(i64 step, double wall_s, const string& fields) {
+static void append_event(const string& path, i64 step, double wall_s, const string& fields) {
   const string data = field(1, wall_s) + (step ? field(2, step) : "") + fields;
   const string length = fixed(u64(data.size()));
-  append(path_, length + masked_crc(length) + data + masked_crc(data));
+  append(path, length + masked_crc(length) + data + masked_crc(data));
 }
 
-void TensorBoardFile::scalars(i64 step, double wall_s,
-                              const vector<std::pair<string, double>>& values) {
+string begin_events(const string& folder, i64 first_step, double wall_s) {
+  make_folders(folder);
+  const string path =
+      folder + text("/events.out.tfevents.%010ld.pith.%d", i64(wall_s), int(getpid()));
+  write_file_durably(path, "");
+  append_event(path, 0, wall_s, field(3, string("brain.Event:2")));
+  if (first_step > 1) append_event(path, first_step, wall_s, field(7, field(1, i64{1})));
+  return path;
+}
+
+void append_scalars(const string& path, i64 step, double wall_s,
+                    const vector<std::pair<string, double>>& values) {
   string summary;
   for (const auto& [tag, value] : values)
     summary += field(1, field(1, tag) + field(2, float(value)));
-  event(step, wall_s, field(5, summary));
+  append_event(path, step, wall_s, field(5, summary));
 }
 
-void TensorBoardFile::step(const StepMetrics& metrics, double wall_s) {
-  const Json line = Json::parse(step_json(metrics), path_);
+void append_events(const string& path, const StepMetrics& metrics, double wall_s) {
+  const Json line = Json::parse(step_json(metrics), path);
   vector<std::pair<string, double>> values;
   for (const string& key : line.keys()) {
     const Json value = line[key];
@@ -193,7 +195,7 @@ void TensorBoardFile::step(const StepMetrics& metrics, double wall_s) {
       if (value[i].is_number())
         values.emplace_back(text("%s/layer-%03ld", key.c_str(), i), value[i].as_double());
   }
-  scalars(metrics.step, wall_s, values);
+  append_scalars(path, metrics.step, wall_s, values);
 }
 
 }

@@ -41,35 +41,21 @@ struct StepMetrics {
 string step_line(const StepMetrics& metrics);
 string step_json(const StepMetrics& metrics);
 
-// metrics.jsonl: one object a step. Of it, and of TensorBoard's events, what does not fit on the
-// disk is left out whole, with a warning.
-class MetricsFile {
- public:
-  // Cuts the file back to steps up to `last_step`, with a warning where it is damaged.
-  MetricsFile(const string& path, i64 last_step);
-  void append(const StepMetrics& metrics);
+// The files that steps are appended to. What does not fit on the disk is left out whole, with a
+// warning.
 
- private:
-  string path_;
-};
-
+// Makes metrics.jsonl, an object a line, or cuts it back to whole lines of steps up to `last_step`.
+void begin_metrics(const string& path, i64 last_step);
+void append_metrics(const string& path, const StepMetrics& metrics);
 // Its lines; what is not finite is null. Exit code 2 naming a damaged one.
 vector<Json> read_metrics(const string& path);
 
-class TensorBoardFile {
- public:
-  // A new file of the folder, which voids what others say of `first_step` on.
-  TensorBoardFile(const string& folder, i64 first_step, double wall_s);
-  void scalars(i64 step, double wall_s, const vector<std::pair<string, double>>& values);
-  // The numbers of step_json(): as step/KEY, or KEY/layer-000 and so on.
-  void step(const StepMetrics& metrics, double wall_s);
-  const string& path() const { return path_; }
-
- private:
-  void event(i64 step, double wall_s, const string& fields);
-  string path_;
-};
-
+// The path of a new TensorBoard file, which voids what others say of `first_step` on.
+string begin_events(const string& folder, i64 first_step, double wall_s);
+void append_scalars(const string& path, i64 step, double wall_s,
+                    const vector<std::pair<string, double>>& values);
+// The numbers of step_json(): as step/KEY, or KEY/layer-000 and so on.
+void append_events(const string& path, const StepMetrics& metrics, double wall_s);
 u32 crc32c(const string& bytes);
 
 }

@@ -83,7 +83,7 @@ static string chart(const char* caption, vector<Curve> curves, i64 last_step) {
          svg + "</svg></figure>\n";
 }
 
-string report_html(const vector<Json>& steps, const string& title, const ReportRows& rows) {
+string report_html(const vector<Json>& steps, const string& title, const string& notes) {
   vector<Curve> losses = {{"training"}, {"held-out"}}, load;
   for (const Json& line : steps) {
     losses[0].values.push_back(line.double_or("cross_entropy_loss", NAN));
@@ -96,17 +96,12 @@ string report_html(const vector<Json>& steps, const string& title, const ReportR
     }
   }
   const i64 last_step = steps.empty() ? 0 : steps.back()["step"].as_int();
-  const string heading = escape(title);
-  string out =
-      "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"/><title>" + heading +
-      "</title><style>svg{font:12px sans-serif}path{fill:none;stroke-width:2}</style>"
-      "</head>\n<body><h1>" +
-      heading + "</h1>\n" + chart("Loss, nats a token", losses, last_step) +
-      chart("Expert load: the fullest expert over the mean, a line a layer", load, last_step) +
-      "<table>";
-  for (const auto& [name, value] : rows)
-    out += "<tr><td>" + escape(name) + "</td><td>" + escape(value) + "</td></tr>\n";
-  return out + "</table></body></html>\n";
+  return "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"/><title>Pith</title>"
+         "<style>svg{font:12px "
+         "sans-serif}path{fill:none;stroke-width:2}</style></head>\n<body><h1>" +
+         escape(title) + "</h1>\n" + chart("Loss, nats a token", losses, last_step) +
+         chart("Expert load: the fullest expert over the mean, a line a layer", load, last_step) +
+         "<pre>" + escape(notes) + "</pre></body></html>\n";
 }
 
 string sparkline(const vector<double>& values, int width) {

@@ -19,10 +19,8 @@ struct RankMemory {
 
 string memory_table(const vector<RankMemory>& ranks);
 
-using ReportRows = vector<std::pair<string, string>>;  // name, value
-
-// Loss curve and expert load of lines of metrics.jsonl, and `rows`.
-string report_html(const vector<Json>& steps, const string& title, const ReportRows& rows);
+// Loss curve and expert load of lines of metrics.jsonl, and lines of text.
+string report_html(const vector<Json>& steps, const string& title, const string& notes);
 
 // A block is a mean; a dot: nothing is finite.
 string sparkline(const vector<double>& values, int width);

@@ -123,8 +123,8 @@ TEST(MetricsFile, ReadsBackWhatWasWritten) {
   bad.loss = NAN;
   bad.eval_loss = INFINITY;
   {
-    MetricsFile file(path, 0);
-    for (const StepMetrics& m : {full_sample(1), bad, sample(3)}) file.append(m);
+    begin_metrics(path, 0);
+    for (const StepMetrics& m : {full_sample(1), bad, sample(3)}) append_metrics(path, m);
   }
   const std::vector<Json> got = read_metrics(path);
   ASSERT_EQ(got.size(), 3u);
@@ -160,9 +160,9 @@ TEST(MetricsFile, ContinuesBehindAStep) {
     const std::string path = fresh_file("metrics_cut");
     if (!c.before.empty()) std::ofstream(path, std::ios::binary) << c.before;
     {
-      MetricsFile file(path, c.last_step);
+      begin_metrics(path, c.last_step);
       EXPECT_EQ(read_text_file(path), c.kept) << c.what;
-      file.append(sample(50));
+      append_metrics(path, sample(50));
     }
     EXPECT_EQ(read_text_file(path), c.kept + line(50)) << c.what;
   }
@@ -171,19 +171,19 @@ TEST(MetricsFile, ContinuesBehindAStep) {
 // The limit on a file's size stands for a full disk: the line that does not fit is taken back.
 TEST(MetricsFile, FullDiskKeepsWholeLines) {
   const std::string path = fresh_file("metrics_full");
-  MetricsFile file(path, 0);
-  file.append(sample(1));
+  begin_metrics(path, 0);
+  append_metrics(path, sample(1));
   const std::string before = read_text_file(path);
   rlimit old;
   getrlimit(RLIMIT_FSIZE, &old);
   const rlimit tight{before.size() + 20, old.rlim_max};
   const auto handler = signal(SIGXFSZ, SIG_IGN);
   setrlimit(RLIMIT_FSIZE, &tight);
-  file.append(sample(2));
+  append_metrics(path, sample(2));
   setrlimit(RLIMIT_FSIZE, &old);
   signal(SIGXFSZ, handler);
   EXPECT_EQ(read_text_file(path), before);
-  file.append(sample(3));
+  append_metrics(path, sample(3));
   EXPECT_EQ(read_metrics(path).size(), 2u);
 }
 
@@ -209,7 +209,7 @@ TEST(MetricsFile, DamageIsRefusedByLine) {
     }
   }
   EXPECT_THROW(read_metrics("/no/such/metrics.jsonl"), Error);
-  EXPECT_THROW(MetricsFile("/no/such/metrics.jsonl", 0), Error);
+  EXPECT_THROW(begin_metrics("/no/such/metrics.jsonl", 0), Error);
 }
 
 }  // namespace pith

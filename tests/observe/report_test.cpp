@@ -86,8 +86,8 @@ TEST(Report, IsWellFormedForEveryRun) {
   for (const auto& c : cases) {
     for (const bool plain : {false, true}) {
       const std::string page =
-          plain ? report_html(lines_of(c.steps), "", {})
-                : report_html(lines_of(c.steps), "runs/<a & \"b\">", {{"path", "a<b>&c"}});
+          plain ? report_html(lines_of(c.steps), "", "")
+                : report_html(lines_of(c.steps), "runs/<a & \"b\">", "path: a<b>&c");
       EXPECT_EQ(xml_error(page), "") << c.what;
       for (const char* bad : {"nan", "inf\"", "inf ", "http", "src=", "script", "@import"})
         EXPECT_EQ(page.find(bad), std::string::npos) << c.what << " has " << bad;
@@ -100,9 +100,9 @@ TEST(Report, IsWellFormedForEveryRun) {
 }
 
 TEST(Report, ContainsTheNumbers) {
-  const std::string page = report_html(lines_of(run(40, 2)), "a run", {{"parameters", "1,234"}});
-  for (const char* part : {"<h1>a run</h1>", "<td>parameters</td><td>1,234</td>", ">step 40<",
-                           ">layer 1<", ">held-out<"})
+  const std::string page = report_html(lines_of(run(40, 2)), "a run", "parameters: 1,234\n");
+  for (const char* part :
+       {"<h1>a run</h1>", "parameters: 1,234\n", ">step 40<", ">layer 1<", ">held-out<"})
     EXPECT_NE(page.find(part), std::string::npos) << part;
 }
 
