@@ -50,13 +50,12 @@ static double relative_difference(const Checkpoint& a, const Checkpoint& b, cons
 
 // Compares every weight of two folders; exit code 1 if one differs by more than `limit`.
 static int diff(const string& from, const string& to, double limit, bool json) {
-  const Checkpoint a = open_weights(from), b = open_weights(to);
-  const ParameterTable whole = whole_table(model_config(a));
-  check_weights(a, whole);
-  check_weights(b, whole);
+  const ModelFolder a = open_model(from);
+  const Checkpoint b = open_weights(to);
+  check_weights(b, a.table);
   vector<std::pair<double, string>> all;
-  for (const TensorDecl& weight : declarations(whole))
-    all.emplace_back(relative_difference(a, b, weight.name), weight.name);
+  for (const TensorDecl& weight : declarations(a.table))
+    all.emplace_back(relative_difference(a.weights, b, weight.name), weight.name);
   std::sort(all.rbegin(), all.rend());
   JsonWriter w;
   w.array();

@@ -63,9 +63,8 @@ static void write_config(const Json& config, FileDType dtype, const string& to) 
 }
 
 // Makes a folder of safetensors files a checkpoint of weights alone.
-static void seal(const string& folder, const RunState& state) {
+static void seal(const string& folder) {
   Checkpoint c = open_weights(folder);
-  c.state = state;
   for (auto& [name, tensor] : c.tensors) {
     StoredFragment& f = tensor.fragments[0];
     f.checksum =
@@ -107,10 +106,8 @@ int run_convert(int argc, char** argv) {
   make_folders(temporary);
   try {
     write_weights(source.weights, weights, temporary);
-    if (exporting)
-      write_config(source.config, weights[0].dtype, temporary);
-    else
-      seal(temporary, source.weights.state);
+    write_config(source.config, weights[0].dtype, temporary);
+    if (!exporting) seal(temporary);
     copy_companions(tokenizer, source.weights.folder, temporary);
     put_in_place(temporary, to);
   } catch (...) {

@@ -8,7 +8,7 @@
 
 namespace pith {
 
-static constexpr const char* kModelHelp = "run folder, step-NNNNNNNN, or Hugging Face folder";
+static constexpr const char* kModel = "run folder, step-NNNNNNNN, or Hugging Face folder";
 
 // Tokens of a row as trained.
 static i64 row_length(const ModelFolder& model) {
@@ -30,7 +30,7 @@ int run_eval(int argc, char** argv) {
   i64 length = 0;
   double heldout_fraction = -1;
   bool json = false;
-  args.option("model", folder, kModelHelp);
+  args.option("model", folder, kModel);
   args.option("--data", path, "token files; default: those of the model's run");
   args.option("--sequence-length", length, "default: as trained", 0, 1 << 24);
   args.option("--heldout-fraction", heldout_fraction,
@@ -74,7 +74,7 @@ int run_generate(int argc, char** argv) {
   string folder, prompt, tokenizer_path;
   SampleOptions options;
   i64 count = 128, seed = 0;
-  args.option("model", folder, kModelHelp);
+  args.option("model", folder, kModel);
   args.option("--prompt", prompt, "text to continue");
   args.option("--tokenizer", tokenizer_path, "default: found with the model");
   args.option("--max-new-tokens", count, "tokens to add", 0, 1 << 20);

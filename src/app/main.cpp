@@ -42,4 +42,4 @@ static int run(int argc, char** argv) {
 
 }
 
-int main(int argc, char** argv) { return pith::run_program("pith", argc, argv, pith::run); }
+int main(int argc, char** argv) { return pith::run_program(argc, argv, pith::run); }

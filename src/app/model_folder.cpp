@@ -8,12 +8,6 @@
 namespace pith {
 namespace fs = std::filesystem;
 
-Json model_config(const Checkpoint& weights) {
-  if (weights.state.model.empty())
-    bad_input(weights.folder, "has no config.json", "putting the model's config.json there");
-  return Json::parse(weights.state.model, weights.folder + "/config.json");
-}
-
 vector<TensorDecl> declarations(const ParameterTable& table) {
   vector<TensorDecl> all;
   for (const Parameter& parameter : table)
@@ -24,7 +18,9 @@ vector<TensorDecl> declarations(const ParameterTable& table) {
 
 ModelFolder open_model(const string& folder) {
   ModelFolder m{.weights = open_weights(folder)};
-  m.config = model_config(m.weights);
+  const string &at = m.weights.folder, &config = m.weights.state.model;
+  if (config.empty()) bad_input(at, "has no config.json", "putting the model's config.json there");
+  m.config = Json::parse(config, at + "/config.json");
   m.shape = make_instance(m.config).shape;
   m.table = whole_table(m.config);
   check_weights(m.weights, m.table);

@@ -6,9 +6,6 @@
 
 namespace pith {
 
-// The config.json that came with the weights. Exit code 2 if none did.
-Json model_config(const Checkpoint& weights);
-
 // F32, by Hugging Face name.
 vector<TensorDecl> declarations(const ParameterTable& table);
 

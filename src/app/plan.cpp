@@ -1,4 +1,6 @@
 // pith plan: the timeline of a pipeline schedule.
+#include <sstream>
+
 #include "app/commands.h"
 #include "core/json.h"
 #include "data/durable.h"
@@ -18,84 +20,62 @@ static string label(const Action& a) {
   return a.count == 1 ? all : all + text("-%d", a.mb + a.count - 1);
 }
 
-// A proven schedule.
-struct Plan {
-  ScheduleOptions o;
-  vector<ActionList> lists;
-  ScheduleCheck check;
-
-  // Calls fn(rank, action, label, begin) for what is drawn.
-  void each(const auto& fn) const {
-    for (int r = 0; r < o.pp; r++)
-      for (size_t i = 0; i < lists[r].size(); i++)
-        if (const string words = label(lists[r][i]); !words.empty())
-          fn(r, lists[r][i], words, check.begin[r][i]);
-  }
-};
-
-static vector<string> heading(const Plan& plan) {
-  const auto& [o, lists, c] = plan;
-  return {text("%s, pp = %d, %d micro-batches: bubble %.1f%%", name_of(o.kind), o.pp,
-               o.micro_batches, 100 * c.bubble()),
-          text("%d units of time, %d of them busy on each rank; at most %d micro-batches' "
-               "activations on a rank",
-               c.makespan, c.busy / o.pp, c.peak_live),
-          "F forward, B backward, W weight gradients, f b w of chunk 1, F5b3 both at once "
-          "(overlapped), . idle; number: micro-batch"};
-}
-
-static string draw_text(const Plan& plan) {
+// Lines of at most `most` characters of the timeline.
+static string draw(const ScheduleOptions& o, const vector<ActionList>& lists,
+                   const ScheduleCheck& c, size_t most) {
   size_t scale = 1;  // characters of a unit of time, so that every label fits
-  plan.each([&](int, const Action& a, const string& words, int) {
-    while (scale * duration(a) < words.size()) scale++;
-  });
-  const size_t width = scale * plan.check.makespan, band = 85 / scale * scale;
-  vector<string> rows(plan.o.pp, string(width, '.'));
-  plan.each([&](int rank, const Action& a, string words, int begin) {
-    words.resize(scale * duration(a), '-');
-    rows[rank].replace(scale * begin, words.size(), words);
-  });
-  string out;
-  for (const string& line : heading(plan)) out += (out.empty() ? "" : "  ") + line + "\n";
+  for (const ActionList& list : lists)
+    for (const Action& a : list)
+      while (scale * duration(a) < label(a).size()) scale++;
+  const size_t width = scale * c.makespan, band = most / scale * scale;
+  vector<string> rows(o.pp, string(width, '.'));
+  for (int r = 0; r < o.pp; r++)
+    for (size_t i = 0; i < lists[r].size(); i++) {
+      string cell = label(lists[r][i]);
+      cell.resize(scale * duration(lists[r][i]), '-');
+      rows[r].replace(scale * c.begin[r][i], cell.size(), cell);
+    }
+  string out = text(
+      "%s, pp = %d, %d micro-batches: bubble %.1f%%\n"
+      "  %d units of time, %d of them busy on each rank; at most %d micro-batches' activations on "
+      "a rank\n"
+      "  F forward, B backward, W weight gradients, f b w of chunk 1, F5b3 both at once "
+      "(overlapped), . idle; number: micro-batch\n",
+      name_of(o.kind), o.pp, o.micro_batches, 100 * c.bubble(), c.makespan, c.busy / o.pp,
+      c.peak_live);
   for (size_t begin = 0; begin < width; begin += band) {
     out += text("\n%8s time %d\n", "", int(begin / scale));
-    for (int r = 0; r < plan.o.pp; r++)
+    for (int r = 0; r < o.pp; r++)
       out += text("rank %-3d|%s|\n", r, rows[r].substr(begin, band).c_str());
   }
   return out;
 }
 
-static string draw_svg(const Plan& plan) {
-  constexpr int kUnit = 20, kLeft = 60, kTop = 80, kRow = 32;
-  string out = text(
-      "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%d\" height=\"%d\">\n"
-      "<style>svg{background:#fff}rect{stroke:#fff}text{font:12px sans-serif}"
-      "g text{font-size:10px;text-anchor:middle}.F{fill:#7fb2e5}.B{fill:#f0a35e}"
-      ".W{fill:#7fc29b}.both{fill:#cdb9e8}.idle{fill:#ededea}</style>\n",
-      max(kLeft + plan.check.makespan * kUnit, 900) + 20, kTop + plan.o.pp * kRow);
-  const auto words = [&](int x, int y, const string& s) {
-    out += text("<text x=\"%d\" y=\"%d\">%s</text>\n", x, y, s.c_str());
-  };
-  const auto box = [&](int x, int y, int units, const string& css) {
-    out += text("<rect x=\"%d\" y=\"%d\" width=\"%d\" height=\"24\" class=\"%s\"/>\n", x, y,
-                units * kUnit, css.c_str());
-  };
-  for (int i = 0; i < 3; i++) words(kLeft, 20 + 18 * i, heading(plan)[i]);
-  for (int r = 0; r < plan.o.pp; r++) {
-    words(8, kTop + r * kRow + 16, text("rank %d", r));
-    box(kLeft, kTop + r * kRow, plan.check.makespan, "idle");
+// The drawing in colour: each action a span of the class F, B or W.
+static string to_svg(const string& drawing) {
+  string out;
+  int lines = 0;
+  size_t columns = 0;
+  std::istringstream in(drawing);
+  for (string line; std::getline(in, line); lines++) {
+    columns = max(columns, line.size());
+    out += text("<text x=\"8\" y=\"%d\">", 20 + 18 * lines);
+    for (const char c : line) {
+      const bool begins = line.back() == '|' && strchr("FBWfbw.|", c);
+      out += begins ? text("<tspan class=\"%c\">%c</tspan>", toupper(c), c) : string(1, c);
+    }
+    out += "</text>\n";
   }
-  out += "<g>\n";
-  plan.each([&](int rank, const Action& a, const string& s, int begin) {
-    const int x = kLeft + begin * kUnit, y = kTop + rank * kRow, units = duration(a);
-    box(x, y, units, a.what == Do::FB ? "both" : string(1, char(toupper(s[0]))));
-    words(x + units * kUnit / 2, y + 16, s);
-  });
-  return out + "</g></svg>\n";
+  return text(
+             "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%zu\" height=\"%d\">\n"
+             "<style>svg{background:#fff}text{font:12px monospace;white-space:pre}tspan{fill:#bbb}"
+             ".F{fill:#06c}.B{fill:#d50}.W{fill:#082}</style>\n",
+             20 + 8 * columns, 20 + 18 * lines) +
+         out + "</svg>\n";
 }
 
-static string to_json(const Plan& plan) {
-  const auto& [o, lists, c] = plan;
+static string to_json(const ScheduleOptions& o, const vector<ActionList>& lists,
+                      const ScheduleCheck& c) {
   JsonWriter w;
   w.object().members("kind", name_of(o.kind), "pp", o.pp, "micro_batches", o.micro_batches, "time",
                      c.makespan, "bubble", c.bubble(), "peak_live", c.peak_live);
@@ -147,12 +127,11 @@ int run_plan(int argc, char** argv) {
   o.kind = schedule_kind(kind, o.pp, 1);
   o.micro_batches = int(micro_batches ? micro_batches : 2 * pp + 2);
   const auto lists = file.empty() ? make_schedules(o) : read_lists(file, pp);
-  const Plan plan{o, lists, check_schedule(o, lists)};
-  const string& why = plan.check.why;
-  if (!plan.check.ok() && file.empty()) failed("schedule", why);
-  if (!plan.check.ok()) bad_input(file, why, "the lists that pith plan --schedule --json prints");
-  if (!svg.empty()) write_file_durably(svg, draw_svg(plan));
-  printf("%s", (json ? to_json(plan) : draw_text(plan)).c_str());
+  const ScheduleCheck check = check_schedule(o, lists);
+  if (!check.ok() && file.empty()) failed("schedule", check.why);
+  if (!check.ok()) bad_input(file, check.why, "the lists that pith plan --schedule --json prints");
+  if (!svg.empty()) write_file_durably(svg, to_svg(draw(o, lists, check, 1 << 20)));
+  printf("%s", (json ? to_json(o, lists, check) : draw(o, lists, check, 85)).c_str());
   return kExitDone;
 }
 

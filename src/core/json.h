@@ -57,8 +57,7 @@ class Json {
   const char* separator_ = "";  // before a key
 };
 
-// w.object().key("a").array().value(1).end().members("b", 2, "c", true).end(); NaN and Inf are
-// null.
+// w.object().key("a").array().value(1).end().members("b", 2, "c", true).end(); NaN, Inf: null.
 class JsonWriter {
  public:
   JsonWriter& object() { return open("{}"); }

@@ -13,15 +13,12 @@ void log_to_file(const string& path);
 double now_s();
 
 // Redrawn on a terminal, else a line every 10 s. A total of 0 is unknown.
-class Progress {
- public:
-  Progress(const string& what, double total, const string& unit)
-      : what_(what), unit_(unit), total_(total) {}
+struct Progress {
+  string what;
+  double total;
+  string unit;
+  double start_s = now_s(), last_s = start_s;
   void update(double done, const string& extra = "");
-
- private:
-  string what_, unit_;
-  double total_, start_s_ = now_s(), last_s_ = start_s_;
 };
 
 }

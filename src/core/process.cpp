@@ -66,7 +66,7 @@ void install_signal_handlers() {
   for (const int s : {SIGPIPE, SIGXFSZ}) signal(s, SIG_IGN);
 }
 
-int run_program(const char* name, int argc, char** argv, int (*run)(int argc, char** argv)) {
+int run_program(int argc, char** argv, int (*run)(int argc, char** argv)) {
   install_signal_handlers();
   try {
     return run(argc, argv);
@@ -74,7 +74,7 @@ int run_program(const char* name, int argc, char** argv, int (*run)(int argc, ch
     fprintf(stderr, "error: %s\n", e.what());
     return e.exit_code;
   } catch (const std::exception& e) {
-    fprintf(stderr, "error: %s: %s\n", name, e.what());
+    fprintf(stderr, "error: pith: %s\n", e.what());
   }
   return kExitFailed;
 }
@@ -124,13 +124,13 @@ double now_s() {
 void Progress::update(double done, const string& extra) {
   const bool terminal = isatty(2);
   const double now = now_s();
-  if (now - last_s_ < (terminal ? 0.2 : 10.0)) return;
-  last_s_ = now;
-  const double rate = done / (now - start_s_);
-  string line = text("%s %.1f", what_.c_str(), done);
-  if (total_ > 0) line += text("/%.1f", total_);
-  line += text(" %s (%.1f/s", unit_.c_str(), rate);
-  if (total_ > done && rate > 0) line += ", " + duration_text((total_ - done) / rate) + " left";
+  if (now - last_s < (terminal ? 0.2 : 10.0)) return;
+  last_s = now;
+  const double rate = done / (now - start_s);
+  string line = text("%s %.1f", what.c_str(), done);
+  if (total > 0) line += text("/%.1f", total);
+  line += text(" %s (%.1f/s", unit.c_str(), rate);
+  if (total > done && rate > 0) line += ", " + duration_text((total - done) / rate) + " left";
   line += ") " + extra;
   if (!terminal) return log_info("%s", line.c_str());
   const std::lock_guard lock(log_mutex);

@@ -16,6 +16,6 @@ bool stop_requested();
 void request_stop();
 
 // What main() does: handles signals, runs `run`, and says on standard error what it failed with.
-int run_program(const char* name, int argc, char** argv, int (*run)(int argc, char** argv));
+int run_program(int argc, char** argv, int (*run)(int argc, char** argv));
 
 }

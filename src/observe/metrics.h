@@ -19,11 +19,9 @@ struct StepMetrics {
   i64 step = 0, steps = 0;  // from 1, and of the run
   double loss = 0;
   vector<double> balance_loss;  // [layers], unscaled: 1 is balance; empty: not in use
-  double learning_rate = 0;
-  double gradient_norm = 0;  // before clipping
-  bool clipped = false;
-  bool skipped = false;  // the update was not finite
-  string router_forced;  // "balanced", or empty
+  double learning_rate = 0, gradient_norm = 0;  // before clipping
+  bool clipped = false, skipped = false;        // skipped: the update was not finite
+  string router_forced;                         // "balanced", or empty
   i64 tokens = 0;
   double seconds = 0;  // of the slowest rank, without evaluation and saving
   std::optional<double> mfu;
@@ -41,8 +39,7 @@ struct StepMetrics {
 string step_line(const StepMetrics& metrics);
 string step_json(const StepMetrics& metrics);
 
-// The files that steps are appended to. What does not fit on the disk is left out whole, with a
-// warning.
+// Here and below, what does not fit on the disk is left out whole, with a warning.
 
 // Makes metrics.jsonl, an object a line, or cuts it back to whole lines of steps up to `last_step`.
 void begin_metrics(const string& path, i64 last_step);

@@ -94,5 +94,5 @@ static int run(int argc, char** argv) {
 }  // namespace pith
 
 int main(int argc, char** argv) {
-  return pith::run_program("layouts_check", argc, argv, pith::run);
+  return pith::run_program(argc, argv, pith::run);
 }

@@ -154,7 +154,6 @@ TEST(MetricsFile, ContinuesBehindAStep) {
       {"torn and cut", three + torn.substr(0, 30), 1, line(1)},
       {"damage in the middle", line(1) + "{\"step\":2,\"lo\n" + line(3), 9, line(1)},
       {"not metrics", "hello\n" + three, 9, ""},
-      {"steps run backwards", line(2) + line(1), 9, line(2)},
   };
   for (const auto& c : cases) {
     const std::string path = fresh_file("metrics_cut");
