@@ -2,7 +2,6 @@
 #include <algorithm>
 
 #include "app/commands.h"
-#include "app/model_folder.h"
 
 namespace pith {
 

@@ -1,8 +1,9 @@
 #pragma once
 #include <limits>
-#include <memory>
 
-#include "core/check.h"
+#include "engine/checkpoint.h"
+#include "engine/config.h"
+#include "engine/evaluate.h"
 
 namespace CLI {
 class App;
@@ -21,8 +22,8 @@ int run_checkpoint(int argc, char** argv);
 int run_plan(int argc, char** argv);
 int run_doctor(int argc, char** argv);
 
-// The command line of a command. Values are bound by reference; what they hold is the default. A
-// name without dashes is a positional, and required.
+// A command line. Values are bound by reference and hold the defaults. A name without dashes is a
+// positional, and required.
 class Arguments {
  public:
   explicit Arguments(const string& command, const string& about = "");
@@ -44,5 +45,26 @@ class Arguments {
  private:
   std::unique_ptr<CLI::App> app_;
 };
+
+// F32, by Hugging Face name.
+vector<TensorDecl> declarations(const ParameterTable& table);
+
+struct ModelFolder {
+  Checkpoint weights;
+  Json config;
+  ParameterTable table;
+  ModelShape shape;
+  std::optional<RunConfig> run;  // that the model comes from, if known
+};
+// A run folder, a checkpoint, or a Hugging Face folder, whose weights are checked. Exit code 2.
+ModelFolder open_model(const string& folder);
+
+// `path`, or the tokenizer.json in it if it is a folder.
+string tokenizer_file(const string& path);
+// The tokenizer.json in the folder `path` or one above; empty if none.
+string find_tokenizer(const string& path);
+
+// Bits a byte of held-out text for each nat a label; 0 if no tokenizer is found with the data.
+double bits_a_byte(const Dataset& data, const string& data_path);
 
 }

@@ -2,14 +2,11 @@
 #include <filesystem>
 
 #include "app/commands.h"
-#include "app/model_folder.h"
 #include "core/log.h"
 #include "core/process.h"
 
 namespace pith {
 namespace fs = std::filesystem;
-
-constexpr i64 kMaxShardBytes = 5'000'000'000;
 
 // What goes along with weights, where it is there.
 const char* const kCompanions[] = {
@@ -18,17 +15,18 @@ const char* const kCompanions[] = {
 
 // Tokenizer and generation files, from the folder that was named, or else beside the weights.
 static void copy_companions(const string& named, const string& beside, const string& to) {
-  const string given = fs::is_regular_file(named) ? folder_of(named) : named;
+  const string from = named.empty()                ? beside
+                      : fs::is_regular_file(named) ? folder_of(named)
+                                                   : named;
   int copied = 0;
   for (const char* name : kCompanions) {
-    const string path = (named.empty() ? beside : given) + "/" + name;
+    const string path = from + "/" + name;
     if (!fs::exists(path)) continue;
     write_file_durably(to + "/" + name, read_text_file(path));
     copied++;
   }
   if (copied == 0 && !named.empty())
     bad_input(named, "has no tokenizer files", "a folder with tokenizer.json");
-  if (copied == 0) log_info("no tokenizer files: --tokenizer DIR names their folder");
   // Else transformers takes the model type's own class, with that one's pre-tokenizer.
   const string config = to + "/tokenizer_config.json";
   if (fs::exists(to + "/tokenizer.json") && !fs::exists(config))
@@ -37,7 +35,7 @@ static void copy_companions(const string& named, const string& beside, const str
 
 static void write_weights(const Checkpoint& source, const vector<TensorDecl>& weights,
                           const string& to) {
-  SafetensorsWriter writer(to + "/model.safetensors", weights, kMaxShardBytes);
+  SafetensorsWriter writer(to + "/model.safetensors", weights, 5'000'000'000);
   Progress progress("converting", double(weights.size()), "tensors");
   double done = 0;
   for (const TensorDecl& weight : weights) {

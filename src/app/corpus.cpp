@@ -2,7 +2,6 @@
 #include <algorithm>
 
 #include "app/commands.h"
-#include "app/model_folder.h"
 #include "core/json.h"
 #include "core/log.h"
 #include "core/process.h"

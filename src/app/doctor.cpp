@@ -38,7 +38,6 @@ int run_doctor(int argc, char** argv) {
     w.object().members("verdict", verdict, "name", name, "value", value).end();
     if (!json) printf("%s  %-10s %s\n", verdict, name, value.c_str());
   };
-  say(true, "program", "compiled by " __VERSION__);
   say(true, "blas", openblas_get_config());
   const bool fast = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   say(fast, "cpu",
@@ -55,8 +54,6 @@ int run_doctor(int argc, char** argv) {
       folder + ": " +
           (writable ? bytes_text(double(space.available)) + " free"
                     : string("cannot be written (") + strerror(errno) + ")"));
-  const string driver = value_of("/proc/driver/nvidia/version", "NVRM version");
-  say(true, "gpu driver", driver.empty() ? "none" : driver);
   string why = "this program is built without CUDA";
   const vector<string> gpus = kCuda ? cuda_devices(why) : vector<string>();
   for (const string& gpu : gpus) say(true, "gpu", gpu);

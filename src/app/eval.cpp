@@ -1,6 +1,5 @@
 // pith eval and pith generate: a saved model on one CPU rank.
 #include "app/commands.h"
-#include "app/model_folder.h"
 #include "comm/launch.h"
 #include "core/log.h"
 #include "core/process.h"

@@ -1,8 +1,8 @@
-#include "app/model_folder.h"
-
+// What commands find out about a model, and its text, from the folder that holds it.
 #include <filesystem>
 #include <numbers>
 
+#include "app/commands.h"
 #include "data/tokenizer.h"
 
 namespace pith {
@@ -18,9 +18,10 @@ vector<TensorDecl> declarations(const ParameterTable& table) {
 
 ModelFolder open_model(const string& folder) {
   ModelFolder m{.weights = open_weights(folder)};
-  const string &at = m.weights.folder, &config = m.weights.state.model;
-  if (config.empty()) bad_input(at, "has no config.json", "putting the model's config.json there");
-  m.config = Json::parse(config, at + "/config.json");
+  const string& text = m.weights.state.model;
+  if (text.empty())
+    bad_input(m.weights.folder, "has no config.json", "putting the model's config.json there");
+  m.config = Json::parse(text, m.weights.folder + "/config.json");
   m.shape = make_instance(m.config).shape;
   m.table = whole_table(m.config);
   check_weights(m.weights, m.table);

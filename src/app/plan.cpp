@@ -61,14 +61,14 @@ static string to_svg(const string& drawing) {
     columns = max(columns, line.size());
     out += text("<text x=\"8\" y=\"%d\">", 20 + 18 * lines);
     for (const char c : line) {
-      const bool begins = line.back() == '|' && strchr("FBWfbw.|", c);
+      const bool begins = line.back() == '|' && strchr("FBWfbw", c);
       out += begins ? text("<tspan class=\"%c\">%c</tspan>", toupper(c), c) : string(1, c);
     }
     out += "</text>\n";
   }
   return text(
              "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%zu\" height=\"%d\">\n"
-             "<style>svg{background:#fff}text{font:12px monospace;white-space:pre}tspan{fill:#bbb}"
+             "<style>svg{background:#fff}text{font:12px monospace;white-space:pre}"
              ".F{fill:#06c}.B{fill:#d50}.W{fill:#082}</style>\n",
              20 + 8 * columns, 20 + 18 * lines) +
          out + "</svg>\n";

@@ -1,6 +1,5 @@
 // pith train.
 #include "app/commands.h"
-#include "app/model_folder.h"
 #include "core/log.h"
 #include "engine/trainer.h"
 #include "observe/report.h"

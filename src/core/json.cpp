@@ -34,7 +34,7 @@ string read_text_file(const string& path) {
 Json Json::parse(const string& text_in, const string& place) {
   if (text_in.find_first_not_of(" \t\r\n") == string::npos)
     bad_input(place, text("is empty (got %zu bytes, need JSON)", text_in.size()),
-              "fetch or write the file again");
+              "fetch the file again");
   vector<std::set<string>> open_keys;
   const auto refuse_duplicates = [&](int, Value::parse_event_t event, Value& parsed) {
     if (event == Value::parse_event_t::object_start) open_keys.emplace_back();
@@ -48,7 +48,7 @@ Json Json::parse(const string& text_in, const string& place) {
   } catch (const Value::exception& error) {
     const string why = error.what();
     bad_input(place, "is not valid JSON: " + why.substr(why.find("] ") + 2),
-              "correct it there; if the file was cut short, fetch or write it again");
+              "correct it there, or fetch the file again");
   }
 }
 

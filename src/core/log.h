@@ -18,7 +18,7 @@ struct Progress {
   double total;
   string unit;
   double start_s = now_s(), last_s = start_s;
-  void update(double done, const string& extra = "");
+  void update(double done);
 };
 
 }

@@ -121,7 +121,7 @@ double now_s() {
   return std::chrono::duration<double>(t).count();
 }
 
-void Progress::update(double done, const string& extra) {
+void Progress::update(double done) {
   const bool terminal = isatty(2);
   const double now = now_s();
   if (now - last_s < (terminal ? 0.2 : 10.0)) return;
@@ -131,7 +131,7 @@ void Progress::update(double done, const string& extra) {
   if (total > 0) line += text("/%.1f", total);
   line += text(" %s (%.1f/s", unit.c_str(), rate);
   if (total > done && rate > 0) line += ", " + duration_text((total - done) / rate) + " left";
-  line += ") " + extra;
+  line += ")";
   if (!terminal) return log_info("%s", line.c_str());
   const std::lock_guard lock(log_mutex);
   fprintf(stderr, "\r\033[K%s", line.c_str());

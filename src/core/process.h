@@ -1,4 +1,4 @@
-// process: the program's only mutable globals, because signal handlers and callbacks need them.
+// process: the only mutable globals, which signal handlers and callbacks need.
 #pragma once
 #include "core/rank.h"
 

@@ -157,8 +157,7 @@ void Trainer::train(const string& routing_trace) {
       m.left_s = (now_s() - began) / double(m.step - run.state.step) * double(m.steps - m.step);
       if (due(config.train.log_interval) || m.step == 1 || m.eval_loss)
         log_info("%s", step_line(m).c_str());
-      append_metrics(run.metrics, m);
-      append_events(run.events, m, double(time(nullptr)));
+      append_step(run.metrics, run.events, m, double(time(nullptr)));
     }
     if (!saving) continue;
     state.samples = state.step * plan.batch.global_batch;

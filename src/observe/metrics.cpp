@@ -110,10 +110,6 @@ void begin_metrics(const string& path, i64 last_step) {
   fs::resize_file(path, end);
 }
 
-void append_metrics(const string& path, const StepMetrics& metrics) {
-  append(path, step_json(metrics) + "\n");
-}
-
 vector<Json> read_metrics(const string& path) {
   vector<Json> lines;
   size_t end = 0;
@@ -180,8 +176,11 @@ void append_scalars(const string& path, i64 step, double wall_s,
   append_event(path, step, wall_s, field(5, summary));
 }
 
-void append_events(const string& path, const StepMetrics& metrics, double wall_s) {
-  const Json line = Json::parse(step_json(metrics), path);
+void append_step(const string& metrics_path, const string& events_path, const StepMetrics& metrics,
+                 double wall_s) {
+  const string json = step_json(metrics);
+  append(metrics_path, json + "\n");
+  const Json line = Json::parse(json, metrics_path);
   vector<std::pair<string, double>> values;
   for (const string& key : line.keys()) {
     const Json value = line[key];
@@ -190,7 +189,7 @@ void append_events(const string& path, const StepMetrics& metrics, double wall_s
       if (value[i].is_number())
         values.emplace_back(text("%s/layer-%03ld", key.c_str(), i), value[i].as_double());
   }
-  append_scalars(path, metrics.step, wall_s, values);
+  append_scalars(events_path, metrics.step, wall_s, values);
 }
 
 }

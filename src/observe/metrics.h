@@ -6,11 +6,9 @@
 
 namespace pith {
 
-// By layer.
+// By layer; 1 is balance of the first and last.
 struct ExpertLoad {
-  vector<double> max_over_mean;  // 1 is balance, E the worst
-  vector<double> dead_share;
-  vector<double> entropy;  // over log E: 1 is balance
+  vector<double> max_over_mean, dead_share, entropy;
 };
 // counts [layers * experts]
 ExpertLoad expert_load(const vector<double>& counts, int num_experts);
@@ -24,11 +22,9 @@ struct StepMetrics {
   string router_forced;                         // "balanced", or empty
   i64 tokens = 0;
   double seconds = 0;  // of the slowest rank, without evaluation and saving
-  std::optional<double> mfu;
+  std::optional<double> mfu, eval_loss;
   double peak_memory_bytes = 0;  // of the fullest rank
-  double checkpoint_stall_s = 0;
-  double left_s = 0;  // not kept
-  std::optional<double> eval_loss;
+  double checkpoint_stall_s = 0, left_s = 0;
   ExpertLoad load;
 
   double tokens_per_second() const { return seconds > 0 ? double(tokens) / seconds : 0; }
@@ -43,7 +39,6 @@ string step_json(const StepMetrics& metrics);
 
 // Makes metrics.jsonl, an object a line, or cuts it back to whole lines of steps up to `last_step`.
 void begin_metrics(const string& path, i64 last_step);
-void append_metrics(const string& path, const StepMetrics& metrics);
 // Its lines; what is not finite is null. Exit code 2 naming a damaged one.
 vector<Json> read_metrics(const string& path);
 
@@ -51,8 +46,9 @@ vector<Json> read_metrics(const string& path);
 string begin_events(const string& folder, i64 first_step, double wall_s);
 void append_scalars(const string& path, i64 step, double wall_s,
                     const vector<std::pair<string, double>>& values);
-// The numbers of step_json(): as step/KEY, or KEY/layer-000 and so on.
-void append_events(const string& path, const StepMetrics& metrics, double wall_s);
+// step_json() into metrics.jsonl and, as step/KEY or KEY/layer-000 and so on, into the events.
+void append_step(const string& metrics_path, const string& events_path, const StepMetrics& metrics,
+                 double wall_s);
 u32 crc32c(const string& bytes);
 
 }

@@ -4,14 +4,10 @@
 
 namespace pith {
 
-// Bytes.
+// Bytes: of F32 master shards, gathered weights, full gradients and reduced shards, and so on.
 struct RankMemory {
-  i64 weights = 0;       // F32 master shard
-  i64 compute_copy = 0;  // gathered weights
-  i64 gradients = 0;     // full accumulators and reduced shard
-  i64 optimizer = 0;
-  i64 activations = 0;  // estimate
-  i64 workspace = 0;    // estimate
+  i64 weights = 0, compute_copy = 0, gradients = 0, optimizer = 0;
+  i64 activations = 0, workspace = 0;  // estimates
   i64 total() const {
     return weights + compute_copy + gradients + optimizer + activations + workspace;
   }

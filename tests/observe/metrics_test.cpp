@@ -124,7 +124,8 @@ TEST(MetricsFile, ReadsBackWhatWasWritten) {
   bad.eval_loss = INFINITY;
   {
     begin_metrics(path, 0);
-    for (const StepMetrics& m : {full_sample(1), bad, sample(3)}) append_metrics(path, m);
+    for (const StepMetrics& m : {full_sample(1), bad, sample(3)})
+      append_step(path, path + ".events", m, 0);
   }
   const std::vector<Json> got = read_metrics(path);
   ASSERT_EQ(got.size(), 3u);
@@ -161,7 +162,7 @@ TEST(MetricsFile, ContinuesBehindAStep) {
     {
       begin_metrics(path, c.last_step);
       EXPECT_EQ(read_text_file(path), c.kept) << c.what;
-      append_metrics(path, sample(50));
+      append_step(path, path + ".events", sample(50), 0);
     }
     EXPECT_EQ(read_text_file(path), c.kept + line(50)) << c.what;
   }
@@ -171,18 +172,18 @@ TEST(MetricsFile, ContinuesBehindAStep) {
 TEST(MetricsFile, FullDiskKeepsWholeLines) {
   const std::string path = fresh_file("metrics_full");
   begin_metrics(path, 0);
-  append_metrics(path, sample(1));
+  append_step(path, path + ".events", sample(1), 0);
   const std::string before = read_text_file(path);
   rlimit old;
   getrlimit(RLIMIT_FSIZE, &old);
   const rlimit tight{before.size() + 20, old.rlim_max};
   const auto handler = signal(SIGXFSZ, SIG_IGN);
   setrlimit(RLIMIT_FSIZE, &tight);
-  append_metrics(path, sample(2));
+  append_step(path, path + ".events", sample(2), 0);
   setrlimit(RLIMIT_FSIZE, &old);
   signal(SIGXFSZ, handler);
   EXPECT_EQ(read_text_file(path), before);
-  append_metrics(path, sample(3));
+  append_step(path, path + ".events", sample(3), 0);
   EXPECT_EQ(read_metrics(path).size(), 2u);
 }
 

@@ -117,12 +117,12 @@ TEST(TensorBoard, StepWritesEveryNumber) {
                                    "expert_load_dead/layer-000",
                                    "expert_load_entropy/layer-001"};
   const std::string path = begin_events(fresh_folder("tensorboard_step"), 1, 1700000000);
-  append_events(path, m, 1700000001);
+  append_step(path + ".jsonl", path, m, 1700000001);
   m.balance_loss = {1};
   m.mfu = 0.5;
   m.eval_loss = 2.5;
   m.load = {{1, 1}, {0, 0}, {1, 1}};
-  append_events(path, m, 1700000002);
+  append_step(path + ".jsonl", path, m, 1700000002);
   const std::vector<std::string> frames = frames_of(read_text_file(path));
   ASSERT_EQ(frames.size(), 3u);
   const auto has = [](const std::string& frame, const char* tag) {
