@@ -15,9 +15,8 @@ const char* const kCompanions[] = {
 
 // Tokenizer and generation files, from the folder that was named, or else beside the weights.
 static void copy_companions(const string& named, const string& beside, const string& to) {
-  const string from = named.empty()                ? beside
-                      : fs::is_regular_file(named) ? folder_of(named)
-                                                   : named;
+  string from = named.empty() ? beside : named;
+  if (fs::is_regular_file(from)) from = folder_of(from);
   int copied = 0;
   for (const char* name : kCompanions) {
     const string path = from + "/" + name;

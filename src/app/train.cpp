@@ -12,21 +12,21 @@ static int dry_run(const RunPlan& plan) {
   const RunConfig& config = plan.config;
   const i64 length = config.data.sequence_length;
   const i64 needed = config.train.steps * plan.batch.global_batch;
-  const std::pair<const char*, i64> numbers[] = {
-      {"parameters", plan.parameters},
-      {"active_parameters", plan.active_parameters},
-      {"sequences_a_step", plan.batch.global_batch},
-      {"tokens_a_step", plan.step_tokens()},
-      {"micro_batches", plan.schedule.micro_batches},
-      {"sequences_a_micro_batch", plan.batch.micro_batch},
-      {"tokens_needed", needed * length},
-      {"tokens_available", data.samples_per_epoch() * config.data.max_epochs * length}};
   const Mesh& mesh = plan.mesh;
   printf("%s\n%-24s %d = pp %d * dp %d * cp %d * ep %d\n%-24s %s\n", to_toml(config).c_str(),
          "ranks", mesh.world(), mesh.pp, mesh.dp, mesh.cp, mesh.ep, "schedule",
          name_of(plan.schedule.kind));
-  for (const auto& [name, number] : numbers)
+  const auto line = [](const char* name, i64 number) {
     printf("%-24s %s\n", name, with_commas(number).c_str());
+  };
+  line("parameters", plan.parameters);
+  line("active_parameters", plan.active_parameters);
+  line("sequences_a_step", plan.batch.global_batch);
+  line("tokens_a_step", plan.step_tokens());
+  line("micro_batches", plan.schedule.micro_batches);
+  line("sequences_a_micro_batch", plan.batch.micro_batch);
+  line("tokens_needed", needed * length);
+  line("tokens_available", data.samples_per_epoch() * config.data.max_epochs * length);
   printf("\n%s", memory_table(rank_memory(plan)).c_str());
   data.require_samples(needed);
   return kExitDone;

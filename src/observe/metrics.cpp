@@ -83,38 +83,32 @@ static void append(const string& path, const string& bytes) {
   fs::resize_file(path, before, error);
 }
 
-// Appends the whole lines of steps up to `last_step` to `lines`, and says where they end.
-static void read_lines(const string& path, const string& bytes, i64 last_step, vector<Json>& lines,
-                       size_t& end) {
-  while (end < bytes.size()) {
+vector<Json> read_metrics(const string& path, i64 last_step, size_t* end) {
+  const string bytes = read_text_file(path);
+  vector<Json> lines;
+  size_t own_end;
+  size_t& at = end ? *end : own_end;
+  for (at = 0; at < bytes.size();) {
     const string place = text("%s: line %zu", path.c_str(), lines.size() + 1);
-    const size_t newline = bytes.find('\n', end);
+    const size_t newline = bytes.find('\n', at);
     if (newline == string::npos) bad_input(place, "is cut short", "removing it");
-    const Json line = Json::parse(bytes.substr(end, newline - end), place);
+    const Json line = Json::parse(bytes.substr(at, newline - at), place);
     if (line["step"].as_int() > last_step) break;
     lines.push_back(line);
-    end = newline + 1;
+    at = newline + 1;
   }
+  return lines;
 }
 
 void begin_metrics(const string& path, i64 last_step) {
   if (!fs::exists(path)) write_file_durably(path, "");
-  const string bytes = read_text_file(path);
-  vector<Json> lines;
-  size_t end = 0;
+  size_t end = fs::file_size(path);
   try {
-    read_lines(path, bytes, last_step, lines, end);
+    read_metrics(path, last_step, &end);
   } catch (const Error& error) {
     log_warning("%s; it and what follows are dropped", error.what());
   }
   fs::resize_file(path, end);
-}
-
-vector<Json> read_metrics(const string& path) {
-  vector<Json> lines;
-  size_t end = 0;
-  read_lines(path, read_text_file(path), INT64_MAX, lines, end);
-  return lines;
 }
 
 u32 crc32c(const string& bytes) {

@@ -39,8 +39,8 @@ string step_json(const StepMetrics& metrics);
 
 // Makes metrics.jsonl, an object a line, or cuts it back to whole lines of steps up to `last_step`.
 void begin_metrics(const string& path, i64 last_step);
-// Its lines; what is not finite is null. Exit code 2 naming a damaged one.
-vector<Json> read_metrics(const string& path);
+// Its lines, and where they end; what is not finite is null. Exit code 2 naming a damaged one.
+vector<Json> read_metrics(const string& path, i64 last_step = INT64_MAX, size_t* end = nullptr);
 
 // The path of a new TensorBoard file, which voids what others say of `first_step` on.
 string begin_events(const string& folder, i64 first_step, double wall_s);

@@ -93,6 +93,4 @@ static int run(int argc, char** argv) {
 
 }  // namespace pith
 
-int main(int argc, char** argv) {
-  return pith::run_program(argc, argv, pith::run);
-}
+int main(int argc, char** argv) { return pith::run_program(argc, argv, pith::run); }
