@@ -8,12 +8,11 @@
 namespace pith {
 namespace fs = std::filesystem;
 
-// What goes along with weights, where it is there.
 const char* const kCompanions[] = {
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
     "merges.txt",     "chat_template.jinja",   "generation_config.json"};
 
-// Tokenizer and generation files, from the folder that was named, or else beside the weights.
+// From the folder that was named, or else beside the weights.
 static void copy_companions(const string& named, const string& beside, const string& to) {
   string from = named.empty() ? beside : named;
   if (fs::is_regular_file(from)) from = folder_of(from);

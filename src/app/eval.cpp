@@ -96,7 +96,6 @@ int run_generate(int argc, char** argv) {
   EncodeScratch scratch;
   tokenizer.encode(prompt, ids, {}, scratch);
   if (ids.empty()) bad_input("pith generate", "has no text to continue", "--prompt TEXT");
-  const size_t given = ids.size();
   const i64 length = row_length(model);
   Progress progress("generating", double(count), "tokens");
   with_model(model, length, [&](Rank& rank, Instance& instance) {
@@ -108,8 +107,7 @@ int run_generate(int argc, char** argv) {
       progress.update(double(i + 1));
     }
   });
-  ids.erase(ids.begin(), ids.begin() + given);
-  printf("%s%s\n", prompt.c_str(), tokenizer.decode(ids, SpecialTokens::Keep).c_str());
+  printf("%s\n", tokenizer.decode(ids, SpecialTokens::Keep).c_str());
   return stop_requested() ? kExitStopped : kExitDone;
 }
 

@@ -1,4 +1,4 @@
-// check: where code was called from, the one form of every error, its exit code; text of values.
+// check: where code was called from, the one form of every error, text of values.
 #pragma once
 #include <cmath>
 #include <cstdarg>
