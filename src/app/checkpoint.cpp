@@ -1,4 +1,3 @@
-// pith checkpoint: list, verify and diff.
 #include <algorithm>
 
 #include "app/commands.h"
@@ -13,7 +12,7 @@ static int examine(const string& named, bool whole, bool json) {
   w.array();
   int code = kExitDone;
   for (const auto& [step, path] : folders) {
-    Checkpoint c{.state = {.step = step}};
+    Checkpoint c;
     string error;
     try {
       c = open_checkpoint(path);

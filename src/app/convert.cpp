@@ -1,4 +1,3 @@
-// pith convert: export-hf and import-hf, between checkpoints and Hugging Face folders.
 #include <filesystem>
 
 #include "app/commands.h"
@@ -49,12 +48,11 @@ static void write_weights(const Checkpoint& source, const vector<TensorDecl>& we
 
 // config.json with the dtype of the weights beside it, which loaders take as their own.
 static void write_config(const Json& config, FileDType dtype, const string& to) {
-  const string key = config.has("dtype") ? "dtype" : "torch_dtype";
   JsonWriter w;
   w.object();
   for (const string& k : config.keys())
-    if (k != key) w.key(k).raw(config[k].dump());
-  w.members(key, dtype == FileDType::BF16 ? "bfloat16" : "float32").end();
+    if (k != "dtype" && k != "torch_dtype") w.key(k).raw(config[k].dump());
+  w.members("torch_dtype", dtype == FileDType::BF16 ? "bfloat16" : "float32").end();
   write_file_durably(to + "/config.json", Json::parse(w.str(), to).dump(2) + "\n");
 }
 

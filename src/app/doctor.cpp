@@ -1,4 +1,3 @@
-// pith doctor: what this machine offers.
 #include <sched.h>
 #include <unistd.h>
 

@@ -1,4 +1,3 @@
-// pith plan: the timeline of a pipeline schedule.
 #include <sstream>
 
 #include "app/commands.h"

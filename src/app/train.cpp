@@ -1,4 +1,3 @@
-// pith train.
 #include "app/commands.h"
 #include "core/log.h"
 #include "engine/trainer.h"
@@ -6,7 +5,6 @@
 
 namespace pith {
 
-// The plan in the numbers that a user decides by.
 static int dry_run(const RunPlan& plan) {
   const Dataset data = open_data(plan);
   const RunConfig& config = plan.config;

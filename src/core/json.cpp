@@ -33,8 +33,7 @@ string read_text_file(const string& path) {
 
 Json Json::parse(const string& text_in, const string& place) {
   if (text_in.find_first_not_of(" \t\r\n") == string::npos)
-    bad_input(place, text("is empty (got %zu bytes, need JSON)", text_in.size()),
-              "fetch the file again");
+    bad_input(place, "is empty (need JSON)", "fetch the file again");
   vector<std::set<string>> open_keys;
   const auto refuse_duplicates = [&](int, Value::parse_event_t event, Value& parsed) {
     if (event == Value::parse_event_t::object_start) open_keys.emplace_back();

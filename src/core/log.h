@@ -7,7 +7,7 @@ namespace pith {
 [[gnu::format(printf, 1, 2)]] void log_info(const char* format, ...);
 [[gnu::format(printf, 1, 2)]] void log_warning(const char* format, ...);
 
-// "" closes the file.
+// "": to none.
 void log_to_file(const string& path);
 
 double now_s();
