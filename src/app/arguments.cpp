@@ -4,8 +4,7 @@
 
 namespace pith {
 
-Arguments::Arguments(const string& command, const string& about)
-    : app_(std::make_unique<CLI::App>(about, command)) {}
+Arguments::Arguments(const string& command) : app_(std::make_unique<CLI::App>("", command)) {}
 Arguments::~Arguments() = default;
 
 void Arguments::option(const string& name, string& value, const string& about) {

@@ -81,8 +81,7 @@ int run_checkpoint(int argc, char** argv) {
   args.choice("action", action, {"list", "verify", "diff"},
               "diff: exit code 1 if weights of the two differ");
   args.list("folder", folders,
-            "a checkpoint, or a run folder: all of its checkpoints; diff: two of them or of "
-            "Hugging Face's",
+            "checkpoint, or run folder: all of its checkpoints; diff: two, also Hugging Face's",
             ' ');
   args.option("--limit", limit, "diff: relative L2 that a weight may differ by", 0);
   args.flag("--json", json, "print the result as JSON");

@@ -26,7 +26,7 @@ int run_doctor(int argc, char** argv);
 // positional, and required.
 class Arguments {
  public:
-  explicit Arguments(const string& command, const string& about = "");
+  explicit Arguments(const string& command);
   ~Arguments();
 
   void option(const string& name, string& value, const string& about);

@@ -72,7 +72,7 @@ static void print_report(const CorpusReport& r, bool json) {
 }
 
 int run_tokenize(int argc, char** argv) {
-  Arguments args("pith tokenize", "Turns text into token files that training reads, or back.");
+  Arguments args("pith tokenize");
   CorpusOptions o;
   string format = "auto", encoded;
   bool json = false;
@@ -144,7 +144,7 @@ static void print_table(const CorpusSummary& s) {
 }
 
 int run_corpus(int argc, char** argv) {
-  Arguments args("pith corpus", "Looks into token files.");
+  Arguments args("pith corpus");
   string action, path;
   i64 top = 20, samples = 3;
   bool json = false;

@@ -37,10 +37,9 @@ void print_line(const Layout& layout, const LayoutResult& r, double seconds, boo
 }  // namespace
 
 static int run(int argc, char** argv) {
-  Arguments args("layouts_check",
-                 "Proves that parallel layouts train the same model: runs each for some steps on "
-                 "CPU ranks and compares gradients, losses, experts and weights with one rank. "
-                 "Exit code 1 if one differs.");
+  // Runs each layout for some steps on CPU ranks and compares gradients, losses, experts and
+  // weights with one rank. Exit code 1 if one differs.
+  Arguments args("layouts_check");
   string file;
   vector<string> set, names;
   bool all = false, json = false;
