@@ -72,12 +72,10 @@ int run_convert(int argc, char** argv) {
   Arguments args("pith convert");
   string action, from, to, tokenizer, dtype = "bf16";
   args.choice("action", action, {"export-hf", "import-hf"}, "the direction");
-  args.option("from", from,
-              "a checkpoint, or a run folder for its newest; import-hf: a Hugging Face folder");
+  args.option("from", from, "checkpoint or run folder; import-hf: Hugging Face folder");
   args.option("to", to, "folder to make");
   args.choice("--dtype", dtype, {"bf16", "fp32"}, "of exported weights");
-  args.option("--tokenizer", tokenizer,
-              "folder of tokenizer files to copy; default: that of the weights");
+  args.option("--tokenizer", tokenizer, "folder of tokenizer files; default: that of the weights");
   if (!args.parse(argc, argv)) return kExitDone;
   while (to.size() > 1 && to.back() == '/') to.pop_back();
   const ModelFolder source = open_model(from);

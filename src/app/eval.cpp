@@ -7,7 +7,7 @@
 
 namespace pith {
 
-static constexpr const char* kModel = "run folder, step-NNNNNNNN, or Hugging Face folder";
+static constexpr const char* kModel = "run, checkpoint or Hugging Face folder";
 
 // Tokens of a row as trained.
 static i64 row_length(const ModelFolder& model) {

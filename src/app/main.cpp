@@ -26,7 +26,7 @@ static int run(int argc, char** argv) {
   if (name != "--help") bad_input("pith", "unknown command (got \"" + name + "\")", "pith --help");
   printf(
       "pith: trains Mixture-of-Experts models.\n\n"
-      "usage: pith COMMAND [ARGUMENTS]   (pith COMMAND --help says more)\n\n");
+      "usage: pith COMMAND [ARGUMENTS], or pith COMMAND --help\n\n");
   for (const auto& c : kCommands) printf("  %-11s %s\n", c.name, c.about);
   printf(
       "\nexit codes: 0 done; 1 failed while running; 2 bad usage, configuration or input;\n"

@@ -117,8 +117,8 @@ int run_plan(int argc, char** argv) {
   args.option("--pp", pp, "pipeline ranks", 1, 256);
   args.option("--micro-batches", micro_batches, "in a step; 0: 2 * pp + 2", 0, 4096);
   args.option("--svg", svg, "draw into this file");
-  args.flag("--json", json, "print the lists of actions with their times as JSON");
-  args.option("--check", file, "prove and draw the lists of this file, as --json prints them");
+  args.flag("--json", json, "print the lists of actions with times");
+  args.option("--check", file, "prove the lists of this file, as --json prints them");
   if (!args.parse(argc, argv)) return kExitDone;
   if (!schedule)
     bad_input("pith plan", "does not say what to plan (need --schedule)", "--schedule");

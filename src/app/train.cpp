@@ -77,7 +77,7 @@ int run_train(int argc, char** argv) {
   args.list("--set", set, "KEY=VALUE: overrides a key of the file, such as train.steps=10");
   args.choice("--device", device, {"cpu"}, "where to train");
   args.option("--ranks", ranks, "ranks of this machine; 0: as many as pp * cp * ep need", 0, 256);
-  args.flag("--dry-run", dry, "print the plan and leave; nothing is allocated or written");
+  args.flag("--dry-run", dry, "print the plan, write nothing");
   args.option("--routing-trace", options.routing_trace,
               "folder for each step's expert ids and weights, as .npy");
   args.option("--routing-replay", options.routing_replay,

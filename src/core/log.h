@@ -7,7 +7,6 @@ namespace pith {
 [[gnu::format(printf, 1, 2)]] void log_info(const char* format, ...);
 [[gnu::format(printf, 1, 2)]] void log_warning(const char* format, ...);
 
-// "": to none.
 void log_to_file(const string& path);
 
 double now_s();
