@@ -11,7 +11,7 @@ const char* const kCompanions[] = {"tokenizer.json", "tokenizer_config.json",
                                    "special_tokens_map.json", "chat_template.jinja",
                                    "generation_config.json"};
 
-// From the folder that was named, or else beside the weights.
+// From the folder named, or else beside the weights.
 static void copy_companions(const string& named, const string& beside, const string& to) {
   string from = named.empty() ? beside : named;
   if (fs::is_regular_file(from)) from = folder_of(from);
