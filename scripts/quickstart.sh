@@ -32,7 +32,7 @@ settings=(--set "run.folder=$run" --set "data.path=$tokens")
 echo "== 1. text to tokens"
 build/pith tokenize --tokenizer configs/quickstart/tokenizer.json --format text --join text \
     --output "$tokens" "${text[@]}"
-count=$(build/pith corpus inspect "$tokens" --top 0 --samples 0 --json | sed -nE 's/^ *"tokens": ([0-9]+),/\1/p')
+count=$(build/pith corpus inspect "$tokens" --top 0 --samples 0 --json | sed -nE 's/.*"tokens": ([0-9]+),.*/\1/p')
 if [ "$count" -lt 200000 ]; then
     echo "note: $count tokens are little: the model will learn them by heart and do badly on what is held out." \
         "A megabyte of text or more does better."

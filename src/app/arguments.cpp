@@ -1,21 +1,14 @@
-#include "app/arguments.h"
-
 #include <CLI/CLI.hpp>
+
+#include "app/commands.h"
 
 namespace pith {
 
-Arguments::Arguments(const string& command, const string& about)
-    : app_(std::make_unique<CLI::App>(about, command)) {
-  app_->get_formatter()->column_width(34);
-}
+Arguments::Arguments(const string& command) : app_(std::make_unique<CLI::App>("", command)) {}
 Arguments::~Arguments() = default;
 
-void Arguments::positional(const string& name, string& value, const string& about, bool required) {
-  app_->add_option(name, value, about)->required(required);
-}
-
 void Arguments::option(const string& name, string& value, const string& about) {
-  CLI::Option* option = app_->add_option(name, value, about);
+  CLI::Option* option = app_->add_option(name, value, about)->required(name[0] != '-');
   if (!value.empty()) option->capture_default_str();
 }
 
@@ -27,25 +20,22 @@ void Arguments::option(const string& name, T& value, const string& about,
 template void Arguments::option(const string&, i64&, const string&, i64, i64);
 template void Arguments::option(const string&, double&, const string&, double, double);
 
-void Arguments::list(const string& name, vector<string>& values, const string& about,
-                     char separator) {
-  CLI::Option* option = app_->add_option(name, values, about)->allow_extra_args(separator == ' ');
-  if (separator == ',') option->delimiter(',');
-}
-
 void Arguments::choice(const string& name, string& value, const vector<string>& choices,
                        const string& about) {
-  const bool required = name[0] != '-';
-  CLI::Option* option = app_->add_option(name, value, about)->required(required);
-  option->check(CLI::IsMember(choices));
-  if (!required) option->capture_default_str();
+  option(name, value, about);
+  app_->get_option(name)->check(CLI::IsMember(choices));
+}
+
+void Arguments::list(const string& name, vector<string>& values, const string& about,
+                     char separator) {
+  CLI::Option* option = app_->add_option(name, values, about)->required(name[0] != '-');
+  option->allow_extra_args(separator == ' ');
+  if (separator == ',') option->delimiter(',');
 }
 
 void Arguments::flag(const string& name, bool& value, const string& about) {
   app_->add_flag(name, value, about);
 }
-
-bool Arguments::given(const string& name) const { return app_->count(name) > 0; }
 
 bool Arguments::parse(int argc, char** argv) {
   try {

@@ -1,23 +1,18 @@
-// pith checkpoint: list, verify and diff.
 #include <algorithm>
 
-#include "app/arguments.h"
 #include "app/commands.h"
-#include "app/model_folder.h"
-#include "core/log.h"
 
 namespace pith {
-namespace {
 
 // Opens a checkpoint, or each of a run's; reads all of them if `whole`.
-int examine(const string& named, bool whole, bool json) {
+static int examine(const string& named, bool whole, bool json) {
   std::map<i64, string> folders = list_checkpoints(named);
   if (folders.empty()) folders[0] = named;
-  JsonWriter w(2);
+  JsonWriter w;
   w.array();
   int code = kExitDone;
   for (const auto& [step, path] : folders) {
-    Checkpoint c{.state = {.step = step}};
+    Checkpoint c;
     string error;
     try {
       c = open_checkpoint(path);
@@ -28,9 +23,9 @@ int examine(const string& named, bool whole, bool json) {
     }
     i64 bytes = 0;
     for (const StoredFile& file : c.files) bytes += file.bytes;
-    w.object().key("path").value(path).key("step").value(c.state.step);
-    w.key("good").value(error.empty()).key("error").value(error);
-    w.key("bytes").value(bytes).key("tensors").value(c.tensors.size()).end();
+    w.object().members("path", path, "step", c.state.step, "good", error.empty(), "error", error,
+                       "bytes", bytes, "tensors", c.tensors.size());
+    w.end();
     if (!json)
       printf("%s  %s  %s in %zu tensors  %s\n", error.empty() ? "good" : "BAD ", path.c_str(),
              bytes_text(double(bytes)).c_str(), c.tensors.size(), error.c_str());
@@ -40,7 +35,7 @@ int examine(const string& named, bool whole, bool json) {
 }
 
 // ||b - a|| / ||a|| of a weight; ||b|| where a is zero.
-double relative_difference(const Checkpoint& a, const Checkpoint& b, const string& name) {
+static double relative_difference(const Checkpoint& a, const Checkpoint& b, const string& name) {
   const vector<float> x = read_tensor(a, a.tensors.at(name));
   const vector<float> y = read_tensor(b, b.tensors.at(name));
   double square = 0, norm = 0;
@@ -52,23 +47,21 @@ double relative_difference(const Checkpoint& a, const Checkpoint& b, const strin
 }
 
 // Compares every weight of two folders; exit code 1 if one differs by more than `limit`.
-int diff(const string& from, const string& to, double limit, bool json) {
-  const Checkpoint a = open_weights(from), b = open_weights(to);
-  const ParameterTable whole = whole_table(model_config(a));
-  check_weights(a, whole);
-  check_weights(b, whole);
+static int diff(const string& from, const string& to, double limit, bool json) {
+  const ModelFolder a = open_model(from);
+  const Checkpoint b = open_weights(to);
+  check_weights(b, a.table);
   vector<std::pair<double, string>> all;
-  for (const Parameter& parameter : whole)
-    for (const Piece& piece : parameter.pieces)
-      all.emplace_back(relative_difference(a, b, piece.name), piece.name);
+  for (const TensorDecl& weight : declarations(a.table))
+    all.emplace_back(relative_difference(a.weights, b, weight.name), weight.name);
   std::sort(all.rbegin(), all.rend());
-  JsonWriter w(2);
+  JsonWriter w;
   w.array();
   size_t beyond = 0;
   for (size_t i = 0; i < all.size(); i++) {
     const auto& [difference, name] = all[i];
     beyond += difference > limit;
-    w.object().key("name").value(name).key("difference").value(difference).end();
+    w.object().members("name", name, "difference", difference).end();
     if (!json && i < 10) printf("%.3e  %s\n", difference, name.c_str());
   }
   if (json)
@@ -79,29 +72,27 @@ int diff(const string& from, const string& to, double limit, bool json) {
   return beyond ? kExitFailed : kExitDone;
 }
 
-}
-
 int run_checkpoint(int argc, char** argv) {
-  Arguments args("pith checkpoint",
-                 "Lists checkpoints, checks every byte of them, or compares the weights of two.");
-  string action, folder, other;
+  Arguments args("pith checkpoint");
+  string action;
+  vector<string> folders;
   double limit = 0;
   bool json = false;
   args.choice("action", action, {"list", "verify", "diff"},
               "diff: exit code 1 if weights of the two differ");
-  args.positional("folder", folder, "a checkpoint, or a run folder: all of its checkpoints");
-  args.positional("other", other,
-                  "diff: to compare with; both may be run or Hugging Face folders too", false);
+  args.list("folder", folders,
+            "checkpoint, or run folder: all of its checkpoints; diff: two, also Hugging Face's",
+            ' ');
   args.option("--limit", limit, "diff: relative L2 that a weight may differ by", 0);
   args.flag("--json", json, "print the result as JSON");
   if (!args.parse(argc, argv)) return kExitDone;
   const string command = "pith checkpoint " + action;
-  if (action == "diff" && other.empty())
-    bad_input(command, "needs two folders (got 1)", command + " A B");
-  if (action != "diff" && (!other.empty() || args.given("--limit")))
-    bad_input(command, "takes one folder and no --limit", command + " " + folder);
-  return action == "diff" ? diff(folder, other, limit, json)
-                          : examine(folder, action == "verify", json);
+  if (action == "diff" && folders.size() != 2)
+    bad_input(command, text("needs two folders (got %zu)", folders.size()), command + " A B");
+  if (action == "diff") return diff(folders[0], folders[1], limit, json);
+  if (folders.size() > 1 || limit > 0)
+    bad_input(command, "takes one folder and no --limit", command + " " + folders[0]);
+  return examine(folders[0], action == "verify", json);
 }
 
 }

@@ -1,9 +1,17 @@
-// Each takes argv from its own name on (argv[0] is "tokenize") and returns the exit code; errors
-// are thrown as Error.
 #pragma once
+#include <limits>
+
+#include "engine/checkpoint.h"
+#include "engine/config.h"
+#include "engine/evaluate.h"
+
+namespace CLI {
+class App;
+}
 
 namespace pith {
 
+// Each takes argv from its own name on (argv[0] is "tokenize") and returns the exit code.
 int run_train(int argc, char** argv);
 int run_tokenize(int argc, char** argv);
 int run_corpus(int argc, char** argv);
@@ -13,5 +21,50 @@ int run_convert(int argc, char** argv);
 int run_checkpoint(int argc, char** argv);
 int run_plan(int argc, char** argv);
 int run_doctor(int argc, char** argv);
+
+// A command line. Values are bound by reference and hold the defaults. A name without dashes is a
+// positional, and required.
+class Arguments {
+ public:
+  explicit Arguments(const string& command);
+  ~Arguments();
+
+  void option(const string& name, string& value, const string& about);
+  template <class T>  // i64 or double
+  void option(const string& name, T& value, const string& about,
+              std::type_identity_t<T> min = std::numeric_limits<T>::lowest(),
+              std::type_identity_t<T> max = std::numeric_limits<T>::max());
+  void choice(const string& name, string& value, const vector<string>& choices,
+              const string& about);
+  // A value at a time, "--set a=1 --set b=2"; with separator ',' also "a,b", with ' ' also "a b".
+  void list(const string& name, vector<string>& values, const string& about, char separator = 0);
+  void flag(const string& name, bool& value, const string& about);
+  // False when --help was asked for and printed. Exit code 2 for a wrong command line.
+  bool parse(int argc, char** argv);
+
+ private:
+  std::unique_ptr<CLI::App> app_;
+};
+
+// F32, by Hugging Face name.
+vector<TensorDecl> declarations(const ParameterTable& table);
+
+struct ModelFolder {
+  Checkpoint weights;
+  Json config;
+  ParameterTable table;
+  ModelShape shape;
+  std::optional<RunConfig> run;  // that the model comes from, if known
+};
+// A run folder, a checkpoint, or a Hugging Face folder, whose weights are checked. Exit code 2.
+ModelFolder open_model(const string& folder);
+
+// `path`, or the tokenizer.json in it if it is a folder.
+string tokenizer_file(const string& path);
+// The tokenizer.json in the folder `path` or one above; empty if none.
+string find_tokenizer(const string& path);
+
+// Bits a byte of held-out text for each nat a label; 0 if no tokenizer is found with the data.
+double bits_a_byte(const Dataset& data, const string& data_path);
 
 }

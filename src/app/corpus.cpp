@@ -1,9 +1,7 @@
 // corpus: pith tokenize, its way back --decode, and pith corpus inspect.
 #include <algorithm>
 
-#include "app/arguments.h"
 #include "app/commands.h"
-#include "app/model_folder.h"
 #include "core/json.h"
 #include "core/log.h"
 #include "core/process.h"
@@ -74,7 +72,7 @@ static void print_report(const CorpusReport& r, bool json) {
 }
 
 int run_tokenize(int argc, char** argv) {
-  Arguments args("pith tokenize", "Turns text into token files that training reads, or back.");
+  Arguments args("pith tokenize");
   CorpusOptions o;
   string format = "auto", encoded;
   bool json = false;
@@ -107,7 +105,7 @@ int run_tokenize(int argc, char** argv) {
 }
 
 static void print_json(const CorpusSummary& s) {
-  JsonWriter w(2);
+  JsonWriter w;
   w.object().key("files").value(s.files).key("documents").value(s.documents);
   w.key("tokens").value(s.tokens).key("unfinished").value(s.unfinished);
   w.key("length_histogram").array();
@@ -146,12 +144,12 @@ static void print_table(const CorpusSummary& s) {
 }
 
 int run_corpus(int argc, char** argv) {
-  Arguments args("pith corpus", "Looks into token files.");
+  Arguments args("pith corpus");
   string action, path;
   i64 top = 20, samples = 3;
   bool json = false;
   args.choice("action", action, {"inspect"}, "inspect");
-  args.positional("folder", path, "folder of token files, or one");
+  args.option("folder", path, "folder of token files, or one");
   args.option("--top", top, "most frequent tokens to list", 0, 1000);
   args.option("--samples", samples, "documents to decode", 0, 1000);
   args.flag("--json", json, "print it as JSON");

@@ -1,18 +1,35 @@
-// eval: pith eval.
-#include "app/arguments.h"
+// pith eval and pith generate: a saved model on one CPU rank.
 #include "app/commands.h"
-#include "app/model_folder.h"
+#include "comm/launch.h"
 #include "core/log.h"
+#include "core/process.h"
+#include "data/tokenizer.h"
 
 namespace pith {
 
+static constexpr const char* kModel = "run, checkpoint or Hugging Face folder";
+
+// Tokens of a row as trained.
+static i64 row_length(const ModelFolder& model) {
+  return model.run ? model.run->data.sequence_length : min<i64>(model.shape.max_positions, 2048);
+}
+
+// Calls fn(Rank&, Instance&).
+static void with_model(const ModelFolder& model, i64 length, const auto& fn) {
+  run_ranks(Mesh{}, Device::CPU, {.exit_on_failure = true}, [&](Rank& rank) {
+    Instance instance = make_instance(rank, model.config, {.length = length});
+    load_weights(rank, *instance.parameters, model.weights);
+    fn(rank, instance);
+  });
+}
+
 int run_eval(int argc, char** argv) {
-  Arguments args("pith eval", "Loss on held-out text.");
+  Arguments args("pith eval");
   string folder, path;
   i64 length = 0;
   double heldout_fraction = -1;
   bool json = false;
-  args.positional("model", folder, "run folder, step-NNNNNNNN, or Hugging Face folder");
+  args.option("model", folder, kModel);
   args.option("--data", path, "token files; default: those of the model's run");
   args.option("--sequence-length", length, "default: as trained", 0, 1 << 24);
   args.option("--heldout-fraction", heldout_fraction,
@@ -25,7 +42,7 @@ int run_eval(int argc, char** argv) {
   if (path.empty())
     bad_input("pith eval", "no data (got a model without a run, need --data)",
               "--data FOLDER of token files");
-  if (length == 0) length = model.length;
+  if (length == 0) length = row_length(model);
   if (heldout_fraction < 0)
     heldout_fraction = run && path == run->data.path ? run->data.heldout_fraction : 1;
   const Dataset data(find_token_files(path), {.seq_length = length,
@@ -38,21 +55,60 @@ int run_eval(int argc, char** argv) {
     const ScheduleOptions schedule{.kind = ScheduleKind::OneF1B, .gather_step = true};
     result = evaluate(rank, instance, data, {.global_batch = 8, .micro_batch = 8}, schedule);
   });
-  const double perplexity = std::exp(result.loss);
-  const double bits = result.loss * bits_a_byte(data, path);
-  if (json) {
-    JsonWriter w;
-    w.object().key("loss").value(result.loss).key("perplexity").value(perplexity);
-    w.key("bits_per_byte");
-    bits > 0 ? w.value(bits) : w.null();
-    w.key("labels").value(result.labels).end();
-    printf("%s\n", w.str().c_str());
-  } else {
+  const double perplexity = std::exp(result.loss), bits = result.loss * bits_a_byte(data, path);
+  JsonWriter w;
+  w.object().members("loss", result.loss, "perplexity", perplexity, "bits_per_byte",
+                     bits > 0 ? bits : NAN, "labels", result.labels);
+  if (json)
+    printf("%s\n", w.end().str().c_str());
+  else
     printf("loss %.4f nats a token, perplexity %.2f%s, over %s tokens\n", result.loss, perplexity,
            bits > 0 ? text(", %.4f bits a byte", bits).c_str() : "",
            with_commas(result.labels).c_str());
-  }
   return kExitDone;
+}
+
+int run_generate(int argc, char** argv) {
+  Arguments args("pith generate");
+  string folder, prompt, tokenizer_path;
+  SampleOptions options;
+  i64 count = 128, seed = 0;
+  args.option("model", folder, kModel);
+  args.option("--prompt", prompt, "text to continue");
+  args.option("--tokenizer", tokenizer_path, "default: found with the model");
+  args.option("--max-new-tokens", count, "tokens to add", 0, 1 << 20);
+  args.option("--temperature", options.temperature, "0: always the most likely token", 0, 100);
+  args.option("--top-p", options.top_p, "sample from the likeliest tokens of this mass", 0, 1);
+  args.option("--seed", seed, "of the sampling", 0, INT64_MAX);
+  if (!args.parse(argc, argv)) return kExitDone;
+  options.seed = u64(seed);
+  const ModelFolder model = open_model(folder);
+  if (tokenizer_path.empty()) tokenizer_path = find_tokenizer(folder);
+  if (tokenizer_path.empty() && model.run) tokenizer_path = find_tokenizer(model.run->data.path);
+  if (tokenizer_path.empty()) bad_input(folder, "has no tokenizer.json", "--tokenizer PATH");
+  const Tokenizer tokenizer = Tokenizer::load(tokenizer_file(tokenizer_path));
+  if (i64(tokenizer.vocab_size()) > model.shape.vocab)
+    bad_input(folder,
+              text("has a smaller vocabulary than the tokenizer (got %ld, need at least %u)",
+                   model.shape.vocab, tokenizer.vocab_size()),
+              "the tokenizer that the model was trained with");
+  vector<u32> ids;
+  EncodeScratch scratch;
+  tokenizer.encode(prompt, ids, {}, scratch);
+  if (ids.empty()) bad_input("pith generate", "has no text to continue", "--prompt TEXT");
+  const i64 length = row_length(model);
+  Progress progress("generating", double(count), "tokens");
+  with_model(model, length, [&](Rank& rank, Instance& instance) {
+    for (i64 i = 0; i < count && !stop_requested(); i++) {
+      const auto seen = ids.end() - min(i64(ids.size()), length);
+      const auto token = u32(next_token(rank, instance, {seen, ids.end()}, options, i));
+      if (token == tokenizer.eos_id()) break;
+      ids.push_back(token);
+      progress.update(double(i + 1));
+    }
+  });
+  printf("%s\n", tokenizer.decode(ids, SpecialTokens::Keep).c_str());
+  return stop_requested() ? kExitStopped : kExitDone;
 }
 
 }

@@ -1,11 +1,10 @@
 #include "app/commands.h"
-#include "core/check.h"
 #include "core/process.h"
 
 namespace pith {
 
 static constexpr struct {
-  string_view name;
+  const char* name;
   int (*run)(int argc, char** argv);
   const char* about;
 } kCommands[] = {
@@ -20,26 +19,21 @@ static constexpr struct {
     {"doctor", run_doctor, "what this machine offers"},
 };
 
-static int usage(FILE* to) {
-  fprintf(to,
-          "pith: trains Mixture-of-Experts models.\n\n"
-          "usage: pith COMMAND [ARGUMENTS]   (pith COMMAND --help says more)\n\n");
-  for (const auto& c : kCommands) fprintf(to, "  %-11s %s\n", c.name.data(), c.about);
-  fprintf(to,
-          "\nexit codes: 0 done; 1 failed while running; 2 bad usage, configuration or input;\n"
-          "            3 stopped by a signal, state saved\n");
-  return to == stdout ? kExitDone : kExitBadInput;
-}
-
 static int run(int argc, char** argv) {
-  if (argc < 2) return usage(stderr);
-  const string name = argv[1];
-  if (name == "--help" || name == "-h" || name == "help") return usage(stdout);
+  const string name = argc < 2 ? "--help" : argv[1];
   for (const auto& c : kCommands)
     if (name == c.name) return c.run(argc - 1, argv + 1);
-  bad_input("pith", "unknown command (got \"" + name + "\")", "pith --help");
+  if (name != "--help") bad_input("pith", "unknown command (got \"" + name + "\")", "pith --help");
+  printf(
+      "pith: trains Mixture-of-Experts models.\n\n"
+      "usage: pith COMMAND [ARGUMENTS], or pith COMMAND --help\n\n");
+  for (const auto& c : kCommands) printf("  %-11s %s\n", c.name, c.about);
+  printf(
+      "\nexit codes: 0 done; 1 failed while running; 2 bad usage, configuration or input;\n"
+      "            3 stopped by a signal, state saved\n");
+  return argc < 2 ? kExitBadInput : kExitDone;
 }
 
 }
 
-int main(int argc, char** argv) { return pith::run_program("pith", argc, argv, pith::run); }
+int main(int argc, char** argv) { return pith::run_program(argc, argv, pith::run); }

@@ -1,29 +1,34 @@
-#include "app/model_folder.h"
-
+// What commands find out about a model, and its text, from the folder that holds it.
 #include <filesystem>
 #include <numbers>
 
+#include "app/commands.h"
 #include "data/tokenizer.h"
 
 namespace pith {
 namespace fs = std::filesystem;
 
-Json model_config(const Checkpoint& weights) {
-  if (weights.state.model.empty())
-    bad_input(weights.folder, "has no config.json", "putting the model's config.json there");
-  return Json::parse(weights.state.model, weights.folder + "/config.json");
+vector<TensorDecl> declarations(const ParameterTable& table) {
+  vector<TensorDecl> all;
+  for (const Parameter& parameter : table)
+    for (const Piece& piece : parameter.pieces)
+      all.push_back({piece.name, FileDType::F32, shape_of(piece)});
+  return all;
 }
 
 ModelFolder open_model(const string& folder) {
   ModelFolder m{.weights = open_weights(folder)};
-  m.config = model_config(m.weights);
+  const string& text = m.weights.state.model;
+  if (text.empty())
+    bad_input(m.weights.folder, "has no config.json", "putting the model's config.json there");
+  m.config = Json::parse(text, m.weights.folder + "/config.json");
   m.shape = make_instance(m.config).shape;
-  check_weights(m.weights, whole_table(m.config));
+  m.table = whole_table(m.config);
+  check_weights(m.weights, m.table);
   const fs::path here = fs::absolute(folder);
   for (const fs::path& at : {here, here.parent_path()})
     if (!m.run && fs::exists(at / "config.toml") && fs::exists(at / "metrics.jsonl"))
       m.run = load_run_config(at / "config.toml", {});
-  m.length = m.run ? m.run->data.sequence_length : min<i64>(m.shape.max_positions, 2048);
   return m;
 }
 
@@ -44,18 +49,14 @@ double bits_a_byte(const Dataset& data, const string& data_path) {
   const Tokenizer tokenizer = Tokenizer::load(path);
   const i64 length = data.options().seq_length;
   vector<int> tokens(length), labels(length);
-  double bytes = 0, count = 0;
+  vector<u32> ids;
   for (i64 i = 0; i < data.heldout_samples(); i++) {
     data.heldout_sample(i, {tokens.data(), labels.data(), nullptr});
-    for (const int label : labels) {
-      if (label == kIgnoreLabel) continue;
-      count++;
-      if (u32(label) >= tokenizer.vocab_size() || tokenizer.is_special(label)) continue;
-      // A byte-level vocabulary writes a byte as one character.
-      for (const char c : tokenizer.token_text(label)) bytes += (c & 0xC0) != 0x80;
-    }
+    for (const int label : labels)
+      if (label != kIgnoreLabel) ids.push_back(label);
   }
-  return bytes > 0 ? count / bytes / std::numbers::ln2 : 0;
+  const string text = tokenizer.decode(ids, SpecialTokens::Skip);
+  return text.empty() ? 0 : double(ids.size()) / double(text.size()) / std::numbers::ln2;
 }
 
 }

@@ -1,47 +1,32 @@
-// train: pith train.
-#include "app/arguments.h"
 #include "app/commands.h"
-#include "app/model_folder.h"
 #include "core/cuda.h"
 #include "core/log.h"
-#include "data/durable.h"
 #include "engine/trainer.h"
 #include "observe/report.h"
 
 namespace pith {
 
-// The plan in the numbers that a user decides by.
-static int dry_run(const RunPlan& plan, bool json) {
+static int dry_run(const RunPlan& plan) {
   const Dataset data = open_data(plan);
   const RunConfig& config = plan.config;
   const i64 length = config.data.sequence_length;
   const i64 needed = config.train.steps * plan.batch.global_batch;
-  const vector<RankMemory> memory = rank_memory(plan);
-  const std::pair<const char*, i64> numbers[] = {
-      {"parameters", plan.parameters},
-      {"active_parameters", plan.active_parameters},
-      {"sequences_a_step", plan.batch.global_batch},
-      {"tokens_a_step", plan.step_tokens()},
-      {"micro_batches", plan.schedule.micro_batches},
-      {"sequences_a_micro_batch", plan.batch.micro_batch},
-      {"tokens_needed", needed * length},
-      {"tokens_available", data.samples_per_epoch() * config.data.max_epochs * length}};
   const Mesh& mesh = plan.mesh;
-  const string ranks =
-      text("%d = pp %d * dp %d * cp %d * ep %d", mesh.world(), mesh.pp, mesh.dp, mesh.cp, mesh.ep);
-  if (json) {
-    JsonWriter w(2);
-    w.object().key("ranks").value(ranks).key("schedule").value(name_of(plan.schedule.kind));
-    for (const auto& [name, number] : numbers) w.key(name).value(number);
-    w.key("memory").raw(memory_json(memory)).key("config").value(to_toml(config)).end();
-    printf("%s\n", w.str().c_str());
-  } else {
-    printf("%s\n%-24s %s\n%-24s %s\n", to_toml(config).c_str(), "ranks", ranks.c_str(), "schedule",
-           name_of(plan.schedule.kind));
-    for (const auto& [name, number] : numbers)
-      printf("%-24s %s\n", name, with_commas(number).c_str());
-    printf("\n%s", memory_table(memory).c_str());
-  }
+  printf("%s\n%-24s %d = pp %d * dp %d * cp %d * ep %d\n%-24s %s\n", to_toml(config).c_str(),
+         "ranks", mesh.world(), mesh.pp, mesh.dp, mesh.cp, mesh.ep, "schedule",
+         name_of(plan.schedule.kind));
+  const auto line = [](const char* name, i64 number) {
+    printf("%-24s %s\n", name, with_commas(number).c_str());
+  };
+  line("parameters", plan.parameters);
+  line("active_parameters", plan.active_parameters);
+  line("sequences_a_step", plan.batch.global_batch);
+  line("tokens_a_step", plan.step_tokens());
+  line("micro_batches", plan.schedule.micro_batches);
+  line("sequences_a_micro_batch", plan.batch.micro_batch);
+  line("tokens_needed", needed * length);
+  line("tokens_available", data.samples_per_epoch() * config.data.max_epochs * length);
+  printf("\n%s", memory_table(rank_memory(plan)).c_str());
   data.require_samples(needed);
   return kExitDone;
 }
@@ -49,33 +34,35 @@ static int dry_run(const RunPlan& plan, bool json) {
 // report.html and, on the terminal, the loss as a line and what it is worth.
 static void write_report(const RunPlan& plan) {
   const string& folder = plan.config.run.folder;
-  const vector<StepMetrics> steps = read_metrics(folder + "/metrics.jsonl");
+  const vector<Json> steps = read_metrics(folder + "/metrics.jsonl");
   if (steps.empty()) return;
-  ReportInput input{.title = folder};
-  const auto row = [&](const char* name, const string& value) {
-    input.summary.push_back({name, value});
-    log_info("%s: %s", name, value.c_str());
+  string notes;
+  const auto note = [&](const string& line) {
+    notes += line + "\n";
+    log_info("%s", line.c_str());
   };
   vector<double> losses;
   double eval_loss = 0;
-  for (const StepMetrics& m : steps) {
-    losses.push_back(m.loss);
-    eval_loss = m.eval_loss.value_or(eval_loss);
+  i64 skipped = 0;
+  for (const Json& line : steps) {
+    losses.push_back(line.double_or("cross_entropy_loss", NAN));
+    eval_loss = line.double_or("eval_loss", eval_loss);
+    skipped += line["skipped"].as_bool();
   }
-  row("training loss", text("%.4f nats a token", losses.back()));
+  note(text("training loss: %.4f nats a token", losses.back()));
   if (eval_loss > 0) {
     const Dataset data = open_data(plan);
     const double bits = bits_a_byte(data, plan.config.data.path);
     const auto worth = [&](const char* name, double nats) {
-      row(name, text("%.4f nats a token", nats) +
-                    (bits > 0 ? text(", %.4f bits a byte", bits * nats) : ""));
+      note(text("%s: %.4f nats a token", name, nats) +
+           (bits > 0 ? text(", %.4f bits a byte", bits * nats) : ""));
     };
     worth("held-out loss", eval_loss);
-    if (plan.shape.vocab <= kBigramMaxVocab) {
+    if (plan.shape.vocab <= kBigramMaxVocab)
       worth("bigram model on the same text", bigram_nats(data));
-    }
   }
-  write_file_durably(folder + "/report.html", report_html(steps, input));
+  if (skipped) note(text("updates skipped: not finite: %ld", skipped));
+  write_file_durably(folder + "/report.html", report_html(steps, folder, notes));
   log_info("loss over the steps: %s", sparkline(losses, 60).c_str());
   log_info("report: %s/report.html", folder.c_str());
 }
@@ -96,21 +83,18 @@ static Device choose_device(const string& wanted, int ranks) {
 }
 
 int run_train(int argc, char** argv) {
-  Arguments args("pith train",
-                 "Trains a model. The same command goes on from the newest checkpoint in "
-                 "run.folder.");
+  Arguments args("pith train");
   string file, device = "auto";
   vector<string> set;
   i64 ranks = 0;
-  bool dry = false, json = false;
+  bool dry = false;
   TrainOptions options;
-  args.positional("run", file, "run.toml: see docs/configuration.md");
+  args.option("run", file, "run.toml: see docs/configuration.md");
   args.list("--set", set, "KEY=VALUE: overrides a key of the file, such as train.steps=10");
   args.choice("--device", device, {"auto", "cpu", "cuda"},
               "where to train; auto: on a GPU if there is one and one rank");
   args.option("--ranks", ranks, "ranks of this machine; 0: as many as pp * cp * ep need", 0, 256);
-  args.flag("--dry-run", dry, "print the plan and leave; nothing is allocated or written");
-  args.flag("--json", json, "with --dry-run: as JSON");
+  args.flag("--dry-run", dry, "print the plan, write nothing");
   args.option("--routing-trace", options.routing_trace,
               "folder for each step's expert ids and weights, as .npy");
   args.option("--routing-replay", options.routing_replay,
@@ -120,7 +104,7 @@ int run_train(int argc, char** argv) {
   const auto& parallel = config.parallel;
   if (ranks == 0) ranks = i64{parallel.pp} * parallel.cp * parallel.ep * parallel.dp_replicate;
   const RunPlan plan = plan_run(config, choose_device(device, int(ranks)), int(ranks));
-  if (dry) return dry_run(plan, json);
+  if (dry) return dry_run(plan);
   log_info("%s: %s parameters (%s active), %d ranks on the %s, %s", plan.shape.model_type.c_str(),
            with_commas(plan.parameters).c_str(), with_commas(plan.active_parameters).c_str(),
            plan.mesh.world(), plan.device == Device::CPU ? "CPU" : "GPU",

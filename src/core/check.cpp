@@ -21,6 +21,26 @@ string text(const char* format, ...) {
   return out;
 }
 
+string with_commas(i64 value) {
+  string digits = std::to_string(value);
+  for (i64 at = i64(digits.size()) - 3; at > (value < 0); at -= 3) digits.insert(at, ",");
+  return digits;
+}
+
+string duration_text(double seconds) {
+  const i64 s = std::llround(seconds);
+  if (s < 60) return text("%ld s", s);
+  if (s < 3600) return text("%ld min %ld s", s / 60, s % 60);
+  return text("%ld h %ld min", s / 3600, s / 60 % 60);
+}
+
+string bytes_text(double bytes) {
+  const char* unit[] = {"B", "KiB", "MiB", "GiB", "TiB"};
+  int i = 0;
+  for (; bytes >= 1024 && i < 4; i++) bytes /= 1024;
+  return text(i ? "%.2f %s" : "%.0f %s", bytes, unit[i]);
+}
+
 void bad_input(const string& place, const string& what, const string& remedy) {
   throw Error(kExitBadInput, place + ": " + what + ". Try: " + remedy);
 }

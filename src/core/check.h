@@ -1,4 +1,4 @@
-// check: where code was called from, the one form of every error, and its exit code.
+// check: where code was called from, the one form of every error, text of values.
 #pragma once
 #include <cmath>
 #include <cstdarg>
@@ -45,6 +45,10 @@ struct Error : std::runtime_error {
 
 [[gnu::format(printf, 1, 2)]] string text(const char* format, ...);
 string vtext(const char* format, va_list args);
+// "1,234,567"; "3 min 20 s"; "1.50 GiB".
+string with_commas(i64 value);
+string duration_text(double seconds);
+string bytes_text(double bytes);
 
 // Exit codes 2, of wrong input, and 1.
 [[noreturn]] void bad_input(const string& place, const string& what, const string& remedy);

@@ -33,8 +33,7 @@ string read_text_file(const string& path) {
 
 Json Json::parse(const string& text_in, const string& place) {
   if (text_in.find_first_not_of(" \t\r\n") == string::npos)
-    bad_input(place, text("is empty (got %zu bytes, need JSON)", text_in.size()),
-              "fetch or write the file again");
+    bad_input(place, "is empty (need JSON)", "fetch the file again");
   vector<std::set<string>> open_keys;
   const auto refuse_duplicates = [&](int, Value::parse_event_t event, Value& parsed) {
     if (event == Value::parse_event_t::object_start) open_keys.emplace_back();
@@ -43,67 +42,52 @@ Json Json::parse(const string& text_in, const string& place) {
       bad_input(place + ": " + string(parsed), "occurs twice in one object", "keep one of the two");
     return true;
   };
-  Json document;
-  document.place_ = place;
   try {
-    document.node_ = std::make_shared<const Value>(Value::parse(text_in, refuse_duplicates));
+    return {std::make_shared<const Value>(Value::parse(text_in, refuse_duplicates)), place, ": "};
   } catch (const Value::exception& error) {
     const string why = error.what();
     bad_input(place, "is not valid JSON: " + why.substr(why.find("] ") + 2),
-              "correct it there; if the file was cut short, fetch or write it again");
+              "correct it there, or fetch the file again");
   }
-  return document;
 }
 
 Json Json::parse_file(const string& path) { return parse(read_text_file(path), path); }
 
-bool Json::is_null() const { return value_of(node_).is_null(); }
-bool Json::is_object() const { return value_of(node_).is_object(); }
-bool Json::is_array() const { return value_of(node_).is_array(); }
-bool Json::is_int() const { return value_of(node_).is_number_integer(); }
+string_view Json::type() const { return value_of(node_).type_name(); }
 
-void Json::wrong_type(const char* need) const {
+void Json::need(bool right, const char* what) const {
+  if (right) return;
   string got = dump();
   if (got.size() > 60) got = got.substr(0, 57) + "...";
   const char* article = is_array() || is_object() ? "an " : is_null() ? "" : "a ";
-  bad_input(
-      place_,
-      text("is %s%s (got %s, need %s)", article, value_of(node_).type_name(), got.c_str(), need),
-      "correct the value");
+  bad_input(place_, text("is %s%s (got %s, need %s)", article, type().data(), got.c_str(), what),
+            "correct the value");
 }
 
 bool Json::has(const string& key) const { return is_object() && value_of(node_).contains(key); }
 
-Json Json::child(const void* node, const string& place) const {
-  Json value;
-  value.node_ = {node_, node};
-  value.place_ = place;
-  value.separator_ = ".";
-  return value;
-}
-
 Json Json::operator[](const string& key) const {
-  if (!is_object()) wrong_type("an object");
+  need(is_object(), "an object");
   const string place = place_ + separator_ + key;
   if (!has(key)) bad_input(place, "is missing", "add the key");
-  return child(&value_of(node_)[key], place);
+  return {{node_, &value_of(node_)[key]}, place, "."};
 }
 
 Json Json::operator[](i64 index) const {
-  if (!is_array()) wrong_type("an array");
+  need(is_array(), "an array");
   if (index < 0 || index >= size())
     bad_input(place_, text("has too few elements (got %ld, need element %ld)", size(), index),
               "add the element");
-  return child(&value_of(node_)[size_t(index)], place_ + text("[%ld]", index));
+  return {{node_, &value_of(node_)[size_t(index)]}, place_ + text("[%ld]", index), "."};
 }
 
 i64 Json::size() const {
-  if (!is_array() && !is_object()) wrong_type("an array or an object");
+  need(is_array() || is_object(), "an array or an object");
   return i64(value_of(node_).size());
 }
 
 vector<string> Json::keys() const {
-  if (!is_object()) wrong_type("an object");
+  need(is_object(), "an object");
   vector<string> names;
   for (const auto& item : value_of(node_).items()) names.push_back(item.key());
   return names;
@@ -111,39 +95,35 @@ vector<string> Json::keys() const {
 
 i64 Json::as_int(i64 min, i64 max) const {
   const Value& v = value_of(node_);
-  if (v.is_number_unsigned() && v.get<u64>() > u64(INT64_MAX))
-    wrong_type("a whole number below 2^63");
-  const double exact = v.is_number() ? v.get<double>() : NAN;
-  if (!is_int() && !(std::fabs(exact) <= 0x1p53 && exact == std::floor(exact)))
-    wrong_type("a whole number");
+  need(!v.is_number_unsigned() || v.get<u64>() <= u64(INT64_MAX), "a whole number below 2^63");
+  const double exact = is_number() ? v.get<double>() : NAN;
+  need(v.is_number_integer() || (std::fabs(exact) <= 0x1p53 && exact == std::floor(exact)),
+       "a whole number");
   const i64 number = v.get<i64>();
-  if (number < min || number > max) {
-    string need = min == INT64_MIN ? "" : text("at least %ld", min);
-    if (min != INT64_MIN && max != INT64_MAX) need += " and ";
-    if (max != INT64_MAX) need += text("at most %ld", max);
-    bad_input(place_, text("is out of range (got %ld, need %s)", number, need.c_str()),
+  if (number < min || number > max)
+    bad_input(place_,
+              text("is out of range (got %ld, need at least %ld", number, min) +
+                  (max < INT64_MAX ? text(" and at most %ld)", max) : ")"),
               "correct the value");
-  }
   return number;
 }
 
 double Json::as_double() const {
-  if (!value_of(node_).is_number()) wrong_type("a number");
+  need(is_number(), "a number");
   return value_of(node_).get<double>();
 }
 
 string Json::as_string() const {
-  if (!value_of(node_).is_string()) wrong_type("a string");
+  need(type() == "string", "a string");
   return value_of(node_).get<string>();
 }
 
 bool Json::as_bool() const {
-  if (!value_of(node_).is_boolean()) wrong_type("true or false");
+  need(type() == "boolean", "true or false");
   return value_of(node_).get<bool>();
 }
 
 vector<i64> Json::as_ints() const {
-  if (!is_array()) wrong_type("an array of whole numbers");
   vector<i64> all;
   for (i64 i = 0; i < size(); i++) all.push_back((*this)[i].as_int());
   return all;
@@ -151,27 +131,18 @@ vector<i64> Json::as_ints() const {
 
 string Json::dump(int indent) const { return dumped(value_of(node_), indent); }
 
-void JsonWriter::new_line() {
-  if (indent_ >= 0) out_ += '\n' + string(closers_.size() * indent_, ' ');
-}
-
-JsonWriter& JsonWriter::open(char begin, char end) {
-  raw(string(1, begin));
-  closers_ += end;
-  return *this;
+JsonWriter& JsonWriter::open(const char* brackets) {
+  closers_ += brackets[1];
+  return raw(string(brackets, 1));
 }
 
 JsonWriter& JsonWriter::end() {
-  const char closer = closers_.back();
+  out_ += closers_.back();
   closers_.pop_back();
-  if (!opened()) new_line();
-  out_ += closer;
   return *this;
 }
 
 JsonWriter& JsonWriter::key(const string& name) {
-  if (closers_.empty() || closers_.back() != '}')
-    failed("JsonWriter", "a key outside an object: " + name);
   value(name);
   out_ += ": ";
   return *this;
@@ -180,19 +151,10 @@ JsonWriter& JsonWriter::key(const string& name) {
 JsonWriter& JsonWriter::value(double number) { return raw(dumped(number)); }
 JsonWriter& JsonWriter::value(const string& text_in) { return raw(dumped(text_in)); }
 
-// What stands before tells what is due: a key ends in a space.
 JsonWriter& JsonWriter::raw(const string& json) {
-  if (!out_.empty() && out_.back() != ' ') {
-    if (!opened()) out_ += indent_ < 0 ? ", " : ",";
-    new_line();
-  }
+  if (!out_.empty() && !strchr("{[ ", out_.back())) out_ += ", ";
   out_ += json;
   return *this;
-}
-
-const string& JsonWriter::str() const {
-  if (!closers_.empty()) failed("JsonWriter", "str() while an object or array is open");
-  return out_;
 }
 
 }

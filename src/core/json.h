@@ -1,4 +1,3 @@
-// json: reading JSON, and writing it in a given order.
 #pragma once
 #include <concepts>
 #include <memory>
@@ -12,13 +11,16 @@ string read_text_file(const string& path);
 // A value of a parsed document. Errors (exit code 2) name the file and the full key.
 class Json {
  public:
+  Json() = default;
   static Json parse(const string& text, const string& place);
   static Json parse_file(const string& path);
 
-  bool is_null() const;
-  bool is_object() const;
-  bool is_array() const;
-  bool is_int() const;  // written as an integer
+  // "null", "object", "array", "string", "boolean" or "number".
+  string_view type() const;
+  bool is_null() const { return type() == "null"; }
+  bool is_object() const { return type() == "object"; }
+  bool is_array() const { return type() == "array"; }
+  bool is_number() const { return type() == "number"; }
 
   bool has(const string& key) const;
   Json operator[](const string& key) const;
@@ -46,20 +48,20 @@ class Json {
   const string& place() const { return place_; }
 
  private:
+  Json(std::shared_ptr<const void> node, const string& place, const char* separator)
+      : node_(std::move(node)), place_(place), separator_(separator) {}
   bool set(const string& key) const { return has(key) && !(*this)[key].is_null(); }
-  Json child(const void* node, const string& place) const;
-  [[noreturn]] void wrong_type(const char* need) const;
+  void need(bool right, const char* what) const;
   std::shared_ptr<const void> node_;
   string place_;
-  const char* separator_ = ": ";
+  const char* separator_ = "";  // before a key
 };
 
-// w.object().key("step").value(3).key("loss").value(2.5).end(); NaN and Inf are null.
+// w.object().key("a").array().value(1).end().members("b", 2, "c", true).end(); NaN, Inf: null.
 class JsonWriter {
  public:
-  explicit JsonWriter(int indent = -1) : indent_(indent) {}
-  JsonWriter& object() { return open('{', '}'); }
-  JsonWriter& array() { return open('[', ']'); }
+  JsonWriter& object() { return open("{}"); }
+  JsonWriter& array() { return open("[]"); }
   JsonWriter& end();
   JsonWriter& key(const string& name);
   JsonWriter& value(double number);
@@ -67,16 +69,22 @@ class JsonWriter {
   JsonWriter& value(bool flag) { return raw(flag ? "true" : "false"); }
   JsonWriter& value(const string& text);
   JsonWriter& value(const char* text) { return value(string(text)); }
-  JsonWriter& null() { return raw("null"); }
+  template <class T>
+  JsonWriter& value(const vector<T>& list) {
+    array();
+    for (const T& item : list) value(item);
+    return end();
+  }
+  JsonWriter& members() { return *this; }
+  JsonWriter& members(const string& name, const auto& first, const auto&... more) {
+    return key(name).value(first).members(more...);
+  }
   JsonWriter& raw(const string& json);
-  const string& str() const;
+  const string& str() const { return out_; }
 
  private:
-  JsonWriter& open(char begin, char end);
-  bool opened() const { return out_.back() == '{' || out_.back() == '['; }
-  void new_line();
+  JsonWriter& open(const char* brackets);
   string out_, closers_;
-  int indent_;
 };
 
 }

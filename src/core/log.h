@@ -7,26 +7,17 @@ namespace pith {
 [[gnu::format(printf, 1, 2)]] void log_info(const char* format, ...);
 [[gnu::format(printf, 1, 2)]] void log_warning(const char* format, ...);
 
-// "" closes the file.
 void log_to_file(const string& path);
 
 double now_s();
 
 // Redrawn on a terminal, else a line every 10 s. A total of 0 is unknown.
-class Progress {
- public:
-  Progress(const string& what, double total, const string& unit)
-      : what_(what), unit_(unit), total_(total) {}
-  void update(double done, const string& extra = "");
-
- private:
-  string what_, unit_;
-  double total_, start_s_ = now_s(), last_s_ = start_s_;
+struct Progress {
+  string what;
+  double total;
+  string unit;
+  double start_s = now_s(), last_s = start_s;
+  void update(double done);
 };
-
-// "1,234,567"; "3 min 20 s"; "1.50 GiB".
-string with_commas(i64 value);
-string duration_text(double seconds);
-string bytes_text(double bytes);
 
 }

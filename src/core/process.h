@@ -1,7 +1,5 @@
-// process: the program's only mutable globals, because signal handlers and callbacks need them.
+// process: the only mutable globals, which signal handlers and callbacks need.
 #pragma once
-#include <mutex>
-
 #include "core/rank.h"
 
 namespace pith {
@@ -15,17 +13,9 @@ size_t status_line(char* out, size_t size, const Status& s, const char* doing);
 // SIGINT and SIGTERM ask to stop, the second at once. A crash prints every board.
 void install_signal_handlers();
 bool stop_requested();
-int stop_signal();
 void request_stop();
 
-struct LogSink {
-  std::mutex mutex;
-  FILE* file = nullptr;
-  bool progress_drawn = false;
-};
-LogSink& log_sink();
-
 // What main() does: handles signals, runs `run`, and says on standard error what it failed with.
-int run_program(const char* name, int argc, char** argv, int (*run)(int argc, char** argv));
+int run_program(int argc, char** argv, int (*run)(int argc, char** argv));
 
 }

@@ -447,7 +447,7 @@ class CorpusRun {
   // Under a lock, because several processes may begin at once. Marks the folder as not whole.
   void open_folder() const {
     const string &folder = options_.output, path = folder + "/corpus.json";
-    JsonWriter w(2);
+    JsonWriter w;
     w.object().key("tokenizer_xxh3").value(tokenizer_.fingerprint);
     w.key("eos_id").value(eos_).key("key").value(options_.key);
     w.key("special_as_text").value(options_.special_as_text).end();

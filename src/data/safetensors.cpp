@@ -201,7 +201,7 @@ void SafetensorsWriter::finish() {
       map.key(tensor.name).value(shard_path(shard).substr(path_.rfind('/') + 1));
       total += tensor.bytes();
     }
-  JsonWriter json(2);
+  JsonWriter json;
   json.object().key("metadata").object().key("total_size").value(total).end();
   json.key("weight_map").raw(map.end().str());
   write_file_durably(path_ + kExtension + ".index.json", json.end().str() + "\n");

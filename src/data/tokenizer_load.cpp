@@ -176,8 +176,8 @@ static std::optional<u32> find_eos(const Tokenizer& t) {
     Json value = json[key];
     if (value.is_array()) value = value[0];
     if (value.is_object()) value = value["content"];
-    const auto id =
-        value.is_int() ? std::optional(u32(value.as_int(0, kMostIds))) : t.id_of(value.as_string());
+    const auto id = value.is_number() ? std::optional(u32(value.as_int(0, kMostIds)))
+                                      : t.id_of(value.as_string());
     if (!id || t.token_text(*id).empty())
       bad_input(value.place(), "is no token of " + t.path + " (got " + value.dump() + ")",
                 "use the files of one model");

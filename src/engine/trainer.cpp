@@ -158,9 +158,7 @@ void Trainer::train(const string& routing_trace) {
       m.left_s = (now_s() - began) / double(m.step - run.state.step) * double(m.steps - m.step);
       if (due(config.train.log_interval) || m.step == 1 || m.eval_loss)
         log_info("%s", step_line(m).c_str());
-      run.metrics->append(m);
-      run.tensorboard->step(m, double(time(nullptr)));
-      if (saving) run.metrics->sync();
+      append_step(run.metrics, run.events, m, double(time(nullptr)));
     }
     if (!saving) continue;
     state.samples = state.step * plan.batch.global_batch;
@@ -201,8 +199,8 @@ bool train(const RunPlan& plan, const TrainOptions& options) {
     run.state.config = to_toml(config);
   }
   write_file_durably(folder + "/config.toml", run.state.config);
-  run.metrics.emplace(folder + "/metrics.jsonl", run.state.step);
-  run.tensorboard.emplace(folder + "/tensorboard", run.state.step + 1, double(time(nullptr)));
+  begin_metrics(run.metrics = folder + "/metrics.jsonl", run.state.step);
+  run.events = begin_events(folder + "/tensorboard", run.state.step + 1, double(time(nullptr)));
   const char* debug = getenv("PITH_DEBUG");
   const LaunchOptions launch{.startup_limit_s = config.parallel.startup_timeout_s,
                              .limit_s = config.parallel.timeout_s,

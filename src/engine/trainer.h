@@ -32,9 +32,8 @@ struct Run {
   RunState state;  // where the run goes on from
   std::optional<Checkpoint> resume_from;
   std::optional<Checkpoint> init_from;
-  std::optional<MetricsFile> metrics;
-  std::optional<TensorBoardFile> tensorboard;
-  RoutingStep routing;  // of the step, if traced or replayed
+  string metrics, events;  // paths
+  RoutingStep routing;     // of the step, if traced or replayed
   bool stopped = false;
 };
 

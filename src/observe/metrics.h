@@ -1,18 +1,14 @@
 // metrics: the numbers of a step, as a log line, in metrics.jsonl and as TensorBoard events.
 #pragma once
-#include <memory>
 #include <optional>
 
-#include "core/check.h"
+#include "core/json.h"
 
 namespace pith {
 
-// By layer.
+// By layer; 1 is balance of the first and last.
 struct ExpertLoad {
-  vector<double> max_over_mean;  // 1 is balance, E the worst
-  vector<double> p95_over_mean;
-  vector<double> dead_share;
-  vector<double> entropy;  // over log E: 1 is balance
+  vector<double> max_over_mean, dead_share, entropy;
 };
 // counts [layers * experts]
 ExpertLoad expert_load(const vector<double>& counts, int num_experts);
@@ -21,18 +17,14 @@ struct StepMetrics {
   i64 step = 0, steps = 0;  // from 1, and of the run
   double loss = 0;
   vector<double> balance_loss;  // [layers], unscaled: 1 is balance; empty: not in use
-  double learning_rate = 0;
-  double gradient_norm = 0;  // before clipping
-  bool clipped = false;
-  bool skipped = false;  // the update was not finite
-  string router_forced;  // "balanced", or empty
+  double learning_rate = 0, gradient_norm = 0;  // before clipping
+  bool clipped = false, skipped = false;        // skipped: the update was not finite
+  string router_forced;                         // "balanced", or empty
   i64 tokens = 0;
   double seconds = 0;  // of the slowest rank, without evaluation and saving
-  std::optional<double> mfu;
+  std::optional<double> mfu, eval_loss;
   double peak_memory_bytes = 0;  // of the fullest rank
-  double checkpoint_stall_s = 0;
-  double left_s = 0;  // not kept
-  std::optional<double> eval_loss;
+  double checkpoint_stall_s = 0, left_s = 0;
   ExpertLoad load;
 
   double tokens_per_second() const { return seconds > 0 ? double(tokens) / seconds : 0; }
@@ -43,41 +35,20 @@ struct StepMetrics {
 string step_line(const StepMetrics& metrics);
 string step_json(const StepMetrics& metrics);
 
-using AppendedFile = std::unique_ptr<FILE, int (*)(FILE*)>;
+// Here and below, what does not fit on the disk is left out whole, with a warning.
 
-// metrics.jsonl: one object a step, whole lines only.
-class MetricsFile {
- public:
-  // Cuts the file back to steps up to `last_step`.
-  MetricsFile(const string& path, i64 last_step);
-  // A line that does not fit on the disk is taken back, with a warning.
-  void append(const StepMetrics& metrics);
-  // Before a checkpoint is sealed.
-  void sync();
+// Makes metrics.jsonl, an object a line, or cuts it back to whole lines of steps up to `last_step`.
+void begin_metrics(const string& path, i64 last_step);
+// Its lines, and where they end; what is not finite is null. Exit code 2 naming a damaged one.
+vector<Json> read_metrics(const string& path, i64 last_step = INT64_MAX, size_t* end = nullptr);
 
- private:
-  void cut_back(size_t size);
-  string path_;
-  AppendedFile file_;
-};
-
-// Exit code 2 naming a damaged line.
-vector<StepMetrics> read_metrics(const string& path);
-
-class TensorBoardFile {
- public:
-  // A new file of the folder, which voids what others say of `first_step` on.
-  TensorBoardFile(const string& folder, i64 first_step, double wall_s);
-  void scalars(i64 step, double wall_s, const vector<std::pair<string, double>>& values);
-  void step(const StepMetrics& metrics, double wall_s);
-  const string& path() const { return path_; }
-
- private:
-  void event(i64 step, double wall_s, const string& fields);
-  string path_;
-  AppendedFile file_;  // null once a write failed
-};
-
+// The path of a new TensorBoard file, which voids what others say of `first_step` on.
+string begin_events(const string& folder, i64 first_step, double wall_s);
+void append_scalars(const string& path, i64 step, double wall_s,
+                    const vector<std::pair<string, double>>& values);
+// step_json() into metrics.jsonl and, as step/KEY or KEY/layer-000 and so on, into the events.
+void append_step(const string& metrics_path, const string& events_path, const StepMetrics& metrics,
+                 double wall_s);
 u32 crc32c(const string& bytes);
 
 }

@@ -1,72 +1,54 @@
 #include "observe/report.h"
 
-#include <algorithm>
-
-#include "core/json.h"
-#include "core/log.h"
-
 namespace pith {
 
-struct Kind {
-  const char *key, *heading;
-  i64 RankMemory::*bytes;
-};
-static constexpr Kind kKinds[] = {
-    {"weights", "weights", &RankMemory::weights},
-    {"compute_copy", "compute copy", &RankMemory::compute_copy},
-    {"gradients", "gradients", &RankMemory::gradients},
-    {"optimizer", "optimizer", &RankMemory::optimizer},
-    {"activations", "activations*", &RankMemory::activations},
-    {"workspace", "workspace*", &RankMemory::workspace},
-};
-
 string memory_table(const vector<RankMemory>& ranks) {
-  string out = "rank";
-  const auto cell = [&](const string& words) { out += text(" %12s", words.c_str()); };
-  for (const Kind& kind : kKinds) cell(kind.heading);
-  cell("total");
+  string out =
+      "rank      weights compute copy    gradients    optimizer activations*   workspace*"
+      "        total\n";
   for (size_t i = 0; i < ranks.size(); i++) {
-    out += text("\n%4zu", i);
-    for (const Kind& kind : kKinds) cell(bytes_text(double(ranks[i].*kind.bytes)));
-    cell(bytes_text(double(ranks[i].total())));
+    const RankMemory& m = ranks[i];
+    out += text("%4zu", i);
+    for (const i64 bytes : {m.weights, m.compute_copy, m.gradients, m.optimizer, m.activations,
+                            m.workspace, m.total()})
+      out += text(" %12s", bytes_text(double(bytes)).c_str());
+    out += "\n";
   }
-  return out + "\n* estimated\n";
+  return out + "* estimated\n";
 }
 
-string memory_json(const vector<RankMemory>& ranks) {
-  JsonWriter w;
-  w.array();
-  for (size_t i = 0; i < ranks.size(); i++) {
-    w.object().key("rank").value(i);
-    for (const Kind& kind : kKinds) w.key(kind.key).value(ranks[i].*kind.bytes);
-    w.key("total").value(ranks[i].total()).end();
-  }
-  return w.end().str();
-}
+struct Curve {
+  string name;
+  vector<double> values;  // by step
+};
 
 struct Range {
   double low = HUGE_VAL, high = -HUGE_VAL;
-  void add(const vector<double>& values) {
-    for (const double v : values) {
-      if (!std::isfinite(v)) continue;
-      low = min(low, v);
-      high = max(high, v);
-    }
-  }
-  double share(double v) const { return high > low ? (v - low) / (high - low) : 0; }
 };
 
-// Means of stretches; NaN where nothing is finite.
-static vector<double> stretches(const vector<double>& values, int columns) {
-  const size_t n = min(values.size(), size_t(columns));
-  vector<double> sum(n), count(n);
-  for (size_t i = 0; n > 0 && i < values.size(); i++) {
-    if (!std::isfinite(values[i])) continue;
-    sum[i * n / values.size()] += values[i];
-    count[i * n / values.size()]++;
+// Each curve becomes at most `columns` means of stretches, as shares of the range of all; NaN where
+// nothing is finite.
+static Range fit(vector<Curve>& curves, size_t columns) {
+  Range range;
+  for (Curve& curve : curves) {
+    const size_t all = curve.values.size(), n = min(all, columns);
+    vector<double> sum(n), count(n);
+    for (size_t i = 0; n > 0 && i < all; i++) {
+      if (!std::isfinite(curve.values[i])) continue;
+      sum[i * n / all] += curve.values[i];
+      count[i * n / all]++;
+    }
+    for (size_t i = 0; i < n; i++) {
+      sum[i] /= count[i];
+      range.low = std::fmin(range.low, sum[i]);
+      range.high = std::fmax(range.high, sum[i]);
+    }
+    curve.values = sum;
   }
-  for (size_t i = 0; i < n; i++) sum[i] /= count[i];
-  return sum;
+  const double size = range.high > range.low ? range.high - range.low : 1;
+  for (Curve& curve : curves)
+    for (double& value : curve.values) value = (value - range.low) / size;
+  return range;
 }
 
 static string escape(const string& raw) {
@@ -75,19 +57,10 @@ static string escape(const string& raw) {
   return out;
 }
 
-struct Curve {
-  string name;
-  vector<double> values;  // by step
-};
-
 // A line a curve, with its name as a tooltip.
-static string chart(const char* caption, vector<Curve> curves, const vector<StepMetrics>& steps) {
+static string chart(const char* caption, vector<Curve> curves, i64 last_step) {
   constexpr double kLeft = 70, kWidth = 560, kHeight = 180;
-  Range range;
-  for (Curve& curve : curves) {
-    curve.values = stretches(curve.values, 120);
-    range.add(curve.values);
-  }
+  const Range range = fit(curves, 120);
   if (range.low > range.high) return "";
   string svg;
   const auto label = [&](double x, double y, const string& words) {
@@ -95,16 +68,14 @@ static string chart(const char* caption, vector<Curve> curves, const vector<Step
   };
   label(0, 12, text("%.4g", range.high));
   label(0, kHeight, text("%.4g", range.low));
-  label(kLeft, kHeight + 18, text("step %ld", steps[0].step));
-  label(kWidth, kHeight + 18, text("step %ld", steps.back().step));
+  label(kWidth, kHeight + 18, text("step %ld", last_step));
   for (size_t c = 0; c < curves.size(); c++) {
     const vector<double>& values = curves[c].values;
     string line;
     for (size_t i = 0; i < values.size(); i++)
       if (std::isfinite(values[i]))
         line += text("%c%.1f %.1f", line.empty() ? 'M' : 'L',
-                     kLeft + kWidth * double(i) / double(values.size()),
-                     kHeight * (1 - range.share(values[i])));
+                     kLeft + kWidth * double(i) / double(values.size()), kHeight * (1 - values[i]));
     svg += text("<path stroke=\"hsl(%zu 60%% 50%%)\" d=\"", c * 360 / curves.size()) + line +
            "\"><title>" + curves[c].name + "</title></path>";
   }
@@ -112,50 +83,35 @@ static string chart(const char* caption, vector<Curve> curves, const vector<Step
          svg + "</svg></figure>\n";
 }
 
-string report_html(const vector<StepMetrics>& steps, const ReportInput& input) {
-  Curve train{"training"}, held_out{"held-out"};
-  vector<Curve> load;
-  vector<ReportRow> rows = input.summary;
-  StepMetrics sum;
-  i64 skipped = 0;
-  for (const StepMetrics& m : steps) {
-    train.values.push_back(m.loss);
-    held_out.values.push_back(m.eval_loss.value_or(NAN));
-    for (size_t l = 0; l < m.load.max_over_mean.size(); l++) {
-      if (l == load.size()) load.push_back({text("layer %zu", l)});
-      load[l].values.push_back(m.load.max_over_mean[l]);
+string report_html(const vector<Json>& steps, const string& title, const string& notes) {
+  vector<Curve> losses = {{"training"}, {"held-out"}}, load;
+  for (const Json& line : steps) {
+    losses[0].values.push_back(line.double_or("cross_entropy_loss", NAN));
+    losses[1].values.push_back(line.double_or("eval_loss", NAN));
+    const i64 layers = line.has("expert_load_max") ? line["expert_load_max"].size() : 0;
+    for (i64 l = 0; l < layers; l++) {
+      const Json most = line["expert_load_max"][l];
+      if (l == i64(load.size())) load.push_back({text("layer %ld", l)});
+      load[l].values.push_back(most.is_null() ? NAN : most.as_double());
     }
-    sum.tokens += m.tokens;
-    sum.seconds += m.seconds;
-    sum.peak_memory_bytes = max(sum.peak_memory_bytes, m.peak_memory_bytes);
-    skipped += m.skipped;
   }
-  rows.push_back({"tokens trained on", with_commas(sum.tokens)});
-  rows.push_back({"tokens a second", with_commas(std::llround(sum.tokens_per_second()))});
-  rows.push_back({"peak memory, fullest rank", bytes_text(sum.peak_memory_bytes)});
-  rows.push_back({"updates skipped: not finite", with_commas(skipped)});
-  const string title = escape(input.title);
-  string out = "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"/><title>" + title +
-               "</title><style>svg{font:12px sans-serif}path{fill:none;stroke-width:2}</style>"
-               "</head>\n<body><h1>" +
-               title + "</h1>\n" + chart("Loss, nats a token", {train, held_out}, steps) +
-               chart("Expert load: the fullest expert over the mean, a line a layer", load, steps) +
-               "<table>";
-  for (const ReportRow& row : rows)
-    out += "<tr><td>" + escape(row.name) + "</td><td>" + escape(row.value) + "</td></tr>\n";
-  return out + "</table></body></html>\n";
+  const i64 last_step = steps.empty() ? 0 : steps.back()["step"].as_int();
+  return "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"/><title>Pith</title>"
+         "<style>svg{font:12px "
+         "sans-serif}path{fill:none;stroke-width:2}</style></head>\n<body><h1>" +
+         escape(title) + "</h1>\n" + chart("Loss, nats a token", losses, last_step) +
+         chart("Expert load: the fullest expert over the mean, a line a layer", load, last_step) +
+         "<pre>" + escape(notes) + "</pre></body></html>\n";
 }
 
 string sparkline(const vector<double>& values, int width) {
-  const vector<double> means = stretches(values, width);
-  Range range;
-  range.add(means);
+  vector<Curve> curve = {{"", values}};
+  fit(curve, size_t(width));
   string out;
-  for (const double v : means) {
-    const bool finite = std::isfinite(v);
+  for (const double share : curve[0].values) {
     // U+2581 to U+2588 are e2 96 81 to e2 96 88.
-    const int level = finite ? min(7, int(range.share(v) * 8)) : 0;
-    out += finite ? string("\xe2\x96") + char(0x81 + level) : "\u00b7";
+    const int level = std::isfinite(share) ? min(7, int(share * 8)) : 0;
+    out += std::isfinite(share) ? string("\xe2\x96") + char(0x81 + level) : "\u00b7";
   }
   return out;
 }

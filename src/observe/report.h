@@ -4,33 +4,19 @@
 
 namespace pith {
 
-// Bytes.
+// Bytes: of F32 master shards, gathered weights, full gradients and reduced shards, and so on.
 struct RankMemory {
-  i64 weights = 0;       // F32 master shard
-  i64 compute_copy = 0;  // gathered weights
-  i64 gradients = 0;     // full accumulators and reduced shard
-  i64 optimizer = 0;
-  i64 activations = 0;  // estimate
-  i64 workspace = 0;    // estimate
+  i64 weights = 0, compute_copy = 0, gradients = 0, optimizer = 0;
+  i64 activations = 0, workspace = 0;  // estimates
   i64 total() const {
     return weights + compute_copy + gradients + optimizer + activations + workspace;
   }
 };
 
 string memory_table(const vector<RankMemory>& ranks);
-string memory_json(const vector<RankMemory>& ranks);
 
-struct ReportRow {
-  string name, value;
-};
-
-struct ReportInput {
-  string title;
-  vector<ReportRow> summary;
-};
-
-// Loss curve, expert load and key figures.
-string report_html(const vector<StepMetrics>& steps, const ReportInput& input);
+// Loss curve and expert load of lines of metrics.jsonl, and lines of text.
+string report_html(const vector<Json>& steps, const string& title, const string& notes);
 
 // A block is a mean; a dot: nothing is finite.
 string sparkline(const vector<double>& values, int width);

@@ -4,6 +4,8 @@
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
+#include <regex>
+#include <sstream>
 
 #include "app/commands.h"
 #include "core/json.h"
@@ -79,80 +81,96 @@ TEST(Plan, TimelineInTheTerminal) {
             "rank 0  |B9----F10B10---F11B11---|\n");
 }
 
+// It shows what the terminal does, an action a coloured span.
 TEST(Plan, TimelineAsSvg) {
   const std::string path = scratch("timeline.svg");
-  for (const bool forward_only : {false, true}) {
-    const ScheduleOptions o{
-        .kind = ScheduleKind::DualPipeV, .pp = 3, .micro_batches = 8, .forward_only = forward_only};
-    size_t compute = 0, overlapped = 0;
-    for (const ActionList& list : make_schedules(o))
-      for (const Action& a : list) {
-        compute += a.what != Do::Send && a.what != Do::Recv;
-        overlapped += a.what == Do::FB;
-      }
-    std::vector<std::string> words = {"--schedule", "--pp", "3", "--svg", path};
-    if (forward_only) words.push_back("--forward-only");
-    EXPECT_EQ(plan(words).code, kExitDone);
-    const std::string svg = read_text_file(path);
-    EXPECT_EQ(svg.rfind("<svg xmlns=\"http://www.w3.org/2000/svg\"", 0), 0u);
-    EXPECT_NE(
-        svg.find(forward_only ? ">dualpipev, pp = 3, 8 micro-batches, forward only: bubble 20.0%<"
-                              : ">dualpipev, pp = 3, 8 micro-batches: bubble 7.7%<"),
-        std::string::npos);
-    EXPECT_EQ(count(svg, "<title>"), compute);
-    EXPECT_EQ(count(svg, "<text"), 3 + 3 + compute);
-    EXPECT_EQ(count(svg, "class=\"both\""), overlapped);
-    EXPECT_EQ(count(svg, "<g>"), count(svg, "</g>"));
-    EXPECT_EQ(count(svg, "<text"), count(svg, "</text>"));
-    EXPECT_EQ(count(svg, ". idle; number: micro-batch</text>"), 1u);
-    EXPECT_EQ(svg.substr(svg.size() - 7), "</svg>\n");
-    EXPECT_EQ(count(svg, "href"), 0u);
+  const PlanOutput shown = plan({"--schedule", "--pp", "3", "--micro-batches", "8", "--svg", path});
+  EXPECT_EQ(shown.code, kExitDone);
+  const std::string svg = read_text_file(path);
+  EXPECT_TRUE(svg.starts_with("<svg xmlns=\"http://www.w3.org/2000/svg\""));
+  EXPECT_TRUE(svg.ends_with("</svg>\n"));
+  EXPECT_EQ(count(svg, "<text"), count(svg, "</text>"));
+  EXPECT_EQ(count(svg, "<tspan"), count(svg, "</tspan>"));
+  EXPECT_EQ(count(svg, "href"), 0u);
+  size_t halves[3] = {};
+  for (const ActionList& list :
+       make_schedules({.kind = ScheduleKind::DualPipeV, .pp = 3, .micro_batches = 8}))
+    for (const Action& a : list) {
+      halves[0] += a.has_forward();
+      halves[1] += a.has_backward();
+      halves[2] += a.what == Do::W;
+    }
+  for (int i = 0; i < 3; i++)
+    EXPECT_EQ(count(svg, text("<tspan class=\"%c\">", "FBW"[i])), halves[i]);
+  // Without its tags, and cut as for a terminal.
+  const std::string bare =
+      std::regex_replace(svg.substr(svg.find("<text")), std::regex("<[^>]*>"), "");
+  std::istringstream rows(bare);
+  int ranks = 0;
+  for (std::string row; std::getline(rows, row);) {
+    EXPECT_NE(shown.out.find(row.substr(0, 85)), std::string::npos) << row;
+    ranks += row.starts_with("rank ");
   }
+  EXPECT_EQ(ranks, 3);
 }
 
-// The actions that --lists prints, in their order, with the times of the picture.
+// The actions of the schedule, with the times of the picture.
 TEST(Plan, ListsAsJson) {
-  const std::vector<std::string> words = {"--schedule", "--pp", "2", "--micro-batches", "4"};
-  std::vector<std::string> as_json = words, as_lists = words;
-  as_json.push_back("--json");
-  as_lists.push_back("--lists");
-  const PlanOutput run = plan(as_json);
+  const PlanOutput run = plan({"--schedule", "--pp", "2", "--micro-batches", "4", "--json"});
   ASSERT_EQ(run.code, kExitDone) << run.error;
   const Json all = Json::parse(run.out, "plan");
   EXPECT_EQ(all["kind"].as_string(), "dualpipev");
   EXPECT_EQ(all["time"].as_int(), 26);
   EXPECT_NEAR(all["bubble"].as_double(), 1 - 24.0 / 26, 1e-12);
-  std::string lists;
-  for (int r = 0; r < 2; r++)
+  const auto lists = make_schedules({.kind = ScheduleKind::DualPipeV, .pp = 2, .micro_batches = 4});
+  ASSERT_EQ(all["ranks"].size(), 2);
+  for (int r = 0; r < 2; r++) {
+    ASSERT_EQ(all["ranks"][r].size(), static_cast<int64_t>(lists[r].size()));
     for (int i = 0, now = 0; i < all["ranks"][r].size(); i++) {
       const Json action = all["ranks"][r][i];
-      lists += text("%d %s\n", r, action["action"].as_string().c_str());
+      EXPECT_EQ(action["action"].as_string(), to_text(lists[r][i]));
       if (!action.has("begin")) continue;
       EXPECT_GE(action["begin"].as_int(), now);
       now = int(action["begin"].as_int() + action["duration"].as_int());
       EXPECT_LE(now, 26);
     }
-  EXPECT_EQ(lists, plan(as_lists).out);
+  }
 }
 
-// What --lists prints, --check proves.
+// What --json prints, --check proves.
 TEST(Plan, ListsReadBack) {
   const std::vector<std::vector<std::string>> cases = {
       {"--pp", "3", "--micro-batches", "7"},
       {"--kind", "1f1b", "--pp", "4", "--micro-batches", "3"},
-      {"--pp", "2", "--micro-batches", "3", "--forward-only"},
       {"--kind", "dualpipev", "--pp", "1"},
   };
   for (std::vector<std::string> words : cases) {
     words.insert(words.begin(), {"--schedule"});
     const PlanOutput shown = plan(words);
     std::vector<std::string> listing = words;
-    listing.push_back("--lists");
-    words.insert(words.end(), {"--check", write("lists.txt", plan(listing).out)});
+    listing.push_back("--json");
+    words.insert(words.end(), {"--check", write("lists.json", plan(listing).out)});
     const PlanOutput checked = plan(words);
     EXPECT_EQ(checked.code, kExitDone) << checked.error;
     EXPECT_EQ(checked.out, shown.out);
   }
+}
+
+// The lists of ranks as --json prints them; `ranks` has a line an action: "0 F0.0".
+static std::string json_of_lists(const std::string& ranks, int pp) {
+  std::vector<std::vector<std::string>> lists(pp);
+  std::istringstream in(ranks);
+  for (std::string line; std::getline(in, line);)
+    lists.at(line[0] - '0')
+        .push_back(JsonWriter().object().members("action", line.substr(2)).end().str());
+  JsonWriter w;
+  w.object().key("ranks").array();
+  for (const auto& list : lists) {
+    w.array();
+    for (const std::string& action : list) w.raw(action);
+    w.end();
+  }
+  return w.end().end().str();
 }
 
 TEST(Plan, FaultyListsAreNamed) {
@@ -165,18 +183,17 @@ TEST(Plan, FaultyListsAreNamed) {
        "0 F0.0\n0 send F0.0 > 1\n0 recv B0.0 < 1\n0 B0.0\n"
        "1 recv F0.0 < 0\n1 F0.0\n1 send B0.0 > 0\n1 B0.0\n",
        ": rank 1, action 2 (send B0.0 > 0): B0.0 has not run. Try: the lists that pith plan "
-       "--schedule --lists prints"},
+       "--schedule --json prints"},
       {2, "0 F0.0\n0 send F0.0 > 1\n0 recv B0.0 < 1\n0 B0.0\n1 recv F0.0 < 0\n1 F0.0\n1 B0.0\n",
        ": rank 1, at the end: send B0.0 has not run"},
       {1, "0 B0.0\n0 F0.0\n", ": rank 0, action 0 (B0.0): F0.0 has not run"},
       {1, "0 F0.0\n0 B0.1\n", ": rank 0, action 1 (B0.1): names no chunk and micro-batch"},
-      {1, "0 F0.0\n1 B0.0\n", ":2: names no rank (got \"1 B0.0\", need 0 to 0)"},
-      {1, "F0.0\n", ":1: names no rank (got \"F0.0\", need 0 to 0). Try: a line such as 0 F0.3"},
-      {1, "0 F0.x\n", ":1: is not an action (got \"F0.x\", need one such as F0.3,"},
+      {1, "0 F0.x\n",
+       ": ranks[0][0].action: is not an action (got \"F0.x\", need one such as F0.3,"},
       {1, "", ": rank 0, at the end: F0.0 has not run"},
   };
   for (const auto& c : cases) {
-    const std::string path = write("faulty.txt", c.lists);
+    const std::string path = write("faulty.json", json_of_lists(c.lists, c.pp));
     const PlanOutput run =
         plan({"--schedule", "--kind", "1f1b", "--micro-batches", "1", "--pp", std::to_string(c.pp),
               "--check", path, "--svg", scratch("faulty.svg")});
@@ -195,7 +212,9 @@ TEST(Plan, WrongUseIsRefused) {
       {{"--schedule", "--pp", "4", "--micro-batches", "7"},
        "schedule: dualpipev at pp = 4 gets too few micro-batches (got 7, need at least 8). Try: "
        "more micro-batches in a step"},
-      {{"--schedule", "--lists", "--json"}, "pith plan: prints --lists or --json, not both"},
+      {{"--schedule", "--check", write("no.json", "{}")}, "no.json: ranks: is missing"},
+      {{"--schedule", "--check", write("one.json", "{\"ranks\": [[]]}")},
+       "one.json: ranks: has lists of 1 ranks (need 4)"},
       {{"--schedule", "--kind", "gpipe"}, "--kind"},
       {{"--schedule", "--pp", "0"}, "--pp"},
       {{"--schedule", "--check", "/nowhere/lists.txt"}, "/nowhere/lists.txt"},

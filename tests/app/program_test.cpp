@@ -613,9 +613,8 @@ TEST(Program, FromTextToAnExportedModel) {
   c.train.eval_interval = 4;
   train_to_end(c);
   const std::string checkpoint = c.run.folder + "/step-00000004";
-  const Json converted = Json::parse(
-      run({"convert", "export-hf", c.run.folder, f + "hf", "--dtype", "fp32", "--json"}), "json");
-  EXPECT_EQ(converted["tensors"].as_int(),
+  run({"convert", "export-hf", c.run.folder, f + "hf", "--dtype", "fp32"});
+  EXPECT_EQ(static_cast<int64_t>(SafetensorsReader(f + "hf").tensors().size()),
             Json::parse(run({"checkpoint", "list", checkpoint, "--json"}), "json")[0]["tensors"]
                     .as_int() /
                 3);
@@ -625,8 +624,8 @@ TEST(Program, FromTextToAnExportedModel) {
   EXPECT_GT(eval["labels"].as_int(), 1000);
   EXPECT_NEAR(eval["perplexity"].as_double(), std::exp(eval["loss"].as_double()), 1e-9);
   EXPECT_GT(eval["bits_per_byte"].as_double(), 1);
-  std::vector<StepMetrics> steps = read_metrics(c.run.folder + "/metrics.jsonl");
-  EXPECT_NEAR(eval["loss"].as_double(), steps.back().eval_loss.value_or(0), 1e-5);
+  const std::vector<Json> steps = read_metrics(c.run.folder + "/metrics.jsonl");
+  EXPECT_NEAR(eval["loss"].as_double(), steps.back()["eval_loss"].as_double(), 1e-5);
   for (const char* name : {"hf", "imported"})
     EXPECT_EQ(run({"eval", f + name, "--json", "--data", c.data.path, "--heldout-fraction", "0.3",
                    "--sequence-length", "32"}),

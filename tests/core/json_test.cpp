@@ -29,7 +29,7 @@ TEST(Json, ReadsValues) {
   EXPECT_EQ(j["f"][0].as_int(), 1);
   EXPECT_EQ(j["g"]["h"].as_int(), 1000000);
   EXPECT_EQ(j["i"].as_int(), 10000);
-  EXPECT_FALSE(j["i"].is_int());
+  EXPECT_EQ(j["i"].dump(), "10000.0");
   EXPECT_EQ(j["big"].as_int(), INT64_MAX);
   EXPECT_EQ(j.keys().size(), 9u);
   EXPECT_EQ(j.int_or("e", 7), 7);  // null is as good as absent
@@ -108,15 +108,9 @@ TEST(Json, MalformedTextIsLocated) {
 
 TEST(JsonWriter, WritesInOrder) {
   JsonWriter w;
-  w.object().key("z").value(1).key("a").array().value(1.5).value("q\"\n").value(true).null();
-  w.end().key("e").object().end().key("n").value(size_t{18}).end();
-  EXPECT_EQ(w.str(), R"({"z": 1, "a": [1.5, "q\"\n", true, null], "e": {}, "n": 18})");
-  JsonWriter pretty(2);
-  pretty.object().key("a").array().value(1).value(2).end().key("b").array().end().end();
-  EXPECT_EQ(pretty.str(), "{\n  \"a\": [\n    1,\n    2\n  ],\n  \"b\": []\n}");
-  EXPECT_EQ(Json::parse(pretty.str(), "p")["a"].as_ints(), (std::vector<int64_t>{1, 2}));
-  EXPECT_THROW(JsonWriter().object().str(), Error);
-  EXPECT_THROW(JsonWriter().array().key("a"), Error);
+  w.object().members("z", 1).key("a").array().value(1.5).value("q\"\n").value(true).end();
+  w.key("e").object().end().members("l", std::vector<int>{1, 2}, "n", size_t{18}).end();
+  EXPECT_EQ(w.str(), R"({"z": 1, "a": [1.5, "q\"\n", true], "e": {}, "l": [1, 2], "n": 18})");
 }
 
 TEST(JsonWriter, NumbersKeepTheirBits) {
@@ -124,7 +118,7 @@ TEST(JsonWriter, NumbersKeepTheirBits) {
     const std::string json = JsonWriter().value(number).str();
     const double back = Json::parse(json, "p").as_double();
     EXPECT_EQ(memcmp(&back, &number, 8), 0) << json;
-    EXPECT_FALSE(Json::parse(json, "p").is_int()) << json;
+    EXPECT_NE(json.find_first_of(".e"), std::string::npos) << json;
   }
   EXPECT_EQ(JsonWriter().value(0.1).str(), "0.1");
   EXPECT_EQ(JsonWriter().value(static_cast<double>(NAN)).str(), "null");

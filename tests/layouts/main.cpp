@@ -2,7 +2,7 @@
 #include <cstdio>
 #include <map>
 
-#include "app/arguments.h"
+#include "app/commands.h"
 #include "core/json.h"
 #include "core/log.h"
 #include "core/process.h"
@@ -37,16 +37,15 @@ void print_line(const Layout& layout, const LayoutResult& r, double seconds, boo
 }  // namespace
 
 static int run(int argc, char** argv) {
-  Arguments args("layouts_check",
-                 "Proves that parallel layouts train the same model: runs each for some steps on "
-                 "CPU ranks and compares gradients, losses, experts and weights with one rank. "
-                 "Exit code 1 if one differs.");
+  // Runs each layout for some steps on CPU ranks and compares gradients, losses, experts and
+  // weights with one rank. Exit code 1 if one differs.
+  Arguments args("layouts_check");
   string file;
   vector<string> set, names;
   bool all = false, json = false;
   int64_t max_ranks = 16, steps = 8;
   double fault = 1;
-  args.positional("run", file, "run.toml");
+  args.option("run", file, "run.toml");
   args.list("--set", set, "KEY=VALUE, as for pith train");
   args.list("--layout", names, "such as pp2-dp1-cp2-ep2, pp1-dp2-cp1-ep1-hsdp-layer-mb2", ',');
   args.flag("--all", all, "pp 1,2,4 x dp 1,2 x cp 1,2 x ep 1,2,4");
@@ -69,7 +68,7 @@ static int run(int argc, char** argv) {
   std::map<int64_t, Probe> references;
   int failures = 0;
   for (const Layout& layout : layouts) {
-    if (stop_requested()) return 128 + stop_signal();
+    if (stop_requested()) return kExitStopped;
     const int64_t size = by_size ? layout.micro_batch : 1;
     Probe& reference = references[size];
     if (reference.loss.empty()) {
@@ -93,6 +92,4 @@ static int run(int argc, char** argv) {
 
 }  // namespace pith
 
-int main(int argc, char** argv) {
-  return pith::run_program("layouts_check", argc, argv, pith::run);
-}
+int main(int argc, char** argv) { return pith::run_program(argc, argv, pith::run); }

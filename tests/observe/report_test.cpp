@@ -53,13 +53,19 @@ static std::vector<StepMetrics> run(int64_t n, size_t layers) {
     m.seconds = 0.5;
     m.peak_memory_bytes = 3 << 20;
     m.load.max_over_mean.assign(layers, 1.25);
+    m.load.entropy = m.load.max_over_mean;
     steps.push_back(m);
   }
   return steps;
 }
 
+static std::vector<Json> lines_of(const std::vector<StepMetrics>& steps) {
+  std::vector<Json> lines;
+  for (const StepMetrics& m : steps) lines.push_back(Json::parse(step_json(m), "line"));
+  return lines;
+}
+
 TEST(Report, IsWellFormedForEveryRun) {
-  ReportInput input{"runs/<a & \"b\">", {{"path", "a<b>&c"}}};
   std::vector<StepMetrics> broken = run(60, 3);
   broken[10].loss = broken[11].gradient_norm = NAN;
   broken[11].skipped = true;
@@ -79,7 +85,9 @@ TEST(Report, IsWellFormedForEveryRun) {
                {"many layers", run(3, 94)}};
   for (const auto& c : cases) {
     for (const bool plain : {false, true}) {
-      const std::string page = report_html(c.steps, plain ? ReportInput{} : input);
+      const std::string page =
+          plain ? report_html(lines_of(c.steps), "", "")
+                : report_html(lines_of(c.steps), "runs/<a & \"b\">", "path: a<b>&c");
       EXPECT_EQ(xml_error(page), "") << c.what;
       for (const char* bad : {"nan", "inf\"", "inf ", "http", "src=", "script", "@import"})
         EXPECT_EQ(page.find(bad), std::string::npos) << c.what << " has " << bad;
@@ -92,14 +100,9 @@ TEST(Report, IsWellFormedForEveryRun) {
 }
 
 TEST(Report, ContainsTheNumbers) {
-  std::vector<StepMetrics> steps = run(40, 2);
-  steps[30].skipped = true;
-  const std::string page = report_html(steps, {"a run", {{"parameters", "1,234"}}});
+  const std::string page = report_html(lines_of(run(40, 2)), "a run", "parameters: 1,234\n");
   for (const char* part :
-       {"<h1>a run</h1>", "<td>tokens trained on</td><td>40,000<",
-        "<td>tokens a second</td><td>2,000<", "<td>peak memory, fullest rank</td><td>3.00 MiB<",
-        "<td>updates skipped: not finite</td><td>1<", "<td>parameters</td><td>1,234</td>",
-        ">step 40<", ">layer 1<", ">held-out<"})
+       {"<h1>a run</h1>", "parameters: 1,234\n", ">step 40<", ">layer 1<", ">held-out<"})
     EXPECT_NE(page.find(part), std::string::npos) << part;
 }
 
@@ -121,7 +124,7 @@ TEST(Report, Sparkline) {
   for (const auto& c : cases) EXPECT_EQ(sparkline(c.values, c.width), c.want);
 }
 
-TEST(MemoryReport, TableAndJson) {
+TEST(MemoryReport, Table) {
   const RankMemory a{1 << 20, 0, 2 << 20, 3 << 20, 512, 1 << 10};
   RankMemory b = a;
   b.activations = int64_t{5} << 30;
@@ -133,9 +136,6 @@ TEST(MemoryReport, TableAndJson) {
             "   1     1.00 MiB          0 B     2.00 MiB     3.00 MiB     5.00 GiB     1.00 KiB  "
             "   5.01 GiB\n"
             "* estimated\n");
-  EXPECT_EQ(memory_json({a}),
-            R"([{"rank": 0, "weights": 1048576, "compute_copy": 0, "gradients": 2097152, )"
-            R"("optimizer": 3145728, "activations": 512, "workspace": 1024, "total": 6292992}])");
 }
 
 }  // namespace pith

@@ -58,10 +58,10 @@ TEST(TensorBoard, BytesOfTheReference) {
   } cases[] = {{1, version + scalars}, {300, version + restart + scalars}};
   for (const auto& c : cases) {
     const std::string folder = fresh_folder("tensorboard");
-    TensorBoardFile file(folder, c.first_step, 1700000000.5);
-    file.scalars(300, 1700000001.25, {{"a/b", 2.5}, {"c", -1e-3}});
-    EXPECT_EQ(read_text_file(file.path()), from_hex(c.want));
-    EXPECT_EQ(file.path().find(folder + "/events.out.tfevents.1700000000."), 0u);
+    const std::string path = begin_events(folder, c.first_step, 1700000000.5);
+    append_scalars(path, 300, 1700000001.25, {{"a/b", 2.5}, {"c", -1e-3}});
+    EXPECT_EQ(read_text_file(path), from_hex(c.want));
+    EXPECT_EQ(path.find(folder + "/events.out.tfevents.1700000000."), 0u);
   }
 }
 
@@ -107,20 +107,23 @@ TEST(TensorBoard, StepWritesEveryNumber) {
   m.loss = 2;
   m.seconds = 0.5;
   m.tokens = 100;
-  std::vector<const char*> tags = {"train/cross-entropy-loss", "train/learning-rate",
-                                   "train/gradient-norm",      "infra/step-time",
-                                   "infra/tokens-per-second",  "infra/peak-memory-gib"};
-  std::vector<const char*> more = {"train/load-balance-loss",    "infra/mfu",
-                                   "eval/cross-entropy-loss",    "expert-load-max/layer-001",
-                                   "expert-load-dead/layer-000", "expert-load-entropy/layer-001"};
-  TensorBoardFile file(fresh_folder("tensorboard_step"), 1, 1700000000);
-  file.step(m, 1700000001);
+  std::vector<const char*> tags = {"step/cross_entropy_loss", "step/learning_rate",
+                                   "step/gradient_norm",      "step/step_time",
+                                   "step/tokens_per_second",  "step/peak_memory"};
+  std::vector<const char*> more = {"step/load_balance_loss",
+                                   "step/mfu",
+                                   "step/eval_loss",
+                                   "expert_load_max/layer-001",
+                                   "expert_load_dead/layer-000",
+                                   "expert_load_entropy/layer-001"};
+  const std::string path = begin_events(fresh_folder("tensorboard_step"), 1, 1700000000);
+  append_step(path + ".jsonl", path, m, 1700000001);
   m.balance_loss = {1};
   m.mfu = 0.5;
-  m.eval_loss = NAN;
-  m.load = {{1, 1}, {1, 1}, {0, 0}, {1, 1}};
-  file.step(m, 1700000002);
-  const std::vector<std::string> frames = frames_of(read_text_file(file.path()));
+  m.eval_loss = 2.5;
+  m.load = {{1, 1}, {0, 0}, {1, 1}};
+  append_step(path + ".jsonl", path, m, 1700000002);
+  const std::vector<std::string> frames = frames_of(read_text_file(path));
   ASSERT_EQ(frames.size(), 3u);
   const auto has = [](const std::string& frame, const char* tag) {
     return frame.find(std::string("\x0a") + static_cast<char>(strlen(tag)) + tag + "\x15") !=
@@ -130,8 +133,6 @@ TEST(TensorBoard, StepWritesEveryNumber) {
   for (const char* tag : more) EXPECT_TRUE(!has(frames[1], tag) && has(frames[2], tag)) << tag;
 }
 
-TEST(TensorBoard, FolderThatCannotBe) {
-  EXPECT_THROW(TensorBoardFile("/proc/no/such", 1, 0), Error);
-}
+TEST(TensorBoard, FolderThatCannotBe) { EXPECT_THROW(begin_events("/proc/no/such", 1, 0), Error); }
 
 }  // namespace pith
