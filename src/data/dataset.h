@@ -23,7 +23,7 @@ struct SampleRow {
   int* doc_ends = nullptr;  // of each position's document in the row; S unmasked; may be null
 };
 
-// A .bin, mapped: token ids (u1, u2, u4 or u8), then u8 document ends, the last being num_tokens.
+// A .bin, mapped: token ids (u2 or u4), then u8 document ends, the last being num_tokens.
 struct TokenFile {
   MappedFile map;
   NpyType type = NpyType::U2;

@@ -23,9 +23,8 @@ enum CharFlag : u16 {
   kUpper = 16,          // Lu Lt Lm Lo M: o200k's first half of a word
   kLower = 32,          // Ll Lm Lo M: its second half
   kWordChar = 64,       // \w of added tokens' single_word
-  kPunct = 128,         // P S
-  kUnknownToNfc = 256,  // newer than Hugging Face's NFC, which leaves it alone
-  kUnstable = 512,      // NFC may change it, move it, or join it to what is before it
+  kUnknownToNfc = 128,  // newer than Hugging Face's NFC, which leaves it alone
+  kUnstable = 256,      // NFC may change it, move it, or join it to what is before it
 };
 const u16* char_flags();  // by code point
 // "\x{1c8a}\x{a7cd}": what is in a category, such as "Ll", but may be newer than a library.

@@ -165,7 +165,7 @@ static std::vector<SplitStep> steps_of(const std::string& name, bool use_fast) {
 }
 
 TEST(SlowTokenizer, FastSplittersEqualTheirPatterns) {
-  for (const char* name : {"qwen2", "cl100k", "qwen3.5", "o200k", "deepseek-v3"}) {
+  for (const char* name : {"qwen2", "cl100k", "qwen3.5", "o200k"}) {
     const std::vector<SplitStep> plain = steps_of(name, false), fast = steps_of(name, true);
     ASSERT_TRUE(fast.back().fast) << name;
     std::mt19937 rng(7);
