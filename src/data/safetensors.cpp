@@ -207,23 +207,19 @@ void SafetensorsWriter::finish() {
   write_file_durably(path_ + kExtension + ".index.json", json.end().str() + "\n");
 }
 
-static float from_bf16(u32 bits) { return std::bit_cast<float>(bits << 16); }
-
-template <class T>
-static void convert(const void* src, float* dst, i64 n, const auto& to_float) {
-  for (i64 i = 0; i < n; i++) {
-    T value;
-    memcpy(&value, static_cast<const char*>(src) + i * sizeof(T), sizeof(T));
-    dst[i] = to_float(value);
-  }
-}
-
 void to_f32(FileDType dtype, const void* src, float* dst, i64 n) {
-  switch (dtype) {
-    case FileDType::F32: memcpy(dst, src, n * 4); break;
-    case FileDType::F64: convert<double>(src, dst, n, [](double x) { return float(x); }); break;
-    case FileDType::BF16: convert<u16>(src, dst, n, from_bf16); break;
-    default: failed("to_f32", string("cannot convert ") + name_of(dtype));
+  if (!is_float(dtype)) failed("to_f32", string("cannot convert ") + name_of(dtype));
+  if (dtype == FileDType::F32) memcpy(dst, src, n * 4);
+  const char* at = static_cast<const char*>(src);
+  for (i64 i = 0; i < n && dtype == FileDType::F64; i++) {
+    double wide;
+    memcpy(&wide, at + 8 * i, 8);
+    dst[i] = float(wide);
+  }
+  for (i64 i = 0; i < n && dtype == FileDType::BF16; i++) {
+    u16 bits;
+    memcpy(&bits, at + 2 * i, 2);
+    dst[i] = std::bit_cast<float>(u32{bits} << 16);
   }
 }
 

@@ -157,7 +157,6 @@ class AddedTokens {
 
 struct EncodeOptions {
   bool parse_special = true;  // special tokens' text in a document becomes those tokens
-  bool add_special = true;    // what the post-processor adds, such as a leading BOS
 };
 
 enum class SpecialTokens : u8 { Keep, Skip };
@@ -195,7 +194,6 @@ struct Tokenizer {
   bool nfc = false;
   vector<SplitStep> steps;
   Bpe bpe;
-  vector<u32> prefix, suffix;  // from the post-processor
 
  private:
   void encode_text(string_view text, bool normalized, bool parse_special, EncodeScratch& scratch,
