@@ -2,7 +2,7 @@
 //
 //   tokenizer_bench encode TOKENIZER [text]  documents on standard input, ids on standard output:
 //       each as a 4-byte little-endian count and that many bytes (ids, 4 bytes each); `text` takes
-//       special tokens' text as ordinary text, without a leading BOS
+//       special tokens' text as ordinary text
 //   tokenizer_bench decode TOKENIZER     the way back
 //   tokenizer_bench time TOKENIZER REPEATS FILE...   on one thread: MB/s of the text of the files,
 //       documents of 4 KB to 64 KB cut at line ends; cold is the first pass, with an empty cache,
@@ -53,7 +53,7 @@ static void encode(const Tokenizer& tokenizer, bool as_text) {
   std::vector<uint32_t> ids;
   while (read_block(block, 1)) {
     ids.clear();
-    tokenizer.encode({block.data(), block.size()}, ids, {!as_text, !as_text}, scratch);
+    tokenizer.encode({block.data(), block.size()}, ids, {!as_text}, scratch);
     write_block(ids.data(), ids.size(), 4);
   }
 }

@@ -10,49 +10,21 @@
 
 namespace pith {
 
-static void print_document(const string& document, bool json) {
-  if (json)
-    printf("%s\n", JsonWriter().object().key("text").value(document).end().str().c_str());
-  else
-    fwrite(document.data(), 1, document.size(), stdout);
-}
-
-static void decode_file(const string& path, const Tokenizer& tokenizer, bool json) {
-  const TokenFile file = open_token_file(path);
-  for (i64 i = 0; i < file.num_docs && !stop_requested(); i++) {
-    vector<u32> ids = document_ids(file, i, tokenizer.vocab_size());
+static void decode(const string& file, const string& tokenizer_option, bool json) {
+  const string path =
+      tokenizer_option.empty() ? find_tokenizer(file) : tokenizer_file(tokenizer_option);
+  if (path.empty())
+    bad_input(file, "has no tokenizer.json in its folder or above", "--tokenizer PATH");
+  const Tokenizer tokenizer = Tokenizer::load(path);
+  const TokenFile tokens = open_token_file(file);
+  for (i64 i = 0; i < tokens.num_docs && !stop_requested(); i++) {
+    vector<u32> ids = document_ids(tokens, i, tokenizer.vocab_size());
     // As JSON without the end-of-text, so that it can be tokenised again.
     if (json && !ids.empty()) ids.pop_back();
-    print_document(tokenizer.decode(ids, SpecialTokens::Keep), json);
+    string document = tokenizer.decode(ids, SpecialTokens::Keep);
+    if (json) document = JsonWriter().object().key("text").value(document).end().str() + "\n";
+    fwrite(document.data(), 1, document.size(), stdout);
   }
-}
-
-static void decode_ids(const string& list, const Tokenizer& tokenizer, bool json) {
-  vector<u32> ids;
-  for (const char* at = list.c_str(); *at;) {
-    char* end = nullptr;
-    const unsigned long id = isdigit(*at) ? strtoul(at, &end, 10) : 0;
-    if (!end || id >= tokenizer.vocab_size())
-      bad_input("--decode",
-                text("is neither FILE.bin nor ids (got \"%s\", need numbers < %u)", at,
-                     tokenizer.vocab_size()),
-                "--decode 9707,11");
-    ids.push_back(id);
-    at = end + strspn(end, ", ");
-  }
-  print_document(tokenizer.decode(ids, SpecialTokens::Keep), json);
-  if (!json) printf("\n");
-}
-
-static void decode(const string& encoded, const string& tokenizer_option, bool json) {
-  const bool is_file = encoded.ends_with(".bin");
-  if (tokenizer_option.empty() && !is_file)
-    bad_input("--decode", "needs a tokenizer for ids", "--tokenizer tokenizer.json");
-  const string path =
-      tokenizer_option.empty() ? find_tokenizer(encoded) : tokenizer_file(tokenizer_option);
-  if (path.empty())
-    bad_input(encoded, "has no tokenizer.json in its folder or above", "--tokenizer PATH");
-  (is_file ? decode_file : decode_ids)(encoded, Tokenizer::load(path), json);
 }
 
 static void print_report(const CorpusReport& r, bool json) {
@@ -84,11 +56,11 @@ int run_tokenize(int argc, char** argv) {
   args.list("--include", o.include, "only files of these patterns: '*.c,*.h'", ',');
   args.option("--join", o.join, "put all into NAME-00000.bin and so on, not into a file each");
   args.option("--key", o.key, "the JSON member that holds the text");
-  args.option("--eos", o.eos, "end-of-text: a token or id; default: the tokenizer's own");
+  args.option("--eos", o.eos, "end-of-text token; default: the tokenizer's own");
   args.flag("--special-as-text", o.special_as_text, "special tokens' text is ordinary text");
   args.flag("--skip-bad", o.skip_bad, "leave out malformed documents and list them");
   args.option("--threads", o.threads, "0: every core", 0, 1024);
-  args.option("--decode", encoded, "print the text of FILE.bin, or of ids such as 9707,11");
+  args.option("--decode", encoded, "print the text of FILE.bin");
   args.flag("--json", json, "print the result as JSON; with --decode a line a document");
   if (!args.parse(argc, argv)) return kExitDone;
   if (!encoded.empty()) {

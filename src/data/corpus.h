@@ -1,6 +1,5 @@
-// corpus: files of documents -> token files (see TokenFile), in parallel, in order, restartable.
-// `output` also gets tokenizer.json, corpus.json (what must not change) and .pith: for each file a
-// lock and a record of its sources.
+// corpus: files of documents -> token files, in parallel, in order, restartable. `output` also gets
+// tokenizer.json, corpus.json (what must not change) and .pith (a lock and record for each file).
 #pragma once
 #include "data/dataset.h"
 
@@ -31,11 +30,9 @@ struct CorpusReport {
   bool stopped = false;  // by a signal: the same command goes on
 };
 
-// Makes the token files that are not there yet, each under its name when complete; bytes do not
-// depend on threads. Several processes may share the output; each returns when all is complete.
-// Memory: about 100 MiB, 80 MiB a thread, and some times each larger document. Exit code 2:
-// unusable inputs, malformed documents, a folder made with other options. 1: reading or writing
-// fails.
+// Makes the token files that are not there yet; bytes do not depend on threads. Several processes
+// may share the output; each returns when all is complete. Exit code 2: unusable inputs, malformed
+// documents, a folder made with other options.
 CorpusReport tokenize_corpus(const CorpusOptions& options);
 
 // Ids >= vocab_size are exit code 2.

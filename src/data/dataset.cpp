@@ -18,14 +18,14 @@ i64 TokenFile::doc_end(i64 doc) const {
 }
 
 void TokenFile::copy(i64 offset, i64 count, i64 vocab_size, int* dst) const {
-  const i64 width = size_of(type), shift = 64 - 8 * width;
+  const i64 width = size_of(type);
   for (i64 i = offset; i < offset + count; i++) {
-    u64 id;
-    memcpy(&id, tokens + i * width, 8);  // the second array lies behind the last token
-    id = id << shift >> shift;
-    if (id >= u64(vocab_size))
+    u32 id;
+    memcpy(&id, tokens + i * width, 4);  // the second array lies behind the last token
+    if (type == NpyType::U2) id &= 0xffff;
+    if (id >= vocab_size)
       bad_input(map.path(),
-                text("holds a token id beyond the vocabulary (got %lu at token %ld, need less than "
+                text("holds a token id beyond the vocabulary (got %u at token %ld, need less than "
                      "%ld)",
                      id, i, vocab_size),
                 "the model's own tokenizer");
@@ -37,20 +37,24 @@ TokenFile open_token_file(const string& path) {
   TokenFile file{.map = MappedFile(path)};
   const char* const end_of_file = file.map.data() + file.map.size();
   const auto refuse = [&](const string& what) { bad_input(path, what, "pith tokenize again"); };
-  const auto read = [&](const char* at, const char* what, const char* order, NpyType least) {
-    const string place = at == file.map.data() ? path : path + " (" + what + ")";
-    NpyHeader array = parse_npy_header(at, end_of_file - at, place);
-    if (array.shape.size() != 1 || array.type < least || array.type > NpyType::U8)
-      refuse(text("does not hold %s %s (got %s of %zu dimensions, need %s to <u8 of one)", what,
-                  order, name_of(array.type), array.shape.size(), name_of(least)));
+  const auto read = [&](const char* at) {
+    const bool second = at != file.map.data();
+    const NpyType least = second ? NpyType::U8 : NpyType::U2;
+    const NpyType most = second ? NpyType::U8 : NpyType::U4;
+    NpyHeader array =
+        parse_npy_header(at, end_of_file - at, second ? path + " (document ends)" : path);
+    if (array.shape.size() != 1 || array.type < least || array.type > most)
+      refuse(text("does not hold %s (got %s of %zu dimensions, need %s to %s of one)",
+                  second ? "document ends second" : "token ids first", name_of(array.type),
+                  array.shape.size(), name_of(least), name_of(most)));
     return array;
   };
-  const NpyHeader ids = read(file.map.data(), "token ids", "first", NpyType::U1);
+  const NpyHeader ids = read(file.map.data());
   file.type = ids.type;
   file.num_tokens = ids.numel();
   file.tokens = file.map.data() + ids.header_bytes;
   const char* rest = file.tokens + ids.data_bytes();
-  const NpyHeader ends = read(rest, "document ends", "second", NpyType::U8);
+  const NpyHeader ends = read(rest);
   file.num_docs = ends.numel();
   file.ends = rest + ends.header_bytes;
   const i64 more = end_of_file - file.ends - ends.data_bytes();

@@ -1,4 +1,3 @@
-// Tokenised files, split into training and held-out documents, cut into samples, shuffled.
 #pragma once
 
 #include "core/tensor.h"
@@ -23,7 +22,7 @@ struct SampleRow {
   int* doc_ends = nullptr;  // of each position's document in the row; S unmasked; may be null
 };
 
-// A .bin, mapped: token ids (u1, u2, u4 or u8), then u8 document ends, the last being num_tokens.
+// A .bin, mapped: token ids (u2 or u4), then u8 document ends, the last being num_tokens.
 struct TokenFile {
   MappedFile map;
   NpyType type = NpyType::U2;
@@ -39,12 +38,12 @@ TokenFile open_token_file(const string& path);
 // `path`, or all .bin below a folder in path order, but no hidden ones. Exit code 2 if none.
 vector<string> find_token_files(const string& path);
 
-// Training samples are cut from a file's training documents end to end, less a tail of fewer than
-// S + 1 tokens; held-out ones from those of all files, the last padded with ignored labels. A
-// document is held out by the XXH3 of its token bytes. Const functions are safe from many threads.
+// Training samples are cut from a file's training documents end to end, less a tail of at most S
+// tokens; held-out ones from those of all files, the last padded with ignored labels. A document is
+// held out by the XXH3 of its token bytes.
 class Dataset {
  public:
-  // Token ids >= vocab_size are found here, or above 1 GiB by the sample that holds them.
+  // Ids >= vocab_size are exit code 2 here, or above 1 GiB at the sample that holds them.
   Dataset(const vector<string>& paths, const DataOptions& options);
 
   const DataOptions& options() const { return options_; }
@@ -102,9 +101,8 @@ struct ZigzagBlocks {
 ZigzagBlocks zigzag_blocks(i64 seq_length, int cp, int cp_rank);
 void take_zigzag(const int* row, const ZigzagBlocks& blocks, int* out);
 
-// Mean nats a held-out label under an interpolated Kneser-Ney bigram model of the training
-// documents (Chen & Goodman 1998, eq. 21; one discount an order). NaN without labels; takes 4*V*V
-// bytes.
+// Mean nats a held-out label under an interpolated Kneser-Ney bigram model (Chen & Goodman 1998,
+// eq. 21; one discount an order) of the training documents. NaN without labels; takes 4*V*V bytes.
 constexpr i64 kBigramMaxVocab = 8192;
 double bigram_nats(const Dataset& data);
 

@@ -7,8 +7,7 @@ namespace pith {
 static constexpr struct {
   const char* name;
   i64 bytes;
-} kTypes[] = {{"|u1", 1}, {"<u2", 2}, {"<u4", 4}, {"<u8", 8},
-              {"<i4", 4}, {"<i8", 8}, {"<f4", 4}, {"<f8", 8}};
+} kTypes[] = {{"<u2", 2}, {"<u4", 4}, {"<u8", 8}, {"<i4", 4}, {"<f4", 4}};
 
 i64 size_of(NpyType type) { return kTypes[int(type)].bytes; }
 const char* name_of(NpyType type) { return kTypes[int(type)].name; }
@@ -40,7 +39,7 @@ NpyHeader parse_npy_header(const char* data, i64 size, const string& place) {
     refuse("has a header that numpy does not write for an array in C order (got " + dict + ")");
   const auto known = std::ranges::find_if(kTypes, [&](auto& t) { return t.name == string(type); });
   if (known == std::end(kTypes))
-    refuse(text("has an unknown dtype (got \"%s\", need |u1, <u2, ...)", type));
+    refuse(text("has an unknown dtype (got \"%s\", need <u2, <u4, ...)", type));
   header.type = NpyType(known - kTypes);
   i64 bytes = known->bytes;
   const char* at = &dict[shape];

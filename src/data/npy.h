@@ -5,12 +5,12 @@
 
 namespace pith {
 
-enum class NpyType : u8 { U1, U2, U4, U8, I4, I8, F4, F8 };
+enum class NpyType : u8 { U2, U4, U8, I4, F4 };
 i64 size_of(NpyType type);
 const char* name_of(NpyType type);  // "<u2", as in the header
 
 struct NpyHeader {
-  NpyType type = NpyType::U1;
+  NpyType type = NpyType::U2;
   vector<i64> shape;     // empty: a scalar
   i64 header_bytes = 0;  // the data begin here
   i64 numel() const;

@@ -85,9 +85,7 @@ void Tokenizer::encode(string_view utf8, vector<u32>& out, EncodeOptions options
     bad_input(path, text("the text to encode is no UTF-8 (got a bad byte at %zu)", valid),
               "replace what is invalid");
   scratch.use(fingerprint);
-  if (options.add_special) out.insert(out.end(), prefix.begin(), prefix.end());
   encode_text(utf8, false, options.parse_special, scratch, out);
-  if (options.add_special) out.insert(out.end(), suffix.begin(), suffix.end());
 }
 
 string Tokenizer::decode(std::span<const u32> tokens, SpecialTokens which) const {

@@ -14,18 +14,17 @@ namespace pith {
 
 // tokenizer_unicode.cpp
 
-// What a character is, in the Unicode version of Hugging Face's regular expressions, 16.0.
+// What a character is in Unicode 16.0, as in Hugging Face's regular expressions.
 enum CharFlag : u16 {
   kLetter = 1,
   kMark = 2,
   kNumber = 4,
-  kSpace = 8,           // White_Space, which is \s
-  kUpper = 16,          // Lu Lt Lm Lo M: o200k's first half of a word
-  kLower = 32,          // Ll Lm Lo M: its second half
+  kSpace = 8,           // \s
+  kUpper = 16,          // Lu Lt Lm Lo M
+  kLower = 32,          // Ll Lm Lo M
   kWordChar = 64,       // \w of added tokens' single_word
-  kPunct = 128,         // P S
-  kUnknownToNfc = 256,  // newer than Hugging Face's NFC, which leaves it alone
-  kUnstable = 512,      // NFC may change it, move it, or join it to what is before it
+  kUnknownToNfc = 128,  // newer than Hugging Face's NFC, which leaves it alone
+  kUnstable = 256,      // NFC may change or move it, or join it to what is before it
 };
 const u16* char_flags();  // by code point
 // "\x{1c8a}\x{a7cd}": what is in a category, such as "Ll", but may be newer than a library.
@@ -48,7 +47,6 @@ inline const char* char_before(const char* p) {
   while ((*p & 0xc0) == 0x80);
   return p;
 }
-// Bytes of the valid UTF-8 at the front of `bytes`.
 size_t valid_utf8_prefix(string_view bytes);
 bool is_valid_utf8(string_view bytes);
 // Python's bytes.decode("utf-8", errors="replace"): each maximal invalid part becomes U+FFFD.
@@ -58,17 +56,16 @@ string_view to_nfc(string_view text, string& buffer);
 
 // tokenizer_split.cpp, tokenizer_regex.cpp
 
-// Takes the next words, at most `most`, off `text`.
+// Takes at most `most` words off `text`.
 using FastSplit = void (*)(string_view& text, vector<string_view>& words, size_t most);
 
-// One step of the pre-tokenizer: cuts text at the matches of a regular expression in Oniguruma's
-// Ruby syntax, which are words too unless `removed`.
+// Cuts text at the matches of a regular expression in Oniguruma's Ruby syntax, which are words too
+// unless `removed`.
 class SplitStep {
  public:
-  // Exit code 2, at `place`, for what is malformed, matches nothing, or is read by PCRE2 in another
-  // way.
+  // Exit code 2, at `place`, for what is malformed or not read alike by PCRE2.
   SplitStep(const string& pattern, const string& place, bool removed = false, bool use_fast = true);
-  // Appends the words of `text`. `room` belongs to one thread.
+  // Appends to `words`. `room` belongs to one thread.
   void split(string_view text, std::shared_ptr<void>& room, vector<string_view>& words) const;
   FastSplit fast = nullptr;  // hand-written, for known patterns
 
@@ -83,7 +80,7 @@ struct SplitBuffers {
   vector<string_view> pieces, next;
   std::shared_ptr<void> room;
 };
-// All words of `text`, into buffers.pieces.
+// Into buffers.pieces.
 void split(const vector<SplitStep>& steps, string_view text, SplitBuffers& buffers);
 
 // tokenizer_bpe.cpp
@@ -91,8 +88,7 @@ void split(const vector<SplitStep>& steps, string_view text, SplitBuffers& buffe
 constexpr u32 kNoId = UINT32_MAX;
 constexpr int kIdBits = 21, kRankBits = 64 - 2 * kIdBits;  // of a packed merge
 
-// What one thread needs to encode, the cache of words included. Any scratch may be used with any
-// tokenizer; ids never depend on what it holds.
+// One thread's buffers and cache of words, for any tokenizer; ids never depend on it.
 class EncodeScratch {
  public:
   explicit EncodeScratch(size_t cache_bytes = size_t{1} << 23);
@@ -101,9 +97,9 @@ class EncodeScratch {
  private:
   friend class Bpe;
   friend struct Tokenizer;
-  void use(u64 tokenizer);  // by fingerprint: empties the cache of another
+  void use(u64 fingerprint);  // empties the cache of another tokenizer
   struct Entry {
-    u64 key[4];  // the bytes of a word of less than 32, its size in the last one; 0: unused
+    u64 key[4];  // a word of less than 32 bytes, its size in the last one; 0: unused
     u32 ids[7], count;
   };
   size_t entries_;
@@ -120,10 +116,10 @@ class Bpe {
     u32 left, right, joined;
   };
   Bpe() = default;
-  // Merges, best first. `bytes` are the tokens' by id, empty for none; they outlive this. With
-  // `ignore_merges` a word that is a token always becomes that token.
+  // Merges, best first. `bytes` are the tokens' by id; they outlive this. With `ignore_merges` a
+  // word that is a token becomes that token.
   Bpe(const vector<Merge>& merges, const vector<string_view>& bytes, bool ignore_merges);
-  // Appends the ids of each word. The cache of `scratch` must belong to this.
+  // The cache of `scratch` must belong to this.
   void encode(const vector<string_view>& words, EncodeScratch& scratch, vector<u32>& out) const;
 
  private:
@@ -148,11 +144,10 @@ struct AddedToken {
   bool single_word = false, lstrip = false, rstrip = false, special = false;
 };
 
-// Finds added tokens, leftmost first, the longest of those that start at one place.
 class AddedTokens {
  public:
   void add(const AddedToken& token);
-  // The first one at or after `from`, and its place in `begin`; null at the end.
+  // The longest of the first place `begin` at or after `from`; null at the end.
   const AddedToken* find(string_view text, size_t from, size_t& begin) const;
 
  private:
@@ -161,23 +156,20 @@ class AddedTokens {
 };
 
 struct EncodeOptions {
-  // Special tokens' text in a document becomes those tokens. False is Hugging Face's
-  // encode_special_tokens.
-  bool parse_special = true;
-  bool add_special = true;  // what the post-processor adds, such as a leading BOS
+  bool parse_special = true;  // special tokens' text in a document becomes those tokens
 };
 
 enum class SpecialTokens : u8 { Keep, Skip };
 
 // Shared by all threads, each with an EncodeScratch of its own.
 struct Tokenizer {
-  // Exit code 2, naming the part, for a file that is missing, damaged, or uses what is not
-  // supported. Its truncation and padding are not applied.
+  // Exit code 2, naming the part, for what is missing, damaged or not supported. Truncation and
+  // padding are not applied.
   static Tokenizer load(const string& path);
   Tokenizer() = default;
   Tokenizer(Tokenizer&&) = default;
 
-  // Appends the ids of `utf8`. Exit code 2, with the byte offset, where it is not valid UTF-8.
+  // Appends to `out`. Exit code 2, with the byte offset, where `utf8` is not valid.
   void encode(string_view utf8, vector<u32>& out, EncodeOptions options,
               EncodeScratch& scratch) const;
   // Bytes that do not form UTF-8 become U+FFFD, ids without a token nothing, as in Hugging Face.
@@ -185,15 +177,14 @@ struct Tokenizer {
 
   u32 vocab_size() const { return u32(texts.size()); }  // largest id plus one
   std::optional<u32> id_of(string_view token) const;
-  // As the vocabulary writes it ("Ġthe"), while the tokenizer lives; empty for an id without one.
+  // As the vocabulary writes it ("Ġthe"); empty for an id without one.
   string_view token_text(u32 id) const { return id < texts.size() ? texts[id] : ""; }
   bool is_special(u32 id) const { return id < special.size() && special[id]; }
 
   string path;
   u64 fingerprint = 0;  // XXH3 of tokenizer.json
-  // End-of-text, from the first of: eos_token in a tokenizer_config.json beside the file;
-  // eos_token_id in a config.json beside it (the first of a list); a token with a well-known name,
-  // such as <|endoftext|>. A named token that the vocabulary lacks is exit code 2 at load.
+  // End-of-text: eos_token in a tokenizer_config.json beside the file, or eos_token_id in a
+  // config.json, or a well-known name, such as <|endoftext|>.
   std::optional<u32> eos_id;
   std::deque<string> strings;        // where the tokens' text and bytes lie
   vector<string_view> texts, bytes;  // by id; empty: no token; not of GPT-2's characters
@@ -203,7 +194,6 @@ struct Tokenizer {
   bool nfc = false;
   vector<SplitStep> steps;
   Bpe bpe;
-  vector<u32> prefix, suffix;  // from the post-processor
 
  private:
   void encode_text(string_view text, bool normalized, bool parse_special, EncodeScratch& scratch,

@@ -145,25 +145,6 @@ static void read_pre_tokenizer(Tokenizer& t, const Json& json) {
   }
 }
 
-static void read_template(Tokenizer& t, const Json& json) {
-  vector<u32>* ids = &t.prefix;
-  for (i64 i = 0; i < json["single"].size(); i++) {
-    const Json part = json["single"][i];
-    if (part.has("Sequence")) {
-      if (ids == &t.suffix) unsupported(json["single"], "two sequences");
-      ids = &t.suffix;
-      continue;
-    }
-    const string name = part["SpecialToken"]["id"].as_string();
-    for (const i64 id : json["special_tokens"][name]["ids"].as_ints()) {
-      if (t.token_text(u32(id)).empty())
-        bad_input(json.place() + ".special_tokens." + name, text("is no token (got id %ld)", id),
-                  kRefetch);
-      ids->push_back(u32(id));
-    }
-  }
-}
-
 // In the files beside tokenizer.json a token is a string, an object with "content", an id, or a
 // list of ids, of which the first counts.
 static std::optional<u32> find_eos(const Tokenizer& t) {
@@ -212,12 +193,8 @@ Tokenizer Tokenizer::load(const string& path) {
   if (!byte_level)
     bad_input(path + ": pre_tokenizer", "has no ByteLevel, so is no byte-level BPE", kOther);
   if (json.has("added_tokens")) read_added(t, json["added_tokens"]);
-  for (const Json& part : parts_of(json, "post_processor", "processors")) {
-    if (type_of(part) == "TemplateProcessing")
-      read_template(t, part);
-    else if (type_of(part) != "ByteLevel")  // which changes no ids
-      unsupported(part, "the post-processor " + type_of(part));
-  }
+  for (const Json& part : parts_of(json, "post_processor", "processors"))  // changes no ids
+    if (type_of(part) != "ByteLevel") unsupported(part, "the post-processor " + type_of(part));
   const vector<Json> decoders = parts_of(json, "decoder", "decoders");
   if (decoders.empty()) bad_input(path + ": decoder", "is missing", kOther);
   for (const Json& part : decoders)

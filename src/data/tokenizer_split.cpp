@@ -17,9 +17,6 @@ constexpr const char* kO200k =
     R"([^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*)"
     R"((?i:'s|'t|'re|'ve|'m|'ll|'d)?|)"
     R"(\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
-constexpr const char* kDeepSeekV3 =  // the last of its three
-    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?"
-    "[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+";
 
 // Splits text that ends at `end`. Each pattern's function returns the end of the word at `p`.
 struct Splitter {
@@ -121,26 +118,6 @@ struct Splitter {
     const char* others = run_without(q, kSpace | kLetter | kNumber);
     return others > q ? newlines(others, true) : spaces(p);
   }
-
-  // With what no alternative matches.
-  const char* deepseek_v3(const char* p) const {
-    constexpr u32 kWord = kLetter | kMark;
-    const Char c = at(p);
-    const char* second = p + c.size;
-    if (c.code & kWord) return run(second, kWord);
-    if (c.code & kPunct && c.size == 1) {
-      const char* q = second;
-      while (q < end && u8(*q) < 0x80 && flags[u8(*q)] & kLetter) q++;
-      if (q > second) return q;
-    }
-    if (!(c.code & kPunct) && !is_newline(p) && at(second).code & kWord) return run(second, kWord);
-    const char* q = p + (*p == ' ');
-    if (const char* others = run(q, kPunct); others > q) return newlines(others);
-    if (c.code & kSpace) return spaces(p);
-    for (Char next; (next = at(second)).size; second += next.size)
-      if (next.code & (kWord | kPunct | kSpace) || at(second + next.size).code & kWord) break;
-    return second;
-  }
 };
 
 template <const char* (Splitter::*WordEnd)(const char*) const>
@@ -163,7 +140,6 @@ const struct {
     {kCl100k, fast_split<&Splitter::cl100k<kLetter, 3>>},
     {kQwen35, fast_split<&Splitter::cl100k<kLetter | kMark, 1>>},
     {kO200k, fast_split<&Splitter::o200k>},
-    {kDeepSeekV3, fast_split<&Splitter::deepseek_v3>},
 };
 }
 

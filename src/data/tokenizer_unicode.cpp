@@ -74,7 +74,6 @@ static u16 flags_of(u32 code, const string& category) {
   if (major == 'L') flags |= kLetter;
   if (major == 'M') flags |= kMark;
   if (major == 'N') flags |= kNumber;
-  if (major == 'P' || major == 'S') flags |= kPunct;
   if (major == 'Z' || (code >= 9 && code <= 13) || code == 0x85) flags |= kSpace;
   if (uncased || (major == 'L' && minor != 'l')) flags |= kUpper;
   if (uncased || (major == 'L' && minor == 'l')) flags |= kLower;

@@ -117,13 +117,6 @@ TEST(Tokenize, Options) {
   expect_part(skipped.log, "left out: " + folder + "/bad/a.jsonl:2: the value of \"body\"");
 }
 
-TEST(Tokenize, IdsAreDecoded) {
-  const Output ids = tokenize({"--tokenizer", kTokenizer, "--decode", "1,2 , 0"});
-  EXPECT_EQ(ids.out, "!\"<|endoftext|>\n");
-  EXPECT_EQ(tokenize({"--tokenizer", kTokenizer, "--decode", "34", "--json"}).out,
-            "{\"text\": \"B\"}\n");
-}
-
 TEST(Tokenize, WrongUseIsRefused) {
   const std::string folder = fresh_folder("tokenize_wrong"), file = folder + "/out/a.bin";
   put(folder + "/in/a.txt", "text");
@@ -138,10 +131,6 @@ TEST(Tokenize, WrongUseIsRefused) {
       {{"--threads", "-1"}, "--threads"},
       {{"--format", "csv"}, "--format"},
       {{"--no-such-option"}, "--no-such-option"},
-      {{"--decode", "5"}, "--decode: needs a tokenizer for ids"},
-      {{"--tokenizer", kTokenizer, "--decode", "5,x"}, "--decode: is neither FILE.bin nor ids"},
-      {{"--tokenizer", kTokenizer, "--decode", "-1"}, "--decode: is neither FILE.bin nor ids"},
-      {{"--tokenizer", kTokenizer, "--decode", "2048"}, "(got \"2048\", need numbers < 2048)"},
       {{"--decode", folder + "/none.bin"}, "/none.bin"},
       {{"--decode", folder + "/alone/a.bin"}, "has no tokenizer.json in its folder or above"},
   };

@@ -88,14 +88,6 @@ def variants():
              added("<word>", ENTRIES + 4, single_word=True, special=False, normalized=True),
              added("<word", ENTRIES + 5), added("fox", ENTRIES + 6, special=False, normalized=True),
              added("quick brown", ENTRIES + 7, single_word=True)]
-    template = {"type": "TemplateProcessing",
-                "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}},
-                           {"Sequence": {"id": "A", "type_id": 0}},
-                           {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}],
-                "pair": [{"Sequence": {"id": "A", "type_id": 0}},
-                         {"Sequence": {"id": "B", "type_id": 1}}],
-                "special_tokens": {t["content"]: {"id": t["content"], "ids": [t["id"]],
-                                                  "tokens": [t["content"]]} for t in special[:2]}}
     nfc = {"type": "NFC"}
     for name, pattern in (("qwen2", vocabularies.QWEN2), ("cl100k", vocabularies.CL100K),
                           ("qwen3.5", vocabularies.QWEN35), ("o200k", vocabularies.O200K)):
@@ -111,9 +103,6 @@ def variants():
                           "added_tokens": normalized}, {}
     yield "flags", {"pre_tokenizer": GPT2, "added_tokens": flags,
                     "normalizer": {"type": "Sequence", "normalizers": [nfc]}}, {}
-    yield "template", {"pre_tokenizer": GPT2, "added_tokens": special,
-                       "post_processor": {"type": "Sequence",
-                                          "processors": [BYTE_LEVEL, template]}}, {}
     yield "digits", {"pre_tokenizer": sequence(
         {"type": "Digits", "individual_digits": False}, GPT2)}, {}
     yield "digit-each", {"pre_tokenizer": sequence(
