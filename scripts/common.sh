@@ -75,6 +75,24 @@ END
     fi
 }
 
+# Headers that a CUDA build needs beside the toolkit's: CUTLASS and cuDNN's frontend, from PyPI.
+ensure_headers() {
+    local to=build/headers
+    if [ -e $to/include/cudnn_frontend.h ] && [ -e $to/cutlass_library/source/include/cutlass/cutlass.h ]; then
+        return 0
+    fi
+    echo "fetching the headers of CUTLASS and cudnn-frontend from PyPI into $to"
+    rm -rf $to
+    mkdir -p $to
+    python3 -m pip download -q --no-deps --only-binary=:all: --python-version 3.11 \
+        --platform manylinux_2_28_x86_64 --dest $to/wheels \
+        nvidia-cutlass==4.2.0.0 nvidia-cudnn-frontend==1.32.0 ||
+        die $to "pip could not fetch them (need python3 with pip, and PyPI)" \
+            "a network, or -D PITH_HEADERS=FOLDER with both wheels unpacked"
+    for wheel in $to/wheels/*.whl; do python3 -m zipfile -e "$wheel" $to; done
+    rm -r $to/wheels
+}
+
 # build PRESET [TARGET...]: configures and builds in build/PRESET; build/pith is the last one built.
 build() {
     local preset=$1
@@ -84,6 +102,7 @@ build() {
             "PATH=/usr/local/cuda/bin:\$PATH scripts/build.sh $preset, or scripts/build.sh cpu"
     fi
     mkdir -p build
+    if [[ $preset = cuda* ]]; then ensure_headers; fi
     if ! cmake --preset "$preset" ${CONDA_PREFIX:+-DCMAKE_PREFIX_PATH="$CONDA_PREFIX"} \
         > "build/configure-$preset.log" 2>&1; then
         cat "build/configure-$preset.log" >&2

@@ -36,8 +36,8 @@ static int examine(const string& named, bool whole, bool json) {
 
 // ||b - a|| / ||a|| of a weight; ||b|| where a is zero.
 static double relative_difference(const Checkpoint& a, const Checkpoint& b, const string& name) {
-  const vector<float> x = read_tensor(a, a.tensors.at(name));
-  const vector<float> y = read_tensor(b, b.tensors.at(name));
+  vector<float> x = read_tensor(a, a.tensors.at(name));
+  vector<float> y = read_tensor(b, b.tensors.at(name));
   double square = 0, norm = 0;
   for (size_t k = 0; k < x.size(); k++) {
     square += (double{y[k]} - x[k]) * (double{y[k]} - x[k]);
@@ -86,7 +86,7 @@ int run_checkpoint(int argc, char** argv) {
   args.option("--limit", limit, "diff: relative L2 that a weight may differ by", 0);
   args.flag("--json", json, "print the result as JSON");
   if (!args.parse(argc, argv)) return kExitDone;
-  const string command = "pith checkpoint " + action;
+  string command = "pith checkpoint " + action;
   if (action == "diff" && folders.size() != 2)
     bad_input(command, text("needs two folders (got %zu)", folders.size()), command + " A B");
   if (action == "diff") return diff(folders[0], folders[1], limit, json);

@@ -17,7 +17,7 @@ static void copy_companions(const string& named, const string& beside, const str
   if (fs::is_regular_file(from)) from = folder_of(from);
   int copied = 0;
   for (const char* name : kCompanions) {
-    const string path = from + "/" + name;
+    string path = from + "/" + name;
     if (!fs::exists(path)) continue;
     write_file_durably(to + "/" + name, read_text_file(path));
     copied++;
@@ -25,7 +25,7 @@ static void copy_companions(const string& named, const string& beside, const str
   if (copied == 0 && !named.empty())
     bad_input(named, "has no tokenizer files", "a folder with tokenizer.json");
   // Else transformers takes the model type's own class, with that one's pre-tokenizer.
-  const string config = to + "/tokenizer_config.json";
+  string config = to + "/tokenizer_config.json";
   if (fs::exists(to + "/tokenizer.json") && !fs::exists(config))
     write_file_durably(config, "{\"tokenizer_class\": \"PreTrainedTokenizerFast\"}\n");
 }
@@ -37,7 +37,7 @@ static void write_weights(const Checkpoint& source, const vector<TensorDecl>& we
   double done = 0;
   for (const TensorDecl& weight : weights) {
     if (stop_requested()) failed("pith convert", "stopped by a signal; nothing was written");
-    const vector<float> values = read_tensor(source, source.tensors.at(weight.name));
+    vector<float> values = read_tensor(source, source.tensors.at(weight.name));
     vector<char> bytes(size_t(weight.bytes()));
     from_f32(weight.dtype, values.data(), bytes.data(), i64(values.size()));
     writer.write(bytes.data(), weight.bytes());
@@ -74,18 +74,18 @@ int run_convert(int argc, char** argv) {
   if (!args.parse(argc, argv)) return kExitDone;
   while (to.size() > 1 && to.back() == '/') to.pop_back();
   const ModelFolder source = open_model(from);
-  const bool exporting = action == "export-hf";
+  bool exporting = action == "export-hf";
   if (exporting != fs::exists(source.weights.folder + "/manifest.json"))
     bad_input(from, exporting ? "is no checkpoint or run folder" : "is no Hugging Face folder",
               exporting ? "import-hf" : "export-hf");
   vector<TensorDecl> weights = declarations(source.table);
   for (TensorDecl& weight : weights) {
     const FileDType stored = source.weights.tensors.at(weight.name).dtype;
-    const bool narrow = exporting ? dtype == "bf16" : stored == FileDType::BF16;
+    bool narrow = exporting ? dtype == "bf16" : stored == FileDType::BF16;
     weight.dtype = narrow ? FileDType::BF16 : FileDType::F32;
   }
   // The result grows under another name, so that TO is whole or absent.
-  const string temporary = to + ".tmp";
+  string temporary = to + ".tmp";
   if (fs::exists(to) && !fs::is_empty(to))
     bad_input(to, "is there already and is not an empty folder", "a new folder");
   if (fs::exists(temporary))

@@ -11,8 +11,7 @@
 namespace pith {
 
 static void decode(const string& file, const string& tokenizer_option, bool json) {
-  const string path =
-      tokenizer_option.empty() ? find_tokenizer(file) : tokenizer_file(tokenizer_option);
+  string path = tokenizer_option.empty() ? find_tokenizer(file) : tokenizer_file(tokenizer_option);
   if (path.empty())
     bad_input(file, "has no tokenizer.json in its folder or above", "--tokenizer PATH");
   const Tokenizer tokenizer = Tokenizer::load(path);
@@ -104,8 +103,8 @@ static void print_table(const CorpusSummary& s) {
   i64 most = 1;
   for (const i64 n : s.length_histogram) most = max(most, n);
   for (size_t i = 0; i < s.length_histogram.size(); i++) {
-    const i64 n = s.length_histogram[i];
-    const string bar((n * 40 + most - 1) / most, '#');
+    i64 n = s.length_histogram[i];
+    string bar((n * 40 + most - 1) / most, '#');
     printf("%10ld ..%10ld  %12ld  %s\n", i ? i64{1} << i : 0, (i64{2} << i) - 1, n, bar.c_str());
   }
   printf("\n     token         count  text\n");

@@ -55,7 +55,7 @@ int run_eval(int argc, char** argv) {
     const ScheduleOptions schedule{.kind = ScheduleKind::OneF1B, .gather_step = true};
     result = evaluate(rank, instance, data, {.global_batch = 8, .micro_batch = 8}, schedule);
   });
-  const double perplexity = std::exp(result.loss), bits = result.loss * bits_a_byte(data, path);
+  double perplexity = std::exp(result.loss), bits = result.loss * bits_a_byte(data, path);
   JsonWriter w;
   w.object().members("loss", result.loss, "perplexity", perplexity, "bits_per_byte",
                      bits > 0 ? bits : NAN, "labels", result.labels);
@@ -96,13 +96,13 @@ int run_generate(int argc, char** argv) {
   EncodeScratch scratch;
   tokenizer.encode(prompt, ids, {}, scratch);
   if (ids.empty()) bad_input("pith generate", "has no text to continue", "--prompt TEXT");
-  const i64 length = row_length(model);
+  i64 length = row_length(model);
   Progress progress("generating", double(count), "tokens");
   with_model(model, length, [&](Rank& rank, Instance& instance) {
     for (i64 i = 0; i < count && !stop_requested(); i++) {
-      const auto seen = ids.end() - min(i64(ids.size()), length);
-      const auto token = u32(next_token(rank, instance, {seen, ids.end()}, options, i));
-      if (token == tokenizer.eos_id()) break;
+      auto seen = ids.end() - min(i64(ids.size()), length);
+      auto token = u32(next_token(rank, instance, {seen, ids.end()}, options, i));
+      if (token == tokenizer.eos_id) break;
       ids.push_back(token);
       progress.update(double(i + 1));
     }

@@ -20,7 +20,7 @@ static constexpr struct {
 };
 
 static int run(int argc, char** argv) {
-  const string name = argc < 2 ? "--help" : argv[1];
+  string name = argc < 2 ? "--help" : argv[1];
   for (const auto& c : kCommands)
     if (name == c.name) return c.run(argc - 1, argv + 1);
   if (name != "--help") bad_input("pith", "unknown command (got \"" + name + "\")", "pith --help");

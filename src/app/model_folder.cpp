@@ -44,10 +44,10 @@ string find_tokenizer(const string& path) {
 }
 
 double bits_a_byte(const Dataset& data, const string& data_path) {
-  const string path = find_tokenizer(data_path);
+  string path = find_tokenizer(data_path);
   if (path.empty()) return 0;
   const Tokenizer tokenizer = Tokenizer::load(path);
-  const i64 length = data.options().seq_length;
+  i64 length = data.options().seq_length;
   vector<int> tokens(length), labels(length);
   vector<u32> ids;
   for (i64 i = 0; i < data.heldout_samples(); i++) {
@@ -55,7 +55,7 @@ double bits_a_byte(const Dataset& data, const string& data_path) {
     for (const int label : labels)
       if (label != kIgnoreLabel) ids.push_back(label);
   }
-  const string text = tokenizer.decode(ids, SpecialTokens::Skip);
+  string text = tokenizer.decode(ids, SpecialTokens::Skip);
   return text.empty() ? 0 : double(ids.size()) / double(text.size()) / std::numbers::ln2;
 }
 

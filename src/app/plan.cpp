@@ -26,7 +26,7 @@ static string draw(const ScheduleOptions& o, const vector<ActionList>& lists,
   for (const ActionList& list : lists)
     for (const Action& a : list)
       while (scale * duration(a) < label(a).size()) scale++;
-  const size_t width = scale * c.makespan, band = most / scale * scale;
+  size_t width = scale * c.makespan, band = most / scale * scale;
   vector<string> rows(o.pp, string(width, '.'));
   for (int r = 0; r < o.pp; r++)
     for (size_t i = 0; i < lists[r].size(); i++) {
@@ -60,7 +60,7 @@ static string to_svg(const string& drawing) {
     columns = max(columns, line.size());
     out += text("<text x=\"8\" y=\"%d\">", 20 + 18 * lines);
     for (const char c : line) {
-      const bool begins = line.back() == '|' && strchr("FBWfbw", c);
+      bool begins = line.back() == '|' && strchr("FBWfbw", c);
       out += begins ? text("<tspan class=\"%c\">%c</tspan>", toupper(c), c) : string(1, c);
     }
     out += "</text>\n";
@@ -83,8 +83,7 @@ static string to_json(const ScheduleOptions& o, const vector<ActionList>& lists,
     w.array();
     for (size_t i = 0; i < lists[r].size(); i++) {
       w.object().members("action", to_text(lists[r][i]));
-      if (const int time = duration(lists[r][i]))
-        w.members("begin", c.begin[r][i], "duration", time);
+      if (int time = duration(lists[r][i])) w.members("begin", c.begin[r][i], "duration", time);
       w.end();
     }
     w.end();
@@ -94,13 +93,13 @@ static string to_json(const ScheduleOptions& o, const vector<ActionList>& lists,
 
 // Of what --json prints, the actions.
 static vector<ActionList> read_lists(const string& path, i64 pp) {
-  const Json ranks = Json::parse_file(path)["ranks"];
+  Json ranks = Json::parse_file(path)["ranks"];
   if (ranks.size() != pp)
     bad_input(ranks.place(), text("has lists of %ld ranks (need %ld)", ranks.size(), pp), "--pp");
   vector<ActionList> lists(pp);
   for (i64 r = 0; r < pp; r++)
     for (i64 i = 0; i < ranks[r].size(); i++) {
-      const Json action = ranks[r][i]["action"];
+      Json action = ranks[r][i]["action"];
       lists[r].push_back(parse_action(action.as_string(), action.place()));
     }
   return lists;
@@ -125,7 +124,7 @@ int run_plan(int argc, char** argv) {
   o.pp = int(pp);
   o.kind = schedule_kind(kind, o.pp, 1);
   o.micro_batches = int(micro_batches ? micro_batches : 2 * pp + 2);
-  const auto lists = file.empty() ? make_schedules(o) : read_lists(file, pp);
+  auto lists = file.empty() ? make_schedules(o) : read_lists(file, pp);
   const ScheduleCheck check = check_schedule(o, lists);
   if (!check.ok() && file.empty()) failed("schedule", check.why);
   if (!check.ok()) bad_input(file, check.why, "the lists that pith plan --schedule --json prints");

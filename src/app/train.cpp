@@ -9,8 +9,8 @@ namespace pith {
 static int dry_run(const RunPlan& plan) {
   const Dataset data = open_data(plan);
   const RunConfig& config = plan.config;
-  const i64 length = config.data.sequence_length;
-  const i64 needed = config.train.steps * plan.batch.global_batch;
+  i64 length = config.data.sequence_length;
+  i64 needed = config.train.steps * plan.batch.global_batch;
   const Mesh& mesh = plan.mesh;
   printf("%s\n%-24s %d = pp %d * dp %d * cp %d * ep %d\n%-24s %s\n", to_toml(config).c_str(),
          "ranks", mesh.world(), mesh.pp, mesh.dp, mesh.cp, mesh.ep, "schedule",
@@ -34,10 +34,10 @@ static int dry_run(const RunPlan& plan) {
 // report.html and, on the terminal, the loss as a line and what it is worth.
 static void write_report(const RunPlan& plan) {
   const string& folder = plan.config.run.folder;
-  const vector<Json> steps = read_metrics(folder + "/metrics.jsonl");
+  vector<Json> steps = read_metrics(folder + "/metrics.jsonl");
   if (steps.empty()) return;
   string notes;
-  const auto note = [&](const string& line) {
+  auto note = [&](const string& line) {
     notes += line + "\n";
     log_info("%s", line.c_str());
   };
@@ -52,8 +52,8 @@ static void write_report(const RunPlan& plan) {
   note(text("training loss: %.4f nats a token", losses.back()));
   if (eval_loss > 0) {
     const Dataset data = open_data(plan);
-    const double bits = bits_a_byte(data, plan.config.data.path);
-    const auto worth = [&](const char* name, double nats) {
+    double bits = bits_a_byte(data, plan.config.data.path);
+    auto worth = [&](const char* name, double nats) {
       note(text("%s: %.4f nats a token", name, nats) +
            (bits > 0 ? text(", %.4f bits a byte", bits * nats) : ""));
     };
@@ -109,7 +109,7 @@ int run_train(int argc, char** argv) {
            with_commas(plan.parameters).c_str(), with_commas(plan.active_parameters).c_str(),
            plan.mesh.world(), plan.device == Device::CPU ? "CPU" : "GPU",
            name_of(plan.schedule.kind));
-  const bool done = train(plan, options);
+  bool done = train(plan, options);
   write_report(plan);
   return done ? kExitDone : kExitStopped;
 }

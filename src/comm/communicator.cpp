@@ -94,7 +94,7 @@ struct Exchange {
 
   void post(int from, int to, int sign) {
     Channel& c = channel(from, to);
-    const bool matches = c.unmatched * sign < 0;
+    bool matches = c.unmatched * sign < 0;
     c.unmatched += sign;
     mine.open++;
     for (const int member : {from, to}) {
@@ -107,7 +107,7 @@ struct Exchange {
   // which is this rank's failure.
   void wait() {
     const std::chrono::duration<double> limit(mine.limit_s);
-    const auto deadline = std::chrono::steady_clock::now() + limit;
+    auto deadline = std::chrono::steady_clock::now() + limit;
     auto& waiting = mine.rank.status->waiting;
     snprintf(waiting, sizeof waiting, "%s \"%s\" (%s group) called at %s:%d", call.op, call.what,
              name_of(call.group), call.at.file, call.at.line);
@@ -133,7 +133,7 @@ struct Exchange {
   vector<Parcel> run(vector<Parcel>&& sent, const vector<int>& from) {
     lock = std::unique_lock(world.mutex);
     for (Parcel& parcel : sent) {
-      const int to = parcel.to;
+      int to = parcel.to;
       channel(me, to).parcels.push_back(std::move(parcel));
       post(me, to, 1);
     }
@@ -150,7 +150,7 @@ struct Exchange {
 };
 
 std::shared_ptr<const char> copy_of(const Tensor& t) {
-  const auto whole = std::make_shared<vector<char>>(t.data, t.data + t.bytes());
+  auto whole = std::make_shared<vector<char>>(t.data, t.data + t.bytes());
   return {whole, whole->data()};
 }
 
@@ -180,8 +180,8 @@ i64 bytes_of(const Tensor& whole, const Parts& parts, int i) {
 // each whole; without places, each sends as much as `out`, and nothing is written.
 vector<Parcel> meet(Rank& rank, const Call& call, const Tensor& in, const Parts& parts,
                     const Tensor& out, const Parts& places, int detail = 0) {
-  const int n = group_size(rank, call.group);
-  const auto whole = copy_of(in);
+  int n = group_size(rank, call.group);
+  auto whole = copy_of(in);
   vector<Parcel> sent, got;
   vector<int> members(n);
   for (int i = 0; i < n; i++) {
@@ -196,13 +196,13 @@ vector<Parcel> meet(Rank& rank, const Call& call, const Tensor& in, const Parts&
   for (int i = 0; i < n; i++) {
     const Parcel& p = got[i];
     const Call& its = p.call;
-    const int member = group_member(rank, call.group, i);
+    int member = group_member(rank, call.group, i);
     if (std::strcmp(its.op, call.op) != 0 || p.meta.dtype != in.dtype || p.detail != detail)
       fail_call(call, text(": the members' calls differ (got %s \"%s\" of %s, %d, on rank %d at "
                            "%s:%d; need %s, %d)",
                            its.op, its.what, name_of(p.meta.dtype), p.detail, member, its.at.file,
                            its.at.line, name_of(in.dtype), detail));
-    if (const i64 need = bytes_of(out, places, i); p.bytes != need)
+    if (i64 need = bytes_of(out, places, i); p.bytes != need)
       fail_call(call, text(": rank %d sends %ld bytes to rank %d (need %ld, of %ld-byte rows)",
                            member, p.bytes, rank.id, need, row_bytes(in)));
     if (!places.empty()) copy(out.data + places[i], p);
@@ -228,7 +228,7 @@ void reduce_as(const Tensor& out, const vector<Parcel>& got, Reduce reduce) {
 
 void reduce_parts(Rank& rank, const Call& call, const Tensor& in, const Parts& parts,
                   const Tensor& out, Reduce reduce) {
-  const vector<Parcel> got = meet(rank, call, in, parts, out, {}, int(reduce));
+  vector<Parcel> got = meet(rank, call, in, parts, out, {}, int(reduce));
   if (in.dtype == DType::F64) return reduce_as<double>(out, got, reduce);
   reduce_as<float>(out, got, reduce);
 }
@@ -255,7 +255,7 @@ const Mesh& mesh_of(const Rank& rank) { return rank.comm->world->mesh; }
 
 void all_gather(Rank& rank, Group group, const Tensor& in, const Tensor& out, const char* what,
                 const i64* rows, At at) {
-  const int n = group_size(rank, group), me = group_rank(rank, group);
+  int n = group_size(rank, group), me = group_rank(rank, group);
   const Parts parts = parts_of(out, rows, n);
   check(rank, "all_gather", at,
         {{"equal dtypes", in.dtype == out.dtype},
@@ -267,7 +267,7 @@ void all_gather(Rank& rank, Group group, const Tensor& in, const Tensor& out, co
 
 void reduce_scatter(Rank& rank, Group group, const Tensor& in, const Tensor& out, const char* what,
                     const i64* rows, At at) {
-  const int n = group_size(rank, group), me = group_rank(rank, group);
+  int n = group_size(rank, group), me = group_rank(rank, group);
   const Parts parts = parts_of(in, rows, n);
   check(rank, "reduce_scatter", at,
         {reducible(in.dtype),
@@ -295,7 +295,7 @@ void all_reduce(Rank& rank, Group group, double* values, int n, Reduce reduce, c
 
 void all_to_all(Rank& rank, Group group, const Tensor& in, const i64* send_rows, const Tensor& out,
                 const i64* recv_rows, const char* what, At at) {
-  const int n = group_size(rank, group);
+  int n = group_size(rank, group);
   const Parts from = parts_of(in, send_rows, n), to = parts_of(out, recv_rows, n);
   check(rank, "all_to_all", at,
         {{"equal dtypes", in.dtype == out.dtype},
@@ -340,7 +340,7 @@ void send_recv(Rank& rank, Group group, const Transfer* list, int n, const char*
     }
   }
   if (n == 0) return;
-  const vector<Parcel> got = Exchange{*rank.comm, call}.run(std::move(sent), peers);
+  vector<Parcel> got = Exchange{*rank.comm, call}.run(std::move(sent), peers);
   for (size_t i = 0; i < got.size(); i++) {
     const Tensor& x = wanted[i]->tensor;
     if (got[i].tag != wanted[i]->tag || got[i].meta.dtype != x.dtype || got[i].bytes != x.bytes())
@@ -353,7 +353,7 @@ void send_recv(Rank& rank, Group group, const Transfer* list, int n, const char*
 }
 
 static void run_rank(World& world, Comm& mine, void (*call)(void*, Rank&), void* fn) {
-  const int n = int(world.ranks.size());
+  int n = int(world.ranks.size());
   mine.rank.status->thread = gettid();
   if (n > 1 && omp_set_num_threads) omp_set_num_threads(max(1, omp_get_max_threads() / n));
   int code = kExitDone;
@@ -384,7 +384,7 @@ static void run_rank(World& world, Comm& mine, void (*call)(void*, Rank&), void*
       world.message += string(line, status_line(line, sizeof line, s, doing));
     }
     // A rank that hangs may hold the locks of stdio.
-    const string all = "error: " + world.message + "\n";
+    string all = "error: " + world.message + "\n";
     if (world.exit_on_failure) _exit(write(2, all.data(), all.size()) < 0 ? kExitFailed : code);
   }
   for (Comm& other : world.ranks) other.changed.notify_all();
@@ -392,7 +392,7 @@ static void run_rank(World& world, Comm& mine, void (*call)(void*, Rank&), void*
 
 void run_rank_threads(const Mesh& mesh, Device device, const LaunchOptions& options,
                       void (*call)(void*, Rank&), void* fn) {
-  const int n = mesh.world();
+  int n = mesh.world();
   if (n > kMaxRanks)
     bad_input("ranks", text("too many in one process (got %d, need at most %d)", n, kMaxRanks),
               "fewer ranks");
@@ -403,7 +403,7 @@ void run_rank_threads(const Mesh& mesh, Device device, const LaunchOptions& opti
   for (int id = 0; id < n; id++) {
     Comm& comm = world.ranks[id];
     for (int kind = 0; kind < kGroups; kind++) {
-      const vector<int> members = group_members(mesh, Group(kind), id);
+      vector<int> members = group_members(mesh, Group(kind), id);
       GroupState& group = world.groups[{kind, members[0]}];
       group.members = members;
       group.channels.resize(members.size() * members.size());

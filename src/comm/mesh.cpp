@@ -20,15 +20,15 @@ static constexpr GroupAxes kAxes[kGroups] = {{"world", "pRSce"},
 const char* name_of(Group group) { return kAxes[int(group)].name; }
 
 Mesh make_mesh(int world, int pp, int cp, int ep, int dp_replicate) {
-  const i64 fixed = i64{pp} * cp * ep, below = world / fixed * fixed;
-  const string fewer = below > 0 ? text("%ld or ", below) : "";
+  i64 fixed = i64{pp} * cp * ep, below = world / fixed * fixed;
+  string fewer = below > 0 ? text("%ld or ", below) : "";
   if (below != world)
     bad_input("mesh",
               text("ranks do not split over pp * cp * ep (got %d ranks and %d * %d * %d = %ld, "
                    "need a multiple)",
                    world, pp, cp, ep, fixed),
               fewer + text("%ld ranks, or a smaller pp, cp or ep", below + fixed));
-  const int dp = int(world / fixed);
+  int dp = int(world / fixed);
   if (dp % dp_replicate != 0)
     bad_input("mesh",
               text("dp_replicate does not divide dp (got %d and dp = %d ranks / (pp * cp * ep) = "
@@ -52,14 +52,13 @@ int rank_of(const Mesh& mesh, const MeshCoord& c) {
 }
 
 vector<int> group_members(const Mesh& mesh, Group group, int rank) {
-  const auto place = [&](int of) {
-    const MeshCoord c = coord_of(mesh, of);
-    const int shard = mesh.dp_shard();
-    std::array<int, 5> place = {c.pp_rank, c.dp_rank / shard, c.dp_rank % shard, c.cp_rank,
-                                c.ep_rank};
+  auto place = [&](int of) {
+    MeshCoord c = coord_of(mesh, of);
+    int shard = mesh.dp_shard();
+    std::array<int, 5> at = {c.pp_rank, c.dp_rank / shard, c.dp_rank % shard, c.cp_rank, c.ep_rank};
     for (int axis = 0; axis < 5; axis++)
-      if (std::strchr(kAxes[int(group)].free, "pRSce"[axis])) place[axis] = 0;
-    return place;
+      if (std::strchr(kAxes[int(group)].free, "pRSce"[axis])) at[axis] = 0;
+    return at;
   };
   vector<int> members;
   for (int other = 0; other < mesh.world(); other++)

@@ -17,7 +17,7 @@ struct BF16 {
 #ifdef __CUDA_ARCH__
     bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
 #else
-    const u32 b = std::bit_cast<u32>(x);
+    u32 b = std::bit_cast<u32>(x);
     bits = x == x ? u16((b + 0x7fff + (b >> 16 & 1)) >> 16) : u16(0x7fc0);
 #endif
   }

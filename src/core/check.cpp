@@ -16,7 +16,7 @@ string vtext(const char* format, va_list args) {
 string text(const char* format, ...) {
   va_list args;
   va_start(args, format);
-  const string out = vtext(format, args);
+  string out = vtext(format, args);
   va_end(args);
   return out;
 }
@@ -28,7 +28,7 @@ string with_commas(i64 value) {
 }
 
 string duration_text(double seconds) {
-  const i64 s = std::llround(seconds);
+  i64 s = std::llround(seconds);
   if (s < 60) return text("%ld s", s);
   if (s < 3600) return text("%ld min %ld s", s / 60, s % 60);
   return text("%ld h %ld min", s / 3600, s / 60 % 60);

@@ -97,7 +97,7 @@ static void add_elements(Rank& rank, i64 n, To* to, const T* from) {
 }
 
 void cuda_add(Rank& rank, const Tensor& to, const Tensor& from) {
-  const i64 n = to.numel();
+  i64 n = to.numel();
   if (to.dtype == DType::F64) return add_elements(rank, n, to.as<double>(), from.as<double>());
   if (to.dtype != from.dtype) return add_elements(rank, n, to.f32(), from.as<BF16>());
   if (to.dtype == DType::BF16) return add_elements(rank, n, to.as<BF16>(), from.as<BF16>());

@@ -27,7 +27,7 @@ constexpr int kBlock = 256;  // threads
 
 template <int kEach, class F>
 __global__ void __launch_bounds__(kBlock) each_kernel(i64 n, F f) {
-  const i64 first = i64(blockIdx.x) * kEach + threadIdx.x % kEach;
+  i64 first = i64(blockIdx.x) * kEach + threadIdx.x % kEach;
   for (i64 i = first; i < n; i += i64(gridDim.x) * kEach) f(i);
 }
 // f(i) for i in [0, n): a thread each or, with kEach = 1, all threads of a block together.
@@ -35,7 +35,7 @@ template <int kEach = kBlock, class F>
 void cuda_each(Rank& rank, i64 n, F f) {
   if (n == 0) return;
   const Cuda& cuda = cuda_of(rank);
-  const i64 blocks = min<i64>((n + kEach - 1) / kEach, cuda.processors * 16);
+  i64 blocks = min<i64>((n + kEach - 1) / kEach, cuda.processors * 16);
   each_kernel<kEach><<<blocks, kBlock, 0, cuda.stream>>>(n, f);
   cuda_check(cudaGetLastError());
 }
@@ -55,7 +55,7 @@ __device__ T block_fold(T x, Join join, int apart = 1) {
     if (threadIdx.x < half) part[threadIdx.x] = join(part[threadIdx.x], part[threadIdx.x + half]);
   }
   __syncthreads();
-  const T all = part[threadIdx.x % apart];
+  T all = part[threadIdx.x % apart];
   __syncthreads();
   return all;
 }
@@ -117,7 +117,7 @@ struct Team {
 };
 template <class F>
 __global__ void __launch_bounds__(kBlock) rows_kernel(i64 rows, int size, F f) {
-  const int at_once = kBlock / size;
+  int at_once = kBlock / size;
   for (i64 r = i64(blockIdx.x) * at_once + threadIdx.x / size; r < rows; r += gridDim.x * at_once)
     f(r, Team{size});
 }
@@ -125,8 +125,8 @@ __global__ void __launch_bounds__(kBlock) rows_kernel(i64 rows, int size, F f) {
 template <class F>
 void cuda_rows(Rank& rank, i64 rows, i64 work, F f) {
   if (rows == 0) return;
-  const int size = work > 128 ? kBlock : 32;
-  const i64 blocks = min<i64>((rows * size + kBlock - 1) / kBlock, 1 << 16);
+  int size = work > 128 ? kBlock : 32;
+  i64 blocks = min<i64>((rows * size + kBlock - 1) / kBlock, 1 << 16);
   rows_kernel<<<blocks, kBlock, 0, cuda_of(rank).stream>>>(rows, size, f);
   cuda_check(cudaGetLastError());
 }

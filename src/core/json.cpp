@@ -22,8 +22,8 @@ string read_text_file(const string& path) {
   FILE* file = fopen(path.c_str(), "rb");
   for (size_t n = 1; file && n > 0; all.append(block, 0, n))
     n = fread(block.data(), 1, block.size(), file);
-  const bool good = file && !ferror(file);
-  const int error = errno;
+  bool good = file && !ferror(file);
+  int error = errno;
   if (file) fclose(file);
   if (!good)
     bad_input(path, text("cannot be %s (%s)", file ? "read" : "opened", strerror(error)),
@@ -35,7 +35,7 @@ Json Json::parse(const string& text_in, const string& place) {
   if (text_in.find_first_not_of(" \t\r\n") == string::npos)
     bad_input(place, "is empty (need JSON)", "fetch the file again");
   vector<std::set<string>> open_keys;
-  const auto refuse_duplicates = [&](int, Value::parse_event_t event, Value& parsed) {
+  auto refuse_duplicates = [&](int, Value::parse_event_t event, Value& parsed) {
     if (event == Value::parse_event_t::object_start) open_keys.emplace_back();
     if (event == Value::parse_event_t::object_end) open_keys.pop_back();
     if (event == Value::parse_event_t::key && !open_keys.back().insert(parsed).second)
@@ -45,7 +45,7 @@ Json Json::parse(const string& text_in, const string& place) {
   try {
     return {std::make_shared<const Value>(Value::parse(text_in, refuse_duplicates)), place, ": "};
   } catch (const Value::exception& error) {
-    const string why = error.what();
+    string why = error.what();
     bad_input(place, "is not valid JSON: " + why.substr(why.find("] ") + 2),
               "correct it there, or fetch the file again");
   }
@@ -68,7 +68,7 @@ bool Json::has(const string& key) const { return is_object() && value_of(node_).
 
 Json Json::operator[](const string& key) const {
   need(is_object(), "an object");
-  const string place = place_ + separator_ + key;
+  string place = place_ + separator_ + key;
   if (!has(key)) bad_input(place, "is missing", "add the key");
   return {{node_, &value_of(node_)[key]}, place, "."};
 }
@@ -96,10 +96,10 @@ vector<string> Json::keys() const {
 i64 Json::as_int(i64 min, i64 max) const {
   const Value& v = value_of(node_);
   need(!v.is_number_unsigned() || v.get<u64>() <= u64(INT64_MAX), "a whole number below 2^63");
-  const double exact = is_number() ? v.get<double>() : NAN;
+  double exact = is_number() ? v.get<double>() : NAN;
   need(v.is_number_integer() || (std::fabs(exact) <= 0x1p53 && exact == std::floor(exact)),
        "a whole number");
-  const i64 number = v.get<i64>();
+  i64 number = v.get<i64>();
   if (number < min || number > max)
     bad_input(place_,
               text("is out of range (got %ld, need at least %ld", number, min) +

@@ -35,11 +35,11 @@ static void on_stop(int signal_number) {
 // Fields of a board may be of different moments.
 [[gnu::no_sanitize("thread")]] size_t status_line(char* out, size_t size, const Status& s,
                                                   const char* doing) {
-  const int n = snprintf(out, size,
-                         "\n  rank %d%s: step %d, layer %d, stage %d, micro-batch %d, last op %s "
-                         "called at %s:%d%s%s",
-                         s.rank, doing, s.step, s.layer, s.stage, s.micro_batch, s.op, s.at.file,
-                         s.at.line, s.waiting[0] ? ", waits in " : "", s.waiting);
+  int n = snprintf(out, size,
+                   "\n  rank %d%s: step %d, layer %d, stage %d, micro-batch %d, last op %s "
+                   "called at %s:%d%s%s",
+                   s.rank, doing, s.step, s.layer, s.stage, s.micro_batch, s.op, s.at.file,
+                   s.at.line, s.waiting[0] ? ", waits in " : "", s.waiting);
   return min(size_t(n), size - 1);
 }
 
@@ -85,7 +85,7 @@ static void log_line(const char* level, const char* format, va_list args) {
   localtime_r(&now, &parts);
   char stamp[32];
   strftime(stamp, sizeof stamp, "%Y-%m-%d %H:%M:%S", &parts);
-  const string line = text("%s | %s | ", stamp, level) + vtext(format, args) + "\n";
+  string line = text("%s | %s | ", stamp, level) + vtext(format, args) + "\n";
   const std::lock_guard lock(log_mutex);
   fprintf(stderr, "%s%s", progress_drawn ? "\r\033[K" : "", line.c_str());
   progress_drawn = false;
@@ -117,16 +117,16 @@ void log_to_file(const string& path) {
 }
 
 double now_s() {
-  const auto t = std::chrono::steady_clock::now().time_since_epoch();
+  auto t = std::chrono::steady_clock::now().time_since_epoch();
   return std::chrono::duration<double>(t).count();
 }
 
 void Progress::update(double done) {
-  const bool terminal = isatty(2);
-  const double now = now_s();
+  bool terminal = isatty(2);
+  double now = now_s();
   if (now - last_s < (terminal ? 0.2 : 10.0)) return;
   last_s = now;
-  const double rate = done / (now - start_s);
+  double rate = done / (now - start_s);
   string line = text("%s %.1f", what.c_str(), done);
   if (total > 0) line += text("/%.1f", total);
   line += text(" %s (%.1f/s", unit.c_str(), rate);

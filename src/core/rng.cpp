@@ -13,12 +13,12 @@ u64 permute_index(u64 key, u64 i, u64 n) {
   // A Feistel network over at least n values; outside [0, n) one walks on along the cycle.
   int half_bits = 1;
   while ((1ull << 2 * half_bits) < n) half_bits++;
-  const u64 mask = (1ull << half_bits) - 1;
+  u64 mask = (1ull << half_bits) - 1;
   do {
     u64 left = i >> half_bits, right = i & mask;
     for (u64 round = 0; round < 6; round++) {
       const RandomWords b = philox(key, right | round << 56);
-      const u64 next = (left ^ b[0]) & mask;
+      u64 next = (left ^ b[0]) & mask;
       left = right;
       right = next;
     }

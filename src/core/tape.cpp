@@ -12,11 +12,11 @@ void TensorList::push(const Tensor& t) {
 static void check_finite(Rank& rank, const char* op, At at, const Tensor& x) {
   if (!x.data || !is_float(x.dtype)) return;
   vector<char> bytes;
-  const Tensor t = on_host(rank, x, bytes);
+  Tensor t = on_host(rank, x, bytes);
   for (i64 i = 0, n = t.numel(); i < n; i++) {
-    const double v = t.dtype == DType::F64    ? t.as<double>()[i]
-                     : t.dtype == DType::BF16 ? double(t.as<BF16>()[i])
-                                              : t.f32()[i];
+    double v = t.dtype == DType::F64    ? t.as<double>()[i]
+               : t.dtype == DType::BF16 ? double(t.as<BF16>()[i])
+                                        : t.f32()[i];
     if (!std::isfinite(v))
       op_failed(rank, op, at, "non-finite value",
                 text("%g at element %ld of ", v, i) + describe(x));
@@ -94,7 +94,7 @@ void add_grad(Rank& rank, const Tensor& t, Tensor g) {
 GradSlot grad_slot(Rank& rank, const Tensor& t, At at) {
   if (t.is_weight()) return {accumulator(t), true};
   if (t.var < 0) return {};
-  if (const Tensor written = grad_of(*rank.tape, t); written.defined()) return {written, true};
+  if (Tensor written = grad_of(*rank.tape, t); written.defined()) return {written, true};
   Tensor& slot = rank.tape->grads[t.var] = empty(rank, t.dim, t.dtype, at);
   return {slot, false};
 }
@@ -138,7 +138,7 @@ void backward(Rank& rank, int begin, int end, bool defer_weights) {
     for (const Tensor& t : node.out)
       if (t.var >= 0) tape.grads[t.var] = {};
     node.bx_keep.clear();
-    const bool weights = any && node.bw;
+    bool weights = any && node.bw;
     if (!weights || !defer_weights) run_weight_grads(rank, node, weights);
   }
 }

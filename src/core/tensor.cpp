@@ -74,7 +74,7 @@ Tensor Tensor::slice_rows(i64 begin, i64 end, At at) const {
            text("need 0 <= begin <= end <= dim[0] (got [%ld,%ld) of ", begin, end) +
                describe(*this) + ")");
   Tensor t = *this;
-  const i64 skipped = dim[0] ? numel() / dim[0] * begin : 0;
+  i64 skipped = dim[0] ? numel() / dim[0] * begin : 0;
   if (data) t.data = data + skipped * size_of(dtype);
   if (grad) t.grad = grad + skipped * grad_size(dtype);
   t.dim[0] = end - begin;
@@ -105,7 +105,7 @@ Storage* Allocator::allocate(i64 bytes, At at) {
     failed(text("%s:%d", at.file, at.line),
            text("out of memory (need %ld bytes, %ld are out)", bytes, live_bytes),
            "a smaller train.micro_batch_size or data.sequence_length");
-  const i64 live = __atomic_add_fetch(&live_bytes, bytes, __ATOMIC_RELAXED);
+  i64 live = __atomic_add_fetch(&live_bytes, bytes, __ATOMIC_RELAXED);
   if (live > peak_bytes) peak_bytes = live;
   return new Storage{this, data, bytes};
 }
@@ -137,7 +137,7 @@ void fill_zero(Rank& rank, const Tensor& t) {
 }
 
 Tensor zeros(Rank& rank, Dims dims, DType dtype, At at) {
-  const Tensor t = empty(rank, dims, dtype, at);
+  Tensor t = empty(rank, dims, dtype, at);
   fill_zero(rank, t);
   return t;
 }

@@ -18,9 +18,9 @@ LoadedBatches make_batches(Rank& rank, const Dataset& data, const BatchShape& sh
   if (shape.dp != mesh.dp || shape.ep != mesh.ep)
     failed("make_batches",
            text("shape of dp %d, ep %d on a mesh of %d, %d", shape.dp, shape.ep, mesh.dp, mesh.ep));
-  const i64 length = data.options().seq_length, rows = shape.micro_batch;
+  i64 length = data.options().seq_length, rows = shape.micro_batch;
   const ZigzagBlocks blocks = zigzag_blocks(length, mesh.cp, mesh.cp_rank);
-  const i64 local = blocks.total();
+  i64 local = blocks.total();
   vector<int> whole(length), order(local);  // order: of the local tokens, places in the row
   std::iota(whole.begin(), whole.end(), 0);
   take_zigzag(whole.data(), blocks, order.data());
@@ -34,7 +34,7 @@ LoadedBatches make_batches(Rank& rank, const Dataset& data, const BatchShape& sh
   for (i64 mb = 0; mb < shape.num_micro_batches(); mb++) {
     vector<i64>& index = loaded.token_index.emplace_back();
     for (i64 r = 0; r < rows; r++) {
-      const i64 sample = global_sample(shape, step, mesh.dp_rank, mesh.ep_rank, mb * rows + r);
+      i64 sample = global_sample(shape, step, mesh.dp_rank, mesh.ep_rank, mb * rows + r);
       const SampleRow view{row[Tokens].data(), row[Labels].data(), row[Ends].data()};
       if (split == Split::Train)
         data.train_sample(sample, view);
@@ -42,11 +42,11 @@ LoadedBatches make_batches(Rank& rank, const Dataset& data, const BatchShape& sh
         data.heldout_sample(sample, view);
       positions_from_ends(row[Ends].data(), length, row[Positions].data());
       for (int c = 0; c < kColumns; c++) take_zigzag(row[c].data(), blocks, &here[c][r * local]);
-      const i64 first = (sample - step * shape.global_batch) * length;
+      i64 first = (sample - step * shape.global_batch) * length;
       for (const int place : order) index.push_back(first + place);
     }
     for (const int label : here[Labels]) loaded.labels += label != kIgnoreLabel;
-    const auto upload = [&](int column, Dims dims) {
+    auto upload = [&](int column, Dims dims) {
       return tensor_from(rank, dims, DType::I32, here[column].data());
     };
     Batch batch{.rows = rows, .length = local};

@@ -63,13 +63,13 @@ static string sealed(const string& rest) {
 }
 
 void write_manifest(const Checkpoint& c, const string& path) {
-  const auto replace = nlohmann::json::error_handler_t::replace;  // of what is not UTF-8
+  auto replace = nlohmann::json::error_handler_t::replace;  // of what is not UTF-8
   write_file_durably(path, sealed(nlohmann::json(c).dump(-1, ' ', false, replace).substr(1)));
 }
 
 static Checkpoint read_manifest(const string& path) {
-  const string bytes = read_text_file(path);
-  const size_t start = min(bytes.size(), sealed("").size());
+  string bytes = read_text_file(path);
+  size_t start = min(bytes.size(), sealed("").size());
   if (bytes != sealed(bytes.substr(start)))
     bad_input(path, "is damaged or cut short, or of another version of Pith", kRestore);
   return nlohmann::json::parse(bytes).get<Checkpoint>();
@@ -89,7 +89,7 @@ Checkpoint open_checkpoint(const string& folder) {
   Checkpoint c = read_manifest(folder + kManifest);
   c.folder = folder;
   for (StoredFile& file : c.files) {
-    const string path = folder + "/" + file.name;
+    string path = folder + "/" + file.name;
     if (!fs::exists(path)) bad_input(path, "is missing, but the manifest names it", kRestore);
     file.map = MappedFile(path);
     if (file.map.size() != file.bytes)
@@ -106,7 +106,7 @@ void verify(const Checkpoint& c) {
   for (const StoredFile& file : c.files)
     sums.push_back(std::async(std::launch::async, checksum_of, file.map.data(), file.bytes));
   for (size_t i = 0; i < sums.size(); i++)
-    if (const u64 got = sums[i].get(); got != c.files[i].checksum)
+    if (u64 got = sums[i].get(); got != c.files[i].checksum)
       bad_input(c.files[i].map.path(),
                 text("is damaged (checksum %016lx, need %016lx)", got, c.files[i].checksum),
                 kRestore);
@@ -116,8 +116,8 @@ std::map<i64, string> list_checkpoints(const string& run_folder) {
   std::map<i64, string> list;
   std::error_code error;
   for (const auto& entry : fs::directory_iterator(run_folder, error)) {
-    const string name = entry.path().filename();
-    const i64 step = name.starts_with("step-") ? strtoll(name.c_str() + 5, nullptr, 10) : -1;
+    string name = entry.path().filename();
+    i64 step = name.starts_with("step-") ? strtoll(name.c_str() + 5, nullptr, 10) : -1;
     if (name == step_name(step)) list[step] = entry.path();
   }
   return list;
@@ -149,7 +149,7 @@ Checkpoint open_weights(const string& folder) {
   }
   const SafetensorsReader reader(folder);
   Checkpoint c{.folder = folder, .state = {.optimizer = "none"}};
-  const string config = folder + "/config.json";
+  string config = folder + "/config.json";
   if (fs::exists(config)) c.state.model = read_text_file(config);
   for (const MappedFile& file : reader.files())
     c.files.push_back({.name = file.path(), .bytes = file.size(), .map = file});
@@ -164,7 +164,7 @@ static std::map<string, string> identity_of(const RunState& s) {
   string section;
   std::istringstream lines(s.config);
   for (string line; std::getline(lines, line);) {
-    const size_t equals = line.find(" = ");
+    size_t equals = line.find(" = ");
     if (line.starts_with("["))
       section = line.substr(1, line.find(']') - 1) + ".";
     else if (equals != string::npos && !may_change_on_resume(section + line.substr(0, equals)))
@@ -185,7 +185,7 @@ void check_resumable(const Checkpoint& c, const RunState& now) {
   std::map<string, string> before = identity_of(c.state), after = identity_of(now);
   for (const auto& [key, value] : before) after.try_emplace(key, "nothing");
   for (const auto& [key, value] : after)
-    if (const auto at = before.try_emplace(key, "nothing").first; at->second != value)
+    if (auto at = before.try_emplace(key, "nothing").first; at->second != value)
       bad_input(c.folder,
                 key + " differs from the saved run's (got " + value + ", need " + at->second + ")",
                 "the saved value, or another run.folder to begin anew");
@@ -197,7 +197,7 @@ void check_weights(const Checkpoint& c, const ParameterTable& whole) {
   for (const Parameter& parameter : whole)
     for (const Piece& piece : parameter.pieces) {
       known.insert(piece.name);
-      const auto at = c.tensors.find(piece.name);
+      auto at = c.tensors.find(piece.name);
       if (at == c.tensors.end()) {
         faults["missing"].push_back(piece.name);
         continue;
@@ -209,9 +209,9 @@ void check_weights(const Checkpoint& c, const ParameterTable& whole) {
                                                      ", need " + describe(need) + ")");
         continue;
       }
-      const vector<float> values = read_tensor(c, got);
-      const i64 bad = std::ranges::count_if(values, [](float x) { return !std::isfinite(x); });
-      const string count = text(" (%ld of %zu values)", bad, values.size());
+      vector<float> values = read_tensor(c, got);
+      i64 bad = std::ranges::count_if(values, [](float x) { return !std::isfinite(x); });
+      string count = text(" (%ld of %zu values)", bad, values.size());
       if (bad > 0) faults["tensors with NaN or Inf"].push_back(piece.name + count);
     }
   for (const auto& [name, tensor] : c.tensors)
@@ -232,9 +232,9 @@ void read_elements(const Checkpoint& c, const StoredTensor& tensor, i64 begin, i
                    float* out) {
   i64 left = count;
   for (const StoredFragment& f : tensor.fragments) {
-    const i64 from = max(begin, f.begin), to = min(begin + count, f.begin + f.count);
+    i64 from = max(begin, f.begin), to = min(begin + count, f.begin + f.count);
     if (from >= to) continue;
-    const i64 offset = f.offset + (from - f.begin) * size_of(tensor.dtype);
+    i64 offset = f.offset + (from - f.begin) * size_of(tensor.dtype);
     to_f32(tensor.dtype, c.files[f.file].map.data() + offset, out + (from - begin), to - from);
     left -= to - from;
   }
@@ -251,9 +251,9 @@ vector<float> read_tensor(const Checkpoint& c, const StoredTensor& tensor) {
 static void load(Rank& rank, Parameters& p, const Checkpoint& c, size_t kinds) {
   for (const Fragment& f : fragments(p))
     for (const auto& [suffix, shard] : std::span(kStored).first(kinds)) {
-      const string name = f.piece->name + suffix;
-      const auto at = c.tensors.find(name);
-      const bool found = at != c.tensors.end();
+      string name = f.piece->name + suffix;
+      auto at = c.tensors.find(name);
+      bool found = at != c.tensors.end();
       if (!found || at->second.shape != shape_of(*f.piece))
         bad_input(c.folder + ": " + name,
                   found ? "has another shape than the model's" : "is missing",
@@ -279,7 +279,7 @@ static void remove_tree(const string& path) {
 
 // A kill leaves no half of it under its name.
 static void remove_checkpoint(const string& folder) {
-  const string old = folder + ".old.tmp";
+  string old = folder + ".old.tmp";
   std::error_code error;
   remove_tree(old);
   fs::rename(folder, old, error);
@@ -344,7 +344,7 @@ struct CheckpointSaver::Job {
     constexpr i64 kBuffer = i64{1} << 26;
     vector<char> buffer(min(kBuffer, values.bytes()));
     for (i64 at = 0; at < values.bytes(); at += kBuffer) {
-      const i64 n = min(kBuffer, values.bytes() - at);
+      i64 n = min(kBuffer, values.bytes() - at);
       if constexpr (kCuda)
         cuda_read(*values.storage.get()->allocator->cuda, buffer.data(), values.data + at, n);
       file.write(buffer.data(), n);
@@ -364,13 +364,13 @@ struct CheckpointSaver::Job {
             {f.piece->name + suffix + "#" + std::to_string(f.begin), FileDType::F32, {f.count}});
     make_folders(checkpoint.folder);
     if (!list.empty()) {
-      const string name = text("rank-%05d.safetensors", rank);
+      string name = text("rank-%05d.safetensors", rank);
       SafetensorsWriter file(checkpoint.folder + "/" + name, decls);
       for (const Fragment& f : list) {
         if (cancel) return;
         reached(f.unit);
         for (const auto& [suffix, shard] : kStored) {
-          const i64 bytes = f.count * i64(sizeof(float));
+          i64 bytes = f.count * i64(sizeof(float));
           StoredTensor& tensor = part.tensors[f.piece->name + suffix];
           tensor.shape = shape_of(*f.piece);
           tensor.fragments.push_back({f.begin, f.count, 0, file.size()});
@@ -412,7 +412,7 @@ CheckpointSaver::CheckpointSaver(Rank& rank, const Parameters& parameters,
   if (rank.id == 0) {
     std::error_code error;
     for (const auto& entry : fs::directory_iterator(options.folder, error)) {
-      const string name = entry.path().filename();
+      string name = entry.path().filename();
       if (name.starts_with("step-") && name.ends_with(".tmp")) remove_tree(entry.path());
     }
   }
@@ -440,8 +440,8 @@ void CheckpointSaver::begin(Rank& rank, const RunState& state) {
 // Ends the save once all ranks are done. Returns before that when the slowest has few bytes left.
 void CheckpointSaver::wait(Rank& rank, i64 most_bytes_left) {
   for (double pause = 2e-4; job_; pause = min(pause * 1.5, 0.02)) {
-    const bool done = job_->done.wait_for(duration<double>(0)) == std::future_status::ready;
-    const string error = done ? job_->done.get() : "";
+    bool done = job_->done.wait_for(duration<double>(0)) == std::future_status::ready;
+    string error = done ? job_->done.get() : "";
     double v[] = {done ? -1 : double(job_->bytes_left), double(!error.empty())};
     all_reduce(rank, Group::World, v, 2, Reduce::Max, "checkpoint progress");
     last_failed_ = v[1] > 0;
@@ -452,7 +452,7 @@ void CheckpointSaver::wait(Rank& rank, i64 most_bytes_left) {
       stall_s_ += pause;
       continue;
     }
-    const string folder = job_->folder();
+    string folder = job_->folder();
     if (!error.empty()) log_warning("rank %d: %s", rank.id, error.c_str());
     if (rank.id == 0 && last_failed_) {
       remove_tree(job_->checkpoint.folder);
@@ -476,7 +476,7 @@ bool CheckpointSaver::finish(Rank& rank) {
 void CheckpointSaver::wait_unit(int unit) {
   if (!job_) return;
   for (int saved = job_->unit; saved <= unit; saved = job_->unit) {
-    const double begun = now_s();
+    double begun = now_s();
     job_->unit.wait(saved);
     stall_s_ += now_s() - begun;
   }

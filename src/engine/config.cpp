@@ -99,7 +99,7 @@ vector<Key> keys_of(RunConfig& config) {
 string text_of(const toml::node& node) {
   if (node.is_table()) return "a section";
   if (node.is_array()) return "a list";
-  if (const auto number = node.value_exact<double>(); number && std::isfinite(*number))
+  if (auto number = node.value_exact<double>(); number && std::isfinite(*number))
     return JsonWriter().value(*number).str();  // the shortest that reads back the same
   std::ostringstream out;
   out << toml::toml_formatter(node, toml::format_flags::allow_unicode_strings);
@@ -131,7 +131,7 @@ const Key& find_key(const vector<Key>& keys, const string& name, const string& p
   std::pair<double, string> best{2, ""};
   for (const Key& key : keys) {
     if (key.name == name) return key;
-    const string word = name.substr(name.rfind('.') + 1), section = key.section();
+    string word = name.substr(name.rfind('.') + 1), section = key.section();
     best = std::min({best,
                      {distance(name, key.name), key.name},
                      {distance(word, key.word()), key.name},
@@ -150,8 +150,8 @@ const Key& find_key(const vector<Key>& keys, const string& name, const string& p
 // Paths become absolute, without a slash at their end.
 void assign(const Key& key, const toml::node& node, const string& place,
             const fs::path& base = fs::current_path()) {
-  const string need = key.range.need;
-  const auto take = [&]<class T>(T* to) {
+  string need = key.range.need;
+  auto take = [&]<class T>(T* to) {
     auto value = node.value_exact<TomlType<T>>();
     if (std::is_same_v<T, double> && node.is_integer()) value = node.value<TomlType<T>>();
     if constexpr (std::is_same_v<TomlType<T>, i64>)
@@ -174,8 +174,8 @@ void assign(const Key& key, const toml::node& node, const string& place,
 void read_table(const vector<Key>& keys, const toml::table& table, const string& section,
                 const string& file) {
   for (const auto& [word, node] : table) {
-    const string name = section + string(word.str());
-    const string place = text("%s:%u: %s", file.c_str(), node.source().begin.line, name.c_str());
+    string name = section + string(word.str());
+    string place = text("%s:%u: %s", file.c_str(), node.source().begin.line, name.c_str());
     if (node.is_table() && std::ranges::count(keys, name, &Key::section)) {
       read_table(keys, *node.as_table(), name + ".", file);
       continue;
@@ -185,12 +185,12 @@ void read_table(const vector<Key>& keys, const toml::table& table, const string&
 }
 
 void read_override(const vector<Key>& keys, const string& argument) {
-  const size_t equals = argument.find('=');
-  const string name = argument.substr(0, equals), place = "--set " + name;
+  size_t equals = argument.find('=');
+  string name = argument.substr(0, equals), place = "--set " + name;
   if (equals == string::npos)
     bad_input(place, "has no value (got " + argument + ", need key=value)", name + "=...");
   const Key& key = find_key(keys, name, place);
-  const string value = argument.substr(equals + 1);
+  string value = argument.substr(equals + 1);
   toml::table parsed;
   if (std::holds_alternative<string*>(key.slot) && !value.starts_with('"'))
     parsed.emplace("value", value);
@@ -208,18 +208,18 @@ void read_override(const vector<Key>& keys, const string& argument) {
 RunConfig load_run_config(const string& path, const vector<string>& overrides) {
   RunConfig config;
   config.run.folder = fs::absolute(config.run.folder);
-  const vector<Key> keys = keys_of(config);
+  vector<Key> keys = keys_of(config);
   try {
     read_table(keys, toml::parse(read_text_file(path), path), "", path);
   } catch (const toml::parse_error& error) {
-    const auto at = error.source().begin;
+    auto at = error.source().begin;
     bad_input(text("%s:%u:%u", path.c_str(), at.line, at.column),
               "is not valid TOML: " + string(error.description()),
               "text in quotes, sections as [train]");
   }
   for (const string& argument : overrides) read_override(keys, argument);
   for (const Key& key : keys) {
-    const string value = value_of(key);
+    string value = value_of(key);
     if ((key.flags & kRequired) && (value == "\"\"" || value == "0" || value == "0.0"))
       bad_input(key.name, "is required and not set (got " + value + ")",
                 "set it in the file, or with --set " + key.name + "=...");

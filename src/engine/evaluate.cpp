@@ -38,15 +38,15 @@ static int draw(const float* logits, i64 vocab, const SampleOptions& o, i64 inde
   for (const int id : order)
     mass.push_back((mass.empty() ? 0 : mass.back()) +
                    std::exp((logits[id] - logits[order[0]]) / o.temperature));
-  const auto last = std::ranges::lower_bound(mass, o.top_p * mass.back());
-  const double point = uniform_at(stream_key(o.seed, "generate"), u64(index)) * *last;
+  auto last = std::ranges::lower_bound(mass, o.top_p * mass.back());
+  double point = uniform_at(stream_key(o.seed, "generate"), u64(index)) * *last;
   return order[std::upper_bound(mass.begin(), last, point) - mass.begin()];
 }
 
 int next_token(Rank& rank, Instance& instance, const vector<int>& tokens,
                const SampleOptions& options, i64 index) {
-  const auto n = i64(tokens.size());
-  const auto upload = [&](const vector<int>& values) {
+  auto n = i64(tokens.size());
+  auto upload = [&](const vector<int>& values) {
     return tensor_from(rank, {n}, DType::I32, values.data());
   };
   vector<int> positions(n);
@@ -59,7 +59,7 @@ int next_token(Rank& rank, Instance& instance, const vector<int>& tokens,
   const ScheduleOptions schedule{
       .kind = ScheduleKind::OneF1B, .forward_only = true, .gather_step = true};
   run_actions(rank, instance, io, schedule, make_schedule(schedule, 0));
-  const i64 vocab = instance.shape.vocab;
+  i64 vocab = instance.shape.vocab;
   return draw(io.logits[0].f32() + (n - 1) * vocab, vocab, options, index);
 }
 

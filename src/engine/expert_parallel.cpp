@@ -23,7 +23,7 @@ static Tensor exchange(Rank& rank, Tensor x, const vector<i64>& send, const vect
     n->bx_keep = {upload(rank, {send.begin(), send.end()}),
                   upload(rank, {recv.begin(), recv.end()})};
     n->bx = [](Rank& r, Node& node) {
-      const auto counts = [&](int i) {
+      auto counts = [&](int i) {
         const Tensor& t = node.bx_keep[i];
         return vector<i64>(t.i32(), t.i32() + t.numel());
       };
@@ -48,12 +48,12 @@ static Tensor index_pairs(Rank& rank, const Pair* pairs, const vector<i64>& pair
   vector<int> row;
   i64 R = 0;
   for (size_t source = 0; source < pairs_from.size(); source++) {
-    const i64 first = R;
+    i64 first = R;
     for (i64 i = 0; i < pairs_from[source]; i++) row.push_back(int(first + pairs[row.size()].row));
     if (pairs_from[source]) R = row.back() + 1;
     out.recv_rows.push_back(R - first);
   }
-  const auto P = i64(row.size());
+  auto P = i64(row.size());
   Dispatched& d = out.at_experts;
   d.row_of = empty(rank, {P}, DType::I32);
   d.pair_of = empty(rank, {P}, DType::I32);
@@ -68,7 +68,7 @@ static Tensor index_pairs(Rank& rank, const Pair* pairs, const vector<i64>& pair
   Tensor sorted = empty(rank, {P}, DType::I32);
   vector<int> next(d.offsets.i32(), d.offsets.i32() + experts);
   for (i64 p = 0; p < P; p++) {
-    const int place = next[pairs[p].expert]++;
+    int place = next[pairs[p].expert]++;
     sorted.i32()[place] = int(p);
     d.row_of.i32()[place] = row[p];
     d.pair_of.i32()[p] = place;  // arrival order is the order of row_begin
@@ -82,8 +82,8 @@ static Dispatch dispatch_here(Rank& rank, const Tensor& hidden, const Routing& r
   Dispatch out{.tokens = hidden.dim[0]};
   out.send_rows = {out.tokens};
   Dispatched& d = out.at_experts;
-  const Tensor order = cuda_dispatch(rank, routing.ids, experts, d);
-  const Tensor flat = reshape(rank, routing.weights, {routing.weights.numel()});
+  Tensor order = cuda_dispatch(rank, routing.ids, experts, d);
+  Tensor flat = reshape(rank, routing.weights, {routing.weights.numel()});
   Tape* tape = std::exchange(rank.tape, nullptr);
   d.weights = index_select(rank, flat, order, at);
   rank.tape = tape;
@@ -91,7 +91,7 @@ static Dispatch dispatch_here(Rank& rank, const Tensor& hidden, const Routing& r
     n->bx_keep = {d.pair_of};
     n->bx = [](Rank& r, Node& node) {
       Tape* paused = std::exchange(r.tape, nullptr);
-      const Tensor g = index_select(r, node.grad[0], node.bx_keep[0], node.at);
+      Tensor g = index_select(r, node.grad[0], node.bx_keep[0], node.at);
       r.tape = paused;
       add_grad(r, node.in[0], g);
     };
@@ -101,7 +101,7 @@ static Dispatch dispatch_here(Rank& rank, const Tensor& hidden, const Routing& r
 }
 
 Dispatch dispatch(Rank& rank, Tensor hidden, const Routing& routing, int num_experts, At at) {
-  const int ep = group_size(rank, Group::Ep), local = num_experts / ep;
+  int ep = group_size(rank, Group::Ep), local = num_experts / ep;
   check(rank, "dispatch", at,
         {{"hidden [T,D] and ids [T,k]",
           hidden.dim.rank == 2 && routing.ids.dim.rank == 2 && hidden.dim[0] == routing.ids.dim[0]},
@@ -110,18 +110,18 @@ Dispatch dispatch(Rank& rank, Tensor hidden, const Routing& routing, int num_exp
         {&hidden, &routing.ids});
   if (kCuda && hidden.device == Device::CUDA)
     return dispatch_here(rank, hidden, routing, num_experts, at);
-  const i64 k = routing.ids.dim[1];
+  i64 k = routing.ids.dim[1];
   Dispatch out{.tokens = hidden.dim[0]};
   vector<int> tokens, slots;  // of each row sent; of each pair, its place in the routing
   vector<Pair> pairs;
   vector<i64> pairs_to;
   for (int g = 0; g < ep; g++) {
-    const size_t rows_before = tokens.size(), pairs_before = pairs.size();
+    size_t rows_before = tokens.size(), pairs_before = pairs.size();
     for (i64 t = 0; t < out.tokens; t++) {
-      const auto row = int(tokens.size() - rows_before);
-      const size_t before = pairs.size();
+      auto row = int(tokens.size() - rows_before);
+      size_t before = pairs.size();
       for (i64 slot = t * k; slot < (t + 1) * k; slot++) {
-        const int expert = routing.ids.i32()[slot];
+        int expert = routing.ids.i32()[slot];
         if (expert / local != g) continue;
         pairs.push_back({row, expert % local});
         slots.push_back(int(slot));
@@ -131,13 +131,13 @@ Dispatch dispatch(Rank& rank, Tensor hidden, const Routing& routing, int num_exp
     out.send_rows.push_back(i64(tokens.size() - rows_before));
     pairs_to.push_back(i64(pairs.size() - pairs_before));
   }
-  const Tensor mine = upload(rank, {pairs_to.begin(), pairs_to.end()});
-  const Tensor theirs = empty(rank, {ep}, DType::I32);
+  Tensor mine = upload(rank, {pairs_to.begin(), pairs_to.end()});
+  Tensor theirs = empty(rank, {ep}, DType::I32);
   all_to_all(rank, Group::Ep, mine, nullptr, theirs, nullptr, "all_to_all counts", at);
-  const vector<i64> pairs_from(theirs.i32(), theirs.i32() + ep);
-  const Tensor sent = tensor_from(rank, {i64(pairs.size()), 2}, DType::I32, pairs.data(), at);
-  const Tensor received = exchange(rank, sent, pairs_to, pairs_from, "all_to_all pairs", at);
-  const Tensor sorted = index_pairs(rank, received.as<Pair>(), pairs_from, local, out);
+  vector<i64> pairs_from(theirs.i32(), theirs.i32() + ep);
+  Tensor sent = tensor_from(rank, {i64(pairs.size()), 2}, DType::I32, pairs.data(), at);
+  Tensor received = exchange(rank, sent, pairs_to, pairs_from, "all_to_all pairs", at);
+  Tensor sorted = index_pairs(rank, received.as<Pair>(), pairs_from, local, out);
   Tensor weights = reshape(rank, routing.weights, {routing.weights.numel()});
   weights = index_select(rank, weights, upload(rank, slots), at);
   weights = exchange(rank, weights, pairs_to, pairs_from, "dispatch weights", at);

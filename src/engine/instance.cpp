@@ -6,7 +6,7 @@ namespace pith {
 
 Instance make_instance(const Json& config, const PipelineOptions& options) {
   Instance instance;
-  const string type = config["model_type"].as_string();
+  string type = config["model_type"].as_string();
   if (type == "qwen3_moe")
     instance.qwen3_moe = make_pipeline<Qwen3Moe>(instance, config, options);
   else

@@ -36,10 +36,10 @@ Parameters make_parameters(const vector<ParameterTable>& chunks, bool gather_lay
     }
   for (FlatUnit& unit : p.units) {
     if (unit.kind == UnitKind::Experts) unit.group = Group::ExpertShard;
-    const vector<int> members = group_members(mesh, unit.group, id);
-    const auto n = i64(members.size()), blocks = unit.numel / kAlign;
+    vector<int> members = group_members(mesh, unit.group, id);
+    auto n = i64(members.size()), blocks = unit.numel / kAlign;
     for (i64 i = 0; i < n; i++) {
-      const i64 begin = blocks * i / n * kAlign, end = blocks * (i + 1) / n * kAlign;
+      i64 begin = blocks * i / n * kAlign, end = blocks * (i + 1) / n * kAlign;
       unit.cuts.push_back(end - begin);
       if (members[i] != id) continue;
       unit.shard_begin = begin;
@@ -59,8 +59,8 @@ vector<Fragment> fragments(const Parameters& p) {
     for (size_t i = 0; i < unit.entries.size(); i++) {
       i64 at = unit.offsets[i] - unit.shard_begin;  // in the shard
       for (const Piece& piece : p.table[unit.entries[i]].pieces) {
-        const i64 n = piece.dims.numel();
-        const i64 from = max<i64>(at, 0), to = min(at + n, unit.shard_count);
+        i64 n = piece.dims.numel();
+        i64 from = max<i64>(at, 0), to = min(at + n, unit.shard_count);
         if (from < to) list.push_back({&piece, from - at, to - from, int(u), from});
         at += n;
       }
@@ -71,7 +71,7 @@ vector<Fragment> fragments(const Parameters& p) {
 
 void initialize(Rank& rank, Parameters& p, u64 seed) {
   for (const Fragment& f : fragments(p)) {
-    const Tensor part = p.units[f.unit].master.slice_rows(f.offset, f.offset + f.count);
+    Tensor part = p.units[f.unit].master.slice_rows(f.offset, f.offset + f.count);
     if (f.piece->init.kind == InitKind::Constant)
       fill_constant(rank, part, f.piece->init.value);
     else
@@ -87,7 +87,7 @@ void zero_grads(Rank& rank, Parameters& p) {
 }
 
 void gather(Rank& rank, Parameters& p, FlatUnit& unit, bool with_grads) {
-  const bool whole = unit.cuts.size() == 1;
+  bool whole = unit.cuts.size() == 1;
   if (!unit.weights.defined())
     unit.weights =
         whole && rank.compute == DType::F32 ? unit.master : empty(rank, {unit.numel}, rank.compute);

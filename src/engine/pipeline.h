@@ -41,13 +41,13 @@ template <class M>
 std::shared_ptr<Pipeline<M>> make_pipeline(Instance& instance, const Json& json,
                                            const PipelineOptions& o) {
   auto p = std::make_shared<Pipeline<M>>();
-  const MeshCoord at = coord_of(o.mesh, o.id);
+  MeshCoord at = coord_of(o.mesh, o.id);
   p->config = M::read_config(json);
   p->shape = instance.shape = M::shape(p->config);
   p->layers_of = chunk_layers(o.schedule, o.mesh.pp, at.pp_rank, p->shape.num_layers);
   p->chunks.resize(p->layers_of.size());
   vector<ParameterTable> tables;
-  const int local = p->shape.num_experts / o.mesh.ep;
+  int local = p->shape.num_experts / o.mesh.ep;
   for (size_t i = 0; i < p->chunks.size(); i++) {
     const ChunkLayers& c = p->layers_of[i];
     const StagePart part{c.first, c.count, c.prolog, c.epilog, at.ep_rank * local, local};
@@ -71,7 +71,7 @@ struct Executor {
     const M& model = p.chunks[s.chunk];
     const Batch& batch = io.batches[s.mb];
     Flight::Layer& l = f.layers[local];
-    const bool of_experts = s.part >= Part::Dispatch && s.part <= Part::Combine;
+    bool of_experts = s.part >= Part::Dispatch && s.part <= Part::Combine;
     if (of_experts && !l.in.routing.ids.defined()) return;  // a dense layer
     switch (s.part) {
       case Part::Prolog: f.x = model.embed(rank, batch); break;
@@ -111,7 +111,7 @@ struct Executor {
   }
 
   void weight_gradients(Flight& f, UnitKind unit, int local) {
-    const auto of = [&](Part part) {
+    auto of = [&](Part part) {
       const Flight::Nodes& nodes = f.layers[local].of[int(part)];
       weight_grads(rank, f.tape, nodes.begin, nodes.end);
     };
@@ -125,7 +125,7 @@ struct Executor {
 
   void run_step(const Step& s) {
     const ChunkLayers& held = p.layers_of[s.chunk];
-    const int local = s.layer < 0 ? held.count : s.layer - held.first;
+    int local = s.layer < 0 ? held.count : s.layer - held.first;
     rank.status->layer = s.layer;
     rank.status->stage = int(s.part);
     rank.status->micro_batch = s.mb;
@@ -193,10 +193,10 @@ struct Executor {
     vector<Transfer> list;
     for (const Action* a = begin; a < end; a++) {
       Flight& f = p.flights[{a->chunk, a->mb}];
-      const bool send = a->what == Do::Send, activation = a->payload == Payload::Activation;
+      bool send = a->what == Do::Send, activation = a->payload == Payload::Activation;
       Tensor& t = activation ? (send ? f.x : f.input) : (send ? f.input_grad : f.output_grad);
       if (!send) t = empty(rank, {io.batches[a->mb].tokens.numel(), p.shape.hidden}, rank.compute);
-      const int stage = message_stage(schedule, rank.mesh.pp_rank, *a);
+      int stage = message_stage(schedule, rank.mesh.pp_rank, *a);
       list.push_back(
           {send ? Transfer::Send : Transfer::Recv, a->peer, t, {int(a->payload), stage, a->mb}});
     }
@@ -214,7 +214,7 @@ struct Executor {
   }
 
   void compute(const Action& a) {
-    const int chunk = a.backward_chunk(), mb = a.backward_mb();
+    int chunk = a.backward_chunk(), mb = a.backward_mb();
     if (a.has_forward()) begin_forward(a.chunk, a.mb);
     if (a.has_backward() && !p.layers_of[chunk].epilog) {
       Flight& f = p.flights.at({chunk, mb});

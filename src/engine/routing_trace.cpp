@@ -11,7 +11,7 @@ static string file_of(const string& folder, i64 step, const char* what) {
 }
 
 void begin_trace(RoutingStep& routing, i64 layers, i64 tokens, i64 top_k) {
-  const i64 rows = layers * tokens;
+  i64 rows = layers * tokens;
   routing = {layers,
              tokens,
              top_k,
@@ -22,7 +22,7 @@ void begin_trace(RoutingStep& routing, i64 layers, i64 tokens, i64 top_k) {
 }
 
 void write_routing(const string& folder, i64 step, const RoutingStep& routing) {
-  const vector<i64> shape = {routing.layers, routing.tokens, routing.top_k};
+  vector<i64> shape = {routing.layers, routing.tokens, routing.top_k};
   make_folders(folder);
   write_npy(file_of(folder, step, "ids"), NpyType::I4, shape, routing.ids.data());
   write_npy(file_of(folder, step, "weights"), NpyType::F4, shape, routing.weights.data());
@@ -30,11 +30,11 @@ void write_routing(const string& folder, i64 step, const RoutingStep& routing) {
 
 // A token's k ids are distinct experts, or -1 throughout a layer without.
 static void check_ids(const string& path, const RoutingStep& r, int num_experts) {
-  const i64 k = r.top_k, per_layer = r.tokens * k;
+  i64 k = r.top_k, per_layer = r.tokens * k;
   for (i64 i = 0; i < r.layers * per_layer; i++) {
     const int* id = &r.ids[i];
-    const bool dense = id[-(i % per_layer)] == -1;
-    const bool expert = *id >= 0 && *id < num_experts && std::find(id - i % k, id, *id) == id;
+    bool dense = id[-(i % per_layer)] == -1;
+    bool expert = *id >= 0 && *id < num_experts && std::find(id - i % k, id, *id) == id;
     if (dense ? *id == -1 : expert) continue;
     bad_input(path,
               text("names a wrong expert for layer %ld, token %ld, slot %ld (got %d, need "
@@ -45,9 +45,9 @@ static void check_ids(const string& path, const RoutingStep& r, int num_experts)
 }
 
 void read_routing(const string& folder, i64 step, int num_experts, RoutingStep& routing) {
-  const string path = file_of(folder, step, "ids");
+  string path = file_of(folder, step, "ids");
   const NpyArray array = read_npy(path);
-  const vector<i64> need = {routing.layers, routing.tokens, routing.top_k};
+  vector<i64> need = {routing.layers, routing.tokens, routing.top_k};
   if (array.header.type != NpyType::I4 || array.header.shape != need)
     bad_input(path,
               text("is not this run's routing (need <i4 [%ld, %ld, %ld]: layers, tokens, k)",
@@ -77,10 +77,10 @@ void trace_routing(Rank& rank, const RoutingSlot& slot, int layer, int micro_bat
   RoutingStep& step = *slot.step;
   if (!step.traced || !routing.ids.defined()) return;
   const vector<i64>& tokens = slot.tokens[micro_batch];
-  const i64 k = step.top_k, T = i64(tokens.size());
+  i64 k = step.top_k, T = i64(tokens.size());
   if (routing.ids.numel() != T * k)
     failed("trace_routing", "need the ids of all tokens (got " + describe(routing.ids) + ")");
-  const i64 E = routing.probs.cols();
+  i64 E = routing.probs.cols();
   vector<char> ids_bytes, weight_bytes, prob_bytes;
   routing.ids = on_host(rank, routing.ids, ids_bytes);
   routing.weights = on_host(rank, routing.weights, weight_bytes);
@@ -88,7 +88,7 @@ void trace_routing(Rank& rank, const RoutingSlot& slot, int layer, int micro_bat
   for (i64 t = 0; t < T; t++) {
     const int* ids = routing.ids.i32() + t * k;
     const float* probs = routing.probs.f32() + t * E;
-    const i64 place = layer * step.tokens + tokens[t];
+    i64 place = layer * step.tokens + tokens[t];
     std::copy_n(ids, k, &step.ids[place * k]);
     std::copy_n(routing.weights.f32() + t * k, k, &step.weights[place * k]);
     float chosen = 1, left_out = 0;

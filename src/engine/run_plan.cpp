@@ -7,7 +7,7 @@ namespace pith {
 RunPlan plan_run(const RunConfig& config, Device device, int ranks) {
   validate(config);
   RunPlan plan{.config = config, .model = Json::parse_file(config.model.config), .device = device};
-  const bool gpu = device == Device::CUDA;
+  bool gpu = device == Device::CUDA;
   if (!gpu && config.train.precision == "bf16")
     bad_input("train.precision", "is bf16 on the CPU, which computes in fp32",
               "fp32, or --device cuda");
@@ -17,13 +17,13 @@ RunPlan plan_run(const RunConfig& config, Device device, int ranks) {
   const Instance whole = make_instance(plan.model);
   const ModelShape& shape = plan.shape = whole.shape;
   for (const Parameter& p : whole.parameters->table) {
-    const i64 n = p.dims.numel();
+    i64 n = p.dims.numel();
     plan.parameters += n;
-    const i64 active = p.unit == UnitKind::Experts ? n / shape.num_experts * shape.top_k : n;
+    i64 active = p.unit == UnitKind::Experts ? n / shape.num_experts * shape.top_k : n;
     plan.active_parameters += active;
     if (p.dims.rank > 1 && p.unit != UnitKind::Embedding) plan.flops_per_token += 6.0 * active;
   }
-  const i64 length = config.data.sequence_length;
+  i64 length = config.data.sequence_length;
   plan.flops_per_token += 3.0 * length * shape.attention_width * shape.num_layers;
   const auto& parallel = config.parallel;
   const Mesh& mesh = plan.mesh =
@@ -41,7 +41,7 @@ RunPlan plan_run(const RunConfig& config, Device device, int ranks) {
               "a shorter sequence");
   const BatchShape& batch = plan.batch = {config.train.global_batch_size,
                                           config.train.micro_batch_size, mesh.dp, mesh.ep};
-  const i64 unit = batch.micro_batch * mesh.dp * mesh.ep;
+  i64 unit = batch.micro_batch * mesh.dp * mesh.ep;
   if (batch.global_batch % unit != 0)
     bad_input("train.global_batch_size",
               text("does not split into micro-batches over the mesh (got %ld sequences, need a "
@@ -54,7 +54,7 @@ RunPlan plan_run(const RunConfig& config, Device device, int ranks) {
                        .micro_batches = int(batch.num_micro_batches()),
                        .weight_grad_batch = parallel.weight_grad_batch,
                        .gather_step = parallel.gather == "step"};
-  const int least = min_micro_batches(schedule);
+  int least = min_micro_batches(schedule);
   if (schedule.micro_batches < least)
     bad_input(
         "train.global_batch_size",
@@ -81,8 +81,8 @@ Dataset open_data(const RunPlan& plan) {
 
 vector<RankMemory> rank_memory(const RunPlan& plan) {
   const ModelShape& s = plan.shape;
-  const i64 tokens = plan.batch.micro_batch * plan.config.data.sequence_length / plan.mesh.cp;
-  const int live = check_schedule(plan.schedule, make_schedules(plan.schedule)).peak_live;
+  i64 tokens = plan.batch.micro_batch * plan.config.data.sequence_length / plan.mesh.cp;
+  int live = check_schedule(plan.schedule, make_schedules(plan.schedule)).peak_live;
   vector<RankMemory> ranks;
   for (int rank = 0; rank < plan.mesh.world(); rank++) {
     PipelineOptions options = plan.pipeline;
@@ -93,7 +93,7 @@ vector<RankMemory> rank_memory(const RunPlan& plan) {
     i64 full = 0, largest = 0;   // elements of gathered units
     i64 layers = 0, widths = 0;  // of an expert's three products, together
     for (const FlatUnit& unit : instance.parameters->units) {
-      const bool whole = unit.cuts.size() == 1;
+      bool whole = unit.cuts.size() == 1;
       bytes.weights += 4 * unit.shard_count;
       bytes.gradients += 4 * unit.shard_count;
       bytes.optimizer += 8 * unit.shard_count;
@@ -107,8 +107,8 @@ vector<RankMemory> rank_memory(const RunPlan& plan) {
     bytes.compute_copy = 4 * (plan.pipeline.gather_layer ? 2 * largest : full);
     bytes.gradients += bytes.compute_copy;
     // What a token leaves on the tape in one layer.
-    const i64 values = 5 * s.hidden + 3 * s.attention_width + 2 * s.num_experts +
-                       s.top_k * (2 * s.hidden + widths);
+    i64 values = 5 * s.hidden + 3 * s.attention_width + 2 * s.num_experts +
+                 s.top_k * (2 * s.hidden + widths);
     bytes.activations = 4 * tokens * values * layers * live / chunks_of(plan.schedule.kind);
     bytes.workspace = 4 * 2 * tokens * s.top_k * widths;
   }

@@ -9,7 +9,7 @@ const char* name_of(ScheduleKind kind) {
 }
 
 ScheduleKind schedule_kind(const string& name, int pp, int ep) {
-  const bool dual = name == "dualpipev" || (name == "auto" && (pp > 1 || ep > 1));
+  bool dual = name == "dualpipev" || (name == "auto" && (pp > 1 || ep > 1));
   return dual ? ScheduleKind::DualPipeV : ScheduleKind::OneF1B;
 }
 
@@ -28,17 +28,17 @@ vector<int> layer_partition(int layers, int stages) {
         text("are fewer than the pipeline's stages (got %d layers and %d stages)", layers, stages),
         "a smaller parallel.pp, or parallel.schedule = \"1f1b\"");
   vector<int> count(stages, layers / stages);
-  const int interior = max(stages - 2, 0);
+  int interior = max(stages - 2, 0);
   for (int i = 0; i < layers % stages; i++) count[i < interior ? i + 1 : 0]++;
   return count;
 }
 
 vector<ChunkLayers> chunk_layers(ScheduleKind kind, int pp, int rank, int layers) {
-  const int stages = stages_of(kind, pp);
-  const vector<int> count = layer_partition(layers, stages);
+  int stages = stages_of(kind, pp);
+  vector<int> count = layer_partition(layers, stages);
   vector<ChunkLayers> chunks;
   for (int chunk = 0; chunk < chunks_of(kind); chunk++) {
-    const int stage = stage_of(kind, pp, rank, chunk);
+    int stage = stage_of(kind, pp, rank, chunk);
     int first = 0;
     for (int s = 0; s < stage; s++) first += count[s];
     chunks.push_back({first, count[stage], stage == 0, stage == stages - 1});
@@ -47,19 +47,19 @@ vector<ChunkLayers> chunk_layers(ScheduleKind kind, int pp, int rank, int layers
 }
 
 int message_stage(const ScheduleOptions& o, int rank, const Action& transfer) {
-  const int step = transfer.payload == Payload::Activation ? -1 : 1;
+  int step = transfer.payload == Payload::Activation ? -1 : 1;
   return stage_of(o.kind, o.pp, rank, transfer.chunk) + (transfer.what == Do::Recv ? step : 0);
 }
 
 int rank_beside(const ScheduleOptions& o, int rank, int chunk, int step) {
-  const int stage = stage_of(o.kind, o.pp, rank, chunk) + step;
-  const bool exists = stage >= 0 && stage < stages_of(o.kind, o.pp);
+  int stage = stage_of(o.kind, o.pp, rank, chunk) + step;
+  bool exists = stage >= 0 && stage < stages_of(o.kind, o.pp);
   return exists ? rank_of_stage(o.kind, o.pp, stage) : -1;
 }
 
 int message_peer(const ScheduleOptions& o, int rank, const Action& a) {
-  const bool onward = (a.what == Do::Send) == (a.payload == Payload::Activation);
-  const int peer = rank_beside(o, rank, a.chunk, onward ? 1 : -1);
+  bool onward = (a.what == Do::Send) == (a.payload == Payload::Activation);
+  int peer = rank_beside(o, rank, a.chunk, onward ? 1 : -1);
   return peer == rank ? -1 : peer;
 }
 
@@ -116,13 +116,12 @@ struct Builder {
   // Batches fall due on all ranks at once, so that none waits for another's: in DualPipeV by the
   // slot of the steady state, even ones of one chunk and odd ones of the other.
   void end_backward(int chunk) {
-    const int mb = backwards[chunk]++, n = o.weight_grad_batch;
+    int mb = backwards[chunk]++, n = o.weight_grad_batch;
     if (!defers()) return;
     deferred.push_back({.what = Do::W, .chunk = chunk, .mb = mb});
-    const int slot = (2 * mb + 2 * o.pp - 1 - stage_of(o.kind, o.pp, rank, chunk)) % (2 * n);
-    const bool falls_due = o.kind == ScheduleKind::OneF1B
-                               ? mb % n == n - 1
-                               : slot == 2 * n - 1 || slot == (n - 1) / 2 * 2;
+    int slot = (2 * mb + 2 * o.pp - 1 - stage_of(o.kind, o.pp, rank, chunk)) % (2 * n);
+    bool falls_due = o.kind == ScheduleKind::OneF1B ? mb % n == n - 1
+                                                    : slot == 2 * n - 1 || slot == (n - 1) / 2 * 2;
     if (falls_due && !zero_bubble) due.push_back(take_deferred(chunk, n));
   }
 
@@ -141,7 +140,7 @@ struct Builder {
     send_b(chunk);
   }
   void fb(int chunk) {
-    const int b_chunk = 1 - chunk;
+    int b_chunk = 1 - chunk;
     if (received[chunk] == forwards[chunk]) recv_f(chunk);
     recv_b(b_chunk);
     compute({Do::FB, chunk, forwards[chunk]++, b_chunk, backwards[b_chunk], 1, defers()});
@@ -153,7 +152,7 @@ struct Builder {
 };
 
 void build_dualpipev(Builder& s) {
-  const int r = s.rank, below = s.o.pp - r - 1;
+  int r = s.rank, below = s.o.pp - r - 1;
   for (int i = 0; i < 2 * below; i++) s.f(0);  // fill, down leg
   for (int i = 0; i <= r; i++) {               // fill, both legs
     s.forward(0);
@@ -197,7 +196,7 @@ void build_dualpipev(Builder& s) {
 }
 
 void build_1f1b(Builder& s) {
-  const int n = s.o.micro_batches, ahead = min(s.o.pp - s.rank - 1, n);
+  int n = s.o.micro_batches, ahead = min(s.o.pp - s.rank - 1, n);
   for (int i = 0; i < ahead; i++) s.f(0);
   for (int i = ahead; i < n; i++) {
     s.f(0);
@@ -213,10 +212,10 @@ void build_1f1b(Builder& s) {
 // A micro-batch enters every `chunks` slots and moves on a stage a slot: no two meet on a rank.
 void build_forward(Builder& s) {
   const auto& o = s.o;
-  const int chunks = chunks_of(o.kind), n = o.micro_batches;
+  int chunks = chunks_of(o.kind), n = o.micro_batches;
   for (int slot = 0; slot < chunks * (n - 1) + stages_of(o.kind, o.pp); slot++)
     for (int chunk = 0; chunk < chunks; chunk++) {
-      const int age = slot - stage_of(o.kind, o.pp, s.rank, chunk);
+      int age = slot - stage_of(o.kind, o.pp, s.rank, chunk);
       if (age >= 0 && age % chunks == 0 && age / chunks < n) s.f(chunk);
     }
 }
@@ -224,7 +223,7 @@ void build_forward(Builder& s) {
 }
 
 ActionList make_schedule(const ScheduleOptions& o, int rank) {
-  const int least = min_micro_batches(o);
+  int least = min_micro_batches(o);
   if (o.micro_batches < least)
     bad_input("schedule",
               text("%s at pp = %d gets too few micro-batches (got %d, need at least %d)",
@@ -251,8 +250,8 @@ vector<ActionList> make_schedules(const ScheduleOptions& o) {
 }
 
 string to_text(const Action& a) {
-  const string f = text("F%d.%d", a.chunk, a.mb);
-  const string b = text("B%d.%d", a.backward_chunk(), a.backward_mb()) + (a.defer ? "+" : "");
+  string f = text("F%d.%d", a.chunk, a.mb);
+  string b = text("B%d.%d", a.backward_chunk(), a.backward_mb()) + (a.defer ? "+" : "");
   const string& payload = a.payload == Payload::Activation ? f : b;
   switch (a.what) {
     case Do::F: return f;
@@ -313,7 +312,7 @@ Step with_part(Part part, const Step& s, bool backward) {
 vector<vector<Step>> pieces_of(bool backward, int chunk, int mb, bool weights,
                                const ChunkLayers& held) {
   vector<Step> all, beside;
-  const auto add = [&](Part part, int layer) { all.push_back({part, backward, chunk, mb, layer}); };
+  auto add = [&](Part part, int layer) { all.push_back({part, backward, chunk, mb, layer}); };
   if (held.prolog) add(Part::Prolog, -1);
   for (int layer = held.first; layer < held.first + held.count; layer++)
     for (const Part part :
@@ -323,7 +322,7 @@ vector<vector<Step>> pieces_of(bool backward, int chunk, int mb, bool weights,
   if (backward) std::ranges::reverse(all);
   vector<vector<Step>> pieces(1);
   for (const Step& s : all) {
-    const bool starts = starts_communication(s);
+    bool starts = starts_communication(s);
     pieces.back().push_back(s);
     if (weights && !starts && s.part != Part::Residual)
       beside.push_back(with_part(Part::Weights, s, true));
@@ -342,19 +341,19 @@ vector<Step> with_sharding(const vector<Step>& in, bool forward_only) {
     return !starts_communication(s) && s.chunk == unit.chunk && s.layer == unit.layer &&
            unit_of(s) == unit.unit;
   };
-  const auto next_use = [&](const Step& unit, size_t at) {
+  auto next_use = [&](const Step& unit, size_t at) {
     while (at < in.size() && !uses(in[at], unit)) at++;
     return at;
   };
-  const auto needs_gather = [&](const Step& s) {
+  auto needs_gather = [&](const Step& s) {
     return !starts_communication(s) &&
            std::ranges::none_of(full, [&](const Step& unit) { return uses(s, unit); });
   };
   // The head's gradient is formed with the loss, in the forward.
-  const auto adds_gradients = [&](const Step& s) {
+  auto adds_gradients = [&](const Step& s) {
     return s.part == Part::Weights || (s.part == Part::Epilog && !s.backward && !forward_only);
   };
-  const auto release = [&](size_t i) {
+  auto release = [&](size_t i) {
     out.push_back(with_part(Part::Release, full[i], false));
     full.erase(full.begin() + i64(i));
   };
@@ -383,9 +382,9 @@ vector<Step> steps_of(const Action& a, const vector<ChunkLayers>& chunks, bool f
                       bool gather_layer) {
   if (forward_only && (a.what == Do::W || a.has_backward()))
     failed("schedule", text("a forward-only list holds %s", to_text(a).c_str()));
-  const bool gathers = a.what == Do::Gather, reduces = a.what == Do::Reduce;
-  const bool units = a.what == Do::W || gathers || reduces;  // a step a unit
-  const int chunk = a.backward_chunk();
+  bool gathers = a.what == Do::Gather, reduces = a.what == Do::Reduce;
+  bool units = a.what == Do::W || gathers || reduces;  // a step a unit
+  int chunk = a.backward_chunk();
   vector<vector<Step>> f, b;
   if (a.has_forward()) f = pieces_of(false, a.chunk, a.mb, false, chunks[a.chunk]);
   if (a.has_backward() || units)

@@ -16,7 +16,7 @@ string where(const vector<ActionList>& lists, int rank, int action) {
 
 // What an action does, in parts of which a list holds each once.
 vector<Action> deeds_of(const Action& a) {
-  const int chunk = a.backward_chunk(), mb = a.backward_mb();
+  int chunk = a.backward_chunk(), mb = a.backward_mb();
   vector<Action> deeds;
   if (a.has_forward()) deeds.push_back({Do::F, a.chunk, a.mb});
   if (a.has_backward()) deeds.push_back({Do::B, chunk, mb});
@@ -41,20 +41,20 @@ struct ListWalk {
       for (const Action& deed : deeds_of(a)) deeds[deed] = {a.peer};
   }
   [[noreturn]] static void fail(const Action& deed, const char* what) {
-    const string name = to_text(deed);
+    string name = to_text(deed);
     throw name.substr(0, name.find_first_of("<>") - deed.is_message()) + what;
   }
   void need(Do what, int chunk, int mb, Payload payload = Payload::Activation) const {
-    const auto at = deeds.find({.what = what, .chunk = chunk, .mb = mb, .payload = payload});
+    auto at = deeds.find({.what = what, .chunk = chunk, .mb = mb, .payload = payload});
     if (at != deeds.end() && !at->second.done) fail(at->first, " has not run");
   }
   void run(const Action& a) {
-    const vector<Action> own = deeds_of(a);
+    vector<Action> own = deeds_of(a);
     if (o.forward_only && a.has_backward()) throw string("a forward-only list has no backward");
     for (const Action& deed : own)
-      if (const auto at = deeds.find(deed); at == deeds.end() || at->second.peer != a.peer)
+      if (auto at = deeds.find(deed); at == deeds.end() || at->second.peer != a.peer)
         throw string("names no chunk and micro-batch of this rank, or goes to the wrong rank");
-    const int chunk = a.backward_chunk(), mb = a.backward_mb();
+    int chunk = a.backward_chunk(), mb = a.backward_mb();
     if (a.what == Do::Send) need(a.payload == Payload::Activation ? Do::F : Do::B, chunk, mb);
     if (a.has_forward()) {
       need(Do::Gather, a.chunk, 0);
@@ -118,7 +118,7 @@ struct Replay {
   void add_visit(int rank, int action, Group group, const vector<int>& members, string what) {
     Place& place = places[{int(group), members.front(), members.back()}];
     for (const int member : members) place[member];
-    const size_t turn = place[rank].size();
+    size_t turn = place[rank].size();
     for (const auto& [other, visits] : place)
       if (visits.size() > turn && visits[turn].what != what) {
         result.action = action;
@@ -131,10 +131,10 @@ struct Replay {
   void add_message(int rank, int action) {
     const Action& a = lists[rank][action];
     MeshCoord coord = coord_of(mesh, rank);
-    const int stage = message_stage(o, coord.pp_rank, a);
+    int stage = message_stage(o, coord.pp_rank, a);
     coord.pp_rank = a.peer;
-    const int peer = rank_of(mesh, coord);
-    const bool send = a.what == Do::Send;
+    int peer = rank_of(mesh, coord);
+    bool send = a.what == Do::Send;
     add_visit(rank, action, Group::Pp, {send ? rank : peer, send ? peer : rank},
               text("%c of stage %d, micro-batch %d", a.payload == Payload::Activation ? 'F' : 'B',
                    stage, a.mb));
@@ -153,7 +153,7 @@ struct Replay {
     for (const auto& c : kCollectives) {
       if (c.part != s.part) continue;
       const Group group = s.unit == UnitKind::Experts ? Group::ExpertShard : c.group;
-      const vector<int> members = group_members(mesh, group, rank);
+      vector<int> members = group_members(mesh, group, rank);
       if (members.size() == 1) return;
       events[rank].push_back({action});
       add_visit(rank, action, group, members,
@@ -210,7 +210,7 @@ struct Replay {
     throw why;
   }
   void run() {
-    const int count = int(lists.size());
+    int count = int(lists.size());
     for (bool moved = true; moved;) {
       moved = false;
       for (int r = 0; r < count; r++)
@@ -225,7 +225,7 @@ struct Replay {
 
 ScheduleCheck check_schedule(const ScheduleOptions& o, const vector<ActionList>& lists,
                              const Mesh& mesh, int layers, bool gather_layer) {
-  const int count = int(lists.size());
+  int count = int(lists.size());
   if (count != mesh.world())
     return {0, 0, text("lists of %d ranks (need %d)", count, mesh.world())};
   ScheduleCheck c;
@@ -233,17 +233,17 @@ ScheduleCheck check_schedule(const ScheduleOptions& o, const vector<ActionList>&
     Replay replay{o, mesh, lists, c};
     for (c.rank = 0; c.rank < count; c.rank++) {  // where the check is
       const ActionList& list = lists[c.rank];
-      const int pp_rank = coord_of(mesh, c.rank).pp_rank;
+      int pp_rank = coord_of(mesh, c.rank).pp_rank;
       ListWalk walk(o, pp_rank);
       int peak = 0;  // where the most are live
       for (c.action = 0; c.action < int(list.size()); c.action++) {
-        const int before = walk.peak_live;
+        int before = walk.peak_live;
         walk.run(list[c.action]);
         if (walk.peak_live > before) peak = c.action;
       }
       walk.end();
-      const int live = walk.peak_live;
-      const int most = o.kind == ScheduleKind::DualPipeV ? 2 * o.pp + 1 : o.pp - pp_rank;
+      int live = walk.peak_live;
+      int most = o.kind == ScheduleKind::DualPipeV ? 2 * o.pp + 1 : o.pp - pp_rank;
       c.action = peak;
       if (live > most && !o.forward_only)
         throw text("activations of too many micro-batches are held (got %d, need at most %d)", live,

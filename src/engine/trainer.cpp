@@ -14,14 +14,14 @@
 namespace pith {
 
 double learning_rate(const LrSchedule& schedule, double peak, i64 s, i64 steps) {
-  const double x = double(s), n = double(steps);
-  const double warmup = std::nearbyint(schedule.warmup_ratio * n);
+  double x = double(s), n = double(steps);
+  double warmup = std::nearbyint(schedule.warmup_ratio * n);
   if (x < warmup) return schedule.start_lr + (peak - schedule.start_lr) * x / warmup;
   if (schedule.kind == "constant") return peak;
-  const bool wsd = schedule.kind == "wsd";
-  const double decay = wsd ? std::nearbyint(schedule.decay_ratio * n) : n - warmup;
+  bool wsd = schedule.kind == "wsd";
+  double decay = wsd ? std::nearbyint(schedule.decay_ratio * n) : n - warmup;
   if (decay == 0 || x < n - decay) return peak;
-  const double t = min((x - (n - decay)) / decay, 1.0);
+  double t = min((x - (n - decay)) / decay, 1.0);
   if (wsd && schedule.decay_shape == "linear") return peak + (schedule.final_lr - peak) * t;
   return schedule.final_lr + (peak - schedule.final_lr) * (1 + std::cos(std::numbers::pi * t)) / 2;
 }
@@ -55,7 +55,7 @@ StepMetrics Trainer::compute_gradients() {
   rank.status->step = int(state.step + 1);
   rank.allocator->reset_peak();
   LoadedBatches loaded = make_batches(rank, run.data, plan.batch, state.step, Split::Train);
-  const double labels = max(loaded.global_labels(rank), 1.0);
+  double labels = max(loaded.global_labels(rank), 1.0);
   const RoutingSlot slot{&run.routing, std::move(loaded.token_index)};
   StepIo io{.batches = std::move(loaded.batches),
             .loss_scale = 1.0 / labels,
@@ -83,7 +83,7 @@ StepMetrics Trainer::compute_gradients() {
   sums.insert(sums.end(), balance.counts.begin(), balance.counts.end());
   all_reduce(rank, Group::World, sums.data(), int(sums.size()), Reduce::Sum,
              "all_reduce step totals");
-  const auto losses = sums.begin() + 2, rest = losses + plan.shape.num_layers;
+  auto losses = sums.begin() + 2, rest = losses + plan.shape.num_layers;
   stop = sums[1] > 0;
   counts.assign(rest, sums.end());
   StepMetrics m{.steps = config.train.steps,
@@ -99,7 +99,7 @@ StepMetrics Trainer::compute_gradients() {
 // the error names the op that made the first one.
 [[noreturn]] static void explain_nonfinite(Trainer& t, const StepMetrics& m) {
   if (t.saver) t.saver->finish(t.rank);  // the last good state
-  const string where = text("step %ld", t.state.step + 1);
+  string where = text("step %ld", t.state.step + 1);
   string what = text("loss or gradient is not finite (got loss %g, gradient norm %g)", m.loss,
                      m.gradient_norm);
   if (t.rank.id == 0) log_warning("%s: %s: looking for the op", where.c_str(), what.c_str());
@@ -121,7 +121,7 @@ void Trainer::update(StepMetrics& m) {
   m.learning_rate = adamw.lr;
   if (saver) saver->poll(rank);
   if (!m.skipped) {
-    const double limit = config.optimizer.max_grad_norm;
+    double limit = config.optimizer.max_grad_norm;
     m.clipped = limit > 0 && m.gradient_norm > limit;
     if (m.clipped) adamw.grad_scale = limit / m.gradient_norm;
     adamw.step = ++state.updates;
@@ -141,15 +141,15 @@ void Trainer::update(StepMetrics& m) {
 
 void Trainer::train(const string& routing_trace) {
   saver.emplace(rank, parameters, SaveOptions{config.run.folder, config.checkpoint.keep});
-  const double began = now_s();
+  double began = now_s();
   bool saving = false;
   while (state.step < config.train.steps && !stop) {
     StepMetrics m = compute_gradients();
     if (rank.id == 0 && run.tracing) write_routing(routing_trace, state.step + 1, run.routing);
     update(m);
     end_startup(rank);
-    const bool last = m.step == m.steps;
-    const auto due = [&](i64 interval) { return interval > 0 && (m.step % interval == 0 || last); };
+    bool last = m.step == m.steps;
+    auto due = [&](i64 interval) { return interval > 0 && (m.step % interval == 0 || last); };
     if (due(config.train.eval_interval))
       m.eval_loss = evaluate(rank, instance, run.data, plan.batch, plan.schedule).loss;
     saving = last || stop || due(config.checkpoint.interval);

@@ -35,14 +35,14 @@ static void refuse_unimplemented(const Json& j) {
     for (const Fixed& f : kFixed) {
       if (key != f.field) continue;
       known = true;
-      const string got = j[key].dump(), need = f.value;
+      string got = j[key].dump(), need = f.value;
       if (got != "null" && got != need && got != need + ".0") refuse(j, key, f.value);
     }
     if (!known)
       bad_input(j.place() + ": " + key, "unknown field of a qwen3_moe config.json",
                 "removing it, if it does not change the model's mathematics");
   }
-  const Json layers = j.has("layer_types") ? j["layer_types"] : Json{};
+  Json layers = j.has("layer_types") ? j["layer_types"] : Json{};
   for (i64 i = 0; !layers.is_null() && i < layers.size(); i++)
     if (layers[i].as_string() != "full_attention")
       refuse(j, "layer_types", "\"full_attention\" throughout");
@@ -54,8 +54,8 @@ static double read_rope_theta(const Json& j) {
   double theta = j.double_or("rope_theta", 10000);
   for (const char* field : {"rope_scaling", "rope_parameters"}) {
     if (!j.has(field) || j[field].is_null()) continue;
-    const Json rope = j[field];
-    const string type = rope.string_or("rope_type", rope.string_or("type", "default"));
+    Json rope = j[field];
+    string type = rope.string_or("rope_type", rope.string_or("type", "default"));
     if (type != "default" || rope.double_or("partial_rotary_factor", 1) != 1)
       refuse(j, field, "rope_type \"default\"");
     theta = rope.double_or("rope_theta", theta);
@@ -65,9 +65,7 @@ static double read_rope_theta(const Json& j) {
 
 Qwen3Moe::Config Qwen3Moe::read_config(const Json& j) {
   refuse_unimplemented(j);
-  const auto size = [&](const char* key, int most = 1 << 30) {
-    return int(j[key].as_int(1, most));
-  };
+  auto size = [&](const char* key, int most = 1 << 30) { return int(j[key].as_int(1, most)); };
   Config c;
   c.hidden = size("hidden_size");
   c.expert_width = size("moe_intermediate_size");
@@ -92,25 +90,24 @@ Qwen3Moe::Config Qwen3Moe::read_config(const Json& j) {
 }
 
 ModelShape Qwen3Moe::shape(const Config& c) {
-  const i64 attention_width = i64{2} * c.heads.query * c.heads.size;
+  i64 attention_width = i64{2} * c.heads.query * c.heads.size;
   return {"qwen3_moe",   c.hidden, c.vocab,         c.num_layers,
           c.num_experts, c.top_k,  attention_width, c.max_positions};
 }
 
 ParameterTable Qwen3Moe::parameters(const Config& c, const StagePart& part, double init_std) {
-  const i64 D = c.hidden, F = c.expert_width, V = c.vocab, N = c.heads.size;
-  const i64 q = c.heads.query * N, kv = c.heads.kv * N, E = c.num_experts;
+  i64 D = c.hidden, F = c.expert_width, V = c.vocab, N = c.heads.size;
+  i64 q = c.heads.query * N, kv = c.heads.kv * N, E = c.num_experts;
   const Init ones{InitKind::Constant, 1.0}, normal{InitKind::Normal, init_std};
   // Projections that write to the residual stream begin smaller, by 1/sqrt(2 * layers).
   const Init output{InitKind::Normal, init_std / std::sqrt(2.0 * c.num_layers)};
   ParameterTable table;
   UnitKind unit = UnitKind::Embedding;
   int layer = -1;
-  const auto add = [&](Tensor& target, Dims dims, vector<Piece> pieces) {
+  auto add = [&](Tensor& target, Dims dims, vector<Piece> pieces) {
     table.push_back({&target, dims, unit, layer, std::move(pieces)});
   };
-  const auto one = [&](Tensor& target, const string& name, Dims dims, Init init,
-                       bool muon = false) {
+  auto one = [&](Tensor& target, const string& name, Dims dims, Init init, bool muon = false) {
     add(target, dims, {{name + ".weight", dims, init, muon}});
   };
   layers.assign(part.num_layers, {});
@@ -118,7 +115,7 @@ ParameterTable Qwen3Moe::parameters(const Config& c, const StagePart& part, doub
   for (int i = 0; i < part.num_layers; i++) {
     layer = part.first_layer + i;
     unit = UnitKind::Layer;
-    const string l = text("model.layers.%d.", layer), attn = l + "self_attn.";
+    string l = text("model.layers.%d.", layer), attn = l + "self_attn.";
     Layer& w = layers[i];
     one(w.attn_norm, l + "input_layernorm", {D}, ones);
     add(w.qkv, {q + 2 * kv, D},
@@ -132,7 +129,7 @@ ParameterTable Qwen3Moe::parameters(const Config& c, const StagePart& part, doub
     one(w.router, l + "mlp.gate", {E, D}, normal);
     vector<Piece> gate_up, down;
     for (int e = part.first_expert; e < part.first_expert + part.num_experts; e++) {
-      const string expert = text("%smlp.experts.%d.", l.c_str(), e);
+      string expert = text("%smlp.experts.%d.", l.c_str(), e);
       gate_up.push_back({expert + "gate_proj.weight", {F, D}, normal, true});
       gate_up.push_back({expert + "up_proj.weight", {F, D}, normal, true});
       down.push_back({expert + "down_proj.weight", {D, F}, output, true});

@@ -15,7 +15,7 @@ namespace fs = std::filesystem;
 
 ExpertLoad expert_load(const vector<double>& counts, int num_experts) {
   ExpertLoad load;
-  const double E = num_experts;
+  double E = num_experts;
   for (auto layer = counts.begin(); layer < counts.end(); layer += num_experts) {
     double total = 0, most = 0, dead = 0, entropy = 0;
     for (int e = 0; e < num_experts; e++) {
@@ -33,7 +33,7 @@ ExpertLoad expert_load(const vector<double>& counts, int num_experts) {
 }
 
 double StepMetrics::mean_balance_loss() const {
-  const double sum = std::accumulate(balance_loss.begin(), balance_loss.end(), 0.0);
+  double sum = std::accumulate(balance_loss.begin(), balance_loss.end(), 0.0);
   return balance_loss.empty() ? 0 : sum / double(balance_loss.size());
 }
 
@@ -75,7 +75,7 @@ string step_json(const StepMetrics& m) {
 
 static void append(const string& path, const string& bytes) {
   std::error_code error;
-  const auto before = fs::file_size(path, error);
+  auto before = fs::file_size(path, error);
   std::ofstream file(path, std::ios::app | std::ios::binary);
   if (file << bytes << std::flush) return;
   log_warning("%s: cannot be written (%s): a step is not recorded", path.c_str(), strerror(errno));
@@ -84,15 +84,15 @@ static void append(const string& path, const string& bytes) {
 }
 
 vector<Json> read_metrics(const string& path, i64 last_step, size_t* end) {
-  const string bytes = read_text_file(path);
+  string bytes = read_text_file(path);
   vector<Json> lines;
   size_t own_end;
   size_t& at = end ? *end : own_end;
   for (at = 0; at < bytes.size();) {
-    const string place = text("%s: line %zu", path.c_str(), lines.size() + 1);
-    const size_t newline = bytes.find('\n', at);
+    string place = text("%s: line %zu", path.c_str(), lines.size() + 1);
+    size_t newline = bytes.find('\n', at);
     if (newline == string::npos) bad_input(place, "is cut short", "removing it");
-    const Json line = Json::parse(bytes.substr(at, newline - at), place);
+    Json line = Json::parse(bytes.substr(at, newline - at), place);
     if (line["step"].as_int() > last_step) break;
     lines.push_back(line);
     at = newline + 1;
@@ -141,22 +141,21 @@ static string field(int number, float value) { return varint(number << 3 | 5) + 
 
 // As TFRecord keeps it.
 static string masked_crc(const string& bytes) {
-  const u32 crc = crc32c(bytes);
+  u32 crc = crc32c(bytes);
   return fixed((crc >> 15 | crc << 17) + 0xa282ead8u);
 }
 
 // event.proto: 1 wall_time, 2 step, 3 file_version, 5 summary {1 value {1 tag, 2 simple_value}},
 // 7 session_log {1 status}.
 static void append_event(const string& path, i64 step, double wall_s, const string& fields) {
-  const string data = field(1, wall_s) + (step ? field(2, step) : "") + fields;
-  const string length = fixed(u64(data.size()));
+  string data = field(1, wall_s) + (step ? field(2, step) : "") + fields;
+  string length = fixed(u64(data.size()));
   append(path, length + masked_crc(length) + data + masked_crc(data));
 }
 
 string begin_events(const string& folder, i64 first_step, double wall_s) {
   make_folders(folder);
-  const string path =
-      folder + text("/events.out.tfevents.%010ld.pith.%d", i64(wall_s), int(getpid()));
+  string path = folder + text("/events.out.tfevents.%010ld.pith.%d", i64(wall_s), int(getpid()));
   append_event(path, 0, wall_s, field(3, string("brain.Event:2")));
   if (first_step > 1) append_event(path, first_step, wall_s, field(7, field(1, i64{1})));
   return path;
@@ -172,12 +171,12 @@ void append_scalars(const string& path, i64 step, double wall_s,
 
 void append_step(const string& metrics_path, const string& events_path, const StepMetrics& metrics,
                  double wall_s) {
-  const string json = step_json(metrics);
+  string json = step_json(metrics);
   append(metrics_path, json + "\n");
-  const Json line = Json::parse(json, metrics_path);
+  Json line = Json::parse(json, metrics_path);
   vector<std::pair<string, double>> values;
   for (const string& key : line.keys()) {
-    const Json value = line[key];
+    Json value = line[key];
     if (value.is_number()) values.emplace_back("step/" + key, value.as_double());
     for (i64 i = 0; value.is_array() && i < value.size(); i++)
       if (value[i].is_number())

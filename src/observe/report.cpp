@@ -31,7 +31,7 @@ struct Range {
 static Range fit(vector<Curve>& curves, size_t columns) {
   Range range;
   for (Curve& curve : curves) {
-    const size_t all = curve.values.size(), n = min(all, columns);
+    size_t all = curve.values.size(), n = min(all, columns);
     vector<double> sum(n), count(n);
     for (size_t i = 0; n > 0 && i < all; i++) {
       if (!std::isfinite(curve.values[i])) continue;
@@ -45,7 +45,7 @@ static Range fit(vector<Curve>& curves, size_t columns) {
     }
     curve.values = sum;
   }
-  const double size = range.high > range.low ? range.high - range.low : 1;
+  double size = range.high > range.low ? range.high - range.low : 1;
   for (Curve& curve : curves)
     for (double& value : curve.values) value = (value - range.low) / size;
   return range;
@@ -63,7 +63,7 @@ static string chart(const char* caption, vector<Curve> curves, i64 last_step) {
   const Range range = fit(curves, 120);
   if (range.low > range.high) return "";
   string svg;
-  const auto label = [&](double x, double y, const string& words) {
+  auto label = [&](double x, double y, const string& words) {
     svg += text("<text x=\"%.0f\" y=\"%.0f\">", x, y) + words + "</text>";
   };
   label(0, 12, text("%.4g", range.high));
@@ -88,14 +88,14 @@ string report_html(const vector<Json>& steps, const string& title, const string&
   for (const Json& line : steps) {
     losses[0].values.push_back(line.double_or("cross_entropy_loss", NAN));
     losses[1].values.push_back(line.double_or("eval_loss", NAN));
-    const i64 layers = line.has("expert_load_max") ? line["expert_load_max"].size() : 0;
+    i64 layers = line.has("expert_load_max") ? line["expert_load_max"].size() : 0;
     for (i64 l = 0; l < layers; l++) {
-      const Json most = line["expert_load_max"][l];
+      Json most = line["expert_load_max"][l];
       if (l == i64(load.size())) load.push_back({text("layer %ld", l)});
       load[l].values.push_back(most.is_null() ? NAN : most.as_double());
     }
   }
-  const i64 last_step = steps.empty() ? 0 : steps.back()["step"].as_int();
+  i64 last_step = steps.empty() ? 0 : steps.back()["step"].as_int();
   return "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"/><title>Pith</title>"
          "<style>svg{font:12px "
          "sans-serif}path{fill:none;stroke-width:2}</style></head>\n<body><h1>" +
@@ -110,7 +110,7 @@ string sparkline(const vector<double>& values, int width) {
   string out;
   for (const double share : curve[0].values) {
     // U+2581 to U+2588 are e2 96 81 to e2 96 88.
-    const int level = std::isfinite(share) ? min(7, int(share * 8)) : 0;
+    int level = std::isfinite(share) ? min(7, int(share * 8)) : 0;
     out += std::isfinite(share) ? string("\xe2\x96") + char(0x81 + level) : "\u00b7";
   }
   return out;

@@ -31,7 +31,7 @@ HeadView out_of(const AttentionCore& core, const Tensor& out) {
 // they give (Liu et al. 2023, arXiv:2310.01889):
 //   out = out + sigmoid(lse' - lse) (out' - out), lse = log(e^lse + e^lse')
 vector<int> zigzag_coords(int members, int member, i64 count) {
-  const i64 half = count / 2;
+  i64 half = count / 2;
   vector<int> coord(count);
   for (i64 i = 0; i < count; i++)
     coord[i] = (i < half ? member : 2 * members - 2 - member) * half + i;
@@ -40,9 +40,9 @@ vector<int> zigzag_coords(int members, int member, i64 count) {
 
 // Positions of `owner` that some query of `reader` may see.
 KeyRange traveling(AttentionCore rule, int members, int owner, int reader) {
-  const i64 count = rule.key.count;
-  const auto keys = zigzag_coords(members, owner, count);
-  const auto queries = zigzag_coords(members, reader, count);
+  i64 count = rule.key.count;
+  auto keys = zigzag_coords(members, owner, count);
+  auto queries = zigzag_coords(members, reader, count);
   rule.query = {count, queries.data()};
   rule.key = {count, keys.data()};
   KeyRange all;
@@ -54,13 +54,13 @@ KeyRange traveling(AttentionCore rule, int members, int owner, int reader) {
 struct Keys {
   Tensor kv, table;
   AttentionViews views(const AttentionCore& core) const {
-    const i64 width = kv.dim[2], batch = kv.dim[1] * width, k = core.kv_heads * core.size;
+    i64 width = kv.dim[2], batch = kv.dim[1] * width, k = core.kv_heads * core.size;
     char* v = kv.data ? kv.data + k * size_of(kv.dtype) : nullptr;
     return {{}, {kv.data, batch, width, core.size}, {v, batch, width, core.v_size}, {}};
   }
 };
 Keys empty_keys(const Op& op, const AttentionCore& core, i64 count) {
-  const i64 width = core.kv_heads * (core.size + core.v_size);
+  i64 width = core.kv_heads * (core.size + core.v_size);
   return {op.empty({core.batch, count, width}, core.dtype),
           op.empty({1 + (core.key.doc_end ? core.batch : 0), count}, DType::I32)};
 }
@@ -75,8 +75,8 @@ void move_keys(const Op& op, const AttentionCore& core, const Keys& packed,
   };
   const AttentionViews views = packed.views(core);
   for (const auto part : {&AttentionViews::k, &AttentionViews::v}) {
-    const View there = view(views.*part, 0), here = view(local.*part, range.begin);
-    const Dims space{core.batch, range.count(), core.kv_heads * (views.*part).head};
+    View there = view(views.*part, 0), here = view(local.*part, range.begin);
+    Dims space{core.batch, range.count(), core.kv_heads * (views.*part).head};
     op.on_cpu(packed.kv, [&]<class T>(T*) {
       if (here.x.data) copy_elements<T>(op, space, home ? there : here, home ? here : there, home);
     });
@@ -104,8 +104,8 @@ void exchange(const Op& op, const char* what, int step, const TensorList& out, i
 }
 
 Step take_step(const Op& op, const AttentionCore& core, int number) {
-  const int n = group_size(op.rank, Group::Cp), me = group_rank(op.rank, Group::Cp);
-  const int owner = (me + n - number) % n, reader = (me + number) % n;
+  int n = group_size(op.rank, Group::Cp), me = group_rank(op.rank, Group::Cp);
+  int owner = (me + n - number) % n, reader = (me + number) % n;
   const KeyRange theirs = traveling(core, n, owner, me), mine = traveling(core, n, me, reader);
   const Keys sent = empty_keys(op, core, mine.count());
   move_keys(op, core, sent, core.in, mine, false);
@@ -123,19 +123,19 @@ Step take_step(const Op& op, const AttentionCore& core, int number) {
 
 void ring_forward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse) {
   attention_forward(op, core, out, lse);
-  const i64 S = core.query.count, H = core.heads, M = core.v_size;
+  i64 S = core.query.count, H = core.heads, M = core.v_size;
   for (int number = 1; number < group_size(op.rank, Group::Cp); number++) {
     const Step step = take_step(op, core, number);
-    const Tensor part = op.empty({core.batch, S, H, M}, core.dtype), part_lse = op.like(lse);
+    Tensor part = op.empty({core.batch, S, H, M}, core.dtype), part_lse = op.like(lse);
     const HeadView part_out = out_of(core, part);
     attention_forward(op, step.core, part_out, part_lse);
     op.on_cpu(lse, [&]<class T>(T*) {
       parallel_rows(lse.numel(), M, [&](i64 row) {
-        const i64 b = row / S / H, h = row / S % H, i = row % S;
-        const T mine = lse.as<T>()[row], other = part_lse.as<T>()[row];
+        i64 b = row / S / H, h = row / S % H, i = row % S;
+        T mine = lse.as<T>()[row], other = part_lse.as<T>()[row];
         if (other == -std::numeric_limits<T>::infinity()) return;
         T *y = out.at<T>(b, h, i), *x = part_out.at<T>(b, h, i);
-        const T weight = logistic(other - mine);
+        T weight = logistic(other - mine);
         for (i64 n = 0; n < M; n++) y[n] += weight * (x[n] - y[n]);
         lse.as<T>()[row] = max(mine, other) + std::log1p(std::exp(-std::abs(mine - other)));
       });
@@ -170,13 +170,13 @@ Tensor packed_part(Tensor qkv, i64 batch, i64 first, i64 count, i64 size) {
   return qkv;
 }
 HeadView scores_of(const Tensor& t) {  // of [1|B, 1|H, S, Z]
-  const i64 head = t.dim[2] * t.dim[3];
+  i64 head = t.dim[2] * t.dim[3];
   return {t.data, t.dim[0] > 1 ? t.dim[1] * head : 0, t.dim[3], t.dim[1] > 1 ? head : 0};
 }
 
 AttentionCore core_of(const TensorList& t, const i64* i, double scale) {
   const Dims &q = t[kQ].dim, &k = t[kK].dim, &v = t[kV].dim;
-  const i64 width = i[kWidth];
+  i64 width = i[kWidth];
   AttentionCore core{t[kQ].dtype, q[0], q[2], k[2], q[3], v[3], scale, i[kCausal] != 0, i[kWindow]};
   const Tensor& table = t[kTable];
   if (t[kQ].device == Device::CUDA) {
@@ -203,17 +203,17 @@ AttentionShape shape_of(const AttentionCore& c) {
 void attention_bx(const auto& b) {
   const TensorList& t = b.keep;
   const AttentionCore core = core_of(t, b.node.i, b.node.f[0]);
-  const i64 width = b.node.i[kWidth], H = core.heads, K = core.kv_heads, N = core.size;
-  const bool gpu = t[kQ].device == Device::CUDA;
+  i64 width = b.node.i[kWidth], H = core.heads, K = core.kv_heads, N = core.size;
+  bool gpu = t[kQ].device == Device::CUDA;
   if (by_cudnn(t, b.node.i, shape_of(core))) {
-    const Tensor dqkv = b.op().empty(b.node.in[0].dim, DType::BF16);
+    Tensor dqkv = b.op().empty(b.node.in[0].dim, DType::BF16);
     cudnn_attention_backward(b.rank, shape_of(core),
                              {t[kQ], t[kTable], t[kOut], t[kLse], b.dy(), dqkv});
     return add_grad(b.rank, b.node.in[0], dqkv);
   }
   // On a GPU a weight's gradient is of another dtype than what is computed.
   Tensor made[4];
-  const auto grad = [&](int input) {
+  auto grad = [&](int input) {
     const Tensor& in = b.node.in[input];
     if (!gpu) return b.zeroed(input);
     if (in.needs_grad()) made[input] = zeros(b.rank, in.dim, in.dtype, b.node.at);
@@ -234,7 +234,7 @@ void attention_bx(const auto& b) {
 // where a position is its coordinate, the ends of documents.
 Tensor mask_table(const Op& op, const AttentionMask& mask, i64 batch, i64 queries, i64 keys) {
   const Tensor& ends = mask.doc_ends;
-  const bool documents = ends.defined();
+  bool documents = ends.defined();
   op.check(
       {{"mask.doc_ends i32 [B, S] on the rank's device",
         !documents || (is_i32(ends, {batch, queries}) && ends.device == op.rank.device)},
@@ -248,10 +248,9 @@ Tensor mask_table(const Op& op, const AttentionMask& mask, i64 batch, i64 querie
   for (i64 r = 0; documents && r < batch; r++)
     ascend &= std::is_sorted(row_of<int>(ends, r), row_of<int>(ends, r + 1));
   op.check({{"mask.doc_ends that ascend in a row", ascend}}, {&ends});
-  const i64 count = max(queries, keys), first = min<i64>(0, keys - queries);
-  const Tensor table = op.empty({1 + (documents ? batch : 0), count}, DType::I32);
-  const auto coord =
-      zigzag_coords(group_size(op.rank, Group::Cp), group_rank(op.rank, Group::Cp), count);
+  i64 count = max(queries, keys), first = min<i64>(0, keys - queries);
+  Tensor table = op.empty({1 + (documents ? batch : 0), count}, DType::I32);
+  auto coord = zigzag_coords(group_size(op.rank, Group::Cp), group_rank(op.rank, Group::Cp), count);
   for (i64 i = 0; i < count; i++) table.i32()[i] = int(first + coord[i]);
   if (documents) std::copy_n(ends.i32(), ends.numel(), table.i32() + count);
   return table;
@@ -260,9 +259,9 @@ Tensor mask_table(const Op& op, const AttentionMask& mask, i64 batch, i64 querie
 Tensor attend(const Op& op, const Tensor& q, const Tensor& k, const Tensor& v, i64 width,
               double scale, const AttentionMask& mask, const Tensor& bias, const Dims& dims,
               std::initializer_list<Tensor> in) {
-  const Tensor table = mask_table(op, mask, q.dim[0], q.dim[1], k.dim[1]);
+  Tensor table = mask_table(op, mask, q.dim[0], q.dim[1], k.dim[1]);
   Tensor out = op.empty(dims, q.dtype);
-  const Tensor lse = op.empty({q.dim[0], q.dim[2], q.dim[1]}, wide(q.dtype));
+  Tensor lse = op.empty({q.dim[0], q.dim[2], q.dim[1]}, wide(q.dtype));
   const TensorList all = {q, k, v, out, lse, table, bias};
   const std::initializer_list<i64> numbers = {width, mask.causal, mask.window};
   const AttentionCore core = core_of(all, numbers.begin(), scale);
@@ -277,8 +276,8 @@ Tensor attend(const Op& op, const Tensor& q, const Tensor& k, const Tensor& v, i
 }
 
 Tensor attention(Rank& rank, Tensor qkv, Heads heads, i64 batch, AttentionMask mask, At at) {
-  const Op op{rank, "attention", at};
-  const i64 H = heads.query, K = heads.kv, N = heads.size;
+  Op op{rank, "attention", at};
+  i64 H = heads.query, K = heads.kv, N = heads.size;
   op.check({{"heads.query a multiple of heads.kv >= 1", K >= 1 && H >= 1 && H % K == 0},
             {"heads.size >= 1", N >= 1},
             {"qkv [B*S, (H+2K)*N]", qkv.dim.rank == 2 && qkv.dim[1] == heads.width()},
@@ -292,7 +291,7 @@ Tensor attention(Rank& rank, Tensor qkv, Heads heads, i64 batch, AttentionMask m
 
 Tensor attention(Rank& rank, Tensor q, Tensor k, Tensor v, double scale, AttentionMask mask,
                  AttentionBias bias, At at) {
-  const Op op{rank, "attention", at};
+  Op op{rank, "attention", at};
   Tensor &extra = bias.bias, &visible = bias.visible;
   op.check({{"q, k and v of rank 4", q.dim.rank == 4 && k.dim.rank == 4 && v.dim.rank == 4},
             {"k [B,Z,K,N] for q [B,S,H,N]", k.dim[0] == q.dim[0] && k.dim[3] == q.dim[3]},
@@ -302,8 +301,8 @@ Tensor attention(Rank& rank, Tensor q, Tensor k, Tensor v, double scale, Attenti
              k.dim[2] >= 1 && q.dim[2] >= 1 && q.dim[2] % k.dim[2] == 0},
             {"equal dtypes", q.dtype == k.dtype && q.dtype == v.dtype}},
            {&q, &k, &v});
-  const i64 B = q.dim[0], S = q.dim[1], H = q.dim[2], Z = k.dim[1];
-  const auto fits = [&](const Tensor& t, DType dtype) {
+  i64 B = q.dim[0], S = q.dim[1], H = q.dim[2], Z = k.dim[1];
+  auto fits = [&](const Tensor& t, DType dtype) {
     return !t.defined() || (t.dtype == dtype && (t.dim == Dims{t.dim[0], t.dim[1], S, Z}) &&
                             (t.dim[0] == 1 || t.dim[0] == B) && (t.dim[1] == 1 || t.dim[1] == H));
   };

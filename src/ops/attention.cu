@@ -19,9 +19,8 @@ struct Scores {
   AttentionCore core;
 
   __device__ bool sees(i64 b, i64 i, i64 j) const {
-    const int at =
-        core.query.coord ? core.query.coord[i] : int(i + core.key.count - core.query.count);
-    const int to = core.key.coord ? core.key.coord[j] : int(j);
+    int at = core.query.coord ? core.query.coord[i] : int(i + core.key.count - core.query.count);
+    int to = core.key.coord ? core.key.coord[j] : int(j);
     if ((core.causal && to > at) || (core.window > 0 && at - to >= core.window)) return false;
     return !core.query.doc_end || core.query.doc_end[b * core.query.doc_stride + i] ==
                                       core.key.doc_end[b * core.key.doc_stride + j];
@@ -32,7 +31,7 @@ struct Scores {
   __device__ i64 kv(i64 h) const { return h / (core.heads / core.kv_heads); }
   static __device__ void load(const T* from, i64 n, A (&x)[kEach]) {
     for (int l = 0; l < kEach; l++) {
-      const i64 at = threadIdx.x % 32 + l * 32;
+      i64 at = threadIdx.x % 32 + l * 32;
       x[l] = at < n ? A(from[at]) : A(0);
     }
   }
@@ -50,26 +49,25 @@ template <class T>
 void forward(Rank& rank, const Scores<T> s, HeadView out, const Tensor& lse) {
   using A = Wide<T>;
   const AttentionCore& c = s.core;
-  const i64 S = c.query.count, H = c.heads;
+  i64 S = c.query.count, H = c.heads;
   A* sums = lse.as<A>();
   cuda_rows(rank, c.batch * H * S, 1, [=] __device__(i64 row, Team team) {
-    const i64 b = row / S / H, h = row / S % H, i = row % S;
+    i64 b = row / S / H, h = row / S % H, i = row % S;
     A q[kEach], k[kEach], v[kEach], y[kEach] = {}, top = -INFINITY, sum = 0;
     s.load(s.row(s.core.in.q, b, h, i), s.core.size, q);
     for (i64 j = 0; j < s.core.key.count; j++) {
       if (!s.sees(b, i, j)) continue;
       s.load(s.row(s.core.in.k, b, s.kv(h), j), s.core.size, k);
-      const A score = s.dot(q, k) * A(s.core.scale) + s.bias(b, h, i, j);
+      A score = s.dot(q, k) * A(s.core.scale) + s.bias(b, h, i, j);
       if (score == -INFINITY) continue;
       s.load(s.row(s.core.in.v, b, s.kv(h), j), s.core.v_size, v);
-      const A next = score > top ? score : top, keep = std::exp(top - next),
-              p = std::exp(score - next);
+      A next = score > top ? score : top, keep = std::exp(top - next), p = std::exp(score - next);
       sum = sum * keep + p;
       for (int l = 0; l < kEach; l++) y[l] = y[l] * keep + p * v[l];
       top = next;
     }
     for (int l = 0; l < kEach; l++) {
-      const i64 at = team.id() + l * 32;
+      i64 at = team.id() + l * 32;
       if (at < s.core.v_size) s.row(out, b, h, i)[at] = T(sum == 0 ? A(0) : y[l] / sum);
     }
     if (team.id() == 0) sums[row] = sum == 0 ? A(-INFINITY) : top + std::log(sum);
@@ -87,10 +85,10 @@ struct Slopes : Scores<T> {
                      A& p) const {
     A k[kEach], v[kEach];
     const AttentionCore& c = this->core;
-    const A sum = lse[(b * c.heads + h) * c.query.count + i];
+    A sum = lse[(b * c.heads + h) * c.query.count + i];
     this->load(this->row(c.in.k, b, this->kv(h), j), c.size, k);
     this->load(this->row(c.in.v, b, this->kv(h), j), c.v_size, v);
-    const A score = this->dot(q, k) * A(c.scale) + this->bias(b, h, i, j);
+    A score = this->dot(q, k) * A(c.scale) + this->bias(b, h, i, j);
     p = sum == -INFINITY ? A(0) : std::exp(score - sum);
     return p * (this->dot(g, v) - mean);
   }
@@ -107,7 +105,7 @@ struct Slopes : Scores<T> {
 template <class T>
 __device__ void add_to(T* to, i64 n, const Wide<T> (&x)[kEach], Wide<T> scale) {
   for (int l = 0; l < kEach; l++) {
-    const i64 at = threadIdx.x % 32 + l * 32;
+    i64 at = threadIdx.x % 32 + l * 32;
     if (at < n) to[at] = T(Wide<T>(to[at]) + scale * x[l]);
   }
 }
@@ -116,15 +114,15 @@ template <class T>
 void backward(Rank& rank, const Slopes<T> s, const AttentionViews d) {
   using A = Wide<T>;
   const AttentionCore& c = s.core;
-  const i64 S = c.query.count, Z = c.key.count, H = c.heads, K = c.kv_heads;
+  i64 S = c.query.count, Z = c.key.count, H = c.heads, K = c.kv_heads;
   if (d.q.data)
     cuda_rows(rank, c.batch * H * S, 1, [=] __device__(i64 row, Team) {
-      const i64 b = row / S / H, h = row / S % H, i = row % S;
+      i64 b = row / S / H, h = row / S % H, i = row % S;
       A q[kEach], g[kEach], k[kEach], dq[kEach] = {}, p;
-      const A mean = s.query(b, h, i, q, g);
+      A mean = s.query(b, h, i, q, g);
       for (i64 j = 0; j < Z; j++) {
         if (!s.sees(b, i, j)) continue;
-        const A ds = s.slope(b, h, i, j, q, g, mean, p);
+        A ds = s.slope(b, h, i, j, q, g, mean, p);
         s.load(s.row(s.core.in.k, b, s.kv(h), j), s.core.size, k);
         for (int l = 0; l < kEach; l++) dq[l] += ds * k[l];
       }
@@ -132,12 +130,12 @@ void backward(Rank& rank, const Slopes<T> s, const AttentionViews d) {
     });
   if (d.k.data || d.v.data)
     cuda_rows(rank, c.batch * K * Z, 1, [=] __device__(i64 row, Team) {
-      const i64 b = row / Z / K, kv = row / Z % K, j = row % Z, group = H / K;
+      i64 b = row / Z / K, kv = row / Z % K, j = row % Z, group = H / K;
       A q[kEach], g[kEach], dk[kEach] = {}, dv[kEach] = {}, p;
       for (i64 i = 0; i < S; i++) {
         if (!s.sees(b, i, j)) continue;
         for (i64 h = kv * group; h < (kv + 1) * group; h++) {
-          const A mean = s.query(b, h, i, q, g), ds = s.slope(b, h, i, j, q, g, mean, p);
+          A mean = s.query(b, h, i, q, g), ds = s.slope(b, h, i, j, q, g, mean, p);
           for (int l = 0; l < kEach; l++) {
             dk[l] += ds * q[l];
             dv[l] += p * g[l];
@@ -149,14 +147,13 @@ void backward(Rank& rank, const Slopes<T> s, const AttentionViews d) {
     });
   if (!d.bias.data) return;
   // A warp an element of the bias, which several rows and heads may share.
-  const i64 B = d.bias.batch ? c.batch : 1, heads = d.bias.head ? H : 1;
+  i64 B = d.bias.batch ? c.batch : 1, heads = d.bias.head ? H : 1;
   cuda_rows(rank, B * heads * S * Z, 1, [=] __device__(i64 at, Team team) {
-    const i64 j = at % Z, i = at / Z % S, first_h = at / Z / S % heads,
-              first_b = at / Z / S / heads;
+    i64 j = at % Z, i = at / Z % S, first_h = at / Z / S % heads, first_b = at / Z / S / heads;
     A q[kEach], g[kEach], sum = 0, p;
     for (i64 b = first_b; b < s.core.batch; b += B)
       for (i64 h = first_h; h < H && s.sees(b, i, j); h += heads) {
-        const A mean = s.query(b, h, i, q, g);
+        A mean = s.query(b, h, i, q, g);
         sum += s.slope(b, h, i, j, q, g, mean, p);
       }
     T* to = s.row(d.bias, first_b, first_h, i) + j;
@@ -181,7 +178,7 @@ void cuda_attention(Rank& rank, const AttentionCore& core, HeadView out, const T
 
 void cuda_attention_grad(Rank& rank, const AttentionCore& core, HeadView out, const Tensor& lse,
                          HeadView dout, const AttentionViews& grads) {
-  const auto run = [&]<class T>(T*) {
+  auto run = [&]<class T>(T*) {
     backward<T>(rank, {scores_of<T>(core), out, dout, lse.as<Wide<T>>()}, grads);
   };
   if (core.dtype == DType::F64) return run((double*)nullptr);

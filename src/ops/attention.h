@@ -23,7 +23,7 @@ struct Positions {
 };
 // The last `count` of a table I32 [1 or 1+B, n]: coordinates, then ends by batch row.
 inline Positions positions_of(const Tensor& table, i64 count) {
-  const i64 n = table.dim[1], begin = n - count;
+  i64 n = table.dim[1], begin = n - count;
   return {count, table.i32() + begin, table.dim[0] > 1 ? table.i32() + n + begin : nullptr, n};
 }
 

@@ -49,7 +49,7 @@ struct Block {
         const T* bias = query(core.in.bias, r) + hull.begin;
         for (i64 j = 0; j < n; j++) s[j] += bias[j];
       }
-      const i64 count = seen[r].count(), from = count ? seen[r].begin - hull.begin : n;
+      i64 count = seen[r].count(), from = count ? seen[r].begin - hull.begin : n;
       std::fill(s, s + from, kHidden);
       std::fill(s + from + count, s + n, kHidden);
     }
@@ -60,8 +60,8 @@ struct Block {
     make_scores();
     for (i64 r = 0; r < rows; r++) {
       // The sum is 0 where all is hidden, and NaN for NaNs, which `top` does not show.
-      const T top = max_of(s + r * n, n), shift = top == kHidden ? 0 : top;
-      const T sum = exp_sum(s + r * n, n, shift);
+      T top = max_of(s + r * n, n), shift = top == kHidden ? 0 : top;
+      T sum = exp_sum(s + r * n, n, shift);
       scale[r] = sum == 0 ? 0 : 1 / sum;
       lse[r] = shift + std::log(sum);
     }
@@ -81,12 +81,12 @@ struct Block {
         std::fill_n(s, n, T(0));
       else
         exp_sum(s, n, lse[r]);
-      const T mean = dot(query(dout, r), query(out, r), core.v_size);
+      T mean = dot(query(dout, r), query(out, r), core.v_size);
       for (i64 j = 0; j < n; j++) ds[j] = s[j] * (ds[j] - mean);
       T* dbias = d.bias.data ? query(d.bias, r) + hull.begin : nullptr;
       for (i64 j = 0; dbias && j < n; j++) dbias[j] += ds[j];
     }
-    const T scale = T(core.scale);
+    T scale = T(core.scale);
     const Matrix<T> p_t{scores.data(), n, kTransposed}, d_s{dscores.data(), n};
     const Matrix<T> d_s_t{dscores.data(), n, kTransposed};
     if (d.v.data) gemm<T>(n, core.v_size, rows, p_t, queries(dout), 1, key(d.v), d.v.position);
@@ -105,15 +105,15 @@ bool worth_threads(const AttentionCore& core) {
 }
 
 KeyRange visible_keys(const AttentionCore& core, i64 b, i64 i) {
-  const int at = core.query.coord[i];
+  int at = core.query.coord[i];
   const int *first = core.key.coord, *last = first + core.key.count;
   KeyRange seen{0, core.key.count};
   if (core.causal) seen.end = std::upper_bound(first, last, at) - first;
   if (core.window > 0) seen.begin = std::upper_bound(first, last, at - core.window) - first;
   if (core.query.doc_end && core.key.doc_end) {
-    const int doc = core.query.doc_end[b * core.query.doc_stride + i];
+    int doc = core.query.doc_end[b * core.query.doc_stride + i];
     const int* ends = core.key.doc_end + b * core.key.doc_stride;
-    const auto same = std::equal_range(ends, ends + core.key.count, doc);
+    auto same = std::equal_range(ends, ends + core.key.count, doc);
     seen.begin = max<i64>(seen.begin, same.first - ends);
     seen.end = min<i64>(seen.end, same.second - ends);
   }
@@ -122,7 +122,7 @@ KeyRange visible_keys(const AttentionCore& core, i64 b, i64 i) {
 
 void attention_forward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse) {
   if (kCuda && lse.device == Device::CUDA) return cuda_attention(op.rank, core, out, lse);
-  const i64 H = core.heads, blocks = (core.query.count + kBlockRows - 1) / kBlockRows;
+  i64 H = core.heads, blocks = (core.query.count + kBlockRows - 1) / kBlockRows;
   op.on_cpu(lse, [&]<class T>(T*) {
 #pragma omp parallel if (worth_threads(core))
     {
@@ -141,7 +141,7 @@ void attention_backward(const Op& op, const AttentionCore& core, HeadView out, c
                         HeadView dout, const AttentionViews& grads) {
   if (kCuda && lse.device == Device::CUDA)
     return cuda_attention_grad(op.rank, core, out, lse, dout, grads);
-  const i64 K = core.kv_heads, group = K ? core.heads / K : 0;
+  i64 K = core.kv_heads, group = K ? core.heads / K : 0;
   op.on_cpu(lse, [&]<class T>(T*) {
 #pragma omp parallel if (!grads.bias.data && worth_threads(core))
     {

@@ -24,7 +24,7 @@ constexpr i64 kBlockColumns = 64;
 template <class F>
 void column_blocks(i64 rows, i64 cols, F&& f) {
   parallel_rows((cols + kBlockColumns - 1) / kBlockColumns, rows * kBlockColumns, [&](i64 b) {
-    const i64 first = b * kBlockColumns, left = cols - first;
+    i64 first = b * kBlockColumns, left = cols - first;
     f(first, left < kBlockColumns ? left : kBlockColumns);
   });
 }
@@ -101,8 +101,8 @@ T rms_scale(const T* x, i64 n, T eps) {
 // dx = s (u - x s^2 mean(u x)), u = dy w. dx may be dy.
 template <class T>
 void rms_norm_grad(i64 n, const T* dy, const T* w, const T* x, T s, T* dx) {
-  const T along = lane_sum<T>(n, [&](i64 j) { return dy[j] * w[j] * x[j]; });
-  const T c = along * s * s * s / n;
+  T along = lane_sum<T>(n, [&](i64 j) { return dy[j] * w[j] * x[j]; });
+  T c = along * s * s * s / n;
 #pragma GCC ivdep
   for (i64 j = 0; j < n; j++) dx[j] = dy[j] * w[j] * s - x[j] * c;
 }
@@ -122,7 +122,7 @@ struct AdamWFactors {
         rate(T(o.lr / (1 - std::pow(o.beta1, double(o.step))))),
         root(T(1 / std::sqrt(1 - std::pow(o.beta2, double(o.step))))) {}
   constexpr void step(T g, T& w, T& m, T& v) const {
-    const T grad = g * scale;
+    T grad = g * scale;
     m = m * b1 + grad * c1;
     v = v * b2 + grad * grad * c2;
     w = w * keep - rate * (m / (std::sqrt(v) * root + eps));
@@ -149,9 +149,9 @@ template <class T>
 void product(const Op& op, const Tensor& a, const Tensor& b, const GradSlot& c,
              Layout a_layout = kNormal, Layout b_layout = kNormal) {
   if (!c.grad.data) return;
-  const bool at = a_layout == kTransposed;
-  const i64 m = at ? a.cols() : a.rows(), k = at ? a.rows() : a.cols();
-  const i64 n = b_layout == kTransposed ? b.rows() : b.cols();
+  bool at = a_layout == kTransposed;
+  i64 m = at ? a.cols() : a.rows(), k = at ? a.rows() : a.cols();
+  i64 n = b_layout == kTransposed ? b.rows() : b.cols();
   if (kCuda && a.device == Device::CUDA)
     return cuda_gemm(op.rank, m, n, k, a, at, b, b_layout == kTransposed, c);
   if constexpr (!std::is_same_v<T, BF16>)
@@ -208,13 +208,13 @@ struct Column {
 template <class T, Formula f>
 void elementwise_on_cpu(const Dims& space, const View (&v)[5], bool add) {
   const View& out = v[4];
-  const i64 n = space[space.rank - 1], rows = n ? space.numel() / n : 0;
+  i64 n = space[space.rank - 1], rows = n ? space.numel() / n : 0;
   const T scalar[4] = {T(v[0].scalar), T(v[1].scalar), T(v[2].scalar), T(v[3].scalar)};
   parallel_rows(rows, n, [&](i64 row) {
-    const i64 at = row * n, step = out.step[space.rank - 1];
+    i64 at = row * n, step = out.step[space.rank - 1];
     const Slot<T> to{out.x.as<T>() + out.offset(space, at), add};
-    const auto x = [&](int k) { return Column<T>(v[k], space, at, scalar + k); };
-    const auto run = [&](const auto... in) {
+    auto x = [&](int k) { return Column<T>(v[k], space, at, scalar + k); };
+    auto run = [&](const auto... in) {
       for (i64 i = 0; i < n; i++) to.put(i * step, evaluate<T>(f, in[i]...));
     };
     if constexpr (f >= Formula::Where)
@@ -239,11 +239,11 @@ void copy_elements(const Op& op, const Dims& space, const View& from, const View
 // to = or += the sum of x over the dimensions that are missing or 1 in to, in F64.
 template <class T>
 void sum_to(const Op& op, Tensor x, const GradSlot& to) {
-  const int missing = x.dim.rank - to.grad.dim.rank;
+  int missing = x.dim.rank - to.grad.dim.rank;
   for (int d = 0; d < x.dim.rank; d++) {
     if (x.dim[d] == 1 || (d >= missing && to.grad.dim[d - missing] != 1)) continue;
     const Extent e = extent_of(x.dim, d);
-    const Tensor y = op.empty(with_size(x.dim, d, 1), wide(x.dtype));
+    Tensor y = op.empty(with_size(x.dim, d, 1), wide(x.dtype));
     if (kCuda && x.device == Device::CUDA)
       cuda_sum(op.rank, e, x, y);
     else

@@ -20,10 +20,10 @@ double row_loss(T* logits, i64 V, int label, T scale, bool grad) {
     if (grad) std::fill_n(logits, V, T(0));
     return 0;
   }
-  const T at_label = logits[label], top = max_of(logits, V);
-  const T sum = exp_sum(logits, V, top);
+  T at_label = logits[label], top = max_of(logits, V);
+  T sum = exp_sum(logits, V, top);
   if (grad) {
-    const T factor = scale / sum;
+    T factor = scale / sum;
     for (i64 v = 0; v < V; v++) logits[v] *= factor;
     logits[label] -= scale;
   }
@@ -33,15 +33,15 @@ double row_loss(T* logits, i64 V, int label, T scale, bool grad) {
 template <class T>
 void cross_entropy(const Op& op, const Tensor& x, const Tensor& w, const Tensor& labels,
                    double scale, const Tensor& dx, const GradSlot& dw, const Tensor& loss) {
-  const i64 tokens = x.dim[0], V = w.dim[0];
-  const bool grad = dx.defined() || dw.grad.defined(), gpu = x.device == Device::CUDA;
-  const i64 chunks = max<i64>(1, (tokens * V + kChunk - 1) / kChunk);
-  const i64 most = gpu ? (tokens + chunks - 1) / chunks : min(kCpuRows, tokens);
-  const Tensor logits = op.empty({most, V}, x.dtype), losses = op.empty({tokens}, DType::F64);
+  i64 tokens = x.dim[0], V = w.dim[0];
+  bool grad = dx.defined() || dw.grad.defined(), gpu = x.device == Device::CUDA;
+  i64 chunks = max<i64>(1, (tokens * V + kChunk - 1) / kChunk);
+  i64 most = gpu ? (tokens + chunks - 1) / chunks : min(kCpuRows, tokens);
+  Tensor logits = op.empty({most, V}, x.dtype), losses = op.empty({tokens}, DType::F64);
   for (i64 first = 0; first < tokens; first += most) {
-    const i64 end = min(tokens, first + most);
-    const Tensor part = x.slice_rows(first, end), d = logits.slice_rows(0, end - first);
-    const Tensor label = labels.slice_rows(first, end), to = losses.slice_rows(first, end);
+    i64 end = min(tokens, first + most);
+    Tensor part = x.slice_rows(first, end), d = logits.slice_rows(0, end - first);
+    Tensor label = labels.slice_rows(first, end), to = losses.slice_rows(first, end);
     product<T>(op, part, w, {d}, kNormal, kTransposed);
     op.run(
         x,
@@ -64,15 +64,15 @@ void cross_entropy(const Op& op, const Tensor& x, const Tensor& w, const Tensor&
 }
 
 Tensor lm_head_cross_entropy(Rank& rank, Tensor x, Tensor w, Tensor labels, double scale, At at) {
-  const Op op{rank, "lm_head_cross_entropy", at};
+  Op op{rank, "lm_head_cross_entropy", at};
   op.check({{"x [T, D] and w [V, D]", x.dim.rank == 2 && w.dim.rank == 2 && x.dim[1] == w.dim[1]},
             {"labels I32 [T]", is_i32(labels, {x.dim[0]})},
             {"one dtype", x.dtype == w.dtype}},
            {&x, &w, &labels});
   Tensor loss = op.empty({1}, wide(x.dtype));
-  const Tensor dx = rank.tape && x.needs_grad() ? op.like(x) : Tensor{};
+  Tensor dx = rank.tape && x.needs_grad() ? op.like(x) : Tensor{};
   op.check_ids("labels", labels, w.dim[0], kIgnoreLabel);
-  const GradSlot dw = rank.tape ? grad_slot(rank, w, at) : GradSlot{};
+  GradSlot dw = rank.tape ? grad_slot(rank, w, at) : GradSlot{};
   op.typed(x, [&]<class T>(T*) { cross_entropy<T>(op, x, w, labels, scale, dx, dw, loss); });
   record(op, {x, w}, {&loss}).bx({dx}, [](const auto& b) {
     if (b.keep[0].defined()) add_grad(b.rank, b.node.in[0], b.keep[0]);

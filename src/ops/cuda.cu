@@ -44,7 +44,7 @@ static void alike(Rank& rank, i64 packs, const Walk& w, bool add, Formula f) {
     T* to = reinterpret_cast<T*>(w.data[4]);
     if (add) out = pack<N>(to, i);
     for (int j = 0; j < N; j++) {
-      const A y = evaluate<A>(f, x[0].x[j], x[1].x[j], x[2].x[j], x[3].x[j]);
+      A y = evaluate<A>(f, x[0].x[j], x[1].x[j], x[2].x[j], x[3].x[j]);
       out.x[j] = T(add ? A(out.x[j]) + y : y);
     }
     pack<N>(to, i) = out;
@@ -68,7 +68,7 @@ void OnCuda<T>::elementwise(Rank& rank, const Dims& space, const View* v, bool a
     w.size[w.rank - 1] *= space[d];
     for (int k = 0; k < 5; k++) w.step[w.rank - 1][k] = v[k].step[d];
   }
-  const i64 n = space.numel();
+  i64 n = space.numel();
   bool same = w.rank <= 1 && v[4].x.dtype == kDType<T>;
   for (int k = 0; k < 5; k++)
     same = same && (!w.data[k] || (v[k].x.dtype == v[4].x.dtype && v[k].begin == 0 &&
@@ -77,18 +77,18 @@ void OnCuda<T>::elementwise(Rank& rank, const Dims& space, const View* v, bool a
     return with_packs<T>(n, [&](auto width) { alike<T, width>(rank, n / width, w, add, f); });
   using A = Wide<T>;
   const AnyFloat out(v[4].x);
-  const i64 begin = v[4].begin;
+  i64 begin = v[4].begin;
   cuda_each(rank, n, [=] __device__(i64 i) {
     i64 at[5] = {};
     for (int d = w.rank - 1; d >= 0; d--) {
-      const i64 size = w.size[d];
-      const i64 next = d == 0 ? 0 : n >> 32 ? i / size : u32(i) / u32(size);
+      i64 size = w.size[d];
+      i64 next = d == 0 ? 0 : n >> 32 ? i / size : u32(i) / u32(size);
 #pragma unroll
       for (int k = 0; k < 5; k++) at[k] += (i - next * size) * w.step[d][k];
       i = next;
     }
-    const auto x = [&](int k) { return w.at<A>(k, at[k]); };
-    const A y = evaluate<A>(f, x(0), x(1), x(2), x(3));
+    auto x = [&](int k) { return w.at<A>(k, at[k]); };
+    A y = evaluate<A>(f, x(0), x(1), x(2), x(3));
     out.put(begin + at[4], add ? y + x(4) : y);
   });
 }
@@ -98,9 +98,9 @@ void cuda_sum(Rank& rank, const Extent& e, const Tensor& x, const Tensor& y) {
   const AnyFloat from(x), to(y);
   int width = 1;
   while (width < 32 && width < e.inner) width *= 2;
-  const i64 tiles = (e.inner + width - 1) / width;
+  i64 tiles = (e.inner + width - 1) / width;
   cuda_each<1>(rank, e.outer * tiles, [=] __device__(i64 b) {
-    const i64 o = b / tiles, c = b % tiles * width + threadIdx.x % width;
+    i64 o = b / tiles, c = b % tiles * width + threadIdx.x % width;
     double sum = 0;
     for (i64 i = threadIdx.x / width; c < e.inner && i < e.n; i += kBlock / width)
       sum += from.get((o * e.n + i) * e.inner + c);
@@ -120,7 +120,7 @@ static void narrow(Rank& rank, i64 packs, const float* from, BF16* to) {
 }
 
 void cuda_cast(Rank& rank, const Tensor& from, const Tensor& to) {
-  const i64 n = from.numel();
+  i64 n = from.numel();
   if (from.dtype == DType::F32 && to.dtype == DType::BF16 && n % 4 == 0)
     return narrow<4>(rank, n / 4, from.f32(), to.as<BF16>());
   const AnyFloat a(from), b(to);
@@ -128,7 +128,7 @@ void cuda_cast(Rank& rank, const Tensor& from, const Tensor& to) {
 }
 
 void cuda_count(Rank& rank, const Tensor& ids, const Tensor& counts) {
-  const i64 groups = counts.dim[0], E = counts.dim[1], n = ids.numel() / max<i64>(1, groups);
+  i64 groups = counts.dim[0], E = counts.dim[1], n = ids.numel() / max<i64>(1, groups);
   const int* id = ids.i32();
   double* to = counts.as<double>();
   cuda_each<1>(rank, groups * E, [=] __device__(i64 at) {
@@ -147,10 +147,10 @@ void cuda_gemm(Rank& rank, i64 m, i64 n, i64 k, const Tensor& a, bool a_transpos
                bool b_transposed, const GradSlot& c) {
   if (k == 0 && !c.add) cuda_zero(rank, c.grad.data, m * n * size_of(c.grad.dtype));
   if (m == 0 || n == 0 || k == 0) return;
-  const bool f64 = a.dtype == DType::F64;
-  const double one = 1, beta = c.add;
-  const float one32 = 1, beta32 = c.add;
-  const auto scalar = [f64](const double& x, const float& y) -> const void* {
+  bool f64 = a.dtype == DType::F64;
+  double one = 1, beta = c.add;
+  float one32 = 1, beta32 = c.add;
+  auto scalar = [f64](const double& x, const float& y) -> const void* {
     return f64 ? static_cast<const void*>(&x) : &y;
   };
   // c^T = b^T a^T, as cuBLAS has columns for rows.
@@ -165,9 +165,9 @@ template <class T, int N>
 static void gather(Rank& rank, i64 rows, i64 n, const T* from, const int* id, const int* cut,
                    const AnyFloat& out, bool add) {
   using A = Wide<T>;
-  const bool same = out.dtype == kDType<T>;
+  bool same = out.dtype == kDType<T>;
   cuda_rows(rank, rows, n / N, [=] __device__(i64 r, Team team) {
-    const i64 first = cut ? cut[r] : r, end = cut ? cut[r + 1] : r + 1;
+    i64 first = cut ? cut[r] : r, end = cut ? cut[r + 1] : r + 1;
     team.each(n / N, [&](i64 j) {
       A sum[N] = {};
       for (int l = 0; add && l < N; l++) sum[l] = out.get(r * n + j * N + l);
@@ -186,7 +186,7 @@ static void gather(Rank& rank, i64 rows, i64 n, const T* from, const int* id, co
 template <class T>
 void OnCuda<T>::gather_rows(Rank& rank, const Tensor& x, i64 n, const Tensor& index,
                             const Tensor& begin, const GradSlot& y) {
-  const i64 rows = begin.defined() ? begin.dim[0] - 1 : index.numel();
+  i64 rows = begin.defined() ? begin.dim[0] - 1 : index.numel();
   with_packs<T>(n, [&](auto width) {
     gather<T, width>(rank, rows, n, x.as<T>(), index.i32(), begin.i32(), AnyFloat(y.grad), y.add);
   });
@@ -200,7 +200,7 @@ static void scatter(Rank& rank, i64 count, i64 n, const T* from, const int* id, 
   cuda_rows(rank, count, n / N, [=] __device__(i64 first, Team team) {
     if (first > 0 && id[first - 1] == id[first]) return;
     team.each(n / N, [&](i64 j) {
-      const i64 at = id[first] * n + j * N;
+      i64 at = id[first] * n + j * N;
       A sum[N];
       for (int l = 0; l < N; l++) sum[l] = to.get(at + l);
       for (i64 i = first; i < count && id[i] == id[first]; i++) {
@@ -216,7 +216,7 @@ template <class T>
 void OnCuda<T>::scatter_rows(Rank& rank, const Tensor& x, i64 n, const Tensor& ids,
                              const Tensor& y) {
   if (ids.numel() == 0 || n == 0) return;
-  const Tensor sorted = empty(rank, ids.dim, DType::I32), order = empty(rank, ids.dim, DType::I32);
+  Tensor sorted = empty(rank, ids.dim, DType::I32), order = empty(rank, ids.dim, DType::I32);
   cuda_sort(rank, ids, y.numel() / n, sorted, order);
   with_packs<T>(n, [&](auto width) {
     scatter<T, width>(rank, ids.numel(), n, x.as<T>(), sorted.i32(), order.i32(), AnyFloat(y));
@@ -226,14 +226,14 @@ void OnCuda<T>::scatter_rows(Rank& rank, const Tensor& x, i64 n, const Tensor& i
 template <class T>
 void OnCuda<T>::cumsum(Rank& rank, const Tensor& x, const GradSlot& slot, bool reverse) {
   const AnyFloat to(slot.grad);
-  const bool add = slot.add;
-  const i64 n = x.cols();
+  bool add = slot.add;
+  i64 n = x.cols();
   const T* from = x.as<T>();
   cuda_each<1>(rank, x.rows(), [=] __device__(i64 r) {
     __shared__ Wide<T> part[kBlock];
     Wide<T> before = 0;
     for (i64 first = 0; first < n; first += kBlock) {
-      const i64 i = first + threadIdx.x, at = r * n + (reverse ? n - 1 - i : i);
+      i64 i = first + threadIdx.x, at = r * n + (reverse ? n - 1 - i : i);
       Wide<T> sum = i < n ? from[at] : T(0);
       for (int back = 1; back < 2 * kBlock; back *= 2) {
         __syncthreads();
@@ -249,7 +249,7 @@ void OnCuda<T>::cumsum(Rank& rank, const Tensor& x, const GradSlot& slot, bool r
 
 template <class T>
 void OnCuda<T>::softmax(Rank& rank, const Tensor& x, const Tensor& y) {
-  const i64 n = x.cols();
+  i64 n = x.cols();
   const T* from = x.as<T>();
   T* to = y.as<T>();
   cuda_each<1>(rank, x.rows(), [=] __device__(i64 r) {
@@ -267,8 +267,8 @@ void OnCuda<T>::softmax(Rank& rank, const Tensor& x, const Tensor& y) {
 template <class T>
 void OnCuda<T>::softmax_grad(Rank& rank, const Tensor& dy, const Tensor& y, const GradSlot& slot) {
   const AnyFloat dx(slot.grad);
-  const bool add = slot.add;
-  const i64 n = y.cols();
+  bool add = slot.add;
+  i64 n = y.cols();
   const T *g = dy.as<T>(), *p = y.as<T>();
   cuda_each<1>(rank, y.rows(), [=] __device__(i64 r) {
     Wide<T> mean = 0;
@@ -290,7 +290,7 @@ struct Pick {
 // The first after the last pick, k times.
 template <class T>
 void OnCuda<T>::top_k(Rank& rank, const Tensor& x, int k, const Tensor& values, const Tensor& ids) {
-  const i64 n = x.cols();
+  i64 n = x.cols();
   const T* from = x.as<T>();
   T* value = values.as<T>();
   int* id = ids.i32();
@@ -312,7 +312,7 @@ void OnCuda<T>::top_k(Rank& rank, const Tensor& x, int k, const Tensor& values, 
 
 template <class T>
 void OnCuda<T>::top_k_grad(Rank& rank, const Tensor& dy, const Tensor& ids, const Tensor& dx) {
-  const i64 n = dx.cols(), k = ids.cols();
+  i64 n = dx.cols(), k = ids.cols();
   const int* id = ids.i32();
   const T* g = dy.as<T>();
   const AnyFloat to(dx);

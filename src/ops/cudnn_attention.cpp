@@ -28,7 +28,7 @@ struct Place {
   i64 heads, size, first, row, head, position;
 };
 static Place place_of(const AttentionShape& s, int port) {
-  const i64 H = s.heads, K = s.kv_heads, N = s.size, S = s.length, width = (H + 2 * K) * N;
+  i64 H = s.heads, K = s.kv_heads, N = s.size, S = s.length, width = (H + 2 * K) * N;
   const Place places[] = {{H, N, 0, S * width, N, width},
                           {K, N, H, S * width, N, width},
                           {K, N, H + K, S * width, N, width},
@@ -41,8 +41,8 @@ static Place place_of(const AttentionShape& s, int port) {
 // The deterministic backward keeps S*S BF16 a head, documents as much a row: where that is large, a
 // call computes a part, one row and fewer heads (if lse stays aligned).
 static AttentionShape part_of(AttentionShape s, bool backward, bool documents) {
-  const auto large = [&] {
-    const i64 squares = s.batch * (backward ? s.heads : i64(documents));
+  auto large = [&] {
+    i64 squares = s.batch * (backward ? s.heads : i64(documents));
     return squares * s.length * s.length > i64(1) << 29 && s.length % 4 == 0;
   };
   if (large()) s.batch = 1;
@@ -87,13 +87,13 @@ struct AttentionPlan {
   AttentionPlan(cudnnHandle_t cudnn, const AttentionShape& s, bool back, bool docs)
       : shape(s), part(part_of(s, back, docs)), backward(back), documents(docs) {
     graph.set_intermediate_data_type(DataType_t::FLOAT).set_compute_data_type(DataType_t::FLOAT);
-    const auto q = input(kQ), k = input(kK), v = input(kV);
+    auto q = input(kQ), k = input(kK), v = input(kV);
     if (backward) {
-      const auto options = fe::graph::SDPA_backward_attributes().set_deterministic_algorithm(true);
+      auto options = fe::graph::SDPA_backward_attributes().set_deterministic_algorithm(true);
       outputs(kDq, graph.sdpa_backward(q, k, v, input(kOut), input(kDout), input(kLse),
                                        masked(options)));
     } else {
-      const auto options = fe::graph::SDPA_attributes().set_generate_stats(true);
+      auto options = fe::graph::SDPA_attributes().set_generate_stats(true);
       outputs(kOut, graph.sdpa(q, k, v, masked(options)));
     }
     check(graph.build(cudnn, {fe::HeurMode_t::A}));
@@ -117,15 +117,15 @@ struct AttentionPlans {
 static void run(Rank& rank, const AttentionShape& s, const AttentionTensors& t, bool backward) {
   auto& plans = cuda_of(rank).attention;
   if (!plans) plans = std::make_shared<AttentionPlans>(cuda_of(rank).stream);
-  const bool documents = t.doc_ends.defined();
+  bool documents = t.doc_ends.defined();
   auto plan = plans->list.begin(), end = plans->list.end();
   while (plan != end &&
          !(plan->shape == s && plan->backward == backward && plan->documents == documents))
     plan++;
   if (plan == end) plan = plans->list.emplace(end, plans->cudnn, s, backward, documents);
   const AttentionShape& part = plan->part;
-  const Tensor workspace = empty(rank, {plan->workspace}, DType::U8);
-  const Tensor bias = empty(rank, {documents ? part.batch : 0, s.length, s.length}, DType::BF16);
+  Tensor workspace = empty(rank, {plan->workspace}, DType::U8);
+  Tensor bias = empty(rank, {documents ? part.batch : 0, s.length, s.length}, DType::BF16);
   const Tensor* tensors[] = {&t.qkv, &t.qkv,  &t.qkv,  &t.out,  &t.lse,
                              &bias,  &t.dqkv, &t.dqkv, &t.dqkv, &t.dout};
   for (i64 b = 0; b < s.batch; b += part.batch) {
@@ -135,7 +135,7 @@ static void run(Rank& rank, const AttentionShape& s, const AttentionTensors& t, 
       for (int port = kQ; port < kPorts; port++) {
         const Tensor& x = *tensors[port - kQ];
         const Place at = place_of(s, port);
-        const i64 first = b * at.row + (at.first + at.heads / s.kv_heads * k) * at.head;
+        i64 first = b * at.row + (at.first + at.heads / s.kv_heads * k) * at.head;
         data[port] = x.data + (port == kBias ? 0 : first * size_of(x.dtype));
       }
       check(plan->graph.execute(plans->cudnn, data, workspace.data));

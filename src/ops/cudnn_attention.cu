@@ -8,7 +8,7 @@ namespace pith {
 
 // Not -inf, which is NaN once a whole tile of keys is hidden.
 void document_bias(Rank& rank, const Tensor& doc_ends, const Tensor& bias) {
-  const i64 length = doc_ends.dim[1];
+  i64 length = doc_ends.dim[1];
   const int* end = doc_ends.i32();
   auto* to = bias.as<__nv_bfloat16>();
   cuda_each<1>(rank, doc_ends.numel(), [=] __device__(i64 query) {

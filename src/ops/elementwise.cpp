@@ -31,9 +31,9 @@ void apply(const Op& op, const Tensor& out, bool add, const Tensor& g, const Ten
 // Input k's gradient: whole, then summed where the input was repeated.
 template <class T, Formula f>
 void operand_grad(Backward<T> b, int k) {
-  const GradSlot d = b.slot(k);
+  GradSlot d = b.slot(k);
   if (!d.grad.defined()) return;
-  const bool repeated = d.grad.numel() != b.dy().numel();
+  bool repeated = d.grad.numel() != b.dy().numel();
   Tensor whole = repeated ? b.op().empty(b.dy().dim, wide(b.dy().dtype)) : d.grad;
   whole.dim = b.dy().dim;
   apply<T, f>(b.op(), whole, d.add && !repeated, b.dy(), b.keep, b.node.f);
@@ -47,7 +47,7 @@ Tensor apply(const Op& op, const TensorList& in, const Reads& reads) {
   op.check_alike({&a, &b});
   Tensor y = op.empty(op.broadcast({&a, &b, &c}), a.dtype);
   op.typed(a, [&]<class T>(T*) { apply<T, value>(op, y, false, {}, in, reads.scalar); });
-  const auto kept = [&](unsigned inputs, const Tensor& x) {
+  auto kept = [&](unsigned inputs, const Tensor& x) {
     bool needed = false;
     for (int k = 0; k < in.count; k++) needed |= (inputs >> k & 1) && in[k].needs_grad();
     return needed ? x : Tensor{};
@@ -107,12 +107,12 @@ Tensor relu(Rank& rank, Tensor x, At at) {
 }
 Tensor silu(Rank& rank, Tensor x, At at) { return mul(rank, x, sigmoid(rank, x, at), at); }
 Tensor clamp(Rank& rank, Tensor x, double low, double high, At at) {
-  const Op op{rank, "clamp", at};
+  Op op{rank, "clamp", at};
   op.check({{"low <= high", low <= high}}, {&x});
   return apply<Clamp, ClampGrad>(op, {x}, {.a = 1, .scalar = {0, low, high}});
 }
 Tensor where(Rank& rank, Tensor mask, Tensor a, Tensor b, At at) {
-  const Op op{rank, "where", at};
+  Op op{rank, "where", at};
   op.check({{"a mask of dtype u8", mask.defined() && mask.dtype == DType::U8},
             {"mask and a on one device", mask.device == a.device}},
            {&mask, &a, &b});

@@ -25,11 +25,11 @@ T sum_at(const T* p, const int* ids, i64 k) {
 // f(e, begin, end) for each expert and its rows; `work`: multiply-adds in all. Waits for a GPU.
 template <class F>
 void each_expert(Rank& rank, const Tensor& offsets, i64 work, F&& f) {
-  const i64 E = offsets.dim[0] - 1;
+  i64 E = offsets.dim[0] - 1;
   vector<char> bytes;
-  const Tensor host = on_host(rank, offsets, bytes);
+  Tensor host = on_host(rank, offsets, bytes);
   const int* begin = host.i32();
-  const bool threads = E > 1 && work > kParallelProduct && offsets.device == Device::CPU;
+  bool threads = E > 1 && work > kParallelProduct && offsets.device == Device::CPU;
 #pragma omp parallel for schedule(dynamic) if (threads)
   for (i64 e = 0; e < E; e++) f(e, begin[e], begin[e + 1]);
 }
@@ -44,12 +44,12 @@ template <class T>
 void swiglu_bx_cpu(const Tensor& dy, const Tensor& gate_up, const Tensor& weights, Slot<T> dgate_up,
                    Slot<T> dweights) {
   constexpr i64 kColumns = 256;
-  const i64 F = dy.dim[1];
+  i64 F = dy.dim[1];
   parallel_rows(dy.dim[0], F * 32, [&](i64 p) {
-    const T weight = weights.defined() ? weights.as<T>()[p] : 1;
+    T weight = weights.defined() ? weights.as<T>()[p] : 1;
     T s[kColumns], dweight = 0;
     for (i64 first = 0; first < F; first += kColumns) {
-      const i64 n = min(kColumns, F - first);
+      i64 n = min(kColumns, F - first);
       const T *gate = row_of<T>(gate_up, p) + first, *up = gate + F;
       const T* g = row_of<T>(dy, p) + first;
       for (i64 j = 0; j < n; j++) s[j] = logistic(gate[j]);
@@ -67,9 +67,9 @@ void swiglu_bx_cpu(const Tensor& dy, const Tensor& gate_up, const Tensor& weight
 }
 
 Routing router(Rank& rank, Tensor x, Tensor w, RouterOptions options, At at) {
-  const Op op{rank, "router", at};
+  Op op{rank, "router", at};
   const Tensor& forced = options.forced_ids;
-  const i64 k = options.top_k, T = x.dim[0], E = w.dim[0];
+  i64 k = options.top_k, T = x.dim[0], E = w.dim[0];
   op.check(
       {{"x [T, D] and w [E, D]", x.dim.rank == 2 && w.dim.rank == 2 && x.dim[1] == w.dim[1]},
        {"one dtype", x.dtype == w.dtype},
@@ -77,11 +77,11 @@ Routing router(Rank& rank, Tensor x, Tensor w, RouterOptions options, At at) {
        {"forced_ids I32 [T, k] or undefined", !forced.defined() || is_i32(forced, {T, k})},
        {"forced_ids or force_balanced, not both", !forced.defined() || !options.force_balanced}},
       {&x, &w, &forced});
-  const DType dtype = wide(x.dtype);
+  DType dtype = wide(x.dtype);
   Routing out{op.empty({T, k}, DType::I32), op.empty({T, k}, dtype), op.empty({T, E}, dtype)};
   if (forced.defined()) op.check_ids("forced_ids", forced, E);
   op.typed(x, [&]<class F>(F*) { product<F>(op, x, w, {out.probs}, kNormal, kTransposed); });
-  const auto route = [&]<class F>(F*) {
+  auto route = [&]<class F>(F*) {
     parallel_rows(T, E * 8, [&](i64 t) {
       F *p = row_of<F>(out.probs, t), *weights = row_of<F>(out.weights, t);
       int* ids = row_of<int>(out.ids, t);
@@ -104,8 +104,8 @@ Routing router(Rank& rank, Tensor x, Tensor w, RouterOptions options, At at) {
           {w, out.probs, out.ids},
           []<class F>(Backward<F> b) {
             const Tensor &dweights = b.dy(0), &dprobs = b.dy(1), d = b.op().like(b.keep[1]);
-            const i64 experts = d.dim[1], chosen = b.keep[2].dim[1];
-            const bool normalize = b.node.i[0];
+            i64 experts = d.dim[1], chosen = b.keep[2].dim[1];
+            bool normalize = b.node.i[0];
             parallel_rows(d.dim[0], experts * 4, [&](i64 t) {
               const F* p = row_of<F>(b.keep[1], t);
               const int* id = row_of<int>(b.keep[2], t);
@@ -127,7 +127,7 @@ Routing router(Rank& rank, Tensor x, Tensor w, RouterOptions options, At at) {
           },
           []<class F>(Backward<F> b) {
             using Wide = std::conditional_t<std::is_same_v<F, BF16>, float, F>;
-            const Tensor d = b.op().empty(b.keep[1].dim, b.node.in[0].dtype);
+            Tensor d = b.op().empty(b.keep[1].dim, b.node.in[0].dtype);
             OnCuda<Wide>::template route_grad<F>(b.rank, b.node.i[0], b.keep, b.dy(0), b.dy(1), d);
             product<F>(b.op(), d, b.keep[0], b.slot(0));
             b.node.bw_keep.push(d);
@@ -139,7 +139,7 @@ Routing router(Rank& rank, Tensor x, Tensor w, RouterOptions options, At at) {
 }
 
 Tensor grouped_linear(Rank& rank, Tensor x, Tensor w, Tensor offsets, At at) {
-  const Op op{rank, "grouped_linear", at};
+  Op op{rank, "grouped_linear", at};
   op.check(
       {{"x [P, in] and w [E, out, in]", x.dim.rank == 2 && w.dim.rank == 3 && x.dim[1] == w.dim[2]},
        {"offsets I32 [E+1]", is_i32(offsets, {w.dim[0] + 1})},
@@ -157,7 +157,7 @@ Tensor grouped_linear(Rank& rank, Tensor x, Tensor w, Tensor offsets, At at) {
   record(op, {x, w}, {&y})
       .bx({w, offsets},
           []<class T>(Backward<T> b) {
-            const GradSlot dx = b.slot(0);
+            GradSlot dx = b.slot(0);
             if (!dx.grad.defined()) return;
             if (!dx.add && grouped(b.dy(), b.dy().cols(), dx.grad.cols()))
               return grouped_input_grad(b.rank, b.dy(), b.keep[0], b.keep[1], dx.grad);
@@ -168,7 +168,7 @@ Tensor grouped_linear(Rank& rank, Tensor x, Tensor w, Tensor offsets, At at) {
                 });
           })
       .bw(1, {x, offsets}, []<class T>(Backward<T> b) {
-        const GradSlot dw = b.slot(1);
+        GradSlot dw = b.slot(1);
         const Tensor &rows = b.keep[0], &begin = b.keep[1];
         if (!dw.grad.defined()) return;
         if (dw.add && dw.grad.dtype == DType::F32 && grouped(b.dy(), rows.cols(), b.dy().cols()))
@@ -182,17 +182,17 @@ Tensor grouped_linear(Rank& rank, Tensor x, Tensor w, Tensor offsets, At at) {
 }
 
 Tensor swiglu(Rank& rank, Tensor gate_up, Tensor weights, At at) {
-  const Op op{rank, "swiglu", at};
+  Op op{rank, "swiglu", at};
   op.check({{"gate_up [P, 2F]", gate_up.dim.rank == 2 && gate_up.dim[1] % 2 == 0},
             {"weights [P], f32 with bf16, or undefined",
              !weights.defined() ||
                  (weights.dim == Dims{gate_up.dim[0]} && weights.dtype == wide(gate_up.dtype))}},
            {&gate_up, &weights});
   Tensor y = op.empty({gate_up.dim[0], gate_up.dim[1] / 2}, gate_up.dtype);
-  const auto on_cpu = [&, F = y.dim[1]]<class T>(T*) {
+  auto on_cpu = [&, F = y.dim[1]]<class T>(T*) {
     parallel_rows(y.dim[0], F * 16, [&](i64 p) {
       const T *gate = row_of<T>(gate_up, p), *up = gate + F;
-      const T weight = weights.defined() ? weights.as<T>()[p] : 1;
+      T weight = weights.defined() ? weights.as<T>()[p] : 1;
       T* out = row_of<T>(y, p);
       for (i64 j = 0; j < F; j++) out[j] = gate[j] * logistic(gate[j]) * up[j] * weight;
     });
@@ -203,8 +203,8 @@ Tensor swiglu(Rank& rank, Tensor gate_up, Tensor weights, At at) {
           {gate_up, weights},
           [](const auto& b) { swiglu_bx_cpu(b.dy(), b.keep[0], b.keep[1], b.to(0), b.to(1)); },
           []<class T>(Backward<T> b) {
-            const Tensor d = b.op().like(b.keep[0]), &in = b.node.in[1];
-            const Tensor dweights = in.needs_grad() ? b.op().like(b.keep[1]) : Tensor{};
+            Tensor d = b.op().like(b.keep[0]), &in = b.node.in[1];
+            Tensor dweights = in.needs_grad() ? b.op().like(b.keep[1]) : Tensor{};
             OnCuda<T>::swiglu_grad(b.rank, b.dy(), b.keep, d, dweights);
             add_grad(b.rank, b.node.in[0], d);
             if (in.needs_grad()) add_grad(b.rank, in, dweights);

@@ -8,11 +8,11 @@ namespace pith {
 
 // e^x for x <= 0, within 2 ulp; 0 where that is not normal.
 constexpr float exp_negative(float x) {
-  const float low = -87.3f, rounder = 12582912.0f;  // 1.5 * 2^23
-  const float z = x < low ? low : x;
-  const float n = (z * 1.44269504f + rounder) - rounder;
-  const float r = (z - n * 0.693359375f) + n * 2.12194440e-4f;  // z - n ln 2
-  float p = 1.0f / 5040;                                        // the series of e^r
+  float low = -87.3f, rounder = 12582912.0f;  // 1.5 * 2^23
+  float z = x < low ? low : x;
+  float n = (z * 1.44269504f + rounder) - rounder;
+  float r = (z - n * 0.693359375f) + n * 2.12194440e-4f;  // z - n ln 2
+  float p = 1.0f / 5040;                                  // the series of e^r
   p = p * r + 1.0f / 720;
   p = p * r + 1.0f / 120;
   p = p * r + 1.0f / 24;
@@ -20,14 +20,14 @@ constexpr float exp_negative(float x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  const float power = std::bit_cast<float>((int(n) + 127) << 23);
+  float power = std::bit_cast<float>((int(n) + 127) << 23);
   return x < low ? 0.0f : p * power;
 }
 constexpr double exp_negative(double x) { return std::exp(x); }
 
 template <class T>
 constexpr T logistic(T x) {
-  const T e = exp_negative(x < 0 ? x : -x);
+  T e = exp_negative(x < 0 ? x : -x);
   return (x < 0 ? e : 1) / (1 + e);
 }
 

@@ -13,12 +13,12 @@ template <class A, class F>
 static void add_columns_of(Rank& rank, i64 rows, i64 cols, const GradSlot& to, F f) {
   if (!to.grad.data || cols == 0) return;
   constexpr int kTile = 32, kDown = kBlock / kTile;
-  const i64 tiles = (cols + kTile - 1) / kTile;
-  const i64 pieces = std::clamp<i64>(rows / 64, 1, max<i64>(1, 2048 / tiles));
-  const Tensor partial = empty(rank, {pieces, cols}, sizeof(A) == 8 ? DType::F64 : DType::F32);
+  i64 tiles = (cols + kTile - 1) / kTile;
+  i64 pieces = std::clamp<i64>(rows / 64, 1, max<i64>(1, 2048 / tiles));
+  Tensor partial = empty(rank, {pieces, cols}, sizeof(A) == 8 ? DType::F64 : DType::F32);
   A* sums = partial.as<A>();
   cuda_each<1>(rank, tiles * pieces, [=] __device__(i64 b) {
-    const i64 c = b % tiles * kTile + threadIdx.x % kTile, piece = b / tiles;
+    i64 c = b % tiles * kTile + threadIdx.x % kTile, piece = b / tiles;
     A sum = 0;
     for (i64 r = piece + threadIdx.x / kTile * pieces; c < cols && r < rows; r += kDown * pieces)
       sum += f(r, c);
@@ -26,7 +26,7 @@ static void add_columns_of(Rank& rank, i64 rows, i64 cols, const GradSlot& to, F
     if (threadIdx.x < kTile && c < cols) sums[piece * cols + c] = sum;
   });
   const AnyFloat out(to.grad);
-  const bool add = to.add;
+  bool add = to.add;
   cuda_each(rank, cols, [=] __device__(i64 c) {
     A sum = 0;
     for (i64 p = 0; p < pieces; p++) sum += sums[p * cols + c];
@@ -52,7 +52,7 @@ static void norm_rows(Rank& rank, i64 rows, i64 n, const T* x, const T* more, co
       }
       for (int j = 0; j < N; j++) squares += A(a.x[j]) * A(a.x[j]);
     });
-    const A scale = 1 / std::sqrt(team.sum(squares) / n + eps);
+    A scale = 1 / std::sqrt(team.sum(squares) / n + eps);
     if (team.id() == 0) rstd[r] = scale;
     team.each(n / N, [&](i64 i) {
       Pack<T, N> a = pack<N>(row, i);
@@ -77,14 +77,14 @@ static void norm_grad_rows(Rank& rank, i64 rows, i64 n, const T* dy, const T* ds
                            const T* w, const Wide<T>* rstd, T* dx, T* copy) {
   using A = Wide<T>;
   cuda_rows(rank, rows, n / N, [=] __device__(i64 r, Team team) {
-    const A s = rstd[r];
+    A s = rstd[r];
     A along = 0;
     if (dy)
       team.each(n / N, [&](i64 i) {
         const Pack<T, N> g = pack<N>(dy + r * n, i), a = pack<N>(x + r * n, i), b = pack<N>(w, i);
         for (int j = 0; j < N; j++) along += A(g.x[j]) * A(b.x[j]) * A(a.x[j]);
       });
-    const A c = team.sum(along) * s * s * s / n;
+    A c = team.sum(along) * s * s * s / n;
     team.each(n / N, [&](i64 i) {
       A to[N] = {};
       if (dy) {
@@ -106,7 +106,7 @@ static void norm_grad_rows(Rank& rank, i64 rows, i64 n, const T* dy, const T* ds
 template <class T>
 void OnCuda<T>::rms_norm_grad(Rank& rank, const Tensor& dy, const Tensor& dsum,
                               const TensorList& keep, const Tensor& dx, const Tensor& copy) {
-  const i64 n = dx.cols();
+  i64 n = dx.cols();
   with_packs<T>(n, [&](auto width) {
     norm_grad_rows<T, width>(rank, dx.rows(), n, dy.as<T>(), dsum.as<T>(), keep[0].as<T>(),
                              keep[1].as<T>(), keep[2].as<Wide<T>>(), dx.as<T>(), copy.as<T>());
@@ -117,7 +117,7 @@ template <class T>
 void OnCuda<T>::rms_norm_weight(Rank& rank, const Tensor& dy, const Tensor& x, const Tensor& rstd,
                                 const GradSlot& dw) {
   using A = Wide<T>;
-  const i64 n = x.cols();
+  i64 n = x.cols();
   const T *g = dy.as<T>(), *row = x.as<T>();
   const A* scale = rstd.as<A>();
   add_columns_of<A>(rank, x.rows(), n, dw, [=] __device__(i64 r, i64 c) {
@@ -129,10 +129,10 @@ void OnCuda<T>::rms_norm_weight(Rank& rank, const Tensor& dy, const Tensor& x, c
 
 template <class T>
 void OnCuda<T>::rope_tables(Rank& rank, const Rope& rope, int size, double theta) {
-  const i64 half = size / 2;
+  i64 half = size / 2;
   T *cos_to = rope.cos.as<T>(), *sin_to = rope.sin.as<T>();
   cuda_each(rank, rope.cos.numel(), [=] __device__(i64 at) {
-    const double turn = double(at / half) * pow(theta, -2.0 * double(at % half) / size);
+    double turn = double(at / half) * pow(theta, -2.0 * double(at % half) / size);
     cos_to[at] = T(cos(turn));
     sin_to[at] = T(sin(turn));
   });
@@ -164,8 +164,8 @@ struct HeadTurns {
   __device__ A* scale_of(i64 row) const { return rstd + row / all * turned + row % all; }
   // Of head `row` of the whole projection, pair i: turned by the token's angle times `sign`.
   __device__ void turn(i64 row, i64 i, A sign, A& a, A& b) const {
-    const i64 at = positions[row / all] * half + i;
-    const A c = cosines[at], s = sign * sines[at], before = a;
+    i64 at = positions[row / all] * half + i;
+    A c = cosines[at], s = sign * sines[at], before = a;
     a = a * c - b * s;
     b = b * c + before * s;
   }
@@ -177,9 +177,9 @@ void OnCuda<T>::qk_norm_rope(Rank& rank, const Heads& heads, const TensorList& k
   using A = Wide<T>;
   const HeadTurns<T> h(heads, keep, qkv);
   T* out = y.as<T>();
-  const A small = eps;
+  A small = eps;
   cuda_rows(rank, qkv.dim[0] * h.all, 1, [=] __device__(i64 row, Team team) {
-    const int head = row % h.all;
+    int head = row % h.all;
     const T *from = h.x + row * h.n, *w = h.weight(head);
     T* to = out + row * h.n;
     if (head >= h.turned) return team.each(h.n, [&](i64 i) { to[i] = from[i]; });
@@ -208,7 +208,7 @@ void OnCuda<T>::qk_norm_rope_grad(Rank& rank, const Heads& heads, const TensorLi
   const T* grad = dy.as<T>();
   T* out = dx.as<T>();
   cuda_rows(rank, dy.dim[0] * h.all, 1, [=] __device__(i64 row, Team team) {
-    const int head = row % h.all;
+    int head = row % h.all;
     const T *g = grad + row * h.n, *x = h.x + row * h.n, *w = h.weight(head);
     T* to = out + row * h.n;
     if (head >= h.turned) return team.each(h.n, [&](i64 i) { to[i] = g[i]; });
@@ -238,9 +238,9 @@ void OnCuda<T>::qk_norm_weight(Rank& rank, const Heads& heads, const TensorList&
   using A = Wide<T>;
   const HeadTurns<T> h(heads, keep, keep[3]);
   const T* grad = dy.as<T>();
-  const i64 count = end - first;
+  i64 count = end - first;
   add_columns_of<A>(rank, dy.dim[0] * count, h.n, dw, [=] __device__(i64 r, i64 i) {
-    const i64 row = r / count * h.all + first + r % count, low = i % h.half;
+    i64 row = r / count * h.all + first + r % count, low = i % h.half;
     const T* g = grad + row * h.n;
     A a = g[low], b = g[low + h.half];
     h.turn(row, low, -1, a, b);
@@ -252,18 +252,18 @@ void OnCuda<T>::qk_norm_weight(Rank& rank, const Heads& heads, const TensorList&
 
 template <class T>
 void OnCuda<T>::route(Rank& rank, const RouterOptions& o, const Routing& out) {
-  const i64 k = o.top_k, E = out.probs.dim[1];
+  i64 k = o.top_k, E = out.probs.dim[1];
   T *probs = out.probs.as<T>(), *weights = out.weights.as<T>();
   int* ids = out.ids.i32();
   const int* forced = o.forced_ids.i32();
-  const bool balanced = o.force_balanced, normalize = o.normalize;
+  bool balanced = o.force_balanced, normalize = o.normalize;
   cuda_rows(rank, out.probs.dim[0], 1, [=] __device__(i64 t, Team team) {
     const auto larger = [](T a, T b) { return b > a ? b : a; };
     T *p = probs + t * E, top = -INFINITY, sum = 0;
     team.each(E, [&](i64 e) { top = larger(top, p[e]); });
     top = team.fold(top, larger);
     team.each(E, [&](i64 e) { sum += p[e] = exp_negative(p[e] - top); });
-    const T scale = 1 / team.sum(sum);
+    T scale = 1 / team.sum(sum);
     team.each(E, [&](i64 e) { p[e] *= scale; });
     __syncwarp();
     T last = INFINITY, total = 0;
@@ -277,7 +277,7 @@ void OnCuda<T>::route(Rank& rank, const RouterOptions& o, const Routing& out) {
         T best = -1;
         int at = INT_MAX;
         team.each(E, [&](i64 e) {
-          const bool after = p[e] < last || (p[e] == last && e > id);
+          bool after = p[e] < last || (p[e] == last && e > id);
           if (after && p[e] > best) {
             best = p[e];
             at = e;
@@ -303,7 +303,7 @@ void OnCuda<T>::route_grad(Rank& rank, bool normalize, const TensorList& keep,
                            const Tensor& dweights, const Tensor& dprobs, const Tensor& dlogits) {
   const T *probs = keep[1].as<T>(), *dw = dweights.as<T>(), *dp = dprobs.as<T>();
   const int* ids = keep[2].i32();
-  const i64 E = keep[1].dim[1], k = keep[2].dim[1];
+  i64 E = keep[1].dim[1], k = keep[2].dim[1];
   D* out = dlogits.as<D>();
   cuda_rows(rank, dlogits.dim[0], 1, [=] __device__(i64 t, Team team) {
     const T* p = probs + t * E;
@@ -311,7 +311,7 @@ void OnCuda<T>::route_grad(Rank& rank, bool normalize, const TensorList& keep,
     T total = normalize ? 0 : 1, mean = 0, along = 0;
     for (i64 j = 0; normalize && j < k; j++) total += p[id[j]];
     for (i64 j = 0; normalize && dw && j < k; j++) mean += dw[t * k + j] * (p[id[j]] / total);
-    const auto grad = [&](i64 e) {
+    auto grad = [&](i64 e) {
       T g = dp ? dp[t * E + e] : 0;
       for (i64 j = 0; dw && j < k; j++)
         if (id[j] == e) g += (dw[t * k + j] - mean) / total;
@@ -329,14 +329,14 @@ template <class T, int N>
 static void swiglu_rows(Rank& rank, i64 rows, i64 F, const T* gate_up, const Wide<T>* weights,
                         T* out) {
   using A = Wide<T>;
-  const i64 packs = F / N;
+  i64 packs = F / N;
   cuda_each(rank, rows * packs, [=] __device__(i64 at) {
-    const i64 p = at / packs, i = at % packs;
+    i64 p = at / packs, i = at % packs;
     const Pack<T, N> gate = pack<N>(gate_up, p * 2 * packs + i);
     Pack<T, N> up = pack<N>(gate_up, p * 2 * packs + packs + i);
-    const A weight = weights ? weights[p] : 1;
+    A weight = weights ? weights[p] : 1;
     for (int j = 0; j < N; j++) {
-      const A g = gate.x[j];
+      A g = gate.x[j];
       up.x[j] = T(g * logistic(g) * A(up.x[j]) * weight);
     }
     pack<N>(out, at) = up;
@@ -355,15 +355,15 @@ template <class T, int N>
 static void swiglu_grad_rows(Rank& rank, i64 rows, i64 F, const T* dy, const T* gate_up,
                              const Wide<T>* weights, T* dgate_up, Wide<T>* dweights) {
   using A = Wide<T>;
-  const i64 packs = F / N;
+  i64 packs = F / N;
   cuda_rows(rank, rows, packs, [=] __device__(i64 p, Team team) {
-    const A weight = weights ? weights[p] : 1;
+    A weight = weights ? weights[p] : 1;
     A dweight = 0;
     team.each(packs, [&](i64 i) {
       const Pack<T, N> g = pack<N>(dy + p * F, i);
       Pack<T, N> gate = pack<N>(gate_up + p * 2 * F, i), up = pack<N>(gate_up + p * 2 * F + F, i);
       for (int j = 0; j < N; j++) {
-        const A a = gate.x[j], u = up.x[j], s = logistic(a), d = A(g.x[j]) * weight;
+        A a = gate.x[j], u = up.x[j], s = logistic(a), d = A(g.x[j]) * weight;
         dweight += A(g.x[j]) * (a * s * u);
         up.x[j] = T(d * (a * s));
         gate.x[j] = T(d * u * (s + a * s * (1 - s)));
@@ -394,8 +394,8 @@ static void loss_rows(Rank& rank, i64 rows, i64 V, T* logits, const int* labels,
   cuda_each<1>(rank, rows, [=] __device__(i64 r) {
     const Team team{kBlock};
     T* row = logits + r * V;
-    const int label = labels[r];
-    const bool counts = label != kIgnoreLabel;
+    int label = labels[r];
+    bool counts = label != kIgnoreLabel;
     A top = -INFINITY, sum = 0;
     if (counts)
       team.each(V / N, [&](i64 i) {
@@ -406,13 +406,13 @@ static void loss_rows(Rank& rank, i64 rows, i64 V, T* logits, const int* labels,
         top = most;
         for (int j = 0; j < N; j++) sum += exp_negative(A(a.x[j]) - top);
       });
-    const A all = team.fold(top, [](A a, A b) { return b > a ? b : a; });
+    A all = team.fold(top, [](A a, A b) { return b > a ? b : a; });
     sum = team.sum(top > -INFINITY ? sum * exp_negative(top - all) : sum);
     if (team.id() == 0)
       losses[r] = counts ? std::log(double(sum)) + double(all - A(row[label])) : 0;
     __syncthreads();
     if (!grad) return;
-    const A factor = counts ? scale / sum : 0;
+    A factor = counts ? scale / sum : 0;
     team.each(V / N, [&](i64 i) {
       Pack<T, N> a = pack<N>(row, i);
       for (int j = 0; j < N; j++)
@@ -435,7 +435,7 @@ void OnCuda<T>::row_losses(Rank& rank, const Tensor& logits, const Tensor& label
 
 template <class T>
 void OnCuda<T>::add_up(Rank& rank, const Tensor& values, const Tensor& sum) {
-  const i64 n = values.numel();
+  i64 n = values.numel();
   const double* from = values.as<double>();
   const AnyFloat to(sum);
   cuda_each<1>(rank, 1, [=] __device__(i64) {
@@ -456,9 +456,9 @@ void OnCuda<T>::adamw(Rank& rank, i64 n, T* w, const T* g, T* m, T* v, const Ada
 
 template <class T>
 double OnCuda<T>::sum_squares(Rank& rank, const Tensor& x) {
-  const i64 n = x.numel(), blocks = cuda_of(rank).processors * 8;
+  i64 n = x.numel(), blocks = cuda_of(rank).processors * 8;
   const T* from = x.as<T>();
-  const Tensor sums = empty(rank, {blocks}, DType::F64);
+  Tensor sums = empty(rank, {blocks}, DType::F64);
   double* to = sums.as<double>();
   cuda_each<1>(rank, blocks, [=] __device__(i64 b) {
     double sum = 0;
@@ -468,7 +468,7 @@ double OnCuda<T>::sum_squares(Rank& rank, const Tensor& x) {
     if (threadIdx.x == 0) to[b] = sum;
   });
   vector<char> bytes;
-  const Tensor host = on_host(rank, sums, bytes);
+  Tensor host = on_host(rank, sums, bytes);
   double total = 0;
   for (i64 b = 0; b < blocks; b++) total += host.as<double>()[b];
   return total;

@@ -77,21 +77,21 @@ struct Parts {
 };
 
 Parts fill_parts(Rank& rank, const Operands& o, bool weight_grad, const Tensor& memory) {
-  const i64 E = o.offsets.dim[0] - 1;
+  i64 E = o.offsets.dim[0] - 1;
   i64* next = memory.as<i64>();
   Parts parts;
   Part* part = parts.part;
   for (const Tensor* t : {&o.a, &o.b, &o.d}) {
-    const i64 row = t->cols() * size_of(t->dtype);
-    const bool weights = t->dim.rank == 3;
-    const i64 row_bytes = weights ? 0 : row, expert_bytes = weights ? row * t->dim[1] : 0;
+    i64 row = t->cols() * size_of(t->dtype);
+    bool weights = t->dim.rank == 3;
+    i64 row_bytes = weights ? 0 : row, expert_bytes = weights ? row * t->dim[1] : 0;
     *part++ = {i64(t->data), t->cols(), row_bytes, expert_bytes, {next}, {next + E}};
     next += 2 * E;
   }
   parts.shape = reinterpret_cast<Shape*>(next);
   const int *offset = o.offsets.i32(), n = o.d.cols(), other = o.a.cols();
   cuda_each(rank, E, [=] __device__(i64 e) {
-    const int first = offset[e], rows = offset[e + 1] - first;
+    int first = offset[e], rows = offset[e + 1] - first;
     // With m = 0 the gradient of an empty expert is not even read.
     parts.shape[e] = weight_grad ? Shape{rows ? other : 0, n, rows} : Shape{rows, n, other};
     for (const Part& p : parts.part) {
@@ -114,8 +114,8 @@ void launch(Rank& rank, const Operands& o, bool along_n) {
   using Gemm = gemm::device::GemmUniversalAdapter<K>;
   using Order = typename K::TileScheduler::RasterOrderOptions;
   const Cuda& cuda = cuda_of(rank);
-  const int E = o.offsets.dim[0] - 1;
-  const Tensor memory = empty(rank, {E * i64(6 * sizeof(i64) + sizeof(Shape))}, DType::U8);
+  int E = o.offsets.dim[0] - 1;
+  Tensor memory = empty(rank, {E * i64(6 * sizeof(i64) + sizeof(Shape))}, DType::U8);
   const Parts parts = fill_parts(rank, o, kProduct == kWeightGrad, memory);
   const auto& [a, b, d] = parts.part;
   const typename Gemm::Arguments arguments{
@@ -125,7 +125,7 @@ void launch(Rank& rank, const Operands& o, bool along_n) {
       {{.beta = kProduct == kWeightGrad}, d.begin, d.stride, d.begin, d.stride},
       {0, cuda.processors},
       {1, along_n ? Order::AlongN : Order::AlongM}};
-  const Tensor work = empty(rank, {i64(Gemm::get_workspace_size(arguments))}, DType::U8);
+  Tensor work = empty(rank, {i64(Gemm::get_workspace_size(arguments))}, DType::U8);
   check(Gemm::can_implement(arguments));
   check(Gemm().run(arguments, work.data, cuda.stream));
 }
@@ -138,18 +138,18 @@ int tile_for(Product product, i64 rows_of_expert, i64 k) {
 
 template <Product kProduct>
 void run(Rank& rank, const Operands& o, int tile) {
-  const i64 rows = o.a.dim[0], E = o.offsets.dim[0] - 1;
+  i64 rows = o.a.dim[0], E = o.offsets.dim[0] - 1;
   if (rows == 0) return;
   int device = 0, major = 0;
   cuda_check(cudaGetDevice(&device));
   cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   if (major != 9) failed(kPlace, text("no grouped GEMM for this GPU (got sm_%d0, need 90)", major));
-  const u64 addresses = u64(o.a.data) | u64(o.b.data) | u64(o.d.data);
+  u64 addresses = u64(o.a.data) | u64(o.b.data) | u64(o.d.data);
   if (!grouped_fits(o.a.cols(), o.d.cols()) || addresses % 16)
     failed(kPlace, "rows or addresses do not fit (need multiples of 16 bytes)");
   if (tile < 0) tile = tile_for(kProduct, rows / E, o.a.cols());
   // Odd: an expert's tiles are done row by row, not column by column.
-  const bool along_n = tile % 2;
+  bool along_n = tile % 2;
   if (tile / 2 == 0) return launch<kProduct, 128, 256>(rank, o, along_n);
   if (tile / 2 == 1) return launch<kProduct, 128, 128>(rank, o, along_n);
   launch<kProduct, 256, 128>(rank, o, along_n);

@@ -18,10 +18,10 @@ template <class T>
 void gemm(i64 m, i64 n, i64 k, Matrix<T> a, Matrix<T> b, T beta, T* c, i64 ldc, T alpha) {
   [[maybe_unused]] static const bool one_thread = (openblas_set_num_threads(1), true);
   constexpr i64 kTileM = 192, kTileN = 384;
-  const bool at = a.layout == kTransposed, bt = b.layout == kTransposed;
-  const i64 across = (n + kTileN - 1) / kTileN, down = (m + kTileM - 1) / kTileM;
+  bool at = a.layout == kTransposed, bt = b.layout == kTransposed;
+  i64 across = (n + kTileN - 1) / kTileN, down = (m + kTileM - 1) / kTileM;
   parallel_rows(across * down, min(m, kTileM) * min(n, kTileN) * k, [&](i64 tile) {
-    const i64 i = tile / across * kTileM, j = tile % across * kTileN;
+    i64 i = tile / across * kTileM, j = tile % across * kTileN;
     const auto blas = [](auto... x) {
       if constexpr (std::is_same_v<T, float>)
         cblas_sgemm(CblasRowMajor, x...);
@@ -37,8 +37,8 @@ template void gemm(i64, i64, i64, Matrix<float>, Matrix<float>, float, float*, i
 template void gemm(i64, i64, i64, Matrix<double>, Matrix<double>, double, double*, i64, double);
 
 Tensor linear(Rank& rank, Tensor x, Tensor w, Tensor bias, At at) {
-  const Op op{rank, "linear", at};
-  const i64 out = w.dim[0];
+  Op op{rank, "linear", at};
+  i64 out = w.dim[0];
   op.check({{"x [..., in] and w [out, in]", x.defined() && w.dim.rank == 2 && x.cols() == w.dim[1]},
             {"bias [out] or undefined", !bias.defined() || bias.dim == Dims{out}},
             {"one dtype", one_dtype({&x, &w, &bias})}},
@@ -52,7 +52,7 @@ Tensor linear(Rank& rank, Tensor x, Tensor w, Tensor bias, At at) {
       .bx({w}, []<class T>(Backward<T> b) { product<T>(b.op(), b.dy(), b.keep[0], b.slot(0)); })
       .bw(1, {x}, []<class T>(Backward<T> b) {
         product<T>(b.op(), b.dy(), b.keep[0], b.slot(1), kTransposed);
-        const GradSlot dbias = b.slot(2);
+        GradSlot dbias = b.slot(2);
         if (dbias.grad.defined()) sum_to<T>(b.op(), b.dy(), dbias);
       });
   return y;
@@ -72,18 +72,18 @@ template <class T>
 void products(const Op& op, const Dims& lead, const Tensor& a, Layout a_layout, const Tensor& b,
               Layout b_layout, const Tensor& c, bool add) {
   if (!c.defined()) return;
-  const View va = view_of(leading(a), lead), vb = view_of(leading(b), lead);
-  const View vc = view_of(leading(c), lead);
-  const auto at = [&](Tensor x, const View& v, i64 p) {
-    const i64 rows = x.dim[x.dim.rank - 2], cols = x.cols();
+  View va = view_of(leading(a), lead), vb = view_of(leading(b), lead);
+  View vc = view_of(leading(c), lead);
+  auto at = [&](Tensor x, const View& v, i64 p) {
+    i64 rows = x.dim[x.dim.rank - 2], cols = x.cols();
     x.dim = {rows, cols};
     if (x.data) x.data += v.offset(lead, p) * rows * cols * size_of(x.dtype);
     return x;
   };
-  const auto one = [&](i64 p) {
+  auto one = [&](i64 p) {
     product<T>(op, at(a, va, p), at(b, vb, p), {at(c, vc, p), add}, a_layout, b_layout);
   };
-  const i64 work = c.cols() * a.dim[a.dim.rank - 2] * a.cols();
+  i64 work = c.cols() * a.dim[a.dim.rank - 2] * a.cols();
   if (c.device == Device::CPU && vc.x.numel() == lead.numel()) {
     parallel_rows(lead.numel(), work, one);
   } else {
@@ -94,14 +94,14 @@ void products(const Op& op, const Dims& lead, const Tensor& a, Layout a_layout, 
 }
 
 Tensor matmul(Rank& rank, Tensor a, Tensor b, At at) {
-  const Op op{rank, "matmul", at};
+  Op op{rank, "matmul", at};
   op.check_alike({&a, &b});
   op.check({{"two dimensions or more", a.dim.rank > 1 && b.dim.rank > 1}}, {&a, &b});
   op.check({{"a.dim[-1] == b.dim[-2]  (a [..., M, K] x b [..., K, N])",
              a.cols() == b.dim[b.dim.rank - 2]}},
            {&a, &b});
-  const Tensor lead_a = leading(a), lead_b = leading(b);
-  const Dims lead = op.broadcast({&lead_a, &lead_b});
+  Tensor lead_a = leading(a), lead_b = leading(b);
+  Dims lead = op.broadcast({&lead_a, &lead_b});
   Dims dims = lead;
   if (a.dim.rank == 2 && b.dim.rank == 2) dims.rank = 0;
   dims[dims.rank++] = a.dim[a.dim.rank - 2];
@@ -112,7 +112,7 @@ Tensor matmul(Rank& rank, Tensor a, Tensor b, At at) {
       .bx({b.needs_grad() ? a : Tensor{}, a.needs_grad() ? b : Tensor{}},
           []<class T>(Backward<T> back) {
             const Tensor &dc = back.dy(), da = back.zeroed(0), db = back.zeroed(1);
-            const Dims each = leading(dc).dim;
+            Dims each = leading(dc).dim;
             products<T>(back.op(), each, dc, kNormal, back.keep[1], kTransposed, da, true);
             products<T>(back.op(), each, back.keep[0], kTransposed, dc, kNormal, db, true);
           });

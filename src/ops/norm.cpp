@@ -23,11 +23,11 @@ struct Turns {
   const T* weight(int h) const { return keep[h < heads.query ? 5 : 6].as<T>(); }
   // to = from, one head of token t, turned by the token's angle times `sign`. May be in place.
   void turn(i64 t, T sign, const T* from, T* to) const {
-    const i64 half = heads.size / 2, position = keep[2].i32()[t];
+    i64 half = heads.size / 2, position = keep[2].i32()[t];
     const T *cos = row_of<T>(keep[0], position), *sin = row_of<T>(keep[1], position);
 #pragma GCC ivdep
     for (i64 i = 0; i < half; i++) {
-      const T a = from[i], b = from[i + half], s = sign * sin[i];
+      T a = from[i], b = from[i + half], s = sign * sin[i];
       to[i] = a * cos[i] - b * s;
       to[i + half] = b * cos[i] + a * s;
     }
@@ -36,7 +36,7 @@ struct Turns {
   template <class F>
   void each_head(i64 tokens, const T* from, T* to, F&& f) const {
     parallel_rows(tokens, heads.width() * 8, [&](i64 t) {
-      const i64 first = t * heads.width(), v = first + turned() * heads.size;
+      i64 first = t * heads.width(), v = first + turned() * heads.size;
       for (int h = 0; h < turned(); h++) f(t, h, first + h * heads.size);
       std::copy_n(from + v, heads.kv * heads.size, to + v);
     });
@@ -47,7 +47,7 @@ struct Turns {
       const T *from = qkv.as<T>() + first, *w = weight(h);
       T* y = out.as<T>() + first;
       if (w) {
-        const T scale = rstd(t, h) = rms_scale(from, heads.size, eps);
+        T scale = rstd(t, h) = rms_scale(from, heads.size, eps);
         for (int i = 0; i < heads.size; i++) y[i] = from[i] * scale * w[i];
       }
       turn(t, 1, w ? y : from, y);
@@ -62,10 +62,10 @@ struct Turns {
   }
   // dw = or += the gradients u of the normed heads [first, end) times these without w.
   void weight_grad(const Tensor& u, int first, int end, Slot<T> dw) const {
-    const i64 count = end - first;
+    i64 count = end - first;
     add_columns<T>(u.rows() * count, heads.size, dw, [&](i64 row, i64 i) {
-      const i64 t = row / count, h = first + row % count;
-      const i64 at = t * heads.width() + h * heads.size + i;
+      i64 t = row / count, h = first + row % count;
+      i64 at = t * heads.width() + h * heads.size + i;
       return u.as<T>()[at] * (x()[at] * rstd(t, h));
     });
   }
@@ -81,13 +81,13 @@ Turns<T> turns_of(Backward<T> b) {
 // Without a residual sum is x, and no output of the node.
 AddRmsNorm norm_of_sum(const Op& op, bool summed, const Tensor& x, const Tensor& residual,
                        const Tensor& w, double eps) {
-  const i64 D = w.numel();
+  i64 D = w.numel();
   op.check({{"x [..., D] and w [D]", x.defined() && w.dim == Dims{x.cols()}},
             {"residual of x's shape", !summed || residual.dim == x.dim},
             {"one dtype", one_dtype({&x, &residual, &w})}},
            {&x, &residual, &w});
   AddRmsNorm y{summed ? op.like(x) : x, op.like(x)};
-  const Tensor rstd = op.empty({x.rows()}, wide(x.dtype));
+  Tensor rstd = op.empty({x.rows()}, wide(x.dtype));
   op.run(
       x,
       [&]<class T>(T*) {
@@ -95,7 +95,7 @@ AddRmsNorm norm_of_sum(const Op& op, bool summed, const Tensor& x, const Tensor&
           T *row = row_of<T>(y.sum, r), *out = row_of<T>(y.normed, r);
           const T *a = row_of<T>(x, r), *b = residual.as<T>() + r * D;
           for (i64 j = 0; summed && j < D; j++) row[j] = a[j] + b[j];
-          const T scale = rstd.as<T>()[r] = rms_scale(row, D, T(eps));
+          T scale = rstd.as<T>()[r] = rms_scale(row, D, T(eps));
           for (i64 j = 0; j < D; j++) out[j] = row[j] * scale * w.as<T>()[j];
         });
       },
@@ -103,9 +103,9 @@ AddRmsNorm norm_of_sum(const Op& op, bool summed, const Tensor& x, const Tensor&
         OnCuda<T>::rms_norm(op.rank, x, summed ? residual : Tensor{}, w, eps, y, rstd);
       });
   const auto bx = []<class T>(Backward<T> b) {
-    const bool two = b.node.out.count == 2;
+    bool two = b.node.out.count == 2;
     const Tensor &dy = b.dy(two), dsum = two ? b.dy() : Tensor{}, dx = b.op().like(b.keep[0]);
-    const i64 n = dx.cols();
+    i64 n = dx.cols();
     parallel_rows(dx.rows(), n * 8, [&](i64 r) {
       T* to = row_of<T>(dx, r);
       if (dy.defined())
@@ -117,15 +117,15 @@ AddRmsNorm norm_of_sum(const Op& op, bool summed, const Tensor& x, const Tensor&
       for (i64 j = 0; dsum.defined() && j < n; j++) to[j] += more[j];
     });
     if (two && b.node.in[1].needs_grad()) {
-      const Tensor copy = b.op().like(dx);
+      Tensor copy = b.op().like(dx);
       std::copy_n(dx.data, dx.bytes(), copy.data);
       add_grad(b.rank, b.node.in[1], copy);
     }
     add_grad(b.rank, b.node.in[0], dx);
   };
   const auto gpu_bx = []<class T>(Backward<T> b) {
-    const bool two = b.node.out.count == 2, twice = two && b.node.in[1].needs_grad();
-    const Tensor dx = b.op().like(b.keep[0]), copy = twice ? b.op().like(dx) : Tensor{};
+    bool two = b.node.out.count == 2, twice = two && b.node.in[1].needs_grad();
+    Tensor dx = b.op().like(b.keep[0]), copy = twice ? b.op().like(dx) : Tensor{};
     OnCuda<T>::rms_norm_grad(b.rank, b.dy(two), two ? b.dy() : Tensor{}, b.keep, dx, copy);
     if (twice) add_grad(b.rank, b.node.in[1], copy);
     add_grad(b.rank, b.node.in[0], dx);
@@ -137,7 +137,7 @@ AddRmsNorm norm_of_sum(const Op& op, bool summed, const Tensor& x, const Tensor&
   const auto bw = []<class T>(Backward<T> b) {
     const Tensor &dy = b.dy(b.node.out.count - 1), &rows = b.keep[0];
     if (!dy.defined()) return;
-    const i64 n = rows.cols();
+    i64 n = rows.cols();
     const T *g = dy.as<T>(), *row = rows.as<T>(), *scale = b.keep[1].template as<T>();
     add_columns<T>(rows.rows(), n, b.to(2),
                    [=](i64 r, i64 j) { return g[r * n + j] * (row[r * n + j] * scale[r]); });
@@ -160,20 +160,20 @@ AddRmsNorm add_rms_norm(Rank& rank, Tensor x, Tensor residual, Tensor w, double 
 }
 
 Rope rope_tables(Rank& rank, i64 positions, int size, double theta, At at) {
-  const Op op{rank, "rope_tables", at};
+  Op op{rank, "rope_tables", at};
   op.check({{"an even head size", size > 0 && size % 2 == 0},
             {"positions >= 0", positions >= 0},
             {"theta > 0", theta > 0}},
            {});
-  const DType dtype = rank.compute == DType::F64 ? DType::F64 : DType::F32;
-  const i64 half = size / 2;
+  DType dtype = rank.compute == DType::F64 ? DType::F64 : DType::F32;
+  i64 half = size / 2;
   Rope rope{op.empty({positions, half}, dtype), op.empty({positions, half}, dtype)};
   op.run(
       rope.cos,
       [&]<class T>(T*) {
         parallel_rows(positions, half * 100, [&](i64 p) {
           for (i64 i = 0; i < half; i++) {
-            const double turn = double(p) * std::pow(theta, -2.0 * i / size);
+            double turn = double(p) * std::pow(theta, -2.0 * i / size);
             row_of<T>(rope.cos, p)[i] = T(std::cos(turn));
             row_of<T>(rope.sin, p)[i] = T(std::sin(turn));
           }
@@ -185,9 +185,9 @@ Rope rope_tables(Rank& rank, i64 positions, int size, double theta, At at) {
 
 Tensor qk_norm_rope(Rank& rank, Tensor qkv, Heads heads, Tensor q_norm, Tensor k_norm, double eps,
                     Rope rope, Tensor positions, At at) {
-  const Op op{rank, "qk_norm_rope", at};
-  const i64 N = heads.size;
-  const bool normed = q_norm.defined();
+  Op op{rank, "qk_norm_rope", at};
+  i64 N = heads.size;
+  bool normed = q_norm.defined();
   op.check({{"qkv [T, (H+2K)*N] with an even N",
              qkv.dim.rank == 2 && qkv.dim[1] == heads.width() && N > 0 && N % 2 == 0},
             {"positions I32 [T]", is_i32(positions, {qkv.dim[0]})},
@@ -200,8 +200,7 @@ Tensor qk_norm_rope(Rank& rank, Tensor qkv, Heads heads, Tensor q_norm, Tensor k
                                                            rope.cos.dtype == wide(qkv.dtype)}},
            {&qkv, &q_norm, &k_norm, &rope.cos, &positions});
   Tensor y = op.like(qkv);
-  const Tensor rstd =
-      normed ? op.empty({qkv.dim[0], heads.query + heads.kv}, wide(qkv.dtype)) : Tensor{};
+  Tensor rstd = normed ? op.empty({qkv.dim[0], heads.query + heads.kv}, wide(qkv.dtype)) : Tensor{};
   const TensorList all = {rope.cos, rope.sin, positions, normed ? qkv : Tensor{},
                           rstd,     q_norm,   k_norm};
   op.check_ids("positions", positions, rope.cos.dim[0]);
@@ -211,34 +210,33 @@ Tensor qk_norm_rope(Rank& rank, Tensor qkv, Heads heads, Tensor q_norm, Tensor k
         Turns<T>{heads, all}.forward(qkv, T(eps), y);
       },
       [&]<class T>(T*) { OnCuda<T>::qk_norm_rope(rank, heads, all, qkv, eps, y); });
-  const auto node =
-      record(op, {qkv, q_norm, k_norm}, {&y})
-          .numbers({heads.query, heads.kv, N})
-          .bx(
-              all,
-              [](const auto& b) {
-                const Tensor dx = b.op().like(b.dy());
-                turns_of(b).backward(b.dy(), dx);
-                add_grad(b.rank, b.node.in[0], dx);
-              },
-              []<class T>(Backward<T> b) {
-                const Tensor dx = b.op().like(b.dy());
-                OnCuda<T>::qk_norm_rope_grad(b.rank, heads_of(b.node), b.keep, b.dy(), dx);
-                add_grad(b.rank, b.node.in[0], dx);
-              });
+  auto node = record(op, {qkv, q_norm, k_norm}, {&y})
+                  .numbers({heads.query, heads.kv, N})
+                  .bx(
+                      all,
+                      [](const auto& b) {
+                        Tensor dx = b.op().like(b.dy());
+                        turns_of(b).backward(b.dy(), dx);
+                        add_grad(b.rank, b.node.in[0], dx);
+                      },
+                      []<class T>(Backward<T> b) {
+                        Tensor dx = b.op().like(b.dy());
+                        OnCuda<T>::qk_norm_rope_grad(b.rank, heads_of(b.node), b.keep, b.dy(), dx);
+                        add_grad(b.rank, b.node.in[0], dx);
+                      });
   if (normed)
     node.bw(
         1, {rope.cos, rope.sin, positions, qkv, rstd},
         [](const auto& b) {
-          const auto turns = turns_of(b);
-          const Tensor u = b.op().like(b.dy());
+          auto turns = turns_of(b);
+          Tensor u = b.op().like(b.dy());
           turns.backward(b.dy(), u);
           // One after the other: one weight may serve both, and the first writer assigns.
           turns.weight_grad(u, 0, turns.heads.query, b.to(1));
           turns.weight_grad(u, turns.heads.query, turns.turned(), b.to(2));
         },
         []<class T>(Backward<T> b) {
-          const Heads h = heads_of(b.node);
+          Heads h = heads_of(b.node);
           OnCuda<T>::qk_norm_weight(b.rank, h, b.keep, b.dy(), 0, h.query, b.slot(1));
           OnCuda<T>::qk_norm_weight(b.rank, h, b.keep, b.dy(), h.query, h.query + h.kv, b.slot(2));
         });

@@ -23,7 +23,7 @@ void Op::check_alike(std::initializer_list<const Tensor*> ts) const {
 void Op::check_ids(const char* what, const Tensor& ids, i64 limit, int also) const {
   vector<char> bytes;
   if (ids.device == Device::CUDA && !rank.debug) return;
-  const Tensor host = on_host(rank, ids, bytes);
+  Tensor host = on_host(rank, ids, bytes);
   const int* id = host.i32();
   for (i64 i = 0, n = ids.numel(); i < n; i++) {
     if ((id[i] >= 0 && id[i] < limit) || (also && id[i] == also)) continue;
@@ -35,15 +35,15 @@ void Op::check_ids(const char* what, const Tensor& ids, i64 limit, int also) con
 void Op::check_offsets(const char* what, const Tensor& offsets, i64 last) const {
   vector<char> bytes;
   if (offsets.device == Device::CUDA && !rank.debug) return;
-  const Tensor host = on_host(rank, offsets, bytes);
+  Tensor host = on_host(rank, offsets, bytes);
   const int *begin = host.i32(), *end = begin + host.numel();
-  const bool good = begin != end && *begin == 0 && end[-1] == last && std::is_sorted(begin, end);
+  bool good = begin != end && *begin == 0 && end[-1] == last && std::is_sorted(begin, end);
   check({{text("%s ascending from 0 to P", what).c_str(), good}}, {&offsets});
 }
 
 int Op::dim_of(const Tensor& x, int dim) const {
   check({{"a defined tensor", x.defined()}}, {&x});
-  const int d = dim < 0 ? dim + x.dim.rank : dim;
+  int d = dim < 0 ? dim + x.dim.rank : dim;
   check({{text("dimension %d of x", dim).c_str(), d >= 0 && d < x.dim.rank}}, {&x});
   return d;
 }
@@ -56,7 +56,7 @@ Dims Op::broadcast(std::initializer_list<const Tensor*> ts) const {
     for (int i = 0; i < t->dim.rank; i++) {
       i64& size = all[all.rank - t->dim.rank + i];
       if (size == 1) size = t->dim[i];
-      const bool fits = t->dim[i] == 1 || t->dim[i] == size;
+      bool fits = t->dim[i] == 1 || t->dim[i] == size;
       check({{"sizes equal or 1, aligned at the last dimension", fits}}, ts);
     }
   return all;

@@ -82,12 +82,12 @@ struct Backward {
   const Tensor& dy(int output = 0) const { return node.grad[output]; }
   GradSlot slot(int input) const { return grad_slot(rank, node.in[input], node.at); }
   Slot<T> to(int input) const {
-    const GradSlot s = slot(input);
+    GradSlot s = slot(input);
     return {s.grad.as<T>(), s.add};
   }
   // For what only adds; undefined if not wanted.
   Tensor zeroed(int input) const {
-    const GradSlot s = slot(input);
+    GradSlot s = slot(input);
     if (!s.add) fill_zero(rank, s.grad);
     return s.grad;
   }

@@ -23,7 +23,7 @@ void parallel_blocks(i64 n, i64 work, F&& f) {
 }
 
 void adamw_step(Rank& rank, Tensor w, Tensor g, Tensor m, Tensor v, const AdamW& options, At at) {
-  const Op op{rank, "adamw_step", at};
+  Op op{rank, "adamw_step", at};
   op.check({{"w, g, m and v of one shape", g.dim == w.dim && m.dim == w.dim && v.dim == w.dim},
             {"one dtype", one_dtype({&w, &g, &m, &v})},
             {"step >= 1", options.step >= 1}},
@@ -71,14 +71,14 @@ void fill_normal(Rank& rank, Tensor x, u64 key, u64 first, double std, At at) {
 }
 
 void fill_constant(Rank& rank, Tensor x, double value, At at) {
-  const Op op{rank, "fill_constant", at};
+  Op op{rank, "fill_constant", at};
   op.typed(x, [&]<class T>(T*) {
     elementwise<T, Formula::Copy>(op, x.dim, {{}, {.scalar = value}, {}, {}, view_of(x)}, false);
   });
 }
 
 void cast(Rank& rank, Tensor from, Tensor to, At at) {
-  const Op op{rank, "cast", at};
+  Op op{rank, "cast", at};
   op.check({{"a GPU's tensors of one shape",
              from.device == Device::CUDA && to.device == Device::CUDA && from.dim == to.dim}},
            {&from, &to});

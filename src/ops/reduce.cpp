@@ -12,7 +12,7 @@ namespace pith {
 namespace {
 
 int filled_dim(const Op& op, const Tensor& x, int dim) {
-  const int d = op.dim_of(x, dim);
+  int d = op.dim_of(x, dim);
   op.check({{"elements in the dimension", x.dim[d] > 0}}, {&x});
   return d;
 }
@@ -30,13 +30,13 @@ Tensor over_last(const Op& op, const Tensor& x, int d, F f) {
 // Over the last dimension, from its end if `reverse`.
 template <class T>
 void cumulate(const Op& op, const Tensor& x, const GradSlot& out, bool reverse) {
-  const i64 n = x.cols();
+  i64 n = x.cols();
   const Slot<T> to{out.grad.as<T>(), out.add};
   if (kCuda && x.device == Device::CUDA) return OnCuda<T>::cumsum(op.rank, x, out, reverse);
   parallel_rows(x.rows(), n, [&](i64 r) {
     T sum = 0;
     for (i64 i = 0; i < n; i++) {
-      const i64 at = r * n + (reverse ? n - 1 - i : i);
+      i64 at = r * n + (reverse ? n - 1 - i : i);
       to.put(at, sum += x.as<T>()[at]);
     }
   });
@@ -45,33 +45,33 @@ void cumulate(const Op& op, const Tensor& x, const GradSlot& out, bool reverse) 
 }
 
 Tensor sum(Rank& rank, Tensor x, int dim, At at) {
-  const Op op{rank, "sum", at};
+  Op op{rank, "sum", at};
   Tensor y = op.empty(with_size(x.dim, op.dim_of(x, dim), 1), x.dtype);
   op.typed(x, [&]<class T>(T*) { sum_to<T>(op, x, {y}); });
   record(op, {x}, {&y}).bx({}, []<class T>(Backward<T> b) {
-    const GradSlot dx = b.slot(0);
+    GradSlot dx = b.slot(0);
     copy_elements<T>(b.op(), dx.grad.dim, view_of(b.dy(), dx.grad.dim), view_of(dx.grad), dx.add);
   });
   return y;
 }
 
 Tensor mean(Rank& rank, Tensor x, int dim, At at) {
-  const int d = filled_dim({rank, "mean", at}, x, dim);
+  int d = filled_dim({rank, "mean", at}, x, dim);
   return mul(rank, sum(rank, x, d, at), 1 / double(x.dim[d]), at);
 }
 
 Tensor max(Rank& rank, Tensor x, int dim, At at) {
-  const Op op{rank, "max", at};
+  Op op{rank, "max", at};
   return over_last(op, x, filled_dim(op, x, dim),
                    [&](Tensor t) { return top_k(rank, t, 1, at).values; });
 }
 
 TopK top_k(Rank& rank, Tensor x, int k, At at) {
-  const Op op{rank, "top_k", at};
+  Op op{rank, "top_k", at};
   op.check_alike({&x});
-  const string need = text("1 <= k <= size of the last dimension for k = %d", k);
+  string need = text("1 <= k <= size of the last dimension for k = %d", k);
   op.check({{need.c_str(), k >= 1 && k <= x.cols()}}, {&x});
-  const Dims dims = with_size(x.dim, x.dim.rank - 1, k);
+  Dims dims = with_size(x.dim, x.dim.rank - 1, k);
   TopK y{op.empty(dims, x.dtype), op.empty(dims, DType::I32)};
   op.typed(x, [&]<class T>(T*) {
     if (kCuda && x.device == Device::CUDA) return OnCuda<T>::top_k(rank, x, k, y.values, y.ids);
@@ -82,7 +82,8 @@ TopK top_k(Rank& rank, Tensor x, int k, At at) {
     });
   });
   record(op, {x}, {&y.values}).bx({y.ids}, []<class T>(Backward<T> b) {
-    const Tensor dx = b.zeroed(0), &ids = b.keep[0];
+    Tensor dx = b.zeroed(0);
+    const Tensor& ids = b.keep[0];
     if (kCuda && dx.device == Device::CUDA) return OnCuda<T>::top_k_grad(b.rank, b.dy(), ids, dx);
     for (i64 i = 0; i < ids.numel(); i++)
       row_of<T>(dx, i / ids.cols())[ids.i32()[i]] += b.dy().template as<T>()[i];
@@ -91,7 +92,7 @@ TopK top_k(Rank& rank, Tensor x, int k, At at) {
 }
 
 Tensor cumsum(Rank& rank, Tensor x, int dim, At at) {
-  const Op op{rank, "cumsum", at};
+  Op op{rank, "cumsum", at};
   return over_last(op, x, op.dim_of(x, dim), [&](Tensor t) {
     Tensor y = op.like(t);
     op.typed(t, [&]<class T>(T*) { cumulate<T>(op, t, {y}, false); });
@@ -103,20 +104,20 @@ Tensor cumsum(Rank& rank, Tensor x, int dim, At at) {
 }
 
 Tensor softmax(Rank& rank, Tensor x, int dim, At at) {
-  const Op op{rank, "softmax", at};
+  Op op{rank, "softmax", at};
   return over_last(op, x, op.dim_of(x, dim), [&](Tensor t) {
     Tensor y = op.like(t);
     op.typed(t, [&, n = t.cols()]<class T>(T*) {
       if (kCuda && t.device == Device::CUDA) return OnCuda<T>::softmax(op.rank, t, y);
       parallel_rows(t.rows(), n * 4, [&](i64 r) {
         T* to = std::copy_n(row_of<T>(t, r), n, row_of<T>(y, r)) - n;
-        const T sum = exp_sum(to, n, max_of(to, n));
+        T sum = exp_sum(to, n, max_of(to, n));
         for (i64 i = 0; i < n; i++) to[i] /= sum;
       });
     });
     record(op, {t}, {&y}).bx({y}, []<class T>(Backward<T> b) {
-      const i64 n = b.dy().cols();
-      const GradSlot slot = b.slot(0);
+      i64 n = b.dy().cols();
+      GradSlot slot = b.slot(0);
       if (kCuda && b.dy().device == Device::CUDA)
         return OnCuda<T>::softmax_grad(b.rank, b.dy(), b.keep[0], slot);
       const Slot<T> dx{slot.grad.as<T>(), slot.add};

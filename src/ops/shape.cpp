@@ -38,14 +38,14 @@ Tensor taken(const Op& op, const View& part, const Dims& dims) {
 template <class T>
 void gather_rows(const Op& op, const Tensor& x, i64 n, const Tensor& index, const Tensor& begin,
                  const GradSlot& out) {
-  const i64 rows = begin.defined() ? begin.dim[0] - 1 : index.numel();
+  i64 rows = begin.defined() ? begin.dim[0] - 1 : index.numel();
   const Slot<T> y{out.grad.as<T>(), out.add};
   if (!y.data) return;
   if (kCuda && x.device == Device::CUDA)
     return OnCuda<T>::gather_rows(op.rank, x, n, index, begin, out);
   parallel_rows(rows, n * (1 + index.numel() / max<i64>(1, rows)), [&](i64 r) {
-    const i64 first = begin.defined() ? begin.i32()[r] : r;
-    const i64 end = begin.defined() ? begin.i32()[r + 1] : r + 1;
+    i64 first = begin.defined() ? begin.i32()[r] : r;
+    i64 end = begin.defined() ? begin.i32()[r + 1] : r + 1;
     T* to = y.data + r * n;
     if (!y.add) std::fill_n(to, n, T(0));
     for (i64 i = first; i < end; i++) {
@@ -58,7 +58,7 @@ void gather_rows(const Op& op, const Tensor& x, i64 n, const Tensor& index, cons
 // Row ids[i] of y += row i of x, in the order of i.
 template <class T>
 void scatter_rows(const Op& op, const Tensor& x, const Tensor& ids, const Tensor& y) {
-  const i64 count = ids.numel(), n = count ? x.numel() / count : 0;
+  i64 count = ids.numel(), n = count ? x.numel() / count : 0;
   if (!y.data) return;
   if (kCuda && x.device == Device::CUDA) return OnCuda<T>::scatter_rows(op.rank, x, n, ids, y);
   column_blocks(count, n, [&](i64 first, i64 width) {
@@ -99,7 +99,7 @@ void check_rows(const Op& op, const Tensor& x, const Tensor& ids, i64 rows) {
 // Rows to pairs or pairs to rows. `need` tells x's shape.
 Tensor move_rows(const Op& op, bool to_pairs, const char* need, const Tensor& x,
                  const Dispatched& d) {
-  const i64 P = d.row_of.dim[0], R = d.row_begin.dim[0] - 1;
+  i64 P = d.row_of.dim[0], R = d.row_begin.dim[0] - 1;
   op.check({{"row_of I32 [P], pair_of I32 [P] and row_begin I32 [R+1]",
              is_i32(d.row_of, {P}) && is_i32(d.pair_of, {P}) && is_i32(d.row_begin, {R + 1})},
             {need, x.dim.rank == 2 && x.dim[0] == (to_pairs ? R : P)}},
@@ -120,15 +120,15 @@ Tensor move_rows(const Op& op, bool to_pairs, const char* need, const Tensor& x,
 }
 
 Tensor permute(Rank& rank, Tensor x, Dims order, At at) {
-  const Op op{rank, "permute", at};
+  Op op{rank, "permute", at};
   op.check_alike({&x});
   op.check({{"one entry of order a dimension", order.rank == x.dim.rank}}, {&x});
-  const View whole = view_of(x);
+  View whole = view_of(x);
   View part{x};
   Dims dims = order;
   unsigned seen = 0;
   for (int i = 0; i < order.rank; i++) {
-    const bool fits = order[i] >= 0 && order[i] < order.rank && !(seen >> order[i] & 1);
+    bool fits = order[i] >= 0 && order[i] < order.rank && !(seen >> order[i] & 1);
     op.check({{"each dimension once in order", fits}}, {&x});
     seen |= 1u << order[i];
     dims[i] = x.dim[int(order[i])];
@@ -139,7 +139,7 @@ Tensor permute(Rank& rank, Tensor x, Dims order, At at) {
 
 Tensor reshape(Rank& rank, Tensor x, Dims dims, At at) {
   i64* end = dims.size + dims.rank;
-  const bool sizes = dims.rank > 0 && *std::min_element(dims.size, end) >= -1;
+  bool sizes = dims.rank > 0 && *std::min_element(dims.size, end) >= -1;
   Op{rank, "reshape", at}.check(
       {{"a defined tensor", x.defined()},
        {"sizes >= 0, at most one of them -1", sizes && std::count(dims.size, end, -1) <= 1}},
@@ -148,17 +148,16 @@ Tensor reshape(Rank& rank, Tensor x, Dims dims, At at) {
 }
 
 Tensor slice(Rank& rank, Tensor x, int dim, i64 begin, i64 end, At at) {
-  const Op op{rank, "slice", at};
-  const int d = op.dim_of(x, dim);
-  const string need =
-      text("0 <= begin <= end <= size for [%ld,%ld) of dimension %d", begin, end, d);
+  Op op{rank, "slice", at};
+  int d = op.dim_of(x, dim);
+  string need = text("0 <= begin <= end <= size for [%ld,%ld) of dimension %d", begin, end, d);
   op.check({{need.c_str(), begin >= 0 && begin <= end && end <= x.dim[d]}}, {&x});
   return taken(op, part_of(x, d, begin), with_size(x.dim, d, end - begin));
 }
 
 TensorList split(Rank& rank, Tensor x, int dim, Dims sizes, At at) {
-  const Op op{rank, "split", at};
-  const int d = op.dim_of(x, dim);
+  Op op{rank, "split", at};
+  int d = op.dim_of(x, dim);
   i64 total = 0;
   for (int i = 0; i < sizes.rank; i++) total += sizes[i];
   op.check({{"sizes that sum to the dimension's", sizes.rank > 0 && total == x.dim[d]}}, {&x});
@@ -170,13 +169,13 @@ TensorList split(Rank& rank, Tensor x, int dim, Dims sizes, At at) {
 }
 
 Tensor concat(Rank& rank, TensorList xs, int dim, At at) {
-  const Op op{rank, "concat", at};
+  Op op{rank, "concat", at};
   op.check({{"at least one tensor", xs.count > 0}}, {&xs[0]});
-  const int d = op.dim_of(xs[0], dim);
+  int d = op.dim_of(xs[0], dim);
   Dims dims = with_size(xs[0].dim, d, 0);
   for (int k = 0; k < xs.count; k++) {
     op.check_alike({&xs[0], &xs[k]});
-    const bool fits = with_size(xs[k].dim, d, xs[0].dim[d]) == xs[0].dim;
+    bool fits = with_size(xs[k].dim, d, xs[0].dim[d]) == xs[0].dim;
     op.check({{"equal sizes but for the one dimension", fits}}, {&xs[0], &xs[k]});
     dims[d] += xs[k].dim[d];
   }
@@ -189,11 +188,11 @@ Tensor concat(Rank& rank, TensorList xs, int dim, At at) {
   record(op, {xs[0], xs[1], xs[2], xs[3], xs[4], xs[5], xs[6], xs[7]}, {&y})
       .numbers({d})
       .bx({}, []<class T>(Backward<T> b) {
-        const int along = int(b.node.i[0]);
+        int along = int(b.node.i[0]);
         i64 begin = 0;
         for (int k = 0; k < b.node.in.count && b.node.in[k].defined();
              begin += b.node.in[k++].dim[along]) {
-          const GradSlot dx = b.slot(k);
+          GradSlot dx = b.slot(k);
           if (dx.grad.defined())
             copy_elements<T>(b.op(), dx.grad.dim, part_of(b.dy(), along, begin), view_of(dx.grad),
                              dx.add);
@@ -203,8 +202,8 @@ Tensor concat(Rank& rank, TensorList xs, int dim, At at) {
 }
 
 Tensor repeat(Rank& rank, Tensor x, int dim, i64 times, At at) {
-  const Op op{rank, "repeat", at};
-  const int d = op.dim_of(x, dim);
+  Op op{rank, "repeat", at};
+  int d = op.dim_of(x, dim);
   op.check({{"times >= 0", times >= 0}}, {&x});
   const Extent e = extent_of(x.dim, d);
   Tensor ones = op.empty({1, times, 1}, x.dtype);
@@ -214,7 +213,7 @@ Tensor repeat(Rank& rank, Tensor x, int dim, i64 times, At at) {
 }
 
 Tensor index_select(Rank& rank, Tensor x, Tensor ids, At at) {
-  const Op op{rank, "index_select", at};
+  Op op{rank, "index_select", at};
   check_rows(op, x, ids, x.dim[0]);
   Tensor y = select(op, x, ids);
   record(op, {x}, {&y}).bx({ids}, kScatterGrad);
@@ -222,7 +221,7 @@ Tensor index_select(Rank& rank, Tensor x, Tensor ids, At at) {
 }
 
 Tensor embedding(Rank& rank, Tensor ids, Tensor w, At at) {
-  const Op op{rank, "embedding", at};
+  Op op{rank, "embedding", at};
   op.check({{"ids I32 of at most 4 dimensions",
              ids.dtype == DType::I32 && ids.defined() && ids.dim.rank < kMaxDims},
             {"w [V, D]", w.dim.rank == 2},
@@ -235,7 +234,7 @@ Tensor embedding(Rank& rank, Tensor ids, Tensor w, At at) {
 }
 
 Tensor scatter_add(Rank& rank, Tensor src, Tensor ids, i64 rows, At at) {
-  const Op op{rank, "scatter_add", at};
+  Op op{rank, "scatter_add", at};
   check_rows(op, src, ids, rows);
   op.check({{"rows >= 0", rows >= 0}, {"an id a row of src", ids.numel() == src.dim[0]}},
            {&src, &ids});

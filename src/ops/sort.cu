@@ -9,26 +9,26 @@ namespace pith {
 
 void cuda_sort(Rank& rank, const Tensor& ids, i64 limit, const Tensor& sorted,
                const Tensor& order) {
-  const i64 n = ids.numel();
+  i64 n = ids.numel();
   if (n == 0) return;
   const cudaStream_t stream = cuda_of(rank).stream;
-  const Tensor places = empty(rank, {n}, DType::I32);
+  Tensor places = empty(rank, {n}, DType::I32);
   int* place = places.i32();
   cuda_each(rank, n, [=] __device__(i64 i) { place[i] = int(i); });
-  const int bits = max<int>(1, std::bit_width(u64(limit)));
+  int bits = max<int>(1, std::bit_width(u64(limit)));
   size_t bytes = 0;
-  const auto sort = [&](void* room) {
+  auto sort = [&](void* room) {
     cuda_check(cub::DeviceRadixSort::SortPairs(room, bytes, ids.i32(), sorted.i32(), places.i32(),
                                                order.i32(), n, 0, bits, stream));
   };
   sort(nullptr);
-  const Tensor room = empty(rank, {i64(bytes)}, DType::U8);
+  Tensor room = empty(rank, {i64(bytes)}, DType::U8);
   sort(room.data);
 }
 
 Tensor cuda_dispatch(Rank& rank, const Tensor& ids, int experts, Dispatched& d) {
-  const i64 T = ids.dim[0], k = ids.dim[1], P = T * k;
-  const Tensor sorted = empty(rank, {P}, DType::I32), order = empty(rank, {P}, DType::I32);
+  i64 T = ids.dim[0], k = ids.dim[1], P = T * k;
+  Tensor sorted = empty(rank, {P}, DType::I32), order = empty(rank, {P}, DType::I32);
   cuda_sort(rank, ids, experts, sorted, order);
   d.row_of = empty(rank, {P}, DType::I32);
   d.pair_of = empty(rank, {P}, DType::I32);
@@ -46,7 +46,7 @@ Tensor cuda_dispatch(Rank& rank, const Tensor& ids, int experts, Dispatched& d) 
     if (i > experts) return;
     i64 low = 0, high = P;  // the first pair of expert i or a later one
     while (low < high) {
-      const i64 middle = (low + high) / 2;
+      i64 middle = (low + high) / 2;
       if (expert[middle] < i)
         low = middle + 1;
       else

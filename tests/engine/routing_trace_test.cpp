@@ -133,10 +133,10 @@ TEST(RoutingSlot, RanksFillTheirTokensAndGetThemBack) {
     const int64_t T = static_cast<int64_t>(p.ids.size()) / 2;
     const Routing routing{t.ints({T, 2}, p.ids), t.floats({T, 2}, p.weights, p.dtype),
                           t.random({T, 8}, 1, 0, 0.125, p.dtype)};
-    trace_routing(slots[p.rank], 1, p.micro_batch, routing);
+    trace_routing(t.rank, slots[p.rank], 1, p.micro_batch, routing);
     EXPECT_FALSE(forced_ids(t.rank, slots[p.rank], 1, p.micro_batch).defined());
   }
-  trace_routing(slots[0], 0, 0, {});  // a layer without experts
+  trace_routing(t.rank, slots[0], 0, 0, {});  // a layer without experts
   EXPECT_EQ(step.ids, (std::vector<int32_t>{-1, -1, -1, -1, -1, -1, -1, -1,  //
                                             5, 1, 6, 0, 3, 4, 7, 2}));
   EXPECT_EQ(std::vector<float>(step.weights.begin() + 8, step.weights.end()),
@@ -150,7 +150,7 @@ TEST(RoutingSlot, RanksFillTheirTokensAndGetThemBack) {
   }
   EXPECT_FALSE(forced_ids(t.rank, slots[1], 1, 1).defined());  // no tokens
   step.traced = false;
-  trace_routing(slots[0], 1, 0, {t.ints({1, 2}, {0, 0}), t.floats({1, 2}, {}, DType::F32), {}});
+  trace_routing(t.rank, slots[0], 1, 0, {t.ints({1, 2}, {0, 0}), t.floats({1, 2}, {}, DType::F32), {}});
   EXPECT_EQ(step.ids[8], 5);
 }
 
@@ -159,7 +159,7 @@ TEST(RoutingSlot, AnotherShapeIsAnError) {
   RoutingStep step;
   begin_trace(step, 1, 2, 2);
   const RoutingSlot slot{&step, {{0, 1}}};
-  EXPECT_THROW(trace_routing(slot, 0, 0, {t.ints({1, 2}, {0, 1}), t.floats({1, 2}, {}), {}}),
+  EXPECT_THROW(trace_routing(t.rank, slot, 0, 0, {t.ints({1, 2}, {0, 1}), t.floats({1, 2}, {}), {}}),
                Error);
 }
 
