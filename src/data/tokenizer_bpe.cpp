@@ -41,9 +41,8 @@ Bpe::Bpe(const vector<Merge>& merges, const vector<string_view>& bytes, bool ign
     byte_pairs_[pair] = rank_of(byte_ids_[pair >> 8], byte_ids_[pair & 255]);
 }
 
-// Byte-pair encoding: merges the pair of the lowest rank, of equal ones the leftmost, until none is
-// left. ranks: of each id and the next one. All equal ones are merged in one pass, unless that
-// makes a pair of a lower rank.
+// Merges the pair of the lowest rank, of equal ones the leftmost, until none is left. ranks: of
+// each id and the next one. Equal ones are merged in one pass, unless that makes a lower rank.
 void Bpe::merge(vector<u32>& ids, vector<u32>& ranks) const {
   if (ids.size() > 96) return merge_long(ids, ranks);
   while (!ids.empty()) {
@@ -98,7 +97,6 @@ void Bpe::merge_long(vector<u32>& ids, vector<u32>& ranks) const {
   ids.resize(count);
 }
 
-// The ids of a word, into scratch.ids_.
 void Bpe::encode_word(string_view word, EncodeScratch& scratch) const {
   vector<u32>& ids = scratch.ids_;
   ids.clear();

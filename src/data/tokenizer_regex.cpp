@@ -7,7 +7,6 @@
 
 namespace pith {
 
-// PCRE2's \s is another one than Oniguruma's.
 static constexpr const char* kSpaces =
     "\\x{9}-\\x{d}\\x{20}\\x{85}\\x{a0}\\x{1680}\\x{2000}-\\x{200a}\\x{2028}\\x{2029}\\x{202f}"
     "\\x{205f}\\x{3000}";
