@@ -1,13 +1,11 @@
 // corpus: pith tokenize, its way back --decode, and pith corpus inspect.
-#include <algorithm>
-
+#include "data/corpus.h"
 #include "app/arguments.h"
 #include "app/commands.h"
 #include "app/model_folder.h"
 #include "core/json.h"
 #include "core/log.h"
 #include "core/process.h"
-#include "data/corpus.h"
 #include "data/tokenizer.h"
 
 namespace pith {

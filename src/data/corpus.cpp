@@ -51,7 +51,7 @@ string classify(Source& source, CorpusFormat wanted) {
   fs::path stem = source.name;
   if (stem.extension() == ".parquet")
     bad_input(source.path, "Parquet is not read (need text or JSON lines)",
-              "duckdb -c \"COPY (SELECT text FROM 'x.parquet') TO 'x.jsonl' (FORMAT json)\"");
+              "DuckDB, which can write it as JSON lines");
   if (stem.extension() == ".gz" || stem.extension() == ".zst") stem.replace_extension();
   const bool jsonl = stem.extension() == ".jsonl", known = jsonl || stem.extension() == ".txt";
   if (known) stem.replace_extension();
@@ -146,7 +146,7 @@ vector<Unit> plan(const CorpusOptions& o) {
   return units;
 }
 
-// The bytes of a source, decompressed as the suffix of its name says.
+// Decompresses as the suffix of the name says.
 class SourceStream {
  public:
   explicit SourceStream(const string& path)
@@ -181,7 +181,7 @@ class SourceStream {
   i64 stored_bytes = 0;  // read so far
 
  private:
-  size_t read_stored(char* to, size_t n) {
+  size_t read_stored(void* to, size_t n) {
     ssize_t got;
     do got = ::read(fd_, to, n);
     while (got < 0 && errno == EINTR);
@@ -201,7 +201,7 @@ class SourceStream {
       return out.pos;
     }
     if (!inside_) inflateReset(&inflater_);
-    inflater_.next_in = reinterpret_cast<Bytef*>(buffer_.data() + begin_);
+    inflater_.next_in = buffer_.data() + begin_;
     inflater_.avail_in = end_ - begin_;
     inflater_.next_out = reinterpret_cast<Bytef*>(to);
     inflater_.avail_out = n;
@@ -222,7 +222,7 @@ class SourceStream {
   const bool gzip_;
   ZSTD_DStream* const zstd_;
   bool inside_ = true;  // of a gzip member or zstd frame
-  string buffer_;       // stored bytes; [begin_, end_) are not used yet
+  vector<u8> buffer_;   // stored bytes; [begin_, end_) are not used yet
   size_t begin_ = 0, end_ = 0;
   z_stream inflater_{};
 };
@@ -293,8 +293,7 @@ void find_documents(Batch& batch, const string& key) {
   }
 }
 
-// A unit at work, claimed by the lock on its record, which holds the ends of its documents and at
-// last what the token file was made of.
+// Claimed by the lock on its record: the ends of its documents, at last the unit's identity.
 struct OpenUnit {
   explicit OpenUnit(const Unit& u) : unit(u), record(u.record, LOCK_EX | LOCK_NB) {}
 
@@ -432,7 +431,7 @@ class CorpusRun {
     return true;
   }
 
-  // Under a lock, because several processes may begin at once. Marks the folder as not whole.
+  // Locked against others that begin at once. Marks the folder as not whole.
   void open_folder() const {
     const string &folder = options_.output, path = folder + "/corpus.json";
     JsonWriter w(2);
@@ -483,7 +482,6 @@ class CorpusRun {
     changed_.notify_all();
   }
 
-  // Null when nothing is left to read.
   std::shared_ptr<OpenUnit> next_unit(Lock& lock) {
     while (!error_ && !stop_requested() && !(to_do_.empty() && open_.empty())) {
       claim_units();
@@ -496,7 +494,6 @@ class CorpusRun {
     return nullptr;
   }
 
-  // One a thread, if other processes do not hold all that are left.
   void claim_units() {
     for (size_t left = to_do_.size(); left > 0 && i64(open_.size()) < threads_; left--) {
       const Unit& next = *to_do_.front();

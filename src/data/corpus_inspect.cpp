@@ -1,4 +1,3 @@
-// corpus_inspect: what a folder of token files holds.
 #include <algorithm>
 #include <bit>
 #include <filesystem>

@@ -45,7 +45,7 @@ void write_file_durably(const string& path, const string& bytes);
 void make_folders(const string& path);
 // Makes renames and removals inside the folder durable.
 void sync_folder(const string& path);
-// "a/b.txt" -> "a", "b.txt" -> ".".
+// "b.txt" -> ".".
 string folder_of(const string& path);
 
 // A file, made where missing, with flock()'s lock until the process ends.

@@ -85,7 +85,6 @@ constexpr int kIdBits = 21, kRankBits = 64 - 2 * kIdBits;  // of a packed merge
 class EncodeScratch {
  public:
   explicit EncodeScratch(size_t cache_bytes = size_t{1} << 23);
-  EncodeScratch(EncodeScratch&&) = default;
 
  private:
   friend class Bpe;

@@ -11,7 +11,6 @@ namespace pith {
 
 static constexpr u64 kNoPair = UINT64_MAX;
 
-// Where the pair is in `pairs_`, or would be.
 size_t Bpe::slot_of(u32 left, u32 right) const {
   const u64 key = u64{left} << kIdBits | right;
   size_t at = key * 0x9e3779b97f4a7c15 >> 32 & (pairs_.size() - 1);

@@ -8,7 +8,7 @@
 namespace pith {
 
 static const char* const kRefetch = "fetch the file again";
-static const char* const kOther = "a byte-level BPE tokenizer, as Qwen, DeepSeek and GPT-OSS have";
+static const char* const kOther = "a byte-level BPE tokenizer, as that of Qwen";
 static const char* const kGpt2Pattern =
     R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
 static constexpr u32 kMostIds = 1u << kIdBits, kMostMerges = 1u << kRankBits;
