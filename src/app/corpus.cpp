@@ -1,11 +1,12 @@
 // corpus: pith tokenize, its way back --decode, and pith corpus inspect.
+#include "data/corpus.h"
+
 #include <algorithm>
 
 #include "app/commands.h"
 #include "core/json.h"
 #include "core/log.h"
 #include "core/process.h"
-#include "data/corpus.h"
 #include "data/tokenizer.h"
 
 namespace pith {

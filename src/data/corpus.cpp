@@ -33,7 +33,7 @@ namespace {
 constexpr size_t kReadBytes = 256 << 10, kBatchBytes = 1 << 20;
 
 struct Source {
-  string path, name;  // as opened; below its input
+  string path, name;  // of the file; below its input
   i64 bytes = 0;
   CorpusFormat format = CorpusFormat::Auto;
 };
@@ -51,7 +51,7 @@ string classify(Source& source, CorpusFormat wanted) {
   fs::path stem = source.name;
   if (stem.extension() == ".parquet")
     bad_input(source.path, "Parquet is not read (need text or JSON lines)",
-              "duckdb -c \"COPY (SELECT text FROM 'x.parquet') TO 'x.jsonl' (FORMAT json)\"");
+              "DuckDB, which can write it as JSON lines");
   if (stem.extension() == ".gz" || stem.extension() == ".zst") stem.replace_extension();
   const bool jsonl = stem.extension() == ".jsonl", known = jsonl || stem.extension() == ".txt";
   if (known) stem.replace_extension();
@@ -146,7 +146,7 @@ vector<Unit> plan(const CorpusOptions& o) {
   return units;
 }
 
-// The bytes of a source, decompressed as the suffix of its name says.
+// Decompresses as the suffix of the name says.
 class SourceStream {
  public:
   explicit SourceStream(const string& path)
@@ -181,7 +181,7 @@ class SourceStream {
   i64 stored_bytes = 0;  // read so far
 
  private:
-  size_t read_stored(char* to, size_t n) {
+  size_t read_stored(void* to, size_t n) {
     ssize_t got;
     do got = ::read(fd_, to, n);
     while (got < 0 && errno == EINTR);
@@ -201,7 +201,7 @@ class SourceStream {
       return out.pos;
     }
     if (!inside_) inflateReset(&inflater_);
-    inflater_.next_in = reinterpret_cast<Bytef*>(buffer_.data() + begin_);
+    inflater_.next_in = buffer_.data() + begin_;
     inflater_.avail_in = end_ - begin_;
     inflater_.next_out = reinterpret_cast<Bytef*>(to);
     inflater_.avail_out = n;
@@ -222,7 +222,7 @@ class SourceStream {
   const bool gzip_;
   ZSTD_DStream* const zstd_;
   bool inside_ = true;  // of a gzip member or zstd frame
-  string buffer_;       // stored bytes; [begin_, end_) are not used yet
+  vector<u8> buffer_;   // stored bytes; [begin_, end_) are not used yet
   size_t begin_ = 0, end_ = 0;
   z_stream inflater_{};
 };
@@ -237,50 +237,7 @@ struct Batch {
   vector<string_view> documents;
   vector<std::pair<string, string>> bad;  // "file:line", what is wrong
   vector<u32> tokens;
-  vector<u64> ends;  // of documents
-};
-
-class BatchReader {
- public:
-  explicit BatchReader(const vector<Source>& sources) : sources_(sources) {}
-
-  Batch read() {
-    const Source& source = sources_[next_];
-    const bool lines = source.format == CorpusFormat::Jsonl;
-    if (!stream_) {
-      stream_.emplace(source.path);
-      line_ = 1;
-    }
-    Batch batch{&source, line_, std::exchange(carry_, "")};
-    string& raw = batch.raw;
-    const auto step = std::clamp<size_t>(source.bytes + 1, 16 << 10, kReadBytes);
-    for (;;) {
-      const size_t size = raw.size();
-      raw.resize(size + step);
-      const size_t got = stream_->read(&raw[size], step);
-      raw.resize(size + got);
-      batch.stored_bytes += std::exchange(stream_->stored_bytes, 0);
-      if (got == 0) {
-        if (lines) raw += '\n';  // where the last line has none
-        stream_.reset();
-        batch.last = ++next_ == sources_.size();
-        return batch;
-      }
-      const size_t newline = string_view(raw).substr(size).rfind('\n');
-      if (!lines || raw.size() < kBatchBytes || newline == string::npos) continue;
-      carry_ = raw.substr(size + newline + 1);
-      raw.resize(size + newline + 1);
-      line_ += std::ranges::count(raw, '\n');
-      return batch;
-    }
-  }
-
- private:
-  const vector<Source>& sources_;
-  size_t next_ = 0;
-  std::optional<SourceStream> stream_;
-  i64 line_ = 1;
-  string carry_;  // the begin of a line
+  vector<u64> ends;
 };
 
 // Overwrites line[0, n), where line[n] is 0; `document` points into it. Returns what is wrong.
@@ -336,14 +293,43 @@ void find_documents(Batch& batch, const string& key) {
   }
 }
 
-// A unit at work, claimed by the lock on its record, which holds the ends of its documents and at
-// last what the token file was made of.
+// Claimed by the lock on its record: the ends of its documents, at last the unit's identity.
 struct OpenUnit {
-  explicit OpenUnit(const Unit& u)
-      : unit(u), reader(u.sources), record(u.record, LOCK_EX | LOCK_NB) {}
+  explicit OpenUnit(const Unit& u) : unit(u), record(u.record, LOCK_EX | LOCK_NB) {}
+
+  Batch read() {
+    const Source& source = unit.sources[next];
+    const bool lines = source.format == CorpusFormat::Jsonl;
+    if (!stream) {
+      stream.emplace(source.path);
+      line = 1;
+    }
+    Batch batch{&source, line, std::exchange(carry, "")};
+    string& raw = batch.raw;
+    const auto step = std::clamp<size_t>(source.bytes + 1, 16 << 10, kReadBytes);
+    for (;;) {
+      const size_t size = raw.size();
+      raw.resize(size + step);
+      const size_t got = stream->read(&raw[size], step);
+      raw.resize(size + got);
+      batch.stored_bytes += std::exchange(stream->stored_bytes, 0);
+      if (got == 0) {
+        if (lines) raw += '\n';  // where the last line has none
+        stream.reset();
+        batch.last = ++next == unit.sources.size();
+        return batch;
+      }
+      const size_t newline = string_view(raw).substr(size).rfind('\n');
+      if (!lines || raw.size() < kBatchBytes || newline == string::npos) continue;
+      carry = raw.substr(size + newline + 1);
+      raw.resize(size + newline + 1);
+      line += std::ranges::count(raw, '\n');
+      return batch;
+    }
+  }
 
   void begin(NpyType type) {
-    record.clear();
+    record.replace("");
     make_folders(folder_of(unit.path));
     file.emplace(unit.path);
     file->write(npy_header(type, {0}));  // until the number of tokens is known
@@ -365,14 +351,15 @@ struct OpenUnit {
     file->write(npy_header(NpyType::U8, {num_documents}));
     file->write(ends.data(), ends.size());
     file->write_begin(npy_header(type, {num_tokens}));
-    record.clear();
-    record.append(unit.identity.data(), unit.identity.size());
-    record.sync();
+    record.replace(unit.identity);
     file->finish();
   }
 
   const Unit& unit;
-  BatchReader reader;
+  size_t next = 0;  // of the sources
+  std::optional<SourceStream> stream;
+  i64 line = 1;
+  string carry;  // the begin of a line
   bool reading = false;
   i64 batches_read = 0, batches_written = 0;
   LockedFile record;
@@ -444,7 +431,7 @@ class CorpusRun {
     return true;
   }
 
-  // Under a lock, because several processes may begin at once. Marks the folder as not whole.
+  // Locked against others that begin at once. Marks the folder as not whole.
   void open_folder() const {
     const string &folder = options_.output, path = folder + "/corpus.json";
     JsonWriter w;
@@ -475,7 +462,7 @@ class CorpusRun {
       while (const std::shared_ptr<OpenUnit> unit = next_unit(lock)) {
         unit->reading = true;
         lock.unlock();
-        Batch batch = unit->reader.read();
+        Batch batch = unit->read();
         lock.lock();
         unit->reading = false;
         const i64 turn = unit->batches_read++;
@@ -495,7 +482,6 @@ class CorpusRun {
     changed_.notify_all();
   }
 
-  // Null when nothing is left to read.
   std::shared_ptr<OpenUnit> next_unit(Lock& lock) {
     while (!error_ && !stop_requested() && !(to_do_.empty() && open_.empty())) {
       claim_units();
@@ -508,7 +494,6 @@ class CorpusRun {
     return nullptr;
   }
 
-  // One a thread, if other processes do not hold all that are left.
   void claim_units() {
     for (size_t left = to_do_.size(); left > 0 && i64(open_.size()) < threads_; left--) {
       const Unit& next = *to_do_.front();

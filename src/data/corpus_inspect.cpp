@@ -1,4 +1,3 @@
-// corpus_inspect: what a folder of token files holds.
 #include <algorithm>
 #include <bit>
 #include <filesystem>
@@ -9,8 +8,6 @@
 
 namespace pith {
 namespace fs = std::filesystem;
-
-constexpr size_t kSampleTokens = 100;
 
 vector<u32> document_ids(const TokenFile& file, i64 document, u32 vocab_size) {
   const i64 begin = document ? file.doc_end(document - 1) : 0;
@@ -41,7 +38,7 @@ CorpusSummary inspect_corpus(const string& where, i64 top, i64 samples) {
       const i64 n = summary.documents++, place = n < samples ? n : random() % (n + 1);
       if (place >= samples) continue;
       if (place == n) summary.samples.emplace_back();
-      ids.resize(min<size_t>(ids.size(), kSampleTokens));
+      ids.resize(min<size_t>(ids.size(), 100));
       summary.samples[place] = {fs::relative(path, folder), i,
                                 tokenizer.decode(ids, SpecialTokens::Keep)};
     }

@@ -39,14 +39,13 @@ TokenFile open_token_file(const string& path) {
   const auto refuse = [&](const string& what) { bad_input(path, what, "pith tokenize again"); };
   const auto read = [&](const char* at) {
     const bool second = at != file.map.data();
-    const NpyType least = second ? NpyType::U8 : NpyType::U2;
-    const NpyType most = second ? NpyType::U8 : NpyType::U4;
     NpyHeader array =
         parse_npy_header(at, end_of_file - at, second ? path + " (document ends)" : path);
-    if (array.shape.size() != 1 || array.type < least || array.type > most)
-      refuse(text("does not hold %s (got %s of %zu dimensions, need %s to %s of one)",
+    const bool known = second ? array.type == NpyType::U8 : array.type <= NpyType::U4;
+    if (array.shape.size() != 1 || !known)
+      refuse(text("does not hold %s (got %s of %zu dimensions, need %s of one)",
                   second ? "document ends second" : "token ids first", name_of(array.type),
-                  array.shape.size(), name_of(least), name_of(most)));
+                  array.shape.size(), second ? "<u8" : "<u2 or <u4"));
     return array;
   };
   const NpyHeader ids = read(file.map.data());

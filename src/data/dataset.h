@@ -35,12 +35,12 @@ struct TokenFile {
 };
 TokenFile open_token_file(const string& path);
 
-// `path`, or all .bin below a folder in path order, but no hidden ones. Exit code 2 if none.
+// `path`, or all .bin below it in path order, but no hidden ones. Exit code 2 if none.
 vector<string> find_token_files(const string& path);
 
-// Training samples are cut from a file's training documents end to end, less a tail of at most S
-// tokens; held-out ones from those of all files, the last padded with ignored labels. A document is
-// held out by the XXH3 of its token bytes.
+// Training samples are cut from a file's documents end to end, less a tail of at most S tokens;
+// held-out ones from those of all files, the last padded. The XXH3 of its bytes holds a document
+// out.
 class Dataset {
  public:
   // Ids >= vocab_size are exit code 2 here, or above 1 GiB at the sample that holds them.

@@ -119,14 +119,14 @@ LockedFile::LockedFile(const string& path, int operation)
 
 LockedFile::~LockedFile() { close(fd_); }
 
-void LockedFile::clear() {
-  if (ftruncate(fd_, 0) != 0 || lseek(fd_, 0, SEEK_SET) != 0)
-    failed_call(path_, "cannot be emptied", errno);
-}
-
 void LockedFile::append(const void* bytes, i64 size) { write_all(fd_, path_, bytes, size); }
 
-void LockedFile::sync() { flush(fd_, path_); }
+void LockedFile::replace(const string& bytes) {
+  if (ftruncate(fd_, 0) != 0 || lseek(fd_, 0, SEEK_SET) != 0)
+    failed_call(path_, "cannot be emptied", errno);
+  append(bytes.data(), i64(bytes.size()));
+  if (!bytes.empty()) flush(fd_, path_);
+}
 
 static string lock_file(const string& folder) {
   make_folders(folder);
@@ -141,9 +141,7 @@ RunLock::RunLock(const string& folder) : file(lock_file(folder), LOCK_EX | LOCK_
               "another run.folder");
   }
   gethostname(host, sizeof host - 1);
-  const int length = snprintf(holder, sizeof holder, "process %d on %s", getpid(), host);
-  file.clear();
-  file.append(holder, length);
+  file.replace(text("process %d on %s", getpid(), host));
 }
 
 }

@@ -45,20 +45,18 @@ void write_file_durably(const string& path, const string& bytes);
 void make_folders(const string& path);
 // Makes renames and removals inside the folder durable.
 void sync_folder(const string& path);
-// "a/b.txt" -> "a", "b.txt" -> ".".
+// "b.txt" -> ".".
 string folder_of(const string& path);
 
-// A file, made where missing, with flock()'s lock, which the kernel lets go of however the process
-// ends.
+// A file, made where missing, with flock()'s lock until the process ends.
 class LockedFile {
  public:
   LockedFile(const string& path, int operation);
   LockedFile(const LockedFile&) = delete;
   ~LockedFile();
-  void clear();
   void append(const void* bytes, i64 size);
-  void sync();
-  bool held = true;  // false: by another, where `operation` does not wait
+  void replace(const string& bytes);  // on disk, unless empty
+  bool held = true;                   // false: by another, where `operation` does not wait
 
  private:
   friend struct RunLock;

@@ -15,9 +15,8 @@ namespace fs = std::filesystem;
 static constexpr struct {
   const char* name;
   i64 bytes;
-} kDTypes[] = {{"F32", 4},     {"F64", 8}, {"BF16", 2}, {"F16", 2}, {"F8_E4M3", 1},
-               {"F8_E5M2", 1}, {"I64", 8}, {"I32", 4},  {"I16", 2}, {"I8", 1},
-               {"U64", 8},     {"U32", 4}, {"U16", 2},  {"U8", 1},  {"BOOL", 1}};
+} kDTypes[] = {{"F32", 4}, {"F64", 8}, {"BF16", 2}, {"F16", 2}, {"F8_E4M3", 1},
+               {"I64", 8}, {"I32", 4}, {"U8", 1},   {"BOOL", 1}};
 static const string kExtension = ".safetensors";
 
 i64 size_of(FileDType dtype) { return kDTypes[int(dtype)].bytes; }

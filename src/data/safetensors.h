@@ -6,11 +6,7 @@
 
 namespace pith {
 
-// clang-format off
-enum class FileDType : u8 {
-    F32, F64, BF16, F16, F8_E4M3, F8_E5M2, I64, I32, I16, I8, U64, U32, U16, U8, BOOL
-};
-// clang-format on
+enum class FileDType : u8 { F32, F64, BF16, F16, F8_E4M3, I64, I32, U8, BOOL };
 i64 size_of(FileDType dtype);
 const char* name_of(FileDType dtype);  // "BF16", as in the header
 bool is_float(FileDType dtype);        // to_f32() takes it

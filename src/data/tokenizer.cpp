@@ -51,8 +51,7 @@ static Char flags_before(string_view text, size_t at) {
   return flags_at(text, char_before(text.data() + at) - text.data());
 }
 
-// Cuts `text` at added tokens as Hugging Face does: first at those found in the text as it is, and
-// what is between them again, once normalized.
+// As Hugging Face: cuts `text` at added tokens, and what is between them again, once normalized.
 void Tokenizer::encode_text(string_view text, bool normalized, bool parse_special,
                             EncodeScratch& scratch, vector<u32>& out) const {
   const auto encode_between = [&](size_t begin, size_t end) {

@@ -12,8 +12,6 @@
 
 namespace pith {
 
-// tokenizer_unicode.cpp
-
 // What a character is in Unicode 16.0, as in Hugging Face's regular expressions.
 enum CharFlag : u16 {
   kLetter = 1,
@@ -54,8 +52,6 @@ string replace_invalid_utf8(string_view bytes);
 // `text` in NFC: itself, or in `buffer`.
 string_view to_nfc(string_view text, string& buffer);
 
-// tokenizer_split.cpp, tokenizer_regex.cpp
-
 // Takes at most `most` words off `text`.
 using FastSplit = void (*)(string_view& text, vector<string_view>& words, size_t most);
 
@@ -65,7 +61,7 @@ class SplitStep {
  public:
   // Exit code 2, at `place`, for what is malformed or not read alike by PCRE2.
   SplitStep(const string& pattern, const string& place, bool removed = false, bool use_fast = true);
-  // Appends to `words`. `room` belongs to one thread.
+  // `room` belongs to one thread.
   void split(string_view text, std::shared_ptr<void>& room, vector<string_view>& words) const;
   FastSplit fast = nullptr;  // hand-written, for known patterns
 
@@ -80,10 +76,7 @@ struct SplitBuffers {
   vector<string_view> pieces, next;
   std::shared_ptr<void> room;
 };
-// Into buffers.pieces.
 void split(const vector<SplitStep>& steps, string_view text, SplitBuffers& buffers);
-
-// tokenizer_bpe.cpp
 
 constexpr u32 kNoId = UINT32_MAX;
 constexpr int kIdBits = 21, kRankBits = 64 - 2 * kIdBits;  // of a packed merge
@@ -92,7 +85,6 @@ constexpr int kIdBits = 21, kRankBits = 64 - 2 * kIdBits;  // of a packed merge
 class EncodeScratch {
  public:
   explicit EncodeScratch(size_t cache_bytes = size_t{1} << 23);
-  EncodeScratch(EncodeScratch&&) = default;
 
  private:
   friend class Bpe;
@@ -116,10 +108,8 @@ class Bpe {
     u32 left, right, joined;
   };
   Bpe() = default;
-  // Merges, best first. `bytes` are the tokens' by id; they outlive this. With `ignore_merges` a
-  // word that is a token becomes that token.
+  // Merges, best first; `bytes` by id, which outlive this.
   Bpe(const vector<Merge>& merges, const vector<string_view>& bytes, bool ignore_merges);
-  // The cache of `scratch` must belong to this.
   void encode(const vector<string_view>& words, EncodeScratch& scratch, vector<u32>& out) const;
 
  private:
@@ -135,8 +125,6 @@ class Bpe {
   vector<u32> byte_pairs_ = vector<u32>(1 << 16, kNoId);  // ranks, by two bytes
   std::unordered_map<string_view, u32> whole_;            // words that become one token
 };
-
-// tokenizer.cpp, tokenizer_load.cpp
 
 struct AddedToken {
   string content;  // in the form to be found
@@ -163,8 +151,7 @@ enum class SpecialTokens : u8 { Keep, Skip };
 
 // Shared by all threads, each with an EncodeScratch of its own.
 struct Tokenizer {
-  // Exit code 2, naming the part, for what is missing, damaged or not supported. Truncation and
-  // padding are not applied.
+  // Exit code 2, naming the part, for what is missing, damaged or not supported.
   static Tokenizer load(const string& path);
   Tokenizer() = default;
   Tokenizer(Tokenizer&&) = default;

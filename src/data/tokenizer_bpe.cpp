@@ -11,7 +11,6 @@ namespace pith {
 
 static constexpr u64 kNoPair = UINT64_MAX;
 
-// Where the pair is in `pairs_`, or would be.
 size_t Bpe::slot_of(u32 left, u32 right) const {
   const u64 key = u64{left} << kIdBits | right;
   size_t at = key * 0x9e3779b97f4a7c15 >> 32 & (pairs_.size() - 1);
@@ -41,9 +40,8 @@ Bpe::Bpe(const vector<Merge>& merges, const vector<string_view>& bytes, bool ign
     byte_pairs_[pair] = rank_of(byte_ids_[pair >> 8], byte_ids_[pair & 255]);
 }
 
-// Byte-pair encoding: merges the pair of the lowest rank, of equal ones the leftmost, until none is
-// left. ranks: of each id and the next one. All equal ones are merged in one pass, unless that
-// makes a pair of a lower rank.
+// Merges the pair of the lowest rank, of equal ones the leftmost, until none is left. ranks: of
+// each id and the next one. Equal ones are merged in one pass, unless that makes a lower rank.
 void Bpe::merge(vector<u32>& ids, vector<u32>& ranks) const {
   if (ids.size() > 96) return merge_long(ids, ranks);
   while (!ids.empty()) {
@@ -98,7 +96,6 @@ void Bpe::merge_long(vector<u32>& ids, vector<u32>& ranks) const {
   ids.resize(count);
 }
 
-// The ids of a word, into scratch.ids_.
 void Bpe::encode_word(string_view word, EncodeScratch& scratch) const {
   vector<u32>& ids = scratch.ids_;
   ids.clear();

@@ -8,13 +8,13 @@
 namespace pith {
 
 static const char* const kRefetch = "fetch the file again";
-static const char* const kOther = "a byte-level BPE tokenizer, as Qwen, DeepSeek and GPT-OSS have";
+static const char* const kOther = "a byte-level BPE tokenizer, as that of Qwen";
 static const char* const kGpt2Pattern =
     R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
 static constexpr u32 kMostIds = 1u << kIdBits, kMostMerges = 1u << kRankBits;
 
-// The bytes that a token stands for; empty if it has other characters than GPT-2's: visible Latin-1
-// stands for itself, the other bytes follow in order from U+0100 on.
+// The bytes that GPT-2's characters stand for: visible Latin-1 for itself, the others in order from
+// U+0100 on. Empty if `token` has other characters.
 static string bytes_of(string_view token) {
   static const auto kBytes = [] {
     vector<int> bytes(0x144, -1);
@@ -48,6 +48,14 @@ static vector<Json> parts_of(const Json& file, const char* key, const char* memb
   vector<Json> parts;
   for (i64 i = 0; i < json[members].size(); i++) parts.push_back(json[members][i]);
   return parts;
+}
+
+// How many parts a member has; others than `type` are refused.
+static size_t only(const Json& file, const char* key, const char* members, const string& type) {
+  const vector<Json> parts = parts_of(file, key, members);
+  for (const Json& part : parts)
+    if (type_of(part) != type) unsupported(part, "the " + string(key) + " " + type_of(part));
+  return parts.size();
 }
 
 static void set_token(Tokenizer& t, u32 id, const string& content) {
@@ -99,8 +107,7 @@ static void read_model(Tokenizer& t, const Json& model) {
   t.bpe = Bpe(merges, t.bytes, model.bool_or("ignore_merges", false));
 }
 
-// Ids as Hugging Face gives them: the model's, or the next free one. A file that says otherwise is
-// refused.
+// Ids as Hugging Face gives them: the model's, or the next free one.
 static void read_added(Tokenizer& t, const Json& tokens) {
   u32 next_id = t.ids.size();
   for (i64 i = 0; i < tokens.size(); i++) {
@@ -180,10 +187,7 @@ Tokenizer Tokenizer::load(const string& path) {
   if (json.string_or("version", "1.0") != "1.0")
     unsupported(json["version"], json["version"].dump());
   read_model(t, json["model"]);
-  for (const Json& part : parts_of(json, "normalizer", "normalizers")) {
-    if (type_of(part) != "NFC") unsupported(part, "the normalizer " + type_of(part));
-    t.nfc = true;
-  }
+  t.nfc = only(json, "normalizer", "normalizers", "NFC") > 0;
   bool byte_level = false;
   for (const Json& part : parts_of(json, "pre_tokenizer", "pretokenizers")) {
     if (byte_level) unsupported(part, "a pre-tokenizer behind ByteLevel");
@@ -193,12 +197,9 @@ Tokenizer Tokenizer::load(const string& path) {
   if (!byte_level)
     bad_input(path + ": pre_tokenizer", "has no ByteLevel, so is no byte-level BPE", kOther);
   if (json.has("added_tokens")) read_added(t, json["added_tokens"]);
-  for (const Json& part : parts_of(json, "post_processor", "processors"))  // changes no ids
-    if (type_of(part) != "ByteLevel") unsupported(part, "the post-processor " + type_of(part));
-  const vector<Json> decoders = parts_of(json, "decoder", "decoders");
-  if (decoders.empty()) bad_input(path + ": decoder", "is missing", kOther);
-  for (const Json& part : decoders)
-    if (type_of(part) != "ByteLevel") unsupported(part, "the decoder " + type_of(part));
+  only(json, "post_processor", "processors", "ByteLevel");  // which changes no ids
+  if (only(json, "decoder", "decoders", "ByteLevel") == 0)
+    bad_input(path + ": decoder", "is missing", kOther);
   t.eos_id = find_eos(t);
   return t;
 }

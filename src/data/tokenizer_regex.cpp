@@ -7,13 +7,12 @@
 
 namespace pith {
 
-// PCRE2's \s is another one than Oniguruma's.
 static constexpr const char* kSpaces =
     "\\x{9}-\\x{d}\\x{20}\\x{85}\\x{a0}\\x{1680}\\x{2000}-\\x{200a}\\x{2028}\\x{2029}\\x{202f}"
     "\\x{205f}\\x{3000}";
 
-// Makes classes of \s and of categories, for which PCRE2's tables may be too old. What else the two
-// do not read alike is refused.
+// Makes classes of \s and categories, for which PCRE2's tables may be too old. What else it may
+// read in another way is refused.
 static string translate(const string& pattern, const string& place) {
   static const std::regex kOutside(
       R"(\\(?:([pP])\{([LMNPSZ][a-z]?)\}|([sS])|[rntf]|[^a-zA-Z0-9])|\[\^?(?!\])|)"
@@ -27,7 +26,7 @@ static string translate(const string& pattern, const string& place) {
     if (!std::regex_search(at, pattern.end(), part, in_class ? kInClass : kOutside,
                            std::regex_constants::match_continuous))
       bad_input(place,
-                text("uses what is not supported in a regular expression, at byte %zd (got \"%s\")",
+                text("has a regular expression that is not supported at byte %zd (got \"%s\")",
                      at - pattern.begin(), pattern.c_str()),
                 "another tokenizer");
     const string got = part[0];

@@ -248,8 +248,7 @@ TEST(Safetensors, ConvertsFloats) {
       EXPECT_EQ(got, c.value) << name_of(c.dtype) << " " << c.bits;
   }
   float out;
-  for (const FileDType other :
-       {FileDType::F16, FileDType::I32, FileDType::F8_E4M3, FileDType::F8_E5M2}) {
+  for (const FileDType other : {FileDType::F16, FileDType::I32, FileDType::F8_E4M3}) {
     EXPECT_FALSE(is_float(other));
     EXPECT_THROW(to_f32(other, &out, &out, 1), Error);
   }
