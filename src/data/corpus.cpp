@@ -53,7 +53,7 @@ string classify(Source& source, CorpusFormat wanted) {
     bad_input(source.path, "Parquet is not read (need text or JSON lines)",
               "DuckDB, which can write it as JSON lines");
   if (stem.extension() == ".gz" || stem.extension() == ".zst") stem.replace_extension();
-  const bool jsonl = stem.extension() == ".jsonl", known = jsonl || stem.extension() == ".txt";
+  bool jsonl = stem.extension() == ".jsonl", known = jsonl || stem.extension() == ".txt";
   if (known) stem.replace_extension();
   if (wanted == CorpusFormat::Auto && !known)
     bad_input(source.path,
@@ -77,9 +77,9 @@ vector<Source> find_sources(const string& input, const CorpusOptions& o) {
     std::error_code absent;
     for (fs::recursive_directory_iterator it(input), end; it != end; ++it) {
       const fs::path &path = it->path(), file = path.filename();
-      const bool hidden = file.native().starts_with('.');
+      bool hidden = file.native().starts_with('.');
       const fs::path below = path.lexically_relative(input);
-      const auto matches = [&](const string& s) {
+      auto matches = [&](const string& s) {
         return !fnmatch(s.c_str(), file.c_str(), 0) || !fnmatch(s.c_str(), below.c_str(), 0);
       };
       if (it->is_directory() && (hidden || fs::equivalent(path, o.output, absent)))
@@ -98,9 +98,9 @@ vector<Source> find_sources(const string& input, const CorpusOptions& o) {
 
 void add_source(Unit& unit, Source& source) {
   std::error_code none;  // standard input has no time
-  const i64 time = fs::last_write_time(source.path, none).time_since_epoch().count();
-  const string all = unit.identity + text("%s\t%ld\t%ld\t%d", source.name.c_str(), source.bytes,
-                                          time, int(source.format));
+  i64 time = fs::last_write_time(source.path, none).time_since_epoch().count();
+  string all = unit.identity + text("%s\t%ld\t%ld\t%d", source.name.c_str(), source.bytes, time,
+                                    int(source.format));
   unit.identity = std::to_string(XXH3_64bits(all.data(), all.size()));
   unit.bytes += source.bytes;
   unit.sources.push_back(std::move(source));
@@ -112,7 +112,7 @@ vector<Unit> plan(const CorpusOptions& o) {
   if (o.inputs.size() > 1 && std::ranges::count(o.inputs, "-"))
     bad_input("-", "standard input beside other inputs (need it alone)", "two runs, or files only");
   vector<Unit> units;
-  const auto add_unit = [&](const string& name) {
+  auto add_unit = [&](const string& name) {
     units.push_back({o.output + "/" + name + ".bin", o.output + "/.pith/" + name + ".sources"});
   };
   std::map<string, string> taken;  // name -> its source
@@ -120,8 +120,8 @@ vector<Unit> plan(const CorpusOptions& o) {
   for (const string& input : o.inputs)
     std::ranges::move(find_sources(input, o), std::back_inserter(sources));
   for (Source& source : sources) {
-    const string name = classify(source, o.format);
-    const bool empty = source.bytes == 0 && source.path != "-";
+    string name = classify(source, o.format);
+    bool empty = source.bytes == 0 && source.path != "-";
     if (o.join.empty()) {
       const auto [other, fresh] = taken.emplace(name, source.path);
       if (!fresh)
@@ -169,7 +169,7 @@ class SourceStream {
     buffer_.resize(kReadBytes);
     for (;;) {
       // Asked before more is read: a decoder may hold output back.
-      const size_t got = inside_ || begin_ < end_ ? decompress(to, n) : 0;
+      size_t got = inside_ || begin_ < end_ ? decompress(to, n) : 0;
       if (got) return got;
       if (begin_ < end_) continue;
       begin_ = 0;
@@ -194,7 +194,7 @@ class SourceStream {
     if (zstd_) {
       ZSTD_outBuffer out{to, n, 0};
       ZSTD_inBuffer in{buffer_.data(), end_, begin_};
-      const size_t code = ZSTD_decompressStream(zstd_, &out, &in);
+      size_t code = ZSTD_decompressStream(zstd_, &out, &in);
       if (ZSTD_isError(code)) damaged(text("is not valid zstd data (%s)", ZSTD_getErrorName(code)));
       begin_ = in.pos;
       inside_ = code != 0;
@@ -205,7 +205,7 @@ class SourceStream {
     inflater_.avail_in = end_ - begin_;
     inflater_.next_out = reinterpret_cast<Bytef*>(to);
     inflater_.avail_out = n;
-    const int code = inflate(&inflater_, Z_NO_FLUSH);
+    int code = inflate(&inflater_, Z_NO_FLUSH);
     if (code != Z_OK && code != Z_STREAM_END && code != Z_BUF_ERROR)
       damaged(text("is not valid gzip data (%s)", inflater_.msg ? inflater_.msg : "damaged"));
     begin_ = end_ - inflater_.avail_in;
@@ -246,7 +246,7 @@ string parse_line(char* line, size_t n, const string& key, string_view& document
   constexpr unsigned kFlags = rapidjson::kParseIterativeFlag | rapidjson::kParseNanAndInfFlag;
   if (n > UINT32_MAX) return "longer than 4 GiB";
   if (!is_valid_utf8({line, n})) return "not valid UTF-8";
-  if (const size_t zero = strlen(line); zero < n)
+  if (size_t zero = strlen(line); zero < n)
     return text("not valid JSON: a zero byte at %zu", zero + 1);
   rapidjson::Document json;
   json.ParseInsitu<kFlags>(line);
@@ -269,7 +269,7 @@ string parse_line(char* line, size_t n, const string& key, string_view& document
 
 void find_documents(Batch& batch, const string& key) {
   i64 line = batch.first_line;
-  const auto add = [&](string_view document, const string& wrong) {
+  auto add = [&](string_view document, const string& wrong) {
     if (wrong.empty())
       batch.documents.push_back(document);
     else
@@ -278,17 +278,17 @@ void find_documents(Batch& batch, const string& key) {
   char *at = batch.raw.data(), *const end = at + batch.raw.size();
   if (line == 1 && batch.raw.starts_with("\xef\xbb\xbf")) at += 3;  // byte order mark
   if (batch.source->format == CorpusFormat::Text) {
-    const size_t valid = valid_utf8_prefix({at, end});
+    size_t valid = valid_utf8_prefix({at, end});
     line += std::count(at, at + valid, '\n');
     return add({at, end}, at == end ? "is empty" : at + valid < end ? "not valid UTF-8" : "");
   }
   for (char* next; at < end; at = next, line++) {
     next = static_cast<char*>(memchr(at, '\n', end - at)) + 1;
-    const string_view whole(at, next - 1);
+    string_view whole(at, next - 1);
     if (whole.find_first_not_of(" \t\r") == string::npos) continue;
     string_view document;
     next[-1] = '\0';
-    const string wrong = parse_line(at, whole.size(), key, document);
+    string wrong = parse_line(at, whole.size(), key, document);
     add(document, wrong);
   }
 }
@@ -299,18 +299,18 @@ struct OpenUnit {
 
   Batch read() {
     const Source& source = unit.sources[next];
-    const bool lines = source.format == CorpusFormat::Jsonl;
+    bool lines = source.format == CorpusFormat::Jsonl;
     if (!stream) {
       stream.emplace(source.path);
       line = 1;
     }
     Batch batch{&source, line, std::exchange(carry, "")};
     string& raw = batch.raw;
-    const auto step = std::clamp<size_t>(source.bytes + 1, 16 << 10, kReadBytes);
+    auto step = std::clamp<size_t>(source.bytes + 1, 16 << 10, kReadBytes);
     for (;;) {
-      const size_t size = raw.size();
+      size_t size = raw.size();
       raw.resize(size + step);
-      const size_t got = stream->read(&raw[size], step);
+      size_t got = stream->read(&raw[size], step);
       raw.resize(size + got);
       batch.stored_bytes += std::exchange(stream->stored_bytes, 0);
       if (got == 0) {
@@ -319,7 +319,7 @@ struct OpenUnit {
         batch.last = ++next == unit.sources.size();
         return batch;
       }
-      const size_t newline = string_view(raw).substr(size).rfind('\n');
+      size_t newline = string_view(raw).substr(size).rfind('\n');
       if (!lines || raw.size() < kBatchBytes || newline == string::npos) continue;
       carry = raw.substr(size + newline + 1);
       raw.resize(size + newline + 1);
@@ -376,7 +376,7 @@ class CorpusRun {
         threads_(options.threads ? options.threads
                                  : max<i64>(1, std::thread::hardware_concurrency())),
         progress_("tokenize", find_work() / 1e6, "MB of files") {
-    const auto eos = options.eos.empty() ? tokenizer_.eos_id : tokenizer_.id_of(options.eos);
+    auto eos = options.eos.empty() ? tokenizer_.eos_id : tokenizer_.id_of(options.eos);
     if (!eos)
       bad_input("--eos",
                 text("no such token (got %s, need a token of %s)",
@@ -388,7 +388,7 @@ class CorpusRun {
 
   CorpusReport run() {
     open_folder();
-    const double start_s = now_s();
+    double start_s = now_s();
     vector<std::jthread> others;
     for (int i = 1; i < threads_; i++) others.emplace_back([this] { work(); });
     work();
@@ -441,7 +441,7 @@ class CorpusRun {
     make_folders(folder + "/.pith");
     const LockedFile lock(folder + "/.pith/.lock", LOCK_EX);
     if (fs::exists(path)) {
-      const Json old = Json::parse_file(path), mine = Json::parse(w.str(), "this run");
+      Json old = Json::parse_file(path), mine = Json::parse(w.str(), "this run");
       for (const string& key : mine.keys())
         if (old[key].dump() != mine[key].dump())
           bad_input(path,
@@ -465,7 +465,7 @@ class CorpusRun {
         Batch batch = unit->read();
         lock.lock();
         unit->reading = false;
-        const i64 turn = unit->batches_read++;
+        i64 turn = unit->batches_read++;
         if (batch.last) std::erase(open_, unit);
         changed_.notify_all();
         lock.unlock();
@@ -485,7 +485,7 @@ class CorpusRun {
   std::shared_ptr<OpenUnit> next_unit(Lock& lock) {
     while (!error_ && !stop_requested() && !(to_do_.empty() && open_.empty())) {
       claim_units();
-      const auto unit = std::ranges::min_element(open_, {}, [](const auto& u) {
+      auto unit = std::ranges::min_element(open_, {}, [](const auto& u) {
         return u->reading ? INT64_MAX : u->batches_read - u->batches_written;
       });
       if (unit != open_.end() && !(*unit)->reading) return *unit;
@@ -498,7 +498,7 @@ class CorpusRun {
     for (size_t left = to_do_.size(); left > 0 && i64(open_.size()) < threads_; left--) {
       const Unit& next = *to_do_.front();
       make_folders(folder_of(next.record));
-      const auto unit = std::make_shared<OpenUnit>(next);
+      auto unit = std::make_shared<OpenUnit>(next);
       to_do_.pop_front();
       if (!unit->record.held) {
         to_do_.push_back(&next);
@@ -522,7 +522,7 @@ class CorpusRun {
     for (const auto& [place, what] : batch.bad) leave_out(place, what);
     lock.unlock();
     unit.append(batch, type_);
-    const bool make = batch.last && unit.num_documents > 0;
+    bool make = batch.last && unit.num_documents > 0;
     if (make) unit.finish(type_);
     lock.lock();
     if (batch.last && !make) leave_out(unit.unit.sources[0].path, "holds no document");
@@ -544,7 +544,7 @@ class CorpusRun {
 
   const CorpusOptions& options_;
   const vector<Unit> units_;
-  const string mark_ = options_.output + "/.pith/.run";
+  string mark_ = options_.output + "/.pith/.run";
   const Tokenizer tokenizer_;
   const i64 threads_;
   u32 eos_;

@@ -10,15 +10,15 @@ namespace pith {
 namespace fs = std::filesystem;
 
 vector<u32> document_ids(const TokenFile& file, i64 document, u32 vocab_size) {
-  const i64 begin = document ? file.doc_end(document - 1) : 0;
+  i64 begin = document ? file.doc_end(document - 1) : 0;
   vector<u32> ids(file.doc_end(document) - begin);
   file.copy(begin, ids.size(), vocab_size, reinterpret_cast<int*>(ids.data()));
   return ids;
 }
 
 CorpusSummary inspect_corpus(const string& where, i64 top, i64 samples) {
-  const vector<string> paths = find_token_files(where);
-  const string folder = fs::is_directory(where) ? where : folder_of(where);
+  vector<string> paths = find_token_files(where);
+  string folder = fs::is_directory(where) ? where : folder_of(where);
   const Tokenizer tokenizer = Tokenizer::load(folder + "/tokenizer.json");
   CorpusSummary summary;
   summary.files = paths.size();
@@ -31,11 +31,11 @@ CorpusSummary inspect_corpus(const string& where, i64 top, i64 samples) {
     for (i64 i = 0; i < file.num_docs; i++) {
       vector<u32> ids = document_ids(file, i, counts.size());
       for (const u32 id : ids) counts[id]++;
-      const size_t bin = std::bit_width(ids.size() | 1) - 1;
+      size_t bin = std::bit_width(ids.size() | 1) - 1;
       if (bin >= summary.length_histogram.size()) summary.length_histogram.resize(bin + 1);
       summary.length_histogram[bin]++;
       // A uniform sample: document n takes the place of another with probability samples / n.
-      const i64 n = summary.documents++, place = n < samples ? n : random() % (n + 1);
+      i64 n = summary.documents++, place = n < samples ? n : random() % (n + 1);
       if (place >= samples) continue;
       if (place == n) summary.samples.emplace_back();
       ids.resize(min<size_t>(ids.size(), 100));

@@ -18,7 +18,7 @@ i64 TokenFile::doc_end(i64 doc) const {
 }
 
 void TokenFile::copy(i64 offset, i64 count, i64 vocab_size, int* dst) const {
-  const i64 width = size_of(type);
+  i64 width = size_of(type);
   for (i64 i = offset; i < offset + count; i++) {
     u32 id;
     memcpy(&id, tokens + i * width, 4);  // the second array lies behind the last token
@@ -36,12 +36,12 @@ void TokenFile::copy(i64 offset, i64 count, i64 vocab_size, int* dst) const {
 TokenFile open_token_file(const string& path) {
   TokenFile file{.map = MappedFile(path)};
   const char* const end_of_file = file.map.data() + file.map.size();
-  const auto refuse = [&](const string& what) { bad_input(path, what, "pith tokenize again"); };
-  const auto read = [&](const char* at) {
-    const bool second = at != file.map.data();
+  auto refuse = [&](const string& what) { bad_input(path, what, "pith tokenize again"); };
+  auto read = [&](const char* at) {
+    bool second = at != file.map.data();
     NpyHeader array =
         parse_npy_header(at, end_of_file - at, second ? path + " (document ends)" : path);
-    const bool known = second ? array.type == NpyType::U8 : array.type <= NpyType::U4;
+    bool known = second ? array.type == NpyType::U8 : array.type <= NpyType::U4;
     if (array.shape.size() != 1 || !known)
       refuse(text("does not hold %s (got %s of %zu dimensions, need %s of one)",
                   second ? "document ends second" : "token ids first", name_of(array.type),
@@ -56,12 +56,12 @@ TokenFile open_token_file(const string& path) {
   const NpyHeader ends = read(rest);
   file.num_docs = ends.numel();
   file.ends = rest + ends.header_bytes;
-  const i64 more = end_of_file - file.ends - ends.data_bytes();
+  i64 more = end_of_file - file.ends - ends.data_bytes();
   if (more != 0) refuse(text("goes on behind its two arrays (got %ld bytes more)", more));
   if (file.num_docs == 0 && file.num_tokens > 0) refuse("has tokens, but no documents");
   i64 least = 0;
   for (i64 doc = 0; doc < file.num_docs; doc++) {
-    const i64 end = file.doc_end(doc), most = file.num_tokens;
+    i64 end = file.doc_end(doc), most = file.num_tokens;
     if (doc + 1 == file.num_docs) least = most;
     if (end < least || end > most)
       refuse(text("has a corrupt end of document %ld (got %lu, need %ld to %ld)", doc, u64(end),
@@ -102,7 +102,7 @@ Dataset::Dataset(const vector<string>& paths, const DataOptions& options)
   int block[kBlock];
   for (int index = 0; index < int(files_.size()); index++) {
     const TokenFile& file = files_[index];
-    const i64 width = size_of(file.type), n = file.num_tokens;
+    i64 width = size_of(file.type), n = file.num_tokens;
     for (i64 at = 0; at < n && token_bytes_ <= kChecked; at += kBlock)
       file.copy(at, min(kBlock, n - at), options.vocab_size, block);
     for (i64 doc = 0, begin = 0, end; doc < file.num_docs; doc++, begin = end) {
@@ -110,7 +110,7 @@ Dataset::Dataset(const vector<string>& paths, const DataOptions& options)
       if (begin == end) continue;
       bool held = options.heldout_fraction >= 1;
       if (options.heldout_fraction > 0 && !held) {
-        const u64 hash = XXH3_64bits(file.tokens + begin * width, (end - begin) * width);
+        u64 hash = XXH3_64bits(file.tokens + begin * width, (end - begin) * width);
         held = double(hash >> 11) * 0x1.0p-53 < options.heldout_fraction;
       }
       Stream& stream = held ? heldout_ : train_[index];
@@ -126,9 +126,9 @@ i64 Dataset::heldout_samples() const {
 }
 
 void Dataset::require_samples(i64 required) const {
-  const i64 epoch = samples_per_epoch(), epochs = options_.max_epochs;
+  i64 epoch = samples_per_epoch(), epochs = options_.max_epochs;
   if (required <= epoch * epochs) return;
-  const string what = text(
+  string what = text(
       "the corpus is smaller than the run (got %ld samples: %ld an epoch, %ld epochs; need %ld)",
       epoch * epochs, epoch, epochs, required);
   if (epoch == 0) bad_input("data.sequence_length", what, "a shorter one, or pith tokenize --join");
@@ -145,15 +145,15 @@ void Dataset::require_heldout() const {
 }
 
 void Dataset::train_sample(i64 index, const SampleRow& row) const {
-  const i64 n = samples_per_epoch(), all = n * options_.max_epochs;
+  i64 n = samples_per_epoch(), all = n * options_.max_epochs;
   if (index < 0 || index >= all)
     failed("train_sample", text("sample %ld (need less than %ld)", index, all));
   i64 sample = index % n;
   if (options_.shuffle) {
-    const u64 key = stream_key(options_.seed, text("data.epoch.%ld", index / n));
+    u64 key = stream_key(options_.seed, text("data.epoch.%ld", index / n));
     sample = i64(permute_index(key, sample, n));
   }
-  const auto file = std::ranges::upper_bound(first_sample_, sample) - first_sample_.begin() - 1;
+  auto file = std::ranges::upper_bound(first_sample_, sample) - first_sample_.begin() - 1;
   cut(train_[file], (sample - first_sample_[file]) * options_.seq_length, row);
 }
 
@@ -163,22 +163,22 @@ void Dataset::heldout_sample(i64 index, const SampleRow& row) const {
 }
 
 void Dataset::cut(const Stream& stream, i64 begin, const SampleRow& row) const {
-  const i64 length = options_.seq_length;
-  const i64 n = min(length + 1, stream.num_tokens - begin);  // with the last label
-  const bool mask = options_.document_mask;
+  i64 length = options_.seq_length;
+  i64 n = min(length + 1, stream.num_tokens - begin);  // with the last label
+  bool mask = options_.document_mask;
   vector<int> window(length + 1), ends(length, int(length));
   std::fill_n(row.labels, length, kIgnoreLabel);
   auto next = std::ranges::upper_bound(stream.documents, begin, {}, &Document::begin);
   for (i64 at = 0, stop; at < n; at = stop, next++) {
     const Document& document = next[-1];
-    const i64 end = next == stream.documents.end() ? stream.num_tokens : next->begin;
+    i64 end = next == stream.documents.end() ? stream.num_tokens : next->begin;
     stop = min(n, end - begin);
     files_[document.file].copy(document.file_offset + begin + at - document.begin, stop - at,
                                options_.vocab_size, &window[at]);
     // Each token is the label of the one before it, in its document or, unmasked, in any.
-    const i64 first = mask ? at + 1 : max<i64>(at, 1);
+    i64 first = mask ? at + 1 : max<i64>(at, 1);
     std::copy(window.data() + first, window.data() + stop, row.labels + first - 1);
-    const i64 inside = min(stop, length);
+    i64 inside = min(stop, length);
     if (mask) std::fill_n(ends.data() + at, inside - at, int(inside));
   }
   std::copy_n(window.begin(), length, row.tokens);
@@ -186,15 +186,15 @@ void Dataset::cut(const Stream& stream, i64 begin, const SampleRow& row) const {
 }
 
 u64 Dataset::fingerprint() const {
-  const bool whole = token_bytes_ <= i64{64} << 20;
+  bool whole = token_bytes_ <= i64{64} << 20;
   u64 hash = 0;
-  const auto add = [&](const void* data, i64 bytes) {
+  auto add = [&](const void* data, i64 bytes) {
     hash = XXH3_64bits_withSeed(data, size_t(bytes), hash);
   };
   for (const TokenFile& file : files_) {
     const i64 sizes[] = {size_of(file.type), file.num_tokens, file.num_docs};
-    const i64 bytes = sizes[0] * sizes[1];
-    const i64 block = whole ? bytes : min<i64>(bytes, 4096);
+    i64 bytes = sizes[0] * sizes[1];
+    i64 block = whole ? bytes : min<i64>(bytes, 4096);
     add(sizes, sizeof sizes);
     add(file.ends, 8 * file.num_docs);
     for (i64 i = 0; i < (whole ? 1 : 16); i++)  // from the first block to the last one
@@ -212,14 +212,14 @@ void positions_from_ends(const int* doc_ends, i64 seq_length, int* positions) {
 }
 
 i64 global_sample(const BatchShape& shape, i64 step, int dp_rank, int ep_rank, i64 row) {
-  const i64 micro = row / shape.micro_batch, sender = dp_rank * shape.ep + ep_rank;
-  const i64 group = micro * shape.dp * shape.ep + sender;  // of micro_batch samples
+  i64 micro = row / shape.micro_batch, sender = dp_rank * shape.ep + ep_rank;
+  i64 group = micro * shape.dp * shape.ep + sender;  // of micro_batch samples
   return step * shape.global_batch + group * shape.micro_batch + row % shape.micro_batch;
 }
 
 ZigzagBlocks zigzag_blocks(i64 seq_length, int cp, int cp_rank) {
   if (cp == 1) return {{0, seq_length}, {seq_length, 0}};
-  const i64 blocks = 2 * cp, length = seq_length / blocks;
+  i64 blocks = 2 * cp, length = seq_length / blocks;
   if (seq_length % blocks != 0)
     bad_input(
         "data.sequence_length",
@@ -236,14 +236,14 @@ void take_zigzag(const int* row, const ZigzagBlocks& blocks, int* out) {
 
 // The absolute discount that follows from how many things were counted once and twice.
 static double discount_of(const auto& counts) {
-  const double ones = std::ranges::count(counts, 1u), twos = std::ranges::count(counts, 2u);
+  double ones = std::ranges::count(counts, 1u), twos = std::ranges::count(counts, 2u);
   return ones == 0 ? 0.5 : ones / (ones + 2 * twos);  // the unseen need some
 }
 
 double bigram_nats(const Dataset& data) {
-  const i64 v = data.options_.vocab_size, length = data.options_.seq_length;
+  i64 v = data.options_.vocab_size, length = data.options_.seq_length;
   vector<int> tokens(length), labels(length);
-  const auto each_pair = [&](const Dataset::Stream& stream, const auto& use) {
+  auto each_pair = [&](const Dataset::Stream& stream, const auto& use) {
     for (i64 begin = 0; begin < stream.num_labels(); begin += length) {
       data.cut(stream, begin, {tokens.data(), labels.data()});
       for (i64 i = 0; i < length; i++)
@@ -255,20 +255,20 @@ double bigram_nats(const Dataset& data) {
   double kinds = 0, nats = 0, count = 0;
   for (const Dataset::Stream& stream : data.train_)
     each_pair(stream, [&](int a, int b) {
-      const bool is_new = pairs[a * v + b]++ == 0;
+      bool is_new = pairs[a * v + b]++ == 0;
       before[b] += is_new;
       after[a] += is_new;
       kinds += is_new;
       total[a]++;
     });
-  const double pair_discount = discount_of(pairs), discount = discount_of(before);
-  const double seen = v - std::ranges::count(before, 0);
+  double pair_discount = discount_of(pairs), discount = discount_of(before);
+  double seen = v - std::ranges::count(before, 0);
   // Counts less their discount, and what that took, spread by the lower order.
   const auto mix = [](double n, double off, double kind, double low, double all) {
     return all == 0 ? low : (max(n - off, 0.0) + off * kind * low) / all;
   };
   each_pair(data.heldout_, [&](int a, int b) {
-    const double low = mix(before[b], discount, seen, 1.0 / v, kinds);
+    double low = mix(before[b], discount, seen, 1.0 / v, kinds);
     nats -= std::log(mix(pairs[a * v + b], pair_discount, after[a], low, total[a]));
     count++;
   });

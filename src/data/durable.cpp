@@ -17,19 +17,19 @@ namespace pith {
 namespace fs = std::filesystem;
 
 [[noreturn]] static void failed_call(const string& path, const char* what, int error) {
-  const string why = text("%s (%s)", what, strerror(error));
+  string why = text("%s (%s)", what, strerror(error));
   if (error == ENOENT || error == ENOTDIR || error == EACCES || error == EROFS)
     bad_input(path, why, "another path, or its permissions");
   failed(path, why, error == ENOSPC || error == EDQUOT ? "free space there" : "another disk");
 }
 
 MappedFile::MappedFile(const string& path) : path_(path) {
-  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (fd < 0) bad_input(path, text("cannot be opened (%s)", strerror(errno)), "check the path");
   struct stat info = {};
   void* map = nullptr;
-  const bool is_file = fstat(fd, &info) == 0 && S_ISREG(info.st_mode);
-  const auto size = size_t(info.st_size);
+  bool is_file = fstat(fd, &info) == 0 && S_ISREG(info.st_mode);
+  auto size = size_t(info.st_size);
   if (is_file && size > 0) map = mmap(nullptr, size, PROT_READ, MAP_SHARED, fd, 0);
   close(fd);
   if (!is_file || map == MAP_FAILED)
@@ -52,7 +52,7 @@ DurableFile::~DurableFile() {
 static void write_all(int fd, const string& path, const void* bytes, i64 size) {
   const char* next = static_cast<const char*>(bytes);
   for (const char* end = next + size; next < end;) {
-    const ssize_t n = write(fd, next, min<size_t>(end - next, 1 << 30));  // Linux: < 2 GiB
+    ssize_t n = write(fd, next, min<size_t>(end - next, 1 << 30));  // Linux: < 2 GiB
     if (n < 0 && errno == EINTR) continue;
     if (n < 0) failed_call(path, "cannot be written", errno);
     next += n;
@@ -95,10 +95,10 @@ void make_folders(const string& path) {
 }
 
 void sync_folder(const string& path) {
-  const int fd = open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  int fd = open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   if (fd < 0) failed_call(path, "cannot be opened", errno);
   // Some network file systems cannot sync a folder.
-  const int error = fsync(fd) == 0 || errno == EINVAL || errno == ENOTSUP ? 0 : errno;
+  int error = fsync(fd) == 0 || errno == EINVAL || errno == ENOTSUP ? 0 : errno;
   close(fd);
   if (error) failed_call(path, "cannot be flushed to disk", error);
 }
@@ -136,7 +136,7 @@ static string lock_file(const string& folder) {
 RunLock::RunLock(const string& folder) : file(lock_file(folder), LOCK_EX | LOCK_NB) {
   char holder[400] = "", host[256] = "";
   if (!file.held) {
-    const bool named = pread(file.fd_, holder, sizeof holder - 1, 0) > 0;
+    bool named = pread(file.fd_, holder, sizeof holder - 1, 0) > 0;
     bad_input(folder, text("another run writes there (%s)", named ? holder : "just begun"),
               "another run.folder");
   }

@@ -19,7 +19,7 @@ i64 NpyHeader::numel() const {
 }
 
 NpyHeader parse_npy_header(const char* data, i64 size, const string& place) {
-  const auto refuse = [&](const string& what) {
+  auto refuse = [&](const string& what) {
     bad_input(place, what, "write or fetch the file again");
   };
   if (size < 10 || !string_view(data, 10).starts_with("\x93NUMPY"))
@@ -27,17 +27,17 @@ NpyHeader parse_npy_header(const char* data, i64 size, const string& place) {
   if (data[6] != 1) refuse(text("has an unknown NPY version (got %d, need 1)", data[6]));
   NpyHeader header;
   header.header_bytes = 10 + u8(data[8]) + 256 * u8(data[9]);
-  const i64 room = size - header.header_bytes;
+  i64 room = size - header.header_bytes;
   if (room < 0)
     refuse(text("is cut short (got %ld bytes, need a header of %ld)", size, header.header_bytes));
-  const string dict(data + 10, data + header.header_bytes);
+  string dict(data + 10, data + header.header_bytes);
   char type[8] = "", fortran[8] = "";
   int shape = 0;  // where it begins
   sscanf(dict.c_str(), "{'descr': '%7[^']', 'fortran_order': %7[a-zA-Z], 'shape': (%n", type,
          fortran, &shape);
   if (shape == 0 || fortran != string("False"))
     refuse("has a header that numpy does not write for an array in C order (got " + dict + ")");
-  const auto known = std::ranges::find_if(kTypes, [&](auto& t) { return t.name == string(type); });
+  auto known = std::ranges::find_if(kTypes, [&](auto& t) { return t.name == string(type); });
   if (known == std::end(kTypes))
     refuse(text("has an unknown dtype (got \"%s\", need <u2, <u4, ...)", type));
   header.type = NpyType(known - kTypes);
@@ -46,7 +46,7 @@ NpyHeader parse_npy_header(const char* data, i64 size, const string& place) {
   for (char* end = nullptr; *at != ')'; at = end + strspn(end, ", ")) {
     header.shape.push_back(strtoll(at, &end, 10));
     if (end == at || header.shape.back() < 0) refuse("has a bad shape (got " + dict + ")");
-    const i64 extent = max<i64>(header.shape.back(), 1);
+    i64 extent = max<i64>(header.shape.back(), 1);
     if (__builtin_mul_overflow(bytes, extent, &bytes)) refuse("has a shape that is too large");
   }
   if (header.data_bytes() > room)
@@ -60,7 +60,7 @@ string npy_header(NpyType type, const vector<i64>& shape, i64 bytes) {
   if (shape.size() == 1) tuple += ',';
   string dict = text("{'descr': '%s', 'fortran_order': False, 'shape': (%s), }", name_of(type),
                      tuple.c_str());
-  const auto length = size_t(bytes - 10);
+  auto length = size_t(bytes - 10);
   if (dict.size() >= length) failed("npy_header", text("needs more than %ld bytes", bytes));
   dict.resize(length - 1, ' ');
   return string("\x93NUMPY\x01\0", 8) + char(length & 0xff) + char(length >> 8) + dict + '\n';

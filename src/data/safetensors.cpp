@@ -51,25 +51,25 @@ void SafetensorsReader::open_file(const string& path) {
              file.size(), u64(length)));
   const char* const data = file.data() + 8 + length;
   room -= length;
-  const Json header = Json::parse(string(file.data() + 8, data), path);
+  Json header = Json::parse(string(file.data() + 8, data), path);
   vector<std::pair<vector<i64>, string>> order;
   for (const string& name : header.keys())
     if (name != "__metadata__") order.push_back({header[name]["data_offsets"].as_ints(), name});
   std::ranges::sort(order);
   for (const auto& [offsets, name] : order) {
-    const Json json = header[name];
+    Json json = header[name];
     TensorEntry& tensor = tensors_.emplace_back();
     tensor.name = name;
     tensor.data = data + end;
     tensor.file = int(files_.size()) - 1;
-    const string dtype = json["dtype"].as_string();
-    const auto known = std::ranges::find_if(kDTypes, [&](auto& d) { return dtype == d.name; });
+    string dtype = json["dtype"].as_string();
+    auto known = std::ranges::find_if(kDTypes, [&](auto& d) { return dtype == d.name; });
     if (known == std::end(kDTypes))
       damaged(json.place(), "has an unknown dtype (got \"" + dtype + "\", need F32, BF16, ...)");
     tensor.dtype = FileDType(known - kDTypes);
     for (i64 i = 0; i < json["shape"].size(); i++)
       tensor.shape.push_back(json["shape"][i].as_int(0));
-    const i64 bytes = tensor.bytes();
+    i64 bytes = tensor.bytes();
     if (bytes < 0 || bytes > room - end || offsets != vector<i64>{end, end + bytes})
       damaged(json.place(), text("has bad data_offsets, or the file is cut short (got %s, need %ld "
                                  "bytes for %s from %ld on, up to %ld)",
@@ -84,22 +84,21 @@ void SafetensorsReader::open_file(const string& path) {
 
 // Index and shards must agree on which tensors are where.
 void SafetensorsReader::open_index(const string& folder, const string& index) {
-  const Json weights = Json::parse_file(index)["weight_map"];
+  Json weights = Json::parse_file(index)["weight_map"];
   std::set<string> shards;
   std::map<string, string> path_of;
   for (const string& name : weights.keys())
     path_of[name] = folder + "/" + *shards.insert(weights[name].as_string()).first;
   if (shards.empty()) damaged(index, "lists no tensors");
   for (const string& shard : shards) {
-    const string path = folder + "/" + shard;
+    string path = folder + "/" + shard;
     if (shard.find('/') != string::npos)
       damaged(index, "is not a file name (got \"" + shard + "\")");
     if (!fs::exists(path)) damaged(path, "is missing, but the index names it");
     open_file(path);
   }
   for (const TensorEntry& tensor : tensors_) {
-    const string listed = std::exchange(path_of[tensor.name], ""),
-                 here = files_[tensor.file].path();
+    string listed = std::exchange(path_of[tensor.name], ""), here = files_[tensor.file].path();
     if (listed != here)
       damaged(here + ": " + tensor.name, "is not where the index says (got this shard, need " +
                                              (listed.empty() ? "none" : listed) + ")");
@@ -109,8 +108,8 @@ void SafetensorsReader::open_index(const string& folder, const string& index) {
 }
 
 SafetensorsReader::SafetensorsReader(const string& path) {
-  const string folder = fs::path(path + "/").parent_path();
-  const string single = folder + "/model.safetensors", index = single + ".index.json";
+  string folder = fs::path(path + "/").parent_path();
+  string single = folder + "/model.safetensors", index = single + ".index.json";
   if (!fs::is_directory(folder))
     open_file(folder);
   else if (fs::exists(single))
@@ -123,7 +122,7 @@ SafetensorsReader::SafetensorsReader(const string& path) {
 }
 
 const TensorEntry& SafetensorsReader::at(const string& name) const {
-  const auto found = std::ranges::find(tensors_, name, &TensorEntry::name);
+  auto found = std::ranges::find(tensors_, name, &TensorEntry::name);
   if (found == tensors_.end())
     damaged(files_[0].path() + ": " + name,
             text("is missing (got %zu other tensors)", tensors_.size()));
@@ -163,7 +162,7 @@ void SafetensorsWriter::open_next() {
   }
   string header = json.end().str();
   header.resize((header.size() + 7) / 8 * 8, ' ');  // so that the data are aligned
-  const auto length = i64(header.size());
+  auto length = i64(header.size());
   file_.emplace(shard_path(begun_++));
   file_->write(&length, 8);
   file_->write(header.data(), length);
@@ -179,7 +178,7 @@ void SafetensorsWriter::write(const void* bytes, i64 size) {
     if (left_ < size && begun_ == shards_.size())
       failed(file_->path(),
              text("was given more bytes than declared (got %ld, need %ld)", size, left_));
-    const i64 piece = min(size, left_);
+    i64 piece = min(size, left_);
     file_->write(next, piece);
     next += piece;
     size -= piece;
@@ -229,9 +228,9 @@ void from_f32(FileDType dtype, const float* src, void* dst, i64 n) {
   }
   if (dtype != FileDType::BF16) failed("from_f32", string("cannot write ") + name_of(dtype));
   for (i64 i = 0; i < n; i++) {
-    const auto bits = std::bit_cast<u32>(src[i]);
-    const bool nan = (bits & 0x7fffffff) > 0x7f800000;
-    const u32 rounded = bits + 0x7fff + (bits >> 16 & 1);
+    auto bits = std::bit_cast<u32>(src[i]);
+    bool nan = (bits & 0x7fffffff) > 0x7f800000;
+    u32 rounded = bits + 0x7fff + (bits >> 16 & 1);
     static_cast<u16*>(dst)[i] = u16(nan ? bits >> 16 | 0x40 : rounded >> 16);
   }
 }

@@ -54,8 +54,8 @@ static Char flags_before(string_view text, size_t at) {
 // As Hugging Face: cuts `text` at added tokens, and what is between them again, once normalized.
 void Tokenizer::encode_text(string_view text, bool normalized, bool parse_special,
                             EncodeScratch& scratch, vector<u32>& out) const {
-  const auto encode_between = [&](size_t begin, size_t end) {
-    const string_view part = text.substr(begin, end - begin);
+  auto encode_between = [&](size_t begin, size_t end) {
+    string_view part = text.substr(begin, end - begin);
     if (part.empty()) return;
     if (normalized) return encode_words(part, scratch, out);
     encode_text(nfc ? to_nfc(part, scratch.normalized_) : part, true, parse_special, scratch, out);
@@ -79,7 +79,7 @@ void Tokenizer::encode_text(string_view text, bool normalized, bool parse_specia
 
 void Tokenizer::encode(string_view utf8, vector<u32>& out, EncodeOptions options,
                        EncodeScratch& scratch) const {
-  const size_t valid = valid_utf8_prefix(utf8);
+  size_t valid = valid_utf8_prefix(utf8);
   if (valid < utf8.size())
     bad_input(path, text("the text to encode is no UTF-8 (got a bad byte at %zu)", valid),
               "replace what is invalid");
@@ -96,7 +96,7 @@ string Tokenizer::decode(std::span<const u32> tokens, SpecialTokens which) const
 }
 
 std::optional<u32> Tokenizer::id_of(string_view token) const {
-  const auto known = ids.find(token);
+  auto known = ids.find(token);
   return known == ids.end() ? std::nullopt : std::optional(known->second);
 }
 

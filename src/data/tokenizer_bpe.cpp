@@ -12,7 +12,7 @@ namespace pith {
 static constexpr u64 kNoPair = UINT64_MAX;
 
 size_t Bpe::slot_of(u32 left, u32 right) const {
-  const u64 key = u64{left} << kIdBits | right;
+  u64 key = u64{left} << kIdBits | right;
   size_t at = key * 0x9e3779b97f4a7c15 >> 32 & (pairs_.size() - 1);
   while (pairs_[at] != kNoPair && pairs_[at] >> kRankBits != key)
     at = (at + 1) & (pairs_.size() - 1);
@@ -20,14 +20,14 @@ size_t Bpe::slot_of(u32 left, u32 right) const {
 }
 
 u32 Bpe::rank_of(u32 left, u32 right) const {
-  const u64 pair = pairs_[slot_of(left, right)];
+  u64 pair = pairs_[slot_of(left, right)];
   return pair == kNoPair ? kNoId : u32(pair & ((1u << kRankBits) - 1));
 }
 
 Bpe::Bpe(const vector<Merge>& merges, const vector<string_view>& bytes, bool ignore_merges)
     : pairs_(std::bit_ceil(2 * merges.size() + 1), kNoPair) {
   for (const auto& [left, right, joined] : merges) {  // of equal pairs the last one counts
-    const u64 key = u64{left} << kIdBits | right;
+    u64 key = u64{left} << kIdBits | right;
     pairs_[slot_of(left, right)] = key << kRankBits | joined_.size();
     joined_.push_back(joined);
   }
@@ -45,12 +45,12 @@ Bpe::Bpe(const vector<Merge>& merges, const vector<string_view>& bytes, bool ign
 void Bpe::merge(vector<u32>& ids, vector<u32>& ranks) const {
   if (ids.size() > 96) return merge_long(ids, ranks);
   while (!ids.empty()) {
-    const u32 lowest = *std::min_element(ranks.begin(), ranks.end());
+    u32 lowest = *std::min_element(ranks.begin(), ranks.end());
     if (lowest == kNoId) break;
     bool merges = true;
     size_t size = 0;
     for (size_t i = 0; i < ids.size(); i++, size++) {
-      const bool joins = merges && ranks[i] == lowest;
+      bool joins = merges && ranks[i] == lowest;
       ids[size] = joins ? joined_[lowest] : ids[i];
       ranks[size] = ranks[i];
       if (!joins) continue;
@@ -66,7 +66,7 @@ void Bpe::merge(vector<u32>& ids, vector<u32>& ranks) const {
 
 // The same with links and a heap, in O(n log n).
 void Bpe::merge_long(vector<u32>& ids, vector<u32>& ranks) const {
-  const u32 size = u32(ids.size());
+  u32 size = u32(ids.size());
   vector<u32> before(size), after(size);
   using Candidate = std::pair<u32, u32>;  // rank, position
   std::priority_queue<Candidate, vector<Candidate>, std::greater<>> heap;
@@ -75,7 +75,7 @@ void Bpe::merge_long(vector<u32>& ids, vector<u32>& ranks) const {
     after[i] = i + 1;
     if (ranks[i] != kNoId) heap.emplace(ranks[i], i);
   }
-  const auto look_up = [&](u32 i) {
+  auto look_up = [&](u32 i) {
     ranks[i] = after[i] < size ? rank_of(ids[i], ids[after[i]]) : kNoId;
     if (ranks[i] != kNoId) heap.emplace(ranks[i], i);
   };
@@ -83,7 +83,7 @@ void Bpe::merge_long(vector<u32>& ids, vector<u32>& ranks) const {
     const auto [rank, i] = heap.top();
     heap.pop();
     if (ranks[i] != rank) continue;  // one of the two has been merged since
-    const u32 right = after[i];
+    u32 right = after[i];
     ids[i] = joined_[rank];
     after[i] = after[right];
     if (after[i] < size) before[after[i]] = i;
@@ -99,12 +99,11 @@ void Bpe::merge_long(vector<u32>& ids, vector<u32>& ranks) const {
 void Bpe::encode_word(string_view word, EncodeScratch& scratch) const {
   vector<u32>& ids = scratch.ids_;
   ids.clear();
-  if (const auto known = whole_.find(word); known != whole_.end())
-    return ids.push_back(known->second);
+  if (auto known = whole_.find(word); known != whole_.end()) return ids.push_back(known->second);
   scratch.ranks_.clear();
   u8 before = 0;
   for (const char c : word) {
-    const u8 byte = u8(c);
+    u8 byte = u8(c);
     if (byte_ids_[byte] == kNoId) continue;  // a byte without a token is dropped
     if (!ids.empty()) scratch.ranks_.push_back(byte_pairs_[before << 8 | byte]);
     ids.push_back(byte_ids_[byte]);
@@ -127,13 +126,13 @@ void Bpe::encode(const vector<string_view>& words, EncodeScratch& scratch, vecto
   using Entry = EncodeScratch::Entry;
   constexpr size_t kBatch = 64, kIds = std::size(Entry{}.ids);
   Entry keys[kBatch], *slots[kBatch];
-  const size_t last_slot = scratch.cache_.size() - 1;
+  size_t last_slot = scratch.cache_.size() - 1;
   const auto is_short = [](string_view word) { return word.size() < sizeof Entry::key; };
   size_t used = out.size();
   for (size_t done = 0; done < words.size(); done += kBatch) {
-    const size_t batch = min(words.size() - done, kBatch);
+    size_t batch = min(words.size() - done, kBatch);
     for (size_t i = 0; i < batch; i++) {
-      const string_view word = words[done + i];
+      string_view word = words[done + i];
       if (!is_short(word)) continue;
       memset(keys[i].key, 0, sizeof Entry::key);
       memcpy(keys[i].key, word.data(), word.size());
@@ -146,11 +145,9 @@ void Bpe::encode(const vector<string_view>& words, EncodeScratch& scratch, vecto
     }
     out.resize(used + batch * kIds);
     for (size_t i = 0; i < batch; i++) {
-      const string_view word = words[done + i];
+      string_view word = words[done + i];
       if (is_short(word)) {
-        const auto holds = [&](const Entry& e) {
-          return !memcmp(e.key, keys[i].key, sizeof e.key);
-        };
+        auto holds = [&](const Entry& e) { return !memcmp(e.key, keys[i].key, sizeof e.key); };
         if (!holds(slots[i][0]) && holds(slots[i][1])) std::swap(slots[i][0], slots[i][1]);
         if (holds(slots[i][0])) {
           memcpy(&out[used], slots[i]->ids, sizeof Entry::ids);

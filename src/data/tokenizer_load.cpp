@@ -19,7 +19,7 @@ static string bytes_of(string_view token) {
   static const auto kBytes = [] {
     vector<int> bytes(0x144, -1);
     for (int byte = 0, next = 0x100; byte < 256; byte++) {
-      const bool visible = (byte > 0x20 && byte < 0x7f) || (byte > 0xa0 && byte != 0xad);
+      bool visible = (byte > 0x20 && byte < 0x7f) || (byte > 0xa0 && byte != 0xad);
       bytes[visible ? byte : next++] = byte;
     }
     return bytes;
@@ -43,7 +43,7 @@ static string type_of(const Json& part) { return part["type"].as_string(); }
 // What a member of the file consists of: nothing, itself, or a Sequence's `members`.
 static vector<Json> parts_of(const Json& file, const char* key, const char* members) {
   if (!file.has(key) || file[key].is_null()) return {};
-  const Json json = file[key];
+  Json json = file[key];
   if (type_of(json) != "Sequence") return {json};
   vector<Json> parts;
   for (i64 i = 0; i < json[members].size(); i++) parts.push_back(json[members][i]);
@@ -52,14 +52,14 @@ static vector<Json> parts_of(const Json& file, const char* key, const char* memb
 
 // How many parts a member has; others than `type` are refused.
 static size_t only(const Json& file, const char* key, const char* members, const string& type) {
-  const vector<Json> parts = parts_of(file, key, members);
+  vector<Json> parts = parts_of(file, key, members);
   for (const Json& part : parts)
     if (type_of(part) != type) unsupported(part, "the " + string(key) + " " + type_of(part));
   return parts.size();
 }
 
 static void set_token(Tokenizer& t, u32 id, const string& content) {
-  const size_t count = max<size_t>(t.texts.size(), id + 1);
+  size_t count = max<size_t>(t.texts.size(), id + 1);
   t.texts.resize(count);
   t.bytes.resize(count);
   t.special.resize(count);
@@ -72,13 +72,13 @@ static void read_model(Tokenizer& t, const Json& model) {
   if (model.string_or("type", "BPE") != "BPE") unsupported(model["type"], model["type"].dump());
   for (const char* key : {"dropout", "unk_token", "byte_fallback", "continuing_subword_prefix",
                           "end_of_word_suffix"}) {
-    const string value = model.has(key) ? model[key].dump() : "null";
+    string value = model.has(key) ? model[key].dump() : "null";
     if (value != "null" && value != "false" && value != "\"\"" && value != "0.0")
       unsupported(model[key], value);
   }
-  const Json vocabulary = model["vocab"], list = model["merges"];
+  Json vocabulary = model["vocab"], list = model["merges"];
   for (const string& token : vocabulary.keys()) {
-    const i64 id = vocabulary[token].as_int();
+    i64 id = vocabulary[token].as_int();
     if (id < 0 || id >= kMostIds)
       bad_input(model.place() + ".vocab." + token, text("is no id (need a number < %u)", kMostIds),
                 kRefetch);
@@ -88,18 +88,18 @@ static void read_model(Tokenizer& t, const Json& model) {
     bad_input(list.place(), text("is no list of less than %u", kMostMerges), kOther);
   vector<Bpe::Merge> merges;
   for (i64 i = 0; i < list.size(); i++) {
-    const Json merge = list[i];  // ["left", "right"], or in older files "left right"
+    Json merge = list[i];  // ["left", "right"], or in older files "left right"
     string left, right;
     if (merge.is_array()) {
       left = merge[0].as_string();
       right = merge[1].as_string();
     } else {
-      const string pair = merge.as_string();
-      const size_t space = min(pair.find(' '), pair.size());
+      string pair = merge.as_string();
+      size_t space = min(pair.find(' '), pair.size());
       left = pair.substr(0, space);
       right = pair.substr(min(space + 1, pair.size()));
     }
-    const auto a = t.id_of(left), b = t.id_of(right), joined = t.id_of(left + right);
+    auto a = t.id_of(left), b = t.id_of(right), joined = t.id_of(left + right);
     if (!a || !b || !joined)
       bad_input(merge.place(), "is no pair of tokens that make a token", kRefetch);
     merges.push_back({*a, *b, *joined});
@@ -111,11 +111,11 @@ static void read_model(Tokenizer& t, const Json& model) {
 static void read_added(Tokenizer& t, const Json& tokens) {
   u32 next_id = t.ids.size();
   for (i64 i = 0; i < tokens.size(); i++) {
-    const Json json = tokens[i];
-    const bool normalized = json["normalized"].as_bool();
+    Json json = tokens[i];
+    bool normalized = json["normalized"].as_bool();
     string buffer, content = json["content"].as_string();
     if (content.empty()) continue;
-    const auto known = t.id_of(content);
+    auto known = t.id_of(content);
     if (normalized && t.nfc) content = to_nfc(content, buffer);
     const AddedToken token{.content = content,
                            .id = known ? *known : next_id++,
@@ -123,7 +123,7 @@ static void read_added(Tokenizer& t, const Json& tokens) {
                            .lstrip = json["lstrip"].as_bool(),
                            .rstrip = json["rstrip"].as_bool(),
                            .special = json["special"].as_bool()};
-    const i64 said = json["id"].as_int(0, kMostIds - 1);
+    i64 said = json["id"].as_int(0, kMostIds - 1);
     if (said != token.id)
       bad_input(json.place(),
                 text("has another id in Hugging Face (got %ld, need %u)", said, token.id),
@@ -135,12 +135,12 @@ static void read_added(Tokenizer& t, const Json& tokens) {
 }
 
 static void read_pre_tokenizer(Tokenizer& t, const Json& json) {
-  const string type = type_of(json);
+  string type = type_of(json);
   if (type == "Split") {
-    const string behavior = json["behavior"].as_string();
+    string behavior = json["behavior"].as_string();
     if (behavior != "Isolated" && behavior != "Removed") unsupported(json["behavior"], behavior);
     if (json["invert"].as_bool()) unsupported(json["invert"], "true");
-    const Json pattern = json["pattern"]["Regex"];
+    Json pattern = json["pattern"]["Regex"];
     t.steps.emplace_back(pattern.as_string(), pattern.place(), behavior == "Removed");
   } else if (type == "Digits") {
     t.steps.emplace_back(json["individual_digits"].as_bool() ? "\\p{N}" : "\\p{N}+", json.place());
@@ -158,14 +158,14 @@ static std::optional<u32> find_eos(const Tokenizer& t) {
   static const std::pair<const char*, const char*> kPlaces[] = {
       {"tokenizer_config.json", "eos_token"}, {"config.json", "eos_token_id"}};
   for (const auto& [file, key] : kPlaces) {
-    const auto path = std::filesystem::path(t.path).replace_filename(file);
-    const Json json = std::filesystem::exists(path) ? Json::parse_file(path) : Json();
+    auto path = std::filesystem::path(t.path).replace_filename(file);
+    Json json = std::filesystem::exists(path) ? Json::parse_file(path) : Json();
     if (!json.has(key) || json[key].is_null()) continue;
     Json value = json[key];
     if (value.is_array()) value = value[0];
     if (value.is_object()) value = value["content"];
-    const auto id = value.is_number() ? std::optional(u32(value.as_int(0, kMostIds)))
-                                      : t.id_of(value.as_string());
+    auto id = value.is_number() ? std::optional(u32(value.as_int(0, kMostIds)))
+                                : t.id_of(value.as_string());
     if (!id || t.token_text(*id).empty())
       bad_input(value.place(), "is no token of " + t.path + " (got " + value.dump() + ")",
                 "use the files of one model");
@@ -173,16 +173,16 @@ static std::optional<u32> find_eos(const Tokenizer& t) {
   }
   for (const char* name :
        {"<|endoftext|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|return|>", "</s>"})
-    if (const auto id = t.id_of(name)) return id;
+    if (auto id = t.id_of(name)) return id;
   return std::nullopt;
 }
 
 Tokenizer Tokenizer::load(const string& path) {
   Tokenizer t;
   t.path = path;
-  const string file = read_text_file(path);
+  string file = read_text_file(path);
   t.fingerprint = XXH3_64bits(file.data(), file.size());
-  const Json json = Json::parse(file, path);
+  Json json = Json::parse(file, path);
   if (!json.has("model")) bad_input(path, "is no tokenizer.json: it has no \"model\"", kRefetch);
   if (json.string_or("version", "1.0") != "1.0")
     unsupported(json["version"], json["version"].dump());

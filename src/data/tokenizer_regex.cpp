@@ -29,12 +29,12 @@ static string translate(const string& pattern, const string& place) {
                 text("has a regular expression that is not supported at byte %zd (got \"%s\")",
                      at - pattern.begin(), pattern.c_str()),
                 "another tokenizer");
-    const string got = part[0];
+    string got = part[0];
     if (part[1].matched || part[3].matched) {
-      const string category = part[2];
-      const string members =
+      string category = part[2];
+      string members =
           part[3].matched ? kSpaces : "\\p{" + category + "}" + newer_members(category);
-      const bool negated = got[1] == 'P' || got[1] == 'S';
+      bool negated = got[1] == 'P' || got[1] == 'S';
       out += in_class ? members : (negated ? "[^" : "[") + members + "]";
     } else {
       out += got;
@@ -45,7 +45,7 @@ static string translate(const string& pattern, const string& place) {
 }
 
 void SplitStep::compile(const string& pattern) {
-  const string translated = translate(pattern, place_);
+  string translated = translate(pattern, place_);
   int error = 0;
   PCRE2_SIZE offset = 0;
   // In Ruby's syntax ^ and $ are those of lines, which only \n ends.
@@ -73,7 +73,7 @@ void SplitStep::split(string_view text, std::shared_ptr<void>& room,
   auto* data = static_cast<pcre2_match_data*>(room.get());
   const PCRE2_SIZE* found = pcre2_get_ovector_pointer(data);
   size_t done = 0;
-  const auto match = [&](u32 options) {
+  auto match = [&](u32 options) {
     return pcre2_match(static_cast<const pcre2_code*>(code_.get()),
                        reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), done,
                        PCRE2_NO_UTF_CHECK | options, data, nullptr);

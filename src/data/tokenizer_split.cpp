@@ -50,11 +50,11 @@ struct Splitter {
   // (?i:'s|'t|'re|'ve|'m|'ll|'d), which knows the long s too; `p` if there is none.
   const char* contraction(const char* p) const {
     if (end - p < 2 || *p != '\'') return p;
-    const char a = char(p[1] | 0x20);
+    char a = char(p[1] | 0x20);
     if (a == 's' || a == 't' || a == 'm' || a == 'd') return p + 2;
     if (end - p < 3) return p;
-    const char b = char(p[2] | 0x20);
-    const bool two = ((a == 'r' || a == 'v') && b == 'e') || (a == 'l' && b == 'l');
+    char b = char(p[2] | 0x20);
+    bool two = ((a == 'r' || a == 'v') && b == 'e') || (a == 'l' && b == 'l');
     return two || (p[1] == '\xc5' && p[2] == '\xbf') ? p + 3 : p;
   }
   // \s*[\r\n]+|\s+(?!\S)|\s+
@@ -106,9 +106,8 @@ struct Splitter {
     const Char c = at(p);
     const char* second = p + c.size;
     if (c.code & kNumber) return digits(p, 3);
-    const bool in_word = c.code & (kUpper | kLower);
-    const bool prefix =
-        !(c.code & kLetter) && !is_newline(p) && at(second).code & (kUpper | kLower);
+    bool in_word = c.code & (kUpper | kLower);
+    bool prefix = !(c.code & kLetter) && !is_newline(p) && at(second).code & (kUpper | kLower);
     const char* word = prefix ? cased(second) : nullptr;
     if (!word && in_word) word = cased(p);
     if (!word && prefix) word = run(second, kUpper);

@@ -42,7 +42,7 @@ static void for_each_range(const char* list, auto&& action) {
       category = word;
       continue;
     }
-    const string last = word.substr(word.find('-') + 1);
+    string last = word.substr(word.find('-') + 1);
     action(category, std::stoul(word, nullptr, 16), std::stoul(last, nullptr, 16));
   }
 }
@@ -59,17 +59,16 @@ static string compose(string_view utf8) {
   // "Stable" keeps what Unicode excludes from composition apart.
   constexpr auto kOptions = utf8proc_option_t(UTF8PROC_STABLE | UTF8PROC_COMPOSE);
   u8* out = nullptr;
-  const auto size =
-      utf8proc_map(reinterpret_cast<const u8*>(utf8.data()), utf8.size(), &out, kOptions);
+  auto size = utf8proc_map(reinterpret_cast<const u8*>(utf8.data()), utf8.size(), &out, kOptions);
   if (size < 0) failed("NFC", utf8proc_errmsg(size));
-  const string composed(reinterpret_cast<char*>(out), size);
+  string composed(reinterpret_cast<char*>(out), size);
   free(out);
   return composed;
 }
 
 static u16 flags_of(u32 code, const string& category) {
-  const char major = category[0], minor = category[1];
-  const bool uncased = major == 'M' || (major == 'L' && (minor == 'm' || minor == 'o'));
+  char major = category[0], minor = category[1];
+  bool uncased = major == 'M' || (major == 'L' && (minor == 'm' || minor == 'o'));
   u16 flags = 0;
   if (major == 'L') flags |= kLetter;
   if (major == 'M') flags |= kMark;
@@ -88,9 +87,9 @@ static void mark_unstable(vector<u16>& flags) {
   int parts[32];
   for (u32 code = 0xc0; code < 0x30000; code++) {
     if (code >= 0xd800 && code < 0xe000) continue;  // surrogates
-    const auto count = utf8proc_decompose_char(code, parts, 32, UTF8PROC_DECOMPOSE, nullptr);
+    auto count = utf8proc_decompose_char(code, parts, 32, UTF8PROC_DECOMPOSE, nullptr);
     for (int i = 1; i < count; i++) flags[parts[i]] |= kUnstable;
-    const string_view text(reinterpret_cast<char*>(utf8), utf8proc_encode_char(code, utf8));
+    string_view text(reinterpret_cast<char*>(utf8), utf8proc_encode_char(code, utf8));
     if (utf8proc_get_property(code)->combining_class || compose(text) != text)
       flags[code] |= kUnstable;
   }
@@ -107,7 +106,7 @@ const u16* char_flags() {
     for_each_range(kNewer, [&](const string& category, u64 code, u64 last) {
       for (; code <= last; code++) flags[code] = flags_of(code, category) | kUnknownToNfc;
     });
-    const auto add = [&](const char* list, u16 flag) {
+    auto add = [&](const char* list, u16 flag) {
       for_each_range(list, [&](const string&, u64 code, u64 last) {
         for (; code <= last; code++) flags[code] |= flag;
       });
@@ -142,7 +141,7 @@ string_view to_nfc(string_view text, string& buffer) {
     const char* first = p > begin ? char_before(p) : p;  // which may join in
     if (flags[decode_char(first).code] & kUnknownToNfc) first = p;
     for (Char next; p < end && flags[(next = decode_char(p)).code] & kUnstable;) p += next.size;
-    const string composed = compose({first, p});
+    string composed = compose({first, p});
     if (composed == string_view(first, p)) continue;
     buffer.append(done, first) += composed;
     done = p;
@@ -156,7 +155,7 @@ size_t valid_utf8_prefix(string_view bytes) {
   const char* p = begin;
   int code = 0;
   while ((p = skip_ascii(p, end)) < end) {
-    const auto size = utf8proc_iterate(reinterpret_cast<const u8*>(p), end - p, &code);
+    auto size = utf8proc_iterate(reinterpret_cast<const u8*>(p), end - p, &code);
     if (size < 0) break;
     p += size;
   }
@@ -177,7 +176,7 @@ static size_t invalid_part(string_view bytes) {
 string replace_invalid_utf8(string_view bytes) {
   string out;
   for (;;) {
-    const size_t valid = valid_utf8_prefix(bytes);
+    size_t valid = valid_utf8_prefix(bytes);
     out += bytes.substr(0, valid);
     bytes.remove_prefix(valid);
     if (bytes.empty()) return out;
