@@ -89,7 +89,7 @@ ensure_headers() {
         nvidia-cutlass==4.2.0.0 nvidia-cudnn-frontend==1.32.0 ||
         die $to "pip could not fetch them (need python3 with pip, and PyPI)" \
             "a network, or -D PITH_HEADERS=FOLDER with both wheels unpacked"
-    for wheel in $to/wheels/*.whl; do python3 -m zipfile -e "$wheel" $to; done
+    for wheel in "$to"/wheels/*.whl; do python3 -m zipfile -e "$wheel" $to; done
     rm -r $to/wheels
 }
 

@@ -5,12 +5,6 @@
 
 namespace pith {
 
-#ifdef PITH_CUDA
-constexpr bool kCuda = true;
-#else
-constexpr bool kCuda = false;
-#endif
-
 // "NVIDIA H100 80GB HBM3, sm_90, 79.2 GiB"; without one, `why`.
 vector<string> cuda_devices(string& why);
 

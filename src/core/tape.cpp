@@ -68,7 +68,7 @@ void add_into(Rank& rank, const Tensor& to, const Tensor& from, At at) {
          {"equal dtypes, or bf16 to f32", to.dtype == from.dtype || to.dtype == wide(from.dtype)},
          {"tensors on one device", to.device == from.device}},
         {&to, &from});
-  if (kCuda && to.device == Device::CUDA) return cuda_add(rank, to, from);
+  if (to.on_gpu()) return cuda_add(rank, to, from);
   if (to.dtype == DType::F64) return add_elements<double>(to, from);
   add_elements<float>(to, from);
 }

@@ -132,7 +132,7 @@ Tensor empty(Rank& rank, Dims dims, DType dtype, At at) {
 
 void fill_zero(Rank& rank, const Tensor& t) {
   if (!t.data) return;
-  if (kCuda && t.device == Device::CUDA) return cuda_zero(rank, t.data, t.bytes());
+  if (t.on_gpu()) return cuda_zero(rank, t.data, t.bytes());
   std::memset(t.data, 0, t.bytes());
 }
 
@@ -144,7 +144,7 @@ Tensor zeros(Rank& rank, Dims dims, DType dtype, At at) {
 
 Tensor tensor_from(Rank& rank, Dims dims, DType dtype, const void* host, At at) {
   Tensor t = empty(rank, dims, dtype, at);
-  if (kCuda && t.device == Device::CUDA && t.bytes())
+  if (t.on_gpu() && t.bytes())
     cuda_copy(rank, t.data, host, t.bytes());
   else if (t.bytes())
     std::memcpy(t.data, host, t.bytes());
@@ -152,7 +152,7 @@ Tensor tensor_from(Rank& rank, Dims dims, DType dtype, const void* host, At at) 
 }
 
 Tensor on_host(Rank& rank, Tensor t, vector<char>& bytes) {
-  if (kCuda && t.device == Device::CUDA) {
+  if (t.on_gpu()) {
     bytes.resize(t.data ? t.bytes() : 0);
     if (!bytes.empty()) cuda_copy(rank, bytes.data(), t.data, t.bytes());
     t.device = Device::CPU;

@@ -5,6 +5,12 @@
 
 namespace pith {
 
+#ifdef PITH_CUDA
+constexpr bool kCuda = true;
+#else
+constexpr bool kCuda = false;
+#endif
+
 enum class DType : u8 { F32, F64, BF16, F8, I32, U8 };
 enum class Device : u8 { CPU, CUDA };
 
@@ -73,6 +79,7 @@ struct Tensor {
   At made;
 
   bool defined() const { return dim.rank > 0; }
+  bool on_gpu() const { return kCuda && device == Device::CUDA; }
   bool is_weight() const { return home || grad; }
   bool needs_grad() const { return var >= 0 || is_weight(); }
   i64 numel() const { return dim.numel(); }

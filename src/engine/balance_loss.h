@@ -12,11 +12,11 @@ struct BalanceState {
   BalanceKind kind = BalanceKind::None;
   double coefficient = 0;
   int num_experts = 0, num_layers = 0;
-  double token_share = 0;       // 1 / tokens of the global batch
-  vector<double> counts;        // [layers * E]: pairs of this step and rank
-  vector<double> previous;      // of the last step and all ranks; empty: 1/E each
-  vector<double> loss;          // [layers], unscaled: this rank's share
-  Tensor gpu_counts, gpu_loss;  // F64 [layers, E], F32 [layers, 1]: of a step, until end_step
+  double token_share = 0;         // 1 / tokens of the global batch
+  vector<double> counts;          // [layers * E]: pairs of this step and rank
+  vector<double> previous;        // of the last step and all ranks; empty: 1/E each
+  vector<double> loss;            // [layers], unscaled: this rank's share
+  Tensor step_counts, step_loss;  // F64 [layers, E], F32 [layers, 1]: until end_step
 };
 void begin_step(Rank& rank, BalanceState& state, i64 global_tokens);
 void end_step(Rank& rank, BalanceState& state);

@@ -179,7 +179,7 @@ AttentionCore core_of(const TensorList& t, const i64* i, double scale) {
   i64 width = i[kWidth];
   AttentionCore core{t[kQ].dtype, q[0], q[2], k[2], q[3], v[3], scale, i[kCausal] != 0, i[kWindow]};
   const Tensor& table = t[kTable];
-  if (t[kQ].device == Device::CUDA) {
+  if (t[kQ].on_gpu()) {
     core.query = {q[1], nullptr, table.i32(), q[1]};
     core.key = {k[1], nullptr, table.i32(), k[1]};
   } else {
@@ -193,7 +193,7 @@ AttentionCore core_of(const TensorList& t, const i64* i, double scale) {
 
 // What cuDNN takes: a packed projection in BF16.
 bool by_cudnn(const TensorList& t, const i64* numbers, const AttentionShape& s) {
-  return kCuda && t[kQ].device == Device::CUDA && t[kQ].dtype == DType::BF16 && numbers[kWidth] &&
+  return t[kQ].on_gpu() && t[kQ].dtype == DType::BF16 && numbers[kWidth] &&
          cudnn_attention_fits(s, t[kTable].defined());
 }
 AttentionShape shape_of(const AttentionCore& c) {
@@ -204,7 +204,7 @@ void attention_bx(const auto& b) {
   const TensorList& t = b.keep;
   const AttentionCore core = core_of(t, b.node.i, b.node.f[0]);
   i64 width = b.node.i[kWidth], H = core.heads, K = core.kv_heads, N = core.size;
-  bool gpu = t[kQ].device == Device::CUDA;
+  bool gpu = t[kQ].on_gpu();
   if (by_cudnn(t, b.node.i, shape_of(core))) {
     Tensor dqkv = b.op().empty(b.node.in[0].dim, DType::BF16);
     cudnn_attention_backward(b.rank, shape_of(core),

@@ -121,7 +121,7 @@ KeyRange visible_keys(const AttentionCore& core, i64 b, i64 i) {
 }
 
 void attention_forward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse) {
-  if (kCuda && lse.device == Device::CUDA) return cuda_attention(op.rank, core, out, lse);
+  if (lse.on_gpu()) return cuda_attention(op.rank, core, out, lse);
   i64 H = core.heads, blocks = (core.query.count + kBlockRows - 1) / kBlockRows;
   op.on_cpu(lse, [&]<class T>(T*) {
 #pragma omp parallel if (worth_threads(core))
@@ -139,8 +139,7 @@ void attention_forward(const Op& op, const AttentionCore& core, HeadView out, co
 // A task writes all gradients of a key/value head; only a bias's may be shared between tasks.
 void attention_backward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse,
                         HeadView dout, const AttentionViews& grads) {
-  if (kCuda && lse.device == Device::CUDA)
-    return cuda_attention_grad(op.rank, core, out, lse, dout, grads);
+  if (lse.on_gpu()) return cuda_attention_grad(op.rank, core, out, lse, dout, grads);
   i64 K = core.kv_heads, group = K ? core.heads / K : 0;
   op.on_cpu(lse, [&]<class T>(T*) {
 #pragma omp parallel if (!grads.bias.data && worth_threads(core))

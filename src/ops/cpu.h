@@ -152,8 +152,7 @@ void product(const Op& op, const Tensor& a, const Tensor& b, const GradSlot& c,
   bool at = a_layout == kTransposed;
   i64 m = at ? a.cols() : a.rows(), k = at ? a.rows() : a.cols();
   i64 n = b_layout == kTransposed ? b.rows() : b.cols();
-  if (kCuda && a.device == Device::CUDA)
-    return cuda_gemm(op.rank, m, n, k, a, at, b, b_layout == kTransposed, c);
+  if (a.on_gpu()) return cuda_gemm(op.rank, m, n, k, a, at, b, b_layout == kTransposed, c);
   if constexpr (!std::is_same_v<T, BF16>)
     gemm<T>(m, n, k, {a.as<T>(), a.cols(), a_layout}, {b.as<T>(), b.cols(), b_layout}, c.add,
             c.grad.as<T>(), n);
@@ -227,8 +226,7 @@ void elementwise_on_cpu(const Dims& space, const View (&v)[5], bool add) {
 template <class T, Formula f>
 void elementwise(const Op& op, const Dims& space, const View (&v)[5], bool add) {
   const View& out = v[4];
-  if (kCuda && out.x.device == Device::CUDA)
-    return OnCuda<T>::elementwise(op.rank, space, v, add, f);
+  if (out.x.on_gpu()) return OnCuda<T>::elementwise(op.rank, space, v, add, f);
   if constexpr (!std::is_same_v<T, BF16>) elementwise_on_cpu<T, f>(space, v, add);
 }
 template <class T>
@@ -244,7 +242,7 @@ void sum_to(const Op& op, Tensor x, const GradSlot& to) {
     if (x.dim[d] == 1 || (d >= missing && to.grad.dim[d - missing] != 1)) continue;
     const Extent e = extent_of(x.dim, d);
     Tensor y = op.empty(with_size(x.dim, d, 1), wide(x.dtype));
-    if (kCuda && x.device == Device::CUDA)
+    if (x.on_gpu())
       cuda_sum(op.rank, e, x, y);
     else
       parallel_rows(e.outer, e.n * e.inner, [&](i64 o) {

@@ -34,7 +34,7 @@ template <class T>
 void cross_entropy(const Op& op, const Tensor& x, const Tensor& w, const Tensor& labels,
                    double scale, const Tensor& dx, const GradSlot& dw, const Tensor& loss) {
   i64 tokens = x.dim[0], V = w.dim[0];
-  bool grad = dx.defined() || dw.grad.defined(), gpu = x.device == Device::CUDA;
+  bool grad = dx.defined() || dw.grad.defined(), gpu = x.on_gpu();
   i64 chunks = max<i64>(1, (tokens * V + kChunk - 1) / kChunk);
   i64 most = gpu ? (tokens + chunks - 1) / chunks : min(kCpuRows, tokens);
   Tensor logits = op.empty({most, V}, x.dtype), losses = op.empty({tokens}, DType::F64);

@@ -22,7 +22,7 @@ void Op::check_alike(std::initializer_list<const Tensor*> ts) const {
 
 void Op::check_ids(const char* what, const Tensor& ids, i64 limit, int also) const {
   vector<char> bytes;
-  if (ids.device == Device::CUDA && !rank.debug) return;
+  if (ids.on_gpu() && !rank.debug) return;
   Tensor host = on_host(rank, ids, bytes);
   const int* id = host.i32();
   for (i64 i = 0, n = ids.numel(); i < n; i++) {
@@ -34,7 +34,7 @@ void Op::check_ids(const char* what, const Tensor& ids, i64 limit, int also) con
 
 void Op::check_offsets(const char* what, const Tensor& offsets, i64 last) const {
   vector<char> bytes;
-  if (offsets.device == Device::CUDA && !rank.debug) return;
+  if (offsets.on_gpu() && !rank.debug) return;
   Tensor host = on_host(rank, offsets, bytes);
   const int *begin = host.i32(), *end = begin + host.numel();
   bool good = begin != end && *begin == 0 && end[-1] == last && std::is_sorted(begin, end);

@@ -50,7 +50,7 @@ struct Op {
   template <class F>
   void typed(const Tensor& x, F&& f) const {
     if constexpr (kCuda)
-      if (x.dtype == DType::BF16 && x.device == Device::CUDA) return f((BF16*)nullptr);
+      if (x.dtype == DType::BF16 && x.on_gpu()) return f((BF16*)nullptr);
     on_cpu(x, f);
   }
   template <class F>
@@ -66,7 +66,7 @@ struct Op {
   template <class F, class G>
   void run(const Tensor& x, F&& cpu, G&& gpu) const {
     if constexpr (kCuda)
-      if (x.device == Device::CUDA) return typed(x, gpu);
+      if (x.on_gpu()) return typed(x, gpu);
     on_cpu(x, cpu);
   }
 };

@@ -162,7 +162,7 @@ void adamw_step(Rank& rank, Tensor w, Tensor g, Tensor m, Tensor v, const AdamW&
 double sum_squares(Rank& rank, Tensor x, At at = At::here());  // in F64
 // Element i of x becomes std * normal_at(key, first + i).
 void fill_normal(Rank& rank, Tensor x, u64 key, u64 first, double std, At at = At::here());
-// to = from, of any float dtypes; on a GPU.
+// to = from, of any float dtypes.
 void cast(Rank& rank, Tensor from, Tensor to, At at = At::here());
 void fill_constant(Rank& rank, Tensor x, double value, At at = At::here());
 

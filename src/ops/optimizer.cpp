@@ -78,11 +78,13 @@ void fill_constant(Rank& rank, Tensor x, double value, At at) {
 }
 
 void cast(Rank& rank, Tensor from, Tensor to, At at) {
-  Op op{rank, "cast", at};
-  op.check({{"a GPU's tensors of one shape",
-             from.device == Device::CUDA && to.device == Device::CUDA && from.dim == to.dim}},
-           {&from, &to});
-  if constexpr (kCuda) cuda_cast(rank, from, to);
+  const Op op{rank, "cast", at};
+  op.check({{"equal shapes", from.dim == to.dim}}, {&from, &to});
+  if constexpr (kCuda)
+    if (to.on_gpu()) return cuda_cast(rank, from, to);
+  op.on_cpu(from, [&]<class T>(T*) {
+    op.on_cpu(to, [&]<class U>(U*) { std::copy_n(from.as<T>(), to.numel(), to.as<U>()); });
+  });
 }
 
 }

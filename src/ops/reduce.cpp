@@ -32,7 +32,7 @@ template <class T>
 void cumulate(const Op& op, const Tensor& x, const GradSlot& out, bool reverse) {
   i64 n = x.cols();
   const Slot<T> to{out.grad.as<T>(), out.add};
-  if (kCuda && x.device == Device::CUDA) return OnCuda<T>::cumsum(op.rank, x, out, reverse);
+  if (x.on_gpu()) return OnCuda<T>::cumsum(op.rank, x, out, reverse);
   parallel_rows(x.rows(), n, [&](i64 r) {
     T sum = 0;
     for (i64 i = 0; i < n; i++) {
@@ -74,7 +74,7 @@ TopK top_k(Rank& rank, Tensor x, int k, At at) {
   Dims dims = with_size(x.dim, x.dim.rank - 1, k);
   TopK y{op.empty(dims, x.dtype), op.empty(dims, DType::I32)};
   op.typed(x, [&]<class T>(T*) {
-    if (kCuda && x.device == Device::CUDA) return OnCuda<T>::top_k(rank, x, k, y.values, y.ids);
+    if (x.on_gpu()) return OnCuda<T>::top_k(rank, x, k, y.values, y.ids);
     parallel_rows(x.rows(), x.cols() * 2, [&](i64 r) {
       int* ids = row_of<int>(y.ids, r);
       largest(row_of<T>(x, r), x.cols(), k, ids);
@@ -84,7 +84,7 @@ TopK top_k(Rank& rank, Tensor x, int k, At at) {
   record(op, {x}, {&y.values}).bx({y.ids}, []<class T>(Backward<T> b) {
     Tensor dx = b.zeroed(0);
     const Tensor& ids = b.keep[0];
-    if (kCuda && dx.device == Device::CUDA) return OnCuda<T>::top_k_grad(b.rank, b.dy(), ids, dx);
+    if (dx.on_gpu()) return OnCuda<T>::top_k_grad(b.rank, b.dy(), ids, dx);
     for (i64 i = 0; i < ids.numel(); i++)
       row_of<T>(dx, i / ids.cols())[ids.i32()[i]] += b.dy().template as<T>()[i];
   });
@@ -108,7 +108,7 @@ Tensor softmax(Rank& rank, Tensor x, int dim, At at) {
   return over_last(op, x, op.dim_of(x, dim), [&](Tensor t) {
     Tensor y = op.like(t);
     op.typed(t, [&, n = t.cols()]<class T>(T*) {
-      if (kCuda && t.device == Device::CUDA) return OnCuda<T>::softmax(op.rank, t, y);
+      if (t.on_gpu()) return OnCuda<T>::softmax(op.rank, t, y);
       parallel_rows(t.rows(), n * 4, [&](i64 r) {
         T* to = std::copy_n(row_of<T>(t, r), n, row_of<T>(y, r)) - n;
         T sum = exp_sum(to, n, max_of(to, n));
@@ -118,8 +118,7 @@ Tensor softmax(Rank& rank, Tensor x, int dim, At at) {
     record(op, {t}, {&y}).bx({y}, []<class T>(Backward<T> b) {
       i64 n = b.dy().cols();
       GradSlot slot = b.slot(0);
-      if (kCuda && b.dy().device == Device::CUDA)
-        return OnCuda<T>::softmax_grad(b.rank, b.dy(), b.keep[0], slot);
+      if (b.dy().on_gpu()) return OnCuda<T>::softmax_grad(b.rank, b.dy(), b.keep[0], slot);
       const Slot<T> dx{slot.grad.as<T>(), slot.add};
       parallel_rows(b.dy().rows(), n * 2, [&](i64 r) {
         const T *g = row_of<T>(b.dy(), r), *p = row_of<T>(b.keep[0], r), mean = dot(g, p, n);

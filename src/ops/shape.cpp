@@ -41,8 +41,7 @@ void gather_rows(const Op& op, const Tensor& x, i64 n, const Tensor& index, cons
   i64 rows = begin.defined() ? begin.dim[0] - 1 : index.numel();
   const Slot<T> y{out.grad.as<T>(), out.add};
   if (!y.data) return;
-  if (kCuda && x.device == Device::CUDA)
-    return OnCuda<T>::gather_rows(op.rank, x, n, index, begin, out);
+  if (x.on_gpu()) return OnCuda<T>::gather_rows(op.rank, x, n, index, begin, out);
   parallel_rows(rows, n * (1 + index.numel() / max<i64>(1, rows)), [&](i64 r) {
     i64 first = begin.defined() ? begin.i32()[r] : r;
     i64 end = begin.defined() ? begin.i32()[r + 1] : r + 1;
@@ -60,7 +59,7 @@ template <class T>
 void scatter_rows(const Op& op, const Tensor& x, const Tensor& ids, const Tensor& y) {
   i64 count = ids.numel(), n = count ? x.numel() / count : 0;
   if (!y.data) return;
-  if (kCuda && x.device == Device::CUDA) return OnCuda<T>::scatter_rows(op.rank, x, n, ids, y);
+  if (x.on_gpu()) return OnCuda<T>::scatter_rows(op.rank, x, n, ids, y);
   column_blocks(count, n, [&](i64 first, i64 width) {
     for (i64 i = 0; i < count; i++) {
       T* to = y.as<T>() + ids.i32()[i] * n + first;

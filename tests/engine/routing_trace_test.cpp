@@ -150,7 +150,8 @@ TEST(RoutingSlot, RanksFillTheirTokensAndGetThemBack) {
   }
   EXPECT_FALSE(forced_ids(t.rank, slots[1], 1, 1).defined());  // no tokens
   step.traced = false;
-  trace_routing(t.rank, slots[0], 1, 0, {t.ints({1, 2}, {0, 0}), t.floats({1, 2}, {}, DType::F32), {}});
+  trace_routing(t.rank, slots[0], 1, 0,
+                {t.ints({1, 2}, {0, 0}), t.floats({1, 2}, {}, DType::F32), {}});
   EXPECT_EQ(step.ids[8], 5);
 }
 
@@ -159,8 +160,8 @@ TEST(RoutingSlot, AnotherShapeIsAnError) {
   RoutingStep step;
   begin_trace(step, 1, 2, 2);
   const RoutingSlot slot{&step, {{0, 1}}};
-  EXPECT_THROW(trace_routing(t.rank, slot, 0, 0, {t.ints({1, 2}, {0, 1}), t.floats({1, 2}, {}), {}}),
-               Error);
+  EXPECT_THROW(
+      trace_routing(t.rank, slot, 0, 0, {t.ints({1, 2}, {0, 1}), t.floats({1, 2}, {}), {}}), Error);
 }
 
 }  // namespace pith

@@ -89,7 +89,7 @@ def load_safetensors(path, dtype=None):
     return {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in tensors.items()}
 
 
-def save_tokens(path, tokens, ends, dtype=np.uint8):
+def save_tokens(path, tokens, ends, dtype=np.uint16):
     """A token file: two NPY v1.0 arrays back to back, ids [N] and u64 document ends [D]."""
     with open(path, "wb") as file:
         for array in (tokens.astype(dtype), np.asarray(ends, np.uint64)):
