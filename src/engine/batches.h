@@ -9,7 +9,7 @@ enum class Split : u8 { Train, Heldout };
 
 struct LoadedBatches {
   vector<Batch> batches;
-  i64 labels = 0;         // not ignored, of this rank
+  i64 labels = 0;  // not ignored, of this rank
   // [micro-batch][local token]: index among the step's tokens.
   vector<vector<i64>> token_index;
   double global_labels(Rank& rank) const;  // collective over dp * cp * ep

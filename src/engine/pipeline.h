@@ -17,7 +17,7 @@ struct Flight {
   struct Layer {
     MoeInput in;
     Dispatch dispatch;
-    Tensor rows;                      // of stage 3, then of stage 4
+    Tensor rows;  // of stage 3, then of stage 4
     Nodes of[int(Part::Epilog) + 1];
   };
   Tape tape;

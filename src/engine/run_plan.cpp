@@ -90,7 +90,7 @@ vector<RankMemory> rank_memory(const RunPlan& plan) {
     options.id = rank;
     const Instance instance = make_instance(plan.model, options);
     RankMemory& bytes = ranks.emplace_back();
-    i64 full = 0, largest = 0;   // elements of gathered units
+    i64 full = 0, largest = 0;  // elements of gathered units
     i64 layers = 0, widths = 0;
     for (const FlatUnit& unit : instance.parameters->units) {
       bool whole = unit.cuts.size() == 1;

@@ -23,7 +23,7 @@ struct RunPlan {
   i64 step_tokens() const { return batch.global_batch * config.data.sequence_length; }
 };
 
-// Takes no memory.
+// Refuses what does not fit.
 RunPlan plan_run(const RunConfig& config, Device device, int ranks);
 
 Dataset open_data(const RunPlan& plan);
