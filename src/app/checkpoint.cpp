@@ -4,7 +4,6 @@
 
 namespace pith {
 
-// Opens a checkpoint, or each of a run's; reads all of them if `whole`.
 static int examine(const string& named, bool whole, bool json) {
   std::map<i64, string> folders = list_checkpoints(named);
   if (folders.empty()) folders[0] = named;
@@ -46,7 +45,7 @@ static double relative_difference(const Checkpoint& a, const Checkpoint& b, cons
   return std::sqrt(norm > 0 ? square / norm : square);
 }
 
-// Compares every weight of two folders; exit code 1 if one differs by more than `limit`.
+// Exit code 1 if a weight differs by more than `limit`.
 static int diff(const string& from, const string& to, double limit, bool json) {
   const ModelFolder a = open_model(from);
   const Checkpoint b = open_weights(to);

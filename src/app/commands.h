@@ -11,7 +11,7 @@ class App;
 
 namespace pith {
 
-// Each takes argv from its own name on (argv[0] is "tokenize") and returns the exit code.
+// argv[0] is the command's name. Each returns the exit code.
 int run_train(int argc, char** argv);
 int run_tokenize(int argc, char** argv);
 int run_corpus(int argc, char** argv);
@@ -22,8 +22,8 @@ int run_checkpoint(int argc, char** argv);
 int run_plan(int argc, char** argv);
 int run_doctor(int argc, char** argv);
 
-// A command line. Values are bound by reference and hold the defaults. A name without dashes is a
-// positional, and required.
+// Values are bound by reference and hold the defaults. A name without dashes is a required
+// positional.
 class Arguments {
  public:
   explicit Arguments(const string& command);
@@ -36,10 +36,10 @@ class Arguments {
               std::type_identity_t<T> max = std::numeric_limits<T>::max());
   void choice(const string& name, string& value, const vector<string>& choices,
               const string& about);
-  // A value at a time, "--set a=1 --set b=2"; with separator ',' also "a,b", with ' ' also "a b".
+  // "--set a=1 --set b=2"; with separator ',' also "a,b", with ' ' also "a b".
   void list(const string& name, vector<string>& values, const string& about, char separator = 0);
   void flag(const string& name, bool& value, const string& about);
-  // False when --help was asked for and printed. Exit code 2 for a wrong command line.
+  // False when --help was printed. Exit code 2 for a wrong command line.
   bool parse(int argc, char** argv);
 
  private:
@@ -56,15 +56,15 @@ struct ModelFolder {
   ModelShape shape;
   std::optional<RunConfig> run;  // that the model comes from, if known
 };
-// A run folder, a checkpoint, or a Hugging Face folder, whose weights are checked. Exit code 2.
+// A run folder, a checkpoint or a Hugging Face folder; checks weights. Exit code 2.
 ModelFolder open_model(const string& folder);
 
-// `path`, or the tokenizer.json in it if it is a folder.
+// `path`, or tokenizer.json in it.
 string tokenizer_file(const string& path);
-// The tokenizer.json in the folder `path` or one above; empty if none.
+// In the folder `path` or one above; empty if none.
 string find_tokenizer(const string& path);
 
-// Bits a byte of held-out text for each nat a label; 0 if no tokenizer is found with the data.
+// Bits a byte of held-out text for each nat a label; 0 without a tokenizer.
 double bits_a_byte(const Dataset& data, const string& data_path);
 
 }

@@ -46,7 +46,7 @@ static void write_weights(const Checkpoint& source, const vector<TensorDecl>& we
   writer.finish();
 }
 
-// config.json with the dtype of the weights beside it, which loaders take as their own.
+// With the dtype of the weights, which loaders take as their own.
 static void write_config(const Json& config, FileDType dtype, const string& to) {
   JsonWriter w;
   w.object();
@@ -56,7 +56,7 @@ static void write_config(const Json& config, FileDType dtype, const string& to) 
   write_file_durably(to + "/config.json", Json::parse(w.str(), to).dump(2) + "\n");
 }
 
-// Makes a folder of safetensors files a checkpoint of weights alone.
+// As a checkpoint of weights alone.
 static void seal(const string& folder) {
   Checkpoint c = open_weights(folder);
   for (StoredFile& file : c.files) file = stored_file(folder, fs::path(file.name).filename());
@@ -84,7 +84,7 @@ int run_convert(int argc, char** argv) {
     bool narrow = exporting ? dtype == "bf16" : stored == FileDType::BF16;
     weight.dtype = narrow ? FileDType::BF16 : FileDType::F32;
   }
-  // The result grows under another name, so that TO is whole or absent.
+  // TO is whole or absent.
   string temporary = to + ".tmp";
   if (fs::exists(to) && !fs::is_empty(to))
     bad_input(to, "is there already and is not an empty folder", "a new folder");

@@ -1,4 +1,3 @@
-// corpus: pith tokenize, its way back --decode, and pith corpus inspect.
 #include "data/corpus.h"
 
 #include <algorithm>
@@ -19,7 +18,7 @@ static void decode(const string& file, const string& tokenizer_option, bool json
   const TokenFile tokens = open_token_file(file);
   for (i64 i = 0; i < tokens.num_docs && !stop_requested(); i++) {
     vector<u32> ids = document_ids(tokens, i, tokenizer.vocab_size());
-    // As JSON without the end-of-text, so that it can be tokenised again.
+    // To be tokenised again, without the end-of-text.
     if (json && !ids.empty()) ids.pop_back();
     string document = tokenizer.decode(ids, SpecialTokens::Keep);
     if (json) document = JsonWriter().object().key("text").value(document).end().str() + "\n";
@@ -97,7 +96,7 @@ static void print_json(const CorpusSummary& s) {
 }
 
 static void print_table(const CorpusSummary& s) {
-  // As a JSON string, so that white space can be seen and the terminal is left alone.
+  // White space is seen, and the terminal is left alone.
   const auto quoted = [](const string& text) { return JsonWriter().value(text).str(); };
   printf("files      %ld\ndocuments  %s\ntokens     %s\n\ntokens in a document     documents\n",
          s.files, with_commas(s.documents).c_str(), with_commas(s.tokens).c_str());

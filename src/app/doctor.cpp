@@ -12,7 +12,6 @@ extern "C" char* openblas_get_config();
 
 namespace pith {
 
-// What follows `key` in the first line that begins with it.
 static string value_of(const string& path, const string& key) {
   std::ifstream in(path);
   for (string line; std::getline(in, line);)

@@ -1,4 +1,3 @@
-// pith eval and pith generate: a saved model on one CPU rank.
 #include "app/commands.h"
 #include "comm/launch.h"
 #include "core/log.h"
@@ -9,12 +8,10 @@ namespace pith {
 
 static constexpr const char* kModel = "run, checkpoint or Hugging Face folder";
 
-// Tokens of a row as trained.
 static i64 row_length(const ModelFolder& model) {
   return model.run ? model.run->data.sequence_length : min<i64>(model.shape.max_positions, 2048);
 }
 
-// Calls fn(Rank&, Instance&).
 static void with_model(const ModelFolder& model, i64 length, const auto& fn) {
   run_ranks(Mesh{}, Device::CPU, {.exit_on_failure = true}, [&](Rank& rank) {
     Instance instance = make_instance(rank, model.config, {.length = length});

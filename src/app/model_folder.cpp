@@ -1,4 +1,3 @@
-// What commands find out about a model, and its text, from the folder that holds it.
 #include <filesystem>
 #include <numbers>
 

@@ -19,10 +19,9 @@ static string label(const Action& a) {
   return a.count == 1 ? all : all + text("-%d", a.mb + a.count - 1);
 }
 
-// Lines of at most `most` characters of the timeline.
 static string draw(const ScheduleOptions& o, const vector<ActionList>& lists,
                    const ScheduleCheck& c, size_t most) {
-  size_t scale = 1;  // characters of a unit of time, so that every label fits
+  size_t scale = 1;  // characters of a unit of time
   for (const ActionList& list : lists)
     for (const Action& a : list)
       while (scale * duration(a) < label(a).size()) scale++;
@@ -50,7 +49,6 @@ static string draw(const ScheduleOptions& o, const vector<ActionList>& lists,
   return out;
 }
 
-// The drawing in colour: each action a span of the class F, B or W.
 static string to_svg(const string& drawing) {
   string out;
   int lines = 0;
@@ -91,7 +89,6 @@ static string to_json(const ScheduleOptions& o, const vector<ActionList>& lists,
   return w.end().end().str() + "\n";
 }
 
-// Of what --json prints, the actions.
 static vector<ActionList> read_lists(const string& path, i64 pp) {
   Json ranks = Json::parse_file(path)["ranks"];
   if (ranks.size() != pp)

@@ -31,7 +31,6 @@ static int dry_run(const RunPlan& plan) {
   return kExitDone;
 }
 
-// report.html and, on the terminal, the loss as a line and what it is worth.
 static void write_report(const RunPlan& plan) {
   const string& folder = plan.config.run.folder;
   vector<Json> steps = read_metrics(folder + "/metrics.jsonl");
@@ -67,7 +66,6 @@ static void write_report(const RunPlan& plan) {
   log_info("report: %s/report.html", folder.c_str());
 }
 
-// Says what was chosen, and why.
 static Device choose_device(const string& wanted, int ranks) {
   string why = "this build has no CUDA";
   bool gpu = false;

@@ -14,7 +14,7 @@
 #include "core/cuda.h"
 #include "core/process.h"
 
-// Present when linked: OpenBLAS's number of threads is the process's, OpenMP's each thread's own.
+// OpenBLAS's number of threads is the process's; OpenMP's is each thread's own.
 extern "C" [[gnu::weak]] void openblas_set_num_threads(int);
 extern "C" [[gnu::weak]] void omp_set_num_threads(int);
 extern "C" [[gnu::weak]] int omp_get_max_threads();
@@ -27,7 +27,6 @@ struct Call {
   At at;
 };
 
-// What one member sends another: a part of what it brought, copied.
 struct Parcel {
   Call call;
   Tensor meta;
@@ -38,7 +37,6 @@ struct Parcel {
   MessageTag tag = {};
 };
 
-// From one member to another: matched in the order in which both ends post.
 struct Channel {
   std::deque<Parcel> parcels;
   int unmatched = 0;  // parcels sent, less receives posted
@@ -46,7 +44,7 @@ struct Channel {
 
 struct GroupState {
   vector<int> members;
-  vector<Channel> channels;  // by source * n + destination
+  vector<Channel> channels;
 };
 
 struct World;
@@ -81,7 +79,7 @@ namespace {
               text("%s:%d: %s \"%s\"", call.at.file, call.at.line, call.op, call.what) + what);
 }
 
-// Under every collective and message: post what is sent and what is to come, wait, take it.
+// Under every collective and message: post, wait, take.
 struct Exchange {
   Comm& mine;
   const Call& call;
@@ -103,8 +101,7 @@ struct Exchange {
     }
   }
 
-  // Three exits: all is matched; another rank failed; the time limit or a rank that has ended,
-  // which is this rank's failure.
+  // The time limit, or a rank that has ended, is this rank's failure.
   void wait() {
     const std::chrono::duration<double> limit(mine.limit_s);
     auto deadline = std::chrono::steady_clock::now() + limit;
@@ -176,8 +173,8 @@ i64 bytes_of(const Tensor& whole, const Parts& parts, int i) {
   return parts.empty() ? whole.bytes() : parts[i + 1] - parts[i];
 }
 
-// Sends each member its part of `in`, and receives its place in `out`. Without parts, `in` goes to
-// each whole; without places, each sends as much as `out`, and nothing is written.
+// Without parts, `in` goes to each whole; without places, each sends as much as `out`, and nothing
+// is written.
 vector<Parcel> meet(Rank& rank, const Call& call, const Tensor& in, const Parts& parts,
                     const Tensor& out, const Parts& places, int detail = 0) {
   int n = group_size(rank, call.group);
@@ -210,7 +207,6 @@ vector<Parcel> meet(Rank& rank, const Call& call, const Tensor& in, const Parts&
   return got;
 }
 
-// In the members' order.
 template <class T>
 void reduce_as(const Tensor& out, const vector<Parcel>& got, Reduce reduce) {
   T* sum = out.as<T>();

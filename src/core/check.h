@@ -1,4 +1,3 @@
-// check: where code was called from, the one form of every error, text of values.
 #pragma once
 #include <cmath>
 #include <cstdarg>
@@ -21,7 +20,7 @@ using u64 = std::uint64_t;
 using i64 = std::int64_t;
 using std::max, std::min, std::string, std::string_view, std::vector;
 
-// The model's line that called: the last parameter of every op.
+// The model's line that called an op.
 struct At {
   const char* file = "";
   int line = 0;
@@ -34,10 +33,9 @@ enum ExitCode : int {
   kExitDone = 0,
   kExitFailed = 1,
   kExitBadInput = 2,
-  kExitStopped = 3,  // by a signal, state saved
+  kExitStopped = 3,
 };
 
-// Its message is final: `PLACE: WHAT (got ..., need ...). Try: ...`.
 struct Error : std::runtime_error {
   Error(int code, const string& message) : std::runtime_error(message), exit_code(code) {}
   int exit_code;
@@ -50,7 +48,6 @@ string with_commas(i64 value);
 string duration_text(double seconds);
 string bytes_text(double bytes);
 
-// Exit codes 2, of wrong input, and 1.
 [[noreturn]] void bad_input(const string& place, const string& what, const string& remedy);
 [[noreturn]] void failed(const string& place, const string& what, const string& remedy = "");
 
@@ -62,7 +59,7 @@ struct Need {
   bool holds;
 };
 
-// An op begins; failed() unless every need holds.
+// failed() unless every need holds.
 void check(const Rank& rank, const char* op, At at, std::initializer_list<Need> needs,
            std::initializer_list<const Tensor*> tensors);
 [[noreturn]] void op_failed(const Rank& rank, const char* op, At at, const string& what,

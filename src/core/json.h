@@ -8,7 +8,7 @@ namespace pith {
 
 string read_text_file(const string& path);
 
-// A value of a parsed document. Errors (exit code 2) name the file and the full key.
+// Errors (exit code 2) name the file and the full key.
 class Json {
  public:
   Json() = default;
@@ -34,7 +34,6 @@ class Json {
   bool as_bool() const;
   vector<i64> as_ints() const;
 
-  // `v` where it is absent or null.
   i64 int_or(const string& key, i64 v) const { return set(key) ? (*this)[key].as_int() : v; }
   double double_or(const string& key, double v) const {
     return set(key) ? (*this)[key].as_double() : v;
@@ -54,10 +53,10 @@ class Json {
   void need(bool right, const char* what) const;
   std::shared_ptr<const void> node_;
   string place_;
-  const char* separator_ = "";  // before a key
+  const char* separator_ = "";
 };
 
-// w.object().key("a").array().value(1).end().members("b", 2, "c", true).end(); NaN, Inf: null.
+// w.object().key("a").value(1).members("b", 2, "c", true).end(); NaN, Inf: null.
 class JsonWriter {
  public:
   JsonWriter& object() { return open("{}"); }

@@ -3,7 +3,7 @@
 
 namespace pith {
 
-// "2026-11-22 10:00:00 | INFO | ..." on standard error and, once opened, in the log file.
+// On standard error and, once opened, in the log file.
 [[gnu::format(printf, 1, 2)]] void log_info(const char* format, ...);
 [[gnu::format(printf, 1, 2)]] void log_warning(const char* format, ...);
 

@@ -1,4 +1,4 @@
-// process: the only mutable globals, which signal handlers and callbacks need.
+// The only mutable globals, which signal handlers need.
 #pragma once
 #include "core/rank.h"
 
@@ -7,7 +7,7 @@ namespace pith {
 constexpr int kMaxRanks = 256;
 
 Status& status_board(int id);
-// "\n  rank 3 runs: step 7, ...", `doing` being " runs"; for signal handlers too. Its length.
+// `doing`: " runs". For signal handlers too. Returns its length.
 size_t status_line(char* out, size_t size, const Status& s, const char* doing);
 
 // SIGINT and SIGTERM ask to stop, the second at once. A crash prints every board.
@@ -15,7 +15,7 @@ void install_signal_handlers();
 bool stop_requested();
 void request_stop();
 
-// What main() does: handles signals, runs `run`, and says on standard error what it failed with.
+// Handles signals; says on standard error what `run` failed with.
 int run_program(int argc, char** argv, int (*run)(int argc, char** argv));
 
 }

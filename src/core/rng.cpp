@@ -10,7 +10,7 @@ u64 stream_key(u64 seed, string_view name) {
 
 u64 permute_index(u64 key, u64 i, u64 n) {
   if (i >= n) failed("permute_index", text("index %lu (need < %lu)", i, n));
-  // A Feistel network over at least n values; outside [0, n) one walks on along the cycle.
+  // A Feistel network over at least n values, walking on outside [0, n).
   int half_bits = 1;
   while ((1ull << 2 * half_bits) < n) half_bits++;
   u64 mask = (1ull << half_bits) - 1;

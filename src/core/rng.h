@@ -1,4 +1,3 @@
-// rng: random numbers of (seed, name, index), on both devices.
 #pragma once
 #include <numbers>
 
@@ -25,7 +24,7 @@ constexpr RandomWords philox(u64 key, u64 counter) {
   return c;
 }
 
-// Uniform in [0, 1).
+// In [0, 1).
 constexpr double unit(u32 hi, u32 lo) { return double((u64(hi) << 32 | lo) >> 11) * 0x1.0p-53; }
 constexpr double uniform_at(u64 key, u64 index) {
   const RandomWords b = philox(key, index / 2);

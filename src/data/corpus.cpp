@@ -1,4 +1,4 @@
-// corpus: each thread reads a batch of some unit, encodes it, and writes it when its turn comes.
+// Each thread reads a batch of some unit, encodes it, and writes it when its turn comes.
 #include "data/corpus.h"
 
 #include <fcntl.h>
@@ -33,12 +33,11 @@ namespace {
 constexpr size_t kReadBytes = 256 << 10, kBatchBytes = 1 << 20;
 
 struct Source {
-  string path, name;  // of the file; below its input
+  string path, name;
   i64 bytes = 0;
   CorpusFormat format = CorpusFormat::Auto;
 };
 
-// What becomes one token file.
 struct Unit {
   string path, record;
   vector<Source> sources;
@@ -46,7 +45,7 @@ struct Unit {
   string identity;  // hash of the sources' names, sizes, times and formats
 };
 
-// Sets the format; returns the name without the suffixes that tell it.
+// Sets the format; returns the name without its suffixes.
 string classify(Source& source, CorpusFormat wanted) {
   fs::path stem = source.name;
   if (stem.extension() == ".parquet")
@@ -67,7 +66,7 @@ string classify(Source& source, CorpusFormat wanted) {
   return stem;
 }
 
-// Linked folders are left out: in source trees they lead to the same files again.
+// Linked folders, left out, lead to the same files again.
 vector<Source> find_sources(const string& input, const CorpusOptions& o) {
   if (input == "-") return {{"-", "stdin"}};
   vector<Source> found;
@@ -146,7 +145,6 @@ vector<Unit> plan(const CorpusOptions& o) {
   return units;
 }
 
-// Decompresses as the suffix of the name says.
 class SourceStream {
  public:
   explicit SourceStream(const string& path)
@@ -178,7 +176,7 @@ class SourceStream {
       if (end_ == 0) return 0;
     }
   }
-  i64 stored_bytes = 0;  // read so far
+  i64 stored_bytes = 0;
 
  private:
   size_t read_stored(void* to, size_t n) {
@@ -227,7 +225,7 @@ class SourceStream {
   z_stream inflater_{};
 };
 
-// Whole lines of a source, about a MiB or one longer, or a whole text file.
+// Whole lines, about a MiB, or a whole text file.
 struct Batch {
   const Source* source;
   i64 first_line;
@@ -240,7 +238,7 @@ struct Batch {
   vector<u64> ends;
 };
 
-// Overwrites line[0, n), where line[n] is 0; `document` points into it. Returns what is wrong.
+// Overwrites line[0, n); line[n] is 0. `document` points into it. Returns what is wrong.
 string parse_line(char* line, size_t n, const string& key, string_view& document) {
   // Python's json writes NaN and Infinity. Iterative: deep nesting must not use up the stack.
   constexpr unsigned kFlags = rapidjson::kParseIterativeFlag | rapidjson::kParseNanAndInfFlag;
@@ -293,7 +291,7 @@ void find_documents(Batch& batch, const string& key) {
   }
 }
 
-// Claimed by the lock on its record: the ends of its documents, at last the unit's identity.
+// Claimed by the lock on its record: ends of documents, at last the unit's identity.
 struct OpenUnit {
   explicit OpenUnit(const Unit& u) : unit(u), record(u.record, LOCK_EX | LOCK_NB) {}
 
@@ -359,7 +357,7 @@ struct OpenUnit {
   size_t next = 0;  // of the sources
   std::optional<SourceStream> stream;
   i64 line = 1;
-  string carry;  // the begin of a line
+  string carry;
   bool reading = false;
   i64 batches_read = 0, batches_written = 0;
   LockedFile record;
@@ -431,7 +429,7 @@ class CorpusRun {
     return true;
   }
 
-  // Locked against others that begin at once. Marks the folder as not whole.
+  // Locked against others. Marks the folder as not whole.
   void open_folder() const {
     const string &folder = options_.output, path = folder + "/corpus.json";
     JsonWriter w;
@@ -552,7 +550,7 @@ class CorpusRun {
   std::mutex mutex_;  // guards all below
   std::condition_variable changed_;
   std::deque<const Unit*> to_do_;
-  vector<std::shared_ptr<OpenUnit>> open_;  // not read to the end
+  vector<std::shared_ptr<OpenUnit>> open_;
   i64 bytes_done_ = 0;
   CorpusReport report_;
   std::exception_ptr error_;

@@ -1,5 +1,5 @@
-// corpus: files of documents -> token files, in parallel, in order, restartable. `output` also gets
-// tokenizer.json, corpus.json (what must not change) and .pith (a lock and record for each file).
+// Files of documents -> token files, in parallel, in order, restartable. `output` also gets
+// tokenizer.json, corpus.json (what must not change) and .pith (locks and records).
 #pragma once
 #include "data/dataset.h"
 
@@ -8,7 +8,7 @@ namespace pith {
 enum class CorpusFormat : u8 { Auto, Text, Jsonl };  // Auto: as the name says
 
 struct CorpusOptions {
-  string tokenizer;       // a tokenizer.json
+  string tokenizer;
   vector<string> inputs;  // files, folders, or "-": standard input
   string output;
   CorpusFormat format = CorpusFormat::Auto;
@@ -18,21 +18,21 @@ struct CorpusOptions {
   string key = "text";
   string eos;  // empty: the tokenizer's end-of-text
   bool special_as_text = false;
-  bool skip_bad = false;  // log malformed documents, do not stop at them
+  bool skip_bad = false;  // log malformed documents
   i64 threads = 0;        // 0: every core
 };
 
 struct CorpusReport {
   i64 files = 0, files_done_before = 0, files_total = 0;
-  i64 documents = 0, tokens = 0, text_bytes = 0;  // of this run
+  i64 documents = 0, tokens = 0, text_bytes = 0;
   i64 bad_documents = 0;
   double seconds = 0;
   bool stopped = false;  // by a signal: the same command goes on
 };
 
-// Makes the token files that are not there yet; bytes do not depend on threads. Several processes
-// may share the output; each returns when all is complete. Exit code 2: unusable inputs, malformed
-// documents, a folder made with other options.
+// Makes missing token files; bytes do not depend on threads. Several processes may share the
+// output; each returns when all is complete. Exit code 2: unusable inputs, malformed documents, a
+// folder made with other options.
 CorpusReport tokenize_corpus(const CorpusOptions& options);
 
 // Ids >= vocab_size are exit code 2.
@@ -47,16 +47,16 @@ struct CorpusSummary {
     i64 count;
     string text;
   };
-  vector<Frequent> frequent;  // falling
+  vector<Frequent> frequent;
   struct Sample {
     string file;
-    i64 document;  // in the file, from 0
-    string text;   // its begin
+    i64 document;
+    string text;
   };
   vector<Sample> samples;
 };
 
-// Of a folder or one file, with the tokenizer.json beside it. Exit code 2: no or damaged files.
+// Of a folder or file. Exit code 2: no or damaged files.
 CorpusSummary inspect_corpus(const string& path, i64 top = 20, i64 samples = 3);
 
 }

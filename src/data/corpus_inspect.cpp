@@ -34,7 +34,7 @@ CorpusSummary inspect_corpus(const string& where, i64 top, i64 samples) {
       size_t bin = std::bit_width(ids.size() | 1) - 1;
       if (bin >= summary.length_histogram.size()) summary.length_histogram.resize(bin + 1);
       summary.length_histogram[bin]++;
-      // A uniform sample: document n takes the place of another with probability samples / n.
+      // A uniform sample.
       i64 n = summary.documents++, place = n < samples ? n : random() % (n + 1);
       if (place >= samples) continue;
       if (place == n) summary.samples.emplace_back();

@@ -164,7 +164,7 @@ void Dataset::heldout_sample(i64 index, const SampleRow& row) const {
 
 void Dataset::cut(const Stream& stream, i64 begin, const SampleRow& row) const {
   i64 length = options_.seq_length;
-  i64 n = min(length + 1, stream.num_tokens - begin);  // with the last label
+  i64 n = min(length + 1, stream.num_tokens - begin);
   bool mask = options_.document_mask;
   vector<int> window(length + 1), ends(length, int(length));
   std::fill_n(row.labels, length, kIgnoreLabel);
@@ -175,7 +175,7 @@ void Dataset::cut(const Stream& stream, i64 begin, const SampleRow& row) const {
     stop = min(n, end - begin);
     files_[document.file].copy(document.file_offset + begin + at - document.begin, stop - at,
                                options_.vocab_size, &window[at]);
-    // Each token is the label of the one before it, in its document or, unmasked, in any.
+    // The label of the one before it, in its document or, unmasked, in any.
     i64 first = mask ? at + 1 : max<i64>(at, 1);
     std::copy(window.data() + first, window.data() + stop, row.labels + first - 1);
     i64 inside = min(stop, length);
@@ -213,7 +213,7 @@ void positions_from_ends(const int* doc_ends, i64 seq_length, int* positions) {
 
 i64 global_sample(const BatchShape& shape, i64 step, int dp_rank, int ep_rank, i64 row) {
   i64 micro = row / shape.micro_batch, sender = dp_rank * shape.ep + ep_rank;
-  i64 group = micro * shape.dp * shape.ep + sender;  // of micro_batch samples
+  i64 group = micro * shape.dp * shape.ep + sender;
   return step * shape.global_batch + group * shape.micro_batch + row % shape.micro_batch;
 }
 
@@ -234,7 +234,7 @@ void take_zigzag(const int* row, const ZigzagBlocks& blocks, int* out) {
   for (int i = 0; i < 2; i++) out = std::copy_n(row + blocks.begin[i], blocks.length[i], out);
 }
 
-// The absolute discount that follows from how many things were counted once and twice.
+// The absolute discount, of how many were counted once and twice.
 static double discount_of(const auto& counts) {
   double ones = std::ranges::count(counts, 1u), twos = std::ranges::count(counts, 2u);
   return ones == 0 ? 0.5 : ones / (ones + 2 * twos);  // the unseen need some
@@ -263,7 +263,7 @@ double bigram_nats(const Dataset& data) {
     });
   double pair_discount = discount_of(pairs), discount = discount_of(before);
   double seen = v - std::ranges::count(before, 0);
-  // Counts less their discount, and what that took, spread by the lower order.
+  // Counts less their discount, which the lower order spreads.
   const auto mix = [](double n, double off, double kind, double low, double all) {
     return all == 0 ? low : (max(n - off, 0.0) + off * kind * low) / all;
   };

@@ -8,7 +8,7 @@ namespace pith {
 struct DataOptions {
   i64 seq_length = 0;  // S, tokens a sample
   i64 vocab_size = 0;  // token ids must be below it
-  u64 seed = 0;        // of the shuffle
+  u64 seed = 0;
   bool shuffle = true;
   double heldout_fraction = 0;  // of documents
   i64 max_epochs = 1;
@@ -30,12 +30,12 @@ struct TokenFile {
   const char* tokens = nullptr;
   const char* ends = nullptr;  // may be unaligned
   i64 doc_end(i64 doc) const;
-  // Copies tokens [offset, offset + count); ids >= vocab_size are exit code 2.
+  // Ids >= vocab_size are exit code 2.
   void copy(i64 offset, i64 count, i64 vocab_size, int* dst) const;
 };
 TokenFile open_token_file(const string& path);
 
-// `path`, or all .bin below it in path order, but no hidden ones. Exit code 2 if none.
+// `path`, or all .bin below it in path order, not hidden. Exit code 2 if none.
 vector<string> find_token_files(const string& path);
 
 // Training samples are cut from a file's documents end to end, less a tail of at most S tokens;
@@ -49,20 +49,20 @@ class Dataset {
   const DataOptions& options() const { return options_; }
   i64 samples_per_epoch() const { return first_sample_.back(); }
   i64 heldout_samples() const;
-  // Exit code 2 if a run cannot read `required` training samples, or any held-out one.
+  // Exit code 2 without `required` training samples or a held-out one.
   void require_samples(i64 required) const;
   void require_heldout() const;
-  // Sample `index` of the whole run: each epoch has its own permutation.
+  // Each epoch has its own permutation.
   void train_sample(i64 index, const SampleRow& row) const;
-  // In corpus order; all labels are ignored from heldout_samples() on.
+  // All labels are ignored from heldout_samples() on.
   void heldout_sample(i64 index, const SampleRow& row) const;
   // Of sizes, document ends and contents (of corpora above 64 MiB, 16 blocks a file).
   u64 fingerprint() const;
 
  private:
   struct Document {
-    i64 begin;        // in the stream
-    i64 file_offset;  // of its first token
+    i64 begin;
+    i64 file_offset;
     int file;
   };
   struct Stream {  // documents that are not empty, end to end
@@ -75,7 +75,7 @@ class Dataset {
   DataOptions options_;
   vector<TokenFile> files_;
   i64 token_bytes_ = 0;
-  vector<Stream> train_;  // one a file
+  vector<Stream> train_;
   Stream heldout_;
   vector<i64> first_sample_;  // by file, then the number of samples
 };
@@ -83,7 +83,6 @@ class Dataset {
 // positions[i] = i - (begin of i's document), from a whole row's doc_ends.
 void positions_from_ends(const int* doc_ends, i64 seq_length, int* positions);
 
-// How a step's global batch is dealt out to (dp, ep) and micro-batches.
 struct BatchShape {
   i64 global_batch = 1, micro_batch = 1;
   int dp = 1, ep = 1;

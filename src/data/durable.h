@@ -1,4 +1,3 @@
-// Files that are whole or absent, files mapped for reading, and locked ones.
 #pragma once
 #include <memory>
 
@@ -6,7 +5,7 @@
 
 namespace pith {
 
-// A file mapped read-only; copies share the mapping. Exit code 2 if it cannot be read.
+// Read-only; copies share the mapping. Exit code 2 if it cannot be read.
 class MappedFile {
  public:
   MappedFile() = default;
@@ -21,14 +20,14 @@ class MappedFile {
   std::shared_ptr<const char> map_;
 };
 
-// A file written under PATH.tmp, which finish() moves to PATH once its bytes are on disk; without
-// it the destructor removes it. Failing system calls, here and below, are exit code 1.
+// Written under PATH.tmp, which finish() moves to PATH once on disk; else the destructor removes
+// it. Failing system calls, here and below, are exit code 1.
 class DurableFile {
  public:
   explicit DurableFile(const string& path);
   DurableFile(const DurableFile&) = delete;
   ~DurableFile();
-  void write(const void* bytes, i64 size);  // appends
+  void write(const void* bytes, i64 size);
   void write(const auto& all) { write(all.data(), i64(all.size() * sizeof all[0])); }
   void write_begin(const string& bytes);  // over the first ones
   void finish();
@@ -64,7 +63,7 @@ class LockedFile {
   int fd_;
 };
 
-// Holds FOLDER/.lock, made where missing. Exit code 2, naming its holder, if it is taken.
+// Holds FOLDER/.lock. Exit code 2, naming its holder, if it is taken.
 struct RunLock {
   explicit RunLock(const string& folder);
   LockedFile file;

@@ -11,13 +11,13 @@ const char* name_of(NpyType type);  // "<u2", as in the header
 
 struct NpyHeader {
   NpyType type = NpyType::U2;
-  vector<i64> shape;     // empty: a scalar
-  i64 header_bytes = 0;  // the data begin here
+  vector<i64> shape;  // empty: a scalar
+  i64 header_bytes = 0;
   i64 numel() const;
   i64 data_bytes() const { return numel() * size_of(type); }
 };
 
-// The header of an array in the `size` bytes at `data`. Exit code 2 unless all of it is there.
+// Exit code 2 unless all of it is there.
 NpyHeader parse_npy_header(const char* data, i64 size, const string& place);
 
 // Padded to `bytes`, a multiple of 64; 128 hold three dimensions.

@@ -82,7 +82,6 @@ void SafetensorsReader::open_file(const string& path) {
             text("has bytes behind its last tensor (got %ld bytes of data, need %ld)", room, end));
 }
 
-// Index and shards must agree on which tensors are where.
 void SafetensorsReader::open_index(const string& folder, const string& index) {
   Json weights = Json::parse_file(index)["weight_map"];
   std::set<string> shards;

@@ -25,8 +25,7 @@ struct TensorEntry : TensorDecl {
   int file = 0;                // of SafetensorsReader::files()
 };
 
-// A file, or a folder with model.safetensors or model.safetensors.index.json and its shards. Damage
-// is exit code 2.
+// A file, or a folder with model.safetensors or its index.json and shards. Damage is exit code 2.
 class SafetensorsReader {
  public:
   explicit SafetensorsReader(const string& path);
@@ -41,8 +40,8 @@ class SafetensorsReader {
   vector<TensorEntry> tensors_;
 };
 
-// Streams declared tensors durably into PATH.safetensors, or, beyond `max_bytes` of data a file,
-// into PATH-00001-of-000NN.safetensors and so on and PATH.safetensors.index.json.
+// Durably into PATH.safetensors or, beyond `max_bytes` of data a file,
+// PATH-00001-of-000NN.safetensors ... and PATH.safetensors.index.json.
 class SafetensorsWriter {
  public:
   SafetensorsWriter(const string& path, const vector<TensorDecl>& tensors,
@@ -50,16 +49,16 @@ class SafetensorsWriter {
   // Bytes in declared order, in pieces of any size.
   void write(const void* bytes, i64 size);
   void finish();  // exit code 1 unless exactly the declared bytes were written
-  i64 size() const { return file_->size(); }  // of the file at hand so far, header and all
+  i64 size() const { return file_->size(); }  // of the file at hand, with its header
   int num_files() const { return int(shards_.size()); }
 
  private:
   string shard_path(size_t shard) const;
   void open_next();
-  string path_;  // without the extension
+  string path_;
   vector<vector<TensorDecl>> shards_;
   size_t begun_ = 0;  // shards; the last of them is being written
-  i64 left_ = 0;      // bytes of that shard
+  i64 left_ = 0;
   std::optional<DurableFile> file_;
 };
 

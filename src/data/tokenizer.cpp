@@ -9,8 +9,8 @@ void AddedTokens::add(const AddedToken& token) {
   tokens_[token.content] = token;
 }
 
-// The longest token at the front of `rest` is the last one that is not above it in order, or is at
-// the front of what that one shares with it.
+// The longest token in front of `rest` is the last one not above it in order, or is in front of
+// what that one shares with it.
 const AddedToken* AddedTokens::find(string_view text, size_t from, size_t& begin) const {
   if (tokens_.empty()) return nullptr;
   for (begin = from; begin < text.size(); begin++) {
@@ -51,7 +51,7 @@ static Char flags_before(string_view text, size_t at) {
   return flags_at(text, char_before(text.data() + at) - text.data());
 }
 
-// As Hugging Face: cuts `text` at added tokens, and what is between them again, once normalized.
+// Cuts `text` at added tokens, and what is between them again, once normalized.
 void Tokenizer::encode_text(string_view text, bool normalized, bool parse_special,
                             EncodeScratch& scratch, vector<u32>& out) const {
   auto encode_between = [&](size_t begin, size_t end) {

@@ -1,4 +1,4 @@
-// tokenizer: byte-level BPE from a tokenizer.json, giving Hugging Face's ids.
+// Byte-level BPE with Hugging Face's ids.
 #pragma once
 #include <array>
 #include <deque>
@@ -31,7 +31,6 @@ string newer_members(string_view category);
 struct Char {
   u32 code, size;
 };
-// The character at `p`, in valid UTF-8.
 inline Char decode_char(const char* p) {
   const auto* b = reinterpret_cast<const u8*>(p);
   if (b[0] < 0x80) return {b[0], 1};
@@ -39,7 +38,6 @@ inline Char decode_char(const char* p) {
   if (b[0] < 0xf0) return {(b[0] & 15u) << 12 | (b[1] & 63u) << 6 | (b[2] & 63u), 3};
   return {(b[0] & 7u) << 18 | (b[1] & 63u) << 12 | (b[2] & 63u) << 6 | (b[3] & 63u), 4};
 }
-// The character that ends at `p`.
 inline const char* char_before(const char* p) {
   do p--;
   while ((*p & 0xc0) == 0x80);
@@ -55,15 +53,15 @@ string_view to_nfc(string_view text, string& buffer);
 // Takes at most `most` words off `text`.
 using FastSplit = void (*)(string_view& text, vector<string_view>& words, size_t most);
 
-// Cuts text at the matches of a regular expression in Oniguruma's Ruby syntax, which are words too
-// unless `removed`.
+// Cuts at matches of an expression in Oniguruma's Ruby syntax, which are words too unless
+// `removed`.
 class SplitStep {
  public:
   // Exit code 2, at `place`, for what is malformed or not read alike by PCRE2.
   SplitStep(const string& pattern, const string& place, bool removed = false, bool use_fast = true);
   // `room` belongs to one thread.
   void split(string_view text, std::shared_ptr<void>& room, vector<string_view>& words) const;
-  FastSplit fast = nullptr;  // hand-written, for known patterns
+  FastSplit fast = nullptr;
 
  private:
   void compile(const string& pattern);
@@ -81,7 +79,7 @@ void split(const vector<SplitStep>& steps, string_view text, SplitBuffers& buffe
 constexpr u32 kNoId = UINT32_MAX;
 constexpr int kIdBits = 21, kRankBits = 64 - 2 * kIdBits;  // of a packed merge
 
-// One thread's buffers and cache of words, for any tokenizer; ids never depend on it.
+// One thread's, for any tokenizer; ids never depend on it.
 class EncodeScratch {
  public:
   explicit EncodeScratch(size_t cache_bytes = size_t{1} << 23);
@@ -97,7 +95,7 @@ class EncodeScratch {
   size_t entries_;
   vector<Entry> cache_;  // a power of two; of a word's two places the older is given up
   u64 owner_ = 0;
-  vector<u32> ids_, ranks_;  // of the word at hand
+  vector<u32> ids_, ranks_;
   SplitBuffers split_;
   string normalized_;
 };
@@ -123,7 +121,7 @@ class Bpe {
   vector<u32> joined_;  // by rank
   std::array<u32, 256> byte_ids_{};
   vector<u32> byte_pairs_ = vector<u32>(1 << 16, kNoId);  // ranks, by two bytes
-  std::unordered_map<string_view, u32> whole_;            // words that become one token
+  std::unordered_map<string_view, u32> whole_;
 };
 
 struct AddedToken {
@@ -149,7 +147,7 @@ struct EncodeOptions {
 
 enum class SpecialTokens : u8 { Keep, Skip };
 
-// Shared by all threads, each with an EncodeScratch of its own.
+// Shared by threads, each with its EncodeScratch.
 struct Tokenizer {
   // Exit code 2, naming the part, for what is missing, damaged or not supported.
   static Tokenizer load(const string& path);
@@ -159,10 +157,10 @@ struct Tokenizer {
   // Appends to `out`. Exit code 2, with the byte offset, where `utf8` is not valid.
   void encode(string_view utf8, vector<u32>& out, EncodeOptions options,
               EncodeScratch& scratch) const;
-  // Bytes that do not form UTF-8 become U+FFFD, ids without a token nothing, as in Hugging Face.
+  // Invalid UTF-8 becomes U+FFFD, ids without a token nothing.
   string decode(std::span<const u32> tokens, SpecialTokens which) const;
 
-  u32 vocab_size() const { return u32(texts.size()); }  // largest id plus one
+  u32 vocab_size() const { return u32(texts.size()); }
   std::optional<u32> id_of(string_view token) const;
   // As the vocabulary writes it ("Ġthe"); empty for an id without one.
   string_view token_text(u32 id) const { return id < texts.size() ? texts[id] : ""; }
@@ -170,8 +168,8 @@ struct Tokenizer {
 
   string path;
   u64 fingerprint = 0;  // XXH3 of tokenizer.json
-  // End-of-text: eos_token in a tokenizer_config.json beside the file, or eos_token_id in a
-  // config.json, or a well-known name, such as <|endoftext|>.
+  // eos_token in a tokenizer_config.json beside the file, eos_token_id in a config.json, or a
+  // well-known name, such as <|endoftext|>.
   std::optional<u32> eos_id;
   std::deque<string> strings;        // where the tokens' text and bytes lie
   vector<string_view> texts, bytes;  // by id; empty: no token; not of GPT-2's characters

@@ -40,8 +40,8 @@ Bpe::Bpe(const vector<Merge>& merges, const vector<string_view>& bytes, bool ign
     byte_pairs_[pair] = rank_of(byte_ids_[pair >> 8], byte_ids_[pair & 255]);
 }
 
-// Merges the pair of the lowest rank, of equal ones the leftmost, until none is left. ranks: of
-// each id and the next one. Equal ones are merged in one pass, unless that makes a lower rank.
+// The lowest rank first, of equal ones the leftmost. ranks: of each id and the next one. Equal ones
+// are merged in one pass, unless that makes a lower rank.
 void Bpe::merge(vector<u32>& ids, vector<u32>& ranks) const {
   if (ids.size() > 96) return merge_long(ids, ranks);
   while (!ids.empty()) {

@@ -40,7 +40,7 @@ static string bytes_of(string_view token) {
 
 static string type_of(const Json& part) { return part["type"].as_string(); }
 
-// What a member of the file consists of: nothing, itself, or a Sequence's `members`.
+// Nothing, itself, or a Sequence's `members`.
 static vector<Json> parts_of(const Json& file, const char* key, const char* members) {
   if (!file.has(key) || file[key].is_null()) return {};
   Json json = file[key];
@@ -50,7 +50,7 @@ static vector<Json> parts_of(const Json& file, const char* key, const char* memb
   return parts;
 }
 
-// How many parts a member has; others than `type` are refused.
+// Other parts than `type` are refused.
 static size_t only(const Json& file, const char* key, const char* members, const string& type) {
   vector<Json> parts = parts_of(file, key, members);
   for (const Json& part : parts)
@@ -152,8 +152,8 @@ static void read_pre_tokenizer(Tokenizer& t, const Json& json) {
   }
 }
 
-// In the files beside tokenizer.json a token is a string, an object with "content", an id, or a
-// list of ids, of which the first counts.
+// A token is a string, an object with "content", an id, or a list of ids, of which the first
+// counts.
 static std::optional<u32> find_eos(const Tokenizer& t) {
   static const std::pair<const char*, const char*> kPlaces[] = {
       {"tokenizer_config.json", "eos_token"}, {"config.json", "eos_token_id"}};

@@ -11,8 +11,8 @@ static constexpr const char* kSpaces =
     "\\x{9}-\\x{d}\\x{20}\\x{85}\\x{a0}\\x{1680}\\x{2000}-\\x{200a}\\x{2028}\\x{2029}\\x{202f}"
     "\\x{205f}\\x{3000}";
 
-// Makes classes of \s and categories, for which PCRE2's tables may be too old. What else it may
-// read in another way is refused.
+// Makes classes of \s and categories, for which PCRE2's tables may be too old. Refuses what it may
+// read in another way.
 static string translate(const string& pattern, const string& place) {
   static const std::regex kOutside(
       R"(\\(?:([pP])\{([LMNPSZ][a-z]?)\}|([sS])|[rntf]|[^a-zA-Z0-9])|\[\^?(?!\])|)"

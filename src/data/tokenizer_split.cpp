@@ -18,12 +18,12 @@ constexpr const char* kO200k =
     R"((?i:'s|'t|'re|'ve|'m|'ll|'d)?|)"
     R"(\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
 
-// Splits text that ends at `end`. Each pattern's function returns the end of the word at `p`.
+// Each pattern's function returns the end of the word at `p`.
 struct Splitter {
   const u16* flags;
   const char* end;
 
-  // Flags and size of the character at `p`; at the end of the text 0 and 0.
+  // 0 and 0 at the end of the text.
   Char at(const char* p) const {
     if (p >= end) return {0, 0};
     if (u8(*p) < 0x80) return {flags[u8(*p)], 1};

@@ -81,12 +81,12 @@ static u16 flags_of(u32 code, const string& category) {
   return flags;
 }
 
-// What NFC may change, or move, or join to what is before it: a later part of a decomposition.
+// What NFC may join to what is before it: a later part of a decomposition.
 static void mark_unstable(vector<u16>& flags) {
   u8 utf8[4];
   int parts[32];
   for (u32 code = 0xc0; code < 0x30000; code++) {
-    if (code >= 0xd800 && code < 0xe000) continue;  // surrogates
+    if (code >= 0xd800 && code < 0xe000) continue;
     auto count = utf8proc_decompose_char(code, parts, 32, UTF8PROC_DECOMPOSE, nullptr);
     for (int i = 1; i < count; i++) flags[parts[i]] |= kUnstable;
     string_view text(reinterpret_cast<char*>(utf8), utf8proc_encode_char(code, utf8));
@@ -119,7 +119,6 @@ const u16* char_flags() {
   return table.data();
 }
 
-// The first byte from `p` on that is not ASCII, or `end`.
 static const char* skip_ascii(const char* p, const char* end) {
   for (u64 bytes; end - p >= 8; p += 8) {
     memcpy(&bytes, p, 8);

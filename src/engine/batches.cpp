@@ -21,7 +21,7 @@ LoadedBatches make_batches(Rank& rank, const Dataset& data, const BatchShape& sh
   i64 length = data.options().seq_length, rows = shape.micro_batch;
   const ZigzagBlocks blocks = zigzag_blocks(length, mesh.cp, mesh.cp_rank);
   i64 local = blocks.total();
-  vector<int> whole(length), order(local);  // order: of the local tokens, places in the row
+  vector<int> whole(length), order(local);
   std::iota(whole.begin(), whole.end(), 0);
   take_zigzag(whole.data(), blocks, order.data());
   enum { Tokens, Labels, Ends, Positions, kColumns };

@@ -27,7 +27,6 @@ using std::chrono::duration;
 static constexpr const char* kManifest = "/manifest.json";
 static const char* const kRestore = "restore it, or remove it to use the checkpoint before";
 
-// Of a parameter: the suffix of its name, and its values.
 static constexpr std::pair<const char*, Tensor FlatUnit::*> kStored[] = {
     {"", &FlatUnit::master}, {".exp_avg", &FlatUnit::m}, {".exp_avg_sq", &FlatUnit::v}};
 
@@ -55,7 +54,7 @@ NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(StoredTensor, dtype, shape, fragments)
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(StoredFile, name, bytes, checksum)
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Checkpoint, state, mesh, files, tensors)
 
-// Begins with the version of the form and a checksum of the rest.
+// With a version and a checksum of the rest.
 static string sealed(const string& rest) {
   return text("{\"pith_checkpoint_3_xxh3\": \"%016lx\",",
               checksum_of(rest.data(), i64(rest.size()))) +
@@ -158,7 +157,6 @@ Checkpoint open_weights(const string& folder) {
   return c;
 }
 
-// What a resumed run must keep.
 static std::map<string, string> identity_of(const RunState& s) {
   std::map<string, string> values;
   string section;
@@ -192,7 +190,7 @@ void check_resumable(const Checkpoint& c, const RunState& now) {
 }
 
 void check_weights(const Checkpoint& c, const ParameterTable& whole) {
-  std::map<string, vector<string>> faults;  // names by what is wrong with them
+  std::map<string, vector<string>> faults;
   std::set<string> known;
   for (const Parameter& parameter : whole)
     for (const Piece& piece : parameter.pieces) {
@@ -247,7 +245,6 @@ vector<float> read_tensor(const Checkpoint& c, const StoredTensor& tensor) {
   return values;
 }
 
-// The first `kinds` of kStored.
 static void load(Rank& rank, Parameters& p, const Checkpoint& c, size_t kinds) {
   for (const Fragment& f : fragments(p))
     for (const auto& [suffix, shard] : std::span(kStored).first(kinds)) {
@@ -277,7 +274,6 @@ static void remove_tree(const string& path) {
   fs::remove_all(path, ignored);
 }
 
-// A kill leaves no half of it under its name.
 static void remove_checkpoint(const string& folder) {
   string old = folder + ".old.tmp";
   std::error_code error;
@@ -298,7 +294,7 @@ void put_in_place(const string& temporary, const string& folder) {
   sync_folder(folder_of(folder));
 }
 
-// Later ones than `now` are of a course that this run has left: a resume must not take them.
+// Later ones than `now` go too: a resume must not take them.
 static void prune(const SaveOptions& options, i64 now) {
   const std::map<i64, string> list = list_checkpoints(options.folder);
   i64 extra = std::distance(list.begin(), list.upper_bound(now)) - options.keep;
@@ -312,12 +308,12 @@ struct CheckpointSaver::Job {
   const Parameters& parameters;
   const SaveOptions& options;
   int rank = 0;
-  Checkpoint checkpoint;     // its folder is the temporary one
-  std::atomic<int> unit{0};  // units before this one are saved
+  Checkpoint checkpoint;
+  std::atomic<int> unit{0};
   std::atomic<i64> bytes_left{0};
   std::atomic<bool> cancel{false};
   double begun_s = now_s();
-  std::shared_future<string> done;  // what went wrong; empty: nothing
+  std::shared_future<string> done;
 
   string folder() const { return options.folder + "/" + step_name(checkpoint.state.step); }
   string part_path(int r) const { return checkpoint.folder + text("/rank-%05d.json", r); }
@@ -351,7 +347,7 @@ struct CheckpointSaver::Job {
     }
   }
 
-  // A file, and a manifest of it for rank 0. Of replicas the first writes.
+  // Of replicas the first writes.
   void write_shards() {
     Checkpoint part;
     vector<Fragment> list;
@@ -385,7 +381,6 @@ struct CheckpointSaver::Job {
     write_manifest(part, part_path(rank));
   }
 
-  // Waits for all ranks, which hold ascending fragments of a tensor.
   void seal() {
     for (int r = 0; r < checkpoint.mesh.world(); r++) {
       for (; !fs::exists(part_path(r)); std::this_thread::sleep_for(duration<double>(5e-3)))
@@ -420,7 +415,7 @@ CheckpointSaver::CheckpointSaver(Rank& rank, const Parameters& parameters,
 }
 
 CheckpointSaver::~CheckpointSaver() {
-  if (job_) job_->cancel = true;  // its future waits for the thread
+  if (job_) job_->cancel = true;
 }
 
 void CheckpointSaver::begin(Rank& rank, const RunState& state) {
@@ -437,7 +432,7 @@ void CheckpointSaver::begin(Rank& rank, const RunState& state) {
   job.done = std::async(std::launch::async, [&job] { return job.run(); });
 }
 
-// Ends the save once all ranks are done. Returns before that when the slowest has few bytes left.
+// Ends the save once all ranks are done, unless the slowest has few bytes left.
 void CheckpointSaver::wait(Rank& rank, i64 most_bytes_left) {
   for (double pause = 2e-4; job_; pause = min(pause * 1.5, 0.02)) {
     bool done = job_->done.wait_for(duration<double>(0)) == std::future_status::ready;
@@ -465,7 +460,7 @@ void CheckpointSaver::wait(Rank& rank, i64 most_bytes_left) {
   }
 }
 
-// Others could meet the time limit of the next collective.
+// Or others could meet a collective's time limit.
 void CheckpointSaver::poll(Rank& rank) { wait(rank, i64{1} << 30); }
 
 bool CheckpointSaver::finish(Rank& rank) {

@@ -16,7 +16,7 @@ namespace {
 
 struct Range {
   double least = -DBL_MAX, most = DBL_MAX;
-  const char* need = "";  // in words, or the texts allowed, in quotes
+  const char* need = "";  // or the texts allowed, in quotes
 };
 constexpr Range kCount = {1, INT32_MAX, "1 or more, at most 2147483647"};
 constexpr Range kPositive = {DBL_TRUE_MIN, DBL_MAX, "more than 0"};
@@ -28,7 +28,7 @@ constexpr Range one_of(const char* texts) { return {.need = texts}; }
 enum Flag : unsigned {
   kRequired = 1,
   kPath = 2,
-  kKept = 4,  // by a resumed run
+  kKept = 4,
 };
 
 using Slot = std::variant<string*, bool*, double*, int*, i64*, u64*>;
@@ -43,7 +43,6 @@ struct Key {
   string word() const { return name.substr(name.find('.') + 1); }
 };
 
-// Every key there is.
 vector<Key> keys_of(RunConfig& config) {
   auto& [run, model, data, train, optimizer, lr, router, parallel, checkpoint] = config;
   return {
@@ -100,7 +99,7 @@ string text_of(const toml::node& node) {
   if (node.is_table()) return "a section";
   if (node.is_array()) return "a list";
   if (auto number = node.value_exact<double>(); number && std::isfinite(*number))
-    return JsonWriter().value(*number).str();  // the shortest that reads back the same
+    return JsonWriter().value(*number).str();
   std::ostringstream out;
   out << toml::toml_formatter(node, toml::format_flags::allow_unicode_strings);
   return out.str();
@@ -114,7 +113,6 @@ string value_of(const Key& key) {
       []<class T>(const T* value) { return text_of(toml::value(TomlType<T>(*value))); }, key.slot);
 }
 
-// Levenshtein's, per letter.
 double distance(string_view a, string_view b) {
   vector<size_t> row(b.size() + 1), last;
   for (size_t i = 0; i <= a.size(); i++, last = row)
@@ -126,7 +124,7 @@ double distance(string_view a, string_view b) {
   return double(row.back()) / double(max(a.size(), b.size()));
 }
 
-// Or an error that suggests the nearest name, last word or section.
+// The error suggests the nearest name, last word or section.
 const Key& find_key(const vector<Key>& keys, const string& name, const string& place) {
   std::pair<double, string> best{2, ""};
   for (const Key& key : keys) {
@@ -147,7 +145,7 @@ const Key& find_key(const vector<Key>& keys, const string& name, const string& p
             key.word() + " = " + value_of(key));
 }
 
-// Paths become absolute, without a slash at their end.
+// Makes paths absolute.
 void assign(const Key& key, const toml::node& node, const string& place,
             const fs::path& base = fs::current_path()) {
   string need = key.range.need;

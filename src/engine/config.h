@@ -10,7 +10,7 @@ struct LrSchedule {
   double start_lr = 0, final_lr = 0;
 };
 
-// docs/configuration.md says what each key means; a test keeps it complete.
+// docs/configuration.md explains the keys.
 struct RunConfig {
   struct {
     string folder = "runs/default";
@@ -56,7 +56,7 @@ struct RunConfig {
 };
 
 // Paths in the file are relative to its folder, those of overrides ("a.b=c") to the working
-// directory. Exit code 2 naming what is wrong.
+// directory. Exit code 2.
 RunConfig load_run_config(const string& path, const vector<string>& overrides);
 void validate(const RunConfig& config);
 string to_toml(const RunConfig& config);

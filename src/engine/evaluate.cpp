@@ -27,14 +27,13 @@ EvalResult evaluate(Rank& rank, Instance& instance, const Dataset& data, const B
   return {sums[1] > 0 ? sums[0] / sums[1] : 0, i64(sums[1])};
 }
 
-// A token drawn with probability proportional to e^(logit / temperature) from the smallest set of
-// the most likely ones that holds top_p.
+// From the smallest set of the most likely tokens that holds top_p.
 static int draw(const float* logits, i64 vocab, const SampleOptions& o, i64 index) {
   vector<int> order(vocab);
   std::iota(order.begin(), order.end(), 0);
   std::ranges::stable_sort(order, std::greater(), [&](int id) { return logits[id]; });
   if (o.temperature <= 0) return order[0];
-  vector<double> mass;  // of the tokens so far
+  vector<double> mass;
   for (const int id : order)
     mass.push_back((mass.empty() ? 0 : mass.back()) +
                    std::exp((logits[id] - logits[order[0]]) / o.temperature));

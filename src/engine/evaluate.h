@@ -9,16 +9,16 @@ struct EvalResult {
   i64 labels = 0;
 };
 
-// Mean over the held-out samples, the same on every rank.
+// The same on every rank.
 EvalResult evaluate(Rank& rank, Instance& instance, const Dataset& data, const BatchShape& shape,
                     const ScheduleOptions& schedule);
 
 struct SampleOptions {
   double temperature = 0;  // 0: the most likely token
-  double top_p = 1;        // probability of the set that is drawn from
+  double top_p = 1;        // of the set drawn from
   u64 seed = 0;
 };
-// The `index`-th token to be drawn, after `tokens`, by a world of one rank.
+// Draw number `index`, by a world of one rank.
 int next_token(Rank& rank, Instance& instance, const vector<int>& tokens,
                const SampleOptions& options, i64 index);
 

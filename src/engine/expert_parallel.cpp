@@ -11,7 +11,7 @@ static Tensor upload(Rank& rank, const vector<int>& values) {
   return tensor_from(rank, {i64(values.size())}, DType::I32, values.data());
 }
 
-// Rows of x, by destination in the ep group -> rows received, by source. The gradient goes back.
+// Rows by destination in the ep group -> rows received, by source.
 static Tensor exchange(Rank& rank, Tensor x, const vector<i64>& send, const vector<i64>& recv,
                        const char* what, At at) {
   if (send.size() == 1) return x;
@@ -36,13 +36,12 @@ static Tensor exchange(Rank& rank, Tensor x, const vector<i64>& send, const vect
   return y;
 }
 
-// To compute: a row of one sender's, by an expert of this rank.
 struct Pair {
   int row, expert;
 };
 
-// Indices of the expert side from the pairs received, which come by (sender, row, slot). Sets
-// recv_rows; returns which pair stands at each place of the order by expert.
+// Pairs come by (sender, row, slot). Sets recv_rows; returns the pair at each place of the order by
+// expert.
 static Tensor index_pairs(Rank& rank, const Pair* pairs, const vector<i64>& pairs_from, int experts,
                           Dispatch& out) {
   vector<int> row;
@@ -76,7 +75,7 @@ static Tensor index_pairs(Rank& rank, const Pair* pairs, const vector<i64>& pair
   return sorted;
 }
 
-// On a GPU all experts are here: no row moves, and nothing waits for the device.
+// All experts are here: no row moves, and nothing waits for the device.
 static Dispatch dispatch_here(Rank& rank, const Tensor& hidden, const Routing& routing, int experts,
                               At at) {
   Dispatch out{.tokens = hidden.dim[0]};

@@ -1,5 +1,5 @@
-// expert_parallel: stages 2 and 4 of a layer. A token goes once to each rank that holds any of its
-// experts and comes back once from each, already summed over that rank's experts.
+// A token goes once to each rank that holds any of its experts and comes back once from each,
+// summed over that rank's experts.
 #pragma once
 #include "ops/ops.h"
 
@@ -15,7 +15,7 @@ struct Dispatch {
 // Stage 2. hidden [T, D]; rank r of the ep group holds experts [r*E/ep, (r+1)*E/ep).
 Dispatch dispatch(Rank& rank, Tensor hidden, const Routing& routing, int num_experts,
                   At at = At::here());
-// Stage 4: rows [R, D] go home, where each token sums the ranks' rows in rank order. -> [T, D]
+// Stage 4: rows [R, D] -> [T, D], each token the sum of the ranks' rows in rank order.
 Tensor combine(Rank& rank, Tensor rows, const Dispatch& dispatch, At at = At::here());
 
 }

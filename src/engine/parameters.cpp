@@ -57,7 +57,7 @@ vector<Fragment> fragments(const Parameters& p) {
   for (size_t u = 0; u < p.units.size(); u++) {
     const FlatUnit& unit = p.units[u];
     for (size_t i = 0; i < unit.entries.size(); i++) {
-      i64 at = unit.offsets[i] - unit.shard_begin;  // in the shard
+      i64 at = unit.offsets[i] - unit.shard_begin;
       for (const Piece& piece : p.table[unit.entries[i]].pieces) {
         i64 n = piece.dims.numel();
         i64 from = max<i64>(at, 0), to = min(at + n, unit.shard_count);
@@ -98,8 +98,7 @@ void gather(Rank& rank, Parameters& p, FlatUnit& unit, bool with_grads) {
   if (with_grads && !unit.grads.defined()) unit.grads = zeros(rank, {unit.numel}, DType::F32);
   if (with_grads && !unit.grad_shard.defined())
     unit.grad_shard = whole ? unit.grads : zeros(rank, {unit.shard_count}, DType::F32);
-  // The table's tensors hold no reference: a tape node that keeps a weight does not keep the
-  // buffer.
+  // No reference: a tape node that keeps a weight does not keep the buffer.
   for (size_t i = 0; i < unit.entries.size(); i++) {
     const Parameter& entry = p.table[unit.entries[i]];
     Tensor& t = *entry.target;

@@ -1,8 +1,6 @@
-// parameters: where a rank's weights, gradients and optimiser state live.
-//
-// Tensors of one unit lie in one flat buffer, each at a multiple of 128 elements. It is cut over
-// the unit's shard group at multiples of 128 elements, anywhere in a tensor; a shard may be empty.
-// In a group of one with F32 compute, full weights and the master are the same memory.
+// A unit's tensors lie in one flat buffer, each at a multiple of 128 elements. The shard group cuts
+// it at multiples of 128, anywhere in a tensor; a shard may be empty. In a group of one with F32
+// compute, full weights and the master are the same memory.
 #pragma once
 #include "comm/mesh.h"
 #include "models/model.h"
@@ -13,7 +11,7 @@ struct FlatUnit {
   UnitKind kind = UnitKind::Layer;
   int layer = -1, chunk = 0;
   vector<int> entries;  // of Parameters::table
-  vector<i64> offsets;  // of each, in elements
+  vector<i64> offsets;
   i64 numel = 0;
   Group group = Group::DenseShard;
   vector<i64> cuts;  // elements of each member's shard
@@ -25,11 +23,10 @@ struct FlatUnit {
 
 struct Parameters {
   ParameterTable table;
-  vector<FlatUnit> units;  // in forward order
+  vector<FlatUnit> units;
   bool gather_layer = false;
 };
 
-// Part of a tensor of the checkpoint that a rank's shard holds.
 struct Fragment {
   const Piece* piece = nullptr;
   i64 begin = 0, count = 0;  // elements of the piece
@@ -37,19 +34,19 @@ struct Fragment {
   i64 offset = 0;  // in the unit's shard
 };
 
-// Lays out the tables of the chunks of rank `id`; with `rank`, also its shards, which are zero.
+// Of the chunks of rank `id`; with `rank`, also its shards, which are zero.
 Parameters make_parameters(const vector<ParameterTable>& chunks, bool gather_layer,
                            const Mesh& mesh, int id, Rank* rank);
-vector<Fragment> fragments(const Parameters& parameters);  // in unit order
+vector<Fragment> fragments(const Parameters& parameters);
 // Draws each element from (seed, Hugging Face name, element index).
 void initialize(Rank& rank, Parameters& parameters, u64 seed);
 
 void zero_grads(Rank& rank, Parameters& parameters);
-// Makes a unit's full weights, and full gradients if wanted, available to the table's tensors.
+// Points the table's tensors to full weights and, if wanted, gradients.
 void gather(Rank& rank, Parameters& parameters, FlatUnit& unit, bool with_grads);
 void release_unit(Parameters& parameters, FlatUnit& unit);
-// Sums the unit's full gradients over the shard group into grad_shard. With gather_layer, adds to
-// what the step left there, and zeroes the full gradients.
+// Over the shard group into grad_shard. With gather_layer, adds to what the step left there, and
+// zeroes the full gradients.
 void reduce(Rank& rank, Parameters& parameters, FlatUnit& unit);
 void reduce_replicas(Rank& rank, Parameters& parameters);  // grad_shard, once a step
 // L2, of all ranks' reduced gradients, each element counted once.

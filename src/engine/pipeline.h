@@ -1,4 +1,4 @@
-// pipeline: the one executor of action lists. Only engine/pipeline_<model>.cpp includes it.
+// Only engine/pipeline_<model>.cpp includes it.
 #pragma once
 #include <map>
 
@@ -9,7 +9,7 @@
 
 namespace pith {
 
-// One micro-batch in one chunk, from the start of its forward to its last weight gradient.
+// One micro-batch in one chunk, until its last weight gradient.
 struct Flight {
   struct Nodes {
     int begin = 0, end = 0;
@@ -17,11 +17,11 @@ struct Flight {
   struct Layer {
     MoeInput in;
     Dispatch dispatch;
-    Tensor rows;                      // what stage 3 made, then what stage 4 brought home
-    Nodes of[int(Part::Epilog) + 1];  // on the tape, by part of the forward
+    Tensor rows;  // of stage 3, then of stage 4
+    Nodes of[int(Part::Epilog) + 1];
   };
   Tape tape;
-  Tensor input, x;  // [T, D]: a leaf, undefined in the first stage; the running value
+  Tensor input, x;  // [T, D]; input: undefined in the first stage
   Tensor output_grad, input_grad;
   vector<Layer> layers;  // and one more, of prolog and epilog
 };
@@ -31,8 +31,8 @@ struct Pipeline {
   static_assert(Model<M>);
   typename M::Config config;
   ModelShape shape;
-  vector<M> chunks;               // the stages this rank holds
-  vector<ChunkLayers> layers_of;  // by chunk
+  vector<M> chunks;
+  vector<ChunkLayers> layers_of;
   Parameters parameters;
   std::map<std::pair<int, int>, Flight> flights;  // by (chunk, micro-batch)
 };
@@ -103,7 +103,7 @@ struct Executor {
         if (!io.logits.empty()) io.logits[s.mb] = model.logits(rank, p.config, f.x);
         Tensor loss = model.loss(rank, p.config, f.x, batch, io.loss_scale);
         losses[s.mb] = loss;
-        add_grad(rank, loss, loss);  // terminal: its own gradient only says that it is wanted
+        add_grad(rank, loss, loss);  // its own gradient only says that it is wanted
         break;
       }
       default: failed("pipeline", "a step that is not a forward part");
@@ -184,11 +184,10 @@ struct Executor {
         p.flights.at({0, mb}).output_grad = std::move(f.input_grad);
     }
     if (defer) return;
-    f.tape.clear();  // what is left of the flight waits to be sent
+    f.tape.clear();
     f.layers.clear();
   }
 
-  // Messages only, as one group call.
   void send_and_receive(const Action* begin, const Action* end) {
     vector<Transfer> list;
     for (const Action* a = begin; a < end; a++) {

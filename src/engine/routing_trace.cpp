@@ -68,7 +68,7 @@ Tensor forced_ids(Rank& rank, const RoutingSlot& slot, int layer, int micro_batc
     const int* first = &step.ids[(layer * step.tokens + token) * step.top_k];
     ids.insert(ids.end(), first, first + step.top_k);
   }
-  if (ids.empty() || ids[0] < 0) return {};  // no tokens, or a layer without experts
+  if (ids.empty() || ids[0] < 0) return {};
   return tensor_from(rank, {i64(tokens.size()), step.top_k}, DType::I32, ids.data());
 }
 

@@ -5,19 +5,19 @@
 
 namespace pith {
 
-// Of the whole global batch; each rank writes its own tokens.
+// Of the global batch; each rank writes its own tokens.
 struct RoutingStep {
   i64 layers = 0, tokens = 0, top_k = 0;
   vector<int> ids;        // [layers, tokens, k]; -1 in layers without experts
   vector<float> weights;  // [layers, tokens, k]
-  vector<float> gaps;     // [layers, tokens]: logit of the last expert chosen, less the next one's
-  bool forced = false;    // ids are to be used
-  bool traced = false;    // all are to be filled in
+  vector<float> gaps;     // [layers, tokens]: logit of the last expert chosen less the next
+  bool forced = false;
+  bool traced = false;
 };
 
 void begin_trace(RoutingStep& routing, i64 layers, i64 tokens, i64 top_k);
 void write_routing(const string& folder, i64 step, const RoutingStep& routing);
-// Forces what is read. Exit code 2 for what does not fit the shape of `routing`.
+// Exit code 2 for what does not fit the shape of `routing`.
 void read_routing(const string& folder, i64 step, int num_experts, RoutingStep& routing);
 
 struct RoutingSlot {

@@ -90,8 +90,8 @@ vector<RankMemory> rank_memory(const RunPlan& plan) {
     options.id = rank;
     const Instance instance = make_instance(plan.model, options);
     RankMemory& bytes = ranks.emplace_back();
-    i64 full = 0, largest = 0;   // elements of gathered units
-    i64 layers = 0, widths = 0;  // of an expert's three products, together
+    i64 full = 0, largest = 0;  // elements of gathered units
+    i64 layers = 0, widths = 0;
     for (const FlatUnit& unit : instance.parameters->units) {
       bool whole = unit.cuts.size() == 1;
       bytes.weights += 4 * unit.shard_count;
@@ -103,7 +103,7 @@ vector<RankMemory> rank_memory(const RunPlan& plan) {
       if (unit.kind == UnitKind::Experts)
         widths = unit.numel / (s.num_experts / plan.mesh.ep) / s.hidden;
     }
-    // Layer-wise gathering holds two units' full buffers at most.
+    // At most two units' full buffers.
     bytes.compute_copy = 4 * (plan.pipeline.gather_layer ? 2 * largest : full);
     bytes.gradients += bytes.compute_copy;
     // What a token leaves on the tape in one layer.

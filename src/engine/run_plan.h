@@ -12,7 +12,7 @@ struct RunPlan {
   Json model;
   ModelShape shape;
   i64 parameters = 0, active_parameters = 0;  // a token uses top_k of the experts
-  // 6 a parameter in a matrix product, 3 * S * attention_width a layer.
+  // 6 a matrix product's parameter, 3 * S * attention_width a layer.
   double flops_per_token = 0;
   Mesh mesh;
   ScheduleOptions schedule;
@@ -23,7 +23,7 @@ struct RunPlan {
   i64 step_tokens() const { return batch.global_batch * config.data.sequence_length; }
 };
 
-// Refuses what does not fit, before any memory is taken.
+// Refuses what does not fit.
 RunPlan plan_run(const RunConfig& config, Device device, int ranks);
 
 Dataset open_data(const RunPlan& plan);

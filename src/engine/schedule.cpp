@@ -78,7 +78,7 @@ struct Builder {
   int rank;
   ActionList list = {};
   ActionList due = {}, late = {};  // run behind the next messages; behind those after them
-  ActionList deferred = {};        // W of one micro-batch each
+  ActionList deferred = {};
   int received[2] = {}, forwards[2] = {}, backwards[2] = {};
   bool zero_bubble = false;  // weight gradients wait for w()
 
@@ -113,8 +113,8 @@ struct Builder {
     return batch;
   }
   bool defers() const { return zero_bubble || o.weight_grad_batch > 1; }
-  // Batches fall due on all ranks at once, so that none waits for another's: in DualPipeV by the
-  // slot of the steady state, even ones of one chunk and odd ones of the other.
+  // Batches fall due on all ranks at once, so that none waits for another's: in DualPipeV by slot,
+  // even ones of one chunk and odd ones of the other.
   void end_backward(int chunk) {
     int mb = backwards[chunk]++, n = o.weight_grad_batch;
     if (!defers()) return;
@@ -179,7 +179,7 @@ void build_dualpipev(Builder& s) {
     }
     s.fb(1);
   }
-  for (int i = 0; i < below; i++) {  // up leg only
+  for (int i = 0; i < below; i++) {
     s.b(1);
     s.fb(1);
   }
@@ -189,7 +189,7 @@ void build_dualpipev(Builder& s) {
     if (2 * i == r) s.zero_bubble = true;
     s.b(0);
   }
-  for (int i = 0; i < below; i++) {  // drain, down leg
+  for (int i = 0; i < below; i++) {
     s.w();
     s.b(0);
   }
@@ -209,7 +209,7 @@ void build_1f1b(Builder& s) {
   }
 }
 
-// A micro-batch enters every `chunks` slots and moves on a stage a slot: no two meet on a rank.
+// One enters every `chunks` slots and moves on a stage a slot: no two meet on a rank.
 void build_forward(Builder& s) {
   const auto& o = s.o;
   int chunks = chunks_of(o.kind), n = o.micro_batches;
@@ -230,7 +230,7 @@ ActionList make_schedule(const ScheduleOptions& o, int rank) {
                    name_of(o.kind), o.pp, o.micro_batches, least),
               "more micro-batches in a step, a smaller pp, or schedule = \"1f1b\"");
   Builder s{o, rank};
-  // Gathers stand first, where ranks wait anyhow; rank 0 does not, and begins before its second.
+  // Gathers stand first, where ranks wait anyhow; rank 0 begins before its second.
   for (int chunk = 0; chunk < chunks_of(o.kind) && o.gather_step; chunk++)
     (chunk > rank ? s.late : s.list).push_back({.what = Do::Gather, .chunk = chunk});
   if (o.forward_only)
@@ -267,7 +267,7 @@ string to_text(const Action& a) {
   return "";
 }
 
-// Of the actions with the line's numbers, the one that prints as the line.
+// The action with the line's numbers that prints as the line.
 Action parse_action(const string& line, const string& place) {
   int n[4] = {};
   sscanf(line.c_str(), "%*[^0-9]%6d%*[^0-9]%6d%*[^0-9]%6d%*[^0-9]%6d", &n[0], &n[1], &n[2], &n[3]);
@@ -307,8 +307,8 @@ Step with_part(Part part, const Step& s, bool backward) {
   return {part, backward, s.chunk, s.mb, s.layer, unit_of(s)};
 }
 
-// A micro-batch's forward or backward, cut where an overlapped one takes turns: behind what starts
-// communication and the weight gradients that run beside it.
+// Cut where an overlapped one takes turns: behind what starts communication and the weight
+// gradients that run beside it.
 vector<vector<Step>> pieces_of(bool backward, int chunk, int mb, bool weights,
                                const ChunkLayers& held) {
   vector<Step> all, beside;
@@ -383,7 +383,7 @@ vector<Step> steps_of(const Action& a, const vector<ChunkLayers>& chunks, bool f
   if (forward_only && (a.what == Do::W || a.has_backward()))
     failed("schedule", text("a forward-only list holds %s", to_text(a).c_str()));
   bool gathers = a.what == Do::Gather, reduces = a.what == Do::Reduce;
-  bool units = a.what == Do::W || gathers || reduces;  // a step a unit
+  bool units = a.what == Do::W || gathers || reduces;
   int chunk = a.backward_chunk();
   vector<vector<Step>> f, b;
   if (a.has_forward()) f = pieces_of(false, a.chunk, a.mb, false, chunks[a.chunk]);

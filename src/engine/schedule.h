@@ -33,7 +33,7 @@ enum class Do : u8 {
   Send,    // (chunk, mb)'s output, or its input's gradient
   Recv,    // (chunk, mb)'s input, or its output's gradient
   Gather,  // weights of chunk's units
-  Reduce,  // their gradients
+  Reduce,
 };
 enum class Payload : u8 { Activation, Gradient };
 
@@ -55,7 +55,7 @@ struct Action {
   int backward_chunk() const { return what == Do::FB ? chunk2 : chunk; }
   int backward_mb() const { return what == Do::FB ? mb2 : mb; }
 };
-using ActionList = vector<Action>;  // of one rank
+using ActionList = vector<Action>;
 
 struct ScheduleOptions {
   ScheduleKind kind = ScheduleKind::DualPipeV;
@@ -63,7 +63,7 @@ struct ScheduleOptions {
   int micro_batches = 1;
   bool forward_only = false;
   int weight_grad_batch = 1;
-  bool gather_step = false;  // with Gather and Reduce actions
+  bool gather_step = false;
 };
 int min_micro_batches(const ScheduleOptions& options);
 
@@ -75,10 +75,10 @@ vector<ActionList> make_schedules(const ScheduleOptions& options);
 int message_stage(const ScheduleOptions& options, int rank, const Action& transfer);
 // Rank of the stage `step` behind chunk's; -1: there is none.
 int rank_beside(const ScheduleOptions& options, int rank, int chunk, int step);
-// Rank that a chunk's message goes to or comes from; -1: none but this one.
+// The message's other rank; -1: none but this one.
 int message_peer(const ScheduleOptions& options, int rank, const Action& transfer);
 
-// A forward, the gradient of its input and its weight gradients take 1 each.
+// A forward, an input's gradient and weight gradients take 1 each.
 int duration(const Action& action);
 
 struct ScheduleCheck {
@@ -91,10 +91,10 @@ struct ScheduleCheck {
   double bubble() const { return 1 - double(busy) / (double(makespan) * double(begin.size())); }
 };
 
-// Proves the lists of all pp ranks: each action once and after what it needs, messages matched in
-// posted order, no deadlock though every group call blocks, live micro-batches bounded.
+// Each action once and after what it needs, messages matched in posted order, no deadlock though
+// every group call blocks, live micro-batches bounded.
 ScheduleCheck check_schedule(const ScheduleOptions& options, const vector<ActionList>& lists);
-// Of all ranks of a mesh, with the collectives of sharding, experts and context.
+// With the collectives of sharding, experts and context.
 ScheduleCheck check_schedule(const ScheduleOptions& options, const vector<ActionList>& lists,
                              const Mesh& mesh, int layers, bool gather_layer);
 
@@ -102,7 +102,7 @@ ScheduleCheck check_schedule(const ScheduleOptions& options, const vector<Action
 string to_text(const Action& action);
 Action parse_action(const string& line, const string& place);
 
-// Inside an action: embedding, the five stages of each layer, head, and what units need.
+// Inside an action.
 enum class Part : u8 {
   Prolog,
   Attention,
@@ -126,8 +126,8 @@ struct Step {
   bool operator==(const Step&) const = default;
 };
 
-// In the one order in which they and their collectives are issued; in FB two micro-batches' take
-// turns. `gather_layer` adds the Gather, Release and Reduce of layer-wise sharding.
+// In the order in which their collectives are issued; in FB two micro-batches' take turns.
+// `gather_layer` adds the Gather, Release and Reduce of layer-wise sharding.
 vector<Step> steps_of(const Action& action, const vector<ChunkLayers>& chunks, bool forward_only,
                       bool gather_layer);
 

@@ -8,13 +8,12 @@ namespace pith {
 
 namespace {
 
-// "rank 2, action 17 (F0.8)"
 string where(const vector<ActionList>& lists, int rank, int action) {
   if (action == int(lists[rank].size())) return text("rank %d, at the end", rank);
   return text("rank %d, action %d (%s)", rank, action, to_text(lists[rank][action]).c_str());
 }
 
-// What an action does, in parts of which a list holds each once.
+// Parts of an action, of which a list holds each once.
 vector<Action> deeds_of(const Action& a) {
   int chunk = a.backward_chunk(), mb = a.backward_mb();
   vector<Action> deeds;
@@ -26,7 +25,6 @@ vector<Action> deeds_of(const Action& a) {
   return deeds;
 }
 
-// One rank's list, which must do what the right one does.
 struct ListWalk {
   struct Deed {
     int peer;
@@ -95,15 +93,14 @@ struct Visit {
 };
 using Place = std::map<int, vector<Visit>>;  // by member: the n-th visits of all of them meet
 
-// A rank computes, joins a collective, or posts the messages of one group call.
 struct Event {
-  int action;    // the first
+  int action;
   int time = 0;  // it takes
   vector<std::pair<const Place*, size_t>> visits = {};
   int begin = 0;
 };
 
-// All ranks together, as they would run when every group call and every collective blocks.
+// All ranks, where every group call and collective blocks.
 struct Replay {
   const ScheduleOptions& o;
   const Mesh& mesh;
@@ -111,7 +108,7 @@ struct Replay {
   ScheduleCheck& result;
   std::map<std::array<int, 3>, Place> places = {};  // by group, first and last member
   vector<vector<Event>> events = vector<vector<Event>>(lists.size());
-  vector<int> next = vector<int>(lists.size());  // event of each rank
+  vector<int> next = vector<int>(lists.size());
 
   bool ended(int rank) const { return next[rank] == int(events[rank].size()); }
 
@@ -178,7 +175,6 @@ struct Replay {
     }
   }
 
-  // Who has not come to where the rank stands; -1: nobody.
   int missing(int rank) const {
     for (const auto& [place, turn] : events[rank][next[rank]].visits)
       for (const auto& [member, visits] : *place)
@@ -231,7 +227,7 @@ ScheduleCheck check_schedule(const ScheduleOptions& o, const vector<ActionList>&
   ScheduleCheck c;
   try {
     Replay replay{o, mesh, lists, c};
-    for (c.rank = 0; c.rank < count; c.rank++) {  // where the check is
+    for (c.rank = 0; c.rank < count; c.rank++) {
       const ActionList& list = lists[c.rank];
       int pp_rank = coord_of(mesh, c.rank).pp_rank;
       ListWalk walk(o, pp_rank);

@@ -95,8 +95,7 @@ StepMetrics Trainer::compute_gradients() {
   return m;
 }
 
-// Runs a step whose loss or gradient is not finite again with every op's outputs checked, so that
-// the error names the op that made the first one.
+// Runs the step again with every op's outputs checked, so that the error names the op.
 [[noreturn]] static void explain_nonfinite(Trainer& t, const StepMetrics& m) {
   if (t.saver) t.saver->finish(t.rank);  // the last good state
   string where = text("step %ld", t.state.step + 1);

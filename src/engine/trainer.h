@@ -1,4 +1,3 @@
-// trainer: a run from its first step to its last checkpoint, on every rank of this process.
 #pragma once
 #include "engine/checkpoint.h"
 #include "engine/routing_trace.h"
@@ -11,25 +10,24 @@ struct TrainOptions {
   string routing_trace, routing_replay;  // folders; empty: off
   bool exit_on_failure = true;
 };
-// From scratch, from model.init_from, or from the newest good checkpoint in run.folder. False if a
-// signal stopped it, with the state saved. Exit code 2 for input that does not fit, 1 for a run
-// that fails.
+// From scratch, model.init_from, or the newest good checkpoint in run.folder. False if a signal
+// stopped it, with the state saved. Exit code 2 for input that does not fit, 1 for a failed run.
 bool train(const RunPlan& plan, const TrainOptions& options);
 
-// Of 0-based step s of `steps`. Warm-up takes round(warmup_ratio * steps) steps, the decay the last
+// Of 0-based step s. Warm-up takes round(warmup_ratio * steps) steps, the decay the last
 // round(decay_ratio * steps) of "wsd", all the rest of "cosine". Half to even.
 double learning_rate(const LrSchedule& schedule, double peak, i64 s, i64 steps);
-// AdamW; updates each unit after the save under way (null: none) has copied it.
+// Updates each unit after the save under way (null: none) has copied it.
 void optimizer_pass(Rank& rank, Parameters& parameters, const AdamW& options,
                     CheckpointSaver* saver);
 
-// What the ranks share; written before they start, and by rank 0.
+// Shared; written before the ranks start, and by rank 0.
 struct Run {
   const RunPlan& plan;
   string routing_replay;
   bool tracing = false;
   Dataset data = open_data(plan);
-  RunState state;  // where the run goes on from
+  RunState state;
   std::optional<Checkpoint> resume_from;
   std::optional<Checkpoint> init_from;
   string metrics, events;  // paths
@@ -37,7 +35,7 @@ struct Run {
   bool stopped = false;
 };
 
-// A rank's part of the run. A step: compute_gradients(), which leaves them reduced, and update().
+// A rank's part. A step: compute_gradients(), which leaves them reduced, and update().
 struct Trainer {
   Trainer(Rank& rank, Run& run);
   StepMetrics compute_gradients();
@@ -56,7 +54,7 @@ struct Trainer {
   std::optional<CheckpointSaver> saver;
   vector<double> counts;  // BalanceState::counts of all ranks
   double step_began_s = 0;
-  bool stop = false;  // a signal came to a rank
+  bool stop = false;
 };
 
 }

@@ -1,4 +1,3 @@
-// model: what every model file offers, and the types that it shares with the engine.
 #pragma once
 #include <concepts>
 
@@ -16,7 +15,7 @@ struct Init {
 // Tensors that are gathered, reduced and updated together.
 enum class UnitKind : u8 { Embedding, Layer, Experts, Head };
 
-// One tensor of a Hugging Face checkpoint, under its name there.
+// Of a Hugging Face checkpoint.
 struct Piece {
   string name;
   Dims dims;
@@ -24,8 +23,7 @@ struct Piece {
   bool muon = false;  // a matrix that Muon orthogonalises
 };
 
-// One tensor of the running model: pieces one after another in memory, so that weights that share
-// an input are one product.
+// Pieces one after another in memory, so that weights that share an input are one product.
 struct Parameter {
   Tensor* target = nullptr;  // bound by the engine
   Dims dims;
@@ -35,7 +33,6 @@ struct Parameter {
 };
 using ParameterTable = vector<Parameter>;
 
-// What a rank of a pipeline stage holds.
 struct StagePart {
   int first_layer = 0, num_layers = 0;
   bool embedding = true, head = true;
@@ -54,11 +51,10 @@ struct Batch {
 struct MoeInput {
   Tensor hidden;  // the rows to dispatch
   Tensor residual;
-  Tensor shared;    // output of shared experts, if any
+  Tensor shared;    // of shared experts, if any
   Routing routing;  // ids undefined in a dense layer, which has no stages 2 and 4
 };
 
-// The numbers of any architecture that engine, planner and reports need.
 struct ModelShape {
   string model_type;
   i64 hidden = 0, vocab = 0;

@@ -99,7 +99,7 @@ ParameterTable Qwen3Moe::parameters(const Config& c, const StagePart& part, doub
   i64 D = c.hidden, F = c.expert_width, V = c.vocab, N = c.heads.size;
   i64 q = c.heads.query * N, kv = c.heads.kv * N, E = c.num_experts;
   const Init ones{InitKind::Constant, 1.0}, normal{InitKind::Normal, init_std};
-  // Projections that write to the residual stream begin smaller, by 1/sqrt(2 * layers).
+  // Projections to the residual stream begin smaller.
   const Init output{InitKind::Normal, init_std / std::sqrt(2.0 * c.num_layers)};
   ParameterTable table;
   UnitKind unit = UnitKind::Embedding;

@@ -139,7 +139,6 @@ static string field(int number, i64 value) { return varint(number << 3) + varint
 static string field(int number, double value) { return varint(number << 3 | 1) + fixed(value); }
 static string field(int number, float value) { return varint(number << 3 | 5) + fixed(value); }
 
-// As TFRecord keeps it.
 static string masked_crc(const string& bytes) {
   u32 crc = crc32c(bytes);
   return fixed((crc >> 15 | crc << 17) + 0xa282ead8u);

@@ -1,4 +1,3 @@
-// metrics: the numbers of a step, as a log line, in metrics.jsonl and as TensorBoard events.
 #pragma once
 #include <optional>
 
@@ -37,16 +36,16 @@ string step_json(const StepMetrics& metrics);
 
 // Here and below, what does not fit on the disk is left out whole, with a warning.
 
-// Makes metrics.jsonl, an object a line, or cuts it back to whole lines of steps up to `last_step`.
+// Makes metrics.jsonl, or cuts it back to whole lines of steps up to `last_step`.
 void begin_metrics(const string& path, i64 last_step);
-// Its lines, and where they end; what is not finite is null. Exit code 2 naming a damaged one.
+// What is not finite is null. Exit code 2 for a damaged line.
 vector<Json> read_metrics(const string& path, i64 last_step = INT64_MAX, size_t* end = nullptr);
 
-// The path of a new TensorBoard file, which voids what others say of `first_step` on.
+// A new TensorBoard file, which voids what others say of `first_step` on.
 string begin_events(const string& folder, i64 first_step, double wall_s);
 void append_scalars(const string& path, i64 step, double wall_s,
                     const vector<std::pair<string, double>>& values);
-// step_json() into metrics.jsonl and, as step/KEY or KEY/layer-000 and so on, into the events.
+// As step/KEY or KEY/layer-000 ... into the events.
 void append_step(const string& metrics_path, const string& events_path, const StepMetrics& metrics,
                  double wall_s);
 u32 crc32c(const string& bytes);

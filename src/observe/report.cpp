@@ -19,15 +19,14 @@ string memory_table(const vector<RankMemory>& ranks) {
 
 struct Curve {
   string name;
-  vector<double> values;  // by step
+  vector<double> values;
 };
 
 struct Range {
   double low = HUGE_VAL, high = -HUGE_VAL;
 };
 
-// Each curve becomes at most `columns` means of stretches, as shares of the range of all; NaN where
-// nothing is finite.
+// At most `columns` means of stretches, as shares of the range of all; NaN where nothing is finite.
 static Range fit(vector<Curve>& curves, size_t columns) {
   Range range;
   for (Curve& curve : curves) {
@@ -57,7 +56,6 @@ static string escape(const string& raw) {
   return out;
 }
 
-// A line a curve, with its name as a tooltip.
 static string chart(const char* caption, vector<Curve> curves, i64 last_step) {
   constexpr double kLeft = 70, kWidth = 560, kHeight = 180;
   const Range range = fit(curves, 120);

@@ -1,10 +1,9 @@
-// report: what people read of a run: bytes before it, and a page and a line after it.
 #pragma once
 #include "observe/metrics.h"
 
 namespace pith {
 
-// Bytes: of F32 master shards, gathered weights, full gradients and reduced shards, and so on.
+// Bytes.
 struct RankMemory {
   i64 weights = 0, compute_copy = 0, gradients = 0, optimizer = 0;
   i64 activations = 0, workspace = 0;  // estimates
@@ -15,7 +14,7 @@ struct RankMemory {
 
 string memory_table(const vector<RankMemory>& ranks);
 
-// Loss curve and expert load of lines of metrics.jsonl, and lines of text.
+// Of lines of metrics.jsonl, and lines of text.
 string report_html(const vector<Json>& steps, const string& title, const string& notes);
 
 // A block is a mean; a dot: nothing is finite.
