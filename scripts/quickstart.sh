@@ -10,11 +10,14 @@ if [ $# -gt 1 ]; then die scripts/quickstart.sh "too many arguments (got $#, nee
 if [ $# = 1 ] && [ ! -d "$1" ]; then die "$1" "is not a folder" "scripts/quickstart.sh DIR, with a folder of text files"; fi
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}  # other work on the machine does not stall the threads
 ensure_packages
-build cpu pith
-if [ -e /proc/driver/nvidia/version ]; then
-    echo "this version computes on the CPU; the GPU stays idle"
-else
+if [ ! -e /proc/driver/nvidia/version ]; then
     echo "no NVIDIA GPU found: running on the CPU"
+    build cpu pith
+elif ! command -v nvcc > /dev/null; then
+    echo "no CUDA compiler (nvcc) found: running on the CPU"
+    build cpu pith
+else
+    build cuda pith
 fi
 
 if [ $# = 1 ]; then
