@@ -25,9 +25,17 @@ vector<string> cuda_devices(string& why) {
   return devices;
 }
 
+__global__ void any_kernel() {}
+
 Cuda* cuda_open(int device) {
   Cuda* cuda = new Cuda{.device = device};
   cuda_check(cudaSetDevice(device));
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, any_kernel) == cudaErrorNoKernelImageForDevice) {
+    string why;
+    bad_input("--device cuda", "this build has no code for " + cuda_devices(why)[device],
+              "a build with its PITH_CUDA_ARCHITECTURES, or --device cpu");
+  }
   cuda_check(cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking));
   cuda_check(cudaStreamCreateWithFlags(&cuda->reader, cudaStreamNonBlocking));
   cuda_check(cudaDeviceGetAttribute(&cuda->processors, cudaDevAttrMultiProcessorCount, device));

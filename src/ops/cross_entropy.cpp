@@ -11,7 +11,7 @@ namespace pith {
 namespace {
 
 // Logits at a time, a whole number of rows: a pass over w and dw is cheap beside their products.
-constexpr i64 kCpuRows = 256, kChunk = i64{1} << 29;
+constexpr i64 kCpuRows = 256, kChunk = i64{1} << 30;
 
 // The loss of one row; with `grad`, its logits become their gradient.
 template <class T>
