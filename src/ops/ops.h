@@ -1,6 +1,6 @@
 // ops: the one index of every operation; a model includes this and core alone.
-// Inputs are of one float dtype, F32 (F64 in gradient checks), and on the rank's device; results
-// are new tensors and repeat bit for bit; any size may be 0. A broken contract throws Error naming
+// Inputs are of one float dtype, F32, F64 or, on a GPU, BF16, on the rank's device; results are new
+// tensors and repeat bit for bit; any size may be 0. A broken contract throws Error naming
 // the caller's line. Letters: B batch, S sequence, T tokens (B*S), D hidden, H query heads, K
 // key/value heads, N head size, V vocabulary, E experts, k experts a token, F expert width, R rows
 // received by a rank, P (row, expert) pairs.
