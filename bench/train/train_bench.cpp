@@ -57,6 +57,7 @@ static int bench(const vector<string>& args) {
   c.train.global_batch_size = std::stol(args[3]);
   c.train.micro_batch_size = std::stol(args[4]);
   c.train.precision = args.size() > 5 ? args[5] : "bf16";
+  if (args.size() > 6) c.parallel.weight_grad_batch = std::stoi(args[6]);
   c.train.peak_tflops = 989;  // of an H100 in BF16
   c.optimizer.lr = 1e-4;
   c.router.force = "balanced";

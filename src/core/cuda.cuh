@@ -12,11 +12,13 @@
 namespace pith {
 
 struct AttentionPlans;
+struct GemmPlans;
 struct Cuda {
   int device = 0, processors = 0;
   cudaStream_t stream = nullptr, reader = nullptr;
   cublasHandle_t blas = nullptr;
   std::shared_ptr<AttentionPlans> attention;  // of ops/cudnn_attention
+  std::shared_ptr<GemmPlans> gemms;           // of ops/gemm
 };
 
 void cuda_check(cudaError_t error, At at = At::here());

@@ -109,15 +109,16 @@ static void begin_backward(Rank& rank, Node& node, TensorList& kept) {
   for (Tensor& t : kept) t.refresh();
 }
 
-static void run_weight_grads(Rank& rank, Node& node, bool needed) {
+static void run_weight_grads(Rank& rank, const vector<Node*>& nodes, bool needed) {
   if (needed) {
-    Node* one = &node;
-    begin_backward(rank, node, node.bw_keep);
-    node.bw(rank, &one, 1);
+    for (Node* node : nodes) begin_backward(rank, *node, node->bw_keep);
+    nodes[0]->bw(rank, nodes.data(), int(nodes.size()));
   }
-  node.bw_done = true;
-  node.bw_keep.clear();
-  node.grad.clear();
+  for (Node* node : nodes) {
+    node->bw_done = true;
+    node->bw_keep.clear();
+    node->grad.clear();
+  }
 }
 
 void backward(Rank& rank, int begin, int end, bool defer_weights) {
@@ -139,13 +140,23 @@ void backward(Rank& rank, int begin, int end, bool defer_weights) {
       if (t.var >= 0) tape.grads[t.var] = {};
     node.bx_keep.clear();
     bool weights = any && node.bw;
-    if (!weights || !defer_weights) run_weight_grads(rank, node, weights);
+    if (!weights || !defer_weights) run_weight_grads(rank, {&node}, weights);
   }
 }
 
-void weight_grads(Rank& rank, Tape& tape, int begin, int end) {
-  for (int i = end - 1; i >= begin; i--)
-    if (Node& node = tape.nodes[i]; !node.bw_done) run_weight_grads(rank, node, node.bw);
+void weight_grads(Rank& rank, const vector<NodeRange>& ranges) {
+  for (int i = ranges[0].end - ranges[0].begin - 1; i >= 0; i--) {
+    vector<Node*> nodes;
+    for (const NodeRange& r : ranges) {
+      Node& node = r.tape->nodes.at(r.begin + i);
+      if (node.bw_done) continue;
+      if (!nodes.empty() && node.bw != nodes[0]->bw)
+        failed("tape", text("nodes %d of two micro-batches differ (got %s and %s)", i, nodes[0]->op,
+                            node.op));
+      nodes.push_back(&node);
+    }
+    if (!nodes.empty()) run_weight_grads(rank, nodes, nodes[0]->bw);
+  }
 }
 
 }

@@ -63,7 +63,11 @@ GradSlot grad_slot(Rank& rank, const Tensor& t, At at = At::here());
 
 // bx, then bw unless it is deferred, of nodes [begin, end) in reverse.
 void backward(Rank& rank, int begin, int end, bool defer_weights = false);
-// What was deferred.
-void weight_grads(Rank& rank, Tape& tape, int begin, int end);
+// What was deferred in the same nodes of several micro-batches.
+struct NodeRange {
+  Tape* tape = nullptr;
+  int begin = 0, end = 0;
+};
+void weight_grads(Rank& rank, const vector<NodeRange>& ranges);
 
 }

@@ -11,14 +11,11 @@ namespace pith {
 
 // One micro-batch in one chunk, until its last weight gradient.
 struct Flight {
-  struct Nodes {
-    int begin = 0, end = 0;
-  };
   struct Layer {
     MoeInput in;
     Dispatch dispatch;
     Tensor rows;  // of stage 3, then of stage 4
-    Nodes of[int(Part::Epilog) + 1];
+    NodeRange of[int(Part::Epilog) + 1];
   };
   Tape tape;
   Tensor input, x;  // [T, D]; input: undefined in the first stage
@@ -110,12 +107,14 @@ struct Executor {
     }
   }
 
-  void weight_gradients(Flight& f, UnitKind unit, int local) {
+  void weight_gradients(const Step& s, int local) {
     auto of = [&](Part part) {
-      const Flight::Nodes& nodes = f.layers[local].of[int(part)];
-      weight_grads(rank, f.tape, nodes.begin, nodes.end);
+      vector<NodeRange> ranges;
+      for (int mb = s.mb; mb < s.mb + s.count; mb++)
+        ranges.push_back(p.flights.at({s.chunk, mb}).layers[local].of[int(part)]);
+      weight_grads(rank, ranges);
     };
-    switch (unit) {
+    switch (s.unit) {
       case UnitKind::Embedding: return of(Part::Prolog);
       case UnitKind::Head: return of(Part::Epilog);
       case UnitKind::Experts: return of(Part::Experts);
@@ -130,11 +129,7 @@ struct Executor {
     rank.status->stage = int(s.part);
     rank.status->micro_batch = s.mb;
     rank.status->chunk = s.chunk;
-    if (s.part == Part::Weights) {
-      for (int mb = s.mb; mb < s.mb + s.count; mb++)
-        weight_gradients(p.flights.at({s.chunk, mb}), s.unit, local);
-      return;
-    }
+    if (s.part == Part::Weights) return weight_gradients(s, local);
     if (s.part == Part::Gather || s.part == Part::Release || s.part == Part::Reduce) {
       for (FlatUnit& unit : p.parameters.units) {
         if (unit.chunk != s.chunk || unit.kind != s.unit || unit.layer != s.layer) continue;
@@ -145,12 +140,12 @@ struct Executor {
       return;
     }
     Flight& f = p.flights.at({s.chunk, s.mb});
-    Flight::Nodes& nodes = f.layers[local].of[int(s.part)];
+    NodeRange& nodes = f.layers[local].of[int(s.part)];
     rank.tape = schedule.forward_only ? nullptr : &f.tape;
     if (s.backward) {
       backward(rank, nodes.begin, nodes.end, true);
     } else {
-      nodes.begin = f.tape.size();
+      nodes = {&f.tape, f.tape.size()};
       forward_part(s, f, local);
       nodes.end = f.tape.size();
     }

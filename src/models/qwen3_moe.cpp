@@ -171,11 +171,9 @@ MoeInput Qwen3Moe::attend(Rank& rank, const Config& c, const Layer& w, Tensor x_
 }
 
 Tensor Qwen3Moe::experts(Rank& rank, const Config&, const Layer& w, const Dispatched& d) const {
-  Tensor x_PD = expand_rows(rank, d);
-  Tensor gate_up = grouped_linear(rank, x_PD, w.gate_up, d.offsets);
+  Tensor gate_up = expand_linear(rank, d, w.gate_up);
   Tensor act_PF = swiglu(rank, gate_up, d.weights);
-  Tensor y_PD = grouped_linear(rank, act_PF, w.down, d.offsets);
-  return reduce_pairs(rank, y_PD, d);
+  return linear_reduce(rank, act_PF, w.down, d);
 }
 
 Tensor Qwen3Moe::finish(Rank& rank, const Config&, const Layer&, Tensor combined_TD,

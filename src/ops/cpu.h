@@ -158,6 +158,27 @@ void product(const Op& op, const Tensor& a, const Tensor& b, const GradSlot& c,
             c.grad.as<T>(), n);
 }
 
+// Row r of y, of n elements, = or += the sum of rows index[i] of x, i in [begin[r], begin[r+1]) or,
+// where begin is undefined, r.
+template <class T>
+void gather_rows(const Op& op, const Tensor& x, i64 n, const Tensor& index, const Tensor& begin,
+                 const GradSlot& out) {
+  i64 rows = begin.defined() ? begin.dim[0] - 1 : index.numel();
+  const Slot<T> y{out.grad.as<T>(), out.add};
+  if (!y.data) return;
+  if (x.on_gpu()) return OnCuda<T>::gather_rows(op.rank, x, n, index, begin, out);
+  parallel_rows(rows, n * (1 + index.numel() / max<i64>(1, rows)), [&](i64 r) {
+    i64 first = begin.defined() ? begin.i32()[r] : r;
+    i64 end = begin.defined() ? begin.i32()[r + 1] : r + 1;
+    T* to = y.data + r * n;
+    for (i64 j = 0; j < n && !y.add; j++) to[j] = 0;
+    for (i64 i = first; i < end; i++) {
+      const T* from = x.as<T>() + index.i32()[i] * n;
+      for (i64 j = 0; j < n; j++) to[j] += from[j];
+    }
+  });
+}
+
 // ---- Tensors walked over one index space, for the general vocabulary.
 
 // A tensor seen from one dimension: [outer, n, inner].

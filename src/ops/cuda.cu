@@ -139,28 +139,6 @@ void cuda_count(Rank& rank, const Tensor& ids, const Tensor& counts) {
   });
 }
 
-static cudaDataType_t blas_type(DType d) {
-  return d == DType::F64 ? CUDA_R_64F : d == DType::F32 ? CUDA_R_32F : CUDA_R_16BF;
-}
-
-void cuda_gemm(Rank& rank, i64 m, i64 n, i64 k, const Tensor& a, bool a_transposed, const Tensor& b,
-               bool b_transposed, const GradSlot& c) {
-  if (k == 0 && !c.add) cuda_zero(rank, c.grad.data, m * n * size_of(c.grad.dtype));
-  if (m == 0 || n == 0 || k == 0) return;
-  bool f64 = a.dtype == DType::F64;
-  double one = 1, beta = c.add;
-  float one32 = 1, beta32 = c.add;
-  auto scalar = [f64](const double& x, const float& y) -> const void* {
-    return f64 ? static_cast<const void*>(&x) : &y;
-  };
-  // c^T = b^T a^T, as cuBLAS has columns for rows.
-  cuda_check(cublasGemmEx_64(cuda_of(rank).blas, cublasOperation_t(b_transposed),
-                             cublasOperation_t(a_transposed), n, m, k, scalar(one, one32), b.data,
-                             blas_type(b.dtype), b.cols(), a.data, blas_type(a.dtype), a.cols(),
-                             scalar(beta, beta32), c.grad.data, blas_type(c.grad.dtype), n,
-                             f64 ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
-}
-
 template <class T, int N>
 static void gather(Rank& rank, i64 rows, i64 n, const T* from, const int* id, const int* cut,
                    const AnyFloat& out, bool add) {

@@ -34,6 +34,11 @@ void cuda_sort(Rank& rank, const Tensor& ids, i64 limit, const Tensor& sorted, c
 // Sets d's indices for ids I32 [T, k] of all experts, here; the token and slot of each of its
 // pairs, as t * k + slot.
 Tensor cuda_dispatch(Rank& rank, const Tensor& ids, int experts, Dispatched& d);
+// The pairs of several micro-batches, each sorted by expert, as one list so sorted: rows of BF16,
+// index[i][p] of x[i] or, undefined, p; and the offsets of all.
+Tensor cuda_join(Rank& rank, const TensorList& x, const TensorList& index,
+                 const TensorList& offsets);
+Tensor cuda_join_offsets(Rank& rank, const TensorList& offsets);
 // See attention.h. Heads of at most 256.
 void cuda_attention(Rank& rank, const AttentionCore& core, HeadView out, const Tensor& lse);
 void cuda_attention_grad(Rank& rank, const AttentionCore& core, HeadView out, const Tensor& lse,

@@ -1,4 +1,4 @@
-// router, grouped_linear, swiglu.
+// router, products by expert, swiglu.
 //   in     x [T, D] or [P, D], w [E, D] or [E, out, in], gate_up [P, 2F]; f32|f64, one dtype
 //   grad   router: dprobs is what arrives at probs and, through the choice, at weights; dlogits =
 //          probs (dprobs - <dprobs, probs>), dx = dlogits w, dw = dlogits^T x;
@@ -37,6 +37,145 @@ void each_expert(Rank& rank, const Tensor& offsets, i64 work, F&& f) {
 // Whether CUTLASS's product by expert serves.
 bool grouped(const Tensor& x, i64 in, i64 out) {
   return kCuda && x.dtype == DType::BF16 && grouped_fits(in, out);
+}
+
+void check_pairs(const Op& op, const Dispatched& d, const Tensor& x, bool rows, const char* need) {
+  i64 P = d.row_of.dim[0], R = d.row_begin.dim[0] - 1;
+  op.check({{"row_of I32 [P], pair_of I32 [P] and row_begin I32 [R+1]",
+             is_i32(d.row_of, {P}) && is_i32(d.pair_of, {P}) && is_i32(d.row_begin, {R + 1})},
+            {need, x.dim.rank == 2 && x.dim[0] == (rows ? R : P)}},
+           {&x, &d.row_of, &d.pair_of, &d.row_begin});
+  op.check_offsets("row_begin", d.row_begin, P);
+  op.check_ids("row_of", d.row_of, R);
+  op.check_ids("pair_of", d.pair_of, P);
+}
+
+// Rows index[p] of x; x itself where index is undefined.
+template <class T>
+Tensor chosen(const Op& op, const Tensor& x, const Tensor& index) {
+  if (!index.defined()) return x;
+  Tensor y = op.empty({index.numel(), x.cols()}, x.dtype);
+  gather_rows<T>(op, x, x.cols(), index, {}, {y});
+  return y;
+}
+
+// Rows to pairs or pairs to rows.
+Tensor move_rows(const Op& op, bool to_pairs, const char* need, const Tensor& x,
+                 const Dispatched& d) {
+  check_pairs(op, d, x, to_pairs, need);
+  const TensorList pairs = {d.row_of, {}}, rows = {d.pair_of, d.row_begin};
+  const TensorList &forth = to_pairs ? pairs : rows, &back = to_pairs ? rows : pairs;
+  i64 n = to_pairs ? d.row_of.dim[0] : d.row_begin.dim[0] - 1;
+  Tensor y = op.empty({n, x.dim[1]}, x.dtype);
+  op.typed(x, [&]<class T>(T*) { gather_rows<T>(op, x, x.dim[1], forth[0], forth[1], {y}); });
+  record(op, {x}, {&y}).bx(back, []<class T>(Backward<T> b) {
+    gather_rows<T>(b.op(), b.dy(), b.node.in[0].cols(), b.keep[0], b.keep[1], b.slot(0));
+  });
+  return y;
+}
+
+// What the node of a product by expert keeps for its weights' gradient, and which rows are a
+// pair's.
+struct ExpertRows {
+  const Tensor &dy, &x, &offsets, &row_of;
+  Tensor of_dy, of_x;  // undefined: the pair's own
+  explicit ExpertRows(Node& node)
+      : dy(node.grad[0]),
+        x(node.bw_keep[0]),
+        offsets(node.bw_keep[1]),
+        row_of(node.bw_keep[2]),
+        of_dy(node.i[1] ? row_of : Tensor{}),
+        of_x(node.i[0] ? row_of : Tensor{}) {}
+};
+
+constexpr auto kExpertGrad = []<class T>(Backward<T> b) {
+  const ExpertRows from(b.node);
+  GradSlot dw = b.slot(1);
+  if (!dw.grad.defined()) return;
+  Tensor dy = chosen<T>(b.op(), from.dy, from.of_dy), x = chosen<T>(b.op(), from.x, from.of_x);
+  if (dw.add && dw.grad.dtype == DType::F32 && grouped(dy, x.cols(), dy.cols()))
+    return grouped_weight_grad(b.rank, dy, x, from.offsets, dw.grad);
+  each_expert(b.rank, from.offsets, dy.numel() * x.cols(), [&](i64 e, i64 r, i64 end) {
+    product<T>(b.op(), dy.slice_rows(r, end), x.slice_rows(r, end),
+               {dw.grad.slice_rows(e, e + 1), dw.add}, kTransposed);
+  });
+};
+
+// PERF: adding to the FP32 sums of many experts takes longer than the product of few rows: those of
+// several micro-batches are joined.
+void expert_grads(Rank& rank, Node* const* nodes, int n) {
+  for (int first = 0; first < n; first += TensorList::kMax) {
+    int count = min(n - first, TensorList::kMax);
+    Node& node = *nodes[first];
+    Tensor dw = grad_slot(rank, node.in[1], node.at).grad;
+    if (count == 1 || !grouped(node.grad[0], node.bw_keep[0].cols(), node.grad[0].cols())) {
+      for (int i = first; i < first + count; i++)
+        run_backward<decltype(kExpertGrad), decltype(kExpertGrad)>(rank, *nodes[i],
+                                                                   nodes[i]->bw_keep);
+      continue;
+    }
+    TensorList dys, xs, of_dy, of_x, offsets;
+    for (int i = first; i < first + count; i++) {
+      const ExpertRows from(*nodes[i]);
+      dys.push(from.dy);
+      xs.push(from.x);
+      of_dy.push(from.of_dy);
+      of_x.push(from.of_x);
+      offsets.push(from.offsets);
+    }
+    Tensor dy = cuda_join(rank, dys, of_dy, offsets), x = cuda_join(rank, xs, of_x, offsets);
+    grouped_weight_grad(rank, dy, x, cuda_join_offsets(rank, offsets), dw);
+  }
+}
+
+// y = x w^T by expert; x: the rows that `expand` makes pairs, or pairs; y: pairs, or with `reduce`
+// their sums, rows.
+Tensor by_expert(const Op& op, Tensor x, Tensor w, const Dispatched& d, bool expand, bool reduce) {
+  if (expand) check_pairs(op, d, x, true, "rows [R, D]");
+  if (reduce) check_pairs(op, d, x, false, "x [P, in]");
+  op.check(
+      {{"x [P, in] and w [E, out, in]", x.dim.rank == 2 && w.dim.rank == 3 && x.dim[1] == w.dim[2]},
+       {"offsets I32 [E+1]", is_i32(d.offsets, {w.dim[0] + 1})},
+       {"one dtype", x.dtype == w.dtype}},
+      {&x, &w, &d.offsets});
+  i64 P = expand ? d.row_of.dim[0] : x.dim[0], out = w.dim[1];
+  op.check_offsets("offsets", d.offsets, P);
+  Tensor y = op.empty({reduce ? d.row_begin.dim[0] - 1 : P, out}, x.dtype);
+  op.typed(x, [&]<class T>(T*) {
+    Tensor from = chosen<T>(op, x, expand ? d.row_of : Tensor{});
+    Tensor to = reduce ? op.empty({P, out}, x.dtype) : y;
+    if (grouped(from, w.cols(), out))
+      grouped_forward(op.rank, from, w, d.offsets, to);
+    else
+      each_expert(op.rank, d.offsets, from.numel() * out, [&](i64 e, i64 r, i64 end) {
+        product<T>(op, from.slice_rows(r, end), w.slice_rows(e, e + 1), {to.slice_rows(r, end)},
+                   kNormal, kTransposed);
+      });
+    if (reduce) gather_rows<T>(op, to, out, d.pair_of, d.row_begin, {y});
+  });
+  const auto recorded =
+      record(op, {x, w}, {&y})
+          .numbers({expand, reduce})
+          .bx({w, d.offsets, d.row_of, d.pair_of, d.row_begin}, []<class T>(Backward<T> b) {
+            GradSlot dx = b.slot(0);
+            if (!dx.grad.defined()) return;
+            const Tensor &weight = b.keep[0], &offsets = b.keep[1];
+            bool expands = b.node.i[0];
+            Tensor dy = chosen<T>(b.op(), b.dy(), b.node.i[1] ? b.keep[2] : Tensor{});
+            const GradSlot to =
+                expands ? GradSlot{b.op().empty({dy.dim[0], weight.cols()}, dy.dtype)} : dx;
+            if (!to.add && grouped(dy, dy.cols(), weight.cols()))
+              grouped_input_grad(b.rank, dy, weight, offsets, to.grad);
+            else
+              each_expert(b.rank, offsets, dy.numel() * weight.cols(), [&](i64 e, i64 r, i64 end) {
+                product<T>(b.op(), dy.slice_rows(r, end), weight.slice_rows(e, e + 1),
+                           {to.grad.slice_rows(r, end), to.add});
+              });
+            if (expands) gather_rows<T>(b.op(), to.grad, to.grad.cols(), b.keep[3], b.keep[4], dx);
+          });
+  recorded.bw(1, {x, d.offsets, d.row_of}, kExpertGrad);
+  if (recorded.node && recorded.node->bw) recorded.node->bw = expert_grads;
+  return y;
 }
 
 // PERF: one loop an output, for vector instructions, over a stretch whose sigmoids are kept.
@@ -138,47 +277,24 @@ Routing router(Rank& rank, Tensor x, Tensor w, RouterOptions options, At at) {
   return out;
 }
 
+Tensor expand_rows(Rank& rank, const Dispatched& d, At at) {
+  return move_rows({rank, "expand_rows", at}, true, "rows [R, D]", d.rows, d);
+}
+
+Tensor reduce_pairs(Rank& rank, Tensor y, const Dispatched& d, At at) {
+  return move_rows({rank, "reduce_pairs", at}, false, "y [P, D]", y, d);
+}
+
 Tensor grouped_linear(Rank& rank, Tensor x, Tensor w, Tensor offsets, At at) {
-  Op op{rank, "grouped_linear", at};
-  op.check(
-      {{"x [P, in] and w [E, out, in]", x.dim.rank == 2 && w.dim.rank == 3 && x.dim[1] == w.dim[2]},
-       {"offsets I32 [E+1]", is_i32(offsets, {w.dim[0] + 1})},
-       {"one dtype", x.dtype == w.dtype}},
-      {&x, &w, &offsets});
-  Tensor y = op.empty({x.dim[0], w.dim[1]}, x.dtype);
-  op.check_offsets("offsets", offsets, x.dim[0]);
-  op.typed(x, [&]<class T>(T*) {
-    if (grouped(x, w.cols(), w.dim[1])) return grouped_forward(rank, x, w, offsets, y);
-    each_expert(rank, offsets, x.numel() * w.dim[1], [&](i64 e, i64 r, i64 end) {
-      product<T>(op, x.slice_rows(r, end), w.slice_rows(e, e + 1), {y.slice_rows(r, end)}, kNormal,
-                 kTransposed);
-    });
-  });
-  record(op, {x, w}, {&y})
-      .bx({w, offsets},
-          []<class T>(Backward<T> b) {
-            GradSlot dx = b.slot(0);
-            if (!dx.grad.defined()) return;
-            if (!dx.add && grouped(b.dy(), b.dy().cols(), dx.grad.cols()))
-              return grouped_input_grad(b.rank, b.dy(), b.keep[0], b.keep[1], dx.grad);
-            each_expert(
-                b.rank, b.keep[1], b.dy().numel() * dx.grad.cols(), [&](i64 e, i64 r, i64 end) {
-                  product<T>(b.op(), b.dy().slice_rows(r, end), b.keep[0].slice_rows(e, e + 1),
-                             {dx.grad.slice_rows(r, end), dx.add});
-                });
-          })
-      .bw(1, {x, offsets}, []<class T>(Backward<T> b) {
-        GradSlot dw = b.slot(1);
-        const Tensor &rows = b.keep[0], &begin = b.keep[1];
-        if (!dw.grad.defined()) return;
-        if (dw.add && dw.grad.dtype == DType::F32 && grouped(b.dy(), rows.cols(), b.dy().cols()))
-          return grouped_weight_grad(b.rank, b.dy(), rows, begin, dw.grad);
-        each_expert(b.rank, begin, b.dy().numel() * rows.cols(), [&](i64 e, i64 r, i64 end) {
-          product<T>(b.op(), b.dy().slice_rows(r, end), rows.slice_rows(r, end),
-                     {dw.grad.slice_rows(e, e + 1), dw.add}, kTransposed);
-        });
-      });
-  return y;
+  return by_expert({rank, "grouped_linear", at}, x, w, {.offsets = offsets}, false, false);
+}
+
+Tensor expand_linear(Rank& rank, const Dispatched& d, Tensor w, At at) {
+  return by_expert({rank, "expand_linear", at}, d.rows, w, d, true, false);
+}
+
+Tensor linear_reduce(Rank& rank, Tensor x, Tensor w, const Dispatched& d, At at) {
+  return by_expert({rank, "linear_reduce", at}, x, w, d, false, true);
 }
 
 Tensor swiglu(Rank& rank, Tensor gate_up, Tensor weights, At at) {

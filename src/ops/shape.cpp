@@ -33,27 +33,6 @@ Tensor taken(const Op& op, const View& part, const Dims& dims) {
   return y;
 }
 
-// Row r of y, of n elements, = or += the sum of rows index[i] of x, i in [begin[r], begin[r+1]) or,
-// where begin is undefined, r.
-template <class T>
-void gather_rows(const Op& op, const Tensor& x, i64 n, const Tensor& index, const Tensor& begin,
-                 const GradSlot& out) {
-  i64 rows = begin.defined() ? begin.dim[0] - 1 : index.numel();
-  const Slot<T> y{out.grad.as<T>(), out.add};
-  if (!y.data) return;
-  if (x.on_gpu()) return OnCuda<T>::gather_rows(op.rank, x, n, index, begin, out);
-  parallel_rows(rows, n * (1 + index.numel() / max<i64>(1, rows)), [&](i64 r) {
-    i64 first = begin.defined() ? begin.i32()[r] : r;
-    i64 end = begin.defined() ? begin.i32()[r + 1] : r + 1;
-    T* to = y.data + r * n;
-    if (!y.add) std::fill_n(to, n, T(0));
-    for (i64 i = first; i < end; i++) {
-      const T* from = x.as<T>() + index.i32()[i] * n;
-      for (i64 j = 0; j < n; j++) to[j] += from[j];
-    }
-  });
-}
-
 // Row ids[i] of y += row i of x, in the order of i.
 template <class T>
 void scatter_rows(const Op& op, const Tensor& x, const Tensor& ids, const Tensor& y) {
@@ -93,27 +72,6 @@ void check_rows(const Op& op, const Tensor& x, const Tensor& ids, i64 rows) {
             {"tensors on one device", x.device == ids.device}},
            {&x, &ids});
   op.check_ids("ids", ids, rows);
-}
-
-// Rows to pairs or pairs to rows. `need` tells x's shape.
-Tensor move_rows(const Op& op, bool to_pairs, const char* need, const Tensor& x,
-                 const Dispatched& d) {
-  i64 P = d.row_of.dim[0], R = d.row_begin.dim[0] - 1;
-  op.check({{"row_of I32 [P], pair_of I32 [P] and row_begin I32 [R+1]",
-             is_i32(d.row_of, {P}) && is_i32(d.pair_of, {P}) && is_i32(d.row_begin, {R + 1})},
-            {need, x.dim.rank == 2 && x.dim[0] == (to_pairs ? R : P)}},
-           {&x, &d.row_of, &d.pair_of, &d.row_begin});
-  Tensor y = op.empty({to_pairs ? P : R, x.dim[1]}, x.dtype);
-  const TensorList pairs = {d.row_of, {}}, rows = {d.pair_of, d.row_begin};
-  const TensorList &forth = to_pairs ? pairs : rows, &back = to_pairs ? rows : pairs;
-  op.typed(x, [&]<class T>(T*) {
-    op.check_offsets("row_begin", d.row_begin, P);
-    op.check_ids("row_of", d.row_of, R);
-    op.check_ids("pair_of", d.pair_of, P);
-    gather_rows<T>(op, x, x.dim[1], forth[0], forth[1], {y});
-  });
-  record(op, {x}, {&y}).bx(back, kGatherGrad);
-  return y;
 }
 
 }
@@ -241,14 +199,6 @@ Tensor scatter_add(Rank& rank, Tensor src, Tensor ids, i64 rows, At at) {
   op.typed(src, [&]<class T>(T*) { scatter_rows<T>(op, src, ids, y); });
   record(op, {src}, {&y}).bx({ids, {}}, kGatherGrad);
   return y;
-}
-
-Tensor expand_rows(Rank& rank, const Dispatched& d, At at) {
-  return move_rows({rank, "expand_rows", at}, true, "rows [R, D]", d.rows, d);
-}
-
-Tensor reduce_pairs(Rank& rank, Tensor y, const Dispatched& d, At at) {
-  return move_rows({rank, "reduce_pairs", at}, false, "y [P, D]", y, d);
 }
 
 }

@@ -57,4 +57,57 @@ Tensor cuda_dispatch(Rank& rank, const Tensor& ids, int experts, Dispatched& d) 
   return order;
 }
 
+struct Cuts {
+  const int* of[TensorList::kMax];
+  int count;
+  explicit Cuts(const TensorList& offsets) : count(offsets.count) {
+    for (int i = 0; i < count; i++) of[i] = offsets[i].i32();
+  }
+};
+
+Tensor cuda_join_offsets(Rank& rank, const TensorList& offsets) {
+  Tensor all = empty(rank, offsets[0].dim, DType::I32);
+  const Cuts cuts(offsets);
+  int* sum = all.i32();
+  cuda_each(rank, all.numel(), [=] __device__(i64 e) {
+    int first = 0;
+    for (int i = 0; i < cuts.count; i++) first += cuts.of[i][e];
+    sum[e] = first;
+  });
+  return all;
+}
+
+// A pair's place grows by the pairs that the parts before its own have up to its expert, and those
+// after it have of earlier experts.
+Tensor cuda_join(Rank& rank, const TensorList& x, const TensorList& index,
+                 const TensorList& offsets) {
+  constexpr int kPack = 8;
+  i64 packs = x[0].cols() / kPack, total = 0;
+  auto pairs = [&](int i) { return index[i].defined() ? index[i].numel() : x[i].dim[0]; };
+  for (int i = 0; i < x.count; i++) total += pairs(i);
+  Tensor all = empty(rank, {total, x[0].cols()}, DType::BF16);
+  BF16* to = all.as<BF16>();
+  const Cuts cuts(offsets);
+  i64 experts = offsets[0].dim[0] - 1;
+  for (int part = 0; part < x.count; part++) {
+    const BF16* from = x[part].as<BF16>();
+    const int* row = index[part].i32();
+    cuda_rows(rank, pairs(part), packs, [=] __device__(i64 p, Team team) {
+      i64 expert = 0, end = experts;
+      while (end - expert > 1) {
+        i64 middle = (expert + end) / 2;
+        (cuts.of[part][middle] <= p ? expert : end) = middle;
+      }
+      i64 place = p;
+      for (int i = 0; i < cuts.count; i++)
+        if (i != part) place += cuts.of[i][expert + (i < part)];
+      i64 source = row ? row[p] : p;
+      team.each(packs, [&](i64 j) {
+        pack<kPack>(to + place * packs * kPack, j) = pack<kPack>(from + source * packs * kPack, j);
+      });
+    });
+  }
+  return all;
+}
+
 }

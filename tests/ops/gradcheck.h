@@ -172,7 +172,8 @@ struct Mode {
   int uses = 1;          // times the function is applied to the same inputs
 };
 struct Result {
-  Values outputs, grads;  // grads: one an input, empty where none arrived
+  Values outputs, grads;         // grads: one an input, empty where none arrived
+  std::vector<int64_t> columns;  // of each output
   size_t nodes = 0;
 };
 
@@ -218,18 +219,22 @@ struct Checker {
       xs.push(x);
     }
     Result result;
+    std::vector<NodeRange> uses;
     for (int use = 0; use < mode.uses; use++) {
+      const int begin = t.tape.size();
       TensorList ys = as_list(f(t.rank, xs));
       result.outputs.clear();
       for (int k = 0; k < ys.count; k++) {
         result.outputs.push_back(values_of(ys[k]));
+        result.columns.push_back(ys[k].dim.rank ? ys[k].cols() : 1);
         if (mode.tape) seed(t, ys[k], k, mode);
       }
+      uses.push_back({&t.tape, begin, t.tape.size()});
     }
     result.nodes = t.tape.nodes.size();
     if (!mode.tape) return result;
     backward(t.rank, 0, t.tape.size(), mode.deferred);
-    if (mode.deferred) weight_grads(t.rank, t.tape, 0, t.tape.size());
+    if (mode.deferred) weight_grads(t.rank, uses);
     for (size_t i = 0; i < inputs.size(); i++) {
       Tensor g = mode.weights ? accumulators[i] : grad_of(t.tape, xs[i]);
       if (g.defined() && g.dim == xs[i].dim)
@@ -294,6 +299,31 @@ struct Checker {
     }
   }
 
+  // Each row too, relative to it or, where it is small, to the tensor's rms row.
+  void rows_near(const char* what, const Result& got, const Result& want) {
+    near(what, got.outputs, want.outputs, o.bf16_tolerance);
+    near(what, got.grads, want.grads, o.bf16_tolerance);
+    const auto each_row = [&](const std::vector<double>& a, const std::vector<double>& b, int64_t n,
+                              int64_t tensor) {
+      double square = 0;
+      for (double x : b) square += x * x;
+      for (size_t first = 0; n > 0 && first + n <= b.size() && a.size() == b.size(); first += n) {
+        double diff = 0, norm = 0;
+        for (size_t i = first; i < first + n; i++) {
+          diff += (a[i] - b[i]) * (a[i] - b[i]);
+          norm += b[i] * b[i];
+        }
+        const double scale = std::max(norm, square * double(n) / double(b.size()));
+        EXPECT_LE(std::sqrt(diff), 2e-2 * std::sqrt(scale))
+            << name << ": " << what << ", tensor " << tensor << ", row " << first / n;
+      }
+    };
+    for (size_t k = 0; k < got.outputs.size(); k++)
+      each_row(got.outputs[k], want.outputs[k], got.columns[k], k);
+    for (size_t i = 0; i < got.grads.size(); i++)
+      if (inputs[i].dim.rank) each_row(got.grads[i], want.grads[i], inputs[i].cols(), i);
+  }
+
   // want * a + b, elementwise.
   static Values scaled(Values v, double a, double b) {
     for (auto& t : v)
@@ -332,8 +362,7 @@ struct Checker {
       if (o.bf16_tolerance > 0) {
         const Mode half{.dtype = DType::BF16, .device = kGpu, .rounded = true};
         const Result want = run({.rounded = true}), got = run(half), got_again = run(half);
-        near("BF16 values on the GPU", got.outputs, want.outputs, o.bf16_tolerance);
-        near("BF16 gradients on the GPU", got.grads, want.grads, o.bf16_tolerance);
+        rows_near("BF16 on the GPU", got, want);
         EXPECT_EQ(got.outputs, got_again.outputs) << name << ": second BF16 run on the GPU";
         EXPECT_EQ(got.grads, got_again.grads) << name << ": second BF16 run on the GPU";
         Mode sums = half;
@@ -341,6 +370,10 @@ struct Checker {
         sums.start = 0.5;
         near("BF16 accumulators on the GPU", run(sums).grads, scaled(want.grads, 1, 0.5),
              o.bf16_tolerance);
+        sums.deferred = true;
+        sums.uses = 3;
+        near("BF16 accumulators of three micro-batches", run(sums).grads,
+             scaled(want.grads, 3, 0.5), o.bf16_tolerance);
       }
       if (o.f32_tolerance > 0) {
         const Mode mode{.dtype = DType::F32, .device = kGpu};
@@ -373,6 +406,9 @@ struct Checker {
     near("accumulators that started at 0.5", weights.grads, scaled(full.grads, 1, 0.5), 1e-12);
     EXPECT_EQ(run({.weights = true, .deferred = true, .start = 0.5}).grads, weights.grads)
         << name << ": deferred weight gradients";
+    near("accumulators of three micro-batches",
+         run({.weights = true, .deferred = true, .start = 0.5, .uses = 3}).grads,
+         scaled(full.grads, 3, 0.5), 1e-12);
     near("inputs used twice", run({.uses = 2}).grads, scaled(full.grads, 2, 0), 1e-12);
     for (size_t i = 0; i < inputs.size(); i++)
       if (differentiable(i))

@@ -290,7 +290,7 @@ std::vector<std::vector<double>> layer_and_loss(int threads) {
                                             t.ints({T}, cycle(T, 11, V)), 0.1);
   add_grad(r, loss, loss);
   backward(r, 0, t.tape.size(), true);
-  weight_grads(r, t.tape, 0, t.tape.size());
+  weight_grads(r, {{&t.tape, 0, t.tape.size()}});
   std::vector<std::vector<double>> all = {values_of(loss), values_of(chosen.weights), values_of(x)};
   for (const Tensor& g : grads) {
     all.push_back(values_of(g));

@@ -89,7 +89,7 @@ TEST(Loss, WeightGradientIsAddedInTheForward) {
   EXPECT_GT(norm, 0.1);
   add_grad(t.rank, y, t.floats({1}, {1234}));
   backward(t.rank, 0, t.tape.size(), true);
-  weight_grads(t.rank, t.tape, 0, t.tape.size());
+  weight_grads(t.rank, {{&t.tape, 0, t.tape.size()}});
   EXPECT_EQ(values_of(grad), after_forward);
   EXPECT_LT(std::fabs(values_of(grad_of(t.tape, x))[0]), 2);
   // Nothing is left of it without a tape.

@@ -172,6 +172,13 @@ TEST(Experts, Gradients) {
           return grouped_linear(r, v[0], v[1], at.make(r, {}, {}).offsets);
         },
         few);
+    gradcheck(
+        "expand_linear" + name, {t.random({R, D}), t.random({E, F, D}, 2)},
+        [&](Rank& r, TensorList v) { return expand_linear(r, at.make(r, v[0], {}), v[1]); }, few);
+    gradcheck(
+        "linear_reduce" + name, {t.random({P, D}), t.random({E, F, D}, 2)},
+        [&](Rank& r, TensorList v) { return linear_reduce(r, v[0], v[1], at.make(r, {}, {})); },
+        few);
     // Routing weights are F32 beside BF16; a layer rounds four times.
     GradcheckOptions weighted = few;
     weighted.wide = 0b10;
@@ -188,9 +195,7 @@ TEST(Experts, Gradients) {
         {t.random({R, D}), t.random({P}, 2), t.random({E, 2 * F, D}, 3), t.random({E, D, F}, 4)},
         [&](Rank& r, TensorList v) {
           const Dispatched d = at.make(r, v[0], v[1]);
-          Tensor act = grouped_linear(r, expand_rows(r, d), v[2], d.offsets);
-          act = swiglu(r, act, d.weights);
-          return reduce_pairs(r, grouped_linear(r, act, v[3], d.offsets), d);
+          return linear_reduce(r, swiglu(r, expand_linear(r, d, v[2]), d.weights), v[3], d);
         },
         layer);
   }
@@ -205,8 +210,10 @@ TEST(Experts, AreTheFormula) {
     const Tensor gate_up = t.random({p.E, 2 * F, D}, 3, 0.2), down = t.random({p.E, D, F}, 4);
     const Dispatched d = at.make(t.rank, x, weights);
     const Tensor h = grouped_linear(t.rank, expand_rows(t.rank, d), gate_up, d.offsets);
-    const Tensor y = grouped_linear(t.rank, swiglu(t.rank, h, d.weights), down, d.offsets);
-    const Tensor got = reduce_pairs(t.rank, y, d);
+    const Tensor act = swiglu(t.rank, h, d.weights);
+    const Tensor got = reduce_pairs(t.rank, grouped_linear(t.rank, act, down, d.offsets), d);
+    EXPECT_EQ(values_of(expand_linear(t.rank, d, gate_up)), values_of(h));
+    EXPECT_EQ(values_of(linear_reduce(t.rank, act, down, d)), values_of(got));
     std::vector<double> want(R * D);
     for (int e = 0; e < p.E; e++)
       for (int q = at.offsets[e]; q < at.offsets[e + 1]; q++)
@@ -223,6 +230,51 @@ TEST(Experts, AreTheFormula) {
             want[at.row_of[q] * D + i] += a * down.as<double>()[(e * D + i) * F + f];
         }
     EXPECT_LE(relative_error(values_of(got), want), 1e-13) << P << " pairs";
+  }
+}
+
+// Micro-batches whose tokens go to other experts, as one product of their weights' gradients.
+std::vector<std::vector<double>> gradients_of_several(Device device, DType dtype, bool together) {
+  constexpr int E = 8;
+  constexpr int64_t D = 64, F = 24;
+  TestRank t(device);
+  const auto values = [&](Dims dims, uint64_t seed) {
+    TestRank host;
+    return t.cast(host.random(dims, seed), dtype, true);
+  };
+  Tensor up = values({E, F, D}, 1), down = values({E, D, F}, 2);
+  const Tensor dup = t.floats(up.dim, {}, wide(dtype)), ddown = t.floats(down.dim, {}, wide(dtype));
+  up.grad = dup.data;
+  down.grad = ddown.data;
+  std::vector<Tape> tapes(11);  // more than are joined at once
+  std::vector<NodeRange> ranges;
+  for (size_t i = 0; i < tapes.size(); i++) {
+    Pairs pairs{E, {}};
+    for (size_t row = 0; row < i * 7 % 40; row++)
+      pairs.experts.push_back({int(row * (i + 1) % 4), 4 + int(row % 3)});
+    const Indices at(pairs);
+    t.rank.tape = &tapes[i];
+    const Dispatched d = at.make(t.rank, values({at.rows(), D}, 10 + i), {});
+    const Tensor y = linear_reduce(t.rank, expand_linear(t.rank, d, up), down, d);
+    add_grad(t.rank, y, values(y.dim, 100 + i));
+    backward(t.rank, 0, tapes[i].size(), true);
+    ranges.push_back({&tapes[i], 0, tapes[i].size()});
+    if (!together) weight_grads(t.rank, {ranges.back()});
+  }
+  if (together) weight_grads(t.rank, ranges);
+  std::vector<std::vector<double>> grads = {values_of(dup), values_of(ddown)};
+  tapes.clear();
+  return grads;
+}
+
+TEST(Experts, GradientsOfSeveralMicroBatches) {
+  const auto want = gradients_of_several(Device::CPU, DType::F64, false);
+  EXPECT_EQ(gradients_of_several(Device::CPU, DType::F64, true), want);
+  if (!no_gpu().empty()) return;
+  for (const bool together : {false, true}) {
+    const auto got = gradients_of_several(Device::CUDA, DType::BF16, together);
+    EXPECT_EQ(got, gradients_of_several(Device::CUDA, DType::BF16, together));
+    for (int i : {0, 1}) EXPECT_LE(relative_error(got[i], want[i]), 5e-3) << together;
   }
 }
 
