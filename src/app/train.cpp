@@ -2,6 +2,7 @@
 #include "core/cuda.h"
 #include "core/log.h"
 #include "engine/trainer.h"
+#include "observe/profile.h"
 #include "observe/report.h"
 
 namespace pith {
@@ -97,11 +98,22 @@ int run_train(int argc, char** argv) {
               "folder for each step's expert ids and weights, as .npy");
   args.option("--routing-replay", options.routing_replay,
               "folder of such ids: these experts instead of the router's choice");
+  args.option("--profile-step", options.profile_step,
+              "this step's kernel launches, into the run's folder; 0: of none", 1);
   if (!args.parse(argc, argv)) return kExitDone;
   const RunConfig config = load_run_config(file, set);
   const auto& parallel = config.parallel;
   if (ranks == 0) ranks = i64{parallel.pp} * parallel.cp * parallel.ep * parallel.dp_replicate;
   const RunPlan plan = plan_run(config, choose_device(device, int(ranks)), int(ranks));
+  if (options.profile_step) {
+    const bool gpu = plan.device == Device::CUDA;
+    if (!gpu || options.profile_step > config.train.steps)
+      bad_input("--profile-step",
+                text("needs a GPU and a step of the run (got step %ld of %ld on %s)",
+                     options.profile_step, config.train.steps, gpu ? "a GPU" : "the CPU"),
+                "--device cuda, a smaller step");
+    if constexpr (kCuda) open_profiler();
+  }
   if (dry) return dry_run(plan);
   log_info("%s: %s parameters (%s active), %d ranks on the %s, %s", plan.shape.model_type.c_str(),
            with_commas(plan.parameters).c_str(), with_commas(plan.active_parameters).c_str(),

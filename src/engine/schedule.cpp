@@ -403,4 +403,12 @@ vector<Step> steps_of(const Action& a, const vector<ChunkLayers>& chunks, bool f
   return gather_layer ? with_sharding(steps, forward_only) : steps;
 }
 
+const char* name_of(const Step& step) {
+  constexpr const char* kParts[] = {"prolog",  "attention", "dispatch", "experts",
+                                    "combine", "residual",  "epilog",   "weights",
+                                    "gather",  "release",   "reduce"};
+  constexpr const char* kUnits[] = {"prolog", "attention", "experts", "epilog"};
+  return step.part == Part::Weights ? kUnits[int(step.unit)] : kParts[int(step.part)];
+}
+
 }

@@ -126,6 +126,8 @@ struct Step {
   bool operator==(const Step&) const = default;
 };
 
+const char* name_of(const Step& step);  // of its part, or of where its weights are
+
 // In the order in which their collectives are issued; in FB two micro-batches' take turns.
 // `gather_layer` adds the Gather, Release and Reduce of layer-wise sharding.
 vector<Step> steps_of(const Action& action, const vector<ChunkLayers>& chunks, bool forward_only,

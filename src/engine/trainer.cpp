@@ -10,6 +10,7 @@
 #include "core/process.h"
 #include "engine/batches.h"
 #include "engine/evaluate.h"
+#include "observe/profile.h"
 
 namespace pith {
 
@@ -51,6 +52,7 @@ Trainer::Trainer(Rank& rank_in, Run& run_in) : rank(rank_in), run(run_in) {
 }
 
 StepMetrics Trainer::compute_gradients() {
+  const StageRange range(rank, {"step"});
   step_began_s = now_s();
   rank.status->step = int(state.step + 1);
   rank.allocator->reset_peak();
@@ -73,7 +75,10 @@ StepMetrics Trainer::compute_gradients() {
     barrier(rank, Group::World, "routing of the step");
   }
   begin_step(rank, balance, plan.step_tokens());
-  zero_grads(rank, parameters);
+  {
+    const StageRange zeroing(rank, {"zero gradients"});
+    zero_grads(rank, parameters);
+  }
   run_actions(rank, instance, io, plan.schedule, actions);
   end_step(rank, balance);
   reduce_replicas(rank, parameters);
@@ -112,6 +117,7 @@ StepMetrics Trainer::compute_gradients() {
 }
 
 void Trainer::update(StepMetrics& m) {
+  const StageRange range(rank, {"optimizer"});
   m.gradient_norm = gradient_norm(rank, parameters);
   m.skipped = !std::isfinite(m.loss) || !std::isfinite(m.gradient_norm);
   if (m.skipped && config.train.on_nonfinite == "stop") explain_nonfinite(*this, m);
@@ -143,9 +149,14 @@ void Trainer::train(const string& routing_trace) {
   double began = now_s();
   bool saving = false;
   while (state.step < config.train.steps && !stop) {
+    const bool profiled = state.step + 1 == run.profile_step;
+    if constexpr (kCuda)
+      if (profiled) begin_profile(rank);
     StepMetrics m = compute_gradients();
     if (rank.id == 0 && run.tracing) write_routing(routing_trace, state.step + 1, run.routing);
     update(m);
+    if constexpr (kCuda)
+      if (profiled) write_profile(config.run.folder, end_profile(rank));
     end_startup(rank);
     bool last = m.step == m.steps;
     auto due = [&](i64 interval) { return interval > 0 && (m.step % interval == 0 || last); };
@@ -176,7 +187,8 @@ bool train(const RunPlan& plan, const TrainOptions& options) {
   const string& folder = config.run.folder;
   Run run{.plan = plan,
           .routing_replay = options.routing_replay,
-          .tracing = !options.routing_trace.empty()};
+          .tracing = !options.routing_trace.empty(),
+          .profile_step = options.profile_step};
   run.data.require_samples(config.train.steps * plan.batch.global_batch);
   if (config.train.eval_interval > 0) run.data.require_heldout();
   run.state = {.seed = config.data.seed,
@@ -197,6 +209,11 @@ bool train(const RunPlan& plan, const TrainOptions& options) {
     run.state = run.resume_from->state;
     run.state.config = to_toml(config);
   }
+  if (options.profile_step && options.profile_step <= run.state.step)
+    bad_input(
+        "--profile-step",
+        text("is over (got %ld, the run is at step %ld)", options.profile_step, run.state.step),
+        "a later step");
   write_file_durably(folder + "/config.toml", run.state.config);
   begin_metrics(run.metrics = folder + "/metrics.jsonl", run.state.step);
   run.events = begin_events(folder + "/tensorboard", run.state.step + 1, double(time(nullptr)));

@@ -8,6 +8,7 @@ namespace pith {
 
 struct TrainOptions {
   string routing_trace, routing_replay;  // folders; empty: off
+  i64 profile_step = 0;
   bool exit_on_failure = true;
 };
 // From scratch, model.init_from, or the newest good checkpoint in run.folder. False if a signal
@@ -26,6 +27,7 @@ struct Run {
   const RunPlan& plan;
   string routing_replay;
   bool tracing = false;
+  i64 profile_step = 0;
   Dataset data = open_data(plan);
   RunState state;
   std::optional<Checkpoint> resume_from;
