@@ -131,8 +131,7 @@ struct Executor {
     rank.status->stage = int(s.part);
     rank.status->micro_batch = s.mb;
     rank.status->chunk = s.chunk;
-    const char* pass = s.part == Part::Weights ? "weights" : s.backward ? "backward" : "forward";
-    const StageRange range(rank, {name_of(s), pass, s.layer, s.mb});
+    const StageRange range(rank, {name_of(s), s.layer, s.mb});
     if (s.part == Part::Weights) {
       for (int mb = s.mb; mb < s.mb + s.count; mb++)
         weight_gradients(p.flights.at({s.chunk, mb}), s.unit, local);

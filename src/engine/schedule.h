@@ -126,7 +126,7 @@ struct Step {
   bool operator==(const Step&) const = default;
 };
 
-const char* name_of(const Step& step);  // of its part, or of where its weights are
+string name_of(const Step& step);  // "experts backward", "experts weights"
 
 // In the order in which their collectives are issued; in FB two micro-batches' take turns.
 // `gather_layer` adds the Gather, Release and Reduce of layer-wise sharding.

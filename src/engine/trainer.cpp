@@ -150,13 +150,11 @@ void Trainer::train(const string& routing_trace) {
   bool saving = false;
   while (state.step < config.train.steps && !stop) {
     const bool profiled = state.step + 1 == run.profile_step;
-    if constexpr (kCuda)
-      if (profiled) begin_profile(rank);
+    if (kCuda && profiled) begin_profile(rank);
     StepMetrics m = compute_gradients();
     if (rank.id == 0 && run.tracing) write_routing(routing_trace, state.step + 1, run.routing);
     update(m);
-    if constexpr (kCuda)
-      if (profiled) write_profile(config.run.folder, end_profile(rank));
+    if (kCuda && profiled) write_profile(config.run.folder, end_profile(rank));
     end_startup(rank);
     bool last = m.step == m.steps;
     auto due = [&](i64 interval) { return interval > 0 && (m.step % interval == 0 || last); };

@@ -33,8 +33,8 @@ constexpr auto kOurs = CUPTI_EXTERNAL_CORRELATION_KIND_CUSTOM0;
 
 StageRange::StageRange(const Rank& rank, const Stage& s) {
   char range[128];
-  snprintf(range, sizeof range, "rank %d, micro-batch %d, layer %d: %s %s", rank.id, s.micro_batch,
-           s.layer, s.name, s.pass);
+  snprintf(range, sizeof range, "rank %d, micro-batch %d, layer %d: %s", rank.id, s.micro_batch,
+           s.layer, s.name.c_str());
   nvtxRangePushA(range);
   Profile* p = profiler();
   if (!p || !p->recording) return;

@@ -12,7 +12,7 @@ namespace pith {
 
 int kind_of_kernel(string_view name) {
   auto has = [&](auto... parts) { return ((name.find(parts) != name.npos) || ...); };
-  if (has("nccl", "copy between")) return 3;
+  if (has("nccl", "p2p")) return 3;
   if (has("fmha", "flash", "sdpa", "cudnn", "attention")) return 1;
   return has("nvjet", "gemm", "gemv", "cutlass", "xmma", "splitK") ? 0 : 2;
 }
@@ -21,8 +21,7 @@ string kernel_name(const string& symbol) {
   char* demangled = symbol.starts_with("_Z")
                         ? abi::__cxa_demangle(symbol.c_str(), nullptr, nullptr, nullptr)
                         : nullptr;
-  if (!demangled) return symbol;
-  string name = demangled;
+  string name = demangled ? demangled : symbol;
   free(demangled);
   for (const string noise : {"(anonymous namespace)::", "pith::"})
     for (size_t at; (at = name.find(noise)) != string::npos;) name.erase(at, noise.size());
@@ -80,24 +79,28 @@ void write_profile(const string& folder, Profile& p) {
   string rows = "start_us\tduration_us\tstream\tstage\tlayer\tmicro_batch\tkernel\n";
   JsonWriter w;
   w.object().key("traceEvents").array();
-  auto bar = [&](const string& track, const string& name, double begin, double us) {
-    w.object().members("ph", "X", "pid", "GPU", "tid", track, "name", name, "ts", begin, "dur", us);
+  auto bar = [&](const string& track, const string& name, double begin, double end,
+                 const Stage& s) {
+    w.object()
+        .members("ph", "X", "pid", "GPU", "tid", track, "name", name, "ts", begin, "dur",
+                 end - begin)
+        .key("args")
+        .object()
+        .members("stage", s.name, "layer", s.layer, "micro_batch", s.micro_batch)
+        .end()
+        .end();
   };
-  bar("stages", text("step %ld", p.step), 0, p.us);
-  w.end();
+  bar("stages", text("step %ld", p.step), 0, p.us, {"step"});
   const Launch* first = p.launches.data();
   for (Launch& l : p.launches) {
     const Stage& s = p.stages[l.stage];
-    const string stage = s.name + string(*s.pass ? " " : "") + s.pass;
+    const double end = l.begin_us + l.us;
     l.kernel = kernel_name(l.kernel);
-    rows += text("%.3f\t%.3f\t%d\t%s\t%d\t%d\t%s\n", l.begin_us, l.us, l.stream, stage.c_str(),
+    rows += text("%.3f\t%.3f\t%d\t%s\t%d\t%d\t%s\n", l.begin_us, l.us, l.stream, s.name.c_str(),
                  s.layer, s.micro_batch, l.kernel.c_str());
-    bar(text("stream %d", l.stream), l.kernel, l.begin_us, l.us);
-    w.key("args").object().members("stage", stage, "layer", s.layer, "micro_batch", s.micro_batch);
-    w.end().end();
+    bar(text("stream %d", l.stream), l.kernel, l.begin_us, end, s);
     if (&l < &p.launches.back() && (&l)[1].stage == l.stage) continue;
-    bar("stages", stage, first->begin_us, l.begin_us + l.us - first->begin_us);
-    w.end();
+    bar("stages", s.name, first->begin_us, end, s);
     first = &l + 1;
   }
   const string path = folder + text("/profile-step-%06ld", p.step);

@@ -7,7 +7,7 @@
 namespace pith {
 
 struct Stage {
-  const char *name = "", *pass = "";
+  string name;
   int layer = -1, micro_batch = -1;  // -1: of none
 };
 // Of a kernel, a copy or a memset.
