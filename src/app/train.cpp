@@ -105,13 +105,14 @@ int run_train(int argc, char** argv) {
   const auto& parallel = config.parallel;
   if (ranks == 0) ranks = i64{parallel.pp} * parallel.cp * parallel.ep * parallel.dp_replicate;
   const RunPlan plan = plan_run(config, choose_device(device, int(ranks)), int(ranks));
-  if (options.profile_step) {
-    const bool gpu = plan.device == Device::CUDA;
-    if (!gpu || options.profile_step > config.train.steps)
+  if (i64 step = options.profile_step) {
+    const auto done = list_checkpoints(config.run.folder);
+    i64 first = done.empty() ? 1 : done.rbegin()->first + 1;
+    if (plan.device == Device::CPU || step < first || step > config.train.steps)
       bad_input("--profile-step",
-                text("needs a GPU and a step of the run (got step %ld of %ld on %s)",
-                     options.profile_step, config.train.steps, gpu ? "a GPU" : "the CPU"),
-                "--device cuda, a smaller step");
+                text("needs a GPU and a step from %ld to %ld (got %ld on the %s)", first,
+                     config.train.steps, step, plan.device == Device::CPU ? "CPU" : "GPU"),
+                "--device cuda, another step");
     if constexpr (kCuda) open_profiler();
   }
   if (dry) return dry_run(plan);

@@ -144,15 +144,16 @@ void Trainer::update(StepMetrics& m) {
   m.checkpoint_stall_s = most[2];
 }
 
-void Trainer::train(const string& routing_trace) {
+void Trainer::train(const TrainOptions& options) {
   saver.emplace(rank, parameters, SaveOptions{config.run.folder, config.checkpoint.keep});
   double began = now_s();
   bool saving = false;
   while (state.step < config.train.steps && !stop) {
-    const bool profiled = state.step + 1 == run.profile_step;
+    const bool profiled = state.step + 1 == options.profile_step;
     if (kCuda && profiled) begin_profile(rank);
     StepMetrics m = compute_gradients();
-    if (rank.id == 0 && run.tracing) write_routing(routing_trace, state.step + 1, run.routing);
+    if (rank.id == 0 && run.tracing)
+      write_routing(options.routing_trace, state.step + 1, run.routing);
     update(m);
     if (kCuda && profiled) write_profile(config.run.folder, end_profile(rank));
     end_startup(rank);
@@ -185,8 +186,7 @@ bool train(const RunPlan& plan, const TrainOptions& options) {
   const string& folder = config.run.folder;
   Run run{.plan = plan,
           .routing_replay = options.routing_replay,
-          .tracing = !options.routing_trace.empty(),
-          .profile_step = options.profile_step};
+          .tracing = !options.routing_trace.empty()};
   run.data.require_samples(config.train.steps * plan.batch.global_batch);
   if (config.train.eval_interval > 0) run.data.require_heldout();
   run.state = {.seed = config.data.seed,
@@ -207,11 +207,6 @@ bool train(const RunPlan& plan, const TrainOptions& options) {
     run.state = run.resume_from->state;
     run.state.config = to_toml(config);
   }
-  if (options.profile_step && options.profile_step <= run.state.step)
-    bad_input(
-        "--profile-step",
-        text("is over (got %ld, the run is at step %ld)", options.profile_step, run.state.step),
-        "a later step");
   write_file_durably(folder + "/config.toml", run.state.config);
   begin_metrics(run.metrics = folder + "/metrics.jsonl", run.state.step);
   run.events = begin_events(folder + "/tensorboard", run.state.step + 1, double(time(nullptr)));
@@ -221,8 +216,7 @@ bool train(const RunPlan& plan, const TrainOptions& options) {
                              .exit_on_failure = options.exit_on_failure,
                              .compute = plan.compute,
                              .debug = debug && *debug == '1'};
-  run_ranks(plan.mesh, plan.device, launch,
-            [&](Rank& rank) { Trainer(rank, run).train(options.routing_trace); });
+  run_ranks(plan.mesh, plan.device, launch, [&](Rank& rank) { Trainer(rank, run).train(options); });
   log_to_file("");
   return !run.stopped;
 }

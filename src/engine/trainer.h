@@ -27,7 +27,6 @@ struct Run {
   const RunPlan& plan;
   string routing_replay;
   bool tracing = false;
-  i64 profile_step = 0;
   Dataset data = open_data(plan);
   RunState state;
   std::optional<Checkpoint> resume_from;
@@ -42,7 +41,7 @@ struct Trainer {
   Trainer(Rank& rank, Run& run);
   StepMetrics compute_gradients();
   void update(StepMetrics& metrics);
-  void train(const string& routing_trace);
+  void train(const TrainOptions& options);
 
   Rank& rank;
   Run& run;

@@ -67,8 +67,9 @@ string profile_table(const Profile& p) {
   for (const auto& [us, kernel] : most)
     table += text("%10.3f %5.1f%% %6ld  %s\n", -us / 1e3, -100 * us / p.us, of[kernel].second,
                   kernel.c_str());
-  for (int i = 0; const double share : profile_shares(p))
-    table += text("%s%s %.1f%%", i ? ", " : "", kKernelKinds[i], share), i++;
+  const vector<double> shares = profile_shares(p);
+  for (size_t i = 0; i < shares.size(); i++)
+    table += text("%s%s %.1f%%", i ? ", " : "", kKernelKinds[i], shares[i]);
   return table;
 }
 
