@@ -2,6 +2,7 @@
 #include "core/cuda.h"
 #include "core/log.h"
 #include "engine/trainer.h"
+#include "observe/profile.h"
 #include "observe/report.h"
 
 namespace pith {
@@ -97,11 +98,23 @@ int run_train(int argc, char** argv) {
               "folder for each step's expert ids and weights, as .npy");
   args.option("--routing-replay", options.routing_replay,
               "folder of such ids: these experts instead of the router's choice");
+  args.option("--profile-step", options.profile_step,
+              "this step's kernel launches, into the run's folder; 0: of none", 1);
   if (!args.parse(argc, argv)) return kExitDone;
   const RunConfig config = load_run_config(file, set);
   const auto& parallel = config.parallel;
   if (ranks == 0) ranks = i64{parallel.pp} * parallel.cp * parallel.ep * parallel.dp_replicate;
   const RunPlan plan = plan_run(config, choose_device(device, int(ranks)), int(ranks));
+  if (i64 step = options.profile_step) {
+    const auto done = list_checkpoints(config.run.folder);
+    i64 first = done.empty() ? 1 : done.rbegin()->first + 1;
+    if (plan.device == Device::CPU || step < first || step > config.train.steps)
+      bad_input("--profile-step",
+                text("needs a GPU and a step from %ld to %ld (got %ld on the %s)", first,
+                     config.train.steps, step, plan.device == Device::CPU ? "CPU" : "GPU"),
+                "--device cuda, another step");
+    if constexpr (kCuda) open_profiler();
+  }
   if (dry) return dry_run(plan);
   log_info("%s: %s parameters (%s active), %d ranks on the %s, %s", plan.shape.model_type.c_str(),
            with_commas(plan.parameters).c_str(), with_commas(plan.active_parameters).c_str(),

@@ -16,12 +16,14 @@ static volatile sig_atomic_t boards_used = 0, stop_asked = 0;
 static std::mutex log_mutex;
 static FILE* log_file = nullptr;
 static bool progress_drawn = false;
+static Profile* opened_profiler = nullptr;
 
 Status& status_board(int id) {
   if (id >= boards_used) boards_used = id + 1;
   return boards[id];
 }
 
+Profile*& profiler() { return opened_profiler; }
 bool stop_requested() { return stop_asked; }
 void request_stop() { stop_asked = 1; }
 

@@ -15,6 +15,9 @@ void install_signal_handlers();
 bool stop_requested();
 void request_stop();
 
+struct Profile;
+Profile*& profiler();  // for CUPTI's callbacks; null without --profile-step
+
 // Handles signals; says on standard error what `run` failed with.
 int run_program(int argc, char** argv, int (*run)(int argc, char** argv));
 

@@ -6,6 +6,7 @@
 #include "engine/expert_parallel.h"
 #include "engine/instance.h"
 #include "engine/routing_trace.h"
+#include "observe/profile.h"
 
 namespace pith {
 
@@ -129,6 +130,7 @@ struct Executor {
     rank.status->stage = int(s.part);
     rank.status->micro_batch = s.mb;
     rank.status->chunk = s.chunk;
+    const StageRange range(rank, {name_of(s), s.layer, s.mb});
     if (s.part == Part::Weights) return weight_gradients(s, local);
     if (s.part == Part::Gather || s.part == Part::Release || s.part == Part::Reduce) {
       for (FlatUnit& unit : p.parameters.units) {

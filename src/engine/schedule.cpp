@@ -403,4 +403,14 @@ vector<Step> steps_of(const Action& a, const vector<ChunkLayers>& chunks, bool f
   return gather_layer ? with_sharding(steps, forward_only) : steps;
 }
 
+string name_of(const Step& step) {
+  constexpr const char* kParts[] = {"prolog",  "attention", "dispatch", "experts",
+                                    "combine", "residual",  "epilog",   "weights",
+                                    "gather",  "release",   "reduce"};
+  constexpr const char* kUnits[] = {"prolog weights", "attention weights", "experts weights",
+                                    "epilog weights"};
+  if (step.part == Part::Weights) return kUnits[int(step.unit)];
+  return kParts[int(step.part)] + string(step.backward ? " backward" : " forward");
+}
+
 }

@@ -126,6 +126,8 @@ struct Step {
   bool operator==(const Step&) const = default;
 };
 
+string name_of(const Step& step);  // "experts backward", "experts weights"
+
 // In the order in which their collectives are issued; in FB two micro-batches' take turns.
 // `gather_layer` adds the Gather, Release and Reduce of layer-wise sharding.
 vector<Step> steps_of(const Action& action, const vector<ChunkLayers>& chunks, bool forward_only,

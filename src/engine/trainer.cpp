@@ -10,6 +10,7 @@
 #include "core/process.h"
 #include "engine/batches.h"
 #include "engine/evaluate.h"
+#include "observe/profile.h"
 
 namespace pith {
 
@@ -51,6 +52,7 @@ Trainer::Trainer(Rank& rank_in, Run& run_in) : rank(rank_in), run(run_in) {
 }
 
 StepMetrics Trainer::compute_gradients() {
+  const StageRange range(rank, {"step"});
   step_began_s = now_s();
   rank.status->step = int(state.step + 1);
   rank.allocator->reset_peak();
@@ -73,7 +75,10 @@ StepMetrics Trainer::compute_gradients() {
     barrier(rank, Group::World, "routing of the step");
   }
   begin_step(rank, balance, plan.step_tokens());
-  zero_grads(rank, parameters);
+  {
+    const StageRange zeroing(rank, {"zero gradients"});
+    zero_grads(rank, parameters);
+  }
   run_actions(rank, instance, io, plan.schedule, actions);
   end_step(rank, balance);
   reduce_replicas(rank, parameters);
@@ -112,6 +117,7 @@ StepMetrics Trainer::compute_gradients() {
 }
 
 void Trainer::update(StepMetrics& m) {
+  const StageRange range(rank, {"optimizer"});
   m.gradient_norm = gradient_norm(rank, parameters);
   m.skipped = !std::isfinite(m.loss) || !std::isfinite(m.gradient_norm);
   if (m.skipped && config.train.on_nonfinite == "stop") explain_nonfinite(*this, m);
@@ -138,14 +144,18 @@ void Trainer::update(StepMetrics& m) {
   m.checkpoint_stall_s = most[2];
 }
 
-void Trainer::train(const string& routing_trace) {
+void Trainer::train(const TrainOptions& options) {
   saver.emplace(rank, parameters, SaveOptions{config.run.folder, config.checkpoint.keep});
   double began = now_s();
   bool saving = false;
   while (state.step < config.train.steps && !stop) {
+    const bool profiled = state.step + 1 == options.profile_step;
+    if (kCuda && profiled) begin_profile(rank);
     StepMetrics m = compute_gradients();
-    if (rank.id == 0 && run.tracing) write_routing(routing_trace, state.step + 1, run.routing);
+    if (rank.id == 0 && run.tracing)
+      write_routing(options.routing_trace, state.step + 1, run.routing);
     update(m);
+    if (kCuda && profiled) write_profile(config.run.folder, end_profile(rank));
     end_startup(rank);
     bool last = m.step == m.steps;
     auto due = [&](i64 interval) { return interval > 0 && (m.step % interval == 0 || last); };
@@ -206,8 +216,7 @@ bool train(const RunPlan& plan, const TrainOptions& options) {
                              .exit_on_failure = options.exit_on_failure,
                              .compute = plan.compute,
                              .debug = debug && *debug == '1'};
-  run_ranks(plan.mesh, plan.device, launch,
-            [&](Rank& rank) { Trainer(rank, run).train(options.routing_trace); });
+  run_ranks(plan.mesh, plan.device, launch, [&](Rank& rank) { Trainer(rank, run).train(options); });
   log_to_file("");
   return !run.stopped;
 }

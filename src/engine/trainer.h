@@ -8,6 +8,7 @@ namespace pith {
 
 struct TrainOptions {
   string routing_trace, routing_replay;  // folders; empty: off
+  i64 profile_step = 0;
   bool exit_on_failure = true;
 };
 // From scratch, model.init_from, or the newest good checkpoint in run.folder. False if a signal
@@ -40,7 +41,7 @@ struct Trainer {
   Trainer(Rank& rank, Run& run);
   StepMetrics compute_gradients();
   void update(StepMetrics& metrics);
-  void train(const string& routing_trace);
+  void train(const TrainOptions& options);
 
   Rank& rank;
   Run& run;

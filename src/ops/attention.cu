@@ -46,7 +46,7 @@ struct Scores {
 };
 
 template <class T>
-void forward(Rank& rank, const Scores<T> s, HeadView out, const Tensor& lse) {
+void plain_attention(Rank& rank, const Scores<T> s, HeadView out, const Tensor& lse) {
   using A = Wide<T>;
   const AttentionCore& c = s.core;
   i64 S = c.query.count, H = c.heads;
@@ -111,7 +111,7 @@ __device__ void add_to(T* to, i64 n, const Wide<T> (&x)[kEach], Wide<T> scale) {
 }
 
 template <class T>
-void backward(Rank& rank, const Slopes<T> s, const AttentionViews d) {
+void plain_attention_grad(Rank& rank, const Slopes<T> s, const AttentionViews d) {
   using A = Wide<T>;
   const AttentionCore& c = s.core;
   i64 S = c.query.count, Z = c.key.count, H = c.heads, K = c.kv_heads;
@@ -171,15 +171,15 @@ Scores<T> scores_of(const AttentionCore& core) {
 }
 
 void cuda_attention(Rank& rank, const AttentionCore& core, HeadView out, const Tensor& lse) {
-  if (core.dtype == DType::F64) return forward(rank, scores_of<double>(core), out, lse);
-  if (core.dtype == DType::BF16) return forward(rank, scores_of<BF16>(core), out, lse);
-  forward(rank, scores_of<float>(core), out, lse);
+  if (core.dtype == DType::F64) return plain_attention(rank, scores_of<double>(core), out, lse);
+  if (core.dtype == DType::BF16) return plain_attention(rank, scores_of<BF16>(core), out, lse);
+  plain_attention(rank, scores_of<float>(core), out, lse);
 }
 
 void cuda_attention_grad(Rank& rank, const AttentionCore& core, HeadView out, const Tensor& lse,
                          HeadView dout, const AttentionViews& grads) {
   auto run = [&]<class T>(T*) {
-    backward<T>(rank, {scores_of<T>(core), out, dout, lse.as<Wide<T>>()}, grads);
+    plain_attention_grad<T>(rank, {scores_of<T>(core), out, dout, lse.as<Wide<T>>()}, grads);
   };
   if (core.dtype == DType::F64) return run((double*)nullptr);
   if (core.dtype == DType::BF16) return run((BF16*)nullptr);

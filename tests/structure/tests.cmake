@@ -8,6 +8,7 @@ foreach(name arrows budget documents format install map mentions planted shell w
 endforeach()
 if(TARGET pith)
   structure_test(get $<TARGET_FILE:pith>)
+  structure_test(skill_profile_step $<TARGET_FILE:pith>)
   if(NOT PITH_CUDA)  # cuBLAS is a shared library
     structure_test(static_link $<TARGET_FILE:pith>)
   endif()
