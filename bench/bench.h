@@ -35,6 +35,10 @@ vector<i64> whole_numbers(const string& option, const vector<string>& words);
 void need_cuda();   // of this build
 string need_gpu();  // its name
 
+// x, w and, of a product by group, where each group's rows begin: cut evenly.
+void make_product(Inputs& in, const Product& p);
+Tensor call_product(Rank& rank, const Inputs& in);
+
 // A line of the floor.
 struct FloorLine {
   string item;

@@ -19,29 +19,16 @@ void try_tiles(Rank& rank, FloorLine& line, F&& call) {
   }
 }
 
-// Forward, input gradient and weight gradient, for `rows` rows.
+// Forward, input gradient and weight gradient.
 void measure_product(Rank& rank, const Product& p, FloorLine* lines) {
   Inputs in{rank};
-  in.values({p.rows, p.in});
-  if (p.groups == 0) {
-    in.weight({p.out, p.in});
-    const Phases t =
-        time_op(in, [](Rank& r, const Inputs& x) { return TensorList{linear(r, x[0], x[1])}; });
-    lines[0].seconds = t.forward;
-    lines[1].seconds = t.backward;
-    lines[2].seconds = t.weights;
-    return;
-  }
-  in.weight({p.groups, p.out, p.in});
-  vector<int> offsets(p.groups + 1);
-  for (i64 g = 0; g <= p.groups; g++) offsets[g] = int(p.rows * g / p.groups);
-  in.x.push_back(tensor_from(rank, {p.groups + 1}, DType::I32, offsets.data()));
-  const Phases t = time_op(
-      in, [](Rank& r, const Inputs& x) { return TensorList{grouped_linear(r, x[0], x[1], x[2])}; });
+  make_product(in, p);
+  const Phases t =
+      time_op(in, [](Rank& r, const Inputs& x) { return TensorList{call_product(r, x)}; });
   lines[0].seconds = t.forward;
   lines[1].seconds = t.backward;
   lines[2].seconds = t.weights;
-  if (rank.compute != DType::BF16 || !grouped_fits(p.in, p.out)) return;
+  if (p.groups == 0 || rank.compute != DType::BF16 || !grouped_fits(p.in, p.out)) return;
   in.values({p.rows, p.out});
   const Tensor &x = in[0], &w = in[1], &begin = in[2], &y = in[3];
   if constexpr (kCuda) {
@@ -117,6 +104,19 @@ void measure(const vector<RunPlan>& plans, bool json) {
   if (json) printf("%s\n", out.end().end().str().c_str());
 }
 
+}
+
+void make_product(Inputs& in, const Product& p) {
+  in.values({p.rows, p.in});
+  if (p.groups == 0) return in.weight({p.out, p.in});
+  in.weight({p.groups, p.out, p.in});
+  vector<int> begin(p.groups + 1);
+  for (i64 g = 0; g <= p.groups; g++) begin[g] = int(p.rows * g / p.groups);
+  in.x.push_back(tensor_from(in.rank, {p.groups + 1}, DType::I32, begin.data()));
+}
+
+Tensor call_product(Rank& rank, const Inputs& in) {
+  return in.x.size() == 2 ? linear(rank, in[0], in[1]) : grouped_linear(rank, in[0], in[1], in[2]);
 }
 
 vector<FloorLine> floor_lines(Rank& rank, const RunPlan& plan, double copy_rate) {

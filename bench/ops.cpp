@@ -40,16 +40,9 @@ void normed(Inputs& in, const Sizes& s) {
   hidden(in, s);
   in.weight({s.model.hidden});
 }
-void product_of(Inputs& in, const Sizes& s, string_view name) {
-  for (const Product& p : products(s)) {
-    if (p.name != name) continue;
-    in.values({p.rows, p.in});
-    if (p.groups == 0) return in.weight({p.out, p.in});
-    in.weight({p.groups, p.out, p.in});
-    vector<int> offsets(p.groups + 1);
-    for (i64 g = 0; g <= p.groups; g++) offsets[g] = int(p.rows * g / p.groups);
-    in.x.push_back(tensor_from(in.rank, {p.groups + 1}, DType::I32, offsets.data()));
-  }
+template <int i>
+void product_of(Inputs& in, const Sizes& s) {
+  make_product(in, products(s)[i]);
 }
 // Routing weights [T, k] and the ids of balanced routing.
 void routed(Inputs& in, const Sizes& s) {
@@ -95,31 +88,18 @@ vector<OpCase> training_cases(const Sizes& s) {
                                      F) {
     cases.push_back({name, cost[0], cost[1], cost[2], make, called<F>});
   };
-  const auto add_product = [&](const char* name, auto make, auto call) {
-    for (const Product& p : products(s))
-      if (string_view(name).ends_with(p.name)) {
-        const Cost cost{p.flops(), 0};
-        add_case(name, {cost, cost, cost}, make, call);
-      }
+  const vector<Product> all_products = products(s);
+  const auto add_product = [&](const char* op, const Product& p, auto make) {
+    const Cost cost{p.flops(), 0};
+    add_case(string(op) + " " + p.name, {cost, cost, cost}, make,
+             [](Rank& r, const Inputs& in) { return call_product(r, in); });
   };
-  const auto dense = [](Rank& r, const Inputs& in) { return linear(r, in[0], in[1]); };
-  const auto grouped = [](Rank& r, const Inputs& in) {
-    return grouped_linear(r, in[0], in[1], in[2]);
-  };
-  add_product(
-      "linear qkv", [](Inputs& in, const Sizes& z) { product_of(in, z, "qkv"); }, dense);
-  add_product(
-      "linear o", [](Inputs& in, const Sizes& z) { product_of(in, z, "o"); }, dense);
-  add_product(
-      "linear router", [](Inputs& in, const Sizes& z) { product_of(in, z, "router"); }, dense);
-  add_product(
-      "linear head", [](Inputs& in, const Sizes& z) { product_of(in, z, "head"); }, dense);
-  add_product(
-      "grouped_linear gate+up", [](Inputs& in, const Sizes& z) { product_of(in, z, "gate+up"); },
-      grouped);
-  add_product(
-      "grouped_linear down", [](Inputs& in, const Sizes& z) { product_of(in, z, "down"); },
-      grouped);
+  add_product("linear", all_products[0], product_of<0>);
+  add_product("linear", all_products[1], product_of<1>);
+  add_product("linear", all_products[2], product_of<2>);
+  add_product("grouped_linear", all_products[3], product_of<3>);
+  add_product("grouped_linear", all_products[4], product_of<4>);
+  add_product("linear", all_products[5], product_of<5>);
   add_case(
       "attention", {Cost{attention_flops(s, false), 0}, Cost{attention_flops(s, true), 0}, Cost{}},
       [](Inputs& in, const Sizes& z) {
@@ -127,12 +107,11 @@ vector<OpCase> training_cases(const Sizes& s) {
         in.ids({z.rows}, 1);
       },
       [](Rank& r, const Inputs& in) { return attention(r, in[0], kHeads, in[1].dim[0], {}); });
-  double head = 0;
-  for (const Product& p : products(s)) head = p.flops();  // the last
   add_case(
-      "lm_head_cross_entropy, its gradients too", {Cost{3 * head, 0}, Cost{}, Cost{}},
+      "lm_head_cross_entropy, its gradients too",
+      {Cost{3 * all_products[5].flops(), 0}, Cost{}, Cost{}},
       [](Inputs& in, const Sizes& z) {
-        product_of(in, z, "head");
+        product_of<5>(in, z);
         in.ids({z.tokens()}, z.model.vocab);
       },
       [](Rank& r, const Inputs& in) { lm_head_cross_entropy(r, in[0], in[1], in[2], 1e-4); });
@@ -186,12 +165,10 @@ vector<OpCase> training_cases(const Sizes& s) {
   const double x = double(s.tokens() * s.model.hidden * s.element);
   const Pass& route = pass_of(all, "route");
   const double chosen = 4.0 * double(s.tokens() * s.model.num_experts);
-  add_case(
-      "router", {Cost{0, x + chosen}, Cost{0, route.backward + x}, Cost{0, x + chosen / 2}},
-      [](Inputs& in, const Sizes& z) { product_of(in, z, "router"); },
-      [](Rank& r, const Inputs& in) {
-        return router(r, in[0], in[1], {.top_k = kTopK, .normalize = true}).weights;
-      });
+  add_case("router", {Cost{0, x + chosen}, Cost{0, route.backward + x}, Cost{0, x + chosen / 2}},
+           product_of<2>, [](Rank& r, const Inputs& in) {
+             return router(r, in[0], in[1], {.top_k = kTopK, .normalize = true}).weights;
+           });
   add_case(
       "dispatch", moves("dispatch"),
       [](Inputs& in, const Sizes& z) {

@@ -56,7 +56,7 @@ Json measure_apart(const RunPlan& plan) {
 
 }
 
-// One document a sample, and one token more for its last label.
+// A document for each sample, and one token more for its last label.
 void write_random_tokens(const RunPlan& plan) {
   const string& path = plan.config.data.path;
   const i64 length = plan.config.data.sequence_length;
@@ -84,17 +84,17 @@ string train_row(const RunPlan& plan, double began) {
     Trainer trainer(rank, run);
     vector<double> seconds;
     double first = 0, peak = 0;
-    i64 most = 0;
     for (i64 step = 0; step < plan.config.train.steps; step++) {
       double start = now_s();
       StepMetrics m = trainer.compute_gradients();
       trainer.update(m);
-      i64 used = device_bytes(rank);
       if (trainer.stop) throw Error(kExitStopped, "stopped by a signal");
-      if (step == 0) first = now_s() - began;
-      if (step >= kWarmUpSteps) seconds.push_back(now_s() - start);
       peak = max(peak, m.peak_memory_bytes);
-      most = max(most, used);
+      // The last kernels of a step end in the next one, which waits for them when it begins.
+      if (step >= kWarmUpSteps) seconds.push_back(now_s() - start);
+      if (step > 0) continue;
+      device_bytes(rank);
+      first = now_s() - began;
     }
     std::ranges::sort(seconds);
     size_t n = seconds.size();
@@ -103,8 +103,8 @@ string train_row(const RunPlan& plan, double began) {
     double tflops = plan.config.train.peak_tflops;
     row.members("tokens_per_second", rate, "mfu",
                 plan.flops_per_token * rate / (1e12 * (tflops > 0 ? tflops : kPeakTflops)));
-    row.members("peak_bytes", i64(peak), "device_bytes", most, "step_s", median, "slowest_step_s",
-                seconds.back(), "first_step_s", first);
+    row.members("peak_bytes", i64(peak), "device_bytes", device_bytes(rank), "step_s", median,
+                "slowest_step_s", seconds.back(), "first_step_s", first);
   });
   return row.end().str();
 }
