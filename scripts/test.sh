@@ -41,7 +41,7 @@ if [ -n "${PITH_IN_DOCUMENT:-}" ]; then quick; exit; fi
 
 build cpu all
 # Without a GPU, compiling is the test; scripts/gpu.sh runs it on one.
-if command -v nvcc > /dev/null; then build cuda pith test_ops train_bench; ln -sfn cpu/pith build/pith; fi
+if command -v nvcc > /dev/null; then build cuda pith test_ops; ln -sfn cpu/pith build/pith; fi
 build asan all
 # One ctest over both builds: one summary.
 printf 'subdirs("cpu" "asan")\n' > build/CTestTestfile.cmake

@@ -20,6 +20,7 @@ int run_generate(int argc, char** argv);
 int run_convert(int argc, char** argv);
 int run_checkpoint(int argc, char** argv);
 int run_plan(int argc, char** argv);
+int run_bench(int argc, char** argv);  // in bench/
 int run_doctor(int argc, char** argv);
 
 // Values are bound by reference and hold the defaults. A name without dashes is a required
