@@ -71,7 +71,7 @@ Phases time_op(Inputs& in, F&& call) {
     backward(rank, 0, tape.size(), true);
     if (bx) back.stop();
     if (bw) weights.start();
-    weight_grads(rank, tape, 0, tape.size());
+    weight_grads(rank, {{&tape, 0, tape.size()}});
     if (bw) weights.stop();
     rank.tape = nullptr;
     for (Tensor& t : in.x) t.var = -1;
