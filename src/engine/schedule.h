@@ -120,9 +120,9 @@ struct Step {
   Part part = Part::Prolog;
   bool backward = false;
   int chunk = 0, mb = 0;
-  int layer = -1;                   // -1: prolog, epilog
-  UnitKind unit = UnitKind::Layer;  // from Weights on
-  int count = 1;                    // micro-batches of Weights
+  int layer = -1;  // -1: prolog, epilog
+  UnitKind unit = UnitKind::Layer;
+  int count = 1;  // micro-batches of Weights
   bool operator==(const Step&) const = default;
 };
 
