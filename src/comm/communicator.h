@@ -24,7 +24,7 @@ void all_reduce(Rank& rank, Group group, const Tensor& t, Reduce reduce, const c
 void all_reduce(Rank& rank, Group group, double* values, int n, Reduce reduce, const char* what,
                 At at = At::here());
 
-// Rows lie by destination and by source; `out` may have more.
+// Rows lie by destination and by source.
 void all_to_all(Rank& rank, Group group, const Tensor& in, const i64* send_rows, const Tensor& out,
                 const i64* recv_rows, const char* what, At at = At::here());
 
@@ -35,7 +35,6 @@ void barrier(Rank& rank, Group group, const char* what, At at = At::here());
 
 struct MessageTag {
   int kind = 0, stage = 0, micro_batch = 0;
-  bool operator==(const MessageTag&) const = default;
 };
 
 struct Transfer {

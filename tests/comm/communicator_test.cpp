@@ -154,9 +154,8 @@ void all_to_all_case(Rank& rank, Group group, int pattern) {
     send[j] = rows_between(pattern, n, me, j);
     recv[j] = rows_between(pattern, n, j, me);
   }
-  const int64_t spare = pattern == 0 ? 0 : 2;
   Tensor in = filled<T>(rank, sum(send, n), kCols, 0, rank.id);
-  Tensor out = zeros(rank, {sum(recv, n) + spare, kCols}, dtype_of<T>());
+  Tensor out = zeros(rank, {sum(recv, n), kCols}, dtype_of<T>());
   all_to_all(rank, group, in, pattern == 0 ? nullptr : send.data(), out,
              pattern == 0 ? nullptr : recv.data(), "test");
   const std::string where =
@@ -169,8 +168,6 @@ void all_to_all_case(Rank& rank, Group group, int pattern) {
         [&](int64_t i) { return value<T>(group_member(rank, group, j), begin * kCols + i); },
         where);
   }
-  expect_equal<T>(
-      out, sum(recv, n) * kCols, spare * kCols, [](int64_t) { return T{0}; }, where);
 }
 
 template <class T>
