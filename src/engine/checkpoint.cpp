@@ -10,7 +10,6 @@
 #include <nlohmann/json.hpp>
 #include <ranges>
 #include <set>
-#include <span>
 #include <sstream>
 #include <thread>
 
@@ -245,9 +244,10 @@ vector<float> read_tensor(const Checkpoint& c, const StoredTensor& tensor) {
   return values;
 }
 
-static void load(Rank& rank, Parameters& p, const Checkpoint& c, size_t kinds) {
+void load_state(Rank& rank, Parameters& p, const Checkpoint& c, bool moments) {
   for (const Fragment& f : fragments(p))
-    for (const auto& [suffix, shard] : std::span(kStored).first(kinds)) {
+    for (const auto& [suffix, shard] : kStored) {
+      if (*suffix && !moments) continue;
       string name = f.piece->name + suffix;
       auto at = c.tensors.find(name);
       bool found = at != c.tensors.end();
@@ -262,12 +262,6 @@ static void load(Rank& rank, Parameters& p, const Checkpoint& c, size_t kinds) {
         if (!values.empty()) cuda_copy(rank, to, values.data(), f.count * 4);
     }
 }
-
-void load_state(Rank& rank, Parameters& p, const Checkpoint& c) {
-  load(rank, p, c, std::size(kStored));
-}
-
-void load_weights(Rank& rank, Parameters& p, const Checkpoint& c) { load(rank, p, c, 1); }
 
 static void remove_tree(const string& path) {
   std::error_code ignored;

@@ -45,7 +45,7 @@ Trainer::Trainer(Rank& rank_in, Run& run_in) : rank(rank_in), run(run_in) {
   if (run.resume_from)
     load_state(rank, parameters, *run.resume_from);
   else if (run.init_from)
-    load_weights(rank, parameters, *run.init_from);
+    load_state(rank, parameters, *run.init_from, false);
   else
     initialize(rank, parameters, config.data.seed);
 }
