@@ -49,7 +49,7 @@ struct Comm {
   Rank rank;
   Allocator allocator;
   vector<int> members[kGroups];
-  double limit_s = 0, limit_after_startup_s = 0;
+  double limit_s = 0;
   std::condition_variable changed;
   int open = 0;  // sends and receives that it waits for
   bool finished = false;
@@ -57,10 +57,10 @@ struct Comm {
 
 struct World {
   Mesh mesh;
+  LaunchOptions options;
   std::mutex mutex;
   std::map<std::array<int, 3>, Channel> channels;  // by group, sender and receiver
   vector<Comm> ranks;
-  bool exit_on_failure = false;
   int failed_rank = -1;
   int exit_code = 0;
   string message;
@@ -75,10 +75,6 @@ int group_size(const Rank& rank, Group group) { return int(members_of(rank, grou
 int group_rank(const Rank& rank, Group group) {
   vector<int> members = members_of(rank, group);
   return int(std::ranges::find(members, rank.id) - members.begin());
-}
-
-int group_member(const Rank& rank, Group group, int member) {
-  return members_of(rank, group)[member];
 }
 
 const Mesh& mesh_of(const Rank& rank) { return rank.comm->world->mesh; }
@@ -344,7 +340,8 @@ static void run_rank(World& world, Comm& mine, void (*call)(void*, Rank&), void*
     }
     // A rank that hangs may hold the locks of stdio.
     string all = "error: " + world.message + "\n";
-    if (world.exit_on_failure) _exit(write(2, all.data(), all.size()) < 0 ? kExitFailed : code);
+    if (world.options.exit_on_failure)
+      _exit(write(2, all.data(), all.size()) < 0 ? kExitFailed : code);
   }
   for (Comm& other : world.ranks) other.changed.notify_all();
 }
@@ -358,14 +355,13 @@ void run_rank_threads(const Mesh& mesh, Device device, const LaunchOptions& opti
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
     failed("ranks", "this processor lacks AVX2 or FMA", "another machine");
   if (n > 1 && openblas_set_num_threads) openblas_set_num_threads(1);
-  World world{.mesh = mesh, .ranks = vector<Comm>(n), .exit_on_failure = options.exit_on_failure};
+  World world{.mesh = mesh, .options = options, .ranks = vector<Comm>(n)};
   for (int id = 0; id < n; id++) {
     Comm& comm = world.ranks[id];
     for (int kind = 0; kind < kGroups; kind++)
       comm.members[kind] = group_members(mesh, Group(kind), id);
     comm.world = &world;
     comm.limit_s = options.startup_limit_s;
-    comm.limit_after_startup_s = options.limit_s;
     Status& board = status_board(id);
     board = Status{.rank = id};
     comm.rank = {.id = id,
@@ -385,7 +381,7 @@ void run_rank_threads(const Mesh& mesh, Device device, const LaunchOptions& opti
 }
 
 void end_startup(Rank& rank) {
-  if (rank.comm) rank.comm->limit_s = rank.comm->limit_after_startup_s;
+  if (rank.comm) rank.comm->limit_s = rank.comm->world->options.limit_s;
 }
 
 }

@@ -9,7 +9,6 @@ enum class Reduce : u8 { Sum, Max };
 
 int group_size(const Rank& rank, Group group);
 int group_rank(const Rank& rank, Group group);
-int group_member(const Rank& rank, Group group, int member);
 const Mesh& mesh_of(const Rank& rank);
 
 // Rows by member, null: equal parts. The smaller tensor may lie in the larger.

@@ -96,7 +96,7 @@ class CheckpointSaver {
 
  private:
   struct Job;
-  void wait(Rank& rank, i64 most_bytes_left);
+  void wait(Rank& rank, int most_units_left);
   const Parameters& parameters_;
   SaveOptions options_;
   std::unique_ptr<Job> job_;

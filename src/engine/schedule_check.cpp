@@ -33,6 +33,7 @@ struct ListWalk {
   const ScheduleOptions& o;
   std::map<Action, Deed> deeds = {};
   int live = 0, peak_live = 0;
+  int peak = 0;  // the action where the most are live
 
   ListWalk(const ScheduleOptions& options, int rank) : o(options) {
     for (const Action& a : make_schedule(o, rank))
@@ -46,7 +47,7 @@ struct ListWalk {
     auto at = deeds.find({.what = what, .chunk = chunk, .mb = mb, .payload = payload});
     if (at != deeds.end() && !at->second.done) fail(at->first, " has not run");
   }
-  void run(const Action& a) {
+  void run(const Action& a, int action) {
     vector<Action> own = deeds_of(a);
     if (o.forward_only && a.has_backward()) throw string("a forward-only list has no backward");
     for (const Action& deed : own)
@@ -74,7 +75,10 @@ struct ListWalk {
     }
     for (const Action& deed : own)
       if (std::exchange(deeds[deed].done, true)) fail(deed, " has run already");
-    if (a.has_forward()) peak_live = max(peak_live, ++live);
+    if (a.has_forward() && ++live > peak_live) {
+      peak_live = live;
+      peak = action;
+    }
     // In a forward-only list an output stays until it is sent.
     live -= o.forward_only
                 ? a.what == Do::Send || (a.has_forward() && !deeds.contains({Do::Send, chunk, mb}))
@@ -220,7 +224,8 @@ struct Replay {
 }
 
 ScheduleCheck check_schedule(const ScheduleOptions& o, const vector<ActionList>& lists,
-                             const Mesh& mesh, int layers, bool gather_layer) {
+                             const Mesh& whole, int layers, bool gather_layer) {
+  const Mesh mesh = layers > 0 ? whole : Mesh{.pp = o.pp};
   int count = int(lists.size());
   if (count != mesh.world())
     return {0, 0, text("lists of %d ranks (need %d)", count, mesh.world())};
@@ -231,16 +236,12 @@ ScheduleCheck check_schedule(const ScheduleOptions& o, const vector<ActionList>&
       const ActionList& list = lists[c.rank];
       int pp_rank = coord_of(mesh, c.rank).pp_rank;
       ListWalk walk(o, pp_rank);
-      int peak = 0;  // where the most are live
-      for (c.action = 0; c.action < int(list.size()); c.action++) {
-        int before = walk.peak_live;
-        walk.run(list[c.action]);
-        if (walk.peak_live > before) peak = c.action;
-      }
+      for (c.action = 0; c.action < int(list.size()); c.action++)
+        walk.run(list[c.action], c.action);
       walk.end();
       int live = walk.peak_live;
       int most = o.kind == ScheduleKind::DualPipeV ? 2 * o.pp + 1 : o.pp - pp_rank;
-      c.action = peak;
+      c.action = walk.peak;
       if (live > most && !o.forward_only)
         throw text("activations of too many micro-batches are held (got %d, need at most %d)", live,
                    most);
@@ -255,10 +256,6 @@ ScheduleCheck check_schedule(const ScheduleOptions& o, const vector<ActionList>&
     c.why = where(lists, c.rank, c.action) + ": " + why;
   }
   return c;
-}
-
-ScheduleCheck check_schedule(const ScheduleOptions& o, const vector<ActionList>& lists) {
-  return check_schedule(o, lists, Mesh{.pp = o.pp}, 0, false);
 }
 
 }

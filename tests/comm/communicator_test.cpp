@@ -70,6 +70,10 @@ void expect_equal(const Tensor& got, int64_t first, int64_t count, auto want,
 
 constexpr int64_t kCols = 3;
 
+int group_member(const Rank& rank, Group group, int member) {
+  return rank.comm ? group_members(mesh_of(rank), group, rank.id)[member] : rank.id;
+}
+
 template <class T>
 void gather_case(Rank& rank, Group group, int pattern) {
   const int n = group_size(rank, group), me = group_rank(rank, group);
