@@ -321,9 +321,11 @@ static void run_rank(World& world, Comm& mine, void (*call)(void*, Rank&), void*
     call(fn, mine.rank);
     if constexpr (kCuda)
       if (mine.allocator.cuda) cuda_close(std::exchange(mine.allocator.cuda, nullptr));
+  } catch (const Error& e) {
+    code = e.exit_code;
+    error = e.what();
   } catch (const std::exception& e) {
-    auto* known = dynamic_cast<const Error*>(&e);
-    code = known ? known->exit_code : kExitFailed;
+    code = kExitFailed;
     error = e.what();
   }
   const std::lock_guard lock(world.mutex);

@@ -11,7 +11,7 @@ static string file_of(const string& folder, i64 step, const char* what) {
 }
 
 void begin_trace(RoutingStep& routing, i64 layers, i64 tokens, i64 top_k) {
-  routing = {.layers = layers, .tokens = tokens, .top_k = top_k, .traced = true};
+  routing = {.layers = layers, .tokens = tokens, .top_k = top_k};
   routing.ids.assign(layers * tokens * top_k, -1);
   routing.weights.resize(routing.ids.size());
   routing.gaps.resize(layers * tokens);
@@ -70,7 +70,7 @@ Tensor forced_ids(Rank& rank, const RoutingSlot& slot, int layer, int micro_batc
 void trace_routing(Rank& rank, const RoutingSlot& slot, int layer, int micro_batch,
                    Routing routing) {
   RoutingStep& step = *slot.step;
-  if (!step.traced || !routing.ids.defined()) return;
+  if (!routing.ids.defined()) return;
   const vector<i64>& tokens = slot.tokens[micro_batch];
   i64 k = step.top_k, T = i64(tokens.size());
   check(rank, "trace_routing", At::here(), {{"ids of all tokens", routing.ids.numel() == T * k}},

@@ -68,7 +68,6 @@ StepMetrics Trainer::compute_gradients() {
       begin_trace(run.routing, s.num_layers, plan.step_tokens(), s.top_k);
       if (!run.routing_replay.empty())
         read_routing(run.routing_replay, state.step + 1, s.num_experts, run.routing);
-      run.routing.traced = run.tracing;
     }
     barrier(rank, Group::World, "routing of the step");
   }
