@@ -101,8 +101,7 @@ int run_convert(int argc, char** argv) {
     fs::remove_all(temporary);
     throw;
   }
-  log_info("%s: %ld parameters in %zu tensors", to.c_str(), total_numel(source.table),
-           weights.size());
+  log_info("%s: %zu tensors", to.c_str(), weights.size());
   return kExitDone;
 }
 

@@ -15,7 +15,7 @@ static i64 row_length(const ModelFolder& model) {
 static void with_model(const ModelFolder& model, i64 length, const auto& fn) {
   run_ranks(Mesh{}, Device::CPU, {.exit_on_failure = true}, [&](Rank& rank) {
     Instance instance = make_instance(rank, model.config, {.length = length});
-    load_weights(rank, *instance.parameters, model.weights);
+    load_state(rank, *instance.parameters, model.weights, false);
     fn(rank, instance);
   });
 }

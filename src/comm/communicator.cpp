@@ -2,6 +2,8 @@
 
 #include <unistd.h>
 
+#include <algorithm>
+#include <array>
 #include <chrono>
 #include <condition_variable>
 #include <deque>
@@ -29,22 +31,15 @@ struct Call {
 
 struct Parcel {
   Call call;
-  Tensor meta;
+  int to;        // rank
+  string label;  // the receiver has an equal one
   std::shared_ptr<const char> data;
   i64 bytes;
-  int to;
-  int detail;  // Reduce, or the root
-  MessageTag tag = {};
 };
 
 struct Channel {
   std::deque<Parcel> parcels;
   int unmatched = 0;  // parcels sent, less receives posted
-};
-
-struct GroupState {
-  vector<int> members;
-  vector<Channel> channels;
 };
 
 struct World;
@@ -53,9 +48,8 @@ struct Comm {
   World* world = nullptr;
   Rank rank;
   Allocator allocator;
-  GroupState* group[kGroups] = {};
-  int place[kGroups] = {};
-  double limit_s = 0, limit_after_startup_s = 0;
+  vector<int> members[kGroups];
+  double limit_s = 0;
   std::condition_variable changed;
   int open = 0;  // sends and receives that it waits for
   bool finished = false;
@@ -63,14 +57,27 @@ struct Comm {
 
 struct World {
   Mesh mesh;
+  LaunchOptions options;
   std::mutex mutex;
-  std::map<std::pair<int, int>, GroupState> groups;  // by kind and first member
+  std::map<std::array<int, 3>, Channel> channels;  // by group, sender and receiver
   vector<Comm> ranks;
-  bool exit_on_failure = false;
   int failed_rank = -1;
   int exit_code = 0;
   string message;
 };
+
+static vector<int> members_of(const Rank& rank, Group group) {
+  return rank.comm ? rank.comm->members[int(group)] : vector<int>{rank.id};
+}
+
+int group_size(const Rank& rank, Group group) { return int(members_of(rank, group).size()); }
+
+int group_rank(const Rank& rank, Group group) {
+  vector<int> members = members_of(rank, group);
+  return int(std::ranges::find(members, rank.id) - members.begin());
+}
+
+const Mesh& mesh_of(const Rank& rank) { return rank.comm->world->mesh; }
 
 namespace {
 
@@ -81,22 +88,21 @@ namespace {
 
 // Under every collective and message: post, wait, take.
 struct Exchange {
-  Comm& mine;
   const Call& call;
+  Comm& mine;
   World& world = *mine.world;
-  GroupState& group = *mine.group[int(call.group)];
-  int n = int(group.members.size()), me = mine.place[int(call.group)];
-  std::unique_lock<std::mutex> lock = {};
+  int me = mine.rank.id;
+  std::unique_lock<std::mutex> lock = std::unique_lock(world.mutex);
 
-  Channel& channel(int from, int to) { return group.channels[from * n + to]; }
+  Channel& channel(int from, int to) { return world.channels[{int(call.group), from, to}]; }
 
   void post(int from, int to, int sign) {
     Channel& c = channel(from, to);
     bool matches = c.unmatched * sign < 0;
     c.unmatched += sign;
     mine.open++;
-    for (const int member : {from, to}) {
-      Comm& end = world.ranks[group.members[member]];
+    for (const int rank : {from, to}) {
+      Comm& end = world.ranks[rank];
       if (matches && --end.open == 0) end.changed.notify_one();
     }
   }
@@ -111,10 +117,10 @@ struct Exchange {
     for (bool late = false; world.failed_rank < 0 && mine.open > 0;) {
       string names;
       bool ended = false;
-      for (int peer = 0; peer < n; peer++) {
+      for (const int peer : mine.members[int(call.group)]) {
         if (channel(me, peer).unmatched <= 0 && channel(peer, me).unmatched >= 0) continue;
-        names += text("%s %d", names.empty() ? "" : ",", group.members[peer]);
-        ended |= world.ranks[group.members[peer]].finished;
+        names += text("%s %d", names.empty() ? "" : ",", peer);
+        ended |= world.ranks[peer].finished;
       }
       if (ended) fail_call(call, " waits for rank" + names + ", of which one has ended");
       if (late)
@@ -128,7 +134,6 @@ struct Exchange {
   }
 
   vector<Parcel> run(vector<Parcel>&& sent, const vector<int>& from) {
-    lock = std::unique_lock(world.mutex);
     for (Parcel& parcel : sent) {
       int to = parcel.to;
       channel(me, to).parcels.push_back(std::move(parcel));
@@ -151,8 +156,14 @@ std::shared_ptr<const char> copy_of(const Tensor& t) {
   return {whole, whole->data()};
 }
 
-void copy(char* to, const Parcel& from) {
-  if (from.bytes > 0) std::memcpy(to, from.data.get(), from.bytes);
+// Of a parcel that `from` sent; `fault` unless the labels are equal.
+void take(const Call& call, const Parcel& got, const string& label, int from, const string& fault,
+          char* to) {
+  if (got.label != label)
+    fail_call(call, text(": %s (got %s, sent by \"%s\" of rank %d at %s:%d; need %s)",
+                         fault.c_str(), got.label.c_str(), got.call.what, from, got.call.at.file,
+                         got.call.at.line, label.c_str()));
+  if (to && got.bytes > 0) std::memcpy(to, got.data.get(), got.bytes);
 }
 
 i64 row_bytes(const Tensor& t) {
@@ -163,7 +174,8 @@ i64 row_bytes(const Tensor& t) {
 
 // Bytes before each member's part of a tensor, and of all.
 using Parts = vector<i64>;
-Parts parts_of(const Tensor& whole, const i64* rows, int n) {
+Parts parts_of(const Rank& rank, Group group, const Tensor& whole, const i64* rows) {
+  int n = group_size(rank, group);
   Parts begin(n + 1);
   for (int i = 0; i < n; i++)
     begin[i + 1] = begin[i] + (rows ? rows[i] : whole.dim[0] / n) * row_bytes(whole);
@@ -177,44 +189,42 @@ i64 bytes_of(const Tensor& whole, const Parts& parts, int i) {
 // is written.
 vector<Parcel> meet(Rank& rank, const Call& call, const Tensor& in, const Parts& parts,
                     const Tensor& out, const Parts& places, int detail = 0) {
-  int n = group_size(rank, call.group);
+  check(rank, call.op, call.at,
+        {{"equal dtypes", in.dtype == out.dtype},
+         {"rows of equal length", row_bytes(in) == row_bytes(out)},
+         {"in's rows are all parts", parts.empty() || parts.back() == in.bytes()},
+         {"out's rows are all parts", places.empty() || places.back() == out.bytes()}},
+        {&in, &out});
+  const vector<int> members = members_of(rank, call.group);
+  string label = text("%s of %s, %d", call.op, name_of(in.dtype), detail);
   auto whole = copy_of(in);
   vector<Parcel> sent, got;
-  vector<int> members(n);
-  for (int i = 0; i < n; i++) {
-    members[i] = i;
+  for (int i = 0; i < int(members.size()); i++) {
     const char* begin = whole.get() + (parts.empty() ? 0 : parts[i]);
-    sent.push_back({call, in.meta(), {whole, begin}, bytes_of(in, parts, i), i, detail});
+    sent.push_back({call, members[i], label, {whole, begin}, bytes_of(in, parts, i)});
   }
-  if (n > 1)
-    got = Exchange{*rank.comm, call}.run(std::move(sent), members);
-  else
-    got = std::move(sent);
-  for (int i = 0; i < n; i++) {
-    const Parcel& p = got[i];
-    const Call& its = p.call;
-    int member = group_member(rank, call.group, i);
-    if (std::strcmp(its.op, call.op) != 0 || p.meta.dtype != in.dtype || p.detail != detail)
-      fail_call(call, text(": the members' calls differ (got %s \"%s\" of %s, %d, on rank %d at "
-                           "%s:%d; need %s, %d)",
-                           its.op, its.what, name_of(p.meta.dtype), p.detail, member, its.at.file,
-                           its.at.line, name_of(in.dtype), detail));
-    if (i64 need = bytes_of(out, places, i); p.bytes != need)
+  got = members.size() == 1 ? sent : Exchange{call, *rank.comm}.run(std::move(sent), members);
+  for (int i = 0; i < int(members.size()); i++) {
+    i64 need = bytes_of(out, places, i);
+    bool fits = got[i].bytes == need;
+    take(call, got[i], label, members[i], "the members' calls differ",
+         fits && !places.empty() ? out.data + places[i] : nullptr);
+    if (!fits)
       fail_call(call, text(": rank %d sends %ld bytes to rank %d (need %ld, of %ld-byte rows)",
-                           member, p.bytes, rank.id, need, row_bytes(in)));
-    if (!places.empty()) copy(out.data + places[i], p);
+                           members[i], got[i].bytes, rank.id, need, row_bytes(in)));
   }
   return got;
 }
 
 template <class T>
 void reduce_as(const Tensor& out, const vector<Parcel>& got, Reduce reduce) {
-  T* sum = out.as<T>();
-  copy(out.data, got[0]);
-  for (size_t i = 1; i < got.size(); i++) {
+  for (size_t i = 0; i < got.size(); i++) {
+    T* sum = out.as<T>();
     const T* x = reinterpret_cast<const T*>(got[i].data.get());
     for (i64 k = 0, n = out.numel(); k < n; k++) {
-      if (reduce == Reduce::Sum)
+      if (i == 0)
+        sum[k] = x[k];
+      else if (reduce == Reduce::Sum)
         sum[k] += x[k];
       else if (!(sum[k] >= x[k]) && sum[k] == sum[k])  // a NaN stays
         sum[k] = x[k];
@@ -224,58 +234,26 @@ void reduce_as(const Tensor& out, const vector<Parcel>& got, Reduce reduce) {
 
 void reduce_parts(Rank& rank, const Call& call, const Tensor& in, const Parts& parts,
                   const Tensor& out, Reduce reduce) {
+  bool wide = in.dtype == DType::F64;
+  check(rank, call.op, call.at, {{"dtype is f32 or f64", wide || in.dtype == DType::F32}}, {&in});
   vector<Parcel> got = meet(rank, call, in, parts, out, {}, int(reduce));
-  if (in.dtype == DType::F64) return reduce_as<double>(out, got, reduce);
-  reduce_as<float>(out, got, reduce);
-}
-
-Need reducible(DType dtype) {
-  return {"dtype is f32 or f64", dtype == DType::F32 || dtype == DType::F64};
+  wide ? reduce_as<double>(out, got, reduce) : reduce_as<float>(out, got, reduce);
 }
 
 }
-
-int group_size(const Rank& rank, Group group) {
-  return rank.comm ? int(rank.comm->group[int(group)]->members.size()) : 1;
-}
-
-int group_rank(const Rank& rank, Group group) {
-  return rank.comm ? rank.comm->place[int(group)] : 0;
-}
-
-int group_member(const Rank& rank, Group group, int member) {
-  return rank.comm ? rank.comm->group[int(group)]->members[member] : rank.id;
-}
-
-const Mesh& mesh_of(const Rank& rank) { return rank.comm->world->mesh; }
 
 void all_gather(Rank& rank, Group group, const Tensor& in, const Tensor& out, const char* what,
                 const i64* rows, At at) {
-  int n = group_size(rank, group), me = group_rank(rank, group);
-  const Parts parts = parts_of(out, rows, n);
-  check(rank, "all_gather", at,
-        {{"equal dtypes", in.dtype == out.dtype},
-         {"in's rows are this member's part", in.bytes() == bytes_of(out, parts, me)},
-         {"out's rows are all parts", out.bytes() == parts[n]}},
-        {&in, &out});
-  meet(rank, {"all_gather", what, group, at}, in, {}, out, parts);
+  meet(rank, {"all_gather", what, group, at}, in, {}, out, parts_of(rank, group, out, rows));
 }
 
 void reduce_scatter(Rank& rank, Group group, const Tensor& in, const Tensor& out, const char* what,
                     const i64* rows, At at) {
-  int n = group_size(rank, group), me = group_rank(rank, group);
-  const Parts parts = parts_of(in, rows, n);
-  check(rank, "reduce_scatter", at,
-        {reducible(in.dtype),
-         {"equal dtypes", in.dtype == out.dtype},
-         {"out's rows are this member's part", out.bytes() == bytes_of(in, parts, me)},
-         {"in's rows are all parts", in.bytes() == parts[n]}},
-        {&in, &out});
-  reduce_parts(rank, {"reduce_scatter", what, group, at}, in, parts, out, Reduce::Sum);
+  reduce_parts(rank, {"reduce_scatter", what, group, at}, in, parts_of(rank, group, in, rows), out,
+               Reduce::Sum);
 }
 
 void all_reduce(Rank& rank, Group group, const Tensor& t, Reduce reduce, const char* what, At at) {
-  check(rank, "all_reduce", at, {reducible(t.dtype)}, {&t});
   if (group_size(rank, group) > 1)
     reduce_parts(rank, {"all_reduce", what, group, at}, t, {}, t, reduce);
 }
@@ -291,60 +269,43 @@ void all_reduce(Rank& rank, Group group, double* values, int n, Reduce reduce, c
 
 void all_to_all(Rank& rank, Group group, const Tensor& in, const i64* send_rows, const Tensor& out,
                 const i64* recv_rows, const char* what, At at) {
-  int n = group_size(rank, group);
-  const Parts from = parts_of(in, send_rows, n), to = parts_of(out, recv_rows, n);
-  check(rank, "all_to_all", at,
-        {{"equal dtypes", in.dtype == out.dtype},
-         {"rows of equal length", row_bytes(in) == row_bytes(out)},
-         {"in's rows are the sent ones", from[n] == in.bytes()},
-         {"out has room", to[n] <= out.bytes()}},
-        {&in, &out});
-  meet(rank, {"all_to_all", what, group, at}, in, from, out, to);
+  meet(rank, {"all_to_all", what, group, at}, in, parts_of(rank, group, in, send_rows), out,
+       parts_of(rank, group, out, recv_rows));
 }
 
 void broadcast(Rank& rank, Group group, const Tensor& t, int root, const char* what, At at) {
-  check(rank, "broadcast", at,
-        {{"root is a member of the group", root >= 0 && root < group_size(rank, group)}}, {&t});
-  copy(t.data, meet(rank, {"broadcast", what, group, at}, t, {}, t, {}, root)[root]);
+  vector<Parcel> got = meet(rank, {"broadcast", what, group, at}, t, {}, t, {}, root);
+  if (t.bytes() > 0) std::memcpy(t.data, got.at(root).data.get(), t.bytes());
 }
 
 void barrier(Rank& rank, Group group, const char* what, At at) {
-  check(rank, "barrier", at, {}, {});
   meet(rank, {"barrier", what, group, at}, {}, {}, {}, {});
-}
-
-static string message_text(const MessageTag& tag, const Tensor& t) {
-  return text("kind %d, stage %d, micro-batch %d, ", tag.kind, tag.stage, tag.micro_batch) +
-         describe(t);
 }
 
 void send_recv(Rank& rank, Group group, const Transfer* list, int n, const char* what, At at) {
   const Call call{"send_recv", what, group, at};
   vector<Parcel> sent;
-  vector<int> peers;
-  vector<const Transfer*> wanted;
-  for (const Transfer* t = list; t < list + n; t++) {
-    check(rank, "send_recv", at,
-          {{"peer is a member of the group", t->peer >= 0 && t->peer < group_size(rank, group)}},
-          {&t->tensor});
-    const Tensor& x = t->tensor;
-    if (t->kind == Transfer::Send) {
-      sent.push_back({call, x.meta(), copy_of(x), x.bytes(), t->peer, 0, t->tag});
-    } else {
-      peers.push_back(t->peer);
-      wanted.push_back(t);
-    }
-  }
+  vector<int> from;
+  check(rank, call.op, at, {}, {});
   if (n == 0) return;
-  vector<Parcel> got = Exchange{*rank.comm, call}.run(std::move(sent), peers);
-  for (size_t i = 0; i < got.size(); i++) {
-    const Tensor& x = wanted[i]->tensor;
-    if (got[i].tag != wanted[i]->tag || got[i].meta.dtype != x.dtype || got[i].bytes != x.bytes())
-      fail_call(call, text(": message from rank %d is not the one expected (got ",
-                           group_member(rank, group, peers[i])) +
-                          message_text(got[i].tag, got[i].meta) + ", sent by \"" +
-                          got[i].call.what + "\"; need " + message_text(wanted[i]->tag, x) + ")");
-    copy(x.data, got[i]);
+  auto label = [](const Transfer& t) {
+    return text("kind %d, stage %d, micro-batch %d, [%ld] %s", t.tag.kind, t.tag.stage,
+                t.tag.micro_batch, t.tensor.numel(), name_of(t.tensor.dtype));
+  };
+  for (const Transfer* t = list; t < list + n; t++) {
+    int peer = members_of(rank, group).at(t->peer);
+    if (t->kind == Transfer::Send)
+      sent.push_back({call, peer, label(*t), copy_of(t->tensor), t->tensor.bytes()});
+    else
+      from.push_back(peer);
+  }
+  vector<Parcel> got = Exchange{call, *rank.comm}.run(std::move(sent), from);
+  size_t i = 0;
+  for (const Transfer* t = list; t < list + n; t++) {
+    if (t->kind == Transfer::Send) continue;
+    string fault = text("message from rank %d is not the one expected", from[i]);
+    take(call, got[i], label(*t), from[i], fault, t->tensor.data);
+    i++;
   }
 }
 
@@ -381,7 +342,8 @@ static void run_rank(World& world, Comm& mine, void (*call)(void*, Rank&), void*
     }
     // A rank that hangs may hold the locks of stdio.
     string all = "error: " + world.message + "\n";
-    if (world.exit_on_failure) _exit(write(2, all.data(), all.size()) < 0 ? kExitFailed : code);
+    if (world.options.exit_on_failure)
+      _exit(write(2, all.data(), all.size()) < 0 ? kExitFailed : code);
   }
   for (Comm& other : world.ranks) other.changed.notify_all();
 }
@@ -395,20 +357,13 @@ void run_rank_threads(const Mesh& mesh, Device device, const LaunchOptions& opti
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
     failed("ranks", "this processor lacks AVX2 or FMA", "another machine");
   if (n > 1 && openblas_set_num_threads) openblas_set_num_threads(1);
-  World world{.mesh = mesh, .ranks = vector<Comm>(n), .exit_on_failure = options.exit_on_failure};
+  World world{.mesh = mesh, .options = options, .ranks = vector<Comm>(n)};
   for (int id = 0; id < n; id++) {
     Comm& comm = world.ranks[id];
-    for (int kind = 0; kind < kGroups; kind++) {
-      vector<int> members = group_members(mesh, Group(kind), id);
-      GroupState& group = world.groups[{kind, members[0]}];
-      group.members = members;
-      group.channels.resize(members.size() * members.size());
-      comm.group[kind] = &group;
-      while (members[comm.place[kind]] != id) comm.place[kind]++;
-    }
+    for (int kind = 0; kind < kGroups; kind++)
+      comm.members[kind] = group_members(mesh, Group(kind), id);
     comm.world = &world;
     comm.limit_s = options.startup_limit_s;
-    comm.limit_after_startup_s = options.limit_s;
     Status& board = status_board(id);
     board = Status{.rank = id};
     comm.rank = {.id = id,
@@ -428,7 +383,7 @@ void run_rank_threads(const Mesh& mesh, Device device, const LaunchOptions& opti
 }
 
 void end_startup(Rank& rank) {
-  if (rank.comm) rank.comm->limit_s = rank.comm->limit_after_startup_s;
+  if (rank.comm) rank.comm->limit_s = rank.comm->world->options.limit_s;
 }
 
 }

@@ -9,7 +9,6 @@ enum class Reduce : u8 { Sum, Max };
 
 int group_size(const Rank& rank, Group group);
 int group_rank(const Rank& rank, Group group);
-int group_member(const Rank& rank, Group group, int member);
 const Mesh& mesh_of(const Rank& rank);
 
 // Rows by member, null: equal parts. The smaller tensor may lie in the larger.
@@ -24,7 +23,7 @@ void all_reduce(Rank& rank, Group group, const Tensor& t, Reduce reduce, const c
 void all_reduce(Rank& rank, Group group, double* values, int n, Reduce reduce, const char* what,
                 At at = At::here());
 
-// Rows lie by destination and by source; `out` may have more.
+// Rows lie by destination and by source.
 void all_to_all(Rank& rank, Group group, const Tensor& in, const i64* send_rows, const Tensor& out,
                 const i64* recv_rows, const char* what, At at = At::here());
 
@@ -35,7 +34,6 @@ void barrier(Rank& rank, Group group, const char* what, At at = At::here());
 
 struct MessageTag {
   int kind = 0, stage = 0, micro_batch = 0;
-  bool operator==(const MessageTag&) const = default;
 };
 
 struct Transfer {

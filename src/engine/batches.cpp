@@ -12,24 +12,21 @@ double LoadedBatches::global_labels(Rank& rank) const {
   return sum;
 }
 
-LoadedBatches make_batches(Rank& rank, const Dataset& data, const BatchShape& shape, i64 step,
+LoadedBatches make_batches(Rank& rank, const Dataset& data, BatchShape shape, i64 step,
                            Split split) {
   const MeshCoord& mesh = rank.mesh;
-  if (shape.dp != mesh.dp || shape.ep != mesh.ep)
-    failed("make_batches",
-           text("shape of dp %d, ep %d on a mesh of %d, %d", shape.dp, shape.ep, mesh.dp, mesh.ep));
+  shape.dp = mesh.dp;
+  shape.ep = mesh.ep;
   i64 length = data.options().seq_length, rows = shape.micro_batch;
   const ZigzagBlocks blocks = zigzag_blocks(length, mesh.cp, mesh.cp_rank);
   i64 local = blocks.total();
-  vector<int> whole(length), order(local);
-  std::iota(whole.begin(), whole.end(), 0);
-  take_zigzag(whole.data(), blocks, order.data());
-  enum { Tokens, Labels, Ends, Positions, kColumns };
+  enum { Tokens, Labels, Ends, Positions, Places, kColumns };
   vector<int> row[kColumns], here[kColumns];
   for (int c = 0; c < kColumns; c++) {
     row[c].resize(length);
     here[c].resize(rows * local);
   }
+  std::iota(row[Places].begin(), row[Places].end(), 0);
   LoadedBatches loaded;
   for (i64 mb = 0; mb < shape.num_micro_batches(); mb++) {
     vector<i64>& index = loaded.token_index.emplace_back();
@@ -43,7 +40,7 @@ LoadedBatches make_batches(Rank& rank, const Dataset& data, const BatchShape& sh
       positions_from_ends(row[Ends].data(), length, row[Positions].data());
       for (int c = 0; c < kColumns; c++) take_zigzag(row[c].data(), blocks, &here[c][r * local]);
       i64 first = (sample - step * shape.global_batch) * length;
-      for (const int place : order) index.push_back(first + place);
+      for (i64 i = r * local; i < (r + 1) * local; i++) index.push_back(first + here[Places][i]);
     }
     for (const int label : here[Labels]) loaded.labels += label != kIgnoreLabel;
     auto upload = [&](int column, Dims dims) {

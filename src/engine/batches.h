@@ -16,8 +16,8 @@ struct LoadedBatches {
 };
 
 // Of the 0-based step or held-out batch, where rows behind the last sample have ignored labels
-// only. `shape` must be the mesh's.
-LoadedBatches make_batches(Rank& rank, const Dataset& data, const BatchShape& shape, i64 step,
+// only. The mesh gives dp and ep.
+LoadedBatches make_batches(Rank& rank, const Dataset& data, BatchShape shape, i64 step,
                            Split split);
 
 }

@@ -9,8 +9,6 @@
 #include <future>
 #include <nlohmann/json.hpp>
 #include <ranges>
-#include <set>
-#include <span>
 #include <sstream>
 #include <thread>
 
@@ -191,16 +189,15 @@ void check_resumable(const Checkpoint& c, const RunState& now) {
 
 void check_weights(const Checkpoint& c, const ParameterTable& whole) {
   std::map<string, vector<string>> faults;
-  std::set<string> known;
+  std::map<string, StoredTensor> left = c.tensors;
   for (const Parameter& parameter : whole)
     for (const Piece& piece : parameter.pieces) {
-      known.insert(piece.name);
-      auto at = c.tensors.find(piece.name);
-      if (at == c.tensors.end()) {
+      auto found = left.extract(piece.name);
+      if (!found) {
         faults["missing"].push_back(piece.name);
         continue;
       }
-      const StoredTensor& got = at->second;
+      const StoredTensor& got = found.mapped();
       const TensorDecl need{"", is_float(got.dtype) ? got.dtype : FileDType::F32, shape_of(piece)};
       if (describe(got) != describe(need)) {
         faults["of another shape or type"].push_back(piece.name + " (got " + describe(got) +
@@ -212,9 +209,8 @@ void check_weights(const Checkpoint& c, const ParameterTable& whole) {
       string count = text(" (%ld of %zu values)", bad, values.size());
       if (bad > 0) faults["tensors with NaN or Inf"].push_back(piece.name + count);
     }
-  for (const auto& [name, tensor] : c.tensors)
-    if (!is_moment(name) && !known.contains(name))
-      faults["not of this model"].push_back(name + " " + describe(tensor));
+  for (const auto& [name, tensor] : left)
+    if (!is_moment(name)) faults["not of this model"].push_back(name + " " + describe(tensor));
   string what;
   for (const auto& [fault, names] : faults) {
     what += text("; %zu %s: ", names.size(), fault.c_str());
@@ -245,9 +241,10 @@ vector<float> read_tensor(const Checkpoint& c, const StoredTensor& tensor) {
   return values;
 }
 
-static void load(Rank& rank, Parameters& p, const Checkpoint& c, size_t kinds) {
+void load_state(Rank& rank, Parameters& p, const Checkpoint& c, bool moments) {
   for (const Fragment& f : fragments(p))
-    for (const auto& [suffix, shard] : std::span(kStored).first(kinds)) {
+    for (const auto& [suffix, shard] : kStored) {
+      if (*suffix && !moments) continue;
       string name = f.piece->name + suffix;
       auto at = c.tensors.find(name);
       bool found = at != c.tensors.end();
@@ -262,12 +259,6 @@ static void load(Rank& rank, Parameters& p, const Checkpoint& c, size_t kinds) {
         if (!values.empty()) cuda_copy(rank, to, values.data(), f.count * 4);
     }
 }
-
-void load_state(Rank& rank, Parameters& p, const Checkpoint& c) {
-  load(rank, p, c, std::size(kStored));
-}
-
-void load_weights(Rank& rank, Parameters& p, const Checkpoint& c) { load(rank, p, c, 1); }
 
 static void remove_tree(const string& path) {
   std::error_code ignored;
@@ -310,7 +301,6 @@ struct CheckpointSaver::Job {
   int rank = 0;
   Checkpoint checkpoint;
   std::atomic<int> unit{0};
-  std::atomic<i64> bytes_left{0};
   std::atomic<bool> cancel{false};
   double begun_s = now_s();
   std::shared_future<string> done;
@@ -366,12 +356,10 @@ struct CheckpointSaver::Job {
         if (cancel) return;
         reached(f.unit);
         for (const auto& [suffix, shard] : kStored) {
-          i64 bytes = f.count * i64(sizeof(float));
           StoredTensor& tensor = part.tensors[f.piece->name + suffix];
           tensor.shape = shape_of(*f.piece);
           tensor.fragments.push_back({f.begin, f.count, 0, file.size()});
           write(file, (parameters.units[f.unit].*shard).slice_rows(f.offset, f.offset + f.count));
-          bytes_left -= bytes;
         }
       }
       reached(INT32_MAX);
@@ -425,23 +413,22 @@ void CheckpointSaver::begin(Rank& rank, const RunState& state) {
   job.checkpoint.state = state;
   if (rank.comm) job.checkpoint.mesh = mesh_of(rank);
   job.checkpoint.folder = job.folder() + ".tmp";
-  for (const FlatUnit& unit : parameters_.units)
-    job.bytes_left += unit.shard_count * i64(std::size(kStored) * sizeof(float));
   if constexpr (kCuda)
     if (rank.device == Device::CUDA) cuda_sync(cuda_of(rank));
   job.done = std::async(std::launch::async, [&job] { return job.run(); });
 }
 
-// Ends the save once all ranks are done, unless the slowest has few bytes left.
-void CheckpointSaver::wait(Rank& rank, i64 most_bytes_left) {
+// Ends the save once all ranks are done, unless the slowest has few units left.
+void CheckpointSaver::wait(Rank& rank, int most_units_left) {
   for (double pause = 2e-4; job_; pause = min(pause * 1.5, 0.02)) {
     bool done = job_->done.wait_for(duration<double>(0)) == std::future_status::ready;
     string error = done ? job_->done.get() : "";
-    double v[] = {done ? -1 : double(job_->bytes_left), double(!error.empty())};
+    int left = max(int(parameters_.units.size()) - job_->unit, 0);
+    double v[] = {done ? -1.0 : left, double(!error.empty())};
     all_reduce(rank, Group::World, v, 2, Reduce::Max, "checkpoint progress");
     last_failed_ = v[1] > 0;
     if (last_failed_) job_->cancel = true;
-    if (v[0] >= 0 && v[0] <= double(most_bytes_left)) return;
+    if (v[0] >= 0 && v[0] <= most_units_left) return;
     if (v[0] >= 0) {
       std::this_thread::sleep_for(duration<double>(pause));
       stall_s_ += pause;
@@ -461,7 +448,7 @@ void CheckpointSaver::wait(Rank& rank, i64 most_bytes_left) {
 }
 
 // Or others could meet a collective's time limit.
-void CheckpointSaver::poll(Rank& rank) { wait(rank, i64{1} << 30); }
+void CheckpointSaver::poll(Rank& rank) { wait(rank, 2); }
 
 bool CheckpointSaver::finish(Rank& rank) {
   wait(rank, -1);

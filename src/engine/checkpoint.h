@@ -62,8 +62,8 @@ void check_weights(const Checkpoint& weights, const ParameterTable& whole);
 void read_elements(const Checkpoint& checkpoint, const StoredTensor& tensor, i64 begin, i64 count,
                    float* out);
 vector<float> read_tensor(const Checkpoint& checkpoint, const StoredTensor& tensor);
-void load_state(Rank& rank, Parameters& parameters, const Checkpoint& checkpoint);
-void load_weights(Rank& rank, Parameters& parameters, const Checkpoint& checkpoint);
+void load_state(Rank& rank, Parameters& parameters, const Checkpoint& checkpoint,
+                bool moments = true);
 
 vector<i64> shape_of(const Piece& piece);
 StoredFile stored_file(const string& folder, const string& name);
@@ -96,7 +96,7 @@ class CheckpointSaver {
 
  private:
   struct Job;
-  void wait(Rank& rank, i64 most_bytes_left);
+  void wait(Rank& rank, int most_units_left);
   const Parameters& parameters_;
   SaveOptions options_;
   std::unique_ptr<Job> job_;

@@ -13,9 +13,8 @@ struct Dispatch {
 };
 
 // Stage 2. hidden [T, D]; rank r of the ep group holds experts [r*E/ep, (r+1)*E/ep).
-Dispatch dispatch(Rank& rank, Tensor hidden, const Routing& routing, int num_experts,
-                  At at = At::here());
+Dispatch dispatch(Rank& rank, Tensor hidden, const Routing& routing, int num_experts);
 // Stage 4: rows [R, D] -> [T, D], each token the sum of the ranks' rows in rank order.
-Tensor combine(Rank& rank, Tensor rows, const Dispatch& dispatch, At at = At::here());
+Tensor combine(Rank& rank, Tensor rows, const Dispatch& dispatch);
 
 }

@@ -9,12 +9,6 @@ namespace pith {
 
 constexpr i64 kAlign = 128;  // elements: 256 bytes of BF16
 
-i64 total_numel(const ParameterTable& table) {
-  i64 n = 0;
-  for (const Parameter& p : table) n += p.dims.numel();
-  return n;
-}
-
 static bool is_shared(const FlatUnit& unit) {
   return unit.weights.defined() && unit.weights.data == unit.master.data;
 }

@@ -52,6 +52,4 @@ void reduce_replicas(Rank& rank, Parameters& parameters);  // grad_shard, once a
 // L2, of all ranks' reduced gradients, each element counted once.
 double gradient_norm(Rank& rank, const Parameters& parameters);
 
-i64 total_numel(const ParameterTable& table);
-
 }

@@ -11,14 +11,10 @@ static string file_of(const string& folder, i64 step, const char* what) {
 }
 
 void begin_trace(RoutingStep& routing, i64 layers, i64 tokens, i64 top_k) {
-  i64 rows = layers * tokens;
-  routing = {layers,
-             tokens,
-             top_k,
-             vector<int>(rows * top_k, -1),
-             vector<float>(rows * top_k),
-             vector<float>(rows)};
-  routing.traced = true;
+  routing = {.layers = layers, .tokens = tokens, .top_k = top_k};
+  routing.ids.assign(layers * tokens * top_k, -1);
+  routing.weights.resize(routing.ids.size());
+  routing.gaps.resize(layers * tokens);
 }
 
 void write_routing(const string& folder, i64 step, const RoutingStep& routing) {
@@ -61,25 +57,24 @@ void read_routing(const string& folder, i64 step, int num_experts, RoutingStep& 
 
 Tensor forced_ids(Rank& rank, const RoutingSlot& slot, int layer, int micro_batch) {
   const RoutingStep& step = *slot.step;
-  const vector<i64>& tokens = slot.tokens[micro_batch];
   vector<int> ids;
   if (!step.forced) return {};
-  for (const i64 token : tokens) {
+  for (const i64 token : slot.tokens[micro_batch]) {
     const int* first = &step.ids[(layer * step.tokens + token) * step.top_k];
     ids.insert(ids.end(), first, first + step.top_k);
   }
   if (ids.empty() || ids[0] < 0) return {};
-  return tensor_from(rank, {i64(tokens.size()), step.top_k}, DType::I32, ids.data());
+  return tensor_from(rank, {i64(ids.size()) / step.top_k, step.top_k}, DType::I32, ids.data());
 }
 
 void trace_routing(Rank& rank, const RoutingSlot& slot, int layer, int micro_batch,
                    Routing routing) {
   RoutingStep& step = *slot.step;
-  if (!step.traced || !routing.ids.defined()) return;
+  if (!routing.ids.defined()) return;
   const vector<i64>& tokens = slot.tokens[micro_batch];
   i64 k = step.top_k, T = i64(tokens.size());
-  if (routing.ids.numel() != T * k)
-    failed("trace_routing", "need the ids of all tokens (got " + describe(routing.ids) + ")");
+  check(rank, "trace_routing", At::here(), {{"ids of all tokens", routing.ids.numel() == T * k}},
+        {&routing.ids});
   i64 E = routing.probs.cols();
   vector<char> ids_bytes, weight_bytes, prob_bytes;
   routing.ids = on_host(rank, routing.ids, ids_bytes);
@@ -88,17 +83,13 @@ void trace_routing(Rank& rank, const RoutingSlot& slot, int layer, int micro_bat
   for (i64 t = 0; t < T; t++) {
     const int* ids = routing.ids.i32() + t * k;
     const float* probs = routing.probs.f32() + t * E;
+    vector<float> others(probs, probs + E);
     i64 place = layer * step.tokens + tokens[t];
     std::copy_n(ids, k, &step.ids[place * k]);
     std::copy_n(routing.weights.f32() + t * k, k, &step.weights[place * k]);
-    float chosen = 1, left_out = 0;
-    for (i64 e = 0; e < E; e++) {
-      if (std::find(ids, ids + k, e) == ids + k)
-        left_out = max(left_out, probs[e]);
-      else
-        chosen = min(chosen, probs[e]);
-    }
-    step.gaps[place] = std::log(chosen) - std::log(left_out);
+    float least = 1;
+    for (i64 i = 0; i < k; i++) least = min(least, std::exchange(others[ids[i]], 0));
+    step.gaps[place] = std::log(least) - std::log(*std::ranges::max_element(others));
   }
 }
 

@@ -12,7 +12,6 @@ struct RoutingStep {
   vector<float> weights;  // [layers, tokens, k]
   vector<float> gaps;     // [layers, tokens]: logit of the last expert chosen less the next
   bool forced = false;
-  bool traced = false;
 };
 
 void begin_trace(RoutingStep& routing, i64 layers, i64 tokens, i64 top_k);

@@ -294,17 +294,10 @@ bool starts_communication(const Step& s) {
   return s.part == Part::Dispatch || s.part == Part::Combine;
 }
 
-UnitKind unit_of(const Step& s) {
-  switch (s.part) {
-    case Part::Prolog: return UnitKind::Embedding;
-    case Part::Epilog: return UnitKind::Head;
-    case Part::Experts: return UnitKind::Experts;
-    default: return s.unit;
-  }
-}
-
-Step with_part(Part part, const Step& s, bool backward) {
-  return {part, backward, s.chunk, s.mb, s.layer, unit_of(s)};
+Step with_part(Part part, Step s, bool backward) {
+  s.part = part;
+  s.backward = backward;
+  return s;
 }
 
 // Cut where an overlapped one takes turns: behind what starts communication and the weight
@@ -312,13 +305,18 @@ Step with_part(Part part, const Step& s, bool backward) {
 vector<vector<Step>> pieces_of(bool backward, int chunk, int mb, bool weights,
                                const ChunkLayers& held) {
   vector<Step> all, beside;
-  auto add = [&](Part part, int layer) { all.push_back({part, backward, chunk, mb, layer}); };
-  if (held.prolog) add(Part::Prolog, -1);
-  for (int layer = held.first; layer < held.first + held.count; layer++)
-    for (const Part part :
-         {Part::Attention, Part::Dispatch, Part::Experts, Part::Combine, Part::Residual})
-      add(part, layer);
-  if (held.epilog) add(Part::Epilog, -1);
+  auto add = [&](Part part, int layer, UnitKind unit = UnitKind::Layer) {
+    all.push_back({part, backward, chunk, mb, layer, unit});
+  };
+  if (held.prolog) add(Part::Prolog, -1, UnitKind::Embedding);
+  for (int layer = held.first; layer < held.first + held.count; layer++) {
+    add(Part::Attention, layer);
+    add(Part::Dispatch, layer);
+    add(Part::Experts, layer, UnitKind::Experts);
+    add(Part::Combine, layer);
+    add(Part::Residual, layer);
+  }
+  if (held.epilog) add(Part::Epilog, -1, UnitKind::Head);
   if (backward) std::ranges::reverse(all);
   vector<vector<Step>> pieces(1);
   for (const Step& s : all) {
@@ -334,45 +332,43 @@ vector<vector<Step>> pieces_of(bool backward, int chunk, int mb, bool weights,
   return pieces;
 }
 
-// At most two units are full: one in use and the next. The one needed later makes room.
+// Full are the unit in use and the next.
 vector<Step> with_sharding(const vector<Step>& in, bool forward_only) {
-  vector<Step> out, full;  // full: the Gather of each
-  const auto uses = [](const Step& s, const Step& unit) {
-    return !starts_communication(s) && s.chunk == unit.chunk && s.layer == unit.layer &&
-           unit_of(s) == unit.unit;
+  vector<Step> out, full;
+  auto same_unit = [](const Step& a, const Step& b) {
+    return a.chunk == b.chunk && a.layer == b.layer && a.unit == b.unit;
   };
-  auto next_use = [&](const Step& unit, size_t at) {
-    while (at < in.size() && !uses(in[at], unit)) at++;
-    return at;
+  auto add_each = [&](Part part, const vector<Step>& units, const vector<Step>& but) {
+    for (const Step& unit : units)
+      if (std::ranges::none_of(but, [&](const Step& s) { return same_unit(s, unit); }))
+        out.push_back(with_part(part, unit, false));
   };
-  auto needs_gather = [&](const Step& s) {
-    return !starts_communication(s) &&
-           std::ranges::none_of(full, [&](const Step& unit) { return uses(s, unit); });
+  auto hold = [&](const vector<Step>& units) {
+    add_each(Part::Release, full, units);
+    add_each(Part::Gather, units, full);
+    full = units;
   };
-  // The head's gradient is formed with the loss, in the forward.
-  auto adds_gradients = [&](const Step& s) {
-    return s.part == Part::Weights || (s.part == Part::Epilog && !s.backward && !forward_only);
-  };
-  auto release = [&](size_t i) {
-    out.push_back(with_part(Part::Release, full[i], false));
-    full.erase(full.begin() + i64(i));
-  };
-  for (size_t at = 0; at < in.size(); at++) {
-    for (size_t wanted = at; wanted < in.size(); wanted++) {
-      if (!needs_gather(in[wanted])) continue;
-      if (full.size() == 2 && wanted > at) break;
-      if (full.size() == 2) release(next_use(full[0], at) > next_use(full[1], at) ? 0 : 1);
-      Step gather = with_part(Part::Gather, in[wanted], false);
-      for (size_t i = wanted; i < in.size(); i = next_use(gather, i + 1))
-        gather.backward |= adds_gradients(in[i]);
-      out.push_back(gather);
-      full.push_back(gather);
+  for (auto s = in.begin(); s < in.end(); s++) {
+    auto uses_another = [&](const Step& later) {
+      return !starts_communication(later) && !same_unit(later, *s);
+    };
+    if (!starts_communication(*s)) {
+      vector<Step> units = {*s};
+      auto next = std::find_if(s, in.end(), uses_another);
+      if (next < in.end()) units.push_back(*next);
+      hold(units);
     }
-    out.push_back(in[at]);
-    if (adds_gradients(in[at])) out.push_back(with_part(Part::Reduce, in[at], in[at].backward));
-    for (size_t i = full.size(); i-- > 0;)
-      if (next_use(full[i], at + 1) == in.size()) release(i);
+    out.push_back(*s);
+    // The head's gradient is formed with the loss, in the forward.
+    if (s->part != Part::Weights && (s->part != Part::Epilog || s->backward || forward_only))
+      continue;
+    auto gather = std::find_if(out.rbegin(), out.rend(), [&](const Step& before) {
+      return before.part == Part::Gather && same_unit(before, *s);
+    });
+    gather->backward = true;
+    out.push_back(with_part(Part::Reduce, *s, s->backward));
   }
+  hold({});
   return out;
 }
 
@@ -380,8 +376,6 @@ vector<Step> with_sharding(const vector<Step>& in, bool forward_only) {
 
 vector<Step> steps_of(const Action& a, const vector<ChunkLayers>& chunks, bool forward_only,
                       bool gather_layer) {
-  if (forward_only && (a.what == Do::W || a.has_backward()))
-    failed("schedule", text("a forward-only list holds %s", to_text(a).c_str()));
   bool gathers = a.what == Do::Gather, reduces = a.what == Do::Reduce;
   bool units = a.what == Do::W || gathers || reduces;
   int chunk = a.backward_chunk();
@@ -396,8 +390,8 @@ vector<Step> steps_of(const Action& a, const vector<ChunkLayers>& chunks, bool f
   if (units) std::erase_if(steps, [](const Step& s) { return s.part != Part::Weights; });
   for (Step& s : steps) {
     s.count = a.count;
-    if (gathers) s.backward = !forward_only;
-    if (gathers || reduces) s.part = gathers ? Part::Gather : Part::Reduce;
+    if (gathers) s = with_part(Part::Gather, s, !forward_only);
+    if (reduces) s.part = Part::Reduce;
   }
   if (gathers) std::ranges::reverse(steps);
   return gather_layer ? with_sharding(steps, forward_only) : steps;

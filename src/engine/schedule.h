@@ -92,11 +92,10 @@ struct ScheduleCheck {
 };
 
 // Each action once and after what it needs, messages matched in posted order, no deadlock though
-// every group call blocks, live micro-batches bounded.
-ScheduleCheck check_schedule(const ScheduleOptions& options, const vector<ActionList>& lists);
-// With the collectives of sharding, experts and context.
+// every group call blocks, live micro-batches bounded. With layers, lists are those of all ranks of
+// the mesh, and the collectives of sharding, experts and context are checked too.
 ScheduleCheck check_schedule(const ScheduleOptions& options, const vector<ActionList>& lists,
-                             const Mesh& mesh, int layers, bool gather_layer);
+                             const Mesh& mesh = {}, int layers = 0, bool gather_layer = false);
 
 // "F0.3", "B1.2+" (deferred), "W1.2-4", "F0.5|B1.3", "send F0.3 > 1", "gather 0".
 string to_text(const Action& action);
@@ -120,9 +119,9 @@ struct Step {
   Part part = Part::Prolog;
   bool backward = false;
   int chunk = 0, mb = 0;
-  int layer = -1;                   // -1: prolog, epilog
-  UnitKind unit = UnitKind::Layer;  // from Weights on
-  int count = 1;                    // micro-batches of Weights
+  int layer = -1;  // -1: prolog, epilog
+  UnitKind unit = UnitKind::Layer;
+  int count = 1;  // micro-batches of Weights
   bool operator==(const Step&) const = default;
 };
 

@@ -1,6 +1,7 @@
 // What is wrong with lists is thrown as a string.
 #include <array>
 #include <map>
+#include <set>
 
 #include "engine/schedule.h"
 
@@ -26,31 +27,29 @@ vector<Action> deeds_of(const Action& a) {
 }
 
 struct ListWalk {
-  struct Deed {
-    int peer;
-    bool done = false;
-  };
   const ScheduleOptions& o;
-  std::map<Action, Deed> deeds = {};
+  std::map<Action, int> peers = {};  // of all deeds
+  std::set<Action> done = {};
   int live = 0, peak_live = 0;
+  int peak = 0;  // the action where the most are live
 
   ListWalk(const ScheduleOptions& options, int rank) : o(options) {
     for (const Action& a : make_schedule(o, rank))
-      for (const Action& deed : deeds_of(a)) deeds[deed] = {a.peer};
+      for (const Action& deed : deeds_of(a)) peers[deed] = a.peer;
   }
   [[noreturn]] static void fail(const Action& deed, const char* what) {
     string name = to_text(deed);
     throw name.substr(0, name.find_first_of("<>") - deed.is_message()) + what;
   }
   void need(Do what, int chunk, int mb, Payload payload = Payload::Activation) const {
-    auto at = deeds.find({.what = what, .chunk = chunk, .mb = mb, .payload = payload});
-    if (at != deeds.end() && !at->second.done) fail(at->first, " has not run");
+    const Action deed{.what = what, .chunk = chunk, .mb = mb, .payload = payload};
+    if (peers.contains(deed) && !done.contains(deed)) fail(deed, " has not run");
   }
-  void run(const Action& a) {
+  void run(const Action& a, int action) {
     vector<Action> own = deeds_of(a);
     if (o.forward_only && a.has_backward()) throw string("a forward-only list has no backward");
     for (const Action& deed : own)
-      if (auto at = deeds.find(deed); at == deeds.end() || at->second.peer != a.peer)
+      if (auto at = peers.find(deed); at == peers.end() || at->second != a.peer)
         throw string("names no chunk and micro-batch of this rank, or goes to the wrong rank");
     int chunk = a.backward_chunk(), mb = a.backward_mb();
     if (a.what == Do::Send) need(a.payload == Payload::Activation ? Do::F : Do::B, chunk, mb);
@@ -73,16 +72,19 @@ struct ListWalk {
       need(Do::W, chunk, i);
     }
     for (const Action& deed : own)
-      if (std::exchange(deeds[deed].done, true)) fail(deed, " has run already");
-    if (a.has_forward()) peak_live = max(peak_live, ++live);
+      if (!done.insert(deed).second) fail(deed, " has run already");
+    if (a.has_forward() && ++live > peak_live) {
+      peak_live = live;
+      peak = action;
+    }
     // In a forward-only list an output stays until it is sent.
     live -= o.forward_only
-                ? a.what == Do::Send || (a.has_forward() && !deeds.contains({Do::Send, chunk, mb}))
+                ? a.what == Do::Send || (a.has_forward() && !peers.contains({Do::Send, chunk, mb}))
                 : a.has_backward();
   }
   void end() const {
-    for (const auto& [deed, state] : deeds)
-      if (!state.done) fail(deed, " has not run");
+    for (const auto& [deed, peer] : peers)
+      if (!done.contains(deed)) fail(deed, " has not run");
   }
 };
 
@@ -220,7 +222,8 @@ struct Replay {
 }
 
 ScheduleCheck check_schedule(const ScheduleOptions& o, const vector<ActionList>& lists,
-                             const Mesh& mesh, int layers, bool gather_layer) {
+                             const Mesh& given, int layers, bool gather_layer) {
+  const Mesh mesh = layers > 0 ? given : Mesh{.pp = o.pp};
   int count = int(lists.size());
   if (count != mesh.world())
     return {0, 0, text("lists of %d ranks (need %d)", count, mesh.world())};
@@ -231,16 +234,12 @@ ScheduleCheck check_schedule(const ScheduleOptions& o, const vector<ActionList>&
       const ActionList& list = lists[c.rank];
       int pp_rank = coord_of(mesh, c.rank).pp_rank;
       ListWalk walk(o, pp_rank);
-      int peak = 0;  // where the most are live
-      for (c.action = 0; c.action < int(list.size()); c.action++) {
-        int before = walk.peak_live;
-        walk.run(list[c.action]);
-        if (walk.peak_live > before) peak = c.action;
-      }
+      for (c.action = 0; c.action < int(list.size()); c.action++)
+        walk.run(list[c.action], c.action);
       walk.end();
       int live = walk.peak_live;
       int most = o.kind == ScheduleKind::DualPipeV ? 2 * o.pp + 1 : o.pp - pp_rank;
-      c.action = peak;
+      c.action = walk.peak;
       if (live > most && !o.forward_only)
         throw text("activations of too many micro-batches are held (got %d, need at most %d)", live,
                    most);
@@ -255,10 +254,6 @@ ScheduleCheck check_schedule(const ScheduleOptions& o, const vector<ActionList>&
     c.why = where(lists, c.rank, c.action) + ": " + why;
   }
   return c;
-}
-
-ScheduleCheck check_schedule(const ScheduleOptions& o, const vector<ActionList>& lists) {
-  return check_schedule(o, lists, Mesh{.pp = o.pp}, 0, false);
 }
 
 }

@@ -46,7 +46,7 @@ Trainer::Trainer(Rank& rank_in, Run& run_in) : rank(rank_in), run(run_in) {
   if (run.resume_from)
     load_state(rank, parameters, *run.resume_from);
   else if (run.init_from)
-    load_weights(rank, parameters, *run.init_from);
+    load_state(rank, parameters, *run.init_from, false);
   else
     initialize(rank, parameters, config.data.seed);
 }
@@ -70,7 +70,6 @@ StepMetrics Trainer::compute_gradients() {
       begin_trace(run.routing, s.num_layers, plan.step_tokens(), s.top_k);
       if (!run.routing_replay.empty())
         read_routing(run.routing_replay, state.step + 1, s.num_experts, run.routing);
-      run.routing.traced = run.tracing;
     }
     barrier(rank, Group::World, "routing of the step");
   }

@@ -70,6 +70,10 @@ void expect_equal(const Tensor& got, int64_t first, int64_t count, auto want,
 
 constexpr int64_t kCols = 3;
 
+int group_member(const Rank& rank, Group group, int member) {
+  return rank.comm ? group_members(mesh_of(rank), group, rank.id)[member] : rank.id;
+}
+
 template <class T>
 void gather_case(Rank& rank, Group group, int pattern) {
   const int n = group_size(rank, group), me = group_rank(rank, group);
@@ -154,9 +158,8 @@ void all_to_all_case(Rank& rank, Group group, int pattern) {
     send[j] = rows_between(pattern, n, me, j);
     recv[j] = rows_between(pattern, n, j, me);
   }
-  const int64_t spare = pattern == 0 ? 0 : 2;
   Tensor in = filled<T>(rank, sum(send, n), kCols, 0, rank.id);
-  Tensor out = zeros(rank, {sum(recv, n) + spare, kCols}, dtype_of<T>());
+  Tensor out = zeros(rank, {sum(recv, n), kCols}, dtype_of<T>());
   all_to_all(rank, group, in, pattern == 0 ? nullptr : send.data(), out,
              pattern == 0 ? nullptr : recv.data(), "test");
   const std::string where =
@@ -169,8 +172,6 @@ void all_to_all_case(Rank& rank, Group group, int pattern) {
         [&](int64_t i) { return value<T>(group_member(rank, group, j), begin * kCols + i); },
         where);
   }
-  expect_equal<T>(
-      out, sum(recv, n) * kCols, spare * kCols, [](int64_t) { return T{0}; }, where);
 }
 
 template <class T>

@@ -565,7 +565,7 @@ TEST(Weights, LoadFromEitherKindUnderAnyLayout) {
     for (const Mesh& mesh : {make_mesh(1, 1, 1, 1), make_mesh(8, 2, 1, 2), make_mesh(5, 1, 1, 1)})
       run_ranks(mesh, Device::CPU, quick(), [&](Rank& rank) {
         Parameters p = parameters_of(rank);
-        load_weights(rank, p, source);
+        load_state(rank, p, source, false);
         EXPECT_EQ(differing(p, 5, 1), 0);
         for (const FlatUnit& unit : p.units)
           for (int64_t i = 0; i < unit.shard_count; i++)

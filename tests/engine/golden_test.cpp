@@ -106,7 +106,7 @@ struct Loaded {
     model = make_instance(rank, config, {.length = length});
     const Checkpoint weights = open_weights(folder);
     check_weights(weights, whole_table(config));
-    load_weights(rank, *model.parameters, weights);
+    load_state(rank, *model.parameters, weights, false);
   }
   void run(Rank& rank, StepIo& io) {
     zero_grads(rank, *model.parameters);
