@@ -91,7 +91,7 @@ int run_generate(int argc, char** argv) {
               "the tokenizer that the model was trained with");
   vector<u32> ids;
   EncodeScratch scratch;
-  tokenizer.encode(prompt, ids, {}, scratch);
+  tokenizer.encode(prompt, ids, false, scratch);
   if (ids.empty()) bad_input("pith generate", "has no text to continue", "--prompt TEXT");
   i64 length = row_length(model);
   Progress progress("generating", double(count), "tokens");

@@ -508,9 +508,8 @@ class CorpusRun {
   }
 
   void encode(Batch& batch, EncodeScratch& scratch) const {
-    const EncodeOptions options = {.parse_special = !options_.special_as_text};
     for (const string_view document : batch.documents) {
-      tokenizer_.encode(document, batch.tokens, options, scratch);
+      tokenizer_.encode(document, batch.tokens, options_.special_as_text, scratch);
       batch.tokens.push_back(eos_);
       batch.ends.push_back(batch.tokens.size());
     }

@@ -42,7 +42,7 @@ std::string token_file(const Documents& documents, bool parse_special = true) {
   uint64_t end = 0;
   for (const std::string& document : documents) {
     std::vector<uint32_t> ids;
-    tokenizer.encode(document, ids, {.parse_special = parse_special}, scratch);
+    tokenizer.encode(document, ids, !parse_special, scratch);
     ids.push_back(0);  // <|endoftext|>
     for (const uint32_t id : ids) ids_bytes += {static_cast<char>(id), static_cast<char>(id >> 8)};
     end += ids.size();
