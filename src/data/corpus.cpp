@@ -40,25 +40,20 @@ struct Source {
 
 struct Unit {
   string path, record;
-  vector<Source> sources;
+  string identity;  // hash of the settings and of the sources' names, sizes, times and formats
+  vector<Source> sources = {};
   i64 bytes = 0;
-  string identity;  // hash of the sources' names, sizes, times and formats
 };
 
 // Sets the format; returns the name without its suffixes.
 string classify(Source& source, CorpusFormat wanted) {
   fs::path stem = source.name;
-  if (stem.extension() == ".parquet")
-    bad_input(source.path, "Parquet is not read (need text or JSON lines)",
-              "DuckDB, which can write it as JSON lines");
   if (stem.extension() == ".gz" || stem.extension() == ".zst") stem.replace_extension();
   bool jsonl = stem.extension() == ".jsonl", known = jsonl || stem.extension() == ".txt";
   if (known) stem.replace_extension();
   if (wanted == CorpusFormat::Auto && !known)
     bad_input(source.path,
-              source.path == "-"
-                  ? "standard input has no name to tell its format by"
-                  : "its name does not tell its format (need .txt or .jsonl, also .gz, .zst)",
+              "its name does not tell its format (need .txt or .jsonl, also .gz, .zst)",
               "--format text or --format jsonl; --include '*.jsonl' to take only some files");
   source.format = wanted != CorpusFormat::Auto ? wanted
                   : jsonl                      ? CorpusFormat::Jsonl
@@ -66,82 +61,52 @@ string classify(Source& source, CorpusFormat wanted) {
   return stem;
 }
 
-// Linked folders, left out, lead to the same files again.
-vector<Source> find_sources(const string& input, const CorpusOptions& o) {
-  if (input == "-") return {{"-", "stdin"}};
+vector<Source> find_sources(const CorpusOptions& o) {
+  if (o.inputs.size() > 1 && std::ranges::count(o.inputs, "-"))
+    bad_input("-", "standard input beside other inputs (need it alone)", "two runs, or files only");
+  if (o.inputs[0] == "-") return {{"-", "stdin"}};
   vector<Source> found;
-  try {
-    if (fs::is_regular_file(input))
-      return {{input, fs::path(input).filename(), i64(fs::file_size(input))}};
-    std::error_code absent;
-    for (fs::recursive_directory_iterator it(input), end; it != end; ++it) {
-      const fs::path &path = it->path(), file = path.filename();
-      bool hidden = file.native().starts_with('.');
-      const fs::path below = path.lexically_relative(input);
-      auto matches = [&](const string& s) {
-        return !fnmatch(s.c_str(), file.c_str(), 0) || !fnmatch(s.c_str(), below.c_str(), 0);
+  for (const string& input : o.inputs)
+    for (const fs::path file : find_files(input, o.output)) {
+      const fs::path name = file == input ? file.filename() : file.lexically_relative(input);
+      auto matches = [&](const string& pattern) {
+        return fnmatch(pattern.c_str(), file.filename().c_str(), 0) == 0;
       };
-      if (it->is_directory() && (hidden || fs::equivalent(path, o.output, absent)))
-        it.disable_recursion_pending();
-      else if (!hidden && it->is_regular_file() &&
-               (o.include.empty() || std::ranges::any_of(o.include, matches)))
-        found.push_back({path, below, i64(it->file_size())});
+      if (o.include.empty() || std::ranges::any_of(o.include, matches))
+        found.push_back({file, name, i64(fs::file_size(file))});
     }
-  } catch (const fs::filesystem_error& error) {
-    bad_input(input, "is not a file or folder that can be read (" + error.code().message() + ")",
-              "another --input; data from a pipe as --input -");
-  }
-  std::ranges::sort(found, {}, &Source::name);
+  if (found.empty())
+    bad_input("--input", "no file to tokenise was found", "another folder or --include");
   return found;
 }
 
-void add_source(Unit& unit, Source& source) {
-  std::error_code none;  // standard input has no time
-  i64 time = fs::last_write_time(source.path, none).time_since_epoch().count();
-  string all = unit.identity + text("%s\t%ld\t%ld\t%d", source.name.c_str(), source.bytes, time,
-                                    int(source.format));
-  unit.identity = std::to_string(XXH3_64bits(all.data(), all.size()));
-  unit.bytes += source.bytes;
-  unit.sources.push_back(std::move(source));
-}
-
-vector<Unit> plan(const CorpusOptions& o) {
+vector<Unit> plan(const CorpusOptions& o, const string& settings) {
   if (o.join.starts_with(".") || o.join.find('/') != string::npos)
     bad_input("--join", text("is \"%s\" (need a plain file name)", o.join.c_str()), "--join c");
-  if (o.inputs.size() > 1 && std::ranges::count(o.inputs, "-"))
-    bad_input("-", "standard input beside other inputs (need it alone)", "two runs, or files only");
   vector<Unit> units;
-  auto add_unit = [&](const string& name) {
-    units.push_back({o.output + "/" + name + ".bin", o.output + "/.pith/" + name + ".sources"});
-  };
   std::map<string, string> taken;  // name -> its source
-  vector<Source> sources;
-  for (const string& input : o.inputs)
-    std::ranges::move(find_sources(input, o), std::back_inserter(sources));
-  for (Source& source : sources) {
+  for (Source& source : find_sources(o)) {
     string name = classify(source, o.format);
-    bool empty = source.bytes == 0 && source.path != "-";
-    if (o.join.empty()) {
+    if (!o.join.empty()) name = text("%s-%05zu", o.join.c_str(), units.size());
+    if (o.join.empty() || units.empty() || units.back().bytes + source.bytes > o.part_bytes) {
+      units.push_back(
+          {o.output + "/" + name + ".bin", o.output + "/.pith/" + name + ".sources", settings});
       const auto [other, fresh] = taken.emplace(name, source.path);
       if (!fresh)
         bad_input(source.path,
                   text("would become the same token file %s.bin as %s", name.c_str(),
                        other->second.c_str()),
                   "--join NAME, or one run and output folder for each");
-      if (empty && !o.skip_bad)
-        bad_input(source.path, "is empty (need at least one document)",
-                  "removing it, or --skip-bad to leave such files out");
-      add_unit(name);
-    } else if (empty) {
-      continue;
-    } else if (units.empty() || units.back().bytes + source.bytes > o.part_bytes) {
-      add_unit(text("%s-%05zu", o.join.c_str(), units.size()));
     }
-    add_source(units.back(), source);
+    Unit& unit = units.back();
+    std::error_code none;  // standard input has no time
+    i64 time = fs::last_write_time(source.path, none).time_since_epoch().count();
+    string all = unit.identity + text("%s\t%ld\t%ld\t%d", source.name.c_str(), source.bytes, time,
+                                      int(source.format));
+    unit.identity = std::to_string(XXH3_64bits(all.data(), all.size()));
+    unit.bytes += source.bytes;
+    unit.sources.push_back(std::move(source));
   }
-  if (sources.empty())
-    bad_input("--input", "no file to tokenise was found", "another folder or --include");
-  if (units.empty()) bad_input("--input", "all files are empty", "files with text in them");
   return units;
 }
 
@@ -278,7 +243,8 @@ void find_documents(Batch& batch, const string& key) {
   if (batch.source->format == CorpusFormat::Text) {
     size_t valid = valid_utf8_prefix({at, end});
     line += std::count(at, at + valid, '\n');
-    return add({at, end}, at == end ? "is empty" : at + valid < end ? "not valid UTF-8" : "");
+    if (at < end) add({at, end}, at + valid < end ? "not valid UTF-8" : "");
+    return;
   }
   for (char* next; at < end; at = next, line++) {
     next = static_cast<char*>(memchr(at, '\n', end - at)) + 1;
@@ -369,19 +335,19 @@ class CorpusRun {
  public:
   explicit CorpusRun(const CorpusOptions& options)
       : options_(options),
-        units_(plan(options)),
         tokenizer_(Tokenizer::load(options.tokenizer)),
+        eos_(options.eos.empty() ? tokenizer_.eos_id : tokenizer_.id_of(options.eos)),
+        type_(tokenizer_.vocab_size() < UINT16_MAX ? NpyType::U2 : NpyType::U4),
+        units_(plan(options, text("%d\t%d\t%s", eos_ ? int(*eos_) : -1, options.special_as_text,
+                                  options.key.c_str()))),
         threads_(options.threads ? options.threads
                                  : max<i64>(1, std::thread::hardware_concurrency())),
         progress_("tokenize", find_work() / 1e6, "MB of files") {
-    auto eos = options.eos.empty() ? tokenizer_.eos_id : tokenizer_.id_of(options.eos);
-    if (!eos)
+    if (!eos_)
       bad_input("--eos",
                 text("no such token (got %s, need a token of %s)",
                      options.eos.empty() ? "none" : options.eos.c_str(), options.tokenizer.c_str()),
                 "a token as the vocabulary writes it");
-    eos_ = *eos;
-    type_ = tokenizer_.vocab_size() < UINT16_MAX ? NpyType::U2 : NpyType::U4;
   }
 
   CorpusReport run() {
@@ -420,7 +386,8 @@ class CorpusRun {
     const char* why = unit.sources[0].path == "-" ? "and standard input cannot be resumed"
                       : !fs::exists(unit.record)  ? "but was not made by this command"
                       : read_text_file(unit.record) != unit.identity
-                          ? "from other sources (names, sizes, times or --format differ)"
+                          ? "from other sources or options (names, sizes, times, --format, "
+                            "--key, --eos or --special-as-text differ)"
                           : nullptr;
     if (why)
       bad_input(unit.path, text("is there already, %s", why),
@@ -429,27 +396,15 @@ class CorpusRun {
     return true;
   }
 
-  // Locked against others. Marks the folder as not whole.
+  // Marks the folder as not whole.
   void open_folder() const {
-    const string &folder = options_.output, path = folder + "/corpus.json";
-    JsonWriter w;
-    w.object().key("tokenizer_xxh3").value(tokenizer_.fingerprint);
-    w.key("eos_id").value(eos_).key("key").value(options_.key);
-    w.key("special_as_text").value(options_.special_as_text).end();
+    const string &folder = options_.output, path = folder + "/tokenizer.json";
+    string own = read_text_file(options_.tokenizer);
     make_folders(folder + "/.pith");
     const LockedFile lock(folder + "/.pith/.lock", LOCK_EX);
-    if (fs::exists(path)) {
-      Json old = Json::parse_file(path), mine = Json::parse(w.str(), "this run");
-      for (const string& key : mine.keys())
-        if (old[key].dump() != mine[key].dump())
-          bad_input(path,
-                    text("the folder was made with another %s (got %s, need %s)", key.c_str(),
-                         mine[key].dump().c_str(), old[key].dump().c_str()),
-                    "another --output");
-    } else {
-      write_file_durably(folder + "/tokenizer.json", read_text_file(options_.tokenizer));
-      write_file_durably(path, w.str() + "\n");
-    }
+    if (!fs::exists(path)) write_file_durably(path, own);
+    if (read_text_file(path) != own)
+      bad_input(path, "the folder was made with another tokenizer", "another --output");
     const LockedFile mark(mark_, LOCK_SH);
   }
 
@@ -510,7 +465,7 @@ class CorpusRun {
   void encode(Batch& batch, EncodeScratch& scratch) const {
     for (const string_view document : batch.documents) {
       tokenizer_.encode(document, batch.tokens, options_.special_as_text, scratch);
-      batch.tokens.push_back(eos_);
+      batch.tokens.push_back(*eos_);
       batch.ends.push_back(batch.tokens.size());
     }
   }
@@ -540,12 +495,12 @@ class CorpusRun {
   }
 
   const CorpusOptions& options_;
-  const vector<Unit> units_;
-  string mark_ = options_.output + "/.pith/.run";
   const Tokenizer tokenizer_;
+  const std::optional<u32> eos_;
+  const NpyType type_;
+  const vector<Unit> units_;
   const i64 threads_;
-  u32 eos_;
-  NpyType type_;
+  const string mark_ = options_.output + "/.pith/.run";
   std::mutex mutex_;  // guards all below
   std::condition_variable changed_;
   std::deque<const Unit*> to_do_;

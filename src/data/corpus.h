@@ -1,5 +1,5 @@
 // Files of documents -> token files, in parallel, in order, restartable. `output` also gets
-// tokenizer.json, corpus.json (what must not change) and .pith (locks and records).
+// tokenizer.json and .pith (locks and records).
 #pragma once
 #include "data/dataset.h"
 

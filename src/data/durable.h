@@ -47,6 +47,9 @@ void sync_folder(const string& path);
 // "b.txt" -> ".".
 string folder_of(const string& path);
 
+// `path`, or the files below it in path order, not hidden nor in linked folders or `except`.
+vector<string> find_files(const string& path, const string& except = "");
+
 // A file, made where missing, with flock()'s lock until the process ends.
 class LockedFile {
  public:
