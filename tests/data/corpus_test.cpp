@@ -127,7 +127,9 @@ CorpusOptions options_for(const std::string& folder, std::vector<std::string> in
   return {.tokenizer = kTokenizer, .inputs = inputs, .output = folder + "/out", .threads = 2};
 }
 
-int64_t unfinished_in(const std::string& folder) { return inspect_corpus(folder).unfinished; }
+int64_t unfinished_in(const std::string& folder) {
+  return Json::parse(inspect_corpus(folder), folder)["unfinished"].as_int();
+}
 
 // Runs `action` in a child; its exit code, or 128 + the signal that ended it.
 int exit_code_of(pid_t child) {
@@ -545,24 +547,27 @@ TEST(Corpus, Inspect) {
     for (int64_t i = 0; i < file.num_docs; i++)
       lengths.push_back(file.doc_end(i) - (i ? file.doc_end(i - 1) : 0));
   }
-  const CorpusSummary s = inspect_corpus(out, 100, 10);
-  EXPECT_EQ(s.files, 2);
-  EXPECT_EQ(s.documents, 4);
+  const Json s = Json::parse(inspect_corpus(out, 100, 10), out);
+  EXPECT_EQ(s["files"].as_int(), 2);
+  EXPECT_EQ(s["documents"].as_int(), 4);
   int64_t total = 0;
   for (const int64_t n : lengths) total += n;
-  EXPECT_EQ(s.tokens, total);
-  for (size_t bin = 0; bin < s.length_histogram.size(); bin++)
-    EXPECT_EQ(s.length_histogram[bin], std::count_if(lengths.begin(), lengths.end(),
-                                                     [&](int64_t n) { return n >> bin == 1; }));
-  ASSERT_EQ(s.frequent.size(), counts.size());
-  for (size_t i = 0; i < s.frequent.size(); i++) {
-    EXPECT_EQ(s.frequent[i].count, counts[s.frequent[i].id]);
-    EXPECT_LE(s.frequent[i].count, s.frequent[std::max<size_t>(i, 1) - 1].count);
+  EXPECT_EQ(s["tokens"].as_int(), total);
+  for (int64_t bin = 0; bin < s["length_histogram"].size(); bin++)
+    EXPECT_EQ(
+        s["length_histogram"][bin]["documents"].as_int(),
+        std::count_if(lengths.begin(), lengths.end(), [&](int64_t n) { return n >> bin == 1; }));
+  const Json frequent = s["frequent"], samples = s["samples"];
+  ASSERT_EQ(frequent.size(), static_cast<int64_t>(counts.size()));
+  for (int64_t i = 0; i < frequent.size(); i++) {
+    const int64_t count = frequent[i]["count"].as_int();
+    EXPECT_EQ(count, counts[static_cast<uint32_t>(frequent[i]["id"].as_int())]);
+    EXPECT_LE(count, frequent[std::max<int64_t>(i, 1) - 1]["count"].as_int());
   }
-  ASSERT_EQ(s.samples.size(), 4u);
-  EXPECT_EQ(s.samples[1].text, "!!!!!!!!\"<|endoftext|>");
-  EXPECT_EQ(s.samples[3].file, "b/c.bin");
-  EXPECT_EQ(s.samples[3].document, 0);
+  ASSERT_EQ(samples.size(), 4);
+  EXPECT_EQ(samples[1]["text"].as_string(), "!!!!!!!!\"<|endoftext|>");
+  EXPECT_EQ(samples[3]["file"].as_string(), "b/c.bin");
+  EXPECT_EQ(samples[3]["document"].as_int(), 0);
 
   const std::string whole = read_text_file(out + "/a.bin");
   put(out + "/a.bin", whole.substr(0, whole.size() - 1));
