@@ -11,10 +11,7 @@
 namespace pith {
 
 static void decode(const string& file, const string& tokenizer_option, bool json) {
-  string path = tokenizer_option.empty() ? find_tokenizer(file) : tokenizer_file(tokenizer_option);
-  if (path.empty())
-    bad_input(file, "has no tokenizer.json in its folder or above", "--tokenizer PATH");
-  const Tokenizer tokenizer = Tokenizer::load(path);
+  const Tokenizer tokenizer = open_tokenizer(tokenizer_option, {file});
   const TokenFile tokens = open_token_file(file);
   for (i64 i = 0; i < tokens.num_docs && !stop_requested(); i++) {
     vector<u32> ids = document_ids(tokens, i, tokenizer.vocab_size());

@@ -196,11 +196,11 @@ struct Batch {
   i64 first_line;
   string raw;
   i64 stored_bytes = 0;
-  bool last = false;  // of its unit
-  vector<string_view> documents;
+  bool last = false;                      // of its unit
   vector<std::pair<string, string>> bad;  // "file:line", what is wrong
+  i64 text_bytes = 0;
   vector<u32> tokens;
-  vector<u64> ends;
+  vector<u64> ends;  // of documents
 };
 
 // Overwrites line[0, n); line[n] is 0. `document` points into it. Returns what is wrong.
@@ -230,11 +230,11 @@ string parse_line(char* line, size_t n, const string& key, string_view& document
   return "";
 }
 
-void find_documents(Batch& batch, const string& key) {
+void each_document(Batch& batch, const string& key, const auto& use) {
   i64 line = batch.first_line;
   auto add = [&](string_view document, const string& wrong) {
     if (wrong.empty())
-      batch.documents.push_back(document);
+      use(document);
     else
       batch.bad.push_back({batch.source->path + ":" + std::to_string(line), wrong});
   };
@@ -259,7 +259,7 @@ void find_documents(Batch& batch, const string& key) {
 
 // Claimed by the lock on its record: ends of documents, at last the unit's identity.
 struct OpenUnit {
-  explicit OpenUnit(const Unit& u) : unit(u), record(u.record, LOCK_EX | LOCK_NB) {}
+  OpenUnit(const Unit& u, NpyType ids) : unit(u), type(ids), record(u.record, LOCK_EX | LOCK_NB) {}
 
   Batch read() {
     const Source& source = unit.sources[next];
@@ -292,14 +292,14 @@ struct OpenUnit {
     }
   }
 
-  void begin(NpyType type) {
+  void begin() {
     record.replace("");
     make_folders(folder_of(unit.path));
     file.emplace(unit.path);
     file->write(npy_header(type, {0}));  // until the number of tokens is known
   }
 
-  void append(Batch& batch, NpyType type) {
+  void append(Batch& batch) {
     if (type == NpyType::U4)
       file->write(batch.tokens);
     else
@@ -310,7 +310,7 @@ struct OpenUnit {
     num_documents += batch.ends.size();
   }
 
-  void finish(NpyType type) {
+  void finish() {
     const MappedFile ends(unit.record);
     file->write(npy_header(NpyType::U8, {num_documents}));
     file->write(ends.data(), ends.size());
@@ -320,6 +320,7 @@ struct OpenUnit {
   }
 
   const Unit& unit;
+  const NpyType type;
   size_t next = 0;  // of the sources
   std::optional<SourceStream> stream;
   i64 line = 1;
@@ -422,8 +423,12 @@ class CorpusRun {
         if (batch.last) std::erase(open_, unit);
         changed_.notify_all();
         lock.unlock();
-        find_documents(batch, options_.key);
-        encode(batch, scratch);
+        each_document(batch, options_.key, [&](string_view document) {
+          tokenizer_.encode(document, batch.tokens, options_.special_as_text, scratch);
+          batch.tokens.push_back(*eos_);
+          batch.ends.push_back(batch.tokens.size());
+          batch.text_bytes += i64(document.size());
+        });
         lock.lock();
         changed_.wait(lock, [&] { return error_ || unit->batches_written == turn; });
         if (!error_) write(lock, *unit, batch);
@@ -451,38 +456,30 @@ class CorpusRun {
     for (size_t left = to_do_.size(); left > 0 && i64(open_.size()) < threads_; left--) {
       const Unit& next = *to_do_.front();
       make_folders(folder_of(next.record));
-      auto unit = std::make_shared<OpenUnit>(next);
+      auto unit = std::make_shared<OpenUnit>(next, type_);
       to_do_.pop_front();
       if (!unit->record.held) {
         to_do_.push_back(&next);
       } else if (!is_finished(next)) {
-        unit->begin(type_);
+        unit->begin();
         open_.push_back(unit);
       }
-    }
-  }
-
-  void encode(Batch& batch, EncodeScratch& scratch) const {
-    for (const string_view document : batch.documents) {
-      tokenizer_.encode(document, batch.tokens, options_.special_as_text, scratch);
-      batch.tokens.push_back(*eos_);
-      batch.ends.push_back(batch.tokens.size());
     }
   }
 
   void write(Lock& lock, OpenUnit& unit, Batch& batch) {
     for (const auto& [place, what] : batch.bad) leave_out(place, what);
     lock.unlock();
-    unit.append(batch, type_);
+    unit.append(batch);
     bool make = batch.last && unit.num_documents > 0;
-    if (make) unit.finish(type_);
+    if (make) unit.finish();
     lock.lock();
     if (batch.last && !make) leave_out(unit.unit.sources[0].path, "holds no document");
     unit.batches_written++;
     report_.files += make;
-    report_.documents += batch.documents.size();
+    report_.documents += batch.ends.size();
     report_.tokens += batch.tokens.size();
-    for (const string_view document : batch.documents) report_.text_bytes += document.size();
+    report_.text_bytes += batch.text_bytes;
     report_.bad_documents += batch.bad.size();
     bytes_done_ += batch.stored_bytes;
     progress_.update(bytes_done_ / 1e6);

@@ -147,20 +147,9 @@ void LockedFile::replace(const string& bytes) {
   if (!bytes.empty()) flush(fd_, path_);
 }
 
-static string lock_file(const string& folder) {
-  make_folders(folder);
-  return folder + "/.lock";
-}
-
-RunLock::RunLock(const string& folder) : file(lock_file(folder), LOCK_EX | LOCK_NB) {
-  char holder[400] = "", host[256] = "";
-  if (!file.held) {
-    bool named = pread(file.fd_, holder, sizeof holder - 1, 0) > 0;
-    bad_input(folder, text("another run writes there (%s)", named ? holder : "just begun"),
-              "another run.folder");
-  }
-  gethostname(host, sizeof host - 1);
-  file.replace(text("process %d on %s", getpid(), host));
+RunLock::RunLock(const string& folder)
+    : file((make_folders(folder), folder + "/.lock"), LOCK_EX | LOCK_NB) {
+  if (!file.held) bad_input(folder, "another run writes there", "another run.folder");
 }
 
 }

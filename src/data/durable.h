@@ -61,12 +61,11 @@ class LockedFile {
   bool held = true;                   // false: by another, where `operation` does not wait
 
  private:
-  friend struct RunLock;
   string path_;
   int fd_;
 };
 
-// Holds FOLDER/.lock. Exit code 2, naming its holder, if it is taken.
+// Holds FOLDER/.lock. Exit code 2 if it is taken.
 struct RunLock {
   explicit RunLock(const string& folder);
   LockedFile file;

@@ -53,18 +53,20 @@ string_view to_nfc(string_view text, string& buffer);
 // The end of the first word of [begin, end).
 using WordEnd = const char* (*)(const char* begin, const char* end);
 
+// What cuts as the expression does, only faster; null if there is none.
+WordEnd fast_word_end(const string& pattern);
+
 // Cuts at matches of an expression in Oniguruma's Ruby syntax, which are words too unless
 // `removed`.
 class SplitStep {
  public:
   // Exit code 2, at `place`, for what is malformed or not read alike by PCRE2.
-  SplitStep(const string& pattern, const string& place, bool removed = false, bool use_fast = true);
+  SplitStep(const string& pattern, const string& place, bool removed = false);
   // `room` belongs to one thread.
   void split(string_view text, std::shared_ptr<void>& room, vector<string_view>& words) const;
-  WordEnd fast = nullptr;  // in place of the expression
+  WordEnd fast = nullptr;
 
  private:
-  void compile(const string& pattern);
   std::shared_ptr<void> code_;  // pcre2_code
   string place_;
   bool removed_;

@@ -44,7 +44,8 @@ static string translate(const string& pattern, const string& place) {
   return out;
 }
 
-void SplitStep::compile(const string& pattern) {
+SplitStep::SplitStep(const string& pattern, const string& place, bool removed)
+    : fast(removed ? nullptr : fast_word_end(pattern)), place_(place), removed_(removed) {
   string translated = translate(pattern, place_);
   int error = 0;
   PCRE2_SIZE offset = 0;

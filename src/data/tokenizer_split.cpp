@@ -123,8 +123,7 @@ string cl100k_pattern(bool marks, const char* digits) {
 }
 }
 
-SplitStep::SplitStep(const string& pattern, const string& place, bool removed, bool use_fast)
-    : place_(place), removed_(removed) {
+WordEnd fast_word_end(const string& pattern) {
   const std::pair<string, WordEnd> all[] = {
       {cl100k_pattern(false, ""), word_end<&Splitter::cl100k<kLetter, 1>>},  // Qwen2
       {cl100k_pattern(false, "{1,3}"), word_end<&Splitter::cl100k<kLetter, 3>>},
@@ -132,8 +131,8 @@ SplitStep::SplitStep(const string& pattern, const string& place, bool removed, b
       {kO200k, word_end<&Splitter::o200k>},
   };
   for (const auto& [known, word] : all)
-    if (use_fast && !removed && pattern == known) fast = word;
-  if (!fast) compile(pattern);
+    if (pattern == known) return word;
+  return nullptr;
 }
 
 void split(const vector<SplitStep>& steps, string_view text, SplitBuffers& buffers) {

@@ -158,7 +158,8 @@ static std::vector<std::string> words_of(const std::vector<SplitStep>& steps,
 static std::vector<SplitStep> steps_of(const std::string& name, bool use_fast) {
   std::vector<SplitStep> steps;
   const auto add = [&](const std::string& pattern) {
-    steps.emplace_back(pattern, name, false, use_fast);
+    steps.emplace_back(pattern, name);
+    if (!use_fast) steps.back().fast = nullptr;
   };
   const Json json = Json::parse(golden_text(name), name)["pre_tokenizer"]["pretokenizers"];
   for (int64_t i = 0; i + 1 < json.size(); i++) add(json[i]["pattern"]["Regex"].as_string());
