@@ -18,7 +18,7 @@ static void decode(const string& file, const string& tokenizer_option, bool json
     // To be tokenised again, without the end-of-text.
     if (json && !ids.empty()) ids.pop_back();
     string document = tokenizer.decode(ids, SpecialTokens::Keep);
-    if (json) document = JsonWriter().object().key("text").value(document).end().str() + "\n";
+    if (json) document = JsonWriter().object().members("text", document).end().str() + "\n";
     fwrite(document.data(), 1, document.size(), stdout);
   }
 }

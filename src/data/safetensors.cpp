@@ -151,11 +151,12 @@ void SafetensorsWriter::open_next() {
   json.object().key("__metadata__").object().key("format").value("pt").end();
   left_ = 0;
   for (const TensorDecl& tensor : shards_[begun_]) {
-    json.key(tensor.name).object().key("dtype").value(name_of(tensor.dtype));
-    json.key("shape").array();
-    for (const i64 size : tensor.shape) json.value(size);
-    json.end().key("data_offsets").array().value(left_).value(left_ + tensor.bytes()).end().end();
-    left_ += tensor.bytes();
+    const vector<i64> offsets = {left_, left_ + tensor.bytes()};
+    json.key(tensor.name)
+        .object()
+        .members("dtype", name_of(tensor.dtype), "shape", tensor.shape, "data_offsets", offsets);
+    json.end();
+    left_ = offsets[1];
   }
   string header = json.end().str();
   header.resize((header.size() + 7) / 8 * 8, ' ');  // so that the data are aligned

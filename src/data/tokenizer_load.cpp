@@ -93,9 +93,8 @@ static void read_model(Tokenizer& t, const Json& model) {
       right = merge[1].as_string();
     } else {
       string pair = merge.as_string();
-      size_t space = min(pair.find(' '), pair.size());
-      left = pair.substr(0, space);
-      right = pair.substr(min(space + 1, pair.size()));
+      left = pair.substr(0, pair.find(' '));
+      right = pair.substr(min(left.size() + 1, pair.size()));
     }
     auto a = t.id_of(left), b = t.id_of(right), joined = t.id_of(left + right);
     if (!a || !b || !joined)
