@@ -9,7 +9,7 @@ model=${1:-src/models/qwen3_moe.cpp}
 ensure_packages
 build cpu pith > /dev/null
 tokens=runs/edit-tokens
-if [ ! -e "$tokens/corpus.json" ]; then
+if [ ! -e "$tokens/tokenizer.json" ]; then
     build/pith tokenize --tokenizer configs/quickstart/tokenizer.json --format text --join text \
         --include '*.h,*.cpp' --output "$tokens" --input src 2> /dev/null
 fi

@@ -53,7 +53,7 @@ static void encode(const Tokenizer& tokenizer, bool as_text) {
   std::vector<uint32_t> ids;
   while (read_block(block, 1)) {
     ids.clear();
-    tokenizer.encode({block.data(), block.size()}, ids, {!as_text}, scratch);
+    tokenizer.encode({block.data(), block.size()}, ids, as_text, scratch);
     write_block(ids.data(), ids.size(), 4);
   }
 }
@@ -94,7 +94,7 @@ static void time_files(const Tokenizer& tokenizer, int repeats, int count, char*
       for (const std::string_view document : documents) {
         ids.clear();
         const double begin = seconds();
-        tokenizer.encode(document, ids, {}, scratch);
+        tokenizer.encode(document, ids, false, scratch);
         spent += seconds() - begin;
         if (pass) continue;
         tokens += ids.size();

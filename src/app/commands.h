@@ -11,6 +11,8 @@ class App;
 
 namespace pith {
 
+struct Tokenizer;
+
 // argv[0] is the command's name. Each returns the exit code.
 int run_train(int argc, char** argv);
 int run_tokenize(int argc, char** argv);
@@ -62,8 +64,8 @@ ModelFolder open_model(const string& folder);
 
 // `path`, or tokenizer.json in it.
 string tokenizer_file(const string& path);
-// In the folder `path` or one above; empty if none.
-string find_tokenizer(const string& path);
+// Of the file or folder `named`, else of the first of `places` in or above which there is one.
+Tokenizer open_tokenizer(const string& named, const vector<string>& places);
 
 // Bits a byte of held-out text for each nat a label; 0 without a tokenizer.
 double bits_a_byte(const Dataset& data, const string& data_path);

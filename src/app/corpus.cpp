@@ -11,17 +11,14 @@
 namespace pith {
 
 static void decode(const string& file, const string& tokenizer_option, bool json) {
-  string path = tokenizer_option.empty() ? find_tokenizer(file) : tokenizer_file(tokenizer_option);
-  if (path.empty())
-    bad_input(file, "has no tokenizer.json in its folder or above", "--tokenizer PATH");
-  const Tokenizer tokenizer = Tokenizer::load(path);
+  const Tokenizer tokenizer = open_tokenizer(tokenizer_option, {file});
   const TokenFile tokens = open_token_file(file);
   for (i64 i = 0; i < tokens.num_docs && !stop_requested(); i++) {
     vector<u32> ids = document_ids(tokens, i, tokenizer.vocab_size());
     // To be tokenised again, without the end-of-text.
     if (json && !ids.empty()) ids.pop_back();
     string document = tokenizer.decode(ids, SpecialTokens::Keep);
-    if (json) document = JsonWriter().object().key("text").value(document).end().str() + "\n";
+    if (json) document = JsonWriter().object().members("text", document).end().str() + "\n";
     fwrite(document.data(), 1, document.size(), stdout);
   }
 }
@@ -35,11 +32,10 @@ static void print_report(const CorpusReport& r, bool json) {
   if (r.bad_documents) log_warning("left out: %ld documents", r.bad_documents);
   if (!json) return;
   JsonWriter w;
-  w.object().key("files").value(r.files).key("files_done_before").value(r.files_done_before);
-  w.key("files_total").value(r.files_total).key("documents").value(r.documents);
-  w.key("tokens").value(r.tokens).key("text_bytes").value(r.text_bytes);
-  w.key("bad_documents").value(r.bad_documents).key("stopped").value(r.stopped).end();
-  printf("%s\n", w.str().c_str());
+  w.object().members("files", r.files, "files_done_before", r.files_done_before, "files_total",
+                     r.files_total, "documents", r.documents, "tokens", r.tokens, "text_bytes",
+                     r.text_bytes, "bad_documents", r.bad_documents, "stopped", r.stopped);
+  printf("%s\n", w.end().str().c_str());
 }
 
 int run_tokenize(int argc, char** argv) {
@@ -75,43 +71,26 @@ int run_tokenize(int argc, char** argv) {
   return report.stopped ? kExitStopped : kExitDone;
 }
 
-static void print_json(const CorpusSummary& s) {
-  JsonWriter w;
-  w.object().key("files").value(s.files).key("documents").value(s.documents);
-  w.key("tokens").value(s.tokens).key("unfinished").value(s.unfinished);
-  w.key("length_histogram").array();
-  for (size_t i = 0; i < s.length_histogram.size(); i++) {
-    w.object().key("below").value(i64{2} << i);
-    w.key("documents").value(s.length_histogram[i]).end();
-  }
-  w.end().key("frequent").array();
-  for (const auto& f : s.frequent)
-    w.object().key("id").value(f.id).key("text").value(f.text).key("count").value(f.count).end();
-  w.end().key("samples").array();
-  for (const auto& d : s.samples) {
-    w.object().key("file").value(d.file).key("document").value(d.document);
-    w.key("text").value(d.text).end();
-  }
-  printf("%s\n", w.end().end().str().c_str());
-}
-
-static void print_table(const CorpusSummary& s) {
-  // White space is seen, and the terminal is left alone.
-  const auto quoted = [](const string& text) { return JsonWriter().value(text).str(); };
-  printf("files      %ld\ndocuments  %s\ntokens     %s\n\ntokens in a document     documents\n",
-         s.files, with_commas(s.documents).c_str(), with_commas(s.tokens).c_str());
+static void print_table(const Json& all) {
+  const auto number = [&](const char* key) { return with_commas(all[key].as_int()); };
+  printf("files      %s\ndocuments  %s\ntokens     %s\n\ntokens in a document     documents\n",
+         number("files").c_str(), number("documents").c_str(), number("tokens").c_str());
+  const Json bins = all["length_histogram"], frequent = all["frequent"], samples = all["samples"];
   i64 most = 1;
-  for (const i64 n : s.length_histogram) most = max(most, n);
-  for (size_t i = 0; i < s.length_histogram.size(); i++) {
-    i64 n = s.length_histogram[i];
+  for (i64 i = 0; i < bins.size(); i++) most = max(most, bins[i]["documents"].as_int());
+  for (i64 i = 0; i < bins.size(); i++) {
+    i64 n = bins[i]["documents"].as_int(), below = bins[i]["below"].as_int();
     string bar((n * 40 + most - 1) / most, '#');
-    printf("%10ld ..%10ld  %12ld  %s\n", i ? i64{1} << i : 0, (i64{2} << i) - 1, n, bar.c_str());
+    printf("%10ld ..%10ld  %12ld  %s\n", i ? below / 2 : 0, below - 1, n, bar.c_str());
   }
   printf("\n     token         count  text\n");
-  for (const auto& f : s.frequent)
-    printf("%10u  %12ld  %s\n", f.id, f.count, quoted(f.text).c_str());
-  for (const auto& d : s.samples)
-    printf("\n%s, document %ld:\n  %s\n", d.file.c_str(), d.document, quoted(d.text).c_str());
+  // As JSON white space is seen, and the terminal is left alone.
+  for (i64 i = 0; i < frequent.size(); i++)
+    printf("%10ld  %12ld  %s\n", frequent[i]["id"].as_int(), frequent[i]["count"].as_int(),
+           frequent[i]["text"].dump().c_str());
+  for (i64 i = 0; i < samples.size(); i++)
+    printf("\n%s, document %ld:\n  %s\n", samples[i]["file"].as_string().c_str(),
+           samples[i]["document"].as_int(), samples[i]["text"].dump().c_str());
 }
 
 int run_corpus(int argc, char** argv) {
@@ -125,9 +104,13 @@ int run_corpus(int argc, char** argv) {
   args.option("--samples", samples, "documents to decode", 0, 1000);
   args.flag("--json", json, "print it as JSON");
   if (!args.parse(argc, argv)) return kExitDone;
-  const CorpusSummary summary = inspect_corpus(path, top, samples);
-  (json ? print_json : print_table)(summary);
-  if (summary.unfinished)
+  string found = inspect_corpus(path, top, samples);
+  const Json all = Json::parse(found, path);
+  if (json)
+    printf("%s\n", found.c_str());
+  else
+    print_table(all);
+  if (all["unfinished"].as_int() > 0)
     log_warning("not all of it is there: a tokenize run did not finish; start it again");
   return kExitDone;
 }

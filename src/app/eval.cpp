@@ -67,12 +67,12 @@ int run_eval(int argc, char** argv) {
 
 int run_generate(int argc, char** argv) {
   Arguments args("pith generate");
-  string folder, prompt, tokenizer_path;
+  string folder, prompt, named;
   SampleOptions options;
   i64 count = 128, seed = 0;
   args.option("model", folder, kModel);
   args.option("--prompt", prompt, "text to continue");
-  args.option("--tokenizer", tokenizer_path, "default: found with the model");
+  args.option("--tokenizer", named, "default: found with the model");
   args.option("--max-new-tokens", count, "tokens to add", 0, 1 << 20);
   args.option("--temperature", options.temperature, "0: always the most likely token", 0, 100);
   args.option("--top-p", options.top_p, "sample from the likeliest tokens of this mass", 0, 1);
@@ -80,10 +80,8 @@ int run_generate(int argc, char** argv) {
   if (!args.parse(argc, argv)) return kExitDone;
   options.seed = u64(seed);
   const ModelFolder model = open_model(folder);
-  if (tokenizer_path.empty()) tokenizer_path = find_tokenizer(folder);
-  if (tokenizer_path.empty() && model.run) tokenizer_path = find_tokenizer(model.run->data.path);
-  if (tokenizer_path.empty()) bad_input(folder, "has no tokenizer.json", "--tokenizer PATH");
-  const Tokenizer tokenizer = Tokenizer::load(tokenizer_file(tokenizer_path));
+  const Tokenizer tokenizer =
+      open_tokenizer(named, {folder, model.run ? model.run->data.path : folder});
   if (i64(tokenizer.vocab_size()) > model.shape.vocab)
     bad_input(folder,
               text("has a smaller vocabulary than the tokenizer (got %ld, need at least %u)",
@@ -91,7 +89,7 @@ int run_generate(int argc, char** argv) {
               "the tokenizer that the model was trained with");
   vector<u32> ids;
   EncodeScratch scratch;
-  tokenizer.encode(prompt, ids, {}, scratch);
+  tokenizer.encode(prompt, ids, false, scratch);
   if (ids.empty()) bad_input("pith generate", "has no text to continue", "--prompt TEXT");
   i64 length = row_length(model);
   Progress progress("generating", double(count), "tokens");

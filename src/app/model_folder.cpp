@@ -35,11 +35,21 @@ string tokenizer_file(const string& path) {
   return fs::is_directory(path) ? path + "/tokenizer.json" : path;
 }
 
-string find_tokenizer(const string& path) {
+// In the folder `path` or one above; empty if none.
+static string find_tokenizer(const string& path) {
   for (fs::path at = fs::absolute(path);; at = at.parent_path()) {
     if (fs::exists(at / "tokenizer.json")) return at / "tokenizer.json";
     if (at == at.parent_path()) return "";
   }
+}
+
+Tokenizer open_tokenizer(const string& named, const vector<string>& places) {
+  string path = tokenizer_file(named);
+  for (const string& place : places)
+    if (path.empty()) path = find_tokenizer(place);
+  if (path.empty())
+    bad_input(places[0], "has no tokenizer.json in its folder or above", "--tokenizer PATH");
+  return Tokenizer::load(path);
 }
 
 double bits_a_byte(const Dataset& data, const string& data_path) {

@@ -40,25 +40,20 @@ struct Source {
 
 struct Unit {
   string path, record;
-  vector<Source> sources;
+  string identity;  // hash of the settings and of the sources' names, sizes, times and formats
+  vector<Source> sources = {};
   i64 bytes = 0;
-  string identity;  // hash of the sources' names, sizes, times and formats
 };
 
 // Sets the format; returns the name without its suffixes.
 string classify(Source& source, CorpusFormat wanted) {
   fs::path stem = source.name;
-  if (stem.extension() == ".parquet")
-    bad_input(source.path, "Parquet is not read (need text or JSON lines)",
-              "DuckDB, which can write it as JSON lines");
   if (stem.extension() == ".gz" || stem.extension() == ".zst") stem.replace_extension();
   bool jsonl = stem.extension() == ".jsonl", known = jsonl || stem.extension() == ".txt";
   if (known) stem.replace_extension();
   if (wanted == CorpusFormat::Auto && !known)
     bad_input(source.path,
-              source.path == "-"
-                  ? "standard input has no name to tell its format by"
-                  : "its name does not tell its format (need .txt or .jsonl, also .gz, .zst)",
+              "its name does not tell its format (need .txt or .jsonl, also .gz, .zst)",
               "--format text or --format jsonl; --include '*.jsonl' to take only some files");
   source.format = wanted != CorpusFormat::Auto ? wanted
                   : jsonl                      ? CorpusFormat::Jsonl
@@ -66,82 +61,52 @@ string classify(Source& source, CorpusFormat wanted) {
   return stem;
 }
 
-// Linked folders, left out, lead to the same files again.
-vector<Source> find_sources(const string& input, const CorpusOptions& o) {
-  if (input == "-") return {{"-", "stdin"}};
+vector<Source> find_sources(const CorpusOptions& o) {
+  if (o.inputs.size() > 1 && std::ranges::count(o.inputs, "-"))
+    bad_input("-", "standard input beside other inputs (need it alone)", "two runs, or files only");
+  if (o.inputs[0] == "-") return {{"-", "stdin"}};
   vector<Source> found;
-  try {
-    if (fs::is_regular_file(input))
-      return {{input, fs::path(input).filename(), i64(fs::file_size(input))}};
-    std::error_code absent;
-    for (fs::recursive_directory_iterator it(input), end; it != end; ++it) {
-      const fs::path &path = it->path(), file = path.filename();
-      bool hidden = file.native().starts_with('.');
-      const fs::path below = path.lexically_relative(input);
-      auto matches = [&](const string& s) {
-        return !fnmatch(s.c_str(), file.c_str(), 0) || !fnmatch(s.c_str(), below.c_str(), 0);
+  for (const string& input : o.inputs)
+    for (const fs::path file : find_files(input, o.output)) {
+      const fs::path name = file == input ? file.filename() : file.lexically_relative(input);
+      auto matches = [&](const string& pattern) {
+        return fnmatch(pattern.c_str(), file.filename().c_str(), 0) == 0;
       };
-      if (it->is_directory() && (hidden || fs::equivalent(path, o.output, absent)))
-        it.disable_recursion_pending();
-      else if (!hidden && it->is_regular_file() &&
-               (o.include.empty() || std::ranges::any_of(o.include, matches)))
-        found.push_back({path, below, i64(it->file_size())});
+      if (o.include.empty() || std::ranges::any_of(o.include, matches))
+        found.push_back({file, name, i64(fs::file_size(file))});
     }
-  } catch (const fs::filesystem_error& error) {
-    bad_input(input, "is not a file or folder that can be read (" + error.code().message() + ")",
-              "another --input; data from a pipe as --input -");
-  }
-  std::ranges::sort(found, {}, &Source::name);
+  if (found.empty())
+    bad_input("--input", "no file to tokenise was found", "another folder or --include");
   return found;
 }
 
-void add_source(Unit& unit, Source& source) {
-  std::error_code none;  // standard input has no time
-  i64 time = fs::last_write_time(source.path, none).time_since_epoch().count();
-  string all = unit.identity + text("%s\t%ld\t%ld\t%d", source.name.c_str(), source.bytes, time,
-                                    int(source.format));
-  unit.identity = std::to_string(XXH3_64bits(all.data(), all.size()));
-  unit.bytes += source.bytes;
-  unit.sources.push_back(std::move(source));
-}
-
-vector<Unit> plan(const CorpusOptions& o) {
+vector<Unit> plan(const CorpusOptions& o, const string& settings) {
   if (o.join.starts_with(".") || o.join.find('/') != string::npos)
     bad_input("--join", text("is \"%s\" (need a plain file name)", o.join.c_str()), "--join c");
-  if (o.inputs.size() > 1 && std::ranges::count(o.inputs, "-"))
-    bad_input("-", "standard input beside other inputs (need it alone)", "two runs, or files only");
   vector<Unit> units;
-  auto add_unit = [&](const string& name) {
-    units.push_back({o.output + "/" + name + ".bin", o.output + "/.pith/" + name + ".sources"});
-  };
   std::map<string, string> taken;  // name -> its source
-  vector<Source> sources;
-  for (const string& input : o.inputs)
-    std::ranges::move(find_sources(input, o), std::back_inserter(sources));
-  for (Source& source : sources) {
+  for (Source& source : find_sources(o)) {
     string name = classify(source, o.format);
-    bool empty = source.bytes == 0 && source.path != "-";
-    if (o.join.empty()) {
+    if (!o.join.empty()) name = text("%s-%05zu", o.join.c_str(), units.size());
+    if (o.join.empty() || units.empty() || units.back().bytes + source.bytes > o.part_bytes) {
+      units.push_back(
+          {o.output + "/" + name + ".bin", o.output + "/.pith/" + name + ".sources", settings});
       const auto [other, fresh] = taken.emplace(name, source.path);
       if (!fresh)
         bad_input(source.path,
                   text("would become the same token file %s.bin as %s", name.c_str(),
                        other->second.c_str()),
                   "--join NAME, or one run and output folder for each");
-      if (empty && !o.skip_bad)
-        bad_input(source.path, "is empty (need at least one document)",
-                  "removing it, or --skip-bad to leave such files out");
-      add_unit(name);
-    } else if (empty) {
-      continue;
-    } else if (units.empty() || units.back().bytes + source.bytes > o.part_bytes) {
-      add_unit(text("%s-%05zu", o.join.c_str(), units.size()));
     }
-    add_source(units.back(), source);
+    Unit& unit = units.back();
+    std::error_code none;  // standard input has no time
+    i64 time = fs::last_write_time(source.path, none).time_since_epoch().count();
+    string all = unit.identity + text("%s\t%ld\t%ld\t%d", source.name.c_str(), source.bytes, time,
+                                      int(source.format));
+    unit.identity = std::to_string(XXH3_64bits(all.data(), all.size()));
+    unit.bytes += source.bytes;
+    unit.sources.push_back(std::move(source));
   }
-  if (sources.empty())
-    bad_input("--input", "no file to tokenise was found", "another folder or --include");
-  if (units.empty()) bad_input("--input", "all files are empty", "files with text in them");
   return units;
 }
 
@@ -231,11 +196,11 @@ struct Batch {
   i64 first_line;
   string raw;
   i64 stored_bytes = 0;
-  bool last = false;  // of its unit
-  vector<string_view> documents;
+  bool last = false;                      // of its unit
   vector<std::pair<string, string>> bad;  // "file:line", what is wrong
+  i64 text_bytes = 0;
   vector<u32> tokens;
-  vector<u64> ends;
+  vector<u64> ends;  // of documents
 };
 
 // Overwrites line[0, n); line[n] is 0. `document` points into it. Returns what is wrong.
@@ -265,11 +230,11 @@ string parse_line(char* line, size_t n, const string& key, string_view& document
   return "";
 }
 
-void find_documents(Batch& batch, const string& key) {
+void each_document(Batch& batch, const string& key, const auto& use) {
   i64 line = batch.first_line;
   auto add = [&](string_view document, const string& wrong) {
     if (wrong.empty())
-      batch.documents.push_back(document);
+      use(document);
     else
       batch.bad.push_back({batch.source->path + ":" + std::to_string(line), wrong});
   };
@@ -278,7 +243,8 @@ void find_documents(Batch& batch, const string& key) {
   if (batch.source->format == CorpusFormat::Text) {
     size_t valid = valid_utf8_prefix({at, end});
     line += std::count(at, at + valid, '\n');
-    return add({at, end}, at == end ? "is empty" : at + valid < end ? "not valid UTF-8" : "");
+    if (at < end) add({at, end}, at + valid < end ? "not valid UTF-8" : "");
+    return;
   }
   for (char* next; at < end; at = next, line++) {
     next = static_cast<char*>(memchr(at, '\n', end - at)) + 1;
@@ -293,7 +259,7 @@ void find_documents(Batch& batch, const string& key) {
 
 // Claimed by the lock on its record: ends of documents, at last the unit's identity.
 struct OpenUnit {
-  explicit OpenUnit(const Unit& u) : unit(u), record(u.record, LOCK_EX | LOCK_NB) {}
+  OpenUnit(const Unit& u, NpyType ids) : unit(u), type(ids), record(u.record, LOCK_EX | LOCK_NB) {}
 
   Batch read() {
     const Source& source = unit.sources[next];
@@ -326,14 +292,14 @@ struct OpenUnit {
     }
   }
 
-  void begin(NpyType type) {
+  void begin() {
     record.replace("");
     make_folders(folder_of(unit.path));
     file.emplace(unit.path);
     file->write(npy_header(type, {0}));  // until the number of tokens is known
   }
 
-  void append(Batch& batch, NpyType type) {
+  void append(Batch& batch) {
     if (type == NpyType::U4)
       file->write(batch.tokens);
     else
@@ -344,7 +310,7 @@ struct OpenUnit {
     num_documents += batch.ends.size();
   }
 
-  void finish(NpyType type) {
+  void finish() {
     const MappedFile ends(unit.record);
     file->write(npy_header(NpyType::U8, {num_documents}));
     file->write(ends.data(), ends.size());
@@ -354,6 +320,7 @@ struct OpenUnit {
   }
 
   const Unit& unit;
+  const NpyType type;
   size_t next = 0;  // of the sources
   std::optional<SourceStream> stream;
   i64 line = 1;
@@ -369,19 +336,19 @@ class CorpusRun {
  public:
   explicit CorpusRun(const CorpusOptions& options)
       : options_(options),
-        units_(plan(options)),
         tokenizer_(Tokenizer::load(options.tokenizer)),
+        eos_(options.eos.empty() ? tokenizer_.eos_id : tokenizer_.id_of(options.eos)),
+        type_(tokenizer_.vocab_size() < UINT16_MAX ? NpyType::U2 : NpyType::U4),
+        units_(plan(options, text("%d\t%d\t%s", eos_ ? int(*eos_) : -1, options.special_as_text,
+                                  options.key.c_str()))),
         threads_(options.threads ? options.threads
                                  : max<i64>(1, std::thread::hardware_concurrency())),
         progress_("tokenize", find_work() / 1e6, "MB of files") {
-    auto eos = options.eos.empty() ? tokenizer_.eos_id : tokenizer_.id_of(options.eos);
-    if (!eos)
+    if (!eos_)
       bad_input("--eos",
                 text("no such token (got %s, need a token of %s)",
                      options.eos.empty() ? "none" : options.eos.c_str(), options.tokenizer.c_str()),
                 "a token as the vocabulary writes it");
-    eos_ = *eos;
-    type_ = tokenizer_.vocab_size() < UINT16_MAX ? NpyType::U2 : NpyType::U4;
   }
 
   CorpusReport run() {
@@ -420,7 +387,8 @@ class CorpusRun {
     const char* why = unit.sources[0].path == "-" ? "and standard input cannot be resumed"
                       : !fs::exists(unit.record)  ? "but was not made by this command"
                       : read_text_file(unit.record) != unit.identity
-                          ? "from other sources (names, sizes, times or --format differ)"
+                          ? "from other sources or options (names, sizes, times, --format, "
+                            "--key, --eos or --special-as-text differ)"
                           : nullptr;
     if (why)
       bad_input(unit.path, text("is there already, %s", why),
@@ -429,27 +397,15 @@ class CorpusRun {
     return true;
   }
 
-  // Locked against others. Marks the folder as not whole.
+  // Marks the folder as not whole.
   void open_folder() const {
-    const string &folder = options_.output, path = folder + "/corpus.json";
-    JsonWriter w;
-    w.object().key("tokenizer_xxh3").value(tokenizer_.fingerprint);
-    w.key("eos_id").value(eos_).key("key").value(options_.key);
-    w.key("special_as_text").value(options_.special_as_text).end();
+    const string &folder = options_.output, path = folder + "/tokenizer.json";
+    string own = read_text_file(options_.tokenizer);
     make_folders(folder + "/.pith");
     const LockedFile lock(folder + "/.pith/.lock", LOCK_EX);
-    if (fs::exists(path)) {
-      Json old = Json::parse_file(path), mine = Json::parse(w.str(), "this run");
-      for (const string& key : mine.keys())
-        if (old[key].dump() != mine[key].dump())
-          bad_input(path,
-                    text("the folder was made with another %s (got %s, need %s)", key.c_str(),
-                         mine[key].dump().c_str(), old[key].dump().c_str()),
-                    "another --output");
-    } else {
-      write_file_durably(folder + "/tokenizer.json", read_text_file(options_.tokenizer));
-      write_file_durably(path, w.str() + "\n");
-    }
+    if (!fs::exists(path)) write_file_durably(path, own);
+    if (read_text_file(path) != own)
+      bad_input(path, "the folder was made with another tokenizer", "another --output");
     const LockedFile mark(mark_, LOCK_SH);
   }
 
@@ -467,8 +423,12 @@ class CorpusRun {
         if (batch.last) std::erase(open_, unit);
         changed_.notify_all();
         lock.unlock();
-        find_documents(batch, options_.key);
-        encode(batch, scratch);
+        each_document(batch, options_.key, [&](string_view document) {
+          tokenizer_.encode(document, batch.tokens, options_.special_as_text, scratch);
+          batch.tokens.push_back(*eos_);
+          batch.ends.push_back(batch.tokens.size());
+          batch.text_bytes += i64(document.size());
+        });
         lock.lock();
         changed_.wait(lock, [&] { return error_ || unit->batches_written == turn; });
         if (!error_) write(lock, *unit, batch);
@@ -496,39 +456,30 @@ class CorpusRun {
     for (size_t left = to_do_.size(); left > 0 && i64(open_.size()) < threads_; left--) {
       const Unit& next = *to_do_.front();
       make_folders(folder_of(next.record));
-      auto unit = std::make_shared<OpenUnit>(next);
+      auto unit = std::make_shared<OpenUnit>(next, type_);
       to_do_.pop_front();
       if (!unit->record.held) {
         to_do_.push_back(&next);
       } else if (!is_finished(next)) {
-        unit->begin(type_);
+        unit->begin();
         open_.push_back(unit);
       }
-    }
-  }
-
-  void encode(Batch& batch, EncodeScratch& scratch) const {
-    const EncodeOptions options = {.parse_special = !options_.special_as_text};
-    for (const string_view document : batch.documents) {
-      tokenizer_.encode(document, batch.tokens, options, scratch);
-      batch.tokens.push_back(eos_);
-      batch.ends.push_back(batch.tokens.size());
     }
   }
 
   void write(Lock& lock, OpenUnit& unit, Batch& batch) {
     for (const auto& [place, what] : batch.bad) leave_out(place, what);
     lock.unlock();
-    unit.append(batch, type_);
+    unit.append(batch);
     bool make = batch.last && unit.num_documents > 0;
-    if (make) unit.finish(type_);
+    if (make) unit.finish();
     lock.lock();
     if (batch.last && !make) leave_out(unit.unit.sources[0].path, "holds no document");
     unit.batches_written++;
     report_.files += make;
-    report_.documents += batch.documents.size();
+    report_.documents += batch.ends.size();
     report_.tokens += batch.tokens.size();
-    for (const string_view document : batch.documents) report_.text_bytes += document.size();
+    report_.text_bytes += batch.text_bytes;
     report_.bad_documents += batch.bad.size();
     bytes_done_ += batch.stored_bytes;
     progress_.update(bytes_done_ / 1e6);
@@ -541,12 +492,12 @@ class CorpusRun {
   }
 
   const CorpusOptions& options_;
-  const vector<Unit> units_;
-  string mark_ = options_.output + "/.pith/.run";
   const Tokenizer tokenizer_;
+  const std::optional<u32> eos_;
+  const NpyType type_;
+  const vector<Unit> units_;
   const i64 threads_;
-  u32 eos_;
-  NpyType type_;
+  const string mark_ = options_.output + "/.pith/.run";
   std::mutex mutex_;  // guards all below
   std::condition_variable changed_;
   std::deque<const Unit*> to_do_;

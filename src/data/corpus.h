@@ -1,5 +1,5 @@
 // Files of documents -> token files, in parallel, in order, restartable. `output` also gets
-// tokenizer.json, corpus.json (what must not change) and .pith (locks and records).
+// tokenizer.json and .pith (locks and records).
 #pragma once
 #include "data/dataset.h"
 
@@ -38,25 +38,9 @@ CorpusReport tokenize_corpus(const CorpusOptions& options);
 // Ids >= vocab_size are exit code 2.
 vector<u32> document_ids(const TokenFile& file, i64 document, u32 vocab_size);
 
-struct CorpusSummary {
-  i64 files = 0, documents = 0, tokens = 0;
-  i64 unfinished = 0;            // files, and runs that did not end
-  vector<i64> length_histogram;  // [i]: documents of [2^i, 2^(i+1)) tokens; [0] has 0 too
-  struct Frequent {
-    u32 id;
-    i64 count;
-    string text;
-  };
-  vector<Frequent> frequent;
-  struct Sample {
-    string file;
-    i64 document;
-    string text;
-  };
-  vector<Sample> samples;
-};
-
-// Of a folder or file. Exit code 2: no or damaged files.
-CorpusSummary inspect_corpus(const string& path, i64 top = 20, i64 samples = 3);
+// JSON, of a folder or file: how many documents have less than 2, 4, ... tokens, the `top` most
+// frequent tokens, decoded samples. "unfinished": files, and runs that did not end. Exit code 2: no
+// or damaged files.
+string inspect_corpus(const string& path, i64 top = 20, i64 samples = 3);
 
 }

@@ -3,6 +3,7 @@
 #include <filesystem>
 #include <random>
 
+#include "core/json.h"
 #include "data/corpus.h"
 #include "data/tokenizer.h"
 
@@ -16,40 +17,56 @@ vector<u32> document_ids(const TokenFile& file, i64 document, u32 vocab_size) {
   return ids;
 }
 
-CorpusSummary inspect_corpus(const string& where, i64 top, i64 samples) {
+string inspect_corpus(const string& where, i64 top, i64 samples) {
   vector<string> paths = find_token_files(where);
   string folder = fs::is_directory(where) ? where : folder_of(where);
   const Tokenizer tokenizer = Tokenizer::load(folder + "/tokenizer.json");
-  CorpusSummary summary;
-  summary.files = paths.size();
+  i64 unfinished = 0, tokens = 0, documents = 0;
   for (const auto& entry : fs::recursive_directory_iterator(folder))
-    summary.unfinished += entry.path().extension() == ".tmp" || entry.path().filename() == ".run";
+    unfinished += entry.path().extension() == ".tmp" || entry.path().filename() == ".run";
   std::mt19937_64 random;
-  vector<i64> counts(tokenizer.vocab_size());
+  vector<i64> counts(tokenizer.vocab_size()), histogram;  // by id; by log2 of the length
+  vector<string> sampled;                                 // uniformly
   for (const string& path : paths) {
     const TokenFile file = open_token_file(path);
+    tokens += file.num_tokens;
     for (i64 i = 0; i < file.num_docs; i++) {
       vector<u32> ids = document_ids(file, i, counts.size());
       for (const u32 id : ids) counts[id]++;
       size_t bin = std::bit_width(ids.size() | 1) - 1;
-      if (bin >= summary.length_histogram.size()) summary.length_histogram.resize(bin + 1);
-      summary.length_histogram[bin]++;
-      // A uniform sample.
-      i64 n = summary.documents++, place = n < samples ? n : random() % (n + 1);
+      histogram.resize(max(histogram.size(), bin + 1));
+      histogram[bin]++;
+      i64 n = documents++, place = n < samples ? n : random() % (n + 1);
       if (place >= samples) continue;
-      if (place == n) summary.samples.emplace_back();
+      sampled.resize(max<size_t>(sampled.size(), place + 1));
       ids.resize(min<size_t>(ids.size(), 100));
-      summary.samples[place] = {fs::relative(path, folder), i,
-                                tokenizer.decode(ids, SpecialTokens::Keep)};
+      sampled[place] = JsonWriter()
+                           .object()
+                           .members("file", fs::relative(path, folder).string(), "document", i,
+                                    "text", tokenizer.decode(ids, SpecialTokens::Keep))
+                           .end()
+                           .str();
     }
-    summary.tokens += file.num_tokens;
   }
+  vector<u32> frequent;
   for (u32 id = 0; id < counts.size(); id++)
-    if (counts[id]) summary.frequent.push_back({id, counts[id], ""});
-  std::ranges::stable_sort(summary.frequent, std::greater{}, &CorpusSummary::Frequent::count);
-  summary.frequent.resize(min<size_t>(summary.frequent.size(), top));
-  for (auto& f : summary.frequent) f.text = tokenizer.decode({&f.id, 1}, SpecialTokens::Keep);
-  return summary;
+    if (counts[id]) frequent.push_back(id);
+  std::ranges::stable_sort(frequent, std::greater{}, [&](u32 id) { return counts[id]; });
+  frequent.resize(min<size_t>(frequent.size(), top));
+  JsonWriter w;
+  w.object().members("files", paths.size(), "documents", documents, "tokens", tokens);
+  w.members("unfinished", unfinished).key("length_histogram").array();
+  for (size_t bin = 0; bin < histogram.size(); bin++)
+    w.object().members("below", i64{2} << bin, "documents", histogram[bin]).end();
+  w.end().key("frequent").array();
+  for (const u32 id : frequent)
+    w.object()
+        .members("id", id, "text", tokenizer.decode({&id, 1}, SpecialTokens::Keep), "count",
+                 counts[id])
+        .end();
+  w.end().key("samples").array();
+  for (const string& sample : sampled) w.raw(sample);
+  return w.end().end().str();
 }
 
 }

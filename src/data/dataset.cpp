@@ -3,13 +3,10 @@
 #include <xxhash.h>
 
 #include <algorithm>
-#include <filesystem>
 
 #include "core/rng.h"
 
 namespace pith {
-
-namespace fs = std::filesystem;
 
 i64 TokenFile::doc_end(i64 doc) const {
   i64 end;
@@ -72,20 +69,12 @@ TokenFile open_token_file(const string& path) {
 }
 
 vector<string> find_token_files(const string& path) {
-  const char* remedy = "make token files with pith tokenize";
-  vector<string> found;
-  try {
-    if (fs::is_regular_file(path)) return {path};
-    for (fs::recursive_directory_iterator it(path), end; it != end; ++it)
-      if (it->path().filename().native().starts_with('.'))
-        it.disable_recursion_pending();
-      else if (it->path().extension() == ".bin" && it->is_regular_file())
-        found.push_back(it->path());
-  } catch (const fs::filesystem_error& error) {
-    bad_input(path, "cannot be listed (" + error.code().message() + ")", remedy);
-  }
-  if (found.empty()) bad_input(path, "holds no token file (got none that ends in .bin)", remedy);
-  std::ranges::sort(found, {}, [](auto& name) { return fs::path(name); });
+  vector<string> found = find_files(path);
+  if (found != vector{path})
+    std::erase_if(found, [](const string& file) { return !file.ends_with(".bin"); });
+  if (found.empty())
+    bad_input(path, "holds no token file (got none that ends in .bin)",
+              "make token files with pith tokenize");
   return found;
 }
 

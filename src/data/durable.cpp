@@ -108,6 +108,25 @@ string folder_of(const string& path) {
   return folder.empty() ? "." : folder.string();
 }
 
+vector<string> find_files(const string& path, const string& except) {
+  vector<fs::path> found;
+  try {
+    if (fs::is_regular_file(path)) return {path};
+    std::error_code absent;
+    for (fs::recursive_directory_iterator it(path), end; it != end; ++it) {
+      bool hidden = it->path().filename().native().starts_with('.');
+      if (hidden || (it->is_directory() && fs::equivalent(it->path(), except, absent)))
+        it.disable_recursion_pending();
+      else if (it->is_regular_file())
+        found.push_back(it->path());
+    }
+  } catch (const fs::filesystem_error& error) {
+    bad_input(path, "cannot be listed (" + error.code().message() + ")", "another file or folder");
+  }
+  std::ranges::sort(found);
+  return {found.begin(), found.end()};
+}
+
 LockedFile::LockedFile(const string& path, int operation)
     : path_(path), fd_(open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666)) {
   if (fd_ < 0) failed_call(path, "cannot be opened", errno);
@@ -128,20 +147,9 @@ void LockedFile::replace(const string& bytes) {
   if (!bytes.empty()) flush(fd_, path_);
 }
 
-static string lock_file(const string& folder) {
-  make_folders(folder);
-  return folder + "/.lock";
-}
-
-RunLock::RunLock(const string& folder) : file(lock_file(folder), LOCK_EX | LOCK_NB) {
-  char holder[400] = "", host[256] = "";
-  if (!file.held) {
-    bool named = pread(file.fd_, holder, sizeof holder - 1, 0) > 0;
-    bad_input(folder, text("another run writes there (%s)", named ? holder : "just begun"),
-              "another run.folder");
-  }
-  gethostname(host, sizeof host - 1);
-  file.replace(text("process %d on %s", getpid(), host));
+RunLock::RunLock(const string& folder)
+    : file((make_folders(folder), folder + "/.lock"), LOCK_EX | LOCK_NB) {
+  if (!file.held) bad_input(folder, "another run writes there", "another run.folder");
 }
 
 }

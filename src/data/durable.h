@@ -47,6 +47,9 @@ void sync_folder(const string& path);
 // "b.txt" -> ".".
 string folder_of(const string& path);
 
+// `path`, or the files below it in path order, not hidden nor in linked folders or `except`.
+vector<string> find_files(const string& path, const string& except = "");
+
 // A file, made where missing, with flock()'s lock until the process ends.
 class LockedFile {
  public:
@@ -58,12 +61,11 @@ class LockedFile {
   bool held = true;                   // false: by another, where `operation` does not wait
 
  private:
-  friend struct RunLock;
   string path_;
   int fd_;
 };
 
-// Holds FOLDER/.lock. Exit code 2, naming its holder, if it is taken.
+// Holds FOLDER/.lock. Exit code 2 if it is taken.
 struct RunLock {
   explicit RunLock(const string& folder);
   LockedFile file;

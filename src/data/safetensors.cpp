@@ -90,11 +90,9 @@ void SafetensorsReader::open_index(const string& folder, const string& index) {
     path_of[name] = folder + "/" + *shards.insert(weights[name].as_string()).first;
   if (shards.empty()) damaged(index, "lists no tensors");
   for (const string& shard : shards) {
-    string path = folder + "/" + shard;
     if (shard.find('/') != string::npos)
       damaged(index, "is not a file name (got \"" + shard + "\")");
-    if (!fs::exists(path)) damaged(path, "is missing, but the index names it");
-    open_file(path);
+    open_file(folder + "/" + shard);
   }
   for (const TensorEntry& tensor : tensors_) {
     string listed = std::exchange(path_of[tensor.name], ""), here = files_[tensor.file].path();
@@ -153,11 +151,12 @@ void SafetensorsWriter::open_next() {
   json.object().key("__metadata__").object().key("format").value("pt").end();
   left_ = 0;
   for (const TensorDecl& tensor : shards_[begun_]) {
-    json.key(tensor.name).object().key("dtype").value(name_of(tensor.dtype));
-    json.key("shape").array();
-    for (const i64 size : tensor.shape) json.value(size);
-    json.end().key("data_offsets").array().value(left_).value(left_ + tensor.bytes()).end().end();
-    left_ += tensor.bytes();
+    const vector<i64> offsets = {left_, left_ + tensor.bytes()};
+    json.key(tensor.name)
+        .object()
+        .members("dtype", name_of(tensor.dtype), "shape", tensor.shape, "data_offsets", offsets);
+    json.end();
+    left_ = offsets[1];
   }
   string header = json.end().str();
   header.resize((header.size() + 7) / 8 * 8, ' ');  // so that the data are aligned

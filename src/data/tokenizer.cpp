@@ -26,19 +26,6 @@ const AddedToken* AddedTokens::find(string_view text, size_t from, size_t& begin
   return nullptr;
 }
 
-void Tokenizer::encode_words(string_view text, EncodeScratch& scratch, vector<u32>& out) const {
-  SplitBuffers& buffers = scratch.split_;
-  if (steps.size() != 1 || !steps[0].fast) {
-    split(steps, text, buffers);
-    return bpe.encode(buffers.pieces, scratch, out);
-  }
-  while (!text.empty()) {  // some words at a time stay in the processor's cache
-    buffers.pieces.clear();
-    steps[0].fast(text, buffers.pieces, 256);
-    bpe.encode(buffers.pieces, scratch, out);
-  }
-}
-
 // The flags and size of the character at `at`, or of the one before it; 0 at the text's ends.
 static Char flags_at(string_view text, size_t at) {
   if (at >= text.size()) return {0, 0};
@@ -52,18 +39,21 @@ static Char flags_before(string_view text, size_t at) {
 }
 
 // Cuts `text` at added tokens, and what is between them again, once normalized.
-void Tokenizer::encode_text(string_view text, bool normalized, bool parse_special,
+void Tokenizer::encode_text(string_view text, bool normalized, bool special_as_text,
                             EncodeScratch& scratch, vector<u32>& out) const {
   auto encode_between = [&](size_t begin, size_t end) {
     string_view part = text.substr(begin, end - begin);
-    if (part.empty()) return;
-    if (normalized) return encode_words(part, scratch, out);
-    encode_text(nfc ? to_nfc(part, scratch.normalized_) : part, true, parse_special, scratch, out);
+    if (!normalized) {
+      if (nfc) part = to_nfc(part, scratch.normalized);
+      return encode_text(part, true, special_as_text, scratch, out);
+    }
+    split(steps, part, scratch.buffers);
+    bpe.encode(scratch.buffers.pieces, scratch, out);
   };
   size_t done = 0, from = 0, begin = 0;
   while (const AddedToken* token = added[normalized].find(text, from, begin)) {
     size_t end = from = begin + token->content.size();
-    if (token->special && !parse_special) continue;
+    if (token->special && special_as_text) continue;
     Char before = flags_before(text, begin), after = flags_at(text, end);
     if (token->single_word && ((before.code | after.code) & kWordChar)) continue;
     for (; token->lstrip && begin > done && before.code & kSpace;
@@ -77,14 +67,14 @@ void Tokenizer::encode_text(string_view text, bool normalized, bool parse_specia
   encode_between(done, text.size());
 }
 
-void Tokenizer::encode(string_view utf8, vector<u32>& out, EncodeOptions options,
+void Tokenizer::encode(string_view utf8, vector<u32>& out, bool special_as_text,
                        EncodeScratch& scratch) const {
   size_t valid = valid_utf8_prefix(utf8);
   if (valid < utf8.size())
     bad_input(path, text("the text to encode is no UTF-8 (got a bad byte at %zu)", valid),
               "replace what is invalid");
   scratch.use(fingerprint);
-  encode_text(utf8, false, options.parse_special, scratch, out);
+  encode_text(utf8, false, special_as_text, scratch, out);
 }
 
 string Tokenizer::decode(std::span<const u32> tokens, SpecialTokens which) const {

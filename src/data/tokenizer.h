@@ -50,21 +50,23 @@ string replace_invalid_utf8(string_view bytes);
 // `text` in NFC: itself, or in `buffer`.
 string_view to_nfc(string_view text, string& buffer);
 
-// Takes at most `most` words off `text`.
-using FastSplit = void (*)(string_view& text, vector<string_view>& words, size_t most);
+// The end of the first word of [begin, end).
+using WordEnd = const char* (*)(const char* begin, const char* end);
+
+// What cuts as the expression does, only faster; null if there is none.
+WordEnd fast_word_end(const string& pattern);
 
 // Cuts at matches of an expression in Oniguruma's Ruby syntax, which are words too unless
 // `removed`.
 class SplitStep {
  public:
   // Exit code 2, at `place`, for what is malformed or not read alike by PCRE2.
-  SplitStep(const string& pattern, const string& place, bool removed = false, bool use_fast = true);
+  SplitStep(const string& pattern, const string& place, bool removed = false);
   // `room` belongs to one thread.
   void split(string_view text, std::shared_ptr<void>& room, vector<string_view>& words) const;
-  FastSplit fast = nullptr;
+  WordEnd fast = nullptr;
 
  private:
-  void compile(const string& pattern);
   std::shared_ptr<void> code_;  // pcre2_code
   string place_;
   bool removed_;
@@ -80,24 +82,22 @@ constexpr u32 kNoId = UINT32_MAX;
 constexpr int kIdBits = 21, kRankBits = 64 - 2 * kIdBits;  // of a packed merge
 
 // One thread's, for any tokenizer; ids never depend on it.
-class EncodeScratch {
- public:
+struct EncodeScratch {
   explicit EncodeScratch(size_t cache_bytes = size_t{1} << 23);
-
- private:
-  friend class Bpe;
-  friend struct Tokenizer;
-  void use(u64 fingerprint);  // empties the cache of another tokenizer
+  void use(u64 tokenizer);  // empties the cache of another one
   struct Entry {
-    u64 key[4];  // a word of less than 32 bytes, its size in the last one; 0: unused
+    char key[32];  // a word of less than 32 bytes, its size in the last one; 0: unused
     u32 ids[7], count;
   };
-  size_t entries_;
-  vector<Entry> cache_;  // a power of two; of a word's two places the older is given up
-  u64 owner_ = 0;
-  vector<u32> ids_, ranks_;
-  SplitBuffers split_;
-  string normalized_;
+  size_t entries;
+  vector<Entry> cache;  // a power of two; of a word's two places the older is given up
+  u64 owner = 0;
+  struct Part {  // a token of a word; rank: of its merge with the one after it
+    u32 id, rank, before, after;
+  };
+  vector<Part> parts;
+  SplitBuffers buffers;
+  string normalized;
 };
 
 class Bpe {
@@ -108,19 +108,16 @@ class Bpe {
   Bpe() = default;
   // Merges, best first; `bytes` by id, which outlive this.
   Bpe(const vector<Merge>& merges, const vector<string_view>& bytes, bool ignore_merges);
-  void encode(const vector<string_view>& words, EncodeScratch& scratch, vector<u32>& out) const;
+  void encode(std::span<const string_view> words, EncodeScratch& scratch, vector<u32>& out) const;
 
  private:
   size_t slot_of(u32 left, u32 right) const;
   u32 rank_of(u32 left, u32 right) const;
-  void merge(vector<u32>& ids, vector<u32>& ranks) const;
-  void merge_long(vector<u32>& ids, vector<u32>& ranks) const;
-  void encode_word(string_view word, EncodeScratch& scratch) const;
+  void merge(string_view word, EncodeScratch& scratch, vector<u32>& out) const;
 
   vector<u64> pairs_;   // left, right, rank; open addressing; packed for one cache miss
   vector<u32> joined_;  // by rank
   std::array<u32, 256> byte_ids_{};
-  vector<u32> byte_pairs_ = vector<u32>(1 << 16, kNoId);  // ranks, by two bytes
   std::unordered_map<string_view, u32> whole_;
 };
 
@@ -141,10 +138,6 @@ class AddedTokens {
   std::array<bool, 256> starts_{};
 };
 
-struct EncodeOptions {
-  bool parse_special = true;  // special tokens' text in a document becomes those tokens
-};
-
 enum class SpecialTokens : u8 { Keep, Skip };
 
 // Shared by threads, each with its EncodeScratch.
@@ -154,8 +147,9 @@ struct Tokenizer {
   Tokenizer() = default;
   Tokenizer(Tokenizer&&) = default;
 
-  // Appends to `out`. Exit code 2, with the byte offset, where `utf8` is not valid.
-  void encode(string_view utf8, vector<u32>& out, EncodeOptions options,
+  // Appends to `out`. special_as_text: special tokens' text does not become those tokens. Exit
+  // code 2, with the byte offset, where `utf8` is not valid.
+  void encode(string_view utf8, vector<u32>& out, bool special_as_text,
               EncodeScratch& scratch) const;
   // Invalid UTF-8 becomes U+FFFD, ids without a token nothing.
   string decode(std::span<const u32> tokens, SpecialTokens which) const;
@@ -167,10 +161,8 @@ struct Tokenizer {
   bool is_special(u32 id) const { return id < special.size() && special[id]; }
 
   string path;
-  u64 fingerprint = 0;  // XXH3 of tokenizer.json
-  // eos_token in a tokenizer_config.json beside the file, eos_token_id in a config.json, or a
-  // well-known name, such as <|endoftext|>.
-  std::optional<u32> eos_id;
+  u64 fingerprint = 0;               // XXH3 of tokenizer.json
+  std::optional<u32> eos_id;         // of a well-known name, such as <|endoftext|>
   std::deque<string> strings;        // where the tokens' text and bytes lie
   vector<string_view> texts, bytes;  // by id; empty: no token; not of GPT-2's characters
   vector<bool> special;              // by id
@@ -181,9 +173,8 @@ struct Tokenizer {
   Bpe bpe;
 
  private:
-  void encode_text(string_view text, bool normalized, bool parse_special, EncodeScratch& scratch,
+  void encode_text(string_view text, bool normalized, bool special_as_text, EncodeScratch& scratch,
                    vector<u32>& out) const;
-  void encode_words(string_view text, EncodeScratch& scratch, vector<u32>& out) const;
 };
 
 }

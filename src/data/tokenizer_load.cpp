@@ -1,7 +1,5 @@
 #include <xxhash.h>
 
-#include <filesystem>
-
 #include "core/json.h"
 #include "data/tokenizer.h"
 
@@ -95,9 +93,8 @@ static void read_model(Tokenizer& t, const Json& model) {
       right = merge[1].as_string();
     } else {
       string pair = merge.as_string();
-      size_t space = min(pair.find(' '), pair.size());
-      left = pair.substr(0, space);
-      right = pair.substr(min(space + 1, pair.size()));
+      left = pair.substr(0, pair.find(' '));
+      right = pair.substr(min(left.size() + 1, pair.size()));
     }
     auto a = t.id_of(left), b = t.id_of(right), joined = t.id_of(left + right);
     if (!a || !b || !joined)
@@ -152,31 +149,6 @@ static void read_pre_tokenizer(Tokenizer& t, const Json& json) {
   }
 }
 
-// A token is a string, an object with "content", an id, or a list of ids, of which the first
-// counts.
-static std::optional<u32> find_eos(const Tokenizer& t) {
-  static const std::pair<const char*, const char*> kPlaces[] = {
-      {"tokenizer_config.json", "eos_token"}, {"config.json", "eos_token_id"}};
-  for (const auto& [file, key] : kPlaces) {
-    auto path = std::filesystem::path(t.path).replace_filename(file);
-    Json json = std::filesystem::exists(path) ? Json::parse_file(path) : Json();
-    if (!json.has(key) || json[key].is_null()) continue;
-    Json value = json[key];
-    if (value.is_array()) value = value[0];
-    if (value.is_object()) value = value["content"];
-    auto id = value.is_number() ? std::optional(u32(value.as_int(0, kMostIds)))
-                                : t.id_of(value.as_string());
-    if (!id || t.token_text(*id).empty())
-      bad_input(value.place(), "is no token of " + t.path + " (got " + value.dump() + ")",
-                "use the files of one model");
-    return id;
-  }
-  for (const char* name :
-       {"<|endoftext|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|return|>", "</s>"})
-    if (auto id = t.id_of(name)) return id;
-  return std::nullopt;
-}
-
 Tokenizer Tokenizer::load(const string& path) {
   Tokenizer t;
   t.path = path;
@@ -200,7 +172,9 @@ Tokenizer Tokenizer::load(const string& path) {
   only(json, "post_processor", "processors", "ByteLevel");  // which changes no ids
   if (only(json, "decoder", "decoders", "ByteLevel") == 0)
     bad_input(path + ": decoder", "is missing", kOther);
-  t.eos_id = find_eos(t);
+  for (const char* name :
+       {"<|endoftext|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|return|>", "</s>"})
+    if (!t.eos_id) t.eos_id = t.id_of(name);
   return t;
 }
 

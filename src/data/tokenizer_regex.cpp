@@ -44,7 +44,8 @@ static string translate(const string& pattern, const string& place) {
   return out;
 }
 
-void SplitStep::compile(const string& pattern) {
+SplitStep::SplitStep(const string& pattern, const string& place, bool removed)
+    : fast(removed ? nullptr : fast_word_end(pattern)), place_(place), removed_(removed) {
   string translated = translate(pattern, place_);
   int error = 0;
   PCRE2_SIZE offset = 0;
@@ -69,6 +70,11 @@ void SplitStep::compile(const string& pattern) {
 
 void SplitStep::split(string_view text, std::shared_ptr<void>& room,
                       vector<string_view>& words) const {
+  while (fast && !text.empty()) {
+    words.emplace_back(text.begin(), fast(text.begin(), text.end()));
+    text.remove_prefix(words.back().size());
+  }
+  if (text.empty()) return;
   if (!room) room.reset(pcre2_match_data_create(1, nullptr), pcre2_match_data_free);
   auto* data = static_cast<pcre2_match_data*>(room.get());
   const PCRE2_SIZE* found = pcre2_get_ovector_pointer(data);

@@ -3,14 +3,6 @@
 namespace pith {
 
 namespace {
-constexpr const char* kQwen2 = R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N})"
-                               R"(| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
-constexpr const char* kCl100k =
-    R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3})"
-    R"(| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
-constexpr const char* kQwen35 =
-    R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N})"
-    R"(| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
 constexpr const char* kO200k =
     R"([^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+)"
     R"((?i:'s|'t|'re|'ve|'m|'ll|'d)?|)"
@@ -119,46 +111,35 @@ struct Splitter {
   }
 };
 
-template <const char* (Splitter::*WordEnd)(const char*) const>
-void fast_split(string_view& text, vector<string_view>& words, size_t most) {
-  const char *p = text.data(), *const end = p + text.size();
-  const Splitter splitter{char_flags(), end};
-  while (p < end && most-- > 0) {
-    const char* word_end = (splitter.*WordEnd)(p);
-    words.emplace_back(p, word_end - p);
-    p = word_end;
-  }
-  text.remove_prefix(p - text.data());
+template <const char* (Splitter::*Word)(const char*) const>
+const char* word_end(const char* begin, const char* end) {
+  return (Splitter{char_flags(), end}.*Word)(begin);
 }
 
-const struct {
-  const char* pattern;
-  FastSplit split;
-} kFast[] = {
-    {kQwen2, fast_split<&Splitter::cl100k<kLetter, 1>>},
-    {kCl100k, fast_split<&Splitter::cl100k<kLetter, 3>>},
-    {kQwen35, fast_split<&Splitter::cl100k<kLetter | kMark, 1>>},
-    {kO200k, fast_split<&Splitter::o200k>},
-};
+string cl100k_pattern(bool marks, const char* digits) {
+  return text(R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?%s+|\p{N}%s)"
+              R"(| ?[^\s\p{L}%s\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)",
+              marks ? R"([\p{L}\p{M}])" : R"(\p{L})", digits, marks ? R"(\p{M})" : "");
+}
 }
 
-SplitStep::SplitStep(const string& pattern, const string& place, bool removed, bool use_fast)
-    : place_(place), removed_(removed) {
-  for (const auto& known : kFast)
-    if (use_fast && !removed && pattern == known.pattern) fast = known.split;
-  if (!fast) compile(pattern);
+WordEnd fast_word_end(const string& pattern) {
+  const std::pair<string, WordEnd> all[] = {
+      {cl100k_pattern(false, ""), word_end<&Splitter::cl100k<kLetter, 1>>},  // Qwen2
+      {cl100k_pattern(false, "{1,3}"), word_end<&Splitter::cl100k<kLetter, 3>>},
+      {cl100k_pattern(true, ""), word_end<&Splitter::cl100k<kLetter | kMark, 1>>},  // Qwen3.5
+      {kO200k, word_end<&Splitter::o200k>},
+  };
+  for (const auto& [known, word] : all)
+    if (pattern == known) return word;
+  return nullptr;
 }
 
 void split(const vector<SplitStep>& steps, string_view text, SplitBuffers& buffers) {
   buffers.pieces.assign(1, text);
   for (const SplitStep& step : steps) {
     buffers.next.clear();
-    for (string_view piece : buffers.pieces) {
-      if (step.fast)
-        step.fast(piece, buffers.next, SIZE_MAX);
-      else
-        step.split(piece, buffers.room, buffers.next);
-    }
+    for (const string_view piece : buffers.pieces) step.split(piece, buffers.room, buffers.next);
     buffers.pieces.swap(buffers.next);
   }
 }
