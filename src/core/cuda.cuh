@@ -91,7 +91,7 @@ void with_packs(i64 n, F f) {
     f(std::integral_constant<int, 1>());
 }
 
-// The threads that share a row: a warp, or a block.
+// The threads that share a row: a power of 2 up to a warp, or a block.
 struct Team {
   int size;
   __device__ int id() const { return threadIdx.x & (size - 1); }
@@ -102,14 +102,16 @@ struct Team {
   // x of all joined, in one order, for all of them; `join` commutes.
   template <class T, class Join>
   __device__ T fold(T x, Join join) const {
-    for (int apart = 16; apart; apart /= 2) x = join(x, __shfl_xor_sync(~0u, x, apart));
-    if (size == 32) return x;
-    __shared__ T part[kBlock / 32];
+    int lanes = size < 32 ? size : 32;
+    unsigned ours = (~0u >> (32 - lanes)) << (threadIdx.x & 31 & -lanes);
+    for (int apart = lanes / 2; apart; apart /= 2) x = join(x, __shfl_xor_sync(ours, x, apart));
+    if (size <= 32) return x;
+    __shared__ T part[32];
     __syncthreads();
     if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = x;
     __syncthreads();
     x = part[0];
-    for (int i = 1; i < kBlock / 32; i++) x = join(x, part[i]);
+    for (int i = 1; i < size / 32; i++) x = join(x, part[i]);
     return x;
   }
   template <class T>
@@ -123,11 +125,11 @@ __global__ void __launch_bounds__(kBlock) rows_kernel(i64 rows, int size, F f) {
   for (i64 r = i64(blockIdx.x) * at_once + threadIdx.x / size; r < rows; r += gridDim.x * at_once)
     f(r, Team{size});
 }
-// f(row, team) for rows of `work` steps.
+// f(row, team) for rows of `work` steps, with the threads that suit them or as many as told.
 template <class F>
-void cuda_rows(Rank& rank, i64 rows, i64 work, F f) {
+void cuda_rows(Rank& rank, i64 rows, i64 work, F f, int size = 0) {
   if (rows == 0) return;
-  int size = work > 128 ? kBlock : 32;
+  if (!size) size = work > 128 ? kBlock : 32;
   i64 blocks = min<i64>((rows * size + kBlock - 1) / kBlock, 1 << 16);
   rows_kernel<<<blocks, kBlock, 0, cuda_of(rank).stream>>>(rows, size, f);
   cuda_check(cudaGetLastError());

@@ -12,9 +12,13 @@ struct Cuda;
 struct Allocator {
   Cuda* cuda = nullptr;  // of device memory
   i64 live_bytes = 0, peak_bytes = 0;
+  MemoryUse use = MemoryUse::Workspace;                      // of what is allocated next
+  i64 live_of[kMemoryUses] = {}, peak_of[kMemoryUses] = {};  // peak_of: at the peak of all
   Storage* allocate(i64 bytes, At at);
   void reset_peak() { peak_bytes = __atomic_load_n(&live_bytes, __ATOMIC_RELAXED); }
 };
+// "weights 9.28 GiB, gradients ..."
+string describe_memory(const i64* bytes_of);
 
 struct MeshCoord {
   int pp = 1, dp = 1, cp = 1, ep = 1;
@@ -46,6 +50,15 @@ struct Rank {
   Comm* comm = nullptr;  // null: alone
   Status* status = nullptr;
   bool debug = false;  // PITH_DEBUG=1
+};
+
+// What is allocated meanwhile is for `use`.
+struct AllocatesFor {
+  Allocator& allocator;
+  MemoryUse before;
+  AllocatesFor(const Rank& rank, MemoryUse use)
+      : allocator(*rank.allocator), before(std::exchange(allocator.use, use)) {}
+  ~AllocatesFor() { allocator.use = before; }
 };
 
 }

@@ -97,23 +97,38 @@ void Tensor::refresh() {
   grad = home->grad ? home->grad + home_offset * grad_size(dtype) : nullptr;
 }
 
+string describe_memory(const i64* bytes_of) {
+  const char* names[] = {"workspace", "weights", "gradients", "optimizer", "activations"};
+  string all;
+  for (int i = 0; i < kMemoryUses; i++)
+    all += text("%s%s %.2f GiB", i ? ", " : "", names[i], double(bytes_of[i]) / (1 << 30));
+  return all;
+}
+
 Storage* Allocator::allocate(i64 bytes, At at) {
   void* data = nullptr;
   if (kCuda && cuda && bytes) data = cuda_allocate(*cuda, bytes);
   if (!cuda && bytes) data = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
   if (bytes && !data)
-    failed(text("%s:%d", at.file, at.line),
-           text("out of memory (need %ld bytes, %ld are out)", bytes, live_bytes),
-           "a smaller train.micro_batch_size or data.sequence_length");
+    failed(
+        text("%s:%d", at.file, at.line),
+        text("out of memory (need %ld bytes beside %s)", bytes, describe_memory(live_of).c_str()),
+        "a smaller train.micro_batch_size, data.sequence_length or parallel.weight_grad_batch");
   i64 live = __atomic_add_fetch(&live_bytes, bytes, __ATOMIC_RELAXED);
-  if (live > peak_bytes) peak_bytes = live;
-  return new Storage{this, data, bytes};
+  __atomic_add_fetch(&live_of[int(use)], bytes, __ATOMIC_RELAXED);
+  if (live > peak_bytes) {
+    peak_bytes = live;
+    std::memcpy(peak_of, live_of, sizeof peak_of);
+  }
+  return new Storage{this, data, bytes, use};
 }
 
 void release(Storage* s) {
-  __atomic_sub_fetch(&s->allocator->live_bytes, s->bytes, __ATOMIC_RELAXED);
-  if (kCuda && s->allocator->cuda)
-    cuda_free(*s->allocator->cuda, s->data);
+  Allocator& a = *s->allocator;
+  __atomic_sub_fetch(&a.live_bytes, s->bytes, __ATOMIC_RELAXED);
+  __atomic_sub_fetch(&a.live_of[int(s->use)], s->bytes, __ATOMIC_RELAXED);
+  if (kCuda && a.cuda)
+    cuda_free(*a.cuda, s->data);
   else
     std::free(s->data);
   delete s;

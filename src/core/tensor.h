@@ -20,11 +20,15 @@ inline bool is_float(DType d) { return d != DType::I32 && d != DType::U8; }
 // Of statistics, routing weights and weight gradients beside values of a dtype.
 inline DType wide(DType d) { return d == DType::BF16 ? DType::F32 : d; }
 
+enum class MemoryUse : u8 { Workspace, Weights, Gradients, Optimizer, Activations };
+constexpr int kMemoryUses = 5;
+
 struct Allocator;
 struct Storage {
   Allocator* allocator = nullptr;
   void* data = nullptr;
   i64 bytes = 0;
+  MemoryUse use = MemoryUse::Workspace;
   int refs = 0;
 };
 void release(Storage* storage);

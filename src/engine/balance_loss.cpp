@@ -12,6 +12,16 @@ void begin_step(Rank& rank, BalanceState& state, i64 global_tokens) {
   state.token_share = 1.0 / double(global_tokens);
   state.step_counts = zeros(rank, {state.num_layers, state.num_experts}, DType::F64);
   state.step_loss = zeros(rank, {state.num_layers, 1}, DType::F32);
+  if (state.kind != BalanceKind::GlobalBatch) return;
+  const i64 E = state.num_experts;
+  vector<double> before = state.previous;
+  before.resize(state.num_layers * E, 1.0);  // those of no step: all alike
+  vector<float> share(before.size());
+  for (size_t i = 0; i < share.size(); i++) {
+    const double* layer = &before[i / E * E];
+    share[i] = float(before[i] * (1 / std::accumulate(layer, layer + E, 0.0)));
+  }
+  state.step_shares = tensor_from(rank, {state.num_layers, E}, DType::F32, share.data());
 }
 
 void end_step(Rank& rank, BalanceState& state) {
@@ -35,19 +45,14 @@ static void add_counts(Rank& rank, const Tensor& ids, const Tensor& counts) {
 static Tensor shares(Rank& rank, const BalanceState& state, int layer, const Tensor& ids,
                      i64 groups) {
   const i64 E = state.num_experts;
+  if (state.kind == BalanceKind::GlobalBatch)
+    return state.step_shares.slice_rows(layer, layer + 1).view({1, 1, E});
   Tensor f = zeros(rank, {groups, E}, DType::F64);
   double total = double(ids.numel() / groups * group_size(rank, Group::Cp));
-  if (state.kind == BalanceKind::GlobalBatch) {
-    vector<double> before(E, 1.0);
-    if (!state.previous.empty()) std::copy_n(&state.previous[layer * E], E, before.begin());
-    total = std::accumulate(before.begin(), before.end(), 0.0);
-    f = tensor_from(rank, {1, E}, DType::F64, before.data());
-  } else {
-    add_counts(rank, ids, f);
-    if (!f.on_gpu())
-      all_reduce(rank, Group::Cp, f.as<double>(), int(f.numel()), Reduce::Sum,
-                 "all_reduce balance counts");
-  }
+  add_counts(rank, ids, f);
+  if (!f.on_gpu())
+    all_reduce(rank, Group::Cp, f.as<double>(), int(f.numel()), Reduce::Sum,
+               "all_reduce balance counts");
   Tensor share = empty(rank, {groups, E}, DType::F32);
   cast(rank, mul(rank, f, 1 / total), share);
   return share.view({groups, 1, E});

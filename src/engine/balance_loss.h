@@ -17,6 +17,7 @@ struct BalanceState {
   vector<double> previous;        // of the last step and all ranks; empty: 1/E each
   vector<double> loss;            // [layers], unscaled: this rank's share
   Tensor step_counts, step_loss;  // F64 [layers, E], F32 [layers, 1]: until end_step
+  Tensor step_shares;             // F32 [layers, E]: of `previous`, for GlobalBatch
 };
 void begin_step(Rank& rank, BalanceState& state, i64 global_tokens);
 void end_step(Rank& rank, BalanceState& state);

@@ -40,8 +40,11 @@ Parameters make_parameters(const vector<ParameterTable>& chunks, bool gather_lay
       unit.shard_count = end - begin;
     }
     if (!rank) continue;
-    for (Tensor* t : {&unit.master, &unit.m, &unit.v})
+    for (Tensor* t : {&unit.master, &unit.m, &unit.v}) {
+      bool weight = t == &unit.master;
+      const AllocatesFor use(*rank, weight ? MemoryUse::Weights : MemoryUse::Optimizer);
       *t = zeros(*rank, {unit.shard_count}, DType::F32);
+    }
   }
   return p;
 }
@@ -82,6 +85,7 @@ void zero_grads(Rank& rank, Parameters& p) {
 
 void gather(Rank& rank, Parameters& p, FlatUnit& unit, bool with_grads) {
   bool whole = unit.cuts.size() == 1;
+  AllocatesFor use(rank, MemoryUse::Weights);
   if (!unit.weights.defined())
     unit.weights =
         whole && rank.compute == DType::F32 ? unit.master : empty(rank, {unit.numel}, rank.compute);
@@ -89,6 +93,7 @@ void gather(Rank& rank, Parameters& p, FlatUnit& unit, bool with_grads) {
     cast(rank, unit.master, unit.weights);
   else if (!is_shared(unit))
     all_gather(rank, unit.group, unit.master, unit.weights, "all_gather weights", unit.cuts.data());
+  rank.allocator->use = MemoryUse::Gradients;
   if (with_grads && !unit.grads.defined()) unit.grads = zeros(rank, {unit.numel}, DType::F32);
   if (with_grads && !unit.grad_shard.defined())
     unit.grad_shard = whole ? unit.grads : zeros(rank, {unit.shard_count}, DType::F32);

@@ -144,6 +144,7 @@ struct Executor {
     Flight& f = p.flights.at({s.chunk, s.mb});
     NodeRange& nodes = f.layers[local].of[int(s.part)];
     rank.tape = schedule.forward_only ? nullptr : &f.tape;
+    const AllocatesFor use(rank, s.backward ? MemoryUse::Workspace : MemoryUse::Activations);
     if (s.backward) {
       backward(rank, nodes.begin, nodes.end, true);
     } else {

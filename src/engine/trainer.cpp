@@ -166,6 +166,8 @@ void Trainer::train(const TrainOptions& options) {
       m.left_s = (now_s() - began) / double(m.step - run.state.step) * double(m.steps - m.step);
       if (due(config.train.log_interval) || m.step == 1 || m.eval_loss)
         log_info("%s", step_line(m).c_str());
+      if (m.step == run.state.step + 1)
+        log_info("peak memory: %s", describe_memory(rank.allocator->peak_of).c_str());
       append_step(run.metrics, run.events, m, double(time(nullptr)));
     }
     if (!saving) continue;

@@ -36,7 +36,9 @@ void cross_entropy(const Op& op, const Tensor& x, const Tensor& w, const Tensor&
   i64 tokens = x.dim[0], V = w.dim[0];
   bool grad = dx.defined() || dw.grad.defined(), gpu = x.on_gpu();
   i64 chunks = max<i64>(1, (tokens * V + kChunk - 1) / kChunk);
-  i64 most = gpu ? (tokens + chunks - 1) / chunks : min(kCpuRows, tokens);
+  i64 most = min(kCpuRows, tokens);
+  // PERF: of a GPU's products, those of a multiple of 256 rows are the fastest.
+  if (gpu) most = chunks == 1 ? tokens : ((tokens + chunks - 1) / chunks + 255) / 256 * 256;
   Tensor logits = op.empty({most, V}, x.dtype), losses = op.empty({tokens}, DType::F64);
   for (i64 first = 0; first < tokens; first += most) {
     i64 end = min(tokens, first + most);

@@ -30,8 +30,8 @@ struct Walk {
   }
 };
 
-// Tensors of one dtype and shape, and scalars.
-template <class T, int N>
+// Tensors of one dtype and shape, and scalars. kKnown: of a formula that is compiled in.
+template <class T, int N, bool kKnown = false, Formula kFormula = Formula::Copy>
 static void alike(Rank& rank, i64 packs, const Walk& w, bool add, Formula f) {
   using A = Wide<T>;
   cuda_each(rank, packs, [=] __device__(i64 i) {
@@ -44,7 +44,7 @@ static void alike(Rank& rank, i64 packs, const Walk& w, bool add, Formula f) {
     T* to = reinterpret_cast<T*>(w.data[4]);
     if (add) out = pack<N>(to, i);
     for (int j = 0; j < N; j++) {
-      A y = evaluate<A>(f, x[0].x[j], x[1].x[j], x[2].x[j], x[3].x[j]);
+      A y = evaluate<A>(kKnown ? kFormula : f, x[0].x[j], x[1].x[j], x[2].x[j], x[3].x[j]);
       out.x[j] = T(add ? A(out.x[j]) + y : y);
     }
     pack<N>(to, i) = out;
@@ -74,7 +74,12 @@ void OnCuda<T>::elementwise(Rank& rank, const Dims& space, const View* v, bool a
     same = same && (!w.data[k] || (v[k].x.dtype == v[4].x.dtype && v[k].begin == 0 &&
                                    (w.rank == 0 || w.step[0][k] == 1)));
   if (same)
-    return with_packs<T>(n, [&](auto width) { alike<T, width>(rank, n / width, w, add, f); });
+    return with_packs<T>(n, [&](auto width) {
+      constexpr int N = width;
+      if (f == Formula::Add) return alike<T, N, true, Formula::Add>(rank, n / N, w, add, f);
+      if (f == Formula::Pass) return alike<T, N, true, Formula::Pass>(rank, n / N, w, add, f);
+      alike<T, N>(rank, n / N, w, add, f);
+    });
   using A = Wide<T>;
   const AnyFloat out(v[4].x);
   i64 begin = v[4].begin;
@@ -139,6 +144,28 @@ void cuda_count(Rank& rank, const Tensor& ids, const Tensor& counts) {
   });
 }
 
+// Row p of `from`, or row[p], goes to row p of `to`, or place[p]; of `packs` times 16 bytes.
+static void copy_rows(Rank& rank, i64 rows, i64 packs, const void* from, const int* row, void* to,
+                      const int* place) {
+  constexpr int kAtOnce = 4, kLanes = 32;
+  const auto* source = static_cast<const int4*>(from);
+  auto* target = static_cast<int4*>(to);
+  auto copy = [=] __device__(i64 p, Team team) {
+    const int4* x = source + (row ? row[p] : p) * packs;
+    int4* y = target + (place ? place[p] : p) * packs;
+    for (i64 first = team.id(); first < packs; first += kAtOnce * kLanes) {
+      int4 part[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; j++)
+        if (first + j * kLanes < packs) part[j] = x[first + j * kLanes];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; j++)
+        if (first + j * kLanes < packs) y[first + j * kLanes] = part[j];
+    }
+  };
+  cuda_rows(rank, rows, packs, copy, kLanes);
+}
+
 template <class T, int N>
 static void gather(Rank& rank, i64 rows, i64 n, const T* from, const int* id, const int* cut,
                    const AnyFloat& out, bool add) {
@@ -164,10 +191,61 @@ static void gather(Rank& rank, i64 rows, i64 n, const T* from, const int* id, co
 template <class T>
 void OnCuda<T>::gather_rows(Rank& rank, const Tensor& x, i64 n, const Tensor& index,
                             const Tensor& begin, const GradSlot& y) {
-  i64 rows = begin.defined() ? begin.dim[0] - 1 : index.numel();
+  i64 rows = begin.defined() ? begin.dim[0] - 1 : index.numel(), bytes = n * i64(sizeof(T));
+  if (!begin.defined() && !y.add && y.grad.dtype == x.dtype && bytes % 16 == 0)
+    return copy_rows(rank, rows, bytes / 16, x.data, index.i32(), y.grad.data, nullptr);
   with_packs<T>(n, [&](auto width) {
     gather<T, width>(rank, rows, n, x.as<T>(), index.i32(), begin.i32(), AnyFloat(y.grad), y.add);
   });
+}
+
+struct Cuts {
+  const int* of[TensorList::kMax];
+  int count;
+  explicit Cuts(const TensorList& offsets) : count(offsets.count) {
+    for (int i = 0; i < count; i++) of[i] = offsets[i].i32();
+  }
+};
+
+Tensor cuda_join_offsets(Rank& rank, const TensorList& offsets) {
+  Tensor all = empty(rank, offsets[0].dim, DType::I32);
+  const Cuts cuts(offsets);
+  int* sum = all.i32();
+  cuda_each(rank, all.numel(), [=] __device__(i64 e) {
+    int first = 0;
+    for (int i = 0; i < cuts.count; i++) first += cuts.of[i][e];
+    sum[e] = first;
+  });
+  return all;
+}
+
+// A pair's place grows by the pairs that the parts before its own have up to its expert, and those
+// after it have of earlier experts.
+Tensor cuda_join(Rank& rank, const TensorList& x, const TensorList& index,
+                 const TensorList& offsets) {
+  i64 total = 0, experts = offsets[0].dim[0] - 1;
+  auto pairs = [&](int i) { return index[i].defined() ? index[i].numel() : x[i].dim[0]; };
+  for (int i = 0; i < x.count; i++) total += pairs(i);
+  Tensor all = empty(rank, {total, x[0].cols()}, x[0].dtype);
+  const Cuts cuts(offsets);
+  for (int part = 0; part < x.count; part++) {
+    Tensor places = empty(rank, {pairs(part)}, DType::I32);
+    int* to = places.i32();
+    cuda_each(rank, pairs(part), [=] __device__(i64 p) {
+      i64 expert = 0, end = experts;
+      while (end - expert > 1) {
+        i64 middle = (expert + end) / 2;
+        (cuts.of[part][middle] <= p ? expert : end) = middle;
+      }
+      int place = int(p);
+      for (int i = 0; i < cuts.count; i++)
+        if (i != part) place += cuts.of[i][expert + (i < part)];
+      to[p] = place;
+    });
+    i64 packs = x[part].cols() * size_of(all.dtype) / 16;
+    copy_rows(rank, pairs(part), packs, x[part].data, index[part].i32(), all.data, to);
+  }
+  return all;
 }
 
 // Equal ids stand together once sorted; the first of them adds all.

@@ -34,8 +34,8 @@ void cuda_sort(Rank& rank, const Tensor& ids, i64 limit, const Tensor& sorted, c
 // Sets d's indices for ids I32 [T, k] of all experts, here; the token and slot of each of its
 // pairs, as t * k + slot.
 Tensor cuda_dispatch(Rank& rank, const Tensor& ids, int experts, Dispatched& d);
-// The pairs of several micro-batches, each sorted by expert, as one list so sorted: rows of BF16,
-// index[i][p] of x[i] or, undefined, p; and the offsets of all.
+// The pairs of several micro-batches, each sorted by expert, as one list so sorted: rows, of a
+// multiple of 16 bytes, index[i][p] of x[i] or, undefined, p; and the offsets of all.
 Tensor cuda_join(Rank& rank, const TensorList& x, const TensorList& index,
                  const TensorList& offsets);
 Tensor cuda_join_offsets(Rank& rank, const TensorList& offsets);

@@ -8,29 +8,34 @@ namespace pith {
 template <class T>
 using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// to[c] = or += the sum of f(r, c) over rows r: of pieces of rows first, then of these.
-template <class A, class F>
+// to[c] = or += the sum over rows r of what f(r, i, sum) adds for the columns of pack i, N of them:
+// of pieces of rows first, then of these.
+template <class A, int N, class F>
 static void add_columns_of(Rank& rank, i64 rows, i64 cols, const GradSlot& to, F f) {
   if (!to.grad.data || cols == 0) return;
-  constexpr int kTile = 32, kDown = kBlock / kTile;
-  i64 tiles = (cols + kTile - 1) / kTile;
-  i64 pieces = std::clamp<i64>(rows / 64, 1, max<i64>(1, 2048 / tiles));
+  constexpr int kTile = 16, kDown = kBlock / kTile;
+  i64 packs = cols / N, tiles = (packs + kTile - 1) / kTile;
+  i64 pieces = std::clamp<i64>(rows / kDown, 1, max<i64>(1, 528 / tiles));
   Tensor partial = empty(rank, {pieces, cols}, sizeof(A) == 8 ? DType::F64 : DType::F32);
   A* sums = partial.as<A>();
   cuda_each<1>(rank, tiles * pieces, [=] __device__(i64 b) {
-    i64 c = b % tiles * kTile + threadIdx.x % kTile, piece = b / tiles;
-    A sum = 0;
-    for (i64 r = piece + threadIdx.x / kTile * pieces; c < cols && r < rows; r += kDown * pieces)
-      sum += f(r, c);
-    sum = block_sum(sum, kTile);
-    if (threadIdx.x < kTile && c < cols) sums[piece * cols + c] = sum;
+    i64 i = b % tiles * kTile + threadIdx.x % kTile, piece = b / tiles;
+    A sum[N] = {};
+    for (i64 r = piece + threadIdx.x / kTile * pieces; i < packs && r < rows; r += kDown * pieces)
+      f(r, i, sum);
+    for (int j = 0; j < N; j++) {
+      A all = block_sum(sum[j], kTile);
+      if (threadIdx.x < kTile && i < packs) sums[piece * cols + i * N + j] = all;
+    }
   });
   const AnyFloat out(to.grad);
   bool add = to.add;
-  cuda_each(rank, cols, [=] __device__(i64 c) {
+  cuda_each<1>(rank, (cols + kTile - 1) / kTile, [=] __device__(i64 b) {
+    i64 c = b * kTile + threadIdx.x % kTile;
     A sum = 0;
-    for (i64 p = 0; p < pieces; p++) sum += sums[p * cols + c];
-    out.put(c, sum + (add ? out.get(c) : 0));
+    for (i64 p = threadIdx.x / kTile; c < cols && p < pieces; p += kDown) sum += sums[p * cols + c];
+    sum = block_sum(sum, kTile);
+    if (threadIdx.x < kTile && c < cols) out.put(c, sum, add);
   });
 }
 
@@ -113,19 +118,26 @@ void OnCuda<T>::rms_norm_grad(Rank& rank, const Tensor& dy, const Tensor& dsum,
   });
 }
 
-template <class T>
-void OnCuda<T>::rms_norm_weight(Rank& rank, const Tensor& dy, const Tensor& x, const Tensor& rstd,
-                                const GradSlot& dw) {
+template <class T, int N>
+static void norm_weight(Rank& rank, const Tensor& dy, const Tensor& x, const Tensor& rstd,
+                        const GradSlot& dw) {
   using A = Wide<T>;
   i64 n = x.cols();
   const T *g = dy.as<T>(), *row = x.as<T>();
   const A* scale = rstd.as<A>();
-  add_columns_of<A>(rank, x.rows(), n, dw, [=] __device__(i64 r, i64 c) {
-    return A(g[r * n + c]) * (A(row[r * n + c]) * scale[r]);
+  add_columns_of<A, N>(rank, x.rows(), n, dw, [=] __device__(i64 r, i64 i, A * sum) {
+    const Pack<T, N> a = pack<N>(g + r * n, i), b = pack<N>(row + r * n, i);
+    for (int j = 0; j < N; j++) sum[j] += A(a.x[j]) * (A(b.x[j]) * scale[r]);
   });
 }
 
-// ---- qk_norm_rope: a team a head, a thread the two elements that turn together.
+template <class T>
+void OnCuda<T>::rms_norm_weight(Rank& rank, const Tensor& dy, const Tensor& x, const Tensor& rstd,
+                                const GradSlot& dw) {
+  with_packs<T>(x.cols(), [&](auto width) { norm_weight<T, width>(rank, dy, x, rstd, dw); });
+}
+
+// ---- qk_norm_rope: a team a head, a thread packs of elements that turn together.
 
 template <class T>
 void OnCuda<T>::rope_tables(Rank& rank, const Rope& rope, int size, double theta) {
@@ -161,90 +173,159 @@ struct HeadTurns {
         k_norm(keep[6].as<T>()),
         rstd(keep[4].as<A>()) {}
   __device__ const T* weight(int head) const { return head < query ? q_norm : k_norm; }
-  __device__ A* scale_of(i64 row) const { return rstd + row / all * turned + row % all; }
-  // Of head `row` of the whole projection, pair i: turned by the token's angle times `sign`.
-  __device__ void turn(i64 row, i64 i, A sign, A& a, A& b) const {
-    i64 at = positions[row / all] * half + i;
-    A c = cosines[at], s = sign * sines[at], before = a;
-    a = a * c - b * s;
-    b = b * c + before * s;
+  __device__ int token(u32 row) const { return row / u32(all); }
+  __device__ int head(u32 row) const { return row % u32(all); }
+  __device__ A* scale_of(i64 row) const { return rstd + token(row) * i64(turned) + head(row); }
+  // Of head `row` of the whole projection, pack i: turned by the token's angle times `sign`.
+  template <int N>
+  __device__ void turn(i64 row, i64 i, A sign, A* a, A* b) const {
+    i64 at = positions[token(row)] * half;
+    const Pack<A, N> c = pack<N>(cosines + at, i), s = pack<N>(sines + at, i);
+    for (int j = 0; j < N; j++) {
+      A before = a[j], sine = sign * s.x[j];
+      a[j] = before * c.x[j] - b[j] * sine;
+      b[j] = b[j] * c.x[j] + before * sine;
+    }
   }
 };
+
+// Of half a head.
+static int team_of(i64 packs) { return packs > 16 ? 32 : packs > 8 ? 16 : 8; }
+
+template <class T, int N>
+static void turn_heads(Rank& rank, i64 rows, const HeadTurns<T>& h, Wide<T> eps, T* out) {
+  using A = Wide<T>;
+  i64 packs = h.half / N;
+  auto one = [=] __device__(i64 row, Team team) {
+    int head = h.head(row);
+    const T *from = h.x + row * h.n, *w = h.weight(head);
+    T* to = out + row * h.n;
+    if (head >= h.turned)
+      return team.each(2 * packs, [&](i64 i) { pack<N>(to, i) = pack<N>(from, i); });
+    A scale = 1;
+    if (w) {
+      A squares = 0;
+      team.each(2 * packs, [&](i64 i) {
+        const Pack<T, N> x = pack<N>(from, i);
+        for (int j = 0; j < N; j++) squares += A(x.x[j]) * A(x.x[j]);
+      });
+      scale = 1 / std::sqrt(team.sum(squares) / h.n + eps);
+      if (team.id() == 0) *h.scale_of(row) = scale;
+    }
+    team.each(packs, [&](i64 i) {
+      Pack<T, N> low = pack<N>(from, i), high = pack<N>(from, packs + i);
+      A a[N], b[N];
+      for (int j = 0; j < N; j++) {
+        a[j] = A(low.x[j]) * scale * (w ? A(w[i * N + j]) : 1);
+        b[j] = A(high.x[j]) * scale * (w ? A(w[h.half + i * N + j]) : 1);
+      }
+      h.template turn<N>(row, i, 1, a, b);
+      for (int j = 0; j < N; j++) {
+        low.x[j] = T(a[j]);
+        high.x[j] = T(b[j]);
+      }
+      pack<N>(to, i) = low;
+      pack<N>(to, packs + i) = high;
+    });
+  };
+  cuda_rows(rank, rows, packs, one, team_of(packs));
+}
 
 template <class T>
 void OnCuda<T>::qk_norm_rope(Rank& rank, const Heads& heads, const TensorList& keep,
                              const Tensor& qkv, double eps, const Tensor& y) {
-  using A = Wide<T>;
   const HeadTurns<T> h(heads, keep, qkv);
-  T* out = y.as<T>();
-  A small = eps;
-  cuda_rows(rank, qkv.dim[0] * h.all, 1, [=] __device__(i64 row, Team team) {
-    int head = row % h.all;
-    const T *from = h.x + row * h.n, *w = h.weight(head);
-    T* to = out + row * h.n;
-    if (head >= h.turned) return team.each(h.n, [&](i64 i) { to[i] = from[i]; });
-    A scale = 1;
-    if (w) {
-      A squares = 0;
-      team.each(h.n, [&](i64 i) { squares += A(from[i]) * A(from[i]); });
-      scale = 1 / std::sqrt(team.sum(squares) / h.n + small);
-      if (team.id() == 0) *h.scale_of(row) = scale;
-    }
-    team.each(h.half, [&](i64 i) {
-      A a = A(from[i]) * scale * (w ? A(w[i]) : 1);
-      A b = A(from[i + h.half]) * scale * (w ? A(w[i + h.half]) : 1);
-      h.turn(row, i, 1, a, b);
-      to[i] = T(a);
-      to[i + h.half] = T(b);
-    });
+  with_packs<T>(h.half, [&](auto width) {
+    turn_heads<T, width>(rank, qkv.dim[0] * h.all, h, eps, y.as<T>());
   });
+}
+
+template <class T, int N>
+static void turn_back(Rank& rank, i64 rows, const HeadTurns<T>& h, const T* grad, T* out) {
+  using A = Wide<T>;
+  i64 packs = h.half / N;
+  auto one = [=] __device__(i64 row, Team team) {
+    int head = h.head(row);
+    const T *g = grad + row * h.n, *w = h.weight(head), *x = w ? h.x + row * h.n : g;
+    T* to = out + row * h.n;
+    if (head >= h.turned)
+      return team.each(2 * packs, [&](i64 i) { pack<N>(to, i) = pack<N>(g, i); });
+    // f(low half's element, its gradient; the high half's)
+    auto turned = [&](i64 i, auto f) {
+      const Pack<T, N> low = pack<N>(g, i), high = pack<N>(g, packs + i);
+      A a[N], b[N];
+      for (int j = 0; j < N; j++) {
+        a[j] = low.x[j];
+        b[j] = high.x[j];
+      }
+      h.template turn<N>(row, i, -1, a, b);
+      f(a, b);
+    };
+    A s = 1, c = 0;
+    if (w) {
+      A along = 0;
+      s = *h.scale_of(row);
+      team.each(packs, [&](i64 i) {
+        const Pack<T, N> low = pack<N>(x, i), high = pack<N>(x, packs + i);
+        turned(i, [&](const A* a, const A* b) {
+          for (int j = 0; j < N; j++)
+            along += a[j] * A(w[i * N + j]) * A(low.x[j]) +
+                     b[j] * A(w[h.half + i * N + j]) * A(high.x[j]);
+        });
+      });
+      c = team.sum(along) * s * s * s / h.n;
+    }
+    team.each(packs, [&](i64 i) {
+      Pack<T, N> low = pack<N>(x, i), high = pack<N>(x, packs + i);
+      turned(i, [&](const A* a, const A* b) {
+        for (int j = 0; j < N; j++) {
+          low.x[j] = T(w ? a[j] * A(w[i * N + j]) * s - A(low.x[j]) * c : a[j]);
+          high.x[j] = T(w ? b[j] * A(w[h.half + i * N + j]) * s - A(high.x[j]) * c : b[j]);
+        }
+      });
+      pack<N>(to, i) = low;
+      pack<N>(to, packs + i) = high;
+    });
+  };
+  cuda_rows(rank, rows, packs, one, team_of(packs));
 }
 
 template <class T>
 void OnCuda<T>::qk_norm_rope_grad(Rank& rank, const Heads& heads, const TensorList& keep,
                                   const Tensor& dy, const Tensor& dx) {
-  using A = Wide<T>;
   const HeadTurns<T> h(heads, keep, keep[3]);
-  const T* grad = dy.as<T>();
-  T* out = dx.as<T>();
-  cuda_rows(rank, dy.dim[0] * h.all, 1, [=] __device__(i64 row, Team team) {
-    int head = row % h.all;
-    const T *g = grad + row * h.n, *x = h.x + row * h.n, *w = h.weight(head);
-    T* to = out + row * h.n;
-    if (head >= h.turned) return team.each(h.n, [&](i64 i) { to[i] = g[i]; });
-    A s = 1, c = 0;
-    if (w) {
-      A along = 0;
-      s = *h.scale_of(row);
-      team.each(h.half, [&](i64 i) {
-        A a = g[i], b = g[i + h.half];
-        h.turn(row, i, -1, a, b);
-        along += a * A(w[i]) * A(x[i]) + b * A(w[i + h.half]) * A(x[i + h.half]);
-      });
-      c = team.sum(along) * s * s * s / h.n;
+  with_packs<T>(h.half, [&](auto width) {
+    turn_back<T, width>(rank, dy.dim[0] * h.all, h, dy.as<T>(), dx.as<T>());
+  });
+}
+
+// Of the weight of heads [first, first + count).
+template <class T, int N>
+static void turn_weight(Rank& rank, i64 tokens, const HeadTurns<T>& h, const T* grad, int first,
+                        u32 count, const GradSlot& dw) {
+  using A = Wide<T>;
+  i64 packs = h.half / N;
+  add_columns_of<A, N>(rank, tokens * count, h.n, dw, [=] __device__(i64 r, i64 i, A * sum) {
+    i64 row = i64(u32(r) / count) * h.all + first + u32(r) % count, turning = i % packs;
+    const T* g = grad + row * h.n;
+    const Pack<T, N> low = pack<N>(g, turning), high = pack<N>(g, packs + turning),
+                     x = pack<N>(h.x + row * h.n, i);
+    A a[N], b[N], scale = *h.scale_of(row);
+    for (int j = 0; j < N; j++) {
+      a[j] = low.x[j];
+      b[j] = high.x[j];
     }
-    team.each(h.half, [&](i64 i) {
-      A a = g[i], b = g[i + h.half];
-      h.turn(row, i, -1, a, b);
-      to[i] = T(w ? a * A(w[i]) * s - A(x[i]) * c : a);
-      to[i + h.half] = T(w ? b * A(w[i + h.half]) * s - A(x[i + h.half]) * c : b);
-    });
+    h.template turn<N>(row, turning, -1, a, b);
+    for (int j = 0; j < N; j++) sum[j] += (i < packs ? a[j] : b[j]) * (A(x.x[j]) * scale);
   });
 }
 
 template <class T>
 void OnCuda<T>::qk_norm_weight(Rank& rank, const Heads& heads, const TensorList& keep,
                                const Tensor& dy, int first, int end, const GradSlot& dw) {
-  using A = Wide<T>;
   const HeadTurns<T> h(heads, keep, keep[3]);
-  const T* grad = dy.as<T>();
-  i64 count = end - first;
-  add_columns_of<A>(rank, dy.dim[0] * count, h.n, dw, [=] __device__(i64 r, i64 i) {
-    i64 row = r / count * h.all + first + r % count, low = i % h.half;
-    const T* g = grad + row * h.n;
-    A a = g[low], b = g[low + h.half];
-    h.turn(row, low, -1, a, b);
-    return (i < h.half ? a : b) * (A(h.x[row * h.n + i]) * *h.scale_of(row));
+  with_packs<T>(h.half, [&](auto width) {
+    turn_weight<T, width>(rank, dy.dim[0], h, dy.as<T>(), first, end - first, dw);
   });
 }
 
@@ -387,41 +468,78 @@ void OnCuda<T>::swiglu_grad(Rank& rank, const Tensor& dy, const TensorList& keep
 
 // ---- cross entropy of rows of logits, which become their gradients
 
+// PERF: the GPU's own exponential, whose error BF16 does not see.
+template <class T>
+__device__ Wide<T> exp_of(Wide<T> x) {
+  if constexpr (sizeof(T) == 2)
+    return __expf(x);
+  else
+    return exp_negative(x);
+}
+
+constexpr int kLossThreads = 1024;
+constexpr int kKept = 200 << 10;  // bytes of a row, in shared memory
+
+// PERF: most of a row of many logits is read once: a block, alone on its processor, keeps it.
 template <class T, int N>
-static void loss_rows(Rank& rank, i64 rows, i64 V, T* logits, const int* labels, Wide<T> scale,
-                      bool grad, double* losses) {
+__global__ void __launch_bounds__(kLossThreads)
+    loss_kernel(i64 rows, int packs, T* logits, const int* labels, Wide<T> scale, bool grad,
+                double* losses) {
   using A = Wide<T>;
-  cuda_each<1>(rank, rows, [=] __device__(i64 r) {
-    const Team team{kBlock};
-    T* row = logits + r * V;
+  extern __shared__ int4 shared[];
+  constexpr int kPackBytes = N * sizeof(T), kAtOnce = 2;
+  const Team team{kLossThreads};
+  T* kept = reinterpret_cast<T*>(shared);
+  int held = min(packs, kKept / kPackBytes);
+  for (i64 r = blockIdx.x; r < rows; r += gridDim.x) {
+    T* row = logits + r * packs * N;
     int label = labels[r];
     bool counts = label != kIgnoreLabel;
     A top = -INFINITY, sum = 0;
-    if (counts)
-      team.each(V / N, [&](i64 i) {
-        const Pack<T, N> a = pack<N>(row, i);
+    for (int i = team.id(); counts && i < packs; i += kAtOnce * kLossThreads) {
+      Pack<T, N> a[kAtOnce];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; k++)
+        if (i + k * kLossThreads < packs) a[k] = pack<N>(row, i + k * kLossThreads);
+#pragma unroll
+      for (int k = 0; k < kAtOnce; k++) {
+        int at = i + k * kLossThreads;
+        if (at >= packs) break;
+        if (at < held) pack<N>(kept, at) = a[k];
         A most = top;
-        for (int j = 0; j < N; j++) most = A(a.x[j]) > most ? A(a.x[j]) : most;
-        if (most > top) sum *= exp_negative(top - most);
+        for (int j = 0; j < N; j++) most = A(a[k].x[j]) > most ? A(a[k].x[j]) : most;
+        if (most > top) sum *= exp_of<T>(top - most);
         top = most;
-        for (int j = 0; j < N; j++) sum += exp_negative(A(a.x[j]) - top);
-      });
+        for (int j = 0; j < N; j++) sum += exp_of<T>(A(a[k].x[j]) - top);
+      }
+    }
     A all = team.fold(top, [](A a, A b) { return b > a ? b : a; });
-    sum = team.sum(top > -INFINITY ? sum * exp_negative(top - all) : sum);
+    sum = team.sum(top > -INFINITY ? sum * exp_of<T>(top - all) : sum);
     if (team.id() == 0)
       losses[r] = counts ? std::log(double(sum)) + double(all - A(row[label])) : 0;
     __syncthreads();
-    if (!grad) return;
     A factor = counts ? scale / sum : 0;
-    team.each(V / N, [&](i64 i) {
-      Pack<T, N> a = pack<N>(row, i);
-      for (int j = 0; j < N; j++)
-        a.x[j] =
-            counts ? T(exp_negative(A(a.x[j]) - all) * factor - (i * N + j == label ? scale : A(0)))
-                   : T(0);
+    for (int i = team.id(); grad && i < packs; i += kLossThreads) {
+      Pack<T, N> a = counts && i < held ? pack<N>(kept, i) : pack<N>(row, i);
+      for (int j = 0; j < N; j++) {
+        A p = exp_of<T>(A(a.x[j]) - all) * factor;
+        a.x[j] = counts ? T(i * N + j == label ? p - scale : p) : T(0);
+      }
       pack<N>(row, i) = a;
-    });
-  });
+    }
+  }
+}
+
+template <class T, int N>
+static void loss_rows(Rank& rank, i64 rows, i64 V, T* logits, const int* labels, Wide<T> scale,
+                      bool grad, double* losses) {
+  if (rows == 0) return;
+  const Cuda& cuda = cuda_of(rank);
+  const auto kernel = loss_kernel<T, N>;
+  cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kKept));
+  kernel<<<min<i64>(rows, cuda.processors), kLossThreads, kKept, cuda.stream>>>(
+      rows, V / N, logits, labels, scale, grad, losses);
+  cuda_check(cudaGetLastError());
 }
 
 template <class T>
@@ -448,10 +566,23 @@ void OnCuda<T>::add_up(Rank& rank, const Tensor& values, const Tensor& sum) {
 
 // ---- optimizer.cpp
 
+template <class T, int N>
+static void adamw_packs(Rank& rank, i64 packs, T* w, const T* g, T* m, T* v,
+                        const AdamWFactors<T>& o) {
+  cuda_each(rank, packs, [=] __device__(i64 i) {
+    const Pack<T, N> grad = pack<N>(g, i);
+    Pack<T, N> weight = pack<N>(w, i), first = pack<N>(m, i), second = pack<N>(v, i);
+    for (int j = 0; j < N; j++) o.step(grad.x[j], weight.x[j], first.x[j], second.x[j]);
+    pack<N>(w, i) = weight;
+    pack<N>(m, i) = first;
+    pack<N>(v, i) = second;
+  });
+}
+
 template <class T>
 void OnCuda<T>::adamw(Rank& rank, i64 n, T* w, const T* g, T* m, T* v, const AdamW& options) {
   const AdamWFactors<T> o(options);
-  cuda_each(rank, n, [=] __device__(i64 i) { o.step(g[i], w[i], m[i], v[i]); });
+  with_packs<T>(n, [&](auto width) { adamw_packs<T, width>(rank, n / width, w, g, m, v, o); });
 }
 
 template <class T>

@@ -132,7 +132,7 @@ void launch(Rank& rank, const Operands& o, bool along_n) {
 
 // A large tile wants many rows and a long sum.
 int tile_for(Product product, i64 rows_of_expert, i64 k) {
-  if (product == kWeightGrad) return 4;
+  if (product == kWeightGrad) return rows_of_expert < 512 ? 4 : 1;
   return rows_of_expert < 128 || k < 1536 ? 2 : 0;
 }
 

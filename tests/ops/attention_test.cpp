@@ -200,12 +200,14 @@ TEST(Attention, GeneralValues) {
 TEST(Attention, GeneralGradients) {
   for (const GeneralCase& c : general_cases()) {
     TestRank t;
-    gradcheck(std::string("attention, general, ") + c.name, general_inputs(t, c),
-              [&](Rank& r, TensorList x) {
-                return attention(r, x[0], x[1], x[2], kScale, mask_of(r, c.rules, c.sizes.B),
-                                 {x[3], x[4]});
-              },
-              {.bf16_tolerance = 1e-2, .max_elements = c.sizes.S > 20 ? 20 : 60});
+    gradcheck(
+        std::string("attention, general, ") + c.name, general_inputs(t, c),
+        [&](Rank& r, TensorList x) {
+          return attention(r, x[0], x[1], x[2], kScale, mask_of(r, c.rules, c.sizes.B),
+                           {x[3], x[4]});
+        },
+        // Rows have two numbers or so: where they cancel, that of the output's rounding shows.
+        {.bf16_tolerance = 1e-2, .bf16_row = 3e-2, .max_elements = c.sizes.S > 20 ? 20 : 60});
   }
 }
 
