@@ -66,23 +66,14 @@ int run_tokenize(int argc, char** argv) {
   return report.stopped ? kExitStopped : kExitDone;
 }
 
-static void print_table(const Json& all) {
-  for (const char* key : {"files", "documents", "tokens"})
-    printf("%-10s %s\n", key, with_commas(all[key].as_int()).c_str());
-  const Json bins = all["length_histogram"], frequent = all["frequent"], samples = all["samples"];
-  printf("\ntokens in a document     documents\n");
-  for (i64 i = 0; i < bins.size(); i++) {
-    i64 below = bins[i]["below"].as_int();
-    printf("%10ld ..%10ld  %12ld\n", i ? below / 2 : 0, below - 1, bins[i]["documents"].as_int());
+// A member a line, of a list an entry a line.
+static void print_lines(const Json& all) {
+  for (const string& key : all.keys()) {
+    const Json value = all[key];
+    printf("%s:%s\n", key.c_str(), value.is_array() ? "" : (" " + value.dump()).c_str());
+    for (i64 i = 0; value.is_array() && i < value.size(); i++)
+      printf("  %s\n", value[i].dump().c_str());
   }
-  printf("\n     token         count  text\n");
-  // As JSON white space is seen, and the terminal is left alone.
-  for (i64 i = 0; i < frequent.size(); i++)
-    printf("%10ld  %12ld  %s\n", frequent[i]["id"].as_int(), frequent[i]["count"].as_int(),
-           frequent[i]["text"].dump().c_str());
-  for (i64 i = 0; i < samples.size(); i++)
-    printf("\n%s, document %ld:\n  %s\n", samples[i]["file"].as_string().c_str(),
-           samples[i]["document"].as_int(), samples[i]["text"].dump().c_str());
 }
 
 int run_corpus(int argc, char** argv) {
@@ -101,7 +92,7 @@ int run_corpus(int argc, char** argv) {
   if (json)
     printf("%s\n", found.c_str());
   else
-    print_table(all);
+    print_lines(all);
   if (all["unfinished"].as_int() > 0)
     log_warning("not all of it is there: a tokenize run did not finish; start it again");
   return kExitDone;
