@@ -47,20 +47,19 @@ string profile_table(const Profile& p) {
     of[l.kernel].first += l.us;
     of[l.kernel].second++;
   }
-  vector<std::pair<double, string>> most;
-  for (const auto& [kernel, sum] : of) most.emplace_back(-sum.first, kernel);
-  std::ranges::sort(most);
+  vector<std::pair<std::pair<double, i64>, string>> most;
+  for (const auto& [kernel, sum] : of) most.emplace_back(sum, kernel);
+  std::sort(most.rbegin(), most.rend());
   if (most.size() > 10) most.resize(10);
   string table = text("step %ld: %.3f ms, %zu launches\n        ms  share  calls  kernel\n", p.step,
                       p.us / 1e3, p.launches.size());
-  for (const auto& [us, kernel] : most)
-    table += text("%10.3f %5.1f%% %6ld  %s\n", -us / 1e3, -100 * us / p.us, of[kernel].second,
+  for (const auto& [sum, kernel] : most)
+    table += text("%10.3f %5.1f%% %6ld  %s\n", sum.first / 1e3, 100 * sum.first / p.us, sum.second,
                   kernel.c_str());
-  const vector<double> of_kind = profile_shares(p);
-  return table + text(
-                     "matrix products %.1f%%, attention %.1f%%, memory-bound kernels %.1f%%, "
-                     "communication %.1f%%, idle %.1f%%",
-                     of_kind[0], of_kind[1], of_kind[2], of_kind[3], of_kind[4]);
+  const vector<double> share = profile_shares(p);
+  table += text("matrix products %.1f%%, attention %.1f%%, memory-bound kernels %.1f%%, ", share[0],
+                share[1], share[2]);
+  return table + text("communication %.1f%%, idle %.1f%%", share[3], share[4]);
 }
 
 void write_profile(const string& folder, Profile& p) {
