@@ -50,25 +50,17 @@ static string draw(const ScheduleOptions& o, const vector<ActionList>& lists,
 }
 
 static string to_svg(const string& drawing) {
-  string out;
-  int lines = 0;
+  string rows;
+  int y = 2;
   size_t columns = 0;
   std::istringstream in(drawing);
-  for (string line; std::getline(in, line); lines++) {
-    columns = max(columns, line.size());
-    out += text("<text x=\"8\" y=\"%d\">", 20 + 18 * lines);
-    for (const char c : line) {
-      bool begins = line.back() == '|' && strchr("FBWfbw", c);
-      out += begins ? text("<tspan class=\"%c\">%c</tspan>", toupper(c), c) : string(1, c);
-    }
-    out += "</text>\n";
-  }
+  for (string line; std::getline(in, line); columns = max(columns, line.size()))
+    rows += text("<text x=\"8\" y=\"%d\">", y += 18) + line + "</text>\n";
   return text(
              "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%zu\" height=\"%d\">\n"
-             "<style>svg{background:#fff}text{font:12px monospace;white-space:pre}"
-             ".F{fill:#06c}.B{fill:#d50}.W{fill:#082}</style>\n",
-             20 + 8 * columns, 20 + 18 * lines) +
-         out + "</svg>\n";
+             "<style>svg{background:#fff}text{font:12px monospace;white-space:pre}</style>\n",
+             20 + 8 * columns, y + 18) +
+         rows + "</svg>\n";
 }
 
 static string to_json(const ScheduleOptions& o, const vector<ActionList>& lists,
