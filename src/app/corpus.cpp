@@ -66,16 +66,6 @@ int run_tokenize(int argc, char** argv) {
   return report.stopped ? kExitStopped : kExitDone;
 }
 
-// A member a line, of a list an entry a line.
-static void print_lines(const Json& all) {
-  for (const string& key : all.keys()) {
-    const Json value = all[key];
-    printf("%s:%s\n", key.c_str(), value.is_array() ? "" : (" " + value.dump()).c_str());
-    for (i64 i = 0; value.is_array() && i < value.size(); i++)
-      printf("  %s\n", value[i].dump().c_str());
-  }
-}
-
 int run_corpus(int argc, char** argv) {
   Arguments args("pith corpus");
   string action, path;
@@ -87,13 +77,9 @@ int run_corpus(int argc, char** argv) {
   args.option("--samples", samples, "documents to decode", 0, 1000);
   args.flag("--json", json, "print it as JSON");
   if (!args.parse(argc, argv)) return kExitDone;
-  string found = inspect_corpus(path, top, samples);
-  const Json all = Json::parse(found, path);
-  if (json)
-    printf("%s\n", found.c_str());
-  else
-    print_lines(all);
-  if (all["unfinished"].as_int() > 0)
+  const string found = inspect_corpus(path, top, samples);
+  print_result(found, json);
+  if (Json::parse(found, path)["unfinished"].as_int() > 0)
     log_warning("not all of it is there: a tokenize run did not finish; start it again");
   return kExitDone;
 }
