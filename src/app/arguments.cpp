@@ -51,4 +51,15 @@ bool Arguments::parse(int argc, char** argv) {
   return true;
 }
 
+void print_result(const string& json, bool as_json) {
+  if (as_json) return void(puts(json.c_str()));
+  const Json result = Json::parse(json, "result");
+  for (const string& key : result.keys()) {
+    const Json value = result[key];
+    printf("%s:%s\n", key.c_str(), value.is_array() ? "" : (" " + value.dump()).c_str());
+    for (i64 i = 0; value.is_array() && i < value.size(); i++)
+      printf("  %s\n", value[i].dump().c_str());
+  }
+}
+
 }

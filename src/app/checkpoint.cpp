@@ -4,7 +4,7 @@
 
 namespace pith {
 
-static int examine(const string& named, bool whole, bool json) {
+static int verify_all(const string& named, bool json) {
   std::map<i64, string> folders = list_checkpoints(named);
   if (folders.empty()) folders[0] = named;
   JsonWriter w;
@@ -15,7 +15,7 @@ static int examine(const string& named, bool whole, bool json) {
     string error;
     try {
       c = open_checkpoint(path);
-      if (whole) verify(c);
+      verify(c);
     } catch (const Error& e) {
       error = e.what();
       code = kExitBadInput;
@@ -77,7 +77,7 @@ int run_checkpoint(int argc, char** argv) {
   vector<string> folders;
   double limit = 0;
   bool json = false;
-  args.choice("action", action, {"list", "verify", "diff"},
+  args.choice("action", action, {"verify", "diff"},
               "diff: exit code 1 if weights of the two differ");
   args.list("folder", folders,
             "checkpoint, or run folder: all of its checkpoints; diff: two, also Hugging Face's",
@@ -91,7 +91,7 @@ int run_checkpoint(int argc, char** argv) {
   if (action == "diff") return diff(folders[0], folders[1], limit, json);
   if (folders.size() > 1 || limit > 0)
     bad_input(command, "takes one folder and no --limit", command + " " + folders[0]);
-  return examine(folders[0], action == "verify", json);
+  return verify_all(folders[0], json);
 }
 
 }

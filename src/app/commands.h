@@ -49,6 +49,9 @@ class Arguments {
   std::unique_ptr<CLI::App> app_;
 };
 
+// Of JSON; else a member a line, and of a list an entry a line.
+void print_result(const string& json, bool as_json);
+
 // F32, by Hugging Face name.
 vector<TensorDecl> declarations(const ParameterTable& table);
 

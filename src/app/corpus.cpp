@@ -1,7 +1,5 @@
 #include "data/corpus.h"
 
-#include <algorithm>
-
 #include "app/commands.h"
 #include "core/json.h"
 #include "core/log.h"
@@ -10,15 +8,12 @@
 
 namespace pith {
 
-static void decode(const string& file, const string& tokenizer_option, bool json) {
+static void decode(const string& file, const string& tokenizer_option) {
   const Tokenizer tokenizer = open_tokenizer(tokenizer_option, {file});
   const TokenFile tokens = open_token_file(file);
   for (i64 i = 0; i < tokens.num_docs && !stop_requested(); i++) {
-    vector<u32> ids = document_ids(tokens, i, tokenizer.vocab_size());
-    // To be tokenised again, without the end-of-text.
-    if (json && !ids.empty()) ids.pop_back();
-    string document = tokenizer.decode(ids, SpecialTokens::Keep);
-    if (json) document = JsonWriter().object().members("text", document).end().str() + "\n";
+    const vector<u32> ids = document_ids(tokens, i, tokenizer.vocab_size());
+    const string document = tokenizer.decode(ids, SpecialTokens::Keep);
     fwrite(document.data(), 1, document.size(), stdout);
   }
 }
@@ -56,10 +51,10 @@ int run_tokenize(int argc, char** argv) {
   args.flag("--skip-bad", o.skip_bad, "leave out malformed documents and list them");
   args.option("--threads", o.threads, "0: every core", 0, 1024);
   args.option("--decode", encoded, "print the text of FILE.bin");
-  args.flag("--json", json, "print the result as JSON; with --decode a line a document");
+  args.flag("--json", json, "print the result as JSON");
   if (!args.parse(argc, argv)) return kExitDone;
   if (!encoded.empty()) {
-    decode(encoded, o.tokenizer, json);
+    decode(encoded, o.tokenizer);
     return kExitDone;
   }
   if (o.tokenizer.empty() || o.inputs.empty() || o.output.empty())
@@ -69,28 +64,6 @@ int run_tokenize(int argc, char** argv) {
   const CorpusReport report = tokenize_corpus(o);
   print_report(report, json);
   return report.stopped ? kExitStopped : kExitDone;
-}
-
-static void print_table(const Json& all) {
-  const auto number = [&](const char* key) { return with_commas(all[key].as_int()); };
-  printf("files      %s\ndocuments  %s\ntokens     %s\n\ntokens in a document     documents\n",
-         number("files").c_str(), number("documents").c_str(), number("tokens").c_str());
-  const Json bins = all["length_histogram"], frequent = all["frequent"], samples = all["samples"];
-  i64 most = 1;
-  for (i64 i = 0; i < bins.size(); i++) most = max(most, bins[i]["documents"].as_int());
-  for (i64 i = 0; i < bins.size(); i++) {
-    i64 n = bins[i]["documents"].as_int(), below = bins[i]["below"].as_int();
-    string bar((n * 40 + most - 1) / most, '#');
-    printf("%10ld ..%10ld  %12ld  %s\n", i ? below / 2 : 0, below - 1, n, bar.c_str());
-  }
-  printf("\n     token         count  text\n");
-  // As JSON white space is seen, and the terminal is left alone.
-  for (i64 i = 0; i < frequent.size(); i++)
-    printf("%10ld  %12ld  %s\n", frequent[i]["id"].as_int(), frequent[i]["count"].as_int(),
-           frequent[i]["text"].dump().c_str());
-  for (i64 i = 0; i < samples.size(); i++)
-    printf("\n%s, document %ld:\n  %s\n", samples[i]["file"].as_string().c_str(),
-           samples[i]["document"].as_int(), samples[i]["text"].dump().c_str());
 }
 
 int run_corpus(int argc, char** argv) {
@@ -104,13 +77,9 @@ int run_corpus(int argc, char** argv) {
   args.option("--samples", samples, "documents to decode", 0, 1000);
   args.flag("--json", json, "print it as JSON");
   if (!args.parse(argc, argv)) return kExitDone;
-  string found = inspect_corpus(path, top, samples);
-  const Json all = Json::parse(found, path);
-  if (json)
-    printf("%s\n", found.c_str());
-  else
-    print_table(all);
-  if (all["unfinished"].as_int() > 0)
+  const string found = inspect_corpus(path, top, samples);
+  print_result(found, json);
+  if (Json::parse(found, path)["unfinished"].as_int() > 0)
     log_warning("not all of it is there: a tokenize run did not finish; start it again");
   return kExitDone;
 }

@@ -52,16 +52,11 @@ int run_eval(int argc, char** argv) {
     const ScheduleOptions schedule{.kind = ScheduleKind::OneF1B, .gather_step = true};
     result = evaluate(rank, instance, data, {.global_batch = 8, .micro_batch = 8}, schedule);
   });
-  double perplexity = std::exp(result.loss), bits = result.loss * bits_a_byte(data, path);
+  double bits = result.loss * bits_a_byte(data, path);
   JsonWriter w;
-  w.object().members("loss", result.loss, "perplexity", perplexity, "bits_per_byte",
+  w.object().members("loss", result.loss, "perplexity", std::exp(result.loss), "bits_per_byte",
                      bits > 0 ? bits : NAN, "labels", result.labels);
-  if (json)
-    printf("%s\n", w.end().str().c_str());
-  else
-    printf("loss %.4f nats a token, perplexity %.2f%s, over %s tokens\n", result.loss, perplexity,
-           bits > 0 ? text(", %.4f bits a byte", bits).c_str() : "",
-           with_commas(result.labels).c_str());
+  print_result(w.end().str(), json);
   return kExitDone;
 }
 

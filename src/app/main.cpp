@@ -14,7 +14,7 @@ static constexpr struct {
     {"eval", run_eval, "loss, perplexity and bits per byte of a checkpoint or exported model"},
     {"generate", run_generate, "continues a text"},
     {"convert", run_convert, "to and from Hugging Face folders"},
-    {"checkpoint", run_checkpoint, "lists, verifies and compares checkpoints"},
+    {"checkpoint", run_checkpoint, "verifies and compares checkpoints"},
     {"plan", run_plan, "the timeline of a pipeline schedule"},
     {"bench", run_bench, "how fast it trains on a GPU, and how fast it could"},
     {"doctor", run_doctor, "what this machine offers"},

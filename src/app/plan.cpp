@@ -50,25 +50,17 @@ static string draw(const ScheduleOptions& o, const vector<ActionList>& lists,
 }
 
 static string to_svg(const string& drawing) {
-  string out;
-  int lines = 0;
+  string rows;
+  int y = 2;
   size_t columns = 0;
   std::istringstream in(drawing);
-  for (string line; std::getline(in, line); lines++) {
-    columns = max(columns, line.size());
-    out += text("<text x=\"8\" y=\"%d\">", 20 + 18 * lines);
-    for (const char c : line) {
-      bool begins = line.back() == '|' && strchr("FBWfbw", c);
-      out += begins ? text("<tspan class=\"%c\">%c</tspan>", toupper(c), c) : string(1, c);
-    }
-    out += "</text>\n";
-  }
+  for (string line; std::getline(in, line); columns = max(columns, line.size()))
+    rows += text("<text x=\"8\" y=\"%d\">", y += 18) + line + "</text>\n";
   return text(
              "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%zu\" height=\"%d\">\n"
-             "<style>svg{background:#fff}text{font:12px monospace;white-space:pre}"
-             ".F{fill:#06c}.B{fill:#d50}.W{fill:#082}</style>\n",
-             20 + 8 * columns, 20 + 18 * lines) +
-         out + "</svg>\n";
+             "<style>svg{background:#fff}text{font:12px monospace;white-space:pre}</style>\n",
+             20 + 8 * columns, y + 18) +
+         rows + "</svg>\n";
 }
 
 static string to_json(const ScheduleOptions& o, const vector<ActionList>& lists,
@@ -89,22 +81,9 @@ static string to_json(const ScheduleOptions& o, const vector<ActionList>& lists,
   return w.end().end().str() + "\n";
 }
 
-static vector<ActionList> read_lists(const string& path, i64 pp) {
-  Json ranks = Json::parse_file(path)["ranks"];
-  if (ranks.size() != pp)
-    bad_input(ranks.place(), text("has lists of %ld ranks (need %ld)", ranks.size(), pp), "--pp");
-  vector<ActionList> lists(pp);
-  for (i64 r = 0; r < pp; r++)
-    for (i64 i = 0; i < ranks[r].size(); i++) {
-      Json action = ranks[r][i]["action"];
-      lists[r].push_back(parse_action(action.as_string(), action.place()));
-    }
-  return lists;
-}
-
 int run_plan(int argc, char** argv) {
   Arguments args("pith plan");
-  string kind = "auto", svg, file;
+  string kind = "auto", svg;
   bool schedule = false, json = false;
   i64 pp = 4, micro_batches = 0;
   ScheduleOptions o;
@@ -114,17 +93,15 @@ int run_plan(int argc, char** argv) {
   args.option("--micro-batches", micro_batches, "in a step; 0: 2 * pp + 2", 0, 4096);
   args.option("--svg", svg, "draw into this file");
   args.flag("--json", json, "print the lists of actions with times");
-  args.option("--check", file, "prove the lists of this file, as --json prints them");
   if (!args.parse(argc, argv)) return kExitDone;
   if (!schedule)
     bad_input("pith plan", "does not say what to plan (need --schedule)", "--schedule");
   o.pp = int(pp);
   o.kind = schedule_kind(kind, o.pp, 1);
   o.micro_batches = int(micro_batches ? micro_batches : 2 * pp + 2);
-  auto lists = file.empty() ? make_schedules(o) : read_lists(file, pp);
+  const vector<ActionList> lists = make_schedules(o);
   const ScheduleCheck check = check_schedule(o, lists);
-  if (!check.ok() && file.empty()) failed("schedule", check.why);
-  if (!check.ok()) bad_input(file, check.why, "the lists that pith plan --schedule --json prints");
+  if (!check.ok()) failed("schedule", check.why);
   if (!svg.empty()) write_file_durably(svg, to_svg(draw(o, lists, check, 1 << 20)));
   printf("%s", (json ? to_json(o, lists, check) : draw(o, lists, check, 85)).c_str());
   return kExitDone;

@@ -267,27 +267,6 @@ string to_text(const Action& a) {
   return "";
 }
 
-// The action with the line's numbers that prints as the line.
-Action parse_action(const string& line, const string& place) {
-  int n[4] = {};
-  sscanf(line.c_str(), "%*[^0-9]%6d%*[^0-9]%6d%*[^0-9]%6d%*[^0-9]%6d", &n[0], &n[1], &n[2], &n[3]);
-  for (int what = 0; what <= int(Do::Reduce); what++) {
-    Action a{.what = static_cast<Do>(what), .chunk = n[0], .mb = n[1]};
-    if (a.has_backward()) a.defer = line.ends_with('+');
-    if (a.what == Do::FB) a.chunk2 = n[2];
-    if (a.what == Do::FB) a.mb2 = n[3];
-    if (a.what == Do::W && n[2] > 0) a.count = n[2] - n[1] + 1;
-    if (a.is_message()) a.peer = n[2];
-    if (a.is_message() && line.find('B') != string::npos) a.payload = Payload::Gradient;
-    if (to_text(a) == line && a.chunk < 2 && a.chunk2 < 2 && a.count > 0) return a;
-  }
-  bad_input(place,
-            text("is not an action (got \"%s\", need one such as F0.3, B1.2+, W1.2-4, "
-                 "F0.5|B1.3, send F0.3 > 1 or recv B1.2 < 1)",
-                 line.c_str()),
-            "the form that pith plan --schedule --lists prints");
-}
-
 namespace {
 
 bool starts_communication(const Step& s) {

@@ -99,7 +99,6 @@ ScheduleCheck check_schedule(const ScheduleOptions& options, const vector<Action
 
 // "F0.3", "B1.2+" (deferred), "W1.2-4", "F0.5|B1.3", "send F0.3 > 1", "gather 0".
 string to_text(const Action& action);
-Action parse_action(const string& line, const string& place);
 
 // Inside an action.
 enum class Part : u8 {

@@ -12,10 +12,9 @@ namespace pith {
 void open_profiler() {
   const string name = text("libcupti.so.%d", CUDART_VERSION / 1000);
   const char* home = getenv("CUDA_HOME");
-  const string root = home ? home : "/usr/local/cuda";
-  void* library = nullptr;
-  for (const string& folder : {string(), root + "/extras/CUPTI/lib64/", root + "/lib64/"})
-    if (!library) library = dlopen((folder + name).c_str(), RTLD_NOW);
+  const string in_toolkit = string(home ? home : "/usr/local/cuda") + "/extras/CUPTI/lib64/" + name;
+  void* library = dlopen(name.c_str(), RTLD_NOW);
+  if (!library) library = dlopen(in_toolkit.c_str(), RTLD_NOW);
   if (!library)
     bad_input("--profile-step", text("CUPTI is missing (got %s)", dlerror()),
               "the CUDA toolkit's package cuda-cupti, or its folder in LD_LIBRARY_PATH");
@@ -32,10 +31,9 @@ static bool call(const char* name, Args... args) {
 constexpr auto kOurs = CUPTI_EXTERNAL_CORRELATION_KIND_CUSTOM0;
 
 StageRange::StageRange(const Rank& rank, const Stage& s) {
-  char range[128];
-  snprintf(range, sizeof range, "rank %d, micro-batch %d, layer %d: %s", rank.id, s.micro_batch,
-           s.layer, s.name.c_str());
-  nvtxRangePushA(range);
+  nvtxRangePushA(
+      text("rank %d, micro-batch %d, layer %d: %s", rank.id, s.micro_batch, s.layer, s.name.c_str())
+          .c_str());
   Profile* p = profiler();
   if (!p || !p->recording) return;
   call("cuptiActivityPushExternalCorrelationId", kOurs, u64(p->stages.size()));
@@ -44,9 +42,8 @@ StageRange::StageRange(const Rank& rank, const Stage& s) {
 
 StageRange::~StageRange() {
   nvtxRangePop();
-  u64 id;
   if (profiler() && profiler()->recording)
-    call("cuptiActivityPopExternalCorrelationId", kOurs, &id);
+    call("cuptiActivityPopExternalCorrelationId", kOurs, static_cast<u64*>(nullptr));
 }
 
 static void give_buffer(u8** buffer, size_t* size, size_t* most_records) {

@@ -45,13 +45,12 @@ struct StageRange {
 #endif
 };
 
-constexpr const char* kKernelKinds[] = {"matrix products", "attention", "memory-bound kernels",
-                                        "communication", "idle"};
+// 0 matrix products, 1 attention, 2 memory-bound, 3 communication.
 int kind_of_kernel(string_view name);
 // Of a linker's symbol: "OnCuda<BF16>::softmax".
 string kernel_name(const string& symbol);
 
-// Percent of the step by kind. A moment counts for what began first; launches are in order.
+// Percent of the step by kind, and idle. A moment counts for what began first; launches in order.
 vector<double> profile_shares(const Profile& profile);
 string profile_table(const Profile& profile);
 // FOLDER/profile-step-000007.json for Perfetto, and .tsv; logs the table. Of symbols, unordered.

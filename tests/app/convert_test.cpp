@@ -260,31 +260,28 @@ Json output_of(std::vector<std::string> words, int exit_code) {
   return Json::parse(testing::internal::GetCapturedStdout(), "output");
 }
 
-TEST(CheckpointCommand, ListsAndVerifies) {
+TEST(CheckpointCommand, Verifies) {
   const std::string run = fresh_folder("checkpoint_command"), hf = run + "/hf";
   fs::create_directories(hf);
   write_model(hf, make_model(FileDType::F32));
   for (const char* name : {"/step-00000000", "/step-00000010"})
     EXPECT_EQ(convert({"import-hf", hf, run + name}), kExitDone);
   const std::string second = run + "/step-00000010";
-  for (const char* action : {"list", "verify"}) {
-    const Json all = output_of({action, run}, kExitDone);
-    ASSERT_EQ(all.size(), 2);
-    EXPECT_EQ(all[1]["path"].as_string(), second);
-    EXPECT_TRUE(all[0]["good"].as_bool() && all[1]["good"].as_bool());
-    EXPECT_EQ(output_of({action, second}, kExitDone).size(), 1);
-  }
+  const Json all = output_of({"verify", run}, kExitDone);
+  ASSERT_EQ(all.size(), 2);
+  EXPECT_EQ(all[1]["path"].as_string(), second);
+  EXPECT_TRUE(all[0]["good"].as_bool() && all[1]["good"].as_bool());
+  EXPECT_EQ(output_of({"verify", second}, kExitDone).size(), 1);
   std::fstream file(second + "/model.safetensors", std::ios::in | std::ios::out | std::ios::binary);
   file.seekp(-1, std::ios::end);
   file.put('\x55');
   file.close();
-  EXPECT_TRUE(output_of({"list", run}, kExitDone)[1]["good"].as_bool());
   const Json bad = output_of({"verify", run}, kExitBadInput);
   EXPECT_TRUE(bad[0]["good"].as_bool());
   EXPECT_FALSE(bad[1]["good"].as_bool());
   expect_part(bad[1]["error"].as_string(), "is damaged (checksum");
   fs::remove(second + "/manifest.json");
-  expect_part(output_of({"list", run}, kExitBadInput)[1]["error"].as_string(),
+  expect_part(output_of({"verify", run}, kExitBadInput)[1]["error"].as_string(),
               "is no finished checkpoint");
   expect_part(output_of({"verify", run + "/none"}, kExitBadInput)[0]["error"].as_string(),
               "there is no such checkpoint");
@@ -320,7 +317,7 @@ TEST(CheckpointCommand, ComparesWeights) {
       {{"checkpoint", "diff", a, run + "/c"}, "1 missing"},
       {{"checkpoint", "diff", a}, "needs two folders"},
       {{"checkpoint", "verify", run, a}, "takes one folder"},
-      {{"checkpoint", "list", run, "--limit", "1"}, "takes one folder"}};
+      {{"checkpoint", "verify", run, "--limit", "1"}, "takes one folder"}};
   for (const auto& [words, part] : rows)
     expect_part(error_of(kExitBadInput, [&] { call(run_checkpoint, words); }), part);
 }

@@ -3,7 +3,6 @@
 
 #include <cstdio>
 #include <filesystem>
-#include <fstream>
 #include <regex>
 #include <sstream>
 
@@ -43,12 +42,6 @@ std::string scratch(const std::string& name) {
   return folder + "/" + name;
 }
 
-std::string write(const std::string& name, const std::string& content) {
-  const std::string path = scratch(name);
-  std::ofstream(path) << content;
-  return path;
-}
-
 size_t count(const std::string& all, const std::string& part) {
   size_t n = 0;
   for (size_t at = all.find(part); at != std::string::npos; at = all.find(part, at + 1)) n++;
@@ -81,7 +74,7 @@ TEST(Plan, TimelineInTheTerminal) {
             "rank 0  |B9----F10B10---F11B11---|\n");
 }
 
-// It shows what the terminal does, an action a coloured span.
+// It shows what the terminal does.
 TEST(Plan, TimelineAsSvg) {
   const std::string path = scratch("timeline.svg");
   const PlanOutput shown = plan({"--schedule", "--pp", "3", "--micro-batches", "8", "--svg", path});
@@ -90,18 +83,7 @@ TEST(Plan, TimelineAsSvg) {
   EXPECT_TRUE(svg.starts_with("<svg xmlns=\"http://www.w3.org/2000/svg\""));
   EXPECT_TRUE(svg.ends_with("</svg>\n"));
   EXPECT_EQ(count(svg, "<text"), count(svg, "</text>"));
-  EXPECT_EQ(count(svg, "<tspan"), count(svg, "</tspan>"));
   EXPECT_EQ(count(svg, "href"), 0u);
-  size_t halves[3] = {};
-  for (const ActionList& list :
-       make_schedules({.kind = ScheduleKind::DualPipeV, .pp = 3, .micro_batches = 8}))
-    for (const Action& a : list) {
-      halves[0] += a.has_forward();
-      halves[1] += a.has_backward();
-      halves[2] += a.what == Do::W;
-    }
-  for (int i = 0; i < 3; i++)
-    EXPECT_EQ(count(svg, text("<tspan class=\"%c\">", "FBW"[i])), halves[i]);
   // Without its tags, and cut as for a terminal.
   const std::string bare =
       std::regex_replace(svg.substr(svg.find("<text")), std::regex("<[^>]*>"), "");
@@ -137,72 +119,6 @@ TEST(Plan, ListsAsJson) {
   }
 }
 
-// What --json prints, --check proves.
-TEST(Plan, ListsReadBack) {
-  const std::vector<std::vector<std::string>> cases = {
-      {"--pp", "3", "--micro-batches", "7"},
-      {"--kind", "1f1b", "--pp", "4", "--micro-batches", "3"},
-      {"--kind", "dualpipev", "--pp", "1"},
-  };
-  for (std::vector<std::string> words : cases) {
-    words.insert(words.begin(), {"--schedule"});
-    const PlanOutput shown = plan(words);
-    std::vector<std::string> listing = words;
-    listing.push_back("--json");
-    words.insert(words.end(), {"--check", write("lists.json", plan(listing).out)});
-    const PlanOutput checked = plan(words);
-    EXPECT_EQ(checked.code, kExitDone) << checked.error;
-    EXPECT_EQ(checked.out, shown.out);
-  }
-}
-
-// The lists of ranks as --json prints them; `ranks` has a line an action: "0 F0.0".
-static std::string json_of_lists(const std::string& ranks, int pp) {
-  std::vector<std::vector<std::string>> lists(pp);
-  std::istringstream in(ranks);
-  for (std::string line; std::getline(in, line);)
-    lists.at(line[0] - '0')
-        .push_back(JsonWriter().object().members("action", line.substr(2)).end().str());
-  JsonWriter w;
-  w.object().key("ranks").array();
-  for (const auto& list : lists) {
-    w.array();
-    for (const std::string& action : list) w.raw(action);
-    w.end();
-  }
-  return w.end().end().str();
-}
-
-TEST(Plan, FaultyListsAreNamed) {
-  const struct {
-    int pp;
-    const char* lists;
-    const char* error;  // behind the file's name
-  } cases[] = {
-      {2,
-       "0 F0.0\n0 send F0.0 > 1\n0 recv B0.0 < 1\n0 B0.0\n"
-       "1 recv F0.0 < 0\n1 F0.0\n1 send B0.0 > 0\n1 B0.0\n",
-       ": rank 1, action 2 (send B0.0 > 0): B0.0 has not run. Try: the lists that pith plan "
-       "--schedule --json prints"},
-      {2, "0 F0.0\n0 send F0.0 > 1\n0 recv B0.0 < 1\n0 B0.0\n1 recv F0.0 < 0\n1 F0.0\n1 B0.0\n",
-       ": rank 1, at the end: send B0.0 has not run"},
-      {1, "0 B0.0\n0 F0.0\n", ": rank 0, action 0 (B0.0): F0.0 has not run"},
-      {1, "0 F0.0\n0 B0.1\n", ": rank 0, action 1 (B0.1): names no chunk and micro-batch"},
-      {1, "0 F0.x\n",
-       ": ranks[0][0].action: is not an action (got \"F0.x\", need one such as F0.3,"},
-      {1, "", ": rank 0, at the end: F0.0 has not run"},
-  };
-  for (const auto& c : cases) {
-    const std::string path = write("faulty.json", json_of_lists(c.lists, c.pp));
-    const PlanOutput run =
-        plan({"--schedule", "--kind", "1f1b", "--micro-batches", "1", "--pp", std::to_string(c.pp),
-              "--check", path, "--svg", scratch("faulty.svg")});
-    EXPECT_EQ(run.code, kExitBadInput);
-    EXPECT_EQ(run.error.rfind(path + c.error, 0), 0u) << run.error;
-    EXPECT_FALSE(std::filesystem::exists(scratch("faulty.svg")));
-  }
-}
-
 TEST(Plan, WrongUseIsRefused) {
   const struct {
     std::vector<std::string> words;
@@ -212,12 +128,8 @@ TEST(Plan, WrongUseIsRefused) {
       {{"--schedule", "--pp", "4", "--micro-batches", "7"},
        "schedule: dualpipev at pp = 4 gets too few micro-batches (got 7, need at least 8). Try: "
        "more micro-batches in a step"},
-      {{"--schedule", "--check", write("no.json", "{}")}, "no.json: ranks: is missing"},
-      {{"--schedule", "--check", write("one.json", "{\"ranks\": [[]]}")},
-       "one.json: ranks: has lists of 1 ranks (need 4)"},
       {{"--schedule", "--kind", "gpipe"}, "--kind"},
       {{"--schedule", "--pp", "0"}, "--pp"},
-      {{"--schedule", "--check", "/nowhere/lists.txt"}, "/nowhere/lists.txt"},
   };
   for (const auto& c : cases) {
     const PlanOutput run = plan(c.words);

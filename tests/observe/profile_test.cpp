@@ -40,11 +40,9 @@ TEST(Profile, NamesForPeople) {
   const string unknown = "_ZN7cutlass" + string(1000, 'x');
   EXPECT_TRUE(kernel_name(unknown).starts_with("_ZN7cutlassx"));
   EXPECT_LE(kernel_name(unknown).size(), 80u);
-  const string many = "_ZN7cutlass1aILi" + string(90, '1') + "EEEvv",
-               other = "_ZN7cutlass1aILi" + string(90, '1') + "2EEEvv";
+  const string many = "_ZN7cutlass1aILi" + string(90, '1') + "EEEvv";
   EXPECT_LE(kernel_name(many).size(), 80u);
   EXPECT_TRUE(kernel_name(many).starts_with("cutlass::a<11")) << kernel_name(many);
-  EXPECT_NE(kernel_name(many), kernel_name(other));
 }
 
 // Two streams; 100 us, of which 20 to 30 and 80 to 100 are idle.
@@ -66,7 +64,7 @@ TEST(Profile, SharesCountEachMomentOnce) {
   ASSERT_EQ(shares.size(), need.size());
   double sum = 0;
   for (size_t i = 0; i < need.size(); i++) {
-    EXPECT_NEAR(shares[i], need[i], 1e-9) << kKernelKinds[i];
+    EXPECT_NEAR(shares[i], need[i], 1e-9) << i;
     sum += shares[i];
   }
   EXPECT_NEAR(sum, 100, 1e-9);
@@ -107,19 +105,16 @@ TEST(Profile, Files) {
   EXPECT_EQ(lines[4], "50.000\t20.000\t9\tbackground\t-1\t-1\tcopy");
 
   const Json events = Json::parse_file(folder + "/profile-step-000007.json")["traceEvents"];
-  vector<string> stages;
-  int on_streams = 0;
+  ASSERT_EQ(events.size(), 6);
   for (i64 i = 0; i < events.size(); i++) {
     EXPECT_EQ(events[i]["ph"].as_string(), "X");
     EXPECT_LE(events[i]["ts"].as_double() + events[i]["dur"].as_double(), 100);
-    if (events[i]["tid"].as_string() == "stages")
-      stages.push_back(events[i]["name"].as_string() + text(" %g", events[i]["dur"].as_double()));
-    else
-      on_streams++;
   }
-  EXPECT_EQ(on_streams, 6);
-  EXPECT_EQ(stages, (vector<string>{"step 7 100", "attention forward 60", "background 20",
-                                    "experts weights 20"}));
+  EXPECT_EQ(events[3]["tid"].as_string(), "stream 9");
+  EXPECT_EQ(events[3]["name"].as_string(), "copy");
+  EXPECT_EQ(events[5]["args"]["stage"].as_string(), "experts weights");
+  EXPECT_EQ(events[5]["args"]["layer"].as_int(), 11);
+  EXPECT_EQ(events[5]["args"]["micro_batch"].as_int(), 0);
 }
 
 TEST(Profile, WithoutLaunchesNothingIsWritten) {
