@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "core/check.h"
+#include "data/safetensors.h"
 
 namespace pith {
 
@@ -24,6 +24,19 @@ inline std::string fresh_folder(const std::string& name) {
 inline void put(const std::string& path, const std::string& bytes) {
   std::filesystem::create_directories(std::filesystem::path(path).parent_path());
   std::ofstream(path, std::ios::binary) << bytes;
+}
+
+// Weights as a Hugging Face folder has them; bytes_of(tensor) is called in order.
+void write_model_files(const std::string& folder, const std::vector<TensorDecl>& tensors,
+                       int64_t max_bytes, auto&& bytes_of) {
+  const std::vector<Shard> shards = plan_shards(folder, tensors, max_bytes);
+  for (const Shard& shard : shards) {
+    DurableFile file(shard.path);
+    write_header(file, shard.tensors);
+    for (const TensorDecl& tensor : shard.tensors) file.write(bytes_of(tensor));
+    file.finish();
+  }
+  write_index(folder, shards);
 }
 
 // What `action` fails with, which has this exit code; "no error" if it does not fail.

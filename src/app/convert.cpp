@@ -32,18 +32,23 @@ static void copy_companions(const string& named, const string& beside, const str
 
 static void write_weights(const Checkpoint& source, const vector<TensorDecl>& weights,
                           const string& to) {
-  SafetensorsWriter writer(to + "/model.safetensors", weights, 5'000'000'000);
+  const vector<Shard> shards = plan_shards(to, weights, 5'000'000'000);
   Progress progress("converting", double(weights.size()), "tensors");
   double done = 0;
-  for (const TensorDecl& weight : weights) {
-    if (stop_requested()) failed("pith convert", "stopped by a signal; nothing was written");
-    vector<float> values = read_tensor(source, source.tensors.at(weight.name));
-    vector<char> bytes(size_t(weight.bytes()));
-    from_f32(weight.dtype, values.data(), bytes.data(), i64(values.size()));
-    writer.write(bytes.data(), weight.bytes());
-    progress.update(++done);
+  for (const Shard& shard : shards) {
+    DurableFile file(shard.path);
+    write_header(file, shard.tensors);
+    for (const TensorDecl& weight : shard.tensors) {
+      if (stop_requested()) failed("pith convert", "stopped by a signal; nothing was written");
+      vector<float> values = read_tensor(source, source.tensors.at(weight.name));
+      vector<char> bytes(size_t(weight.bytes()));
+      from_f32(weight.dtype, values.data(), bytes.data(), i64(values.size()));
+      file.write(bytes);
+      progress.update(++done);
+    }
+    file.finish();
   }
-  writer.finish();
+  write_index(to, shards);
 }
 
 // With the dtype of the weights, which loaders take as their own.

@@ -2,7 +2,6 @@
 
 #include <cerrno>
 #include <nlohmann/json.hpp>
-#include <set>
 
 namespace pith {
 
@@ -34,16 +33,8 @@ string read_text_file(const string& path) {
 Json Json::parse(const string& text_in, const string& place) {
   if (text_in.find_first_not_of(" \t\r\n") == string::npos)
     bad_input(place, "is empty (need JSON)", "fetch the file again");
-  vector<std::set<string>> open_keys;
-  auto refuse_duplicates = [&](int, Value::parse_event_t event, Value& parsed) {
-    if (event == Value::parse_event_t::object_start) open_keys.emplace_back();
-    if (event == Value::parse_event_t::object_end) open_keys.pop_back();
-    if (event == Value::parse_event_t::key && !open_keys.back().insert(parsed).second)
-      bad_input(place + ": " + string(parsed), "occurs twice in one object", "keep one of the two");
-    return true;
-  };
   try {
-    return {std::make_shared<const Value>(Value::parse(text_in, refuse_duplicates)), place, ": "};
+    return {std::make_shared<const Value>(Value::parse(text_in)), place, ": "};
   } catch (const Value::exception& error) {
     string why = error.what();
     bad_input(place, "is not valid JSON: " + why.substr(why.find("] ") + 2),

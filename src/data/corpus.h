@@ -39,8 +39,8 @@ CorpusReport tokenize_corpus(const CorpusOptions& options);
 vector<u32> document_ids(const TokenFile& file, i64 document, u32 vocab_size);
 
 // JSON, of a folder or file: how many documents have less than 2, 4, ... tokens, the `top` most
-// frequent tokens, decoded samples. "unfinished": files, and runs that did not end. Exit code 2: no
-// or damaged files.
+// frequent tokens, the first `samples` decoded. "unfinished": files, and runs that did not end.
+// Exit code 2: no or damaged files.
 string inspect_corpus(const string& path, i64 top = 20, i64 samples = 3);
 
 }

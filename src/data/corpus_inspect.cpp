@@ -1,7 +1,6 @@
 #include <algorithm>
 #include <bit>
 #include <filesystem>
-#include <random>
 
 #include "core/json.h"
 #include "data/corpus.h"
@@ -24,9 +23,9 @@ string inspect_corpus(const string& where, i64 top, i64 samples) {
   i64 unfinished = 0, tokens = 0, documents = 0;
   for (const auto& entry : fs::recursive_directory_iterator(folder))
     unfinished += entry.path().extension() == ".tmp" || entry.path().filename() == ".run";
-  std::mt19937_64 random;
+  JsonWriter first;  // documents
+  first.array();
   vector<i64> counts(tokenizer.vocab_size()), histogram;  // by id; by log2 of the length
-  vector<string> sampled;                                 // uniformly
   for (const string& path : paths) {
     const TokenFile file = open_token_file(path);
     tokens += file.num_tokens;
@@ -36,16 +35,10 @@ string inspect_corpus(const string& where, i64 top, i64 samples) {
       size_t bin = std::bit_width(ids.size() | 1) - 1;
       histogram.resize(max(histogram.size(), bin + 1));
       histogram[bin]++;
-      i64 n = documents++, place = n < samples ? n : random() % (n + 1);
-      if (place >= samples) continue;
-      sampled.resize(max<size_t>(sampled.size(), place + 1));
+      if (documents++ >= samples) continue;
       ids.resize(min<size_t>(ids.size(), 100));
-      sampled[place] = JsonWriter()
-                           .object()
-                           .members("file", fs::relative(path, folder).string(), "document", i,
-                                    "text", tokenizer.decode(ids, SpecialTokens::Keep))
-                           .end()
-                           .str();
+      first.object().members("file", fs::relative(path, folder).string(), "document", i);
+      first.members("text", tokenizer.decode(ids, SpecialTokens::Keep)).end();
     }
   }
   vector<u32> frequent;
@@ -64,9 +57,8 @@ string inspect_corpus(const string& where, i64 top, i64 samples) {
         .members("id", id, "text", tokenizer.decode({&id, 1}, SpecialTokens::Keep), "count",
                  counts[id])
         .end();
-  w.end().key("samples").array();
-  for (const string& sample : sampled) w.raw(sample);
-  return w.end().end().str();
+  w.end().key("samples").raw(first.end().str());
+  return w.end().str();
 }
 
 }

@@ -1,11 +1,10 @@
 #include "data/safetensors.h"
 
 #include <algorithm>
-#include <bit>
 #include <filesystem>
-#include <map>
 #include <set>
 
+#include "core/bf16.h"
 #include "core/json.h"
 
 namespace pith {
@@ -17,7 +16,7 @@ static constexpr struct {
   i64 bytes;
 } kDTypes[] = {{"F32", 4}, {"F64", 8}, {"BF16", 2}, {"F16", 2}, {"F8_E4M3", 1},
                {"I64", 8}, {"I32", 4}, {"U8", 1},   {"BOOL", 1}};
-static const string kExtension = ".safetensors";
+static const string kModel = "/model.safetensors", kIndex = kModel + ".index.json";
 
 i64 size_of(FileDType dtype) { return kDTypes[int(dtype)].bytes; }
 const char* name_of(FileDType dtype) { return kDTypes[int(dtype)].name; }
@@ -40,8 +39,8 @@ string describe(const TensorDecl& tensor) {
   bad_input(place, what, "fetch or write the file again");
 }
 
-void SafetensorsReader::open_file(const string& path) {
-  const MappedFile& file = files_.emplace_back(path);
+static void open_file(Safetensors& all, const string& path) {
+  const MappedFile& file = all.files.emplace_back(path);
   i64 length = 0, end = 0, room = file.size() - 8;
   if (room >= 0) memcpy(&length, file.data(), 8);
   if (length < 2 || length > room)
@@ -58,10 +57,7 @@ void SafetensorsReader::open_file(const string& path) {
   std::ranges::sort(order);
   for (const auto& [offsets, name] : order) {
     Json json = header[name];
-    TensorEntry& tensor = tensors_.emplace_back();
-    tensor.name = name;
-    tensor.data = data + end;
-    tensor.file = int(files_.size()) - 1;
+    TensorEntry tensor{{.name = name}, data + end, int(all.files.size()) - 1};
     string dtype = json["dtype"].as_string();
     auto known = std::ranges::find_if(kDTypes, [&](auto& d) { return dtype == d.name; });
     if (known == std::end(kDTypes))
@@ -76,147 +72,97 @@ void SafetensorsReader::open_file(const string& path) {
                                  json["data_offsets"].dump().c_str(), bytes,
                                  describe(tensor).c_str(), end, room));
     end += bytes;
+    if (!all.tensors.emplace(name, tensor).second) damaged(json.place(), "is in two shards");
   }
   if (end != room)
     damaged(path,
             text("has bytes behind its last tensor (got %ld bytes of data, need %ld)", room, end));
 }
 
-void SafetensorsReader::open_index(const string& folder, const string& index) {
-  Json weights = Json::parse_file(index)["weight_map"];
-  std::set<string> shards;
-  std::map<string, string> path_of;
-  for (const string& name : weights.keys())
-    path_of[name] = folder + "/" + *shards.insert(weights[name].as_string()).first;
-  if (shards.empty()) damaged(index, "lists no tensors");
-  for (const string& shard : shards) {
-    if (shard.find('/') != string::npos)
-      damaged(index, "is not a file name (got \"" + shard + "\")");
-    open_file(folder + "/" + shard);
-  }
-  for (const TensorEntry& tensor : tensors_) {
-    string listed = std::exchange(path_of[tensor.name], ""), here = files_[tensor.file].path();
-    if (listed != here)
-      damaged(here + ": " + tensor.name, "is not where the index says (got this shard, need " +
-                                             (listed.empty() ? "none" : listed) + ")");
-  }
-  for (const auto& [name, path] : path_of)
-    if (!path.empty()) damaged(path + ": " + name, "is missing, but the index says it is here");
-}
-
-SafetensorsReader::SafetensorsReader(const string& path) {
+Safetensors open_safetensors(const string& path) {
   string folder = fs::path(path + "/").parent_path();
-  string single = folder + "/model.safetensors", index = single + ".index.json";
-  if (!fs::is_directory(folder))
-    open_file(folder);
-  else if (fs::exists(single))
-    open_file(single);
-  else if (fs::exists(index))
-    open_index(folder, index);
-  else
+  std::set<string> files;
+  if (!fs::is_directory(folder)) {
+    files = {folder};
+  } else if (fs::exists(folder + kModel)) {
+    files = {folder + kModel};
+  } else if (fs::exists(folder + kIndex)) {
+    Json weights = Json::parse_file(folder + kIndex)["weight_map"];
+    for (const string& name : weights.keys())
+      files.insert(folder + "/" + weights[name].as_string());
+  } else {
     bad_input(folder, "has no weights (need model.safetensors or model.safetensors.index.json)",
               "a folder in Hugging Face layout");
-}
-
-const TensorEntry& SafetensorsReader::at(const string& name) const {
-  auto found = std::ranges::find(tensors_, name, &TensorEntry::name);
-  if (found == tensors_.end())
-    damaged(files_[0].path() + ": " + name,
-            text("is missing (got %zu other tensors)", tensors_.size()));
-  return *found;
-}
-
-SafetensorsWriter::SafetensorsWriter(const string& path, const vector<TensorDecl>& tensors,
-                                     i64 max_bytes)
-    : path_(path.substr(0, path.rfind(kExtension))), shards_(1) {
-  i64 filled = 0;
-  for (const TensorDecl& tensor : tensors) {
-    if (tensor.bytes() > max_bytes - filled && !shards_.back().empty()) {
-      shards_.emplace_back();
-      filled = 0;
-    }
-    filled += tensor.bytes();
-    shards_.back().push_back(tensor);
   }
-  open_next();
+  Safetensors all;
+  for (const string& file : files) open_file(all, file);
+  return all;
 }
 
-string SafetensorsWriter::shard_path(size_t shard) const {
-  if (num_files() == 1) return path_ + kExtension;
-  return path_ + text("-%05zu-of-%05d", shard + 1, num_files()) + kExtension;
-}
-
-void SafetensorsWriter::open_next() {
+void write_header(DurableFile& file, const vector<TensorDecl>& tensors) {
   JsonWriter json;  // transformers asks for this metadata
   json.object().key("__metadata__").object().key("format").value("pt").end();
-  left_ = 0;
-  for (const TensorDecl& tensor : shards_[begun_]) {
-    const vector<i64> offsets = {left_, left_ + tensor.bytes()};
-    json.key(tensor.name)
-        .object()
-        .members("dtype", name_of(tensor.dtype), "shape", tensor.shape, "data_offsets", offsets);
-    json.end();
-    left_ = offsets[1];
+  i64 end = 0;
+  for (const TensorDecl& tensor : tensors) {
+    i64 begin = std::exchange(end, end + tensor.bytes());
+    json.key(tensor.name).object().members("dtype", name_of(tensor.dtype), "shape", tensor.shape);
+    json.members("data_offsets", vector{begin, end}).end();
   }
   string header = json.end().str();
   header.resize((header.size() + 7) / 8 * 8, ' ');  // so that the data are aligned
   auto length = i64(header.size());
-  file_.emplace(shard_path(begun_++));
-  file_->write(&length, 8);
-  file_->write(header.data(), length);
+  file.write(&length, 8);
+  file.write(header);
 }
 
-void SafetensorsWriter::write(const void* bytes, i64 size) {
-  const char* next = static_cast<const char*>(bytes);
-  while (size > 0) {
-    if (left_ == 0 && begun_ < shards_.size()) {
-      file_->finish();
-      open_next();
+vector<Shard> plan_shards(const string& folder, const vector<TensorDecl>& tensors, i64 max_bytes) {
+  vector<Shard> shards;
+  i64 filled = 0;
+  for (const TensorDecl& tensor : tensors) {
+    if (shards.empty() || tensor.bytes() > max_bytes - filled) {
+      shards.emplace_back();
+      filled = 0;
     }
-    if (left_ < size && begun_ == shards_.size())
-      failed(file_->path(),
-             text("was given more bytes than declared (got %ld, need %ld)", size, left_));
-    i64 piece = min(size, left_);
-    file_->write(next, piece);
-    next += piece;
-    size -= piece;
-    left_ -= piece;
+    filled += tensor.bytes();
+    shards.back().tensors.push_back(tensor);
   }
+  size_t n = shards.size();
+  for (size_t i = 0; i < n; i++)
+    shards[i].path =
+        folder + (n == 1 ? kModel : text("/model-%05zu-of-%05zu.safetensors", i + 1, n));
+  return shards;
 }
 
-void SafetensorsWriter::finish() {
-  if (left_ > 0 || begun_ < shards_.size())
-    failed(file_->path(), text("was finished %ld bytes short of the declared tensors", left_));
-  file_->finish();
-  if (num_files() == 1) return;
+void write_index(const string& folder, const vector<Shard>& shards) {
+  if (shards.size() == 1) return;
   JsonWriter map;
   i64 total = 0;
   map.object();
-  for (size_t shard = 0; shard < shards_.size(); shard++)
-    for (const TensorDecl& tensor : shards_[shard]) {
-      map.key(tensor.name).value(shard_path(shard).substr(path_.rfind('/') + 1));
+  for (const Shard& shard : shards)
+    for (const TensorDecl& tensor : shard.tensors) {
+      map.key(tensor.name).value(shard.path.substr(folder.size() + 1));
       total += tensor.bytes();
     }
   JsonWriter json;
   json.object().key("metadata").object().key("total_size").value(total).end();
   json.key("weight_map").raw(map.end().str());
-  write_file_durably(path_ + kExtension + ".index.json", json.end().str() + "\n");
+  write_file_durably(folder + kIndex, json.end().str() + "\n");
+}
+
+template <class T>
+static void convert(const void* src, float* dst, i64 n) {
+  T value;
+  for (i64 i = 0; i < n; i++) {
+    memcpy(&value, static_cast<const T*>(src) + i, sizeof(T));
+    dst[i] = float(value);
+  }
 }
 
 void to_f32(FileDType dtype, const void* src, float* dst, i64 n) {
   if (!is_float(dtype)) failed("to_f32", string("cannot convert ") + name_of(dtype));
   if (dtype == FileDType::F32) memcpy(dst, src, n * 4);
-  const char* at = static_cast<const char*>(src);
-  for (i64 i = 0; i < n && dtype == FileDType::F64; i++) {
-    double wide;
-    memcpy(&wide, at + 8 * i, 8);
-    dst[i] = float(wide);
-  }
-  for (i64 i = 0; i < n && dtype == FileDType::BF16; i++) {
-    u16 bits;
-    memcpy(&bits, at + 2 * i, 2);
-    dst[i] = std::bit_cast<float>(u32{bits} << 16);
-  }
+  if (dtype == FileDType::F64) convert<double>(src, dst, n);
+  if (dtype == FileDType::BF16) convert<BF16>(src, dst, n);
 }
 
 void from_f32(FileDType dtype, const float* src, void* dst, i64 n) {

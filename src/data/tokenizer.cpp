@@ -73,14 +73,13 @@ void Tokenizer::encode(string_view utf8, vector<u32>& out, bool special_as_text,
   if (valid < utf8.size())
     bad_input(path, text("the text to encode is no UTF-8 (got a bad byte at %zu)", valid),
               "replace what is invalid");
-  scratch.use(fingerprint);
   encode_text(utf8, false, special_as_text, scratch, out);
 }
 
 string Tokenizer::decode(std::span<const u32> tokens, SpecialTokens which) const {
   string out;
   for (const u32 id : tokens)
-    if (!token_text(id).empty() && (which == SpecialTokens::Keep || !is_special(id)))
+    if (id < vocab_size() && (which == SpecialTokens::Keep || !special[id]))
       out += bytes[id].empty() ? texts[id] : bytes[id];
   return replace_invalid_utf8(out);
 }

@@ -81,18 +81,15 @@ void split(const vector<SplitStep>& steps, string_view text, SplitBuffers& buffe
 constexpr u32 kNoId = UINT32_MAX;
 constexpr int kIdBits = 21, kRankBits = 64 - 2 * kIdBits;  // of a packed merge
 
-// One thread's, for any tokenizer; ids never depend on it.
+// One thread's, for one tokenizer; ids never depend on it.
 struct EncodeScratch {
   explicit EncodeScratch(size_t cache_bytes = size_t{1} << 23);
-  void use(u64 tokenizer);  // empties the cache of another one
   struct Entry {
     char key[32];  // a word of less than 32 bytes, its size in the last one; 0: unused
     u32 ids[7], count;
   };
-  size_t entries;
   vector<Entry> cache;  // a power of two; of a word's two places the older is given up
-  u64 owner = 0;
-  struct Part {  // a token of a word; rank: of its merge with the one after it
+  struct Part {         // a token of a word; rank: of its merge with the one after it
     u32 id, rank, before, after;
   };
   vector<Part> parts;
@@ -140,7 +137,8 @@ class AddedTokens {
 
 enum class SpecialTokens : u8 { Keep, Skip };
 
-// Shared by threads, each with its EncodeScratch.
+// Shared by threads, each with its EncodeScratch. Tokens' text is as the vocabulary writes it:
+// "Ġthe".
 struct Tokenizer {
   // Exit code 2, naming the part, for what is missing, damaged or not supported.
   static Tokenizer load(const string& path);
@@ -156,12 +154,8 @@ struct Tokenizer {
 
   u32 vocab_size() const { return u32(texts.size()); }
   std::optional<u32> id_of(string_view token) const;
-  // As the vocabulary writes it ("Ġthe"); empty for an id without one.
-  string_view token_text(u32 id) const { return id < texts.size() ? texts[id] : ""; }
-  bool is_special(u32 id) const { return id < special.size() && special[id]; }
 
   string path;
-  u64 fingerprint = 0;               // XXH3 of tokenizer.json
   std::optional<u32> eos_id;         // of a well-known name, such as <|endoftext|>
   std::deque<string> strings;        // where the tokens' text and bytes lie
   vector<string_view> texts, bytes;  // by id; empty: no token; not of GPT-2's characters

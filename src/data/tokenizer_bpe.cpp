@@ -70,13 +70,7 @@ void Bpe::merge(string_view word, EncodeScratch& scratch, vector<u32>& out) cons
 }
 
 EncodeScratch::EncodeScratch(size_t cache_bytes)
-    : entries(std::bit_floor(max(cache_bytes / sizeof(Entry), size_t{2}))) {}
-
-void EncodeScratch::use(u64 tokenizer) {
-  if (!cache.empty() && owner == tokenizer) return;
-  cache.assign(entries, {});
-  owner = tokenizer;
-}
+    : cache(std::bit_floor(max(cache_bytes / sizeof(Entry), size_t{2}))) {}
 
 void Bpe::encode(std::span<const string_view> words, EncodeScratch& scratch,
                  vector<u32>& out) const {
@@ -92,7 +86,7 @@ void Bpe::encode(std::span<const string_view> words, EncodeScratch& scratch,
       entries[i].key[kKey - 1] = char(min(batch[i].size(), kKey));
     }
     for (size_t i = 0; i < batch.size(); i++) {  // read at once, a key just written would stall
-      slots[i] = &scratch.cache[XXH3_64bits(entries[i].key, kKey) & (scratch.entries - 2)];
+      slots[i] = &scratch.cache[XXH3_64bits(entries[i].key, kKey) & (scratch.cache.size() - 2)];
       __builtin_prefetch(slots[i]);
     }
     for (size_t i = 0; i < batch.size(); i++) {

@@ -1,5 +1,3 @@
-#include <xxhash.h>
-
 #include "core/json.h"
 #include "data/tokenizer.h"
 
@@ -152,9 +150,7 @@ static void read_pre_tokenizer(Tokenizer& t, const Json& json) {
 Tokenizer Tokenizer::load(const string& path) {
   Tokenizer t;
   t.path = path;
-  string file = read_text_file(path);
-  t.fingerprint = XXH3_64bits(file.data(), file.size());
-  Json json = Json::parse(file, path);
+  Json json = Json::parse_file(path);
   if (!json.has("model")) bad_input(path, "is no tokenizer.json: it has no \"model\"", kRefetch);
   if (json.string_or("version", "1.0") != "1.0")
     unsupported(json["version"], json["version"].dump());

@@ -144,14 +144,14 @@ Checkpoint open_weights(const string& folder) {
     verify(c);
     return c;
   }
-  const SafetensorsReader reader(folder);
+  const Safetensors weights = open_safetensors(folder);
   Checkpoint c{.folder = folder, .state = {.optimizer = "none"}};
   string config = folder + "/config.json";
   if (fs::exists(config)) c.state.model = read_text_file(config);
-  for (const MappedFile& file : reader.files())
+  for (const MappedFile& file : weights.files)
     c.files.push_back({.name = file.path(), .bytes = file.size(), .map = file});
-  for (const TensorEntry& t : reader.tensors())
-    c.tensors[t.name] = {t, {{0, t.numel(), t.file, t.data - c.files[t.file].map.data()}}};
+  for (const auto& [name, t] : weights.tensors)
+    c.tensors[name] = {t, {{0, t.numel(), t.file, t.data - c.files[t.file].map.data()}}};
   return c;
 }
 
@@ -325,7 +325,7 @@ struct CheckpointSaver::Job {
   }
 
   // A GPU's memory goes through a buffer.
-  static void write(SafetensorsWriter& file, const Tensor& values) {
+  static void write(DurableFile& file, const Tensor& values) {
     if (!kCuda || values.device == Device::CPU) return file.write(values.data, values.bytes());
     constexpr i64 kBuffer = i64{1} << 26;
     vector<char> buffer(min(kBuffer, values.bytes()));
@@ -351,7 +351,8 @@ struct CheckpointSaver::Job {
     make_folders(checkpoint.folder);
     if (!list.empty()) {
       string name = text("rank-%05d.safetensors", rank);
-      SafetensorsWriter file(checkpoint.folder + "/" + name, decls);
+      DurableFile file(checkpoint.folder + "/" + name);
+      write_header(file, decls);
       for (const Fragment& f : list) {
         if (cancel) return;
         reached(f.unit);

@@ -63,29 +63,28 @@ Model make_model(FileDType dtype) {
 
 // Shards of at most 6,000 bytes, with companions.
 void write_model(const std::string& folder, const Model& m) {
-  SafetensorsWriter writer(folder + "/model.safetensors", m.tensors, 6000);
-  for (size_t i = 0; i < m.tensors.size(); i++) {
-    std::vector<char> bytes(m.values[i].size() * 4);
-    if (m.tensors[i].dtype == FileDType::F64) {
-      const std::vector<double> wide(m.values[i].begin(), m.values[i].end());
-      writer.write(wide.data(), static_cast<int64_t>(wide.size() * 8));
-      continue;
+  size_t next = 0;
+  write_model_files(folder, m.tensors, 6000, [&](const TensorDecl& tensor) {
+    const std::vector<float>& values = m.values[next++];
+    std::vector<char> bytes(static_cast<size_t>(tensor.bytes()));
+    if (tensor.dtype == FileDType::F64) {
+      const std::vector<double> wide(values.begin(), values.end());
+      memcpy(bytes.data(), wide.data(), bytes.size());
+    } else {
+      from_f32(tensor.dtype, values.data(), bytes.data(), static_cast<int64_t>(values.size()));
     }
-    from_f32(m.tensors[i].dtype, m.values[i].data(), bytes.data(),
-             static_cast<int64_t>(m.values[i].size()));
-    writer.write(bytes.data(), m.tensors[i].bytes());
-  }
-  writer.finish();
+    return bytes;
+  });
   write_file_durably(folder + "/config.json", kConfig);
   write_file_durably(folder + "/tokenizer.json", "{\"a\": 1}");
   write_file_durably(folder + "/generation_config.json", "{}");
 }
 
 void expect_same_tensors(const std::string& got_folder, const std::string& want_folder) {
-  const SafetensorsReader got(got_folder), want(want_folder);
-  EXPECT_EQ(got.tensors().size(), want.tensors().size());
-  for (const TensorEntry& tensor : want.tensors()) {
-    const TensorEntry& other = got.at(tensor.name);
+  const Safetensors got = open_safetensors(got_folder), want = open_safetensors(want_folder);
+  EXPECT_EQ(got.tensors.size(), want.tensors.size());
+  for (const auto& [name, tensor] : want.tensors) {
+    const TensorEntry& other = got.tensors.at(name);
     ASSERT_EQ(describe(other), describe(tensor)) << tensor.name;
     EXPECT_EQ(memcmp(other.data, tensor.data, static_cast<size_t>(tensor.bytes())), 0)
         << tensor.name;

@@ -618,7 +618,7 @@ TEST(Program, FromTextToAnExportedModel) {
   train_to_end(c);
   const std::string checkpoint = c.run.folder + "/step-00000004";
   run({"convert", "export-hf", c.run.folder, f + "hf", "--dtype", "fp32"});
-  EXPECT_EQ(static_cast<int64_t>(SafetensorsReader(f + "hf").tensors().size()),
+  EXPECT_EQ(static_cast<int64_t>(open_safetensors(f + "hf").tensors.size()),
             Json::parse(run({"checkpoint", "verify", checkpoint, "--json"}), "json")[0]["tensors"]
                     .as_int() /
                 3);

@@ -544,10 +544,8 @@ void write_hugging_face(const std::string& folder, int salt, auto&& change) {
         values.back().push_back(value_of(piece.name, 0, i, salt));
     }
   change(tensors, values);
-  SafetensorsWriter writer(folder + "/model.safetensors", tensors, 4000);
-  for (const std::vector<float>& v : values)
-    writer.write(v.data(), static_cast<int64_t>(v.size() * sizeof(float)));
-  writer.finish();
+  size_t next = 0;
+  write_model_files(folder, tensors, 4000, [&](const TensorDecl&) { return values[next++]; });
   write_file_durably(folder + "/config.json", R"({"model_type": "test"})");
 }
 

@@ -22,10 +22,10 @@ std::string golden(const std::string& name) {
 
 // A golden file's tensors as numbers.
 struct Golden {
-  SafetensorsReader reader;
-  explicit Golden(const std::string& path) : reader(path) {}
+  Safetensors file;
+  explicit Golden(const std::string& path) : file(open_safetensors(path)) {}
   std::vector<double> floats(const std::string& name) const {
-    const TensorEntry& t = reader.at(name);
+    const TensorEntry& t = file.tensors.at(name);
     std::vector<double> out(t.numel());
     if (t.dtype == FileDType::F64) {
       std::memcpy(out.data(), t.data, out.size() * 8);
@@ -37,7 +37,7 @@ struct Golden {
     return out;
   }
   std::vector<int32_t> ints(const std::string& name) const {
-    const TensorEntry& t = reader.at(name);
+    const TensorEntry& t = file.tensors.at(name);
     std::vector<int32_t> out(t.numel());
     std::memcpy(out.data(), t.data, out.size() * 4);
     return out;
@@ -122,7 +122,7 @@ void check_model(const std::string& name, bool documents) {
   on_one_rank([&](Rank& rank) {
     const Golden want(golden(name + "/golden.safetensors"));
     const std::string prefix = documents ? "documents." : "";
-    const auto& shape = want.reader.at("tokens").shape;
+    const auto& shape = want.file.tensors.at("tokens").shape;
     const std::vector<int32_t> tokens = want.ints("tokens"), labels = want.ints("labels"),
                                ends = want.ints("doc_ends");
     Loaded m(rank, golden(name), shape[1]);
