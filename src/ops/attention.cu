@@ -7,9 +7,6 @@
 namespace pith {
 namespace {
 
-template <class T>
-using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 // What a lane holds of a head: elements lane, lane + 32, ...
 constexpr int kMaxSize = 256, kEach = kMaxSize / 32;
 

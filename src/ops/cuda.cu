@@ -5,9 +5,6 @@
 namespace pith {
 
 template <class T>
-using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-template <class T>
 constexpr DType kDType = sizeof(T) == 2   ? DType::BF16
                          : sizeof(T) == 4 ? DType::F32
                                           : DType::F64;

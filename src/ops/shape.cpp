@@ -1,9 +1,3 @@
-// shape: elements in another order, shape or tensor, and whole rows chosen, repeated and added up.
-//   in     f32|f64; reshape any dtype; ids I32
-//   grad   the elements' gradients, moved back: of a choice, the sum over where a row went; of a
-//          sum, the choice
-//   errors sizes, ranges, ids or dimensions that do not fit; dtypes or devices differ
-
 #include <algorithm>
 
 #include "ops/cpu.h"
