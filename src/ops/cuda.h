@@ -4,22 +4,14 @@
 
 #include "core/cuda.h"
 #include "ops/formula.h"
+#include "ops/ops.h"
 
 namespace pith {
 
-struct AdamW;
-struct AddRmsNorm;
 struct AttentionCore;
 struct AttentionViews;
-struct Dispatched;
 struct Extent;
-struct GradSlot;
 struct HeadView;
-struct Heads;
-struct Rope;
-struct RouterOptions;
-struct Routing;
-struct TensorList;
 struct View;
 
 // c [m, n] = or += a b, of any float dtypes that cuBLAS joins; see product() of cpu.h.
@@ -91,7 +83,6 @@ struct OnCuda {
   // losses F64, a row; with `grad`, logits become their gradients.
   static void row_losses(Rank& rank, const Tensor& logits, const Tensor& labels, double scale,
                          bool grad, const Tensor& losses);
-  static void add_up(Rank& rank, const Tensor& values, const Tensor& sum);
   static void adamw(Rank& rank, const Tensor& w, const Tensor& g, const Tensor& m, const Tensor& v,
                     const AdamW& options);
   static double sum_squares(Rank& rank, const Tensor& x);

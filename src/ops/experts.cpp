@@ -50,18 +50,31 @@ Tensor chosen(const Op& op, const Tensor& x, const Tensor& index) {
   return y;
 }
 
-// What the node of a product by expert keeps for its weights' gradient, and which rows are a
-// pair's.
+// to = or += x w by expert; w [E, in, out] or, transposed, [E, out, in].
+template <class T>
+void products(const Op& op, const Tensor& x, const Tensor& w, const Tensor& offsets, Layout layout,
+              const GradSlot& to) {
+  i64 in = x.cols(), out = to.grad.cols();
+  if (!to.add && grouped(x, in, out)) {
+    const auto run = layout == kTransposed ? grouped_forward : grouped_input_grad;
+    return run(op.rank, x, w, offsets, to.grad, -1);
+  }
+  each_expert(op.rank, offsets, x.numel() * out, [&](i64 e, i64 r, i64 end) {
+    product<T>(op, x.slice_rows(r, end), w.slice_rows(e, e + 1),
+               {to.grad.slice_rows(r, end), to.add}, kNormal, layout);
+  });
+}
+
+// What the gradient of a product's weights reads.
 struct ExpertRows {
-  const Tensor &dy, &x, &offsets, &row_of;
-  Tensor of_dy, of_x;  // undefined: the pair's own
-  explicit ExpertRows(Node& node)
+  const Tensor &dy, &x, &offsets;
+  Tensor of_dy, of_x;  // the row of each pair; undefined: its own
+  explicit ExpertRows(const Node& node)
       : dy(node.grad[0]),
         x(node.bw_keep[0]),
         offsets(node.bw_keep[1]),
-        row_of(node.bw_keep[2]),
-        of_dy(node.i[1] ? row_of : Tensor{}),
-        of_x(node.i[0] ? row_of : Tensor{}) {}
+        of_dy(node.i[1] ? node.bw_keep[2] : Tensor{}),
+        of_x(node.i[0] ? node.bw_keep[2] : Tensor{}) {}
 };
 
 constexpr auto kExpertGrad = []<class T>(Backward<T> b) {
@@ -83,7 +96,6 @@ void expert_grads(Rank& rank, Node* const* nodes, int n) {
   for (int first = 0; first < n; first += TensorList::kMax) {
     int count = min(n - first, TensorList::kMax);
     Node& node = *nodes[first];
-    Tensor dw = grad_slot(rank, node.in[1], node.at).grad;
     if (count == 1 || !grouped(node.grad[0], node.bw_keep[0].cols(), node.grad[0].cols())) {
       for (int i = first; i < first + count; i++)
         run_backward<decltype(kExpertGrad)>(rank, *nodes[i], nodes[i]->bw_keep);
@@ -99,7 +111,8 @@ void expert_grads(Rank& rank, Node* const* nodes, int n) {
       offsets.push(from.offsets);
     }
     Tensor dy = cuda_join(rank, dys, of_dy, offsets), x = cuda_join(rank, xs, of_x, offsets);
-    grouped_weight_grad(rank, dy, x, cuda_join_offsets(rank, offsets), dw);
+    grouped_weight_grad(rank, dy, x, cuda_join_offsets(rank, offsets),
+                        grad_slot(rank, node.in[1], node.at).grad);
   }
 }
 
@@ -119,13 +132,7 @@ Tensor by_expert(const Op& op, Tensor x, Tensor w, const Dispatched& d, bool exp
   op.typed(x, [&]<class T>(T*) {
     Tensor from = chosen<T>(op, x, expand ? d.row_of : Tensor{});
     Tensor to = reduce ? op.empty({P, out}, x.dtype) : y;
-    if (grouped(from, w.cols(), out))
-      grouped_forward(op.rank, from, w, d.offsets, to);
-    else
-      each_expert(op.rank, d.offsets, from.numel() * out, [&](i64 e, i64 r, i64 end) {
-        product<T>(op, from.slice_rows(r, end), w.slice_rows(e, e + 1), {to.slice_rows(r, end)},
-                   kNormal, kTransposed);
-      });
+    products<T>(op, from, w, d.offsets, kTransposed, {to});
     if (reduce) gather_rows<T>(op, to, out, d.pair_of, d.row_begin, {y});
   });
   const auto recorded =
@@ -139,17 +146,11 @@ Tensor by_expert(const Op& op, Tensor x, Tensor w, const Dispatched& d, bool exp
             Tensor dy = chosen<T>(b.op(), b.dy(), b.node.i[1] ? b.keep[2] : Tensor{});
             const GradSlot to =
                 expands ? GradSlot{b.op().empty({dy.dim[0], weight.cols()}, dy.dtype)} : dx;
-            if (!to.add && grouped(dy, dy.cols(), weight.cols()))
-              grouped_input_grad(b.rank, dy, weight, offsets, to.grad);
-            else
-              each_expert(b.rank, offsets, dy.numel() * weight.cols(), [&](i64 e, i64 r, i64 end) {
-                product<T>(b.op(), dy.slice_rows(r, end), weight.slice_rows(e, e + 1),
-                           {to.grad.slice_rows(r, end), to.add});
-              });
+            products<T>(b.op(), dy, weight, offsets, kNormal, to);
             if (expands) gather_rows<T>(b.op(), to.grad, to.grad.cols(), b.keep[3], b.keep[4], dx);
           });
   recorded.bw(1, {x, d.offsets, d.row_of}, kExpertGrad);
-  if (recorded.node && recorded.node->bw) recorded.node->bw = expert_grads;
+  if (recorded.node) recorded.node->bw = expert_grads;
   return y;
 }
 

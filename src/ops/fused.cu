@@ -431,19 +431,6 @@ void OnCuda<T>::row_losses(Rank& rank, const Tensor& logits, const Tensor& label
   });
 }
 
-template <class T>
-void OnCuda<T>::add_up(Rank& rank, const Tensor& values, const Tensor& sum) {
-  i64 n = values.numel();
-  const double* from = values.as<double>();
-  const AnyFloat to(sum);
-  cuda_each<1>(rank, 1, [=] __device__(i64) {
-    double x = 0;
-    block_each(n, [&](i64 i) { x += from[i]; });
-    x = block_sum(x);
-    if (threadIdx.x == 0) to.put(0, x);
-  });
-}
-
 // ---- optimizer.cpp
 
 template <class T>

@@ -93,11 +93,7 @@ void run_backward(Rank& rank, Node& node, const TensorList& keep) {
   });
 }
 
-struct NoGradient {
-  void operator()(const auto&) const {}
-};
 // The node that record() made, or null. Functions are captureless, of a Backward<T>.
-template <class Bx = NoGradient>
 struct Recorded {
   Node* node;
 
@@ -107,34 +103,28 @@ struct Recorded {
     return *this;
   }
   template <class F>
-  Recorded<F> bx(const TensorList& keep, F) const {
-    if (node) node->bx_keep = keep;
-    if (node) node->bx = [](Rank& r, Node& n) { run_backward<F>(r, n, n.bx_keep); };
-    return {node};
+  Recorded bx(const TensorList& keep, F) const {
+    if (!node) return *this;
+    node->bx_keep = keep;
+    node->bx = [](Rank& r, Node& n) { run_backward<F>(r, n, n.bx_keep); };
+    return *this;
   }
-  // Gradients of the inputs from `first` on, weights: due in bx, before that op's, where another op
-  // made one; else they can wait.
+  // Gradients of the inputs from `first` on, weights: they can wait unless an op made one.
   template <class F>
   void bw(int first, const TensorList& keep, F) const {
     if (!node) return;
     node->bw_keep = keep;
-    bool made = false;
-    for (int k = first; k < node->in.count; k++) made |= node->in[k].var >= 0 && !node->in[k].grad;
-    if (made)
-      node->bx = [](Rank& r, Node& n) {
-        run_backward<Bx>(r, n, n.bx_keep);
-        run_backward<F>(r, n, n.bw_keep);
-      };
-    else
-      node->bw = [](Rank& r, Node* const* nodes, int count) {
-        for (int i = 0; i < count; i++) run_backward<F>(r, *nodes[i], nodes[i]->bw_keep);
-      };
+    for (int k = first; k < node->in.count; k++)
+      node->bw_now |= node->in[k].var >= 0 && !node->in[k].grad;
+    node->bw = [](Rank& r, Node* const* nodes, int count) {
+      for (int i = 0; i < count; i++) run_backward<F>(r, *nodes[i], nodes[i]->bw_keep);
+    };
   }
 };
 
 // To be completed at once with what the node keeps and its backward.
-inline Recorded<> record(const Op& op, std::initializer_list<Tensor> in,
-                         std::initializer_list<Tensor*> out) {
+inline Recorded record(const Op& op, std::initializer_list<Tensor> in,
+                       std::initializer_list<Tensor*> out) {
   return {record(op.rank, op.name, op.at, in, out)};
 }
 
