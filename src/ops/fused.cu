@@ -31,8 +31,6 @@ static void add_columns_of(Rank& rank, i64 rows, i64 cols, const GradSlot& to, F
   });
 }
 
-// ---- rms_norm, add_rms_norm
-
 template <class T, int N>
 static void norm_rows(Rank& rank, i64 rows, i64 n, const T* x, const T* more, const T* w,
                       Wide<T> eps, T* sum, T* normed, Wide<T>* rstd) {
@@ -122,8 +120,6 @@ void OnCuda<T>::rms_norm_weight(Rank& rank, const Tensor& dy, const Tensor& x, c
   });
 }
 
-// ---- qk_norm_rope: a team a head, a thread the two elements that turn together.
-
 template <class T>
 void OnCuda<T>::rope_tables(Rank& rank, const Rope& rope, int size, double theta) {
   i64 half = size / 2;
@@ -135,6 +131,7 @@ void OnCuda<T>::rope_tables(Rank& rank, const Rope& rope, int size, double theta
   });
 }
 
+// For qk_norm_rope: a team a head, a thread the two elements that turn together.
 template <class T>
 struct HeadTurns {
   using A = Wide<T>;
@@ -245,8 +242,6 @@ void OnCuda<T>::qk_norm_weight(Rank& rank, const Heads& heads, const TensorList&
   });
 }
 
-// ---- router: a warp a token
-
 template <class T>
 void OnCuda<T>::route(Rank& rank, const RouterOptions& o, const Routing& out) {
   using A = Wide<T>;
@@ -321,8 +316,6 @@ void OnCuda<T>::route_grad(Rank& rank, bool normalize, const TensorList& keep,
   });
 }
 
-// ---- swiglu
-
 template <class T, int N>
 static void swiglu_rows(Rank& rank, i64 rows, i64 F, const T* gate_up, const Wide<T>* weights,
                         T* out) {
@@ -383,8 +376,6 @@ void OnCuda<T>::swiglu_grad(Rank& rank, const Tensor& dy, const TensorList& keep
   });
 }
 
-// ---- cross entropy of rows of logits, which become their gradients
-
 template <class T, int N>
 static void loss_rows(Rank& rank, i64 rows, i64 V, T* logits, const int* labels, Wide<T> scale,
                       bool grad, double* losses) {
@@ -430,8 +421,6 @@ void OnCuda<T>::row_losses(Rank& rank, const Tensor& logits, const Tensor& label
                         grad, losses.as<double>());
   });
 }
-
-// ---- optimizer.cpp
 
 template <class T>
 void OnCuda<T>::adamw(Rank& rank, const Tensor& w, const Tensor& g, const Tensor& m,
