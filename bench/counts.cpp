@@ -61,9 +61,9 @@ vector<Pass> passes(const Sizes& s) {
           {"route", 8 * T * E + 8 * T * k, (4 + e) * T * E + 8 * T * k, 0, Each::Layer},
           // Places of the pairs, there and back, and their weights.
           {"dispatch", 4 * P + 8 * P + 8 * P, 8 * P + 4 * P, 0, Each::Layer},
-          {"expand_rows", x + 4 * P + pair, pair + 4 * P + x, 0, Each::Layer},
+          {"expand", x + 4 * P + pair, pair + 4 * P + x, 0, Each::Layer},
           {"swiglu", 3 * act + 4 * P, 5 * act + 8 * P, 0, Each::Layer},
-          {"reduce_pairs", pair + 4 * P + x, x + 4 * P + pair, 0, Each::Layer},
+          {"reduce", pair + 4 * P + x, x + 4 * P + pair, 0, Each::Layer},
           {"residual add", 3 * x, 0, 0, Each::Layer},
           // Where a value has two uses: its second gradient is read once more.
           {"gradients of two uses", 0, 2 * x, 0, Each::Layer},

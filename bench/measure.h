@@ -58,8 +58,8 @@ Phases time_op(Inputs& in, F&& call) {
     forward.stop();
     bool bx = false, bw = false;
     for (const Node& node : tape.nodes) {
-      bx |= node.bx && out.count > 0;
-      bw |= node.bw && out.count > 0;
+      bx |= (node.bx || node.bw_now) && out.count > 0;
+      bw |= node.bw && !node.bw_now && out.count > 0;
     }
     rank.tape = nullptr;
     for (int i = 0; i < out.count; i++) {

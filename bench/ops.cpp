@@ -56,22 +56,6 @@ Dispatched dispatched(Rank& rank, const Inputs& in) {
   Routing routing{.ids = in[2], .weights = in[1], .probs = {}};
   return dispatch(rank, in[0], routing, kExperts).at_experts;
 }
-// Rows, or pairs where they go back, and the indices of a dispatch from [3] on.
-void dispatched_rows(Inputs& in, const Sizes& s) {
-  hidden(in, s);
-  routed(in, s);
-  const Dispatched d = dispatched(in.rank, in);
-  for (const Tensor& t : {d.row_of, d.offsets, d.pair_of, d.row_begin}) in.x.push_back(t);
-}
-Dispatched indices(const Inputs& in) {
-  Dispatched d;
-  d.rows = in[0];
-  d.row_of = in[3];
-  d.offsets = in[4];
-  d.pair_of = in[5];
-  d.row_begin = in[6];
-  return d;
-}
 void flat(Inputs& in, const Sizes& s, int count) {
   for (int i = 0; i < count; i++) in.x.push_back(zeros(in.rank, {unit_elements(s)}, DType::F32));
 }
@@ -176,8 +160,6 @@ vector<OpCase> training_cases(const Sizes& s) {
         routed(in, z);
       },
       [](Rank& r, const Inputs& in) { return dispatched(r, in).weights; });
-  add_case("expand_rows", moves("expand_rows"), dispatched_rows,
-           [](Rank& r, const Inputs& in) { return expand_rows(r, indices(in)); });
   add_case(
       "swiglu", moves("swiglu"),
       [](Inputs& in, const Sizes& z) {
@@ -185,15 +167,6 @@ vector<OpCase> training_cases(const Sizes& s) {
         in.values({z.pairs()}, wide(in.rank.compute));
       },
       [](Rank& r, const Inputs& in) { return swiglu(r, in[0], in[1]); });
-  add_case(
-      "reduce_pairs", moves("reduce_pairs"),
-      [](Inputs& in, const Sizes& z) {
-        dispatched_rows(in, z);
-        in.x[0] = {};
-        Inputs pairs{in.rank};
-        in.x[0] = pairs.values({z.pairs(), z.model.hidden});
-      },
-      [](Rank& r, const Inputs& in) { return reduce_pairs(r, in[0], indices(in)); });
   add_case("add, the residual", {Cost{0, 3 * x}, Cost{0, 3 * x}, Cost{}}, two_hidden,
            [](Rank& r, const Inputs& in) { return add(r, in[0], in[1]); });
   const double n = 4.0 * double(unit_elements(s));

@@ -140,7 +140,7 @@ void backward(Rank& rank, int begin, int end, bool defer_weights) {
       if (t.var >= 0) tape.grads[t.var] = {};
     node.bx_keep.clear();
     bool weights = any && node.bw;
-    if (!weights || !defer_weights) run_weight_grads(rank, {&node}, weights);
+    if (!weights || !defer_weights || node.bw_now) run_weight_grads(rank, {&node}, weights);
   }
 }
 

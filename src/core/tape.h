@@ -34,7 +34,7 @@ struct Node {
   // Gradients of inputs; of the weights that n nodes, one a deferred micro-batch, share.
   void (*bx)(Rank&, Node&) = nullptr;
   void (*bw)(Rank&, Node* const* nodes, int n) = nullptr;
-  bool bw_done = false;
+  bool bw_now = false, bw_done = false;  // right after bx; done
 };
 
 struct Tape {

@@ -1,12 +1,5 @@
 // attention: both forms, and the ring of a cp group, whose member r holds the chunks r and 2*cp-1-r
 // of each row (Brandon et al. 2023, arXiv:2311.09431).
-//   in     qkv [B*S, (H+2K)*N]; or q [B,S,H,N], k [B,Z,K,N], v [B,Z,K,M], bias or visible
-//          [1|B, 1|H, S, Z]; f32|f64
-//   grad   p = exp(score - lse), dv = p^T dout, ds = p (dout v^T - <dout, out>), dq = scale ds k,
-//          dk = scale ds^T q, dbias = ds.  Dao et al. 2022, arXiv:2205.14135
-//   errors shapes that do not fit; a row of doc_ends that descends; dtypes differ; with cp > 1
-//          also a bias or mask tensor, and S != Z
-
 #include "ops/attention.h"
 
 #include <algorithm>

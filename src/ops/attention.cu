@@ -7,9 +7,6 @@
 namespace pith {
 namespace {
 
-template <class T>
-using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 // What a lane holds of a head: elements lane, lane + 32, ...
 constexpr int kMaxSize = 256, kEach = kMaxSize / 32;
 
@@ -168,22 +165,24 @@ Scores<T> scores_of(const AttentionCore& core) {
   return {core};
 }
 
+template <class F>
+void typed(DType dtype, F f) {
+  if (dtype == DType::F64) return f((double*)nullptr);
+  if (dtype == DType::BF16) return f((BF16*)nullptr);
+  f((float*)nullptr);
+}
+
 }
 
 void cuda_attention(Rank& rank, const AttentionCore& core, HeadView out, const Tensor& lse) {
-  if (core.dtype == DType::F64) return plain_attention(rank, scores_of<double>(core), out, lse);
-  if (core.dtype == DType::BF16) return plain_attention(rank, scores_of<BF16>(core), out, lse);
-  plain_attention(rank, scores_of<float>(core), out, lse);
+  typed(core.dtype, [&]<class T>(T*) { plain_attention(rank, scores_of<T>(core), out, lse); });
 }
 
 void cuda_attention_grad(Rank& rank, const AttentionCore& core, HeadView out, const Tensor& lse,
                          HeadView dout, const AttentionViews& grads) {
-  auto run = [&]<class T>(T*) {
+  typed(core.dtype, [&]<class T>(T*) {
     plain_attention_grad<T>(rank, {scores_of<T>(core), out, dout, lse.as<Wide<T>>()}, grads);
-  };
-  if (core.dtype == DType::F64) return run((double*)nullptr);
-  if (core.dtype == DType::BF16) return run((BF16*)nullptr);
-  run((float*)nullptr);
+  });
 }
 
 }

@@ -70,7 +70,8 @@ struct Block {
       for (i64 j = 0; j < core.v_size; j++) y[r * out.position + j] *= scale[r];
   }
 
-  // Makes probabilities of the scores and their gradients, and adds what these give.
+  // p = exp(score - lse), ds = p (dout v^T - <dout, out>): dv = p^T dout, dq = scale ds k,
+  // dk = scale ds^T q, dbias = ds.  Dao et al. 2022, arXiv:2205.14135
   void backward(HeadView out, const T* lse, HeadView dout, const AttentionViews& d) {
     make_scores();
     dscores.resize(scores.size());

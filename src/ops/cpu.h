@@ -2,7 +2,6 @@
 // pieces, and sums have one order: results never depend on the number of threads.
 #pragma once
 #include <limits>
-#include <type_traits>
 
 #include "ops/cuda.h"
 #include "ops/op.h"

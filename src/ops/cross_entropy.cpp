@@ -1,7 +1,4 @@
-// lm_head_cross_entropy.
-//   in     x [T, D]   w [V, D]   f32|f64, one dtype   labels I32 [T] in [0, V) or kIgnoreLabel
-//   grad   dlogits = scale (softmax(logits) - one-hot(label)), dx = dlogits w, dw = dlogits^T x
-//   errors shapes; a label outside [0, V); dtypes differ
+// dlogits = scale (softmax(logits) - one-hot(label))
 
 #include <algorithm>
 
@@ -25,7 +22,7 @@ double row_loss(T* logits, i64 V, int label, T scale, bool grad) {
   if (grad) {
     T factor = scale / sum;
     for (i64 v = 0; v < V; v++) logits[v] *= factor;
-    logits[label] -= scale;
+    logits[label] = logits[label] - scale;
   }
   return std::log(double(sum)) + double(top - at_label);
 }
@@ -45,20 +42,18 @@ void cross_entropy(const Op& op, const Tensor& x, const Tensor& w, const Tensor&
     Tensor part = x.slice_rows(first, end), d = logits.slice_rows(0, end - first);
     Tensor label = labels.slice_rows(first, end), to = losses.slice_rows(first, end);
     product<T>(op, part, w, {d}, kNormal, kTransposed);
-    op.run(
-        x,
-        [&]<class U>(U*) {
-          parallel_rows(end - first, V * 8, [&](i64 r) {
-            to.as<double>()[r] = row_loss(row_of<U>(d, r), V, label.i32()[r], U(scale), grad);
-          });
-        },
-        [&]<class U>(U*) { OnCuda<U>::row_losses(op.rank, d, label, scale, grad, to); });
+    if (gpu)
+      OnCuda<T>::row_losses(op.rank, d, label, scale, grad, to);
+    else
+      parallel_rows(end - first, V * 8, [&](i64 r) {
+        to.as<double>()[r] = row_loss(row_of<T>(d, r), V, label.i32()[r], T(scale), grad);
+      });
     if (dx.defined()) product<T>(op, d, w, {dx.slice_rows(first, end)});
     product<T>(op, d, part, {dw.grad, dw.add || first > 0}, kTransposed);
   }
   if (!dw.add && tokens == 0) fill_zero(op.rank, dw.grad);
   double sum = 0;
-  if (kCuda && gpu) return OnCuda<T>::add_up(op.rank, losses, loss);
+  if (gpu) return cuda_sum(op.rank, {1, tokens, 1}, losses, loss);
   for (i64 t = 0; t < tokens; t++) sum += losses.as<double>()[t];
   *loss.as<T>() = T(sum);
 }

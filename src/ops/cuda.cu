@@ -5,9 +5,6 @@
 namespace pith {
 
 template <class T>
-using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-template <class T>
 constexpr DType kDType = sizeof(T) == 2   ? DType::BF16
                          : sizeof(T) == 4 ? DType::F32
                                           : DType::F64;
@@ -167,24 +164,35 @@ static void copy_rows(Rank& rank, i64 rows, i64 packs, const void* from, const i
 }
 
 template <class T, int N>
-static void gather(Rank& rank, i64 rows, i64 n, const T* from, const int* id, const int* cut,
-                   const AnyFloat& out, bool add) {
-  using A = Wide<T>;
-  bool same = out.dtype == kDType<T>;
-  cuda_rows(rank, rows, n / N, [=] __device__(i64 r, Team team) {
-    i64 first = cut ? cut[r] : r, end = cut ? cut[r + 1] : r + 1;
+struct RowSum {
+  const T* from;
+  const int* index;
+  i64 n;
+  AnyFloat to;
+  // Row `row` of `to` = or += the sum of rows index[first], ..., index[end - 1] of `from`.
+  __device__ void run(Team team, i64 row, i64 first, i64 end, bool add) const {
+    using A = Wide<T>;
     team.each(n / N, [&](i64 j) {
+      i64 at = row * n + j * N;
       A sum[N] = {};
-      for (int l = 0; add && l < N; l++) sum[l] = out.get(r * n + j * N + l);
+      for (int l = 0; add && l < N; l++) sum[l] = to.get(at + l);
       for (i64 i = first; i < end; i++) {
-        const Pack<T, N> a = pack<N>(from + id[i] * n, j);
+        const Pack<T, N> a = pack<N>(from + index[i] * n, j);
         for (int l = 0; l < N; l++) sum[l] += A(a.x[l]);
       }
-      Pack<T, N> to;
-      for (int l = 0; l < N; l++) to.x[l] = T(sum[l]);
-      if (same) pack<N>(reinterpret_cast<T*>(out.data) + r * n, j) = to;
-      for (int l = 0; !same && l < N; l++) out.put(r * n + j * N + l, sum[l]);
+      bool same = to.dtype == kDType<T>;
+      Pack<T, N> out;
+      for (int l = 0; l < N; l++) out.x[l] = T(sum[l]);
+      if (same) pack<N>(reinterpret_cast<T*>(to.data) + row * n, j) = out;
+      for (int l = 0; !same && l < N; l++) to.put(at + l, sum[l]);
     });
+  }
+};
+
+template <class T, int N>
+static void gather(Rank& rank, i64 rows, const RowSum<T, N>& sum, const int* cut, bool add) {
+  cuda_rows(rank, rows, sum.n / N, [=] __device__(i64 r, Team team) {
+    sum.run(team, r, cut ? cut[r] : r, cut ? cut[r + 1] : r + 1, add);
   });
 }
 
@@ -195,7 +203,8 @@ void OnCuda<T>::gather_rows(Rank& rank, const Tensor& x, i64 n, const Tensor& in
   if (!begin.defined() && !y.add && y.grad.dtype == x.dtype && bytes % 16 == 0)
     return copy_rows(rank, rows, bytes / 16, x.data, index.i32(), y.grad.data, nullptr);
   with_packs<T>(n, [&](auto width) {
-    gather<T, width>(rank, rows, n, x.as<T>(), index.i32(), begin.i32(), AnyFloat(y.grad), y.add);
+    const RowSum<T, width> sum{x.as<T>(), index.i32(), n, AnyFloat(y.grad)};
+    gather(rank, rows, sum, begin.i32(), y.add);
   });
 }
 
@@ -250,21 +259,12 @@ Tensor cuda_join(Rank& rank, const TensorList& x, const TensorList& index,
 
 // Equal ids stand together once sorted; the first of them adds all.
 template <class T, int N>
-static void scatter(Rank& rank, i64 count, i64 n, const T* from, const int* id, const int* order,
-                    const AnyFloat& to) {
-  using A = Wide<T>;
-  cuda_rows(rank, count, n / N, [=] __device__(i64 first, Team team) {
+static void scatter(Rank& rank, i64 count, const RowSum<T, N>& sum, const int* id) {
+  cuda_rows(rank, count, sum.n / N, [=] __device__(i64 first, Team team) {
     if (first > 0 && id[first - 1] == id[first]) return;
-    team.each(n / N, [&](i64 j) {
-      i64 at = id[first] * n + j * N;
-      A sum[N];
-      for (int l = 0; l < N; l++) sum[l] = to.get(at + l);
-      for (i64 i = first; i < count && id[i] == id[first]; i++) {
-        const Pack<T, N> a = pack<N>(from + order[i] * n, j);
-        for (int l = 0; l < N; l++) sum[l] += A(a.x[l]);
-      }
-      for (int l = 0; l < N; l++) to.put(at + l, sum[l]);
-    });
+    i64 end = first + 1;
+    while (end < count && id[end] == id[first]) end++;
+    sum.run(team, id[first], first, end, true);
   });
 }
 
@@ -275,7 +275,8 @@ void OnCuda<T>::scatter_rows(Rank& rank, const Tensor& x, i64 n, const Tensor& i
   Tensor sorted = empty(rank, ids.dim, DType::I32), order = empty(rank, ids.dim, DType::I32);
   cuda_sort(rank, ids, y.numel() / n, sorted, order);
   with_packs<T>(n, [&](auto width) {
-    scatter<T, width>(rank, ids.numel(), n, x.as<T>(), sorted.i32(), order.i32(), AnyFloat(y));
+    const RowSum<T, width> sum{x.as<T>(), order.i32(), n, AnyFloat(y)};
+    scatter(rank, ids.numel(), sum, sorted.i32());
   });
 }
 

@@ -1,23 +1,17 @@
 // cuda: the GPU's forms of the loops of cpu.h and of ops, in builds with CUDA.
 #pragma once
+#include <type_traits>
+
 #include "core/cuda.h"
 #include "ops/formula.h"
+#include "ops/ops.h"
 
 namespace pith {
 
-struct AdamW;
-struct AddRmsNorm;
 struct AttentionCore;
 struct AttentionViews;
-struct Dispatched;
 struct Extent;
-struct GradSlot;
 struct HeadView;
-struct Heads;
-struct Rope;
-struct RouterOptions;
-struct Routing;
-struct TensorList;
 struct View;
 
 // c [m, n] = or += a b, of any float dtypes that cuBLAS joins; see product() of cpu.h.
@@ -43,6 +37,10 @@ Tensor cuda_join_offsets(Rank& rank, const TensorList& offsets);
 void cuda_attention(Rank& rank, const AttentionCore& core, HeadView out, const Tensor& lse);
 void cuda_attention_grad(Rank& rank, const AttentionCore& core, HeadView out, const Tensor& lse,
                          HeadView dout, const AttentionViews& grads);
+
+// What sums, statistics, probabilities and weights are in beside T.
+template <class T>
+using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // T: float, double, BF16.
 template <class T>
@@ -75,9 +73,8 @@ struct OnCuda {
   // Of the weight of heads [first, end).
   static void qk_norm_weight(Rank& rank, const Heads& heads, const TensorList& keep,
                              const Tensor& dy, int first, int end, const GradSlot& dw);
-  // out.probs holds logits.
+  // out.probs holds logits; T is that of the router's input.
   static void route(Rank& rank, const RouterOptions& options, const Routing& out);
-  template <class D>
   static void route_grad(Rank& rank, bool normalize, const TensorList& keep, const Tensor& dweights,
                          const Tensor& dprobs, const Tensor& dlogits);
   static void swiglu(Rank& rank, const Tensor& gate_up, const Tensor& weights, const Tensor& y);
@@ -86,8 +83,8 @@ struct OnCuda {
   // losses F64, a row; with `grad`, logits become their gradients.
   static void row_losses(Rank& rank, const Tensor& logits, const Tensor& labels, double scale,
                          bool grad, const Tensor& losses);
-  static void add_up(Rank& rank, const Tensor& values, const Tensor& sum);
-  static void adamw(Rank& rank, i64 n, T* w, const T* g, T* m, T* v, const AdamW& options);
+  static void adamw(Rank& rank, const Tensor& w, const Tensor& g, const Tensor& m, const Tensor& v,
+                    const AdamW& options);
   static double sum_squares(Rank& rank, const Tensor& x);
   static void fill_normal(Rank& rank, const Tensor& x, u64 key, u64 first, double std);
 };

@@ -1,8 +1,3 @@
-// elementwise: one loop for all.
-//   in     f32|f64, all inputs alike; mask u8
-//   grad   the formula, summed over the dimensions in which the input was repeated
-//   errors shapes that do not broadcast; dtypes or devices differ; mask not u8; clamp low > high
-
 #include "ops/cpu.h"
 
 namespace pith {

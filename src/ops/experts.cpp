@@ -1,12 +1,3 @@
-// router, products by expert, swiglu.
-//   in     x [T, D] or [P, D], w [E, D] or [E, out, in], gate_up [P, 2F]; f32|f64, one dtype
-//   grad   router: dprobs is what arrives at probs and, through the choice, at weights; dlogits =
-//          probs (dprobs - <dprobs, probs>), dx = dlogits w, dw = dlogits^T x;
-//          dx = dy w[e], dw[e] = dy^T x over the expert's rows;
-//          dweights = sum over the row of dy silu(gate) up
-//   errors shapes; dtypes differ; offsets, rows or pairs that do not fit; k outside [1, E];
-//          a forced id outside [0, E), or twice in a row
-
 #include <algorithm>
 
 #include "ops/cpu.h"
@@ -59,33 +50,31 @@ Tensor chosen(const Op& op, const Tensor& x, const Tensor& index) {
   return y;
 }
 
-// Rows to pairs or pairs to rows.
-Tensor move_rows(const Op& op, bool to_pairs, const char* need, const Tensor& x,
-                 const Dispatched& d) {
-  check_pairs(op, d, x, to_pairs, need);
-  const TensorList pairs = {d.row_of, {}}, rows = {d.pair_of, d.row_begin};
-  const TensorList &forth = to_pairs ? pairs : rows, &back = to_pairs ? rows : pairs;
-  i64 n = to_pairs ? d.row_of.dim[0] : d.row_begin.dim[0] - 1;
-  Tensor y = op.empty({n, x.dim[1]}, x.dtype);
-  op.typed(x, [&]<class T>(T*) { gather_rows<T>(op, x, x.dim[1], forth[0], forth[1], {y}); });
-  record(op, {x}, {&y}).bx(back, []<class T>(Backward<T> b) {
-    gather_rows<T>(b.op(), b.dy(), b.node.in[0].cols(), b.keep[0], b.keep[1], b.slot(0));
+// to = or += x w by expert; w [E, in, out] or, transposed, [E, out, in].
+template <class T>
+void products(const Op& op, const Tensor& x, const Tensor& w, const Tensor& offsets, Layout layout,
+              const GradSlot& to) {
+  i64 in = x.cols(), out = to.grad.cols();
+  if (!to.add && grouped(x, in, out)) {
+    const auto run = layout == kTransposed ? grouped_forward : grouped_input_grad;
+    return run(op.rank, x, w, offsets, to.grad, -1);
+  }
+  each_expert(op.rank, offsets, x.numel() * out, [&](i64 e, i64 r, i64 end) {
+    product<T>(op, x.slice_rows(r, end), w.slice_rows(e, e + 1),
+               {to.grad.slice_rows(r, end), to.add}, kNormal, layout);
   });
-  return y;
 }
 
-// What the node of a product by expert keeps for its weights' gradient, and which rows are a
-// pair's.
+// What the gradient of a product's weights reads.
 struct ExpertRows {
-  const Tensor &dy, &x, &offsets, &row_of;
-  Tensor of_dy, of_x;  // undefined: the pair's own
-  explicit ExpertRows(Node& node)
+  const Tensor &dy, &x, &offsets;
+  Tensor of_dy, of_x;  // the row of each pair; undefined: its own
+  explicit ExpertRows(const Node& node)
       : dy(node.grad[0]),
         x(node.bw_keep[0]),
         offsets(node.bw_keep[1]),
-        row_of(node.bw_keep[2]),
-        of_dy(node.i[1] ? row_of : Tensor{}),
-        of_x(node.i[0] ? row_of : Tensor{}) {}
+        of_dy(node.i[1] ? node.bw_keep[2] : Tensor{}),
+        of_x(node.i[0] ? node.bw_keep[2] : Tensor{}) {}
 };
 
 constexpr auto kExpertGrad = []<class T>(Backward<T> b) {
@@ -107,11 +96,9 @@ void expert_grads(Rank& rank, Node* const* nodes, int n) {
   for (int first = 0; first < n; first += TensorList::kMax) {
     int count = min(n - first, TensorList::kMax);
     Node& node = *nodes[first];
-    Tensor dw = grad_slot(rank, node.in[1], node.at).grad;
     if (count == 1 || !grouped(node.grad[0], node.bw_keep[0].cols(), node.grad[0].cols())) {
       for (int i = first; i < first + count; i++)
-        run_backward<decltype(kExpertGrad), decltype(kExpertGrad)>(rank, *nodes[i],
-                                                                   nodes[i]->bw_keep);
+        run_backward<decltype(kExpertGrad)>(rank, *nodes[i], nodes[i]->bw_keep);
       continue;
     }
     TensorList dys, xs, of_dy, of_x, offsets;
@@ -124,7 +111,8 @@ void expert_grads(Rank& rank, Node* const* nodes, int n) {
       offsets.push(from.offsets);
     }
     Tensor dy = cuda_join(rank, dys, of_dy, offsets), x = cuda_join(rank, xs, of_x, offsets);
-    grouped_weight_grad(rank, dy, x, cuda_join_offsets(rank, offsets), dw);
+    grouped_weight_grad(rank, dy, x, cuda_join_offsets(rank, offsets),
+                        grad_slot(rank, node.in[1], node.at).grad);
   }
 }
 
@@ -144,13 +132,7 @@ Tensor by_expert(const Op& op, Tensor x, Tensor w, const Dispatched& d, bool exp
   op.typed(x, [&]<class T>(T*) {
     Tensor from = chosen<T>(op, x, expand ? d.row_of : Tensor{});
     Tensor to = reduce ? op.empty({P, out}, x.dtype) : y;
-    if (grouped(from, w.cols(), out))
-      grouped_forward(op.rank, from, w, d.offsets, to);
-    else
-      each_expert(op.rank, d.offsets, from.numel() * out, [&](i64 e, i64 r, i64 end) {
-        product<T>(op, from.slice_rows(r, end), w.slice_rows(e, e + 1), {to.slice_rows(r, end)},
-                   kNormal, kTransposed);
-      });
+    products<T>(op, from, w, d.offsets, kTransposed, {to});
     if (reduce) gather_rows<T>(op, to, out, d.pair_of, d.row_begin, {y});
   });
   const auto recorded =
@@ -164,42 +146,59 @@ Tensor by_expert(const Op& op, Tensor x, Tensor w, const Dispatched& d, bool exp
             Tensor dy = chosen<T>(b.op(), b.dy(), b.node.i[1] ? b.keep[2] : Tensor{});
             const GradSlot to =
                 expands ? GradSlot{b.op().empty({dy.dim[0], weight.cols()}, dy.dtype)} : dx;
-            if (!to.add && grouped(dy, dy.cols(), weight.cols()))
-              grouped_input_grad(b.rank, dy, weight, offsets, to.grad);
-            else
-              each_expert(b.rank, offsets, dy.numel() * weight.cols(), [&](i64 e, i64 r, i64 end) {
-                product<T>(b.op(), dy.slice_rows(r, end), weight.slice_rows(e, e + 1),
-                           {to.grad.slice_rows(r, end), to.add});
-              });
+            products<T>(b.op(), dy, weight, offsets, kNormal, to);
             if (expands) gather_rows<T>(b.op(), to.grad, to.grad.cols(), b.keep[3], b.keep[4], dx);
           });
   recorded.bw(1, {x, d.offsets, d.row_of}, kExpertGrad);
-  if (recorded.node && recorded.node->bw) recorded.node->bw = expert_grads;
+  if (recorded.node) recorded.node->bw = expert_grads;
   return y;
 }
 
 // PERF: one loop an output, for vector instructions, over a stretch whose sigmoids are kept.
 template <class T>
-void swiglu_bx_cpu(const Tensor& dy, const Tensor& gate_up, const Tensor& weights, Slot<T> dgate_up,
-                   Slot<T> dweights) {
+void swiglu_grad(const Tensor& dy, const TensorList& keep, const Tensor& dgate_up,
+                 const Tensor& dweights) {
   constexpr i64 kColumns = 256;
+  const Tensor &gate_up = keep[0], &weights = keep[1];
   i64 F = dy.dim[1];
   parallel_rows(dy.dim[0], F * 32, [&](i64 p) {
-    T weight = weights.defined() ? weights.as<T>()[p] : 1;
+    T weight = weights.defined() ? weights.as<T>()[p] : T(1);
     T s[kColumns], dweight = 0;
     for (i64 first = 0; first < F; first += kColumns) {
       i64 n = min(kColumns, F - first);
       const T *gate = row_of<T>(gate_up, p) + first, *up = gate + F;
       const T* g = row_of<T>(dy, p) + first;
+      T *dgate = row_of<T>(dgate_up, p) + first, *dup = dgate + F;
       for (i64 j = 0; j < n; j++) s[j] = logistic(gate[j]);
       dweight += lane_sum<T>(n, [&](i64 j) { return g[j] * (gate[j] * s[j] * up[j]); });
-      if (!dgate_up.data) continue;
-      const Slot<T> dgate = dgate_up.from(p * 2 * F + first), dup = dgate.from(F);
-      for (i64 j = 0; j < n; j++) dup.put(j, g[j] * weight * (gate[j] * s[j]));
+      for (i64 j = 0; j < n; j++) dup[j] = g[j] * weight * (gate[j] * s[j]);
       for (i64 j = 0; j < n; j++)
-        dgate.put(j, g[j] * weight * up[j] * (s[j] + gate[j] * s[j] * (1 - s[j])));
+        dgate[j] = g[j] * weight * up[j] * (s[j] + gate[j] * s[j] * (1 - s[j]));
     }
-    if (dweights.data) dweights.put(p, dweight);
+    if (dweights.defined()) dweights.as<T>()[p] = dweight;
+  });
+}
+
+// d = probs (dprobs - <dprobs, probs>), where dprobs also has what arrives at weights.
+template <class F>
+void route_grad(bool normalize, const TensorList& keep, const Tensor& dweights,
+                const Tensor& dprobs, const Tensor& d) {
+  i64 experts = d.dim[1], chosen = keep[2].dim[1];
+  parallel_rows(d.dim[0], experts * 4, [&](i64 t) {
+    const F* p = row_of<F>(keep[1], t);
+    const int* id = row_of<int>(keep[2], t);
+    F* row = row_of<F>(d, t);
+    std::fill_n(row, experts, F(0));
+    if (dprobs.defined()) std::copy_n(row_of<F>(dprobs, t), experts, row);
+    if (dweights.defined()) {
+      const F* g = row_of<F>(dweights, t);
+      const F total = normalize ? sum_at(p, id, chosen) : F(1);
+      F mean = 0;
+      for (i64 j = 0; normalize && j < chosen; j++) mean += g[j] * (p[id[j]] / total);
+      for (i64 j = 0; j < chosen; j++) row[id[j]] += (g[j] - mean) / total;
+    }
+    const F along = dot(row, p, experts);
+    for (i64 e = 0; e < experts; e++) row[e] = p[e] * (row[e] - along);
   });
 }
 
@@ -219,8 +218,9 @@ Routing router(Rank& rank, Tensor x, Tensor w, RouterOptions options, At at) {
   DType dtype = wide(x.dtype);
   Routing out{op.empty({T, k}, DType::I32), op.empty({T, k}, dtype), op.empty({T, E}, dtype)};
   if (forced.defined()) op.check_ids("forced_ids", forced, E);
-  op.typed(x, [&]<class F>(F*) { product<F>(op, x, w, {out.probs}, kNormal, kTransposed); });
-  auto route = [&]<class F>(F*) {
+  op.typed(x, [&]<class F>(F*) {
+    product<F>(op, x, w, {out.probs}, kNormal, kTransposed);
+    if (x.on_gpu()) return OnCuda<F>::route(rank, options, out);
     parallel_rows(T, E * 8, [&](i64 t) {
       F *p = row_of<F>(out.probs, t), *weights = row_of<F>(out.weights, t);
       int* ids = row_of<int>(out.ids, t);
@@ -232,42 +232,19 @@ Routing router(Rank& rank, Tensor x, Tensor w, RouterOptions options, At at) {
         for (i64 j = 0; j < k; j++) ids[j] = int((t + j * (E / k)) % E);
       else
         largest(p, E, k, ids);
-      const F divisor = options.normalize ? sum_at(p, ids, k) : 1;
+      const F divisor = options.normalize ? sum_at(p, ids, k) : F(1);
       for (i64 j = 0; j < k; j++) weights[j] = p[ids[j]] / divisor;
     });
-  };
-  op.run(out.probs, route, [&]<class F>(F*) { OnCuda<F>::route(rank, options, out); });
+  });
   record(op, {x, w}, {&out.weights, &out.probs})
       .numbers({options.normalize})
-      .bx(
-          {w, out.probs, out.ids},
+      .bx({w, out.probs, out.ids},
           []<class F>(Backward<F> b) {
-            const Tensor &dweights = b.dy(0), &dprobs = b.dy(1), d = b.op().like(b.keep[1]);
-            i64 experts = d.dim[1], chosen = b.keep[2].dim[1];
-            bool normalize = b.node.i[0];
-            parallel_rows(d.dim[0], experts * 4, [&](i64 t) {
-              const F* p = row_of<F>(b.keep[1], t);
-              const int* id = row_of<int>(b.keep[2], t);
-              F* row = row_of<F>(d, t);
-              std::fill_n(row, experts, F(0));
-              if (dprobs.defined()) std::copy_n(row_of<F>(dprobs, t), experts, row);
-              if (dweights.defined()) {
-                const F* g = row_of<F>(dweights, t);
-                const F total = normalize ? sum_at(p, id, chosen) : 1;
-                F mean = 0;
-                for (i64 j = 0; normalize && j < chosen; j++) mean += g[j] * (p[id[j]] / total);
-                for (i64 j = 0; j < chosen; j++) row[id[j]] += (g[j] - mean) / total;
-              }
-              const F along = dot(row, p, experts);
-              for (i64 e = 0; e < experts; e++) row[e] = p[e] * (row[e] - along);
-            });
-            product<F>(b.op(), d, b.keep[0], b.slot(0));
-            b.node.bw_keep.push(d);
-          },
-          []<class F>(Backward<F> b) {
-            using Wide = std::conditional_t<std::is_same_v<F, BF16>, float, F>;
             Tensor d = b.op().empty(b.keep[1].dim, b.node.in[0].dtype);
-            OnCuda<Wide>::template route_grad<F>(b.rank, b.node.i[0], b.keep, b.dy(0), b.dy(1), d);
+            if (d.on_gpu())
+              OnCuda<F>::route_grad(b.rank, b.node.i[0], b.keep, b.dy(0), b.dy(1), d);
+            else
+              route_grad<F>(b.node.i[0], b.keep, b.dy(0), b.dy(1), d);
             product<F>(b.op(), d, b.keep[0], b.slot(0));
             b.node.bw_keep.push(d);
           })
@@ -275,14 +252,6 @@ Routing router(Rank& rank, Tensor x, Tensor w, RouterOptions options, At at) {
         product<F>(b.op(), b.keep[1], b.keep[0], b.slot(1), kTransposed);
       });
   return out;
-}
-
-Tensor expand_rows(Rank& rank, const Dispatched& d, At at) {
-  return move_rows({rank, "expand_rows", at}, true, "rows [R, D]", d.rows, d);
-}
-
-Tensor reduce_pairs(Rank& rank, Tensor y, const Dispatched& d, At at) {
-  return move_rows({rank, "reduce_pairs", at}, false, "y [P, D]", y, d);
 }
 
 Tensor grouped_linear(Rank& rank, Tensor x, Tensor w, Tensor offsets, At at) {
@@ -305,26 +274,25 @@ Tensor swiglu(Rank& rank, Tensor gate_up, Tensor weights, At at) {
                  (weights.dim == Dims{gate_up.dim[0]} && weights.dtype == wide(gate_up.dtype))}},
            {&gate_up, &weights});
   Tensor y = op.empty({gate_up.dim[0], gate_up.dim[1] / 2}, gate_up.dtype);
-  auto on_cpu = [&, F = y.dim[1]]<class T>(T*) {
+  op.typed(gate_up, [&, F = y.dim[1]]<class T>(T*) {
+    if (y.on_gpu()) return OnCuda<T>::swiglu(rank, gate_up, weights, y);
     parallel_rows(y.dim[0], F * 16, [&](i64 p) {
       const T *gate = row_of<T>(gate_up, p), *up = gate + F;
-      T weight = weights.defined() ? weights.as<T>()[p] : 1;
+      T weight = weights.defined() ? weights.as<T>()[p] : T(1);
       T* out = row_of<T>(y, p);
       for (i64 j = 0; j < F; j++) out[j] = gate[j] * logistic(gate[j]) * up[j] * weight;
     });
-  };
-  op.run(gate_up, on_cpu, [&]<class T>(T*) { OnCuda<T>::swiglu(rank, gate_up, weights, y); });
-  record(op, {gate_up, weights}, {&y})
-      .bx(
-          {gate_up, weights},
-          [](const auto& b) { swiglu_bx_cpu(b.dy(), b.keep[0], b.keep[1], b.to(0), b.to(1)); },
-          []<class T>(Backward<T> b) {
-            Tensor d = b.op().like(b.keep[0]), &in = b.node.in[1];
-            Tensor dweights = in.needs_grad() ? b.op().like(b.keep[1]) : Tensor{};
-            OnCuda<T>::swiglu_grad(b.rank, b.dy(), b.keep, d, dweights);
-            add_grad(b.rank, b.node.in[0], d);
-            if (in.needs_grad()) add_grad(b.rank, in, dweights);
-          });
+  });
+  record(op, {gate_up, weights}, {&y}).bx({gate_up, weights}, []<class T>(Backward<T> b) {
+    Tensor d = b.op().like(b.keep[0]), &in = b.node.in[1];
+    Tensor dweights = in.needs_grad() ? b.op().like(b.keep[1]) : Tensor{};
+    if (d.on_gpu())
+      OnCuda<T>::swiglu_grad(b.rank, b.dy(), b.keep, d, dweights);
+    else
+      swiglu_grad<T>(b.dy(), b.keep, d, dweights);
+    add_grad(b.rank, b.node.in[0], d);
+    if (in.needs_grad()) add_grad(b.rank, in, dweights);
+  });
   return y;
 }
 

@@ -27,8 +27,8 @@ constexpr double exp_negative(double x) { return std::exp(x); }
 
 template <class T>
 constexpr T logistic(T x) {
-  T e = exp_negative(x < 0 ? x : -x);
-  return (x < 0 ? e : 1) / (1 + e);
+  T e = exp_negative(x < 0 ? x : T(-x));
+  return (x < 0 ? e : T(1)) / (1 + e);
 }
 
 // Of descending numbers, where NaN is above all.

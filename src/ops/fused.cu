@@ -5,9 +5,6 @@
 
 namespace pith {
 
-template <class T>
-using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 // to[c] = or += the sum over rows r of what f(r, i, sum) adds for the columns of pack i, N of them:
 // of pieces of rows first, then of these.
 template <class A, int N, class F>
@@ -38,8 +35,6 @@ static void add_columns_of(Rank& rank, i64 rows, i64 cols, const GradSlot& to, F
     if (threadIdx.x < kTile && c < cols) out.put(c, sum, add);
   });
 }
-
-// ---- rms_norm, add_rms_norm
 
 template <class T, int N>
 static void norm_rows(Rank& rank, i64 rows, i64 n, const T* x, const T* more, const T* w,
@@ -137,8 +132,6 @@ void OnCuda<T>::rms_norm_weight(Rank& rank, const Tensor& dy, const Tensor& x, c
   with_packs<T>(x.cols(), [&](auto width) { norm_weight<T, width>(rank, dy, x, rstd, dw); });
 }
 
-// ---- qk_norm_rope: a team a head, a thread packs of elements that turn together.
-
 template <class T>
 void OnCuda<T>::rope_tables(Rank& rank, const Rope& rope, int size, double theta) {
   i64 half = size / 2;
@@ -150,6 +143,7 @@ void OnCuda<T>::rope_tables(Rank& rank, const Rope& rope, int size, double theta
   });
 }
 
+// For qk_norm_rope: a team a head, a thread the two elements that turn together.
 template <class T>
 struct HeadTurns {
   using A = Wide<T>;
@@ -329,25 +323,24 @@ void OnCuda<T>::qk_norm_weight(Rank& rank, const Heads& heads, const TensorList&
   });
 }
 
-// ---- router: a warp a token
-
 template <class T>
 void OnCuda<T>::route(Rank& rank, const RouterOptions& o, const Routing& out) {
+  using A = Wide<T>;
   i64 k = o.top_k, E = out.probs.dim[1];
-  T *probs = out.probs.as<T>(), *weights = out.weights.as<T>();
+  A *probs = out.probs.as<A>(), *weights = out.weights.as<A>();
   int* ids = out.ids.i32();
   const int* forced = o.forced_ids.i32();
   bool balanced = o.force_balanced, normalize = o.normalize;
   cuda_rows(rank, out.probs.dim[0], 1, [=] __device__(i64 t, Team team) {
-    const auto larger = [](T a, T b) { return b > a ? b : a; };
-    T *p = probs + t * E, top = -INFINITY, sum = 0;
+    const auto larger = [](A a, A b) { return b > a ? b : a; };
+    A *p = probs + t * E, top = -INFINITY, sum = 0;
     team.each(E, [&](i64 e) { top = larger(top, p[e]); });
     top = team.fold(top, larger);
     team.each(E, [&](i64 e) { sum += p[e] = exp_negative(p[e] - top); });
-    T scale = 1 / team.sum(sum);
+    A scale = 1 / team.sum(sum);
     team.each(E, [&](i64 e) { p[e] *= scale; });
     __syncwarp();
-    T last = INFINITY, total = 0;
+    A last = INFINITY, total = 0;
     int id = -1;
     for (i64 j = 0; j < k; j++) {
       if (forced) {
@@ -355,7 +348,7 @@ void OnCuda<T>::route(Rank& rank, const RouterOptions& o, const Routing& out) {
       } else if (balanced) {
         id = (t + j * (E / k)) % E;
       } else {  // the largest after the last one; ties go to the lower id
-        T best = -1;
+        A best = -1;
         int at = INT_MAX;
         team.each(E, [&](i64 e) {
           bool after = p[e] < last || (p[e] == last && e > id);
@@ -379,32 +372,30 @@ void OnCuda<T>::route(Rank& rank, const RouterOptions& o, const Routing& out) {
 }
 
 template <class T>
-template <class D>
 void OnCuda<T>::route_grad(Rank& rank, bool normalize, const TensorList& keep,
                            const Tensor& dweights, const Tensor& dprobs, const Tensor& dlogits) {
-  const T *probs = keep[1].as<T>(), *dw = dweights.as<T>(), *dp = dprobs.as<T>();
+  using A = Wide<T>;
+  const A *probs = keep[1].as<A>(), *dw = dweights.as<A>(), *dp = dprobs.as<A>();
   const int* ids = keep[2].i32();
   i64 E = keep[1].dim[1], k = keep[2].dim[1];
-  D* out = dlogits.as<D>();
+  T* out = dlogits.as<T>();
   cuda_rows(rank, dlogits.dim[0], 1, [=] __device__(i64 t, Team team) {
-    const T* p = probs + t * E;
+    const A* p = probs + t * E;
     const int* id = ids + t * k;
-    T total = normalize ? 0 : 1, mean = 0, along = 0;
+    A total = normalize ? 0 : 1, mean = 0, along = 0;
     for (i64 j = 0; normalize && j < k; j++) total += p[id[j]];
     for (i64 j = 0; normalize && dw && j < k; j++) mean += dw[t * k + j] * (p[id[j]] / total);
     auto grad = [&](i64 e) {
-      T g = dp ? dp[t * E + e] : 0;
+      A g = dp ? dp[t * E + e] : 0;
       for (i64 j = 0; dw && j < k; j++)
         if (id[j] == e) g += (dw[t * k + j] - mean) / total;
       return g;
     };
     team.each(E, [&](i64 e) { along += grad(e) * p[e]; });
     along = team.sum(along);
-    team.each(E, [&](i64 e) { out[t * E + e] = D(p[e] * (grad(e) - along)); });
+    team.each(E, [&](i64 e) { out[t * E + e] = T(p[e] * (grad(e) - along)); });
   });
 }
-
-// ---- swiglu
 
 template <class T, int N>
 static void swiglu_rows(Rank& rank, i64 rows, i64 F, const T* gate_up, const Wide<T>* weights,
@@ -465,8 +456,6 @@ void OnCuda<T>::swiglu_grad(Rank& rank, const Tensor& dy, const TensorList& keep
                                keep[1].as<Wide<T>>(), dgate_up.as<T>(), dweights.as<Wide<T>>());
   });
 }
-
-// ---- cross entropy of rows of logits, which become their gradients
 
 // PERF: the GPU's own exponential, whose error BF16 does not see.
 template <class T>
@@ -551,21 +540,6 @@ void OnCuda<T>::row_losses(Rank& rank, const Tensor& logits, const Tensor& label
   });
 }
 
-template <class T>
-void OnCuda<T>::add_up(Rank& rank, const Tensor& values, const Tensor& sum) {
-  i64 n = values.numel();
-  const double* from = values.as<double>();
-  const AnyFloat to(sum);
-  cuda_each<1>(rank, 1, [=] __device__(i64) {
-    double x = 0;
-    block_each(n, [&](i64 i) { x += from[i]; });
-    x = block_sum(x);
-    if (threadIdx.x == 0) to.put(0, x);
-  });
-}
-
-// ---- optimizer.cpp
-
 template <class T, int N>
 static void adamw_packs(Rank& rank, i64 packs, T* w, const T* g, T* m, T* v,
                         const AdamWFactors<T>& o) {
@@ -580,9 +554,12 @@ static void adamw_packs(Rank& rank, i64 packs, T* w, const T* g, T* m, T* v,
 }
 
 template <class T>
-void OnCuda<T>::adamw(Rank& rank, i64 n, T* w, const T* g, T* m, T* v, const AdamW& options) {
+void OnCuda<T>::adamw(Rank& rank, const Tensor& w, const Tensor& g, const Tensor& m,
+                      const Tensor& v, const AdamW& options) {
   const AdamWFactors<T> o(options);
-  with_packs<T>(n, [&](auto width) { adamw_packs<T, width>(rank, n / width, w, g, m, v, o); });
+  with_packs<T>(w.numel(), [&](auto width) {
+    adamw_packs<T, width>(rank, w.numel() / width, w.as<T>(), g.as<T>(), m.as<T>(), v.as<T>(), o);
+  });
 }
 
 template <class T>
@@ -614,11 +591,5 @@ void OnCuda<T>::fill_normal(Rank& rank, const Tensor& x, u64 key, u64 first, dou
 template struct OnCuda<float>;
 template struct OnCuda<double>;
 template struct OnCuda<BF16>;
-template void OnCuda<float>::route_grad<BF16>(Rank&, bool, const TensorList&, const Tensor&,
-                                              const Tensor&, const Tensor&);
-template void OnCuda<float>::route_grad<float>(Rank&, bool, const TensorList&, const Tensor&,
-                                               const Tensor&, const Tensor&);
-template void OnCuda<double>::route_grad<double>(Rank&, bool, const TensorList&, const Tensor&,
-                                                 const Tensor&, const Tensor&);
 
 }

@@ -1,9 +1,3 @@
-// gemm, linear, matmul.
-//   in     a [..., M, K]   b [..., K, N]; x [..., in]   w [out, in]   bias [out]; f32|f64
-//   grad   linear: dx = dy w, dw = dy^T x, dbias = sum over rows of dy;
-//          matmul: da = dc b^T, db = a^T dc, each summed over repeated products
-//   errors inner sizes differ; leading sizes differ, neither is 1; bias not [out]; dtypes differ
-
 #include <cblas.h>
 
 #include <algorithm>

@@ -1,9 +1,3 @@
-// rms_norm, add_rms_norm, qk_norm_rope.
-//   in     x, residual [..., D]   w [D]; qkv [T, (H+2K)*N]   cos, sin [positions, N/2]; f32|f64
-//   grad   u = dy w, s = 1/rms: dx = s (u - x s^2 mean(u x)) and dsum, to x and residual;
-//          dw = sum over rows of dy x s; of a rotation, that by the opposite angle
-//   errors shapes; dtypes differ; a norm weight of q without k's; a position outside the tables
-
 #include <algorithm>
 
 #include "ops/cpu.h"
@@ -72,10 +66,23 @@ struct Turns {
 };
 
 Heads heads_of(const Node& node) { return {int(node.i[0]), int(node.i[1]), int(node.i[2])}; }
-// Without the norms' weights in `keep` they turn only.
+// dx, and copy if wanted, = the norm's gradient of dy + dsum; either may be undefined.
 template <class T>
-Turns<T> turns_of(Backward<T> b) {
-  return {heads_of(b.node), b.keep};
+void norm_grad(Rank& rank, const Tensor& dy, const Tensor& dsum, const TensorList& keep,
+               const Tensor& dx, const Tensor& copy) {
+  if (dx.on_gpu()) return OnCuda<T>::rms_norm_grad(rank, dy, dsum, keep, dx, copy);
+  const Tensor &x = keep[0], &w = keep[1], &rstd = keep[2];
+  i64 n = dx.cols();
+  parallel_rows(dx.rows(), n * 8, [&](i64 r) {
+    T* to = row_of<T>(dx, r);
+    if (dy.defined())
+      rms_norm_grad(n, row_of<T>(dy, r), w.as<T>(), row_of<T>(x, r), rstd.as<T>()[r], to);
+    else
+      std::fill_n(to, n, T(0));
+    const T* more = dsum.as<T>() + r * n;
+    for (i64 j = 0; dsum.defined() && j < n; j++) to[j] += more[j];
+    if (copy.defined()) std::copy_n(to, n, row_of<T>(copy, r));
+  });
 }
 
 // Without a residual sum is x, and no output of the node.
@@ -88,64 +95,37 @@ AddRmsNorm norm_of_sum(const Op& op, bool summed, const Tensor& x, const Tensor&
            {&x, &residual, &w});
   AddRmsNorm y{summed ? op.like(x) : x, op.like(x)};
   Tensor rstd = op.empty({x.rows()}, wide(x.dtype));
-  op.run(
-      x,
-      [&]<class T>(T*) {
-        parallel_rows(x.rows(), D * 4, [&](i64 r) {
-          T *row = row_of<T>(y.sum, r), *out = row_of<T>(y.normed, r);
-          const T *a = row_of<T>(x, r), *b = residual.as<T>() + r * D;
-          for (i64 j = 0; summed && j < D; j++) row[j] = a[j] + b[j];
-          T scale = rstd.as<T>()[r] = rms_scale(row, D, T(eps));
-          for (i64 j = 0; j < D; j++) out[j] = row[j] * scale * w.as<T>()[j];
-        });
-      },
-      [&]<class T>(T*) {
-        OnCuda<T>::rms_norm(op.rank, x, summed ? residual : Tensor{}, w, eps, y, rstd);
-      });
-  const auto bx = []<class T>(Backward<T> b) {
-    bool two = b.node.out.count == 2;
-    const Tensor &dy = b.dy(two), dsum = two ? b.dy() : Tensor{}, dx = b.op().like(b.keep[0]);
-    i64 n = dx.cols();
-    parallel_rows(dx.rows(), n * 8, [&](i64 r) {
-      T* to = row_of<T>(dx, r);
-      if (dy.defined())
-        rms_norm_grad(n, row_of<T>(dy, r), b.keep[1].template as<T>(), row_of<T>(b.keep[0], r),
-                      b.keep[2].template as<T>()[r], to);
-      else
-        std::fill_n(to, n, T(0));
-      const T* more = dsum.as<T>() + r * n;
-      for (i64 j = 0; dsum.defined() && j < n; j++) to[j] += more[j];
+  op.typed(x, [&]<class T>(T*) {
+    if (x.on_gpu())
+      return OnCuda<T>::rms_norm(op.rank, x, summed ? residual : Tensor{}, w, eps, y, rstd);
+    parallel_rows(x.rows(), D * 4, [&](i64 r) {
+      T *row = row_of<T>(y.sum, r), *out = row_of<T>(y.normed, r);
+      const T *a = row_of<T>(x, r), *b = residual.as<T>() + r * D;
+      for (i64 j = 0; summed && j < D; j++) row[j] = a[j] + b[j];
+      T scale = rstd.as<T>()[r] = rms_scale(row, D, T(eps));
+      for (i64 j = 0; j < D; j++) out[j] = row[j] * scale * w.as<T>()[j];
     });
-    if (two && b.node.in[1].needs_grad()) {
-      Tensor copy = b.op().like(dx);
-      std::copy_n(dx.data, dx.bytes(), copy.data);
-      add_grad(b.rank, b.node.in[1], copy);
-    }
-    add_grad(b.rank, b.node.in[0], dx);
-  };
-  const auto gpu_bx = []<class T>(Backward<T> b) {
-    bool two = b.node.out.count == 2, twice = two && b.node.in[1].needs_grad();
-    Tensor dx = b.op().like(b.keep[0]), copy = twice ? b.op().like(dx) : Tensor{};
-    OnCuda<T>::rms_norm_grad(b.rank, b.dy(two), two ? b.dy() : Tensor{}, b.keep, dx, copy);
-    if (twice) add_grad(b.rank, b.node.in[1], copy);
-    add_grad(b.rank, b.node.in[0], dx);
-  };
-  const auto gpu_bw = []<class T>(Backward<T> b) {
-    const Tensor& dy = b.dy(b.node.out.count - 1);
-    if (dy.defined()) OnCuda<T>::rms_norm_weight(b.rank, dy, b.keep[0], b.keep[1], b.slot(2));
-  };
-  const auto bw = []<class T>(Backward<T> b) {
-    const Tensor &dy = b.dy(b.node.out.count - 1), &rows = b.keep[0];
-    if (!dy.defined()) return;
-    i64 n = rows.cols();
-    const T *g = dy.as<T>(), *row = rows.as<T>(), *scale = b.keep[1].template as<T>();
-    add_columns<T>(rows.rows(), n, b.to(2),
-                   [=](i64 r, i64 j) { return g[r * n + j] * (row[r * n + j] * scale[r]); });
-  };
+  });
   (summed ? record(op, {x, residual, w}, {&y.sum, &y.normed})
           : record(op, {x, residual, w}, {&y.normed}))
-      .bx({y.sum, w, rstd}, bx, gpu_bx)
-      .bw(2, {y.sum, rstd}, bw, gpu_bw);
+      .bx({y.sum, w, rstd},
+          []<class T>(Backward<T> b) {
+            bool two = b.node.out.count == 2, twice = two && b.node.in[1].needs_grad();
+            Tensor dx = b.op().like(b.keep[0]), copy = twice ? b.op().like(dx) : Tensor{};
+            const Tensor dsum = two ? b.dy() : Tensor{};
+            norm_grad<T>(b.rank, b.dy(two), dsum, b.keep, dx, copy);
+            if (twice) add_grad(b.rank, b.node.in[1], copy);
+            add_grad(b.rank, b.node.in[0], dx);
+          })
+      .bw(2, {y.sum, rstd}, []<class T>(Backward<T> b) {
+        const Tensor &dy = b.dy(b.node.out.count - 1), &rows = b.keep[0], &scales = b.keep[1];
+        if (!dy.defined()) return;
+        if (dy.on_gpu()) return OnCuda<T>::rms_norm_weight(b.rank, dy, rows, scales, b.slot(2));
+        i64 n = rows.cols();
+        const T *g = dy.as<T>(), *row = rows.as<T>(), *scale = scales.as<T>();
+        add_columns<T>(rows.rows(), n, b.to(2),
+                       [=](i64 r, i64 j) { return g[r * n + j] * (row[r * n + j] * scale[r]); });
+      });
   return y;
 }
 
@@ -168,18 +148,16 @@ Rope rope_tables(Rank& rank, i64 positions, int size, double theta, At at) {
   DType dtype = rank.compute == DType::F64 ? DType::F64 : DType::F32;
   i64 half = size / 2;
   Rope rope{op.empty({positions, half}, dtype), op.empty({positions, half}, dtype)};
-  op.run(
-      rope.cos,
-      [&]<class T>(T*) {
-        parallel_rows(positions, half * 100, [&](i64 p) {
-          for (i64 i = 0; i < half; i++) {
-            double turn = double(p) * std::pow(theta, -2.0 * i / size);
-            row_of<T>(rope.cos, p)[i] = T(std::cos(turn));
-            row_of<T>(rope.sin, p)[i] = T(std::sin(turn));
-          }
-        });
-      },
-      [&]<class T>(T*) { OnCuda<T>::rope_tables(rank, rope, size, theta); });
+  op.typed(rope.cos, [&]<class T>(T*) {
+    if (rope.cos.on_gpu()) return OnCuda<T>::rope_tables(rank, rope, size, theta);
+    parallel_rows(positions, half * 100, [&](i64 p) {
+      for (i64 i = 0; i < half; i++) {
+        double turn = double(p) * std::pow(theta, -2.0 * i / size);
+        row_of<T>(rope.cos, p)[i] = T(std::cos(turn));
+        row_of<T>(rope.sin, p)[i] = T(std::sin(turn));
+      }
+    });
+  });
   return rope;
 }
 
@@ -204,42 +182,37 @@ Tensor qk_norm_rope(Rank& rank, Tensor qkv, Heads heads, Tensor q_norm, Tensor k
   const TensorList all = {rope.cos, rope.sin, positions, normed ? qkv : Tensor{},
                           rstd,     q_norm,   k_norm};
   op.check_ids("positions", positions, rope.cos.dim[0]);
-  op.run(
-      qkv,
-      [&]<class T>(T*) {
-        Turns<T>{heads, all}.forward(qkv, T(eps), y);
-      },
-      [&]<class T>(T*) { OnCuda<T>::qk_norm_rope(rank, heads, all, qkv, eps, y); });
+  op.typed(qkv, [&]<class T>(T*) {
+    if (y.on_gpu()) return OnCuda<T>::qk_norm_rope(rank, heads, all, qkv, eps, y);
+    Turns<T>{heads, all}.forward(qkv, T(eps), y);
+  });
   auto node = record(op, {qkv, q_norm, k_norm}, {&y})
                   .numbers({heads.query, heads.kv, N})
-                  .bx(
-                      all,
-                      [](const auto& b) {
-                        Tensor dx = b.op().like(b.dy());
-                        turns_of(b).backward(b.dy(), dx);
-                        add_grad(b.rank, b.node.in[0], dx);
-                      },
-                      []<class T>(Backward<T> b) {
-                        Tensor dx = b.op().like(b.dy());
-                        OnCuda<T>::qk_norm_rope_grad(b.rank, heads_of(b.node), b.keep, b.dy(), dx);
-                        add_grad(b.rank, b.node.in[0], dx);
-                      });
-  if (normed)
-    node.bw(
-        1, {rope.cos, rope.sin, positions, qkv, rstd},
-        [](const auto& b) {
-          auto turns = turns_of(b);
-          Tensor u = b.op().like(b.dy());
-          turns.backward(b.dy(), u);
-          // One after the other: one weight may serve both, and the first writer assigns.
-          turns.weight_grad(u, 0, turns.heads.query, b.to(1));
-          turns.weight_grad(u, turns.heads.query, turns.turned(), b.to(2));
-        },
-        []<class T>(Backward<T> b) {
-          Heads h = heads_of(b.node);
-          OnCuda<T>::qk_norm_weight(b.rank, h, b.keep, b.dy(), 0, h.query, b.slot(1));
-          OnCuda<T>::qk_norm_weight(b.rank, h, b.keep, b.dy(), h.query, h.query + h.kv, b.slot(2));
-        });
+                  .bx(all, []<class T>(Backward<T> b) {
+                    const Heads h = heads_of(b.node);
+                    Tensor dx = b.op().like(b.dy());
+                    if (dx.on_gpu())
+                      OnCuda<T>::qk_norm_rope_grad(b.rank, h, b.keep, b.dy(), dx);
+                    else
+                      Turns<T>{h, b.keep}.backward(b.dy(), dx);
+                    add_grad(b.rank, b.node.in[0], dx);
+                  });
+  if (!normed) return y;
+  node.bw(1, {rope.cos, rope.sin, positions, qkv, rstd}, []<class T>(Backward<T> b) {
+    const Heads h = heads_of(b.node);
+    const int turned = h.query + h.kv;
+    // One after the other: one weight may serve both, and the first writer assigns.
+    if (b.dy().on_gpu()) {
+      OnCuda<T>::qk_norm_weight(b.rank, h, b.keep, b.dy(), 0, h.query, b.slot(1));
+      OnCuda<T>::qk_norm_weight(b.rank, h, b.keep, b.dy(), h.query, turned, b.slot(2));
+      return;
+    }
+    const Turns<T> turns{h, b.keep};  // without the norms' weights: they turn only
+    Tensor u = b.op().like(b.dy());
+    turns.backward(b.dy(), u);
+    turns.weight_grad(u, 0, h.query, b.to(1));
+    turns.weight_grad(u, h.query, turned, b.to(2));
+  });
   return y;
 }
 

@@ -11,7 +11,6 @@ struct Slot {
   T* data = nullptr;
   bool add = false;
   constexpr void put(i64 i, T value) const { data[i] = add ? T(data[i] + value) : value; }
-  Slot from(i64 i) const { return {data ? data + i : nullptr, add}; }
 };
 
 inline bool is_i32(const Tensor& t, const Dims& dims) {
@@ -46,7 +45,8 @@ struct Op {
   Tensor empty(const Dims& dims, DType dtype) const { return pith::empty(rank, dims, dtype, at); }
   Tensor like(const Tensor& x) const { return empty(x.dim, x.dtype); }
 
-  // f(T*), a null pointer, T being x's float, double or, on a GPU, BF16.
+  // f(T*), a null pointer, T being x's float, double or, on a GPU, BF16: the GPU's form of an op is
+  // `if (x.on_gpu()) return OnCuda<T>::...` in f.
   template <class F>
   void typed(const Tensor& x, F&& f) const {
     if constexpr (kCuda)
@@ -61,13 +61,6 @@ struct Op {
       f((double*)nullptr);
     else
       f((float*)nullptr);
-  }
-  // cpu(T*), or gpu(T*) if x is there.
-  template <class F, class G>
-  void run(const Tensor& x, F&& cpu, G&& gpu) const {
-    if constexpr (kCuda)
-      if (x.on_gpu()) return typed(x, gpu);
-    on_cpu(x, cpu);
   }
 };
 
@@ -93,24 +86,14 @@ struct Backward {
   }
 };
 
-// f(Backward<T>), or g where the node is on a GPU.
-template <class F, class G>
+template <class F>
 void run_backward(Rank& rank, Node& node, const TensorList& keep) {
-  Op{rank, node.op, node.at}.run(
-      node.in[0],
-      [&]<class T>(T*) {
-        F{}(Backward<T>{rank, node, keep});
-      },
-      [&]<class T>(T*) {
-        G{}(Backward<T>{rank, node, keep});
-      });
+  Op{rank, node.op, node.at}.typed(node.in[0], [&]<class T>(T*) {
+    F{}(Backward<T>{rank, node, keep});
+  });
 }
 
-struct NoGradient {
-  void operator()(const auto&) const {}
-};
 // The node that record() made, or null. Functions are captureless, of a Backward<T>.
-template <class Bx = NoGradient, class GpuBx = Bx>
 struct Recorded {
   Node* node;
 
@@ -119,35 +102,29 @@ struct Recorded {
     for (size_t k = 0; node && k < f.size(); k++) node->f[k] = f.begin()[k];
     return *this;
   }
-  template <class F, class G = F>
-  Recorded<F, G> bx(const TensorList& keep, F, G = {}) const {
-    if (node) node->bx_keep = keep;
-    if (node) node->bx = [](Rank& r, Node& n) { run_backward<F, G>(r, n, n.bx_keep); };
-    return {node};
+  template <class F>
+  Recorded bx(const TensorList& keep, F) const {
+    if (!node) return *this;
+    node->bx_keep = keep;
+    node->bx = [](Rank& r, Node& n) { run_backward<F>(r, n, n.bx_keep); };
+    return *this;
   }
-  // Gradients of the inputs from `first` on, weights: due in bx, before that op's, where another op
-  // made one; else they can wait.
-  template <class F, class G = F>
-  void bw(int first, const TensorList& keep, F, G = {}) const {
+  // Gradients of the inputs from `first` on, weights: they can wait unless an op made one.
+  template <class F>
+  void bw(int first, const TensorList& keep, F) const {
     if (!node) return;
     node->bw_keep = keep;
-    bool made = false;
-    for (int k = first; k < node->in.count; k++) made |= node->in[k].var >= 0 && !node->in[k].grad;
-    if (made)
-      node->bx = [](Rank& r, Node& n) {
-        run_backward<Bx, GpuBx>(r, n, n.bx_keep);
-        run_backward<F, G>(r, n, n.bw_keep);
-      };
-    else
-      node->bw = [](Rank& r, Node* const* nodes, int count) {
-        for (int i = 0; i < count; i++) run_backward<F, G>(r, *nodes[i], nodes[i]->bw_keep);
-      };
+    for (int k = first; k < node->in.count; k++)
+      node->bw_now |= node->in[k].var >= 0 && !node->in[k].grad;
+    node->bw = [](Rank& r, Node* const* nodes, int count) {
+      for (int i = 0; i < count; i++) run_backward<F>(r, *nodes[i], nodes[i]->bw_keep);
+    };
   }
 };
 
 // To be completed at once with what the node keeps and its backward.
-inline Recorded<> record(const Op& op, std::initializer_list<Tensor> in,
-                         std::initializer_list<Tensor*> out) {
+inline Recorded record(const Op& op, std::initializer_list<Tensor> in,
+                       std::initializer_list<Tensor*> out) {
   return {record(op.rank, op.name, op.at, in, out)};
 }
 

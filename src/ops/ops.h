@@ -134,14 +134,10 @@ struct Dispatched {
   Tensor pair_of;    // [P]: pairs of row 0, then of row 1, ...
   Tensor row_begin;  // [R+1]: where a row's pairs begin in pair_of
 };
-// [P, D]: row d.row_of[p] for each pair.
-Tensor expand_rows(Rank& rank, const Dispatched& d, At at = At::here());
-// [R, D]: each row sums its pairs of y [P, D].
-Tensor reduce_pairs(Rank& rank, Tensor y, const Dispatched& d, At at = At::here());
 // Rows [offsets[e], offsets[e+1]) of x [P, in] times w[e]^T, w [E, out, in] -> [P, out].
 Tensor grouped_linear(Rank& rank, Tensor x, Tensor w, Tensor offsets, At at = At::here());
-// grouped_linear of expand_rows(d), and reduce_pairs of grouped_linear(x, w, d.offsets); the rows of
-// pairs that are equal are not kept.
+// grouped_linear of expand_rows(d), and reduce_pairs of grouped_linear(x, w, d.offsets); the rows
+// of pairs that are equal are not kept.
 Tensor expand_linear(Rank& rank, const Dispatched& d, Tensor w, At at = At::here());
 Tensor linear_reduce(Rank& rank, Tensor x, Tensor w, const Dispatched& d, At at = At::here());
 // silu(gate) * up * weight, gate_up [P, 2F] = gate | up, weights [P] or undefined -> [P, F].

@@ -1,7 +1,5 @@
 // adamw_step: g' = grad_scale g; m = b1 m + (1-b1) g'; v = b2 v + (1-b2) g'^2;
 // w -= lr (weight_decay w + (m / (1-b1^step)) / (sqrt(v / (1-b2^step)) + eps)).
-//   in     w, g, m, v of one shape and dtype, f32|f64
-//   errors shapes or dtypes differ; step < 1
 
 #include <algorithm>
 
@@ -28,46 +26,38 @@ void adamw_step(Rank& rank, Tensor w, Tensor g, Tensor m, Tensor v, const AdamW&
             {"one dtype", one_dtype({&w, &g, &m, &v})},
             {"step >= 1", options.step >= 1}},
            {&w, &g, &m, &v});
-  op.run(
-      w,
-      [&]<class T>(T*) {
-        const AdamWFactors<T> factors(options);
-        const T* grad = g.as<T>();
-        T *to = w.as<T>(), *first = m.as<T>(), *second = v.as<T>();
-        parallel_blocks(w.numel(), 16, [=](i64 i, i64 end) {
-          for (; i < end; i++) factors.step(grad[i], to[i], first[i], second[i]);
-        });
-      },
-      [&]<class T>(T*) {
-        OnCuda<T>::adamw(rank, w.numel(), w.as<T>(), g.as<T>(), m.as<T>(), v.as<T>(), options);
-      });
+  op.typed(w, [&]<class T>(T*) {
+    if (w.on_gpu()) return OnCuda<T>::adamw(rank, w, g, m, v, options);
+    const AdamWFactors<T> factors(options);
+    const T* grad = g.as<T>();
+    T *to = w.as<T>(), *first = m.as<T>(), *second = v.as<T>();
+    parallel_blocks(w.numel(), 16, [=](i64 i, i64 end) {
+      for (; i < end; i++) factors.step(grad[i], to[i], first[i], second[i]);
+    });
+  });
 }
 
 double sum_squares(Rank& rank, Tensor x, At at) {
   double total = 0;
-  Op{rank, "sum_squares", at}.run(
-      x,
-      [&]<class T>(T*) {
-        vector<double> sums((x.numel() + kBlock - 1) / kBlock);
-        parallel_blocks(x.numel(), 2, [&](i64 begin, i64 end) {
-          const T* v = x.as<T>() + begin;
-          sums[begin / kBlock] =
-              lane_sum<double>(end - begin, [&](i64 i) { return double(v[i]) * v[i]; });
-        });
-        for (const double sum : sums) total += sum;
-      },
-      [&]<class T>(T*) { total = OnCuda<T>::sum_squares(rank, x); });
+  Op{rank, "sum_squares", at}.typed(x, [&]<class T>(T*) {
+    if (x.on_gpu()) return void(total = OnCuda<T>::sum_squares(rank, x));
+    vector<double> sums((x.numel() + kBlock - 1) / kBlock);
+    parallel_blocks(x.numel(), 2, [&](i64 begin, i64 end) {
+      const T* v = x.as<T>() + begin;
+      sums[begin / kBlock] =
+          lane_sum<double>(end - begin, [&](i64 i) { return double(v[i]) * v[i]; });
+    });
+    for (const double sum : sums) total += sum;
+  });
   return total;
 }
 
 void fill_normal(Rank& rank, Tensor x, u64 key, u64 first, double std, At at) {
-  Op{rank, "fill_normal", at}.run(
-      x,
-      [&]<class T>(T*) {
-        parallel_rows(x.numel(), 100,
-                      [&](i64 i) { x.as<T>()[i] = T(std * normal_at(key, first + i)); });
-      },
-      [&]<class T>(T*) { OnCuda<T>::fill_normal(rank, x, key, first, std); });
+  Op{rank, "fill_normal", at}.typed(x, [&]<class T>(T*) {
+    if (x.on_gpu()) return OnCuda<T>::fill_normal(rank, x, key, first, std);
+    parallel_rows(x.numel(), 100,
+                  [&](i64 i) { x.as<T>()[i] = T(std * normal_at(key, first + i)); });
+  });
 }
 
 void fill_constant(Rank& rank, Tensor x, double value, At at) {

@@ -1,9 +1,3 @@
-// reduce: over one dimension.
-//   in     x f32|f64, dim (negative: from the end; top_k: the last)
-//   grad   sum: dy; max, top_k: dy at the ids; cumsum: the running sum of dy from the end;
-//          softmax: y * (dy - <dy, y>)
-//   errors no such dimension; mean or max over an empty one; k outside [1, size]
-
 #include <algorithm>
 
 #include "ops/cpu.h"

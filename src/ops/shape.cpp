@@ -1,9 +1,3 @@
-// shape: elements in another order, shape or tensor, and whole rows chosen, repeated and added up.
-//   in     f32|f64; reshape any dtype; ids I32
-//   grad   the elements' gradients, moved back: of a choice, the sum over where a row went; of a
-//          sum, the choice
-//   errors sizes, ranges, ids or dimensions that do not fit; dtypes or devices differ
-
 #include <algorithm>
 
 #include "ops/cpu.h"
@@ -50,28 +44,24 @@ void scatter_rows(const Op& op, const Tensor& x, const Tensor& ids, const Tensor
 
 i64 width_of(const Dims& dims) { return dims[0] ? dims.numel() / dims[0] : 0; }
 
-constexpr auto kScatterGrad = []<class T>(Backward<T> b) {
-  scatter_rows<T>(b.op(), b.dy(), b.keep[0], b.zeroed(0));
-};
-constexpr auto kGatherGrad = []<class T>(Backward<T> b) {
-  gather_rows<T>(b.op(), b.dy(), width_of(b.node.in[0].dim), b.keep[0], b.keep[1], b.slot(0));
-};
-
 // Rows ids of x, whose first dimension is replaced by those of ids.
 Tensor select(const Op& op, const Tensor& x, const Tensor& ids) {
+  op.check_ids("ids", ids, x.dim[0]);
   Dims dims = ids.dim;
   for (int i = 1; i < x.dim.rank; i++) dims[dims.rank++] = x.dim[i];
   Tensor y = op.empty(dims, x.dtype);
   op.typed(x, [&]<class T>(T*) { gather_rows<T>(op, x, width_of(x.dim), ids, {}, {y}); });
+  record(op, {x}, {&y}).bw(0, {ids}, []<class T>(Backward<T> b) {
+    scatter_rows<T>(b.op(), b.dy(), b.keep[0], b.zeroed(0));
+  });
   return y;
 }
 
-void check_rows(const Op& op, const Tensor& x, const Tensor& ids, i64 rows) {
+void check_rows(const Op& op, const Tensor& x, const Tensor& ids) {
   op.check({{"a defined tensor", x.defined()},
             {"ids of dtype i32 and one dimension", ids.dtype == DType::I32 && ids.dim.rank == 1},
             {"tensors on one device", x.device == ids.device}},
            {&x, &ids});
-  op.check_ids("ids", ids, rows);
 }
 
 }
@@ -171,10 +161,8 @@ Tensor repeat(Rank& rank, Tensor x, int dim, i64 times, At at) {
 
 Tensor index_select(Rank& rank, Tensor x, Tensor ids, At at) {
   Op op{rank, "index_select", at};
-  check_rows(op, x, ids, x.dim[0]);
-  Tensor y = select(op, x, ids);
-  record(op, {x}, {&y}).bx({ids}, kScatterGrad);
-  return y;
+  check_rows(op, x, ids);
+  return select(op, x, ids);
 }
 
 Tensor embedding(Rank& rank, Tensor ids, Tensor w, At at) {
@@ -184,20 +172,20 @@ Tensor embedding(Rank& rank, Tensor ids, Tensor w, At at) {
             {"w [V, D]", w.dim.rank == 2},
             {"tensors on one device", ids.device == w.device}},
            {&ids, &w});
-  op.check_ids("ids", ids, w.dim[0]);
-  Tensor y = select(op, w, ids);
-  record(op, {w}, {&y}).bw(0, {ids}, kScatterGrad);
-  return y;
+  return select(op, w, ids);
 }
 
 Tensor scatter_add(Rank& rank, Tensor src, Tensor ids, i64 rows, At at) {
   Op op{rank, "scatter_add", at};
-  check_rows(op, src, ids, rows);
+  check_rows(op, src, ids);
+  op.check_ids("ids", ids, rows);
   op.check({{"rows >= 0", rows >= 0}, {"an id a row of src", ids.numel() == src.dim[0]}},
            {&src, &ids});
   Tensor y = zeros(rank, with_size(src.dim, 0, rows), src.dtype, at);
   op.typed(src, [&]<class T>(T*) { scatter_rows<T>(op, src, ids, y); });
-  record(op, {src}, {&y}).bx({ids, {}}, kGatherGrad);
+  record(op, {src}, {&y}).bx({ids}, []<class T>(Backward<T> b) {
+    gather_rows<T>(b.op(), b.dy(), width_of(b.node.in[0].dim), b.keep[0], {}, b.slot(0));
+  });
   return y;
 }
 

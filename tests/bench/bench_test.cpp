@@ -98,8 +98,8 @@ TEST(Bench, CountsASmallModelByHand) {
   const double x = 24 * 16 * 4;  // bytes of the hidden states
   EXPECT_EQ(pass_of(all, "rms_norm").forward, 2 * x + 4 * 24);
   EXPECT_EQ(pass_of(all, "rms_norm").backward, 3 * x + 4 * 24);
-  EXPECT_EQ(pass_of(all, "expand_rows").forward, x + 2 * x + 4 * 48);
-  EXPECT_EQ(pass_of(all, "reduce_pairs").backward, 2 * x + x + 4 * 48);
+  EXPECT_EQ(pass_of(all, "expand").forward, x + 2 * x + 4 * 48);
+  EXPECT_EQ(pass_of(all, "reduce").backward, 2 * x + x + 4 * 48);
   EXPECT_EQ(pass_of(all, "swiglu").forward, 48 * 24 * 4 + 4 * 48);
   EXPECT_EQ(pass_of(all, "cross entropy").forward, 2 * 24 * 40 * 4 + 4 * 24);
   EXPECT_EQ(pass_of(all, "AdamW").forward, 28. * double(plan.parameters));

@@ -284,8 +284,8 @@ std::vector<std::vector<double>> layer_and_loss(int threads) {
                      t.ints({E + 1}, offsets),
                      t.ints({P}, pair_of),
                      t.ints({T + 1}, row_begin)};
-  x = grouped_linear(r, expand_rows(r, d), weight({E, 2 * D, D}), d.offsets);
-  x = reduce_pairs(r, swiglu(r, x, d.weights), d);
+  x = grouped_linear(r, index_select(r, x, d.row_of), weight({E, 2 * D, D}), d.offsets);
+  x = scatter_add(r, swiglu(r, x, d.weights), d.row_of, T);
   const Tensor loss = lm_head_cross_entropy(r, rms_norm(r, x, weight({D}), 1e-3), weight({V, D}),
                                             t.ints({T}, cycle(T, 11, V)), 0.1);
   add_grad(r, loss, loss);

@@ -161,12 +161,6 @@ TEST(Experts, Gradients) {
     const std::string name = text(" of %ld pairs, %ld rows", long(P), long(R));
     const GradcheckOptions few{.max_elements = P > 100 ? 8 : 40};
     gradcheck(
-        "expand_rows" + name, {t.random({R, D})},
-        [&](Rank& r, TensorList v) { return expand_rows(r, at.make(r, v[0], {})); }, few);
-    gradcheck(
-        "reduce_pairs" + name, {t.random({P, D})},
-        [&](Rank& r, TensorList v) { return reduce_pairs(r, v[0], at.make(r, {}, {})); }, few);
-    gradcheck(
         "grouped_linear" + name, {t.random({P, D}), t.random({E, F, D}, 2)},
         [&](Rank& r, TensorList v) {
           return grouped_linear(r, v[0], v[1], at.make(r, {}, {}).offsets);
@@ -209,9 +203,11 @@ TEST(Experts, AreTheFormula) {
     const Tensor x = t.random({R, D}), weights = t.random({P}, 2);
     const Tensor gate_up = t.random({p.E, 2 * F, D}, 3, 0.2), down = t.random({p.E, D, F}, 4);
     const Dispatched d = at.make(t.rank, x, weights);
-    const Tensor h = grouped_linear(t.rank, expand_rows(t.rank, d), gate_up, d.offsets);
+    const Tensor h =
+        grouped_linear(t.rank, index_select(t.rank, d.rows, d.row_of), gate_up, d.offsets);
     const Tensor act = swiglu(t.rank, h, d.weights);
-    const Tensor got = reduce_pairs(t.rank, grouped_linear(t.rank, act, down, d.offsets), d);
+    const Tensor pairs = grouped_linear(t.rank, act, down, d.offsets);
+    const Tensor got = scatter_add(t.rank, pairs, d.row_of, R);
     EXPECT_EQ(values_of(expand_linear(t.rank, d, gate_up)), values_of(h));
     EXPECT_EQ(values_of(linear_reduce(t.rank, act, down, d)), values_of(got));
     std::vector<double> want(R * D);
@@ -320,14 +316,14 @@ TEST(MoeErrors, NameTheCallersLine) {
   const Tensor y = t.random({3, 3});
   expect_error(
       [&] {
-        expand_rows(r, at.make(r, t.random({3, 3}), {}));
+        expand_linear(r, at.make(r, t.random({3, 3}), {}), t.random({2, 5, 3}));
       },
-      {"moe_ops_test.cpp:", "expand_rows: need rows [R, D]"});
+      {"moe_ops_test.cpp:", "expand_linear: need rows [R, D]"});
   expect_error(
       [&] {
-        reduce_pairs(r, t.random({2, 3}), at.make(r, x, {}));
+        linear_reduce(r, t.random({2, 3}), t.random({2, 5, 3}), at.make(r, x, {}));
       },
-      {"reduce_pairs: need y [P, D]"});
+      {"linear_reduce: need x [P, in]"});
   const Tensor w3 = t.random({2, 5, 3});
   const auto offsets = [&](std::vector<int32_t> v) { return t.ints({3}, v); };
   expect_error(
@@ -341,11 +337,11 @@ TEST(MoeErrors, NameTheCallersLine) {
   expect_error([&] { swiglu(r, y); }, {"moe_ops_test.cpp:", "swiglu: need gate_up [P, 2F]"});
   expect_error([&] { swiglu(r, t.random({3, 4}), t.random({2})); }, {"need weights [P]"});
   at.row_of[0] = 2;
-  expect_error([&] { expand_rows(r, at.make(r, x, {})); },
+  expect_error([&] { expand_linear(r, at.make(r, x, {}), w3); },
                {"need row_of in [0,2), not 2 at element 0"});
   at.row_of[0] = 0;
   at.row_begin[1] = 4;
-  expect_error([&] { expand_rows(r, at.make(r, x, {})); }, {"need row_begin ascending"});
+  expect_error([&] { expand_linear(r, at.make(r, x, {}), w3); }, {"need row_begin ascending"});
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The skill add-op passes an op that is right, and fails it with a fault in its gradient, its
-# declaration, its comment or its tests, all in a copy of the tree.
+# declaration, its tests or the map, all in a copy of the tree.
 source "$(dirname "$0")/lib.sh"
 copy_tree
 export CCACHE_BASEDIR=$copy CCACHE_NOHASHDIR=1
@@ -29,8 +29,7 @@ fault src/ops/formula.h 's/(SoftplusGrad: return g \* logistic\(a\))/\1 * T(1.00
     'softplus.*gradient of input 0'
 fault src/ops/ops.h 's/^(Tensor softplus.*, )At at = At::here\(\)\);/\1At at);/' '^FAIL  Rank& is its first'
 fault src/ops/ops.h 's/^(Tensor) softplus/\1 softer/' '^FAIL  declared'
-fault src/ops/elementwise.cpp 's|^//   grad .*|// nothing|' "^FAIL  the comment .*'grad'"
 fault tests/ops/general_test.cpp 's/softplus\(r, x\)/relu(r, x)/; s/softplus\(t/relu(t/' '^FAIL  tested'
 # shellcheck disable=SC2016
 fault docs/map.md 's/`softplus`, //' '^FAIL  tests/structure/map.sh'
-echo "6 faults found"
+echo "5 faults found"
