@@ -143,7 +143,29 @@ void OnCuda<T>::rope_tables(Rank& rank, const Rope& rope, int size, double theta
   });
 }
 
-// For qk_norm_rope: a team a head, a thread the two elements that turn together.
+// Pack i of a head's low half and of its high half, which turn together.
+template <class T, int N>
+struct Halves {
+  Wide<T> a[N], b[N];
+  __device__ Halves(const T* head, i64 packs, i64 i) {
+    const Pack<T, N> low = pack<N>(head, i), high = pack<N>(head, packs + i);
+    for (int j = 0; j < N; j++) {
+      a[j] = low.x[j];
+      b[j] = high.x[j];
+    }
+  }
+  __device__ void put(T* head, i64 packs, i64 i) const {
+    Pack<T, N> low, high;
+    for (int j = 0; j < N; j++) {
+      low.x[j] = T(a[j]);
+      high.x[j] = T(b[j]);
+    }
+    pack<N>(head, i) = low;
+    pack<N>(head, packs + i) = high;
+  }
+};
+
+// For qk_norm_rope: a team a head.
 template <class T>
 struct HeadTurns {
   using A = Wide<T>;
@@ -170,15 +192,15 @@ struct HeadTurns {
   __device__ int token(u32 row) const { return row / u32(all); }
   __device__ int head(u32 row) const { return row % u32(all); }
   __device__ A* scale_of(i64 row) const { return rstd + token(row) * i64(turned) + head(row); }
-  // Of head `row` of the whole projection, pack i: turned by the token's angle times `sign`.
+  // By the angle of the token of head `row` of the whole projection, times `sign`.
   template <int N>
-  __device__ void turn(i64 row, i64 i, A sign, A* a, A* b) const {
+  __device__ void turn(i64 row, i64 i, A sign, Halves<T, N>& v) const {
     i64 at = positions[token(row)] * half;
     const Pack<A, N> c = pack<N>(cosines + at, i), s = pack<N>(sines + at, i);
     for (int j = 0; j < N; j++) {
-      A before = a[j], sine = sign * s.x[j];
-      a[j] = before * c.x[j] - b[j] * sine;
-      b[j] = b[j] * c.x[j] + before * sine;
+      A before = v.a[j], sine = sign * s.x[j];
+      v.a[j] = before * c.x[j] - v.b[j] * sine;
+      v.b[j] = v.b[j] * c.x[j] + before * sine;
     }
   }
 };
@@ -196,30 +218,26 @@ static void turn_heads(Rank& rank, i64 rows, const HeadTurns<T>& h, Wide<T> eps,
     T* to = out + row * h.n;
     if (head >= h.turned)
       return team.each(2 * packs, [&](i64 i) { pack<N>(to, i) = pack<N>(from, i); });
-    A scale = 1;
+    A scale = 1, squares = 0;
     if (w) {
-      A squares = 0;
-      team.each(2 * packs, [&](i64 i) {
-        const Pack<T, N> x = pack<N>(from, i);
-        for (int j = 0; j < N; j++) squares += A(x.x[j]) * A(x.x[j]);
+      team.each(packs, [&](i64 i) {
+        const Halves<T, N> v(from, packs, i);
+        for (int j = 0; j < N; j++) squares += v.a[j] * v.a[j] + v.b[j] * v.b[j];
       });
       scale = 1 / std::sqrt(team.sum(squares) / h.n + eps);
       if (team.id() == 0) *h.scale_of(row) = scale;
     }
     team.each(packs, [&](i64 i) {
-      Pack<T, N> low = pack<N>(from, i), high = pack<N>(from, packs + i);
-      A a[N], b[N];
-      for (int j = 0; j < N; j++) {
-        a[j] = A(low.x[j]) * scale * (w ? A(w[i * N + j]) : 1);
-        b[j] = A(high.x[j]) * scale * (w ? A(w[h.half + i * N + j]) : 1);
+      Halves<T, N> v(from, packs, i);
+      if (w) {
+        const Halves<T, N> by(w, packs, i);
+        for (int j = 0; j < N; j++) {
+          v.a[j] *= scale * by.a[j];
+          v.b[j] *= scale * by.b[j];
+        }
       }
-      h.template turn<N>(row, i, 1, a, b);
-      for (int j = 0; j < N; j++) {
-        low.x[j] = T(a[j]);
-        high.x[j] = T(b[j]);
-      }
-      pack<N>(to, i) = low;
-      pack<N>(to, packs + i) = high;
+      h.turn(row, i, 1, v);
+      v.put(to, packs, i);
     });
   };
   cuda_rows(rank, rows, packs, one, team_of(packs));
@@ -240,45 +258,31 @@ static void turn_back(Rank& rank, i64 rows, const HeadTurns<T>& h, const T* grad
   i64 packs = h.half / N;
   auto one = [=] __device__(i64 row, Team team) {
     int head = h.head(row);
-    const T *g = grad + row * h.n, *w = h.weight(head), *x = w ? h.x + row * h.n : g;
+    const T *g = grad + row * h.n, *x = h.x + row * h.n, *w = h.weight(head);
     T* to = out + row * h.n;
     if (head >= h.turned)
       return team.each(2 * packs, [&](i64 i) { pack<N>(to, i) = pack<N>(g, i); });
-    // f(low half's element, its gradient; the high half's)
-    auto turned = [&](i64 i, auto f) {
-      const Pack<T, N> low = pack<N>(g, i), high = pack<N>(g, packs + i);
-      A a[N], b[N];
-      for (int j = 0; j < N; j++) {
-        a[j] = low.x[j];
-        b[j] = high.x[j];
-      }
-      h.template turn<N>(row, i, -1, a, b);
-      f(a, b);
-    };
-    A s = 1, c = 0;
-    if (w) {
-      A along = 0;
-      s = *h.scale_of(row);
+    A s = w ? *h.scale_of(row) : 1, along = 0;
+    if (w)
       team.each(packs, [&](i64 i) {
-        const Pack<T, N> low = pack<N>(x, i), high = pack<N>(x, packs + i);
-        turned(i, [&](const A* a, const A* b) {
-          for (int j = 0; j < N; j++)
-            along += a[j] * A(w[i * N + j]) * A(low.x[j]) +
-                     b[j] * A(w[h.half + i * N + j]) * A(high.x[j]);
-        });
+        Halves<T, N> v(g, packs, i);
+        const Halves<T, N> by(w, packs, i), of(x, packs, i);
+        h.turn(row, i, -1, v);
+        for (int j = 0; j < N; j++)
+          along += v.a[j] * by.a[j] * of.a[j] + v.b[j] * by.b[j] * of.b[j];
       });
-      c = team.sum(along) * s * s * s / h.n;
-    }
+    A c = team.sum(along) * s * s * s / h.n;
     team.each(packs, [&](i64 i) {
-      Pack<T, N> low = pack<N>(x, i), high = pack<N>(x, packs + i);
-      turned(i, [&](const A* a, const A* b) {
+      Halves<T, N> v(g, packs, i);
+      h.turn(row, i, -1, v);
+      if (w) {
+        const Halves<T, N> by(w, packs, i), of(x, packs, i);
         for (int j = 0; j < N; j++) {
-          low.x[j] = T(w ? a[j] * A(w[i * N + j]) * s - A(low.x[j]) * c : a[j]);
-          high.x[j] = T(w ? b[j] * A(w[h.half + i * N + j]) * s - A(high.x[j]) * c : b[j]);
+          v.a[j] = v.a[j] * by.a[j] * s - of.a[j] * c;
+          v.b[j] = v.b[j] * by.b[j] * s - of.b[j] * c;
         }
-      });
-      pack<N>(to, i) = low;
-      pack<N>(to, packs + i) = high;
+      }
+      v.put(to, packs, i);
     });
   };
   cuda_rows(rank, rows, packs, one, team_of(packs));
@@ -301,16 +305,11 @@ static void turn_weight(Rank& rank, i64 tokens, const HeadTurns<T>& h, const T* 
   i64 packs = h.half / N;
   add_columns_of<A, N>(rank, tokens * count, h.n, dw, [=] __device__(i64 r, i64 i, A * sum) {
     i64 row = i64(u32(r) / count) * h.all + first + u32(r) % count, turning = i % packs;
-    const T* g = grad + row * h.n;
-    const Pack<T, N> low = pack<N>(g, turning), high = pack<N>(g, packs + turning),
-                     x = pack<N>(h.x + row * h.n, i);
-    A a[N], b[N], scale = *h.scale_of(row);
-    for (int j = 0; j < N; j++) {
-      a[j] = low.x[j];
-      b[j] = high.x[j];
-    }
-    h.template turn<N>(row, turning, -1, a, b);
-    for (int j = 0; j < N; j++) sum[j] += (i < packs ? a[j] : b[j]) * (A(x.x[j]) * scale);
+    Halves<T, N> v(grad + row * h.n, packs, turning);
+    const Pack<T, N> x = pack<N>(h.x + row * h.n, i);
+    h.turn(row, turning, -1, v);
+    for (int j = 0; j < N; j++)
+      sum[j] += (i < packs ? v.a[j] : v.b[j]) * (A(x.x[j]) * *h.scale_of(row));
   });
 }
 

@@ -35,7 +35,6 @@ struct Product {
   const Tensor &a, &b;
   bool a_transposed, b_transposed;
   const GradSlot& c;
-  i64 bytes() const { return m * n * size_of(c.grad.dtype); }
 };
 
 void run(const Product& p, GemmPlan& plan, void* to) {
@@ -88,14 +87,12 @@ float best_time(const Product& p, GemmPlan& plan, void* to) {
 
 GemmPlan make_plan(const Product& p) {
   GemmPlan plan{};
-  const cublasOperation_t of_a = cublasOperation_t(p.b_transposed),
-                          of_b = cublasOperation_t(p.a_transposed);
   cuda_check(cublasLtMatmulDescInit(&plan.product, CUBLAS_COMPUTE_32F, CUDA_R_32F));
-  const auto set = [&](cublasLtMatmulDescAttributes_t what, cublasOperation_t value) {
-    cuda_check(cublasLtMatmulDescSetAttribute(&plan.product, what, &value, sizeof value));
+  const auto transposed = [&](cublasLtMatmulDescAttributes_t what, int is) {
+    cuda_check(cublasLtMatmulDescSetAttribute(&plan.product, what, &is, sizeof is));
   };
-  set(CUBLASLT_MATMUL_DESC_TRANSA, of_a);
-  set(CUBLASLT_MATMUL_DESC_TRANSB, of_b);
+  transposed(CUBLASLT_MATMUL_DESC_TRANSA, p.b_transposed);
+  transposed(CUBLASLT_MATMUL_DESC_TRANSB, p.a_transposed);
   const auto layout = [](cublasLtMatrixLayoutOpaque_t& to, const Tensor& t, i64 rows, i64 cols) {
     cuda_check(cublasLtMatrixLayoutInit(&to, blas_type(t.dtype), cols, rows, cols));
   };
@@ -114,15 +111,15 @@ GemmPlan make_plan(const Product& p) {
                                             &count));
   plan.choice = found[0];
   // Sums are measured elsewhere, if there is room.
-  void* to = p.c.add ? cuda_allocate(cuda, p.bytes()) : p.c.grad.data;
+  void* to = p.c.add ? cuda_allocate(cuda, p.c.grad.bytes()) : p.c.grad.data;
   float best = INFINITY;
   u64 first = 0;
   for (int i = 0; i < count && to; i++) {
     GemmPlan candidate = plan;
     candidate.choice = found[i];
-    cuda_check(cudaMemsetAsync(to, p.c.add ? 0 : 0xFF, p.bytes(), cuda.stream));
+    cuda_check(cudaMemsetAsync(to, p.c.add ? 0 : 0xFF, p.c.grad.bytes(), cuda.stream));
     run(p, candidate, to);
-    const u64 bits = fingerprint(p.rank, to, p.bytes());
+    const u64 bits = fingerprint(p.rank, to, p.c.grad.bytes());
     if (i == 0) first = bits;
     if (bits != first) continue;
     const float ms = best_time(p, candidate, to);
