@@ -185,7 +185,8 @@ AttentionCore core_of(const TensorList& t, const i64* i, double scale) {
 }
 
 // What cuDNN takes: a packed projection in BF16.
-bool by_cudnn(const TensorList& t, const i64* numbers, const AttentionShape& s) {
+[[gnu::always_inline]] inline bool by_cudnn(const TensorList& t, const i64* numbers,
+                                            const AttentionShape& s) {
   return t[kQ].on_gpu() && t[kQ].dtype == DType::BF16 && numbers[kWidth] &&
          cudnn_attention_fits(s, t[kTable].defined());
 }

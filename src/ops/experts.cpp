@@ -26,7 +26,7 @@ void each_expert(Rank& rank, const Tensor& offsets, i64 work, F&& f) {
 }
 
 // Whether CUTLASS's product by expert serves.
-bool grouped(const Tensor& x, i64 in, i64 out) {
+[[gnu::always_inline]] inline bool grouped(const Tensor& x, i64 in, i64 out) {
   return kCuda && x.dtype == DType::BF16 && grouped_fits(in, out);
 }
 
