@@ -9,7 +9,7 @@
 #include "comm/launch.h"
 #include "core/log.h"
 #include "core/rng.h"
-#include "data/npy.h"
+#include "data/array_files.h"
 #include "engine/trainer.h"
 
 namespace pith {
@@ -66,12 +66,12 @@ void write_random_tokens(const RunPlan& plan) {
   vector<u64> ends(samples);
   for (i64 i = 0; i < samples; i++) ends[i] = (i + 1) * (length + 1);
   DurableFile file(path);
-  const auto write = [&](NpyType type, const auto& values) {
+  const auto write = [&](FileDType type, const auto& values) {
     file.write(npy_header(type, {i64(values.size())}));
     file.write(values);
   };
-  write(NpyType::U4, ids);
-  write(NpyType::U8, ends);
+  write(FileDType::U32, ids);
+  write(FileDType::U64, ends);
   file.finish();
 }
 

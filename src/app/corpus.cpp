@@ -44,7 +44,7 @@ int run_tokenize(int argc, char** argv) {
   args.choice("--format", format, {"auto", "text", "jsonl"},
               "text: a file is a document; jsonl: a line is one; auto: as the file's name says");
   args.list("--include", o.include, "only files of these patterns: '*.c,*.h'", ',');
-  args.option("--join", o.join, "put all into NAME-00000.bin and so on, not into a file each");
+  args.option("--join", o.join, "put all into NAME.bin, not into a file each");
   args.option("--key", o.key, "the JSON member that holds the text");
   args.option("--eos", o.eos, "end-of-text token; default: the tokenizer's own");
   args.flag("--special-as-text", o.special_as_text, "special tokens' text is ordinary text");

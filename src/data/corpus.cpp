@@ -87,8 +87,8 @@ vector<Unit> plan(const CorpusOptions& o, const string& settings) {
   std::map<string, string> taken;  // name -> its source
   for (Source& source : find_sources(o)) {
     string name = classify(source, o.format);
-    if (!o.join.empty()) name = text("%s-%05zu", o.join.c_str(), units.size());
-    if (o.join.empty() || units.empty() || units.back().bytes + source.bytes > o.part_bytes) {
+    if (!o.join.empty()) name = o.join;
+    if (o.join.empty() || units.empty()) {
       units.push_back(
           {o.output + "/" + name + ".bin", o.output + "/.pith/" + name + ".sources", settings});
       const auto [other, fresh] = taken.emplace(name, source.path);
@@ -259,7 +259,8 @@ void each_document(Batch& batch, const string& key, const auto& use) {
 
 // Claimed by the lock on its record: ends of documents, at last the unit's identity.
 struct OpenUnit {
-  OpenUnit(const Unit& u, NpyType ids) : unit(u), type(ids), record(u.record, LOCK_EX | LOCK_NB) {}
+  OpenUnit(const Unit& u, FileDType ids)
+      : unit(u), type(ids), record(u.record, LOCK_EX | LOCK_NB) {}
 
   Batch read() {
     const Source& source = unit.sources[next];
@@ -300,7 +301,7 @@ struct OpenUnit {
   }
 
   void append(Batch& batch) {
-    if (type == NpyType::U4)
+    if (type == FileDType::U32)
       file->write(batch.tokens);
     else
       file->write(vector<u16>(batch.tokens.begin(), batch.tokens.end()));
@@ -312,7 +313,7 @@ struct OpenUnit {
 
   void finish() {
     const MappedFile ends(unit.record);
-    file->write(npy_header(NpyType::U8, {num_documents}));
+    file->write(npy_header(FileDType::U64, {num_documents}));
     file->write(ends.data(), ends.size());
     file->write_begin(npy_header(type, {num_tokens}));
     record.replace(unit.identity);
@@ -320,7 +321,7 @@ struct OpenUnit {
   }
 
   const Unit& unit;
-  const NpyType type;
+  const FileDType type;
   size_t next = 0;  // of the sources
   std::optional<SourceStream> stream;
   i64 line = 1;
@@ -338,7 +339,7 @@ class CorpusRun {
       : options_(options),
         tokenizer_(Tokenizer::load(options.tokenizer)),
         eos_(options.eos.empty() ? tokenizer_.eos_id : tokenizer_.id_of(options.eos)),
-        type_(tokenizer_.vocab_size() < UINT16_MAX ? NpyType::U2 : NpyType::U4),
+        type_(tokenizer_.vocab_size() < UINT16_MAX ? FileDType::U16 : FileDType::U32),
         units_(plan(options, text("%d\t%d\t%s", eos_ ? int(*eos_) : -1, options.special_as_text,
                                   options.key.c_str()))),
         threads_(options.threads ? options.threads
@@ -494,7 +495,7 @@ class CorpusRun {
   const CorpusOptions& options_;
   const Tokenizer tokenizer_;
   const std::optional<u32> eos_;
-  const NpyType type_;
+  const FileDType type_;
   const vector<Unit> units_;
   const i64 threads_;
   const string mark_ = options_.output + "/.pith/.run";

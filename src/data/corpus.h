@@ -12,9 +12,8 @@ struct CorpusOptions {
   vector<string> inputs;  // files, folders, or "-": standard input
   string output;
   CorpusFormat format = CorpusFormat::Auto;
-  vector<string> include;         // file name patterns, "*.c"; empty: every file
-  string join;                    // one series JOIN-00000.bin, ... instead of a file each
-  i64 part_bytes = i64{1} << 30;  // input of a file of that series
+  vector<string> include;  // file name patterns, "*.c"; empty: every file
+  string join;             // all into JOIN.bin, not into a file each
   string key = "text";
   string eos;  // empty: the tokenizer's end-of-text
   bool special_as_text = false;

@@ -19,7 +19,7 @@ void TokenFile::copy(i64 offset, i64 count, i64 vocab_size, int* dst) const {
   for (i64 i = offset; i < offset + count; i++) {
     u32 id;
     memcpy(&id, tokens + i * width, 4);  // the second array lies behind the last token
-    if (type == NpyType::U2) id &= 0xffff;
+    if (type == FileDType::U16) id &= 0xffff;
     if (id >= vocab_size)
       bad_input(map.path(),
                 text("holds a token id beyond the vocabulary (got %u at token %ld, need less than "
@@ -38,22 +38,23 @@ TokenFile open_token_file(const string& path) {
     bool second = at != file.map.data();
     NpyHeader array =
         parse_npy_header(at, end_of_file - at, second ? path + " (document ends)" : path);
-    bool known = second ? array.type == NpyType::U8 : array.type <= NpyType::U4;
+    bool known = second ? array.dtype == FileDType::U64
+                        : array.dtype == FileDType::U16 || array.dtype == FileDType::U32;
     if (array.shape.size() != 1 || !known)
       refuse(text("does not hold %s (got %s of %zu dimensions, need %s of one)",
-                  second ? "document ends second" : "token ids first", name_of(array.type),
+                  second ? "document ends second" : "token ids first", npy_name_of(array.dtype),
                   array.shape.size(), second ? "<u8" : "<u2 or <u4"));
     return array;
   };
   const NpyHeader ids = read(file.map.data());
-  file.type = ids.type;
+  file.type = ids.dtype;
   file.num_tokens = ids.numel();
   file.tokens = file.map.data() + ids.header_bytes;
-  const char* rest = file.tokens + ids.data_bytes();
+  const char* rest = file.tokens + ids.bytes();
   const NpyHeader ends = read(rest);
   file.num_docs = ends.numel();
   file.ends = rest + ends.header_bytes;
-  i64 more = end_of_file - file.ends - ends.data_bytes();
+  i64 more = end_of_file - file.ends - ends.bytes();
   if (more != 0) refuse(text("goes on behind its two arrays (got %ld bytes more)", more));
   if (file.num_docs == 0 && file.num_tokens > 0) refuse("has tokens, but no documents");
   i64 least = 0;

@@ -1,7 +1,7 @@
 #pragma once
 
 #include "core/tensor.h"
-#include "data/npy.h"
+#include "data/array_files.h"
 
 namespace pith {
 
@@ -25,7 +25,7 @@ struct SampleRow {
 // A .bin, mapped: token ids (u2 or u4), then u8 document ends, the last being num_tokens.
 struct TokenFile {
   MappedFile map;
-  NpyType type = NpyType::U2;
+  FileDType type = FileDType::U16;
   i64 num_tokens = 0, num_docs = 0;
   const char* tokens = nullptr;
   const char* ends = nullptr;  // may be unaligned

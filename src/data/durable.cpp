@@ -10,8 +10,6 @@
 #include <cerrno>
 #include <filesystem>
 
-#include "core/log.h"
-
 namespace pith {
 
 namespace fs = std::filesystem;
@@ -130,10 +128,11 @@ vector<string> find_files(const string& path, const string& except) {
 LockedFile::LockedFile(const string& path, int operation)
     : path_(path), fd_(open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666)) {
   if (fd_ < 0) failed_call(path, "cannot be opened", errno);
-  if (flock(fd_, operation) == 0) return;
-  held = errno != EWOULDBLOCK;
-  if (held)
-    log_warning("%s: cannot be locked (%s): use one process", path.c_str(), strerror(errno));
+  int error;
+  do error = flock(fd_, operation) == 0 ? 0 : errno;
+  while (error == EINTR);
+  held = error == 0;
+  if (!held && error != EWOULDBLOCK) failed_call(path, "cannot be locked", error);
 }
 
 LockedFile::~LockedFile() { close(fd_); }

@@ -58,7 +58,7 @@ class LockedFile {
   ~LockedFile();
   void append(const void* bytes, i64 size);
   void replace(const string& bytes);  // on disk, unless empty
-  bool held = true;                   // false: by another, where `operation` does not wait
+  bool held = false;                  // false: by another, where `operation` does not wait
 
  private:
   string path_;

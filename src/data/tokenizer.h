@@ -56,12 +56,11 @@ using WordEnd = const char* (*)(const char* begin, const char* end);
 // What cuts as the expression does, only faster; null if there is none.
 WordEnd fast_word_end(const string& pattern);
 
-// Cuts at matches of an expression in Oniguruma's Ruby syntax, which are words too unless
-// `removed`.
+// Cuts at matches of an expression in Oniguruma's Ruby syntax, which are words too.
 class SplitStep {
  public:
   // Exit code 2, at `place`, for what is malformed or not read alike by PCRE2.
-  SplitStep(const string& pattern, const string& place, bool removed = false);
+  SplitStep(const string& pattern, const string& place);
   // `room` belongs to one thread.
   void split(string_view text, std::shared_ptr<void>& room, vector<string_view>& words) const;
   WordEnd fast = nullptr;
@@ -69,7 +68,6 @@ class SplitStep {
  private:
   std::shared_ptr<void> code_;  // pcre2_code
   string place_;
-  bool removed_;
 };
 
 struct SplitBuffers {

@@ -133,10 +133,10 @@ static void read_pre_tokenizer(Tokenizer& t, const Json& json) {
   string type = type_of(json);
   if (type == "Split") {
     string behavior = json["behavior"].as_string();
-    if (behavior != "Isolated" && behavior != "Removed") unsupported(json["behavior"], behavior);
+    if (behavior != "Isolated") unsupported(json["behavior"], behavior);
     if (json["invert"].as_bool()) unsupported(json["invert"], "true");
     Json pattern = json["pattern"]["Regex"];
-    t.steps.emplace_back(pattern.as_string(), pattern.place(), behavior == "Removed");
+    t.steps.emplace_back(pattern.as_string(), pattern.place());
   } else if (type == "Digits") {
     t.steps.emplace_back(json["individual_digits"].as_bool() ? "\\p{N}" : "\\p{N}+", json.place());
   } else if (type == "ByteLevel") {

@@ -44,8 +44,8 @@ static string translate(const string& pattern, const string& place) {
   return out;
 }
 
-SplitStep::SplitStep(const string& pattern, const string& place, bool removed)
-    : fast(removed ? nullptr : fast_word_end(pattern)), place_(place), removed_(removed) {
+SplitStep::SplitStep(const string& pattern, const string& place)
+    : fast(fast_word_end(pattern)), place_(place) {
   string translated = translate(pattern, place_);
   int error = 0;
   PCRE2_SIZE offset = 0;
@@ -91,7 +91,7 @@ void SplitStep::split(string_view text, std::shared_ptr<void>& room,
     if (result < 0)
       failed(place_, pith::text("a regular expression cannot be matched (PCRE2 error %d)", result));
     if (done < found[0]) words.push_back(text.substr(done, found[0] - done));
-    if (!removed_) words.push_back(text.substr(found[0], found[1] - found[0]));
+    words.push_back(text.substr(found[0], found[1] - found[0]));
     done = found[1];
   }
   if (done < text.size()) words.push_back(text.substr(done));

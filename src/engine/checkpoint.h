@@ -5,8 +5,8 @@
 #include <memory>
 #include <optional>
 
+#include "data/array_files.h"
 #include "data/durable.h"
-#include "data/safetensors.h"
 #include "engine/parameters.h"
 
 namespace pith {

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "data/npy.h"
+#include "data/array_files.h"
 
 namespace pith {
 
@@ -20,8 +20,8 @@ void begin_trace(RoutingStep& routing, i64 layers, i64 tokens, i64 top_k) {
 void write_routing(const string& folder, i64 step, const RoutingStep& routing) {
   vector<i64> shape = {routing.layers, routing.tokens, routing.top_k};
   make_folders(folder);
-  write_npy(file_of(folder, step, "ids"), NpyType::I4, shape, routing.ids.data());
-  write_npy(file_of(folder, step, "weights"), NpyType::F4, shape, routing.weights.data());
+  write_npy(file_of(folder, step, "ids"), FileDType::I32, shape, routing.ids.data());
+  write_npy(file_of(folder, step, "weights"), FileDType::F32, shape, routing.weights.data());
 }
 
 // A token's k ids are distinct experts, or -1 throughout a layer without.
@@ -44,13 +44,13 @@ void read_routing(const string& folder, i64 step, int num_experts, RoutingStep& 
   string path = file_of(folder, step, "ids");
   const NpyArray array = read_npy(path);
   vector<i64> need = {routing.layers, routing.tokens, routing.top_k};
-  if (array.header.type != NpyType::I4 || array.header.shape != need)
+  if (array.header.dtype != FileDType::I32 || array.header.shape != need)
     bad_input(path,
               text("is not this run's routing (need <i4 [%ld, %ld, %ld]: layers, tokens, k)",
                    need[0], need[1], need[2]),
               "a trace of the same model and global batch");
   routing.ids.resize(array.header.numel());
-  memcpy(routing.ids.data(), array.data, array.header.data_bytes());
+  memcpy(routing.ids.data(), array.data, array.header.bytes());
   check_ids(path, routing, num_experts);
   routing.forced = true;
 }

@@ -413,7 +413,7 @@ TEST(BadInput, OfTraining) {
   std::string ends = corpus;
   ends[ends.size() - 3] ^= 1;
   write_part(f + "corrupt.bin", ends, ends.size());
-  const std::string no_tokens = npy_header(NpyType::U2, {0}) + npy_header(NpyType::U8, {0});
+  const std::string no_tokens = npy_header(FileDType::U16, {0}) + npy_header(FileDType::U64, {0});
   write_part(f + "none.bin", no_tokens, no_tokens.size());
   fs::create_directories(f + "nothing");
   const auto small = [&](const std::string& from, const std::string& to) {

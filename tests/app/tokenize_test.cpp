@@ -93,7 +93,7 @@ TEST(Tokenize, Options) {
                                  folder + "/" + name, "--input", in});
     const Output got = tokenize(words);
     EXPECT_EQ(got.code, kExitDone) << got.error;
-    return tokenize({"--decode", folder + "/" + name + "/x-00000.bin"}).out;
+    return tokenize({"--decode", folder + "/" + name + "/x.bin"}).out;
   };
   const std::string a = "int a;\n<|endoftext|>", b = "int b;<|endoftext|>\n<|endoftext|>",
                     c = "print\n<|endoftext|>";
@@ -101,8 +101,7 @@ TEST(Tokenize, Options) {
   EXPECT_EQ(run("some", {"--join", "x", "--include", "*.c,*.h", "--threads", "3"}), a + b);
   EXPECT_EQ(run("eos", {"--join", "x", "--eos", "!"}), "int a;\n!int b;<|endoftext|>\n!print\n!");
   EXPECT_EQ(run("text", {"--join", "x", "--special-as-text"}), a + b + c);
-  EXPECT_GT(fs::file_size(folder + "/text/x-00000.bin"),
-            fs::file_size(folder + "/all/x-00000.bin"));
+  EXPECT_GT(fs::file_size(folder + "/text/x.bin"), fs::file_size(folder + "/all/x.bin"));
   put(folder + "/bad/a.jsonl", "{\"body\":\"good\"}\n{\"body\":1}\n");
   const Output skipped = tokenize({"--tokenizer", kTokenizer, "--output", folder + "/bad-out",
                                    "--input", folder + "/bad", "--key", "body", "--skip-bad"});

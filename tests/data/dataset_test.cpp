@@ -27,7 +27,7 @@ namespace {
 using Document = std::vector<int32_t>;
 using Documents = std::vector<Document>;
 
-std::string bytes_of(const Document& document, NpyType type) {
+std::string bytes_of(const Document& document, FileDType type) {
   std::string bytes;
   for (const int32_t id : document) {
     const auto wide = static_cast<uint64_t>(id);
@@ -36,17 +36,18 @@ std::string bytes_of(const Document& document, NpyType type) {
   return bytes;
 }
 
-std::string array_bytes(NpyType type, const std::vector<int64_t>& shape, const std::string& data) {
+std::string array_bytes(FileDType type, const std::vector<int64_t>& shape,
+                        const std::string& data) {
   return npy_header(type, shape) + data;
 }
 
 std::string ends_bytes(const std::vector<uint64_t>& ends) {
   const std::string data(reinterpret_cast<const char*>(ends.data()), 8 * ends.size());
-  return array_bytes(NpyType::U8, {static_cast<int64_t>(ends.size())}, data);
+  return array_bytes(FileDType::U64, {static_cast<int64_t>(ends.size())}, data);
 }
 
 std::string put_documents(const std::string& path, const Documents& documents,
-                          NpyType type = NpyType::U2) {
+                          FileDType type = FileDType::U16) {
   std::string ids;
   std::vector<uint64_t> ends;
   for (const Document& document : documents) {
@@ -108,7 +109,7 @@ Row reference_row(const Text& text, int64_t begin, int64_t length, bool mask) {
   return row;
 }
 
-bool is_heldout(const Document& document, NpyType type, double fraction) {
+bool is_heldout(const Document& document, FileDType type, double fraction) {
   const std::string bytes = bytes_of(document, type);
   return static_cast<double>(XXH3_64bits(bytes.data(), bytes.size())) / 0x1p64 < fraction;
 }
@@ -120,7 +121,7 @@ bool is_heldout(const Document& document, NpyType type, double fraction) {
 TEST(TokenFile, ReadsEveryType) {
   const std::string path = fresh_folder("tokens") + "/a.bin";
   const Documents documents = {{1}, {2, 3, 4}, {250}, {5, 6}};
-  for (const NpyType type : {NpyType::U2, NpyType::U4}) {
+  for (const FileDType type : {FileDType::U16, FileDType::U32}) {
     put_documents(path, documents, type);
     const TokenFile file = open_token_file(path);
     EXPECT_EQ(file.type, type);
@@ -145,7 +146,7 @@ TEST(TokenFile, ReadsEveryType) {
 TEST(TokenFile, IdsAboveInt32AreBeyondAnyVocabulary) {
   const std::string path = fresh_folder("wide") + "/a.bin";
   const uint32_t ids[] = {1, uint32_t{1} << 31};
-  put(path, array_bytes(NpyType::U4, {2}, std::string(reinterpret_cast<const char*>(ids), 8)) +
+  put(path, array_bytes(FileDType::U32, {2}, std::string(reinterpret_cast<const char*>(ids), 8)) +
                 ends_bytes({2}));
   int32_t out[2];
   expect_error(error_of(kExitBadInput, [&] { open_token_file(path).copy(0, 2, 100, out); }),
@@ -165,16 +166,17 @@ TEST(TokenFile, EveryTruncationIsRefused) {
 
 TEST(TokenFile, RefusesCorruptFilesByName) {
   const std::string path = fresh_folder("corrupt") + "/a.bin", four = "abcdefgh";
-  const std::string ids = array_bytes(NpyType::U2, {4}, four);
+  const std::string ids = array_bytes(FileDType::U16, {4}, four);
   const struct {
     std::string bytes, error;
   } cases[] = {
-      {array_bytes(NpyType::F4, {2}, four) + ends_bytes({2}), "got <f4 of 1 dimensions"},
-      {array_bytes(NpyType::I4, {2}, four) + ends_bytes({2}), "got <i4 of 1 dimensions"},
-      {array_bytes(NpyType::U2, {2, 2}, four) + ends_bytes({4}), "got <u2 of 2 dimensions"},
-      {ids + array_bytes(NpyType::U4, {1}, "abcd"),
+      {array_bytes(FileDType::F32, {2}, four) + ends_bytes({2}), "got <f4 of 1 dimensions"},
+      {array_bytes(FileDType::I32, {2}, four) + ends_bytes({2}), "got <i4 of 1 dimensions"},
+      {array_bytes(FileDType::U16, {2, 2}, four) + ends_bytes({4}), "got <u2 of 2 dimensions"},
+      {ids + array_bytes(FileDType::U32, {1}, "abcd"),
        "document ends second (got <u4 of 1 dimensions"},
-      {ids + array_bytes(NpyType::U8, {}, four), "document ends second (got <u8 of 0 dimensions"},
+      {ids + array_bytes(FileDType::U64, {}, four),
+       "document ends second (got <u8 of 0 dimensions"},
       {ids + "no array at all", "(document ends): is not an NPY array"},
       {ids + ends_bytes({3, 2, 4}), "corrupt end of document 1 (got 2, need 3 to 4)"},
       {ids + ends_bytes({2, 5}), "corrupt end of document 1 (got 5, need 4 to 4)"},
@@ -220,7 +222,7 @@ TEST(Dataset, SamplesAreWhatTheDefinitionSays) {
   };
   int64_t train_samples = 0, heldout_samples = 0;
   for (const auto& corpus : corpora)
-    for (const NpyType type : {NpyType::U2, NpyType::U4})
+    for (const FileDType type : {FileDType::U16, FileDType::U32})
       for (const double fraction : {0.0, 0.4, 1.0})
         for (const int64_t length : {1, 3, 4, 7, 16})
           for (const bool mask : {false, true}) {
@@ -348,7 +350,7 @@ TEST(Dataset, LargeCorporaAreCheckedBySample) {
   const std::string folder = fresh_folder("large"), path = folder + "/a.bin";
   const auto put_sparse = [&](int64_t n, int64_t at) {
     fs::remove(path);
-    put(path, npy_header(NpyType::U2, {n}));
+    put(path, npy_header(FileDType::U16, {n}));
     fs::resize_file(path, static_cast<uintmax_t>(128 + 2 * n));
     std::fstream file(path, std::ios::binary | std::ios::in | std::ios::out);
     file.seekp(128 + 2 * at);
@@ -381,7 +383,7 @@ TEST(Dataset, FingerprintIsOfContents) {
   const std::string folder = fresh_folder("fingerprint");
   const DataOptions options = {.seq_length = 4, .vocab_size = 100};
   int next = 0;
-  const auto print = [&](const std::vector<Documents>& files, NpyType type = NpyType::U2) {
+  const auto print = [&](const std::vector<Documents>& files, FileDType type = FileDType::U16) {
     std::vector<std::string> paths;
     for (const Documents& documents : files)
       paths.push_back(
@@ -392,7 +394,7 @@ TEST(Dataset, FingerprintIsOfContents) {
   EXPECT_EQ(print({a, b}), print({a, b}));
   const std::set<uint64_t> prints = {print({a, b}),
                                      print({b, a}),
-                                     print({a, b}, NpyType::U4),
+                                     print({a, b}, FileDType::U32),
                                      print({a}),
                                      print({{{1, 2, 3, 4, 5}}, b}),
                                      print({{{1, 2, 3}, {4, 6}}, b}),
@@ -543,7 +545,7 @@ TEST(Bigram, EqualsItsDefinition) {
           paths.push_back(put_documents(folder + "/" + std::to_string(f) + ".bin", corpus[f]));
           Text text;
           for (const Document& d : corpus[f]) {
-            Text& to = is_heldout(d, NpyType::U2, fraction) ? heldout_text : text;
+            Text& to = is_heldout(d, FileDType::U16, fraction) ? heldout_text : text;
             for (const int32_t id : d) to.push_back({id, document});
             document++;
           }

@@ -1,4 +1,4 @@
-#include "data/npy.h"
+#include "data/array_files.h"
 
 #include <gtest/gtest.h>
 #include <sys/resource.h>
@@ -27,17 +27,18 @@ static std::string header_v(int version, const std::string& dict) {
 TEST(Npy, RoundTripsEveryTypeAndRank) {
   const std::string path = fresh_folder("npy") + "/a.npy";
   const std::vector<int64_t> shapes[] = {{}, {0}, {5}, {3, 4}, {2, 0, 3}, {2, 3, 4}};
-  for (int type = 0; type <= static_cast<int>(NpyType::F4); type++)
+  for (const FileDType type : {FileDType::U16, FileDType::U32, FileDType::U64, FileDType::I32,
+                               FileDType::F32, FileDType::BOOL})
     for (const auto& shape : shapes) {
-      const NpyHeader want{static_cast<NpyType>(type), shape};
-      std::string data(static_cast<size_t>(want.data_bytes()), 0);
-      for (size_t i = 0; i < data.size(); i++) data[i] = static_cast<char>(i * 7 + type);
-      write_npy(path, want.type, shape, data.data());
+      const TensorDecl want{"", type, shape};
+      std::string data(static_cast<size_t>(want.bytes()), 0);
+      for (size_t i = 0; i < data.size(); i++) data[i] = static_cast<char>(i * 7 + shape.size());
+      write_npy(path, type, shape, data.data());
       const NpyArray got = read_npy(path);
-      EXPECT_EQ(got.header.type, want.type);
+      EXPECT_EQ(got.header.dtype, type);
       EXPECT_EQ(got.header.shape, shape);
       EXPECT_EQ(got.header.header_bytes % 64, 0);
-      EXPECT_EQ(std::string(got.data, data.size()), data) << name_of(want.type);
+      EXPECT_EQ(std::string(got.data, data.size()), data) << name_of(type);
       EXPECT_FALSE(fs::exists(path + ".tmp"));
     }
 }
@@ -47,13 +48,19 @@ TEST(Npy, ReadsHeadersOfOthers) {
     int version;
     const char* dict;
     std::vector<int64_t> shape;
-    NpyType type;
+    FileDType type;
   } cases[] = {
-      {1, "{'descr': '<u2', 'fortran_order': False, 'shape': (3,), }\n", {3}, NpyType::U2},
-      {1, "{'descr': '<u4', 'fortran_order': False, 'shape': (2, 3), }  \n", {2, 3}, NpyType::U4},
-      {1, "{'descr': '<f4', 'fortran_order': False, 'shape': (), }  \n", {}, NpyType::F4},
-      {1, "{'descr': '<i4', 'fortran_order': False, 'shape': (2,), }", {2}, NpyType::I4},
-      {1, "{'descr': '<f4', 'fortran_order': False, 'shape': (1, 2, 3), }", {1, 2, 3}, NpyType::F4},
+      {1, "{'descr': '<u2', 'fortran_order': False, 'shape': (3,), }\n", {3}, FileDType::U16},
+      {1,
+       "{'descr': '<u4', 'fortran_order': False, 'shape': (2, 3), }  \n",
+       {2, 3},
+       FileDType::U32},
+      {1, "{'descr': '<f4', 'fortran_order': False, 'shape': (), }  \n", {}, FileDType::F32},
+      {1, "{'descr': '<i4', 'fortran_order': False, 'shape': (2,), }", {2}, FileDType::I32},
+      {1,
+       "{'descr': '<f4', 'fortran_order': False, 'shape': (1, 2, 3), }",
+       {1, 2, 3},
+       FileDType::F32},
   };
   for (const auto& c : cases) {
     const std::string head = header_v(c.version, c.dict);
@@ -61,7 +68,7 @@ TEST(Npy, ReadsHeadersOfOthers) {
     const NpyHeader got =
         parse_npy_header(bytes.data(), static_cast<int64_t>(bytes.size()), "f.npy");
     EXPECT_EQ(got.shape, c.shape) << c.dict;
-    EXPECT_EQ(got.type, c.type) << c.dict;
+    EXPECT_EQ(got.dtype, c.type) << c.dict;
     EXPECT_EQ(got.header_bytes, static_cast<int64_t>(head.size())) << c.dict;
   }
 }
@@ -103,7 +110,7 @@ TEST(Npy, RefusesBadHeadersByName) {
 TEST(Npy, EveryTruncationIsRefused) {
   const std::string folder = fresh_folder("npy_cut"), path = folder + "/a.npy";
   const uint16_t ids[3] = {1, 2, 3};
-  write_npy(path, NpyType::U2, {3}, ids);
+  write_npy(path, FileDType::U16, {3}, ids);
   const std::string whole = read_text_file(path);
   for (size_t n = 0; n < whole.size(); n++) {
     std::ofstream(path, std::ios::binary) << whole.substr(0, n);
@@ -118,17 +125,17 @@ TEST(Npy, ArraysMayLieBackToBack) {
   const uint64_t ends[] = {2, 5};
   {
     DurableFile file(path);
-    file.write(npy_header(NpyType::U2, {5}).data(), 128);
+    file.write(npy_header(FileDType::U16, {5}).data(), 128);
     file.write(ids, 4);
     file.write(ids + 2, 6);
-    file.write(npy_header(NpyType::U8, {2}).data(), 128);
+    file.write(npy_header(FileDType::U64, {2}).data(), 128);
     file.write(ends, sizeof ends);
     file.finish();
   }
   const NpyArray first = read_npy(path);
   EXPECT_EQ(first.header.shape, std::vector<int64_t>{5});
   EXPECT_EQ(memcmp(first.data, ids, sizeof ids), 0);
-  const char* rest = first.data + first.header.data_bytes();
+  const char* rest = first.data + first.header.bytes();
   const NpyHeader second =
       parse_npy_header(rest, first.file.data() + first.file.size() - rest, path);
   EXPECT_EQ(second.shape, std::vector<int64_t>{2});

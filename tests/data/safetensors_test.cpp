@@ -1,4 +1,4 @@
-#include "data/safetensors.h"
+#include "data/array_files.h"
 
 #include <gtest/gtest.h>
 #include <unistd.h>

@@ -29,12 +29,12 @@ std::string put_corpus(const char* name) {
       ids.push_back(static_cast<uint16_t>(uniform_at(2, ids.size()) * 5000));
     ends.push_back(ids.size());
   }
-  const auto array = [](NpyType type, const auto& values) {
+  const auto array = [](FileDType type, const auto& values) {
     const auto* data = reinterpret_cast<const char*>(values.data());
     return npy_header(type, {static_cast<int64_t>(values.size())})
         .append(data, values.size() * sizeof(values[0]));
   };
-  write_file_durably(folder + "/a.bin", array(NpyType::U2, ids) + array(NpyType::U8, ends));
+  write_file_durably(folder + "/a.bin", array(FileDType::U16, ids) + array(FileDType::U64, ends));
   return folder + "/a.bin";
 }
 

@@ -6,7 +6,7 @@
 #include <cstring>
 
 #include "comm/launch.h"
-#include "data/safetensors.h"
+#include "data/array_files.h"
 #include "engine/checkpoint.h"
 #include "engine/instance.h"
 #include "engine/routing_trace.h"

@@ -8,7 +8,7 @@
 
 #include "core/check.h"
 #include "core/json.h"
-#include "data/npy.h"
+#include "data/array_files.h"
 #include "ops/gradcheck.h"
 
 namespace pith {
@@ -43,7 +43,7 @@ TEST(RoutingTrace, RoundTrip) {
   EXPECT_TRUE(got.forced);
   const NpyArray weights = read_npy(folder + "/step-00000012.weights.npy");
   EXPECT_EQ(weights.header.shape, (std::vector<int64_t>{2, 3, 2}));
-  EXPECT_EQ(weights.header.type, NpyType::F4);
+  EXPECT_EQ(weights.header.dtype, FileDType::F32);
   EXPECT_EQ(memcmp(weights.data, wrote.weights.data(), 48), 0);
 }
 
@@ -108,7 +108,7 @@ TEST(RoutingTrace, RefusesDamagedFiles) {
   std::ofstream(path, std::ios::binary) << whole;
   EXPECT_EQ(code(), 0);
   const std::vector<float> floats(12, 1);
-  write_npy(path, NpyType::F4, {2, 3, 2}, floats.data());
+  write_npy(path, FileDType::F32, {2, 3, 2}, floats.data());
   EXPECT_EQ(code(), kExitBadInput);
   fs::remove(path);
   EXPECT_EQ(code(), kExitBadInput);

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "core/rng.h"
-#include "data/npy.h"
+#include "data/array_files.h"
 #include "engine/config.h"
 
 namespace pith {
@@ -50,12 +50,13 @@ inline RunConfig small_run(const SmallModel& m = {}) {
     tokens.push_back(0);
     ends.push_back(tokens.size());
   }
-  const auto array = [](NpyType type, const auto& values) {
+  const auto array = [](FileDType type, const auto& values) {
     const auto* data = reinterpret_cast<const char*>(values.data());
     return npy_header(type, {static_cast<int64_t>(values.size())})
         .append(data, values.size() * sizeof(values[0]));
   };
-  write_file_durably(folder / "corpus.bin", array(NpyType::U2, tokens) + array(NpyType::U8, ends));
+  write_file_durably(folder / "corpus.bin",
+                     array(FileDType::U16, tokens) + array(FileDType::U64, ends));
   RunConfig c;
   c.run.folder = folder / "run";
   c.model.config = folder / "config.json";

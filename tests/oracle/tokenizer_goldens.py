@@ -72,8 +72,8 @@ def sequence(*steps):
     return {"type": "Sequence", "pretokenizers": list(steps)}
 
 
-def split(pattern, behavior="Isolated"):
-    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": False}
+def split(pattern):
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
 def variants():
@@ -107,9 +107,7 @@ def variants():
         {"type": "Digits", "individual_digits": False}, GPT2)}, {}
     yield "digit-each", {"pre_tokenizer": sequence(
         {"type": "Digits", "individual_digits": True}, BYTE_LEVEL)}, {}
-    for behavior in ("Removed", "Isolated"):
-        yield behavior, {"pre_tokenizer": sequence(
-            split("\\s|o", behavior), split("e", behavior), BYTE_LEVEL)}, {}
+    yield "Isolated", {"pre_tokenizer": sequence(split("\\s|o"), split("e"), BYTE_LEVEL)}, {}
     yield "dropped-bytes", {"pre_tokenizer": GPT2}, {"without": ["e", "\u0120", "\u00c3"]}
     yield "whole-text", {"pre_tokenizer": BYTE_LEVEL, "added_tokens": special}, {}
     yield "lines", {"pre_tokenizer": sequence(

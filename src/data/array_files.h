@@ -1,4 +1,5 @@
-// The Hugging Face tensor format, https://huggingface.co/docs/safetensors.
+// Tensors in Hugging Face's files, https://huggingface.co/docs/safetensors, and arrays in NumPy's
+// (version 1, little endian, C order).
 #pragma once
 #include <map>
 
@@ -6,10 +7,11 @@
 
 namespace pith {
 
-enum class FileDType : u8 { F32, F64, BF16, F16, F8_E4M3, I64, I32, U8, BOOL };
+enum class FileDType : u8 { F32, F64, BF16, F16, F8_E4M3, I64, I32, U64, U32, U16, U8, BOOL };
 i64 size_of(FileDType dtype);
-const char* name_of(FileDType dtype);  // "BF16", as in the header
-bool is_float(FileDType dtype);        // to_f32() takes it
+const char* name_of(FileDType dtype);      // "BF16", as in safetensors
+const char* npy_name_of(FileDType dtype);  // "<u2"
+bool is_float(FileDType dtype);            // to_f32() takes it
 
 struct TensorDecl {
   string name;
@@ -47,5 +49,21 @@ void write_index(const string& folder, const vector<Shard>& shards);
 void to_f32(FileDType dtype, const void* src, float* dst, i64 n);  // src may be unaligned
 // To F32 (a copy) or BF16: to nearest, ties to even; NaN stays NaN.
 void from_f32(FileDType dtype, const float* src, void* dst, i64 n);
+
+struct NpyHeader : TensorDecl {
+  i64 header_bytes = 0;
+};
+// Exit code 2 unless all of the array is there.
+NpyHeader parse_npy_header(const char* data, i64 size, const string& place);
+// 128 bytes, for at most three dimensions.
+string npy_header(FileDType dtype, const vector<i64>& shape);
+void write_npy(const string& path, FileDType dtype, const vector<i64>& shape, const void* data);
+
+struct NpyArray {
+  MappedFile file;
+  NpyHeader header;
+  const char* data = nullptr;  // may be unaligned
+};
+NpyArray read_npy(const string& path);
 
 }

@@ -1,4 +1,4 @@
-#include "data/safetensors.h"
+#include "data/array_files.h"
 
 #include <algorithm>
 #include <filesystem>
@@ -11,15 +11,17 @@ namespace pith {
 
 namespace fs = std::filesystem;
 
-static constexpr struct {
-  const char* name;
+static constexpr struct Known {
+  const char *name, *npy;  // "": none
   i64 bytes;
-} kDTypes[] = {{"F32", 4}, {"F64", 8}, {"BF16", 2}, {"F16", 2}, {"F8_E4M3", 1},
-               {"I64", 8}, {"I32", 4}, {"U8", 1},   {"BOOL", 1}};
+} kDTypes[] = {{"F32", "<f4", 4},  {"F64", "<f8", 8}, {"BF16", "", 2},   {"F16", "<f2", 2},
+               {"F8_E4M3", "", 1}, {"I64", "<i8", 8}, {"I32", "<i4", 4}, {"U64", "<u8", 8},
+               {"U32", "<u4", 4},  {"U16", "<u2", 2}, {"U8", "|u1", 1},  {"BOOL", "|b1", 1}};
 static const string kModel = "/model.safetensors", kIndex = kModel + ".index.json";
 
 i64 size_of(FileDType dtype) { return kDTypes[int(dtype)].bytes; }
 const char* name_of(FileDType dtype) { return kDTypes[int(dtype)].name; }
+const char* npy_name_of(FileDType dtype) { return kDTypes[int(dtype)].npy; }
 bool is_float(FileDType dtype) { return dtype <= FileDType::BF16; }
 
 i64 TensorDecl::bytes() const {
@@ -29,14 +31,25 @@ i64 TensorDecl::bytes() const {
   return bytes;
 }
 
+static string list(const vector<i64>& shape) {
+  string all;
+  for (const i64 size : shape) all += (all.empty() ? "" : ",") + std::to_string(size);
+  return all;
+}
+
 string describe(const TensorDecl& tensor) {
-  string shape;
-  for (const i64 size : tensor.shape) shape += (shape.empty() ? "" : ",") + std::to_string(size);
-  return "[" + shape + "] " + name_of(tensor.dtype);
+  return "[" + list(tensor.shape) + "] " + name_of(tensor.dtype);
 }
 
 [[noreturn]] static void damaged(const string& place, const string& what) {
   bad_input(place, what, "fetch or write the file again");
+}
+
+static FileDType read_dtype(const string& name, const char* Known::*in, const string& place) {
+  auto known = std::ranges::find(kDTypes, name, in);
+  if (known == std::end(kDTypes))
+    damaged(place, "has an unknown dtype (got \"" + name + "\", need " + kDTypes->*in + ", ...)");
+  return FileDType(known - kDTypes);
 }
 
 static void open_file(Safetensors& all, const string& path) {
@@ -58,11 +71,7 @@ static void open_file(Safetensors& all, const string& path) {
   for (const auto& [offsets, name] : order) {
     Json json = header[name];
     TensorEntry tensor{{.name = name}, data + end, int(all.files.size()) - 1};
-    string dtype = json["dtype"].as_string();
-    auto known = std::ranges::find_if(kDTypes, [&](auto& d) { return dtype == d.name; });
-    if (known == std::end(kDTypes))
-      damaged(json.place(), "has an unknown dtype (got \"" + dtype + "\", need F32, BF16, ...)");
-    tensor.dtype = FileDType(known - kDTypes);
+    tensor.dtype = read_dtype(json["dtype"].as_string(), &Known::name, json.place());
     for (i64 i = 0; i < json["shape"].size(); i++)
       tensor.shape.push_back(json["shape"][i].as_int(0));
     i64 bytes = tensor.bytes();
@@ -177,6 +186,57 @@ void from_f32(FileDType dtype, const float* src, void* dst, i64 n) {
     u32 rounded = bits + 0x7fff + (bits >> 16 & 1);
     static_cast<u16*>(dst)[i] = u16(nan ? bits >> 16 | 0x40 : rounded >> 16);
   }
+}
+
+NpyHeader parse_npy_header(const char* data, i64 size, const string& place) {
+  if (size < 10 || !string_view(data, 10).starts_with("\x93NUMPY"))
+    damaged(place, text("is not an NPY array, or is cut short (got %ld bytes)", size));
+  if (data[6] != 1) damaged(place, text("has an unknown NPY version (got %d, need 1)", data[6]));
+  NpyHeader header{.header_bytes = 10 + u8(data[8]) + 256 * u8(data[9])};
+  i64 room = size - header.header_bytes;
+  if (room < 0)
+    damaged(place,
+            text("is cut short (got %ld bytes, need a header of %ld)", size, header.header_bytes));
+  string dict(data + 10, data + header.header_bytes);
+  char dtype[8] = "", fortran[8] = "";
+  int shape = 0;  // where it begins
+  sscanf(dict.c_str(), "{'descr': '%7[^']', 'fortran_order': %7[a-zA-Z], 'shape': (%n", dtype,
+         fortran, &shape);
+  if (shape == 0 || fortran != string("False"))
+    damaged(place,
+            "has a header that numpy does not write for an array in C order (got " + dict + ")");
+  header.dtype = read_dtype(dtype, &Known::npy, place);
+  const char* at = &dict[shape];
+  for (char* end = nullptr; *at != ')'; at = end + strspn(end, ", ")) {
+    header.shape.push_back(strtoll(at, &end, 10));
+    if (end == at || header.shape.back() < 0) damaged(place, "has a bad shape (got " + dict + ")");
+  }
+  i64 bytes = header.bytes();
+  if (bytes < 0) damaged(place, "has a shape that is too large");
+  if (bytes > room)
+    damaged(place, text("is cut short (got %ld bytes of data, need %ld)", room, bytes));
+  return header;
+}
+
+string npy_header(FileDType dtype, const vector<i64>& shape) {
+  string dict = text("{'descr': '%s', 'fortran_order': False, 'shape': (%s%s), }",
+                     npy_name_of(dtype), list(shape).c_str(), shape.size() == 1 ? "," : "");
+  if (dict.size() > 117) failed("npy_header", "the shape is too long");
+  dict.resize(117, ' ');
+  return string("\x93NUMPY\x01\0\x76\0", 10) + dict + '\n';
+}
+
+void write_npy(const string& path, FileDType dtype, const vector<i64>& shape, const void* data) {
+  DurableFile file(path);
+  file.write(npy_header(dtype, shape));
+  file.write(data, TensorDecl{"", dtype, shape}.bytes());
+  file.finish();
+}
+
+NpyArray read_npy(const string& path) {
+  const MappedFile file(path);
+  const NpyHeader header = parse_npy_header(file.data(), file.size(), path);
+  return {file, header, file.data() + header.header_bytes};
 }
 
 }
