@@ -53,12 +53,15 @@ bool Arguments::parse(int argc, char** argv) {
 
 void print_result(const string& json, bool as_json) {
   if (as_json) return void(puts(json.c_str()));
+  auto print_entries = [](const Json& list, const char* indent) {
+    for (i64 i = 0; i < list.size(); i++) printf("%s%s\n", indent, list[i].dump().c_str());
+  };
   const Json result = Json::parse(json, "result");
+  if (result.is_array()) return print_entries(result, "");
   for (const string& key : result.keys()) {
     const Json value = result[key];
     printf("%s:%s\n", key.c_str(), value.is_array() ? "" : (" " + value.dump()).c_str());
-    for (i64 i = 0; value.is_array() && i < value.size(); i++)
-      printf("  %s\n", value[i].dump().c_str());
+    if (value.is_array()) print_entries(value, "  ");
   }
 }
 

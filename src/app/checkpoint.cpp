@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "app/commands.h"
+#include "core/log.h"
 
 namespace pith {
 
@@ -22,14 +23,10 @@ static int verify_all(const string& named, bool json) {
     }
     i64 bytes = 0;
     for (const StoredFile& file : c.files) bytes += file.bytes;
-    w.object().members("path", path, "step", c.state.step, "good", error.empty(), "error", error,
-                       "bytes", bytes, "tensors", c.tensors.size());
-    w.end();
-    if (!json)
-      printf("%s  %s  %s in %zu tensors  %s\n", error.empty() ? "good" : "BAD ", path.c_str(),
-             bytes_text(double(bytes)).c_str(), c.tensors.size(), error.c_str());
+    w.object().members("path", path, "good", error.empty(), "error", error);
+    w.members("step", c.state.step, "bytes", bytes, "tensors", c.tensors.size()).end();
   }
-  if (json) printf("%s\n", w.end().str().c_str());
+  print_result(w.end().str(), json);
   return code;
 }
 
@@ -45,7 +42,7 @@ static double relative_difference(const Checkpoint& a, const Checkpoint& b, cons
   return std::sqrt(norm > 0 ? square / norm : square);
 }
 
-// Exit code 1 if a weight differs by more than `limit`.
+// Worst first. Exit code 1 if a weight differs by more than `limit`.
 static int diff(const string& from, const string& to, double limit, bool json) {
   const ModelFolder a = open_model(from);
   const Checkpoint b = open_weights(to);
@@ -57,17 +54,12 @@ static int diff(const string& from, const string& to, double limit, bool json) {
   JsonWriter w;
   w.array();
   size_t beyond = 0;
-  for (size_t i = 0; i < all.size(); i++) {
-    const auto& [difference, name] = all[i];
+  for (const auto& [difference, name] : all) {
     beyond += difference > limit;
     w.object().members("name", name, "difference", difference).end();
-    if (!json && i < 10) printf("%.3e  %s\n", difference, name.c_str());
   }
-  if (json)
-    printf("%s\n", w.end().str().c_str());
-  else
-    printf("%zu of %zu weights differ by more than %g (relative L2; the worst are above)\n", beyond,
-           all.size(), limit);
+  print_result(w.end().str(), json);
+  log_info("%zu of %zu weights differ by more than %g", beyond, all.size(), limit);
   return beyond ? kExitFailed : kExitDone;
 }
 
@@ -85,13 +77,11 @@ int run_checkpoint(int argc, char** argv) {
   args.option("--limit", limit, "diff: relative L2 that a weight may differ by", 0);
   args.flag("--json", json, "print the result as JSON");
   if (!args.parse(argc, argv)) return kExitDone;
-  string command = "pith checkpoint " + action;
-  if (action == "diff" && folders.size() != 2)
-    bad_input(command, text("needs two folders (got %zu)", folders.size()), command + " A B");
-  if (action == "diff") return diff(folders[0], folders[1], limit, json);
-  if (folders.size() > 1 || limit > 0)
-    bad_input(command, "takes one folder and no --limit", command + " " + folders[0]);
-  return verify_all(folders[0], json);
+  bool two = action == "diff";
+  if (folders.size() != (two ? 2 : 1) || (limit > 0 && !two))
+    bad_input("pith checkpoint " + action,
+              two ? "needs two folders" : "takes one folder and no --limit", "--help");
+  return two ? diff(folders[0], folders[1], limit, json) : verify_all(folders[0], json);
 }
 
 }

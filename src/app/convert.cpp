@@ -7,9 +7,10 @@
 namespace pith {
 namespace fs = std::filesystem;
 
-const char* const kCompanions[] = {"tokenizer.json", "tokenizer_config.json",
-                                   "special_tokens_map.json", "chat_template.jinja",
-                                   "generation_config.json"};
+const char* const kCompanions[] = {
+    "tokenizer.json",      "tokenizer_config.json",  "special_tokens_map.json",
+    "chat_template.jinja", "generation_config.json",
+};
 
 // From the folder named, or else beside the weights.
 static void copy_companions(const string& named, const string& beside, const string& to) {

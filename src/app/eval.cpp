@@ -42,10 +42,13 @@ int run_eval(int argc, char** argv) {
   if (length == 0) length = row_length(model);
   if (heldout_fraction < 0)
     heldout_fraction = run && path == run->data.path ? run->data.heldout_fraction : 1;
-  const Dataset data(find_token_files(path), {.seq_length = length,
-                                              .vocab_size = model.shape.vocab,
-                                              .heldout_fraction = heldout_fraction,
-                                              .document_mask = run && run->data.document_mask});
+  const DataOptions options{
+      .seq_length = length,
+      .vocab_size = model.shape.vocab,
+      .heldout_fraction = heldout_fraction,
+      .document_mask = run && run->data.document_mask,
+  };
+  const Dataset data(find_token_files(path), options);
   data.require_heldout();
   EvalResult result;
   with_model(model, length, [&](Rank& rank, Instance& instance) {

@@ -92,7 +92,7 @@ struct Exchange {
   Comm& mine;
   World& world = *mine.world;
   int me = mine.rank.id;
-  std::unique_lock<std::mutex> lock = std::unique_lock(world.mutex);
+  std::unique_lock<std::mutex> lock{world.mutex};
 
   Channel& channel(int from, int to) { return world.channels[{int(call.group), from, to}]; }
 
@@ -366,15 +366,17 @@ void run_rank_threads(const Mesh& mesh, Device device, const LaunchOptions& opti
     comm.limit_s = options.startup_limit_s;
     Status& board = status_board(id);
     board = Status{.rank = id};
-    comm.rank = {.id = id,
-                 .world = n,
-                 .mesh = coord_of(mesh, id),
-                 .device = device,
-                 .compute = options.compute,
-                 .allocator = &comm.allocator,
-                 .comm = &comm,
-                 .status = &board,
-                 .debug = options.debug};
+    comm.rank = {
+        .id = id,
+        .world = n,
+        .mesh = coord_of(mesh, id),
+        .device = device,
+        .compute = options.compute,
+        .allocator = &comm.allocator,
+        .comm = &comm,
+        .status = &board,
+        .debug = options.debug,
+    };
   }
   vector<std::thread> threads;
   for (Comm& comm : world.ranks) threads.emplace_back([&] { run_rank(world, comm, call, fn); });

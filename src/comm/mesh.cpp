@@ -4,18 +4,19 @@
 
 namespace pith {
 
-struct GroupAxes {
+static constexpr struct {
   const char* name;
   const char* free;  // where members differ: pp, dp_Replicate, dp_Shard, cp, ep
+} kAxes[kGroups] = {
+    {"world", "pRSce"},
+    {"pp", "p"},
+    {"cp", "c"},
+    {"ep", "e"},
+    {"dp*cp*ep", "RSce"},
+    {"expert shard", "Sc"},
+    {"dense shard", "Sce"},
+    {"replicate", "R"},
 };
-static constexpr GroupAxes kAxes[kGroups] = {{"world", "pRSce"},
-                                             {"pp", "p"},
-                                             {"cp", "c"},
-                                             {"ep", "e"},
-                                             {"dp*cp*ep", "RSce"},
-                                             {"expert shard", "Sc"},
-                                             {"dense shard", "Sce"},
-                                             {"replicate", "R"}};
 
 const char* name_of(Group group) { return kAxes[int(group)].name; }
 

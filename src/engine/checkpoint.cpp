@@ -23,7 +23,10 @@ namespace fs = std::filesystem;
 using std::chrono::duration;
 
 static constexpr const char* kManifest = "/manifest.json";
-static const char* const kRestore = "restore it, or remove it to use the checkpoint before";
+
+[[noreturn]] static void damaged(const string& path, const string& what) {
+  bad_input(path, what, "restore it, or remove it to use the checkpoint before");
+}
 
 static constexpr std::pair<const char*, Tensor FlatUnit::*> kStored[] = {
     {"", &FlatUnit::master}, {".exp_avg", &FlatUnit::m}, {".exp_avg_sq", &FlatUnit::v}};
@@ -68,7 +71,7 @@ static Checkpoint read_manifest(const string& path) {
   string bytes = read_text_file(path);
   size_t start = min(bytes.size(), sealed("").size());
   if (bytes != sealed(bytes.substr(start)))
-    bad_input(path, "is damaged or cut short, or of another version of Pith", kRestore);
+    damaged(path, "is damaged or cut short, or of another version of Pith");
   return nlohmann::json::parse(bytes).get<Checkpoint>();
 }
 
@@ -79,7 +82,7 @@ StoredFile stored_file(const string& folder, const string& name) {
 
 Checkpoint open_checkpoint(const string& folder) {
   if (!fs::is_directory(folder))
-    bad_input(folder, "there is no such checkpoint", "pith checkpoint list on the run folder");
+    bad_input(folder, "there is no such checkpoint", "pith checkpoint verify on the run folder");
   if (!fs::exists(folder + kManifest))
     bad_input(folder, "is no finished checkpoint (it has no manifest.json)",
               "name a step-* folder that has one");
@@ -87,13 +90,11 @@ Checkpoint open_checkpoint(const string& folder) {
   c.folder = folder;
   for (StoredFile& file : c.files) {
     string path = folder + "/" + file.name;
-    if (!fs::exists(path)) bad_input(path, "is missing, but the manifest names it", kRestore);
+    if (!fs::exists(path)) damaged(path, "is missing, but the manifest names it");
     file.map = MappedFile(path);
     if (file.map.size() != file.bytes)
-      bad_input(path,
-                text("is cut short or is another file (got %ld bytes, need %ld)", file.map.size(),
-                     file.bytes),
-                kRestore);
+      damaged(path, text("is cut short or is another file (got %ld bytes, need %ld)",
+                         file.map.size(), file.bytes));
   }
   return c;
 }
@@ -104,9 +105,8 @@ void verify(const Checkpoint& c) {
     sums.push_back(std::async(std::launch::async, checksum_of, file.map.data(), file.bytes));
   for (size_t i = 0; i < sums.size(); i++)
     if (u64 got = sums[i].get(); got != c.files[i].checksum)
-      bad_input(c.files[i].map.path(),
-                text("is damaged (checksum %016lx, need %016lx)", got, c.files[i].checksum),
-                kRestore);
+      damaged(c.files[i].map.path(),
+              text("is damaged (checksum %016lx, need %016lx)", got, c.files[i].checksum));
 }
 
 std::map<i64, string> list_checkpoints(const string& run_folder) {
@@ -232,7 +232,7 @@ void read_elements(const Checkpoint& c, const StoredTensor& tensor, i64 begin, i
     to_f32(tensor.dtype, c.files[f.file].map.data() + offset, out + (from - begin), to - from);
     left -= to - from;
   }
-  if (left) bad_input(c.folder, text("lacks %ld elements of a tensor", left), kRestore);
+  if (left) damaged(c.folder, text("lacks %ld elements of a tensor", left));
 }
 
 vector<float> read_tensor(const Checkpoint& c, const StoredTensor& tensor) {

@@ -82,8 +82,6 @@ class CheckpointSaver {
  public:
   // Removes what killed saves left; the caller holds the run's lock.
   CheckpointSaver(Rank& rank, const Parameters& parameters, const SaveOptions& options);
-  CheckpointSaver(const CheckpointSaver&) = delete;
-  CheckpointSaver& operator=(const CheckpointSaver&) = delete;
   ~CheckpointSaver();
 
   void begin(Rank& rank, const RunState& state);

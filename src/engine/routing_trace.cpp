@@ -76,10 +76,9 @@ void trace_routing(Rank& rank, const RoutingSlot& slot, int layer, int micro_bat
   check(rank, "trace_routing", At::here(), {{"ids of all tokens", routing.ids.numel() == T * k}},
         {&routing.ids});
   i64 E = routing.probs.cols();
-  vector<char> ids_bytes, weight_bytes, prob_bytes;
-  routing.ids = on_host(rank, routing.ids, ids_bytes);
-  routing.weights = on_host(rank, routing.weights, weight_bytes);
-  routing.probs = on_host(rank, routing.probs, prob_bytes);
+  vector<char> bytes[3];
+  for (int i = 0; Tensor * t : {&routing.ids, &routing.weights, &routing.probs})
+    *t = on_host(rank, *t, bytes[i++]);
   for (i64 t = 0; t < T; t++) {
     const int* ids = routing.ids.i32() + t * k;
     const float* probs = routing.probs.f32() + t * E;

@@ -48,12 +48,13 @@ RunPlan plan_run(const RunConfig& config, Device device, int ranks) {
                    "multiple of micro-batch %ld * dp %d * ep %d = %ld)",
                    batch.global_batch, batch.micro_batch, mesh.dp, mesh.ep, unit),
               std::to_string((batch.global_batch / unit + 1) * unit));
-  ScheduleOptions& schedule =
-      plan.schedule = {.kind = schedule_kind(parallel.schedule, parallel.pp, parallel.ep),
-                       .pp = parallel.pp,
-                       .micro_batches = int(batch.num_micro_batches()),
-                       .weight_grad_batch = parallel.weight_grad_batch,
-                       .gather_step = parallel.gather == "step"};
+  ScheduleOptions& schedule = plan.schedule = {
+      .kind = schedule_kind(parallel.schedule, parallel.pp, parallel.ep),
+      .pp = parallel.pp,
+      .micro_batches = int(batch.num_micro_batches()),
+      .weight_grad_batch = parallel.weight_grad_batch,
+      .gather_step = parallel.gather == "step",
+  };
   int least = min_micro_batches(schedule);
   if (schedule.micro_batches < least)
     bad_input(
@@ -70,13 +71,16 @@ RunPlan plan_run(const RunConfig& config, Device device, int ranks) {
 
 Dataset open_data(const RunPlan& plan) {
   const auto& data = plan.config.data;
-  return Dataset(find_token_files(data.path), {.seq_length = data.sequence_length,
-                                               .vocab_size = plan.shape.vocab,
-                                               .seed = data.seed,
-                                               .shuffle = data.shuffle,
-                                               .heldout_fraction = data.heldout_fraction,
-                                               .max_epochs = data.max_epochs,
-                                               .document_mask = data.document_mask});
+  const DataOptions options{
+      .seq_length = data.sequence_length,
+      .vocab_size = plan.shape.vocab,
+      .seed = data.seed,
+      .shuffle = data.shuffle,
+      .heldout_fraction = data.heldout_fraction,
+      .max_epochs = data.max_epochs,
+      .document_mask = data.document_mask,
+  };
+  return Dataset(find_token_files(data.path), options);
 }
 
 vector<RankMemory> rank_memory(const RunPlan& plan) {

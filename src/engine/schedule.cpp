@@ -57,12 +57,6 @@ int rank_beside(const ScheduleOptions& o, int rank, int chunk, int step) {
   return exists ? rank_of_stage(o.kind, o.pp, stage) : -1;
 }
 
-int message_peer(const ScheduleOptions& o, int rank, const Action& a) {
-  bool onward = (a.what == Do::Send) == (a.payload == Payload::Activation);
-  int peer = rank_beside(o, rank, a.chunk, onward ? 1 : -1);
-  return peer == rank ? -1 : peer;
-}
-
 int min_micro_batches(const ScheduleOptions& o) {
   return o.kind == ScheduleKind::DualPipeV && !o.forward_only ? 2 * o.pp : 1;
 }
@@ -84,8 +78,9 @@ struct Builder {
 
   void message(Do what, Payload payload, int chunk, int mb) {
     Action a{.what = what, .chunk = chunk, .mb = mb, .payload = payload};
-    a.peer = message_peer(o, rank, a);
-    if (a.peer >= 0) list.push_back(a);
+    bool onward = (what == Do::Send) == (payload == Payload::Activation);
+    a.peer = rank_beside(o, rank, chunk, onward ? 1 : -1);
+    if (a.peer >= 0 && a.peer != rank) list.push_back(a);
   }
   void recv_f(int chunk) { message(Do::Recv, Payload::Activation, chunk, received[chunk]++); }
   void recv_b(int chunk) { message(Do::Recv, Payload::Gradient, chunk, backwards[chunk]); }
@@ -269,10 +264,6 @@ string to_text(const Action& a) {
 
 namespace {
 
-bool starts_communication(const Step& s) {
-  return s.part == Part::Dispatch || s.part == Part::Combine;
-}
-
 Step with_part(Part part, Step s, bool backward) {
   s.part = part;
   s.backward = backward;
@@ -299,7 +290,7 @@ vector<vector<Step>> pieces_of(bool backward, int chunk, int mb, bool weights,
   if (backward) std::ranges::reverse(all);
   vector<vector<Step>> pieces(1);
   for (const Step& s : all) {
-    bool starts = starts_communication(s);
+    bool starts = s.starts_communication();
     pieces.back().push_back(s);
     if (weights && !starts && s.part != Part::Residual)
       beside.push_back(with_part(Part::Weights, s, true));
@@ -329,9 +320,9 @@ vector<Step> with_sharding(const vector<Step>& in, bool forward_only) {
   };
   for (auto s = in.begin(); s < in.end(); s++) {
     auto uses_another = [&](const Step& later) {
-      return !starts_communication(later) && !same_unit(later, *s);
+      return !later.starts_communication() && !same_unit(later, *s);
     };
-    if (!starts_communication(*s)) {
+    if (!s->starts_communication()) {
       vector<Step> units = {*s};
       auto next = std::find_if(s, in.end(), uses_another);
       if (next < in.end()) units.push_back(*next);
@@ -376,14 +367,18 @@ vector<Step> steps_of(const Action& a, const vector<ChunkLayers>& chunks, bool f
   return gather_layer ? with_sharding(steps, forward_only) : steps;
 }
 
+const char* name_of(Part part) {
+  constexpr const char* kNames[] = {
+      "prolog", "attention", "dispatch", "experts", "combine", "residual",
+      "epilog", "weights",   "gather",   "release", "reduce",
+  };
+  return kNames[int(part)];
+}
+
 string name_of(const Step& step) {
-  constexpr const char* kParts[] = {"prolog",  "attention", "dispatch", "experts",
-                                    "combine", "residual",  "epilog",   "weights",
-                                    "gather",  "release",   "reduce"};
-  constexpr const char* kUnits[] = {"prolog weights", "attention weights", "experts weights",
-                                    "epilog weights"};
-  if (step.part == Part::Weights) return kUnits[int(step.unit)];
-  return kParts[int(step.part)] + string(step.backward ? " backward" : " forward");
+  constexpr Part kUnits[] = {Part::Prolog, Part::Attention, Part::Experts, Part::Epilog};
+  if (step.part == Part::Weights) return name_of(kUnits[int(step.unit)]) + string(" weights");
+  return name_of(step.part) + string(step.backward ? " backward" : " forward");
 }
 
 }

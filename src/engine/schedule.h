@@ -75,8 +75,6 @@ vector<ActionList> make_schedules(const ScheduleOptions& options);
 int message_stage(const ScheduleOptions& options, int rank, const Action& transfer);
 // Rank of the stage `step` behind chunk's; -1: there is none.
 int rank_beside(const ScheduleOptions& options, int rank, int chunk, int step);
-// The message's other rank; -1: none but this one.
-int message_peer(const ScheduleOptions& options, int rank, const Action& transfer);
 
 // A forward, an input's gradient and weight gradients take 1 each.
 int duration(const Action& action);
@@ -114,6 +112,7 @@ enum class Part : u8 {
   Release,
   Reduce,
 };
+const char* name_of(Part part);
 struct Step {
   Part part = Part::Prolog;
   bool backward = false;
@@ -121,6 +120,7 @@ struct Step {
   int layer = -1;  // -1: prolog, epilog
   UnitKind unit = UnitKind::Layer;
   int count = 1;  // micro-batches of Weights
+  bool starts_communication() const { return part == Part::Dispatch || part == Part::Combine; }
   bool operator==(const Step&) const = default;
 };
 

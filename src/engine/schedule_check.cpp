@@ -139,28 +139,21 @@ struct Replay {
                    stage, a.mb));
   }
   void add_collective(int rank, int action, const Step& s) {
-    static constexpr struct {
-      Part part;
-      Group group;
-      const char* name;
-    } kCollectives[] = {{Part::Attention, Group::Cp, "attention"},
-                        {Part::Dispatch, Group::Ep, "dispatch"},
-                        {Part::Combine, Group::Ep, "combine"},
-                        {Part::Gather, Group::DenseShard, "gather"},
-                        {Part::Reduce, Group::DenseShard, "reduce"}};
-    constexpr const char* units[] = {"embedding", "layer", "experts", "head"};
-    for (const auto& c : kCollectives) {
-      if (c.part != s.part) continue;
-      const Group group = s.unit == UnitKind::Experts ? Group::ExpertShard : c.group;
-      vector<int> members = group_members(mesh, group, rank);
-      if (members.size() == 1) return;
-      events[rank].push_back({action});
-      add_visit(rank, action, group, members,
-                text("%s of chunk %d, layer %d, ", c.name, s.chunk, s.layer) +
-                    (c.group == Group::DenseShard
-                         ? units[int(s.unit)]
-                         : text("micro-batch %d%s", s.mb, s.backward ? ", backward" : "")));
+    constexpr const char* kUnits[] = {"embedding", "layer", "experts", "head"};
+    string what = text("%s of chunk %d, layer %d, ", name_of(s.part), s.chunk, s.layer);
+    Group group = s.part == Part::Attention ? Group::Cp : Group::Ep;
+    if (s.part == Part::Gather || s.part == Part::Reduce) {
+      group = s.unit == UnitKind::Experts ? Group::ExpertShard : Group::DenseShard;
+      what += kUnits[int(s.unit)];
+    } else if (s.part == Part::Attention || s.starts_communication()) {
+      what += text("micro-batch %d%s", s.mb, s.backward ? ", backward" : "");
+    } else {
+      return;
     }
+    const vector<int> members = group_members(mesh, group, rank);
+    if (members.size() == 1) return;
+    events[rank].push_back({action});
+    add_visit(rank, action, group, members, what);
   }
   void add_events(int rank, int layers, bool gather_layer) {
     const ActionList& list = lists[rank];

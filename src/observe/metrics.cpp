@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <filesystem>
 #include <fstream>
@@ -17,14 +18,11 @@ ExpertLoad expert_load(const vector<double>& counts, int num_experts) {
   ExpertLoad load;
   double E = num_experts;
   for (auto layer = counts.begin(); layer < counts.end(); layer += num_experts) {
-    double total = 0, most = 0, dead = 0, entropy = 0;
-    for (int e = 0; e < num_experts; e++) {
-      total += layer[e];
-      most = max(most, layer[e]);
-      dead += layer[e] == 0;
-    }
-    for (int e = 0; e < num_experts; e++)
-      if (layer[e] > 0) entropy -= layer[e] / total * std::log(layer[e] / total);
+    auto end = layer + num_experts;
+    double total = std::accumulate(layer, end, 0.0), most = *std::max_element(layer, end);
+    double dead = double(std::count(layer, end, 0)), entropy = 0;
+    for (auto n = layer; n < end; n++)
+      if (*n > 0) entropy -= *n / total * std::log(*n / total);
     load.max_over_mean.push_back(total > 0 ? most / (total / E) : 0);
     load.dead_share.push_back(total > 0 ? dead / E : 0);
     load.entropy.push_back(num_experts > 1 ? entropy / std::log(E) : total > 0);
