@@ -32,7 +32,7 @@ string need_gpu() {
   if constexpr (kCuda) gpus = cuda_devices(why);
   if (gpus.empty())
     bad_input("pith bench", "there is no GPU to use (got: " + why + ")",
-              "a machine with one; pith doctor shows what there is");
+        "a machine with one; pith doctor shows what there is");
   return gpus[0];
 }
 
@@ -58,8 +58,8 @@ const string& BenchConfig::scratch() {
 
 RunPlan BenchConfig::plan(const vector<string>& more) {
   // What a configuration need not say comes first.
-  vector<string> keys = {"data.path=none", "train.steps=1", "router.force=balanced",
-                         "checkpoint.interval=0"};
+  vector<string> keys = {
+      "data.path=none", "train.steps=1", "router.force=balanced", "checkpoint.interval=0"};
   keys.insert(keys.end(), set.begin(), set.end());
   if (precision != "auto") keys.push_back("train.precision=" + precision);
   keys.insert(keys.end(), more.begin(), more.end());

@@ -35,7 +35,7 @@ void measure_product(Rank& rank, const Product& p, FloorLine* lines) {
     try_tiles(rank, lines[0], [&](int tile) { grouped_forward(rank, x, w, begin, y, tile); });
     try_tiles(rank, lines[1], [&](int tile) { grouped_input_grad(rank, y, w, begin, x, tile); });
     try_tiles(rank, lines[2],
-              [&](int tile) { grouped_weight_grad(rank, y, x, begin, in.sums[0], tile); });
+        [&](int tile) { grouped_weight_grad(rank, y, x, begin, in.sums[0], tile); });
   }
 }
 
@@ -47,9 +47,9 @@ struct Total {
 Total total_of(const vector<FloorLine>& lines) {
   Total all;
   for (const FloorLine& l : lines)
-    (l.bytes                           ? all.bytes
-     : l.item.starts_with("attention") ? all.attention
-                                       : all.products) += l.count * l.seconds;
+    (l.bytes                              ? all.bytes
+        : l.item.starts_with("attention") ? all.attention
+                                          : all.products) += l.count * l.seconds;
   return all;
 }
 
@@ -60,8 +60,8 @@ void print_lines(const vector<FloorLine>& lines, i64 micro_batches) {
   for (const FloorLine& l : lines) {
     double ms = 1e3 * l.count * l.seconds, rate = l.seconds > 0 ? l.amount / l.seconds : 0;
     printf("| %s | %g | %.1f %s | %.*f | %.3f | %.2f | %s |\n", l.item.c_str(), l.count,
-           l.amount / (l.bytes ? 1e6 : 1e9), l.bytes ? "MB" : "GF", l.bytes ? 2 : 0, rate / 1e12,
-           ms / double(micro_batches), ms, l.by.c_str());
+        l.amount / (l.bytes ? 1e6 : 1e9), l.bytes ? "MB" : "GF", l.bytes ? 2 : 0, rate / 1e12,
+        ms / double(micro_batches), ms, l.by.c_str());
   }
 }
 
@@ -78,19 +78,19 @@ void measure(const vector<RunPlan>& plans, bool json) {
       double rate = double(plan.step_tokens()) / total.step();
       i64 n = plan.schedule.micro_batches;
       out.object().members("micro_batch", s.rows, "step_ms", 1e3 * total.step(), "products_ms",
-                           1e3 * total.products, "attention_ms", 1e3 * total.attention, "bytes_ms",
-                           1e3 * total.bytes, "tokens_per_second", rate, "goal", 0.85 * rate);
+          1e3 * total.products, "attention_ms", 1e3 * total.attention, "bytes_ms",
+          1e3 * total.bytes, "tokens_per_second", rate, "goal", 0.85 * rate);
       out.key("items").array();
       for (const FloorLine& l : lines)
         out.object()
             .members("item", l.item, "count", l.count, l.bytes ? "bytes" : "flops", l.amount,
-                     "seconds", l.seconds, "by", l.by)
+                "seconds", l.seconds, "by", l.by)
             .end();
       out.end().end();
       if (json) continue;
       printf("\nmicro-batch %ld: %ld of them a step of %s tokens, %d layers, %s\n\n", s.rows, n,
-             with_commas(plan.step_tokens()).c_str(), s.model.num_layers,
-             plan.compute == DType::BF16 ? "bf16" : "fp32");
+          with_commas(plan.step_tokens()).c_str(), s.model.num_layers,
+          plan.compute == DType::BF16 ? "bf16" : "fp32");
       print_lines(lines, n);
       printf(
           "\nfloor: %.1f ms a step (products %.1f, attention %.1f, bytes %.1f), %.2f us a token: "
@@ -152,13 +152,13 @@ vector<FloorLine> floor_lines(Rank& rank, const RunPlan& plan, double copy_rate)
   });
   for (bool back : {false, true})
     lines.push_back({back ? "attention, backward" : "attention, forward", times(Each::Layer),
-                     attention_flops(s, back), back ? t.backward : t.forward});
+        attention_flops(s, back), back ? t.backward : t.forward});
   for (const Pass& p : passes(s)) {
     bool two = p.forward > 0 && p.backward + p.weights > 0;
     const auto add = [&](const char* part, double bytes) {
       if (bytes > 0)
         lines.push_back({p.op + string(two ? part : ""), times(p.each), bytes, bytes / copy_rate,
-                         true, "copy"});
+            true, "copy"});
     };
     add(", forward", p.forward);
     // The weights' gradients need nothing that the backward has not read.

@@ -42,8 +42,8 @@ static double seconds_between(void* begin, void* end) {
 }
 static void drop_event(void* event) { cudaEventDestroy(cudaEvent_t(event)); }
 static void copy_there(Rank& rank, const Tensor& to, const Tensor& from) {
-  cuda_check(cudaMemcpyAsync(to.data, from.data, to.bytes(), cudaMemcpyDeviceToDevice,
-                             cuda_of(rank).stream));
+  cuda_check(cudaMemcpyAsync(
+      to.data, from.data, to.bytes(), cudaMemcpyDeviceToDevice, cuda_of(rank).stream));
 }
 i64 device_bytes(Rank& rank) {
   if (rank.device == Device::CPU) return 0;

@@ -68,15 +68,15 @@ vector<OpCase> training_cases(const Sizes& s) {
     return {Cost{0, p.forward}, Cost{0, p.backward}, Cost{0, p.weights}};
   };
   vector<OpCase> cases;
-  const auto add_case = [&]<class F>(const string& name, const std::array<Cost, 3>& cost, auto make,
-                                     F) {
+  const auto add_case = [&]<class F>(
+                            const string& name, const std::array<Cost, 3>& cost, auto make, F) {
     cases.push_back({name, cost[0], cost[1], cost[2], make, called<F>});
   };
   const vector<Product> all_products = products(s);
   const auto add_product = [&](const char* op, const Product& p, auto make) {
     const Cost cost{p.flops(), 0};
     add_case(string(op) + " " + p.name, {cost, cost, cost}, make,
-             [](Rank& r, const Inputs& in) { return call_product(r, in); });
+        [](Rank& r, const Inputs& in) { return call_product(r, in); });
   };
   add_product("linear", all_products[0], product_of<0>);
   add_product("linear", all_products[1], product_of<1>);
@@ -118,7 +118,7 @@ vector<OpCase> training_cases(const Sizes& s) {
       },
       [](Rank& r, const Inputs& in) { return embedding(r, in[0], in[1]); });
   add_case("rms_norm", moves("rms_norm"), normed,
-           [](Rank& r, const Inputs& in) { return rms_norm(r, in[0], in[1], kEps); });
+      [](Rank& r, const Inputs& in) { return rms_norm(r, in[0], in[1], kEps); });
   add_case(
       "add_rms_norm", moves("add_rms_norm"),
       [](Inputs& in, const Sizes& z) {
@@ -150,9 +150,9 @@ vector<OpCase> training_cases(const Sizes& s) {
   const Pass& route = pass_of(all, "route");
   const double chosen = 4.0 * double(s.tokens() * s.model.num_experts);
   add_case("router", {Cost{0, x + chosen}, Cost{0, route.backward + x}, Cost{0, x + chosen / 2}},
-           product_of<2>, [](Rank& r, const Inputs& in) {
-             return router(r, in[0], in[1], {.top_k = kTopK, .normalize = true}).weights;
-           });
+      product_of<2>, [](Rank& r, const Inputs& in) {
+        return router(r, in[0], in[1], {.top_k = kTopK, .normalize = true}).weights;
+      });
   add_case(
       "dispatch", moves("dispatch"),
       [](Inputs& in, const Sizes& z) {
@@ -168,7 +168,7 @@ vector<OpCase> training_cases(const Sizes& s) {
       },
       [](Rank& r, const Inputs& in) { return swiglu(r, in[0], in[1]); });
   add_case("add, the residual", {Cost{0, 3 * x}, Cost{0, 3 * x}, Cost{}}, two_hidden,
-           [](Rank& r, const Inputs& in) { return add(r, in[0], in[1]); });
+      [](Rank& r, const Inputs& in) { return add(r, in[0], in[1]); });
   const double n = 4.0 * double(unit_elements(s));
   add_case(
       "adamw_step", {Cost{0, 7 * n}}, [](Inputs& in, const Sizes& z) { flat(in, z, 4); },
@@ -196,8 +196,8 @@ vector<OpCase> general_cases(const Sizes& s) {
   const i64 T = s.tokens(), D = s.model.hidden;
   const double x = double(T * D * s.element);
   vector<OpCase> cases;
-  const auto add_case = [&]<class F>(const char* name, double forward, double backward, auto make,
-                                     F) {
+  const auto add_case = [&]<class F>(
+                            const char* name, double forward, double backward, auto make, F) {
     cases.push_back({name, {0, forward * x}, {0, backward * x}, {}, make, called<F>});
   };
   const auto one = [&](const char* name, auto call) { add_case(name, 2, 3, hidden, call); };
@@ -215,10 +215,10 @@ vector<OpCase> general_cases(const Sizes& s) {
         in.values({z.model.hidden});
       },
       [](Rank& r, const Inputs& in) { return mul(r, in[0], in[1]); });
-  add_case("add, a number", 2, 2, hidden,
-           [](Rank& r, const Inputs& in) { return add(r, in[0], 0.5); });
-  add_case("mul, a number", 2, 2, hidden,
-           [](Rank& r, const Inputs& in) { return mul(r, in[0], 0.5); });
+  add_case(
+      "add, a number", 2, 2, hidden, [](Rank& r, const Inputs& in) { return add(r, in[0], 0.5); });
+  add_case(
+      "mul, a number", 2, 2, hidden, [](Rank& r, const Inputs& in) { return mul(r, in[0], 0.5); });
   one("exp", [](Rank& r, const Inputs& in) { return exp(r, in[0]); });
   one("log", [](Rank& r, const Inputs& in) { return log(r, in[0]); });
   one("sqrt", [](Rank& r, const Inputs& in) { return sqrt(r, in[0]); });
@@ -236,20 +236,20 @@ vector<OpCase> general_cases(const Sizes& s) {
       },
       [](Rank& r, const Inputs& in) { return where(r, in[2], in[0], in[1]); });
   add_case("sum, last dimension", 1, 1, hidden,
-           [](Rank& r, const Inputs& in) { return sum(r, in[0], 1); });
+      [](Rank& r, const Inputs& in) { return sum(r, in[0], 1); });
   add_case("sum, first dimension", 1, 1, hidden,
-           [](Rank& r, const Inputs& in) { return sum(r, in[0], 0); });
+      [](Rank& r, const Inputs& in) { return sum(r, in[0], 0); });
   add_case("mean, last dimension", 1, 1, hidden,
-           [](Rank& r, const Inputs& in) { return mean(r, in[0], 1); });
+      [](Rank& r, const Inputs& in) { return mean(r, in[0], 1); });
   add_case("max, last dimension", 1, 2, hidden,
-           [](Rank& r, const Inputs& in) { return max(r, in[0], 1); });
+      [](Rank& r, const Inputs& in) { return max(r, in[0], 1); });
   add_case("cumsum", 2, 2, hidden, [](Rank& r, const Inputs& in) { return cumsum(r, in[0], 1); });
   one("softmax", [](Rank& r, const Inputs& in) { return softmax(r, in[0], 1); });
   add_case("permute", 2, 2, hidden, [](Rank& r, const Inputs& in) {
     return permute(r, in[0], {1, 0});
   });
   add_case("slice, half of the columns", 1, 1.5, hidden,
-           [](Rank& r, const Inputs& in) { return slice(r, in[0], 1, 0, in[0].dim[1] / 2); });
+      [](Rank& r, const Inputs& in) { return slice(r, in[0], 1, 0, in[0].dim[1] / 2); });
   add_case("split, in halves", 2, 2, hidden, [](Rank& r, const Inputs& in) {
     return split(r, in[0], 1, {in[0].dim[1] / 2, in[0].dim[1] / 2});
   });
@@ -257,15 +257,15 @@ vector<OpCase> general_cases(const Sizes& s) {
     return concat(r, {in[0], in[1]}, 1);
   });
   add_case("repeat, twice", 3, 3, hidden,
-           [](Rank& r, const Inputs& in) { return repeat(r, in[0], 0, 2); });
+      [](Rank& r, const Inputs& in) { return repeat(r, in[0], 0, 2); });
   const auto chosen = [](Inputs& in, const Sizes& z) {
     hidden(in, z);
     in.ids({z.tokens()}, z.tokens());
   };
   add_case("index_select", 2, 2, chosen,
-           [](Rank& r, const Inputs& in) { return index_select(r, in[0], in[1]); });
+      [](Rank& r, const Inputs& in) { return index_select(r, in[0], in[1]); });
   add_case("scatter_add", 2, 2, chosen,
-           [](Rank& r, const Inputs& in) { return scatter_add(r, in[0], in[1], in[0].dim[0]); });
+      [](Rank& r, const Inputs& in) { return scatter_add(r, in[0], in[1], in[0].dim[0]); });
   add_case(
       "top_k, 8 of 128", 1, 1,
       [](Inputs& in, const Sizes& z) {
@@ -273,9 +273,9 @@ vector<OpCase> general_cases(const Sizes& s) {
       },
       [](Rank& r, const Inputs& in) { return top_k(r, in[0], kTopK).values; });
   add_case("fill_normal", 1, 0, hidden,
-           [](Rank& r, const Inputs& in) { fill_normal(r, in[0], 1, 0, 1); });
+      [](Rank& r, const Inputs& in) { fill_normal(r, in[0], 1, 0, 1); });
   add_case("fill_constant", 1, 0, hidden,
-           [](Rank& r, const Inputs& in) { fill_constant(r, in[0], 0.5); });
+      [](Rank& r, const Inputs& in) { fill_constant(r, in[0], 0.5); });
   const Cost product{2.0 * double(T) * double(D) * double(D), 0};
   add_case(
       "matmul", 0, 0,
@@ -302,7 +302,7 @@ vector<OpCase> general_cases(const Sizes& s) {
 }
 
 void print_phase(const string& name, double seconds, const Cost& cost, double copy, double product,
-                 bool& missed) {
+    bool& missed) {
   if (seconds == 0) return;
   bool flops = cost.flops > 0;
   double rate = (flops ? cost.flops : cost.bytes) / seconds,
@@ -310,12 +310,12 @@ void print_phase(const string& name, double seconds, const Cost& cost, double co
   bool low = !flops && share < 0.8;
   missed |= low;
   printf("| %s | %.3f | %.*f %s | %.0f%%%s |\n", name.c_str(), 1e3 * seconds, flops ? 0 : 2,
-         rate / 1e12, flops ? "TFLOP/s" : "TB/s", 100 * share, low ? " LOW" : "");
+      rate / 1e12, flops ? "TFLOP/s" : "TB/s", 100 * share, low ? " LOW" : "");
 }
 
 void measure(const vector<OpCase>& cases, const Sizes& s) {
   printf("%s; BF16, micro-batch %ld of %ld tokens; the median of %d calls after %d\n\n",
-         need_gpu().c_str(), s.rows, s.length, kRuns, kWarmUp);
+      need_gpu().c_str(), s.rows, s.length, kRuns, kWarmUp);
   run_ranks(make_mesh(1, 1, 1, 1), Device::CUDA, {.compute = DType::BF16}, [&](Rank& rank) {
     const double copy = copy_rate(rank);
     double product = product_rate(rank);
@@ -338,7 +338,7 @@ void measure(const vector<OpCase>& cases, const Sizes& s) {
       print_phase(c.name + ", weight gradient", times[i].weights, c.weights, copy, product, missed);
     }
     printf("\nceilings of this run: a copy %.2f TB/s, a dense product %.0f TFLOP/s%s\n",
-           copy / 1e12, product / 1e12, missed ? "\nLOW: less than 80% of a copy" : "");
+        copy / 1e12, product / 1e12, missed ? "\nLOW: less than 80% of a copy" : "");
   });
 }
 
@@ -379,7 +379,7 @@ int bench_ops(int argc, char** argv) {
   std::erase_if(cases, [&](const OpCase& c) { return c.name.find(filter) == string::npos; });
   if (cases.empty())
     bad_input("pith bench ops", "no op has this in its name (got \"" + filter + "\")",
-              "part of one of: " + names);
+        "part of one of: " + names);
   need_gpu();
   measure(cases, s);
   return kExitDone;

@@ -50,7 +50,7 @@ Json measure_apart(const RunPlan& plan) {
   }
   if (answer.empty())
     failed("pith bench train",
-           text("the process that trains ended without a word (status %d)", status));
+        text("the process that trains ended without a word (status %d)", status));
   return Json::parse(answer, "answer of the process that trains");
 }
 
@@ -102,9 +102,9 @@ string train_row(const RunPlan& plan, double began) {
     double rate = double(plan.step_tokens()) / median;
     double tflops = plan.config.train.peak_tflops;
     row.members("tokens_per_second", rate, "mfu",
-                plan.flops_per_token * rate / (1e12 * (tflops > 0 ? tflops : kPeakTflops)));
+        plan.flops_per_token * rate / (1e12 * (tflops > 0 ? tflops : kPeakTflops)));
     row.members("peak_bytes", i64(peak), "device_bytes", device_bytes(rank), "step_s", median,
-                "slowest_step_s", seconds.back(), "first_step_s", first);
+        "slowest_step_s", seconds.back(), "first_step_s", first);
   });
   return row.end().str();
 }
@@ -116,7 +116,7 @@ int bench_train(int argc, char** argv) {
   i64 steps = 5;
   bool json = false;
   args.list("--weight-grad-batch", weight_grad_batches,
-            "micro-batches whose weight gradients are computed together, such as 1,2,4", ',');
+      "micro-batches whose weight gradients are computed together, such as 1,2,4", ',');
   args.option("--steps", steps, "steps to take the median of, after three others", 5, 10000);
   args.flag("--json", json, "print JSON");
   if (!args.parse(argc, argv)) return kExitDone;
@@ -130,16 +130,15 @@ int bench_train(int argc, char** argv) {
     for (i64 b : whole_numbers("--weight-grad-batch", batches))
       plans.push_back(config.plan(
           {text("train.micro_batch_size=%ld", m), text("parallel.weight_grad_batch=%ld", b),
-           text("train.steps=%ld", steps + kWarmUpSteps), "data.path=" + tokens,
-           "data.heldout_fraction=0", "data.max_epochs=1", "train.eval_interval=0"}));
+              text("train.steps=%ld", steps + kWarmUpSteps), "data.path=" + tokens,
+              "data.heldout_fraction=0", "data.max_epochs=1", "train.eval_interval=0"}));
   need_cuda();
   write_random_tokens(plans[0]);
   JsonWriter out;
   out.object().members("config", config.file, "model", whole.shape.model_type, "layers",
-                       whole.shape.num_layers, "precision",
-                       whole.compute == DType::BF16 ? "bf16" : "fp32", "steps", steps,
-                       "step_tokens", whole.step_tokens(), "flops_per_token", whole.flops_per_token,
-                       "routing", whole.config.router.force == "balanced" ? "balanced" : "free");
+      whole.shape.num_layers, "precision", whole.compute == DType::BF16 ? "bf16" : "fp32", "steps",
+      steps, "step_tokens", whole.step_tokens(), "flops_per_token", whole.flops_per_token,
+      "routing", whole.config.router.force == "balanced" ? "balanced" : "free");
   out.key("runs").array();
   if (!json)
     printf(
@@ -167,15 +166,15 @@ int bench_train(int argc, char** argv) {
     gpu = row["gpu"].as_string();
     const auto number = [&](const char* key) { return row[key].as_double(); };
     for (const char* key : {"tokens_per_second", "mfu", "peak_bytes", "device_bytes", "step_s",
-                            "slowest_step_s", "first_step_s"})
+             "slowest_step_s", "first_step_s"})
       out.members(key, number(key));
     out.end();
     constexpr double kGiB = 1 << 30;
     if (!json)
       printf("| %ld | %ld | %s | %.1f%% | %.2f | %.2f | %.3f | %.3f | %.2f |\n", micro_batch, batch,
-             with_commas(i64(number("tokens_per_second"))).c_str(), 100 * number("mfu"),
-             number("peak_bytes") / kGiB, number("device_bytes") / kGiB, number("step_s"),
-             number("slowest_step_s"), number("first_step_s"));
+          with_commas(i64(number("tokens_per_second"))).c_str(), 100 * number("mfu"),
+          number("peak_bytes") / kGiB, number("device_bytes") / kGiB, number("step_s"),
+          number("slowest_step_s"), number("first_step_s"));
     fflush(stdout);
   }
   out.end().members("gpu", gpu).end();

@@ -28,7 +28,7 @@ inline void put(const std::string& path, const std::string& bytes) {
 
 // Weights as a Hugging Face folder has them; bytes_of(tensor) is called in order.
 void write_model_files(const std::string& folder, const std::vector<TensorDecl>& tensors,
-                       int64_t max_bytes, auto&& bytes_of) {
+    int64_t max_bytes, auto&& bytes_of) {
   const std::vector<Shard> shards = plan_shards(folder, tensors, max_bytes);
   for (const Shard& shard : shards) {
     DurableFile file(shard.path);

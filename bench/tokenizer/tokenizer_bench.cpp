@@ -104,8 +104,7 @@ static void time_files(const Tokenizer& tokenizer, int repeats, int count, char*
       (pass ? warm : cold) = pass ? std::max(warm, speed) : speed;
     }
     printf("%-24s %9zu bytes %9zu ids  cold %6.1f  warm %6.1f MB/s  %016llx\n", paths[i],
-           text.size(), tokens, cold, warm,
-           static_cast<unsigned long long>(XXH3_64bits_digest(hash)));
+        text.size(), tokens, cold, warm, static_cast<unsigned long long>(XXH3_64bits_digest(hash)));
     XXH3_freeState(hash);
   }
 }

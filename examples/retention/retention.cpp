@@ -5,9 +5,9 @@
 namespace pith {
 
 Retention::Config Retention::read_config(const Json& j) {
-  const char* const fields[] = {"hidden_size",         "model_type",   "moe_intermediate_size",
-                                "num_attention_heads", "num_experts",  "num_experts_per_tok",
-                                "num_hidden_layers",   "rms_norm_eps", "vocab_size"};
+  const char* const fields[] = {"hidden_size", "model_type", "moe_intermediate_size",
+      "num_attention_heads", "num_experts", "num_experts_per_tok", "num_hidden_layers",
+      "rms_norm_eps", "vocab_size"};
   for (const std::string& key : j.keys()) {
     bool known = false;
     for (const char* field : fields) known = known || key == field;
@@ -26,17 +26,17 @@ Retention::Config Retention::read_config(const Json& j) {
   c.eps = j.double_or("rms_norm_eps", 1e-6);
   if (c.hidden % c.heads != 0)
     bad_input(j.place() + ": num_attention_heads",
-              text("must divide hidden_size (got %d and %ld)", c.heads, long(c.hidden)),
-              "a number of heads that divides it");
+        text("must divide hidden_size (got %d and %ld)", c.heads, long(c.hidden)),
+        "a number of heads that divides it");
   return c;
 }
 
 ModelShape Retention::shape(const Config& c) {
   return {.model_type = "retention",
-          .hidden = c.hidden,
-          .vocab = c.vocab,
-          .num_layers = c.num_layers,
-          .attention_width = 2 * c.hidden};
+      .hidden = c.hidden,
+      .vocab = c.vocab,
+      .num_layers = c.num_layers,
+      .attention_width = 2 * c.hidden};
 }
 
 ParameterTable Retention::parameters(const Config& c, const StagePart& part, double init_std) {
@@ -98,14 +98,14 @@ static Tensor visible_keys(Rank& rank, const Batch& batch) {
   return tensor_from(rank, {B, 1, S, S}, DType::U8, seen.data());
 }
 
-Tensor Retention::retain(Rank& rank, const Config& c, const Layer& w, Tensor x_TD,
-                         const Batch& batch) const {
+Tensor Retention::retain(
+    Rank& rank, const Config& c, const Layer& w, Tensor x_TD, const Batch& batch) const {
   const int64_t B = batch.rows, S = batch.length, H = c.heads, D = c.hidden, N = D / H;
   check(rank, "retention", At::here(),
-        {{"a whole causal row without a window",
-          rank.mesh.cp == 1 && batch.mask.causal && batch.mask.window == 0},
-         {"a row no longer than prepared", S <= distance_SS.dim[0]}},
-        {&x_TD, &distance_SS});
+      {{"a whole causal row without a window",
+           rank.mesh.cp == 1 && batch.mask.causal && batch.mask.window == 0},
+          {"a row no longer than prepared", S <= distance_SS.dim[0]}},
+      {&x_TD, &distance_SS});
   TensorList qkvg = split(rank, linear(rank, x_TD, w.qkvg), -1, {D, D, D, D});
   for (int i = 0; i < 3; i++)
     qkvg[i] = permute(rank, reshape(rank, qkvg[i], {B, S, H, N}), {0, 2, 1, 3});
@@ -149,7 +149,7 @@ Tensor Retention::embed(Rank& rank, const Batch& batch) const {
 }
 
 MoeInput Retention::attend(Rank& rank, const Config& c, const Layer& w, Tensor x_TD,
-                           const Batch& batch, const RouterOptions&) const {
+    const Batch& batch, const RouterOptions&) const {
   Tensor mixed_TD = retain(rank, c, w, rms_norm(rank, x_TD, w.mixer_norm, c.eps), batch);
   auto [residual_TD, normed_TD] = add_rms_norm(rank, mixed_TD, x_TD, w.mlp_norm, c.eps);
   return {.hidden = normed_TD, .residual = residual_TD, .shared = {}, .routing = {}};
@@ -159,13 +159,13 @@ Tensor Retention::experts(Rank&, const Config&, const Layer&, const Dispatched&)
   failed("retention", "experts() was called for a dense layer");
 }
 
-Tensor Retention::finish(Rank& rank, const Config& c, const Layer& w, Tensor,
-                         const MoeInput& in) const {
+Tensor Retention::finish(
+    Rank& rank, const Config& c, const Layer& w, Tensor, const MoeInput& in) const {
   return add(rank, mixture(rank, c, w, in.hidden), in.residual);
 }
 
-Tensor Retention::loss(Rank& rank, const Config& c, Tensor x_TD, const Batch& batch,
-                       double scale) const {
+Tensor Retention::loss(
+    Rank& rank, const Config& c, Tensor x_TD, const Batch& batch, double scale) const {
   Tensor h_TD = rms_norm(rank, x_TD, final_norm, c.eps);
   return lm_head_cross_entropy(rank, h_TD, lm_head, batch.labels, scale);
 }

@@ -43,12 +43,12 @@ struct Retention {
 
   Tensor embed(Rank& rank, const Batch& batch) const;
   MoeInput attend(Rank& rank, const Config& c, const Layer& w, Tensor x_TD, const Batch& batch,
-                  const RouterOptions& routing) const;
+      const RouterOptions& routing) const;
   // Throws: a dense layer sends no tokens to experts.
   Tensor experts(Rank& rank, const Config& c, const Layer& w, const Dispatched& d) const;
   // combined is not read.
-  Tensor finish(Rank& rank, const Config& c, const Layer& w, Tensor combined,
-                const MoeInput& in) const;
+  Tensor finish(
+      Rank& rank, const Config& c, const Layer& w, Tensor combined, const MoeInput& in) const;
   Tensor loss(Rank& rank, const Config& c, Tensor x_TD, const Batch& batch, double scale) const;
   Tensor logits(Rank& rank, const Config& c, Tensor x_TD) const;
 

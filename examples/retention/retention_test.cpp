@@ -17,8 +17,8 @@ ParameterTable whole(Retention& model, const Retention::Config& c, double std) {
   return model.parameters(c, {0, c.num_layers, true, true, 0, 0}, std);
 }
 
-Tensor hidden_states(Rank& rank, const Retention& model, const Retention::Config& c,
-                     const Batch& batch) {
+Tensor hidden_states(
+    Rank& rank, const Retention& model, const Retention::Config& c, const Batch& batch) {
   Tensor x = model.embed(rank, batch);
   for (const Retention::Layer& w : model.layers)
     x = model.finish(rank, c, w, {}, model.attend(rank, c, w, x, batch, {}));
@@ -74,7 +74,7 @@ TEST(Retention, GradientsMatchFiniteDifferences) {
       return m.loss(rank, c, hidden_states(rank, m, c, batch), batch, 1);
     };
     gradcheck("retention, weights from " + table[first].pieces[0].name, some, f,
-              {.tolerance = 1e-5, .f32_tolerance = 1e-3, .max_elements = 25, .cotangent = 1});
+        {.tolerance = 1e-5, .f32_tolerance = 1e-3, .max_elements = 25, .cotangent = 1});
   }
 }
 
@@ -99,7 +99,7 @@ TEST(Retention, LearnsToRecallTheTokenBefore) {
     else
       fill_constant(rank, w, init.value);
     states.push_back({zeros(rank, w.dim, DType::F32), zeros(rank, w.dim, DType::F32),
-                      zeros(rank, w.dim, DType::F32)});
+        zeros(rank, w.dim, DType::F32)});
     w.grad = states.back().grad.data;
   }
   model.prepare(rank, c, length);
@@ -153,7 +153,7 @@ TEST(Retention, DocumentsDoNotLeak) {
 
 TEST(Retention, RefusesAConfigurationItDoesNotImplement) {
   expect_error([] { Retention::read_config(Json::parse(R"({"rope_theta": 1})", "config.json")); },
-               {"config.json: rope_theta: unknown field"});
+      {"config.json: rope_theta: unknown field"});
   TestRank t;
   Retention model;
   const Retention::Config c = small_config();

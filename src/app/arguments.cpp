@@ -14,20 +14,20 @@ void Arguments::option(const string& name, string& value, const string& about) {
 
 template <class T>
 void Arguments::option(const string& name, T& value, const string& about,
-                       std::type_identity_t<T> min, std::type_identity_t<T> max) {
+    std::type_identity_t<T> min, std::type_identity_t<T> max) {
   app_->add_option(name, value, about)->capture_default_str()->check(CLI::Range(min, max, ""));
 }
 template void Arguments::option(const string&, i64&, const string&, i64, i64);
 template void Arguments::option(const string&, double&, const string&, double, double);
 
-void Arguments::choice(const string& name, string& value, const vector<string>& choices,
-                       const string& about) {
+void Arguments::choice(
+    const string& name, string& value, const vector<string>& choices, const string& about) {
   option(name, value, about);
   app_->get_option(name)->check(CLI::IsMember(choices));
 }
 
-void Arguments::list(const string& name, vector<string>& values, const string& about,
-                     char separator) {
+void Arguments::list(
+    const string& name, vector<string>& values, const string& about, char separator) {
   CLI::Option* option = app_->add_option(name, values, about)->required(name[0] != '-');
   option->allow_extra_args(separator == ' ');
   if (separator == ',') option->delimiter(',');

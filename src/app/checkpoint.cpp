@@ -69,18 +69,17 @@ int run_checkpoint(int argc, char** argv) {
   vector<string> folders;
   double limit = 0;
   bool json = false;
-  args.choice("action", action, {"verify", "diff"},
-              "diff: exit code 1 if weights of the two differ");
+  args.choice(
+      "action", action, {"verify", "diff"}, "diff: exit code 1 if weights of the two differ");
   args.list("folder", folders,
-            "checkpoint, or run folder: all of its checkpoints; diff: two, also Hugging Face's",
-            ' ');
+      "checkpoint, or run folder: all of its checkpoints; diff: two, also Hugging Face's", ' ');
   args.option("--limit", limit, "diff: relative L2 that a weight may differ by", 0);
   args.flag("--json", json, "print the result as JSON");
   if (!args.parse(argc, argv)) return kExitDone;
   bool two = action == "diff";
   if (folders.size() != (two ? 2 : 1) || (limit > 0 && !two))
     bad_input("pith checkpoint " + action,
-              two ? "needs two folders" : "takes one folder and no --limit", "--help");
+        two ? "needs two folders" : "takes one folder and no --limit", "--help");
   return two ? diff(folders[0], folders[1], limit, json) : verify_all(folders[0], json);
 }
 

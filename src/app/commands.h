@@ -35,10 +35,10 @@ class Arguments {
   void option(const string& name, string& value, const string& about);
   template <class T>  // i64 or double
   void option(const string& name, T& value, const string& about,
-              std::type_identity_t<T> min = std::numeric_limits<T>::lowest(),
-              std::type_identity_t<T> max = std::numeric_limits<T>::max());
-  void choice(const string& name, string& value, const vector<string>& choices,
-              const string& about);
+      std::type_identity_t<T> min = std::numeric_limits<T>::lowest(),
+      std::type_identity_t<T> max = std::numeric_limits<T>::max());
+  void choice(
+      const string& name, string& value, const vector<string>& choices, const string& about);
   // "--set a=1 --set b=2"; with separator ',' also "a,b", with ' ' also "a b".
   void list(const string& name, vector<string>& values, const string& about, char separator = 0);
   void flag(const string& name, bool& value, const string& about);

@@ -8,8 +8,11 @@ namespace pith {
 namespace fs = std::filesystem;
 
 const char* const kCompanions[] = {
-    "tokenizer.json",      "tokenizer_config.json",  "special_tokens_map.json",
-    "chat_template.jinja", "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
 };
 
 // From the folder named, or else beside the weights.
@@ -31,8 +34,8 @@ static void copy_companions(const string& named, const string& beside, const str
     write_file_durably(config, "{\"tokenizer_class\": \"PreTrainedTokenizerFast\"}\n");
 }
 
-static void write_weights(const Checkpoint& source, const vector<TensorDecl>& weights,
-                          const string& to) {
+static void write_weights(
+    const Checkpoint& source, const vector<TensorDecl>& weights, const string& to) {
   const vector<Shard> shards = plan_shards(to, weights, 5'000'000'000);
   Progress progress("converting", double(weights.size()), "tensors");
   double done = 0;
@@ -83,7 +86,7 @@ int run_convert(int argc, char** argv) {
   bool exporting = action == "export-hf";
   if (exporting != fs::exists(source.weights.folder + "/manifest.json"))
     bad_input(from, exporting ? "is no checkpoint or run folder" : "is no Hugging Face folder",
-              exporting ? "import-hf" : "export-hf");
+        exporting ? "import-hf" : "export-hf");
   vector<TensorDecl> weights = declarations(source.table);
   for (TensorDecl& weight : weights) {
     const FileDType stored = source.weights.tensors.at(weight.name).dtype;

@@ -20,16 +20,16 @@ static void decode(const string& file, const string& tokenizer_option) {
 
 static void print_report(const CorpusReport& r, bool json) {
   log_info("%s%ld of %ld files: %s documents, %s tokens, %.1f MB of text in %.1f s (%.1f MB/s)",
-           r.stopped ? "stopped; the same command goes on. " : "", r.files, r.files_total,
-           with_commas(r.documents).c_str(), with_commas(r.tokens).c_str(), r.text_bytes / 1e6,
-           r.seconds, r.text_bytes / 1e6 / r.seconds);
+      r.stopped ? "stopped; the same command goes on. " : "", r.files, r.files_total,
+      with_commas(r.documents).c_str(), with_commas(r.tokens).c_str(), r.text_bytes / 1e6,
+      r.seconds, r.text_bytes / 1e6 / r.seconds);
   if (r.files_done_before) log_info("%ld files were there before", r.files_done_before);
   if (r.bad_documents) log_warning("left out: %ld documents", r.bad_documents);
   if (!json) return;
   JsonWriter w;
   w.object().members("files", r.files, "files_done_before", r.files_done_before, "files_total",
-                     r.files_total, "documents", r.documents, "tokens", r.tokens, "text_bytes",
-                     r.text_bytes, "bad_documents", r.bad_documents, "stopped", r.stopped);
+      r.files_total, "documents", r.documents, "tokens", r.tokens, "text_bytes", r.text_bytes,
+      "bad_documents", r.bad_documents, "stopped", r.stopped);
   printf("%s\n", w.end().str().c_str());
 }
 
@@ -42,7 +42,7 @@ int run_tokenize(int argc, char** argv) {
   args.list("--input", o.inputs, "files and folders, or - for standard input", ' ');
   args.option("--output", o.output, "folder for the token files");
   args.choice("--format", format, {"auto", "text", "jsonl"},
-              "text: a file is a document; jsonl: a line is one; auto: as the file's name says");
+      "text: a file is a document; jsonl: a line is one; auto: as the file's name says");
   args.list("--include", o.include, "only files of these patterns: '*.c,*.h'", ',');
   args.option("--join", o.join, "put all into NAME.bin, not into a file each");
   args.option("--key", o.key, "the JSON member that holds the text");

@@ -30,7 +30,7 @@ int run_eval(int argc, char** argv) {
   args.option("--data", path, "token files; default: those of the model's run");
   args.option("--sequence-length", length, "default: as trained", 0, 1 << 24);
   args.option("--heldout-fraction", heldout_fraction,
-              "share of the documents; default: as trained, or 1 for other data", -1, 1);
+      "share of the documents; default: as trained, or 1 for other data", -1, 1);
   args.flag("--json", json, "print the result as JSON");
   if (!args.parse(argc, argv)) return kExitDone;
   const ModelFolder model = open_model(folder);
@@ -38,7 +38,7 @@ int run_eval(int argc, char** argv) {
   if (path.empty() && run) path = run->data.path;
   if (path.empty())
     bad_input("pith eval", "no data (got a model without a run, need --data)",
-              "--data FOLDER of token files");
+        "--data FOLDER of token files");
   if (length == 0) length = row_length(model);
   if (heldout_fraction < 0)
     heldout_fraction = run && path == run->data.path ? run->data.heldout_fraction : 1;
@@ -58,7 +58,7 @@ int run_eval(int argc, char** argv) {
   double bits = result.loss * bits_a_byte(data, path);
   JsonWriter w;
   w.object().members("loss", result.loss, "perplexity", std::exp(result.loss), "bits_per_byte",
-                     bits > 0 ? bits : NAN, "labels", result.labels);
+      bits > 0 ? bits : NAN, "labels", result.labels);
   print_result(w.end().str(), json);
   return kExitDone;
 }
@@ -82,9 +82,9 @@ int run_generate(int argc, char** argv) {
       open_tokenizer(named, {folder, model.run ? model.run->data.path : folder});
   if (i64(tokenizer.vocab_size()) > model.shape.vocab)
     bad_input(folder,
-              text("has a smaller vocabulary than the tokenizer (got %ld, need at least %u)",
-                   model.shape.vocab, tokenizer.vocab_size()),
-              "the tokenizer that the model was trained with");
+        text("has a smaller vocabulary than the tokenizer (got %ld, need at least %u)",
+            model.shape.vocab, tokenizer.vocab_size()),
+        "the tokenizer that the model was trained with");
   vector<u32> ids;
   EncodeScratch scratch;
   tokenizer.encode(prompt, ids, false, scratch);

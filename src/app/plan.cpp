@@ -20,7 +20,7 @@ static string label(const Action& a) {
 }
 
 static string draw(const ScheduleOptions& o, const vector<ActionList>& lists,
-                   const ScheduleCheck& c, size_t most) {
+    const ScheduleCheck& c, size_t most) {
   size_t scale = 1;  // characters of a unit of time
   for (const ActionList& list : lists)
     for (const Action& a : list)
@@ -63,11 +63,11 @@ static string to_svg(const string& drawing) {
          rows + "</svg>\n";
 }
 
-static string to_json(const ScheduleOptions& o, const vector<ActionList>& lists,
-                      const ScheduleCheck& c) {
+static string to_json(
+    const ScheduleOptions& o, const vector<ActionList>& lists, const ScheduleCheck& c) {
   JsonWriter w;
   w.object().members("kind", name_of(o.kind), "pp", o.pp, "micro_batches", o.micro_batches, "time",
-                     c.makespan, "bubble", c.bubble(), "peak_live", c.peak_live);
+      c.makespan, "bubble", c.bubble(), "peak_live", c.peak_live);
   w.key("ranks").array();
   for (int r = 0; r < o.pp; r++) {
     w.array();

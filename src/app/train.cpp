@@ -14,8 +14,8 @@ static int dry_run(const RunPlan& plan) {
   i64 needed = config.train.steps * plan.batch.global_batch;
   const Mesh& mesh = plan.mesh;
   printf("%s\n%-24s %d = pp %d * dp %d * cp %d * ep %d\n%-24s %s\n", to_toml(config).c_str(),
-         "ranks", mesh.world(), mesh.pp, mesh.dp, mesh.cp, mesh.ep, "schedule",
-         name_of(plan.schedule.kind));
+      "ranks", mesh.world(), mesh.pp, mesh.dp, mesh.cp, mesh.ep, "schedule",
+      name_of(plan.schedule.kind));
   const auto line = [](const char* name, i64 number) {
     printf("%-24s %s\n", name, with_commas(number).c_str());
   };
@@ -73,7 +73,7 @@ static Device choose_device(const string& wanted, int ranks) {
   if constexpr (kCuda) gpu = !cuda_devices(why).empty();
   if (wanted == "cuda" && !gpu)
     bad_input("--device cuda", "there is no GPU to use (got: " + why + ")",
-              "--device cpu; pith doctor shows what there is");
+        "--device cpu; pith doctor shows what there is");
   if (wanted != "auto") return wanted == "cuda" ? Device::CUDA : Device::CPU;
   if (gpu && ranks > 1) why = text("%d ranks, one alone is on a GPU as yet", ranks);
   gpu = gpu && ranks == 1;
@@ -91,15 +91,15 @@ int run_train(int argc, char** argv) {
   args.option("run", file, "run.toml: see docs/configuration.md");
   args.list("--set", set, "KEY=VALUE: overrides a key of the file, such as train.steps=10");
   args.choice("--device", device, {"auto", "cpu", "cuda"},
-              "where to train; auto: on a GPU if there is one and one rank");
+      "where to train; auto: on a GPU if there is one and one rank");
   args.option("--ranks", ranks, "ranks of this machine; 0: as many as pp * cp * ep need", 0, 256);
   args.flag("--dry-run", dry, "print the plan, write nothing");
   args.option("--routing-trace", options.routing_trace,
-              "folder for each step's expert ids and weights, as .npy");
+      "folder for each step's expert ids and weights, as .npy");
   args.option("--routing-replay", options.routing_replay,
-              "folder of such ids: these experts instead of the router's choice");
+      "folder of such ids: these experts instead of the router's choice");
   args.option("--profile-step", options.profile_step,
-              "this step's kernel launches, into the run's folder; 0: of none", 1);
+      "this step's kernel launches, into the run's folder; 0: of none", 1);
   if (!args.parse(argc, argv)) return kExitDone;
   const RunConfig config = load_run_config(file, set);
   const auto& parallel = config.parallel;
@@ -110,16 +110,15 @@ int run_train(int argc, char** argv) {
     i64 first = done.empty() ? 1 : done.rbegin()->first + 1;
     if (plan.device == Device::CPU || step < first || step > config.train.steps)
       bad_input("--profile-step",
-                text("needs a GPU and a step from %ld to %ld (got %ld on the %s)", first,
-                     config.train.steps, step, plan.device == Device::CPU ? "CPU" : "GPU"),
-                "--device cuda, another step");
+          text("needs a GPU and a step from %ld to %ld (got %ld on the %s)", first,
+              config.train.steps, step, plan.device == Device::CPU ? "CPU" : "GPU"),
+          "--device cuda, another step");
     if constexpr (kCuda) open_profiler();
   }
   if (dry) return dry_run(plan);
   log_info("%s: %s parameters (%s active), %d ranks on the %s, %s", plan.shape.model_type.c_str(),
-           with_commas(plan.parameters).c_str(), with_commas(plan.active_parameters).c_str(),
-           plan.mesh.world(), plan.device == Device::CPU ? "CPU" : "GPU",
-           name_of(plan.schedule.kind));
+      with_commas(plan.parameters).c_str(), with_commas(plan.active_parameters).c_str(),
+      plan.mesh.world(), plan.device == Device::CPU ? "CPU" : "GPU", name_of(plan.schedule.kind));
   bool done = train(plan, options);
   write_report(plan);
   return done ? kExitDone : kExitStopped;

@@ -82,8 +82,8 @@ const Mesh& mesh_of(const Rank& rank) { return rank.comm->world->mesh; }
 namespace {
 
 [[noreturn]] void fail_call(const Call& call, const string& what) {
-  throw Error(kExitFailed,
-              text("%s:%d: %s \"%s\"", call.at.file, call.at.line, call.op, call.what) + what);
+  throw Error(
+      kExitFailed, text("%s:%d: %s \"%s\"", call.at.file, call.at.line, call.op, call.what) + what);
 }
 
 // Under every collective and message: post, wait, take.
@@ -113,7 +113,7 @@ struct Exchange {
     auto deadline = std::chrono::steady_clock::now() + limit;
     auto& waiting = mine.rank.status->waiting;
     snprintf(waiting, sizeof waiting, "%s \"%s\" (%s group) called at %s:%d", call.op, call.what,
-             name_of(call.group), call.at.file, call.at.line);
+        name_of(call.group), call.at.file, call.at.line);
     for (bool late = false; world.failed_rank < 0 && mine.open > 0;) {
       string names;
       bool ended = false;
@@ -125,7 +125,7 @@ struct Exchange {
       if (ended) fail_call(call, " waits for rank" + names + ", of which one has ended");
       if (late)
         fail_call(call, text(" waited %g s for rank%s (%s group)", limit.count(), names.c_str(),
-                             name_of(call.group)));
+                            name_of(call.group)));
       late = mine.changed.wait_until(lock, deadline) == std::cv_status::timeout;
     }
     if (world.failed_rank >= 0)
@@ -158,11 +158,11 @@ std::shared_ptr<const char> copy_of(const Tensor& t) {
 
 // Of a parcel that `from` sent; `fault` unless the labels are equal.
 void take(const Call& call, const Parcel& got, const string& label, int from, const string& fault,
-          char* to) {
+    char* to) {
   if (got.label != label)
     fail_call(call, text(": %s (got %s, sent by \"%s\" of rank %d at %s:%d; need %s)",
-                         fault.c_str(), got.label.c_str(), got.call.what, from, got.call.at.file,
-                         got.call.at.line, label.c_str()));
+                        fault.c_str(), got.label.c_str(), got.call.what, from, got.call.at.file,
+                        got.call.at.line, label.c_str()));
   if (to && got.bytes > 0) std::memcpy(to, got.data.get(), got.bytes);
 }
 
@@ -188,13 +188,13 @@ i64 bytes_of(const Tensor& whole, const Parts& parts, int i) {
 // Without parts, `in` goes to each whole; without places, each sends as much as `out`, and nothing
 // is written.
 vector<Parcel> meet(Rank& rank, const Call& call, const Tensor& in, const Parts& parts,
-                    const Tensor& out, const Parts& places, int detail = 0) {
+    const Tensor& out, const Parts& places, int detail = 0) {
   check(rank, call.op, call.at,
-        {{"equal dtypes", in.dtype == out.dtype},
-         {"rows of equal length", row_bytes(in) == row_bytes(out)},
-         {"in's rows are all parts", parts.empty() || parts.back() == in.bytes()},
-         {"out's rows are all parts", places.empty() || places.back() == out.bytes()}},
-        {&in, &out});
+      {{"equal dtypes", in.dtype == out.dtype},
+          {"rows of equal length", row_bytes(in) == row_bytes(out)},
+          {"in's rows are all parts", parts.empty() || parts.back() == in.bytes()},
+          {"out's rows are all parts", places.empty() || places.back() == out.bytes()}},
+      {&in, &out});
   const vector<int> members = members_of(rank, call.group);
   string label = text("%s of %s, %d", call.op, name_of(in.dtype), detail);
   auto whole = copy_of(in);
@@ -208,10 +208,10 @@ vector<Parcel> meet(Rank& rank, const Call& call, const Tensor& in, const Parts&
     i64 need = bytes_of(out, places, i);
     bool fits = got[i].bytes == need;
     take(call, got[i], label, members[i], "the members' calls differ",
-         fits && !places.empty() ? out.data + places[i] : nullptr);
+        fits && !places.empty() ? out.data + places[i] : nullptr);
     if (!fits)
       fail_call(call, text(": rank %d sends %ld bytes to rank %d (need %ld, of %ld-byte rows)",
-                           members[i], got[i].bytes, rank.id, need, row_bytes(in)));
+                          members[i], got[i].bytes, rank.id, need, row_bytes(in)));
   }
   return got;
 }
@@ -233,7 +233,7 @@ void reduce_as(const Tensor& out, const vector<Parcel>& got, Reduce reduce) {
 }
 
 void reduce_parts(Rank& rank, const Call& call, const Tensor& in, const Parts& parts,
-                  const Tensor& out, Reduce reduce) {
+    const Tensor& out, Reduce reduce) {
   bool wide = in.dtype == DType::F64;
   check(rank, call.op, call.at, {{"dtype is f32 or f64", wide || in.dtype == DType::F32}}, {&in});
   vector<Parcel> got = meet(rank, call, in, parts, out, {}, int(reduce));
@@ -243,14 +243,14 @@ void reduce_parts(Rank& rank, const Call& call, const Tensor& in, const Parts& p
 }
 
 void all_gather(Rank& rank, Group group, const Tensor& in, const Tensor& out, const char* what,
-                const i64* rows, At at) {
+    const i64* rows, At at) {
   meet(rank, {"all_gather", what, group, at}, in, {}, out, parts_of(rank, group, out, rows));
 }
 
 void reduce_scatter(Rank& rank, Group group, const Tensor& in, const Tensor& out, const char* what,
-                    const i64* rows, At at) {
+    const i64* rows, At at) {
   reduce_parts(rank, {"reduce_scatter", what, group, at}, in, parts_of(rank, group, in, rows), out,
-               Reduce::Sum);
+      Reduce::Sum);
 }
 
 void all_reduce(Rank& rank, Group group, const Tensor& t, Reduce reduce, const char* what, At at) {
@@ -258,8 +258,8 @@ void all_reduce(Rank& rank, Group group, const Tensor& t, Reduce reduce, const c
     reduce_parts(rank, {"all_reduce", what, group, at}, t, {}, t, reduce);
 }
 
-void all_reduce(Rank& rank, Group group, double* values, int n, Reduce reduce, const char* what,
-                At at) {
+void all_reduce(
+    Rank& rank, Group group, double* values, int n, Reduce reduce, const char* what, At at) {
   Tensor t;
   t.dim = {n};
   t.dtype = DType::F64;
@@ -268,9 +268,9 @@ void all_reduce(Rank& rank, Group group, double* values, int n, Reduce reduce, c
 }
 
 void all_to_all(Rank& rank, Group group, const Tensor& in, const i64* send_rows, const Tensor& out,
-                const i64* recv_rows, const char* what, At at) {
+    const i64* recv_rows, const char* what, At at) {
   meet(rank, {"all_to_all", what, group, at}, in, parts_of(rank, group, in, send_rows), out,
-       parts_of(rank, group, out, recv_rows));
+      parts_of(rank, group, out, recv_rows));
 }
 
 void broadcast(Rank& rank, Group group, const Tensor& t, int root, const char* what, At at) {
@@ -290,7 +290,7 @@ void send_recv(Rank& rank, Group group, const Transfer* list, int n, const char*
   if (n == 0) return;
   auto label = [](const Transfer& t) {
     return text("kind %d, stage %d, micro-batch %d, [%ld] %s", t.tag.kind, t.tag.stage,
-                t.tag.micro_batch, t.tensor.numel(), name_of(t.tensor.dtype));
+        t.tag.micro_batch, t.tensor.numel(), name_of(t.tensor.dtype));
   };
   for (const Transfer* t = list; t < list + n; t++) {
     int peer = members_of(rank, group).at(t->peer);
@@ -349,11 +349,11 @@ static void run_rank(World& world, Comm& mine, void (*call)(void*, Rank&), void*
 }
 
 void run_rank_threads(const Mesh& mesh, Device device, const LaunchOptions& options,
-                      void (*call)(void*, Rank&), void* fn) {
+    void (*call)(void*, Rank&), void* fn) {
   int n = mesh.world();
   if (n > kMaxRanks)
     bad_input("ranks", text("too many in one process (got %d, need at most %d)", n, kMaxRanks),
-              "fewer ranks");
+        "fewer ranks");
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
     failed("ranks", "this processor lacks AVX2 or FMA", "another machine");
   if (n > 1 && openblas_set_num_threads) openblas_set_num_threads(1);

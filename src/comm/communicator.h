@@ -13,22 +13,22 @@ const Mesh& mesh_of(const Rank& rank);
 
 // Rows by member, null: equal parts. The smaller tensor may lie in the larger.
 void all_gather(Rank& rank, Group group, const Tensor& in, const Tensor& out, const char* what,
-                const i64* rows = nullptr, At at = At::here());
+    const i64* rows = nullptr, At at = At::here());
 
 void reduce_scatter(Rank& rank, Group group, const Tensor& in, const Tensor& out, const char* what,
-                    const i64* rows = nullptr, At at = At::here());
+    const i64* rows = nullptr, At at = At::here());
 
-void all_reduce(Rank& rank, Group group, const Tensor& t, Reduce reduce, const char* what,
-                At at = At::here());
+void all_reduce(
+    Rank& rank, Group group, const Tensor& t, Reduce reduce, const char* what, At at = At::here());
 void all_reduce(Rank& rank, Group group, double* values, int n, Reduce reduce, const char* what,
-                At at = At::here());
+    At at = At::here());
 
 // Rows lie by destination and by source.
 void all_to_all(Rank& rank, Group group, const Tensor& in, const i64* send_rows, const Tensor& out,
-                const i64* recv_rows, const char* what, At at = At::here());
+    const i64* recv_rows, const char* what, At at = At::here());
 
-void broadcast(Rank& rank, Group group, const Tensor& t, int root, const char* what,
-               At at = At::here());
+void broadcast(
+    Rank& rank, Group group, const Tensor& t, int root, const char* what, At at = At::here());
 
 void barrier(Rank& rank, Group group, const char* what, At at = At::here());
 
@@ -45,7 +45,7 @@ struct Transfer {
 };
 
 // All at once. Messages match in posted order; a send blocks until its receive is posted.
-void send_recv(Rank& rank, Group group, const Transfer* list, int n, const char* what,
-               At at = At::here());
+void send_recv(
+    Rank& rank, Group group, const Transfer* list, int n, const char* what, At at = At::here());
 
 }

@@ -15,7 +15,7 @@ struct LaunchOptions {
 void end_startup(Rank& rank);
 
 void run_rank_threads(const Mesh& mesh, Device device, const LaunchOptions& options,
-                      void (*call)(void*, Rank&), void* fn);
+    void (*call)(void*, Rank&), void* fn);
 
 // fn(Rank&) on a thread a rank. The first exception wakes all who wait.
 template <class Fn>

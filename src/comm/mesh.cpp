@@ -25,17 +25,17 @@ Mesh make_mesh(int world, int pp, int cp, int ep, int dp_replicate) {
   string fewer = below > 0 ? text("%ld or ", below) : "";
   if (below != world)
     bad_input("mesh",
-              text("ranks do not split over pp * cp * ep (got %d ranks and %d * %d * %d = %ld, "
-                   "need a multiple)",
-                   world, pp, cp, ep, fixed),
-              fewer + text("%ld ranks, or a smaller pp, cp or ep", below + fixed));
+        text("ranks do not split over pp * cp * ep (got %d ranks and %d * %d * %d = %ld, "
+             "need a multiple)",
+            world, pp, cp, ep, fixed),
+        fewer + text("%ld ranks, or a smaller pp, cp or ep", below + fixed));
   int dp = int(world / fixed);
   if (dp % dp_replicate != 0)
     bad_input("mesh",
-              text("dp_replicate does not divide dp (got %d and dp = %d ranks / (pp * cp * ep) = "
-                   "%d, need a divisor)",
-                   dp_replicate, world, dp),
-              text("dp_replicate = 1 or %d", dp));
+        text("dp_replicate does not divide dp (got %d and dp = %d ranks / (pp * cp * ep) = "
+             "%d, need a divisor)",
+            dp_replicate, world, dp),
+        text("dp_replicate = 1 or %d", dp));
   return {.pp = pp, .dp = dp, .cp = cp, .ep = ep, .dp_replicate = dp_replicate};
 }
 

@@ -57,7 +57,7 @@ void op_failed(const Rank& rank, const char* op, At at, const string& what, cons
 }
 
 void check(const Rank& rank, const char* op, At at, std::initializer_list<Need> needs,
-           std::initializer_list<const Tensor*> tensors) {
+    std::initializer_list<const Tensor*> tensors) {
   if (rank.status) rank.status->begin(op, at);
   for (const Need& need : needs) {
     if (need.holds) continue;

@@ -61,8 +61,8 @@ struct Need {
 
 // failed() unless every need holds.
 void check(const Rank& rank, const char* op, At at, std::initializer_list<Need> needs,
-           std::initializer_list<const Tensor*> tensors);
-[[noreturn]] void op_failed(const Rank& rank, const char* op, At at, const string& what,
-                            const string& got);
+    std::initializer_list<const Tensor*> tensors);
+[[noreturn]] void op_failed(
+    const Rank& rank, const char* op, At at, const string& what, const string& got);
 
 }

@@ -5,7 +5,7 @@ namespace pith {
 static void check(bool good, const char* got, At at) {
   if (!good)
     failed(text("%s:%d", at.file, at.line), text("CUDA failed (got %s)", got),
-           "PITH_DEBUG=1, which names the op");
+        "PITH_DEBUG=1, which names the op");
 }
 void cuda_check(cudaError_t e, At at) { check(e == cudaSuccess, cudaGetErrorString(e), at); }
 void cuda_check(cublasStatus_t s, At at) {
@@ -19,8 +19,8 @@ vector<string> cuda_devices(string& why) {
   for (int i = 0; i < count; i++) {
     cudaDeviceProp p{};
     cuda_check(cudaGetDeviceProperties(&p, i));
-    devices.push_back(text("%s, sm_%d%d, %.1f GiB", p.name, p.major, p.minor,
-                           double(p.totalGlobalMem) / (1 << 30)));
+    devices.push_back(text(
+        "%s, sm_%d%d, %.1f GiB", p.name, p.major, p.minor, double(p.totalGlobalMem) / (1 << 30)));
   }
   return devices;
 }
@@ -34,7 +34,7 @@ Cuda* cuda_open(int device) {
   if (cudaFuncGetAttributes(&attributes, any_kernel) == cudaErrorNoKernelImageForDevice) {
     string why;
     bad_input("--device cuda", "this build has no code for " + cuda_devices(why)[device],
-              "a build with its PITH_CUDA_ARCHITECTURES, or --device cpu");
+        "a build with its PITH_CUDA_ARCHITECTURES, or --device cpu");
   }
   cuda_check(cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking));
   cuda_check(cudaStreamCreateWithFlags(&cuda->reader, cudaStreamNonBlocking));

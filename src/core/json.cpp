@@ -26,7 +26,7 @@ string read_text_file(const string& path) {
   if (file) fclose(file);
   if (!good)
     bad_input(path, text("cannot be %s (%s)", file ? "read" : "opened", strerror(error)),
-              "check the path and its permissions");
+        "check the path and its permissions");
   return all;
 }
 
@@ -38,7 +38,7 @@ Json Json::parse(const string& text_in, const string& place) {
   } catch (const Value::exception& error) {
     string why = error.what();
     bad_input(place, "is not valid JSON: " + why.substr(why.find("] ") + 2),
-              "correct it there, or fetch the file again");
+        "correct it there, or fetch the file again");
   }
 }
 
@@ -52,7 +52,7 @@ void Json::need(bool right, const char* what) const {
   if (got.size() > 60) got = got.substr(0, 57) + "...";
   const char* article = is_array() || is_object() ? "an " : is_null() ? "" : "a ";
   bad_input(place_, text("is %s%s (got %s, need %s)", article, type().data(), got.c_str(), what),
-            "correct the value");
+      "correct the value");
 }
 
 bool Json::has(const string& key) const { return is_object() && value_of(node_).contains(key); }
@@ -68,7 +68,7 @@ Json Json::operator[](i64 index) const {
   need(is_array(), "an array");
   if (index < 0 || index >= size())
     bad_input(place_, text("has too few elements (got %ld, need element %ld)", size(), index),
-              "add the element");
+        "add the element");
   return {{node_, &value_of(node_)[size_t(index)]}, place_ + text("[%ld]", index), "."};
 }
 
@@ -89,13 +89,13 @@ i64 Json::as_int(i64 min, i64 max) const {
   need(!v.is_number_unsigned() || v.get<u64>() <= u64(INT64_MAX), "a whole number below 2^63");
   double exact = is_number() ? v.get<double>() : NAN;
   need(v.is_number_integer() || (std::fabs(exact) <= 0x1p53 && exact == std::floor(exact)),
-       "a whole number");
+      "a whole number");
   i64 number = v.get<i64>();
   if (number < min || number > max)
     bad_input(place_,
-              text("is out of range (got %ld, need at least %ld", number, min) +
-                  (max < INT64_MAX ? text(" and at most %ld)", max) : ")"),
-              "correct the value");
+        text("is out of range (got %ld, need at least %ld", number, min) +
+            (max < INT64_MAX ? text(" and at most %ld)", max) : ")"),
+        "correct the value");
   return number;
 }
 

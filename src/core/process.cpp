@@ -35,13 +35,13 @@ static void on_stop(int signal_number) {
 }
 
 // Fields of a board may be of different moments.
-[[gnu::no_sanitize("thread")]] size_t status_line(char* out, size_t size, const Status& s,
-                                                  const char* doing) {
+[[gnu::no_sanitize("thread")]] size_t status_line(
+    char* out, size_t size, const Status& s, const char* doing) {
   int n = snprintf(out, size,
-                   "\n  rank %d%s: step %d, layer %d, stage %d, micro-batch %d, last op %s "
-                   "called at %s:%d%s%s",
-                   s.rank, doing, s.step, s.layer, s.stage, s.micro_batch, s.op, s.at.file,
-                   s.at.line, s.waiting[0] ? ", waits in " : "", s.waiting);
+      "\n  rank %d%s: step %d, layer %d, stage %d, micro-batch %d, last op %s "
+      "called at %s:%d%s%s",
+      s.rank, doing, s.step, s.layer, s.stage, s.micro_batch, s.op, s.at.file, s.at.line,
+      s.waiting[0] ? ", waits in " : "", s.waiting);
   return min(size_t(n), size - 1);
 }
 
@@ -49,8 +49,8 @@ static void on_crash(int signal_number) {
   constexpr size_t kLine = 512;
   static char report[(kMaxRanks + 2) * kLine];
   signal(signal_number, SIG_DFL);
-  size_t n = snprintf(report, kLine, "error: crash: signal %d (%s)", signal_number,
-                      sigdescr_np(signal_number));
+  size_t n = snprintf(
+      report, kLine, "error: crash: signal %d (%s)", signal_number, sigdescr_np(signal_number));
   for (const Status* s = boards; s < boards + boards_used; s++)
     n += status_line(report + n, kLine, *s, s->thread == gettid() ? " (crashed here)" : "");
   report[n] = '\n';

@@ -18,13 +18,13 @@ static void check_finite(Rank& rank, const char* op, At at, const Tensor& x) {
                : t.dtype == DType::BF16 ? double(t.as<BF16>()[i])
                                         : t.f32()[i];
     if (!std::isfinite(v))
-      op_failed(rank, op, at, "non-finite value",
-                text("%g at element %ld of ", v, i) + describe(x));
+      op_failed(
+          rank, op, at, "non-finite value", text("%g at element %ld of ", v, i) + describe(x));
   }
 }
 
 Node* record(Rank& rank, const char* op, At at, std::initializer_list<Tensor> in,
-             std::initializer_list<Tensor*> out) {
+    std::initializer_list<Tensor*> out) {
   if (rank.debug)
     for (const Tensor* t : out) check_finite(rank, op, at, *t);
   bool needed = false;
@@ -64,10 +64,10 @@ static void add_elements(const Tensor& to, const Tensor& from) {
 
 void add_into(Rank& rank, const Tensor& to, const Tensor& from, At at) {
   check(rank, "add_grad", at,
-        {{"equal element counts", to.numel() == from.numel()},
-         {"equal dtypes, or bf16 to f32", to.dtype == from.dtype || to.dtype == wide(from.dtype)},
-         {"tensors on one device", to.device == from.device}},
-        {&to, &from});
+      {{"equal element counts", to.numel() == from.numel()},
+          {"equal dtypes, or bf16 to f32", to.dtype == from.dtype || to.dtype == wide(from.dtype)},
+          {"tensors on one device", to.device == from.device}},
+      {&to, &from});
   if (to.on_gpu()) return cuda_add(rank, to, from);
   if (to.dtype == DType::F64) return add_elements<double>(to, from);
   add_elements<float>(to, from);
@@ -151,8 +151,8 @@ void weight_grads(Rank& rank, const vector<NodeRange>& ranges) {
       Node& node = r.tape->nodes.at(r.begin + i);
       if (node.bw_done) continue;
       if (!nodes.empty() && node.bw != nodes[0]->bw)
-        failed("tape", text("nodes %d of two micro-batches differ (got %s and %s)", i, nodes[0]->op,
-                            node.op));
+        failed("tape",
+            text("nodes %d of two micro-batches differ (got %s and %s)", i, nodes[0]->op, node.op));
       nodes.push_back(&node);
     }
     if (!nodes.empty()) run_weight_grads(rank, nodes, nodes[0]->bw);

@@ -46,7 +46,7 @@ struct Tape {
 
 // A node for the caller to complete at once; null if no gradient is needed.
 Node* record(Rank& rank, const char* op, At at, std::initializer_list<Tensor> in,
-             std::initializer_list<Tensor*> out);
+    std::initializer_list<Tensor*> out);
 
 void make_leaf(Rank& rank, Tensor& t);
 Tensor grad_of(const Tape& tape, const Tensor& t);

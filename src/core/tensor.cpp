@@ -10,8 +10,8 @@ struct DTypeInfo {
   const char* name;
   i64 size;
 };
-static constexpr DTypeInfo kDTypes[] = {{"f32", 4}, {"f64", 8}, {"bf16", 2},
-                                        {"f8", 1},  {"i32", 4}, {"u8", 1}};
+static constexpr DTypeInfo kDTypes[] = {
+    {"f32", 4}, {"f64", 8}, {"bf16", 2}, {"f8", 1}, {"i32", 4}, {"u8", 1}};
 
 i64 size_of(DType dtype) { return kDTypes[int(dtype)].size; }
 const char* name_of(DType dtype) { return kDTypes[int(dtype)].name; }
@@ -71,8 +71,8 @@ static i64 grad_size(DType dtype) { return size_of(wide(dtype)); }
 Tensor Tensor::slice_rows(i64 begin, i64 end, At at) const {
   if (begin < 0 || begin > end || end > dim[0])
     failed(text("%s:%d: slice_rows", at.file, at.line),
-           text("need 0 <= begin <= end <= dim[0] (got [%ld,%ld) of ", begin, end) +
-               describe(*this) + ")");
+        text("need 0 <= begin <= end <= dim[0] (got [%ld,%ld) of ", begin, end) + describe(*this) +
+            ")");
   Tensor t = *this;
   i64 skipped = dim[0] ? numel() / dim[0] * begin : 0;
   if (data) t.data = data + skipped * size_of(dtype);
@@ -110,8 +110,7 @@ Storage* Allocator::allocate(i64 bytes, At at) {
   if (kCuda && cuda && bytes) data = cuda_allocate(*cuda, bytes);
   if (!cuda && bytes) data = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
   if (bytes && !data)
-    failed(
-        text("%s:%d", at.file, at.line),
+    failed(text("%s:%d", at.file, at.line),
         text("out of memory (need %ld bytes beside %s)", bytes, describe_memory(live_of).c_str()),
         "a smaller train.micro_batch_size, data.sequence_length or parallel.weight_grad_batch");
   i64 live = __atomic_add_fetch(&live_bytes, bytes, __ATOMIC_RELAXED);

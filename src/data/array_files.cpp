@@ -14,9 +14,9 @@ namespace fs = std::filesystem;
 static constexpr struct Known {
   const char *name, *npy;  // "": none
   i64 bytes;
-} kDTypes[] = {{"F32", "<f4", 4},  {"F64", "<f8", 8}, {"BF16", "", 2},   {"F16", "<f2", 2},
-               {"F8_E4M3", "", 1}, {"I64", "<i8", 8}, {"I32", "<i4", 4}, {"U64", "<u8", 8},
-               {"U32", "<u4", 4},  {"U16", "<u2", 2}, {"U8", "|u1", 1},  {"BOOL", "|b1", 1}};
+} kDTypes[] = {{"F32", "<f4", 4}, {"F64", "<f8", 8}, {"BF16", "", 2}, {"F16", "<f2", 2},
+    {"F8_E4M3", "", 1}, {"I64", "<i8", 8}, {"I32", "<i4", 4}, {"U64", "<u8", 8}, {"U32", "<u4", 4},
+    {"U16", "<u2", 2}, {"U8", "|u1", 1}, {"BOOL", "|b1", 1}};
 static const string kModel = "/model.safetensors", kIndex = kModel + ".index.json";
 
 i64 size_of(FileDType dtype) { return kDTypes[int(dtype)].bytes; }
@@ -57,10 +57,9 @@ static void open_file(Safetensors& all, const string& path) {
   i64 length = 0, end = 0, room = file.size() - 8;
   if (room >= 0) memcpy(&length, file.data(), 8);
   if (length < 2 || length > room)
-    damaged(
-        path,
+    damaged(path,
         text("is no safetensors file or is cut short (got %ld bytes and a header length of %lu)",
-             file.size(), u64(length)));
+            file.size(), u64(length)));
   const char* const data = file.data() + 8 + length;
   room -= length;
   Json header = Json::parse(string(file.data() + 8, data), path);
@@ -76,16 +75,16 @@ static void open_file(Safetensors& all, const string& path) {
       tensor.shape.push_back(json["shape"][i].as_int(0));
     i64 bytes = tensor.bytes();
     if (bytes < 0 || bytes > room - end || offsets != vector<i64>{end, end + bytes})
-      damaged(json.place(), text("has bad data_offsets, or the file is cut short (got %s, need %ld "
-                                 "bytes for %s from %ld on, up to %ld)",
-                                 json["data_offsets"].dump().c_str(), bytes,
-                                 describe(tensor).c_str(), end, room));
+      damaged(json.place(),
+          text("has bad data_offsets, or the file is cut short (got %s, need %ld "
+               "bytes for %s from %ld on, up to %ld)",
+              json["data_offsets"].dump().c_str(), bytes, describe(tensor).c_str(), end, room));
     end += bytes;
     if (!all.tensors.emplace(name, tensor).second) damaged(json.place(), "is in two shards");
   }
   if (end != room)
     damaged(path,
-            text("has bytes behind its last tensor (got %ld bytes of data, need %ld)", room, end));
+        text("has bytes behind its last tensor (got %ld bytes of data, need %ld)", room, end));
 }
 
 Safetensors open_safetensors(const string& path) {
@@ -101,7 +100,7 @@ Safetensors open_safetensors(const string& path) {
       files.insert(folder + "/" + weights[name].as_string());
   } else {
     bad_input(folder, "has no weights (need model.safetensors or model.safetensors.index.json)",
-              "a folder in Hugging Face layout");
+        "a folder in Hugging Face layout");
   }
   Safetensors all;
   for (const string& file : files) open_file(all, file);
@@ -196,15 +195,15 @@ NpyHeader parse_npy_header(const char* data, i64 size, const string& place) {
   i64 room = size - header.header_bytes;
   if (room < 0)
     damaged(place,
-            text("is cut short (got %ld bytes, need a header of %ld)", size, header.header_bytes));
+        text("is cut short (got %ld bytes, need a header of %ld)", size, header.header_bytes));
   string dict(data + 10, data + header.header_bytes);
   char dtype[8] = "", fortran[8] = "";
   int shape = 0;  // where it begins
   sscanf(dict.c_str(), "{'descr': '%7[^']', 'fortran_order': %7[a-zA-Z], 'shape': (%n", dtype,
-         fortran, &shape);
+      fortran, &shape);
   if (shape == 0 || fortran != string("False"))
-    damaged(place,
-            "has a header that numpy does not write for an array in C order (got " + dict + ")");
+    damaged(
+        place, "has a header that numpy does not write for an array in C order (got " + dict + ")");
   header.dtype = read_dtype(dtype, &Known::npy, place);
   const char* at = &dict[shape];
   for (char* end = nullptr; *at != ')'; at = end + strspn(end, ", ")) {
@@ -220,7 +219,7 @@ NpyHeader parse_npy_header(const char* data, i64 size, const string& place) {
 
 string npy_header(FileDType dtype, const vector<i64>& shape) {
   string dict = text("{'descr': '%s', 'fortran_order': False, 'shape': (%s%s), }",
-                     npy_name_of(dtype), list(shape).c_str(), shape.size() == 1 ? "," : "");
+      npy_name_of(dtype), list(shape).c_str(), shape.size() == 1 ? "," : "");
   if (dict.size() > 117) failed("npy_header", "the shape is too long");
   dict.resize(117, ' ');
   return string("\x93NUMPY\x01\0\x76\0", 10) + dict + '\n';

@@ -53,8 +53,8 @@ string classify(Source& source, CorpusFormat wanted) {
   if (known) stem.replace_extension();
   if (wanted == CorpusFormat::Auto && !known)
     bad_input(source.path,
-              "its name does not tell its format (need .txt or .jsonl, also .gz, .zst)",
-              "--format text or --format jsonl; --include '*.jsonl' to take only some files");
+        "its name does not tell its format (need .txt or .jsonl, also .gz, .zst)",
+        "--format text or --format jsonl; --include '*.jsonl' to take only some files");
   source.format = wanted != CorpusFormat::Auto ? wanted
                   : jsonl                      ? CorpusFormat::Jsonl
                                                : CorpusFormat::Text;
@@ -94,15 +94,15 @@ vector<Unit> plan(const CorpusOptions& o, const string& settings) {
       const auto [other, fresh] = taken.emplace(name, source.path);
       if (!fresh)
         bad_input(source.path,
-                  text("would become the same token file %s.bin as %s", name.c_str(),
-                       other->second.c_str()),
-                  "--join NAME, or one run and output folder for each");
+            text("would become the same token file %s.bin as %s", name.c_str(),
+                other->second.c_str()),
+            "--join NAME, or one run and output folder for each");
     }
     Unit& unit = units.back();
     std::error_code none;  // standard input has no time
     i64 time = fs::last_write_time(source.path, none).time_since_epoch().count();
     string all = unit.identity + text("%s\t%ld\t%ld\t%d", source.name.c_str(), source.bytes, time,
-                                      int(source.format));
+                                     int(source.format));
     unit.identity = std::to_string(XXH3_64bits(all.data(), all.size()));
     unit.bytes += source.bytes;
     unit.sources.push_back(std::move(source));
@@ -215,7 +215,7 @@ string parse_line(char* line, size_t n, const string& key, string_view& document
   json.ParseInsitu<kFlags>(line);
   if (json.HasParseError())
     return text("not valid JSON at byte %zu of the line: %s", json.GetErrorOffset() + 1,
-                rapidjson::GetParseError_En(json.GetParseError()));
+        rapidjson::GetParseError_En(json.GetParseError()));
   if (!json.IsObject()) return "not a JSON object";
   const rapidjson::Value* found = nullptr;  // the last, as in Python
   for (const auto& member : json.GetObject())
@@ -341,15 +341,15 @@ class CorpusRun {
         eos_(options.eos.empty() ? tokenizer_.eos_id : tokenizer_.id_of(options.eos)),
         type_(tokenizer_.vocab_size() < UINT16_MAX ? FileDType::U16 : FileDType::U32),
         units_(plan(options, text("%d\t%d\t%s", eos_ ? int(*eos_) : -1, options.special_as_text,
-                                  options.key.c_str()))),
-        threads_(options.threads ? options.threads
-                                 : max<i64>(1, std::thread::hardware_concurrency())),
+                                 options.key.c_str()))),
+        threads_(
+            options.threads ? options.threads : max<i64>(1, std::thread::hardware_concurrency())),
         progress_("tokenize", find_work() / 1e6, "MB of files") {
     if (!eos_)
       bad_input("--eos",
-                text("no such token (got %s, need a token of %s)",
-                     options.eos.empty() ? "none" : options.eos.c_str(), options.tokenizer.c_str()),
-                "a token as the vocabulary writes it");
+          text("no such token (got %s, need a token of %s)",
+              options.eos.empty() ? "none" : options.eos.c_str(), options.tokenizer.c_str()),
+          "a token as the vocabulary writes it");
   }
 
   CorpusReport run() {
@@ -393,7 +393,7 @@ class CorpusRun {
                           : nullptr;
     if (why)
       bad_input(unit.path, text("is there already, %s", why),
-                "deleting it to make it again, or another --output");
+          "deleting it to make it again, or another --output");
     report_.files_done_before++;
     return true;
   }

@@ -54,8 +54,8 @@ string inspect_corpus(const string& where, i64 top, i64 samples) {
   w.end().key("frequent").array();
   for (const u32 id : frequent)
     w.object()
-        .members("id", id, "text", tokenizer.decode({&id, 1}, SpecialTokens::Keep), "count",
-                 counts[id])
+        .members(
+            "id", id, "text", tokenizer.decode({&id, 1}, SpecialTokens::Keep), "count", counts[id])
         .end();
   w.end().key("samples").raw(first.end().str());
   return w.end().str();

@@ -22,10 +22,10 @@ void TokenFile::copy(i64 offset, i64 count, i64 vocab_size, int* dst) const {
     if (type == FileDType::U16) id &= 0xffff;
     if (id >= vocab_size)
       bad_input(map.path(),
-                text("holds a token id beyond the vocabulary (got %u at token %ld, need less than "
-                     "%ld)",
-                     id, i, vocab_size),
-                "the model's own tokenizer");
+          text("holds a token id beyond the vocabulary (got %u at token %ld, need less than "
+               "%ld)",
+              id, i, vocab_size),
+          "the model's own tokenizer");
     *dst++ = int(id);
   }
 }
@@ -42,8 +42,8 @@ TokenFile open_token_file(const string& path) {
                         : array.dtype == FileDType::U16 || array.dtype == FileDType::U32;
     if (array.shape.size() != 1 || !known)
       refuse(text("does not hold %s (got %s of %zu dimensions, need %s of one)",
-                  second ? "document ends second" : "token ids first", npy_name_of(array.dtype),
-                  array.shape.size(), second ? "<u8" : "<u2 or <u4"));
+          second ? "document ends second" : "token ids first", npy_name_of(array.dtype),
+          array.shape.size(), second ? "<u8" : "<u2 or <u4"));
     return array;
   };
   const NpyHeader ids = read(file.map.data());
@@ -63,7 +63,7 @@ TokenFile open_token_file(const string& path) {
     if (doc + 1 == file.num_docs) least = most;
     if (end < least || end > most)
       refuse(text("has a corrupt end of document %ld (got %lu, need %ld to %ld)", doc, u64(end),
-                  least, most));
+          least, most));
     least = end;
   }
   return file;
@@ -75,7 +75,7 @@ vector<string> find_token_files(const string& path) {
     std::erase_if(found, [](const string& file) { return !file.ends_with(".bin"); });
   if (found.empty())
     bad_input(path, "holds no token file (got none that ends in .bin)",
-              "make token files with pith tokenize");
+        "make token files with pith tokenize");
   return found;
 }
 
@@ -87,7 +87,7 @@ Dataset::Dataset(const vector<string>& paths, const DataOptions& options)
   }
   if (token_bytes_ == 0)
     bad_input("data.path", text("is an empty corpus (got 0 tokens in %zu files)", paths.size()),
-              "another folder");
+        "another folder");
   constexpr i64 kChecked = i64{1} << 30, kBlock = 4096;
   int block[kBlock];
   for (int index = 0; index < int(files_.size()); index++) {
@@ -123,15 +123,15 @@ void Dataset::require_samples(i64 required) const {
       epoch * epochs, epoch, epochs, required);
   if (epoch == 0) bad_input("data.sequence_length", what, "a shorter one, or pith tokenize --join");
   bad_input("data.max_epochs", what,
-            text("data.max_epochs = %ld, or fewer train.steps", (required + epoch - 1) / epoch));
+      text("data.max_epochs = %ld, or fewer train.steps", (required + epoch - 1) / epoch));
 }
 
 void Dataset::require_heldout() const {
   if (heldout_samples() > 0) return;
   bad_input("data.heldout_fraction",
-            text("nothing is held out to evaluate on (got %ld held-out tokens, need 2)",
-                 heldout_.num_tokens),
-            "a larger one, or more documents");
+      text("nothing is held out to evaluate on (got %ld held-out tokens, need 2)",
+          heldout_.num_tokens),
+      "a larger one, or more documents");
 }
 
 void Dataset::train_sample(i64 index, const SampleRow& row) const {
@@ -164,7 +164,7 @@ void Dataset::cut(const Stream& stream, i64 begin, const SampleRow& row) const {
     i64 end = next == stream.documents.end() ? stream.num_tokens : next->begin;
     stop = min(n, end - begin);
     files_[document.file].copy(document.file_offset + begin + at - document.begin, stop - at,
-                               options_.vocab_size, &window[at]);
+        options_.vocab_size, &window[at]);
     // The label of the one before it, in its document or, unmasked, in any.
     i64 first = mask ? at + 1 : max<i64>(at, 1);
     std::copy(window.data() + first, window.data() + stop, row.labels + first - 1);
@@ -211,11 +211,10 @@ ZigzagBlocks zigzag_blocks(i64 seq_length, int cp, int cp_rank) {
   if (cp == 1) return {{0, seq_length}, {seq_length, 0}};
   i64 blocks = 2 * cp, length = seq_length / blocks;
   if (seq_length % blocks != 0)
-    bad_input(
-        "data.sequence_length",
+    bad_input("data.sequence_length",
         text("does not split into 2 * parallel.cp blocks (got %ld and cp = %d, need a multiple "
              "of %ld)",
-             seq_length, cp, blocks),
+            seq_length, cp, blocks),
         text("data.sequence_length = %ld", (length + 1) * blocks));
   return {{cp_rank * length, (blocks - 1 - cp_rank) * length}, {length, length}};
 }

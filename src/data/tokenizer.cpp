@@ -40,7 +40,7 @@ static Char flags_before(string_view text, size_t at) {
 
 // Cuts `text` at added tokens, and what is between them again, once normalized.
 void Tokenizer::encode_text(string_view text, bool normalized, bool special_as_text,
-                            EncodeScratch& scratch, vector<u32>& out) const {
+    EncodeScratch& scratch, vector<u32>& out) const {
   auto encode_between = [&](size_t begin, size_t end) {
     string_view part = text.substr(begin, end - begin);
     if (!normalized) {
@@ -67,12 +67,12 @@ void Tokenizer::encode_text(string_view text, bool normalized, bool special_as_t
   encode_between(done, text.size());
 }
 
-void Tokenizer::encode(string_view utf8, vector<u32>& out, bool special_as_text,
-                       EncodeScratch& scratch) const {
+void Tokenizer::encode(
+    string_view utf8, vector<u32>& out, bool special_as_text, EncodeScratch& scratch) const {
   size_t valid = valid_utf8_prefix(utf8);
   if (valid < utf8.size())
     bad_input(path, text("the text to encode is no UTF-8 (got a bad byte at %zu)", valid),
-              "replace what is invalid");
+        "replace what is invalid");
   encode_text(utf8, false, special_as_text, scratch, out);
 }
 

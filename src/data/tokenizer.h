@@ -145,8 +145,8 @@ struct Tokenizer {
 
   // Appends to `out`. special_as_text: special tokens' text does not become those tokens. Exit
   // code 2, with the byte offset, where `utf8` is not valid.
-  void encode(string_view utf8, vector<u32>& out, bool special_as_text,
-              EncodeScratch& scratch) const;
+  void encode(
+      string_view utf8, vector<u32>& out, bool special_as_text, EncodeScratch& scratch) const;
   // Invalid UTF-8 becomes U+FFFD, ids without a token nothing.
   string decode(std::span<const u32> tokens, SpecialTokens which) const;
 
@@ -166,7 +166,7 @@ struct Tokenizer {
 
  private:
   void encode_text(string_view text, bool normalized, bool special_as_text, EncodeScratch& scratch,
-                   vector<u32>& out) const;
+      vector<u32>& out) const;
 };
 
 }

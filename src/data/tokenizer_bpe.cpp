@@ -72,8 +72,8 @@ void Bpe::merge(string_view word, EncodeScratch& scratch, vector<u32>& out) cons
 EncodeScratch::EncodeScratch(size_t cache_bytes)
     : cache(std::bit_floor(max(cache_bytes / sizeof(Entry), size_t{2}))) {}
 
-void Bpe::encode(std::span<const string_view> words, EncodeScratch& scratch,
-                 vector<u32>& out) const {
+void Bpe::encode(
+    std::span<const string_view> words, EncodeScratch& scratch, vector<u32>& out) const {
   using Entry = EncodeScratch::Entry;
   constexpr size_t kBatch = 64, kIds = std::size(Entry{}.ids), kKey = sizeof Entry::key;
   Entry entries[kBatch], *slots[kBatch];

@@ -67,7 +67,7 @@ static void set_token(Tokenizer& t, u32 id, const string& content) {
 static void read_model(Tokenizer& t, const Json& model) {
   if (model.string_or("type", "BPE") != "BPE") unsupported(model["type"], model["type"].dump());
   for (const char* key : {"dropout", "unk_token", "byte_fallback", "continuing_subword_prefix",
-                          "end_of_word_suffix"}) {
+           "end_of_word_suffix"}) {
     string value = model.has(key) ? model[key].dump() : "null";
     if (value != "null" && value != "false" && value != "\"\"" && value != "0.0")
       unsupported(model[key], value);
@@ -77,7 +77,7 @@ static void read_model(Tokenizer& t, const Json& model) {
     i64 id = vocabulary[token].as_int();
     if (id < 0 || id >= kMostIds)
       bad_input(model.place() + ".vocab." + token, text("is no id (need a number < %u)", kMostIds),
-                kRefetch);
+          kRefetch);
     set_token(t, u32(id), token);
   }
   if (list.size() >= kMostMerges)
@@ -113,16 +113,15 @@ static void read_added(Tokenizer& t, const Json& tokens) {
     auto known = t.id_of(content);
     if (normalized && t.nfc) content = to_nfc(content, buffer);
     const AddedToken token{.content = content,
-                           .id = known ? *known : next_id++,
-                           .single_word = json["single_word"].as_bool(),
-                           .lstrip = json["lstrip"].as_bool(),
-                           .rstrip = json["rstrip"].as_bool(),
-                           .special = json["special"].as_bool()};
+        .id = known ? *known : next_id++,
+        .single_word = json["single_word"].as_bool(),
+        .lstrip = json["lstrip"].as_bool(),
+        .rstrip = json["rstrip"].as_bool(),
+        .special = json["special"].as_bool()};
     i64 said = json["id"].as_int(0, kMostIds - 1);
     if (said != token.id)
       bad_input(json.place(),
-                text("has another id in Hugging Face (got %ld, need %u)", said, token.id),
-                kRefetch);
+          text("has another id in Hugging Face (got %ld, need %u)", said, token.id), kRefetch);
     set_token(t, token.id, content);
     t.special[token.id] = token.special;
     t.added[normalized].add(token);
@@ -169,7 +168,7 @@ Tokenizer Tokenizer::load(const string& path) {
   if (only(json, "decoder", "decoders", "ByteLevel") == 0)
     bad_input(path + ": decoder", "is missing", kOther);
   for (const char* name :
-       {"<|endoftext|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|return|>", "</s>"})
+      {"<|endoftext|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|return|>", "</s>"})
     if (!t.eos_id) t.eos_id = t.id_of(name);
   return t;
 }

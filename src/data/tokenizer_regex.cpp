@@ -24,11 +24,11 @@ static string translate(const string& pattern, const string& place) {
   std::smatch part;
   for (auto at = pattern.begin(); at != pattern.end(); at = part[0].second) {
     if (!std::regex_search(at, pattern.end(), part, in_class ? kInClass : kOutside,
-                           std::regex_constants::match_continuous))
+            std::regex_constants::match_continuous))
       bad_input(place,
-                text("has a regular expression that is not supported at byte %zd (got \"%s\")",
-                     at - pattern.begin(), pattern.c_str()),
-                "another tokenizer");
+          text("has a regular expression that is not supported at byte %zd (got \"%s\")",
+              at - pattern.begin(), pattern.c_str()),
+          "another tokenizer");
     string got = part[0];
     if (part[1].matched || part[3].matched) {
       string category = part[2];
@@ -52,24 +52,24 @@ SplitStep::SplitStep(const string& pattern, const string& place)
   // In Ruby's syntax ^ and $ are those of lines, which only \n ends.
   pcre2_compile_context* context = pcre2_compile_context_create(nullptr);
   pcre2_set_newline(context, PCRE2_NEWLINE_LF);
-  pcre2_code* code = pcre2_compile(
-      reinterpret_cast<PCRE2_SPTR>(translated.data()), translated.size(),
-      PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NO_UTF_CHECK, &error, &offset, context);
+  pcre2_code* code =
+      pcre2_compile(reinterpret_cast<PCRE2_SPTR>(translated.data()), translated.size(),
+          PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NO_UTF_CHECK, &error, &offset, context);
   pcre2_compile_context_free(context);
   code_.reset(code, pcre2_code_free);
   u32 may_be_empty = 0;
   if (code) pcre2_pattern_info(code, PCRE2_INFO_MATCHEMPTY, &may_be_empty);
   if (!code || may_be_empty)
     bad_input(place_,
-              text("has a regular expression that is malformed or matches nothing (PCRE2 error %d "
-                   "at byte %zu)",
-                   error, offset),
-              "fetch the file again");
+        text("has a regular expression that is malformed or matches nothing (PCRE2 error %d "
+             "at byte %zu)",
+            error, offset),
+        "fetch the file again");
   pcre2_jit_compile(code, PCRE2_JIT_COMPLETE);  // which pcre2_match uses, if it succeeds
 }
 
-void SplitStep::split(string_view text, std::shared_ptr<void>& room,
-                      vector<string_view>& words) const {
+void SplitStep::split(
+    string_view text, std::shared_ptr<void>& room, vector<string_view>& words) const {
   while (fast && !text.empty()) {
     words.emplace_back(text.begin(), fast(text.begin(), text.end()));
     text.remove_prefix(words.back().size());
@@ -81,8 +81,8 @@ void SplitStep::split(string_view text, std::shared_ptr<void>& room,
   size_t done = 0;
   auto match = [&](u32 options) {
     return pcre2_match(static_cast<const pcre2_code*>(code_.get()),
-                       reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), done,
-                       PCRE2_NO_UTF_CHECK | options, data, nullptr);
+        reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), done, PCRE2_NO_UTF_CHECK | options,
+        data, nullptr);
   };
   while (done < text.size()) {
     int result = match(0);

@@ -119,7 +119,7 @@ const char* word_end(const char* begin, const char* end) {
 string cl100k_pattern(bool marks, const char* digits) {
   return text(R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?%s+|\p{N}%s)"
               R"(| ?[^\s\p{L}%s\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)",
-              marks ? R"([\p{L}\p{M}])" : R"(\p{L})", digits, marks ? R"(\p{M})" : "");
+      marks ? R"([\p{L}\p{M}])" : R"(\p{L})", digits, marks ? R"(\p{M})" : "");
 }
 }
 

@@ -42,8 +42,8 @@ static void add_counts(Rank& rank, const Tensor& ids, const Tensor& counts) {
 }
 
 // Share of pairs that chose each expert, a row a group: F32 [groups, 1, E].
-static Tensor shares(Rank& rank, const BalanceState& state, int layer, const Tensor& ids,
-                     i64 groups) {
+static Tensor shares(
+    Rank& rank, const BalanceState& state, int layer, const Tensor& ids, i64 groups) {
   const i64 E = state.num_experts;
   if (state.kind == BalanceKind::GlobalBatch)
     return state.step_shares.slice_rows(layer, layer + 1).view({1, 1, E});
@@ -51,15 +51,15 @@ static Tensor shares(Rank& rank, const BalanceState& state, int layer, const Ten
   double total = double(ids.numel() / groups * group_size(rank, Group::Cp));
   add_counts(rank, ids, f);
   if (!f.on_gpu())
-    all_reduce(rank, Group::Cp, f.as<double>(), int(f.numel()), Reduce::Sum,
-               "all_reduce balance counts");
+    all_reduce(
+        rank, Group::Cp, f.as<double>(), int(f.numel()), Reduce::Sum, "all_reduce balance counts");
   Tensor share = empty(rank, {groups, E}, DType::F32);
   cast(rank, mul(rank, f, 1 / total), share);
   return share.view({groups, 1, E});
 }
 
-void add_balance_loss(Rank& rank, BalanceState& state, int layer, const Routing& routing, i64 rows,
-                      At at) {
+void add_balance_loss(
+    Rank& rank, BalanceState& state, int layer, const Routing& routing, i64 rows, At at) {
   const Tensor& probs = routing.probs;
   const i64 T = probs.dim[0], E = state.num_experts;
   add_counts(rank, routing.ids, state.step_counts.slice_rows(layer, layer + 1));

@@ -24,6 +24,6 @@ void end_step(Rank& rank, BalanceState& state);
 
 // Of `rows` sequences; the gradient goes to routing.probs.
 void add_balance_loss(Rank& rank, BalanceState& state, int layer, const Routing& routing, i64 rows,
-                      At at = At::here());
+    At at = At::here());
 
 }

@@ -12,8 +12,8 @@ double LoadedBatches::global_labels(Rank& rank) const {
   return sum;
 }
 
-LoadedBatches make_batches(Rank& rank, const Dataset& data, BatchShape shape, i64 step,
-                           Split split) {
+LoadedBatches make_batches(
+    Rank& rank, const Dataset& data, BatchShape shape, i64 step, Split split) {
   const MeshCoord& mesh = rank.mesh;
   shape.dp = mesh.dp;
   shape.ep = mesh.ep;

@@ -17,7 +17,7 @@ struct LoadedBatches {
 
 // Of the 0-based step or held-out batch, where rows behind the last sample have ignored labels
 // only. The mesh gives dp and ep.
-LoadedBatches make_batches(Rank& rank, const Dataset& data, BatchShape shape, i64 step,
-                           Split split);
+LoadedBatches make_batches(
+    Rank& rank, const Dataset& data, BatchShape shape, i64 step, Split split);
 
 }

@@ -48,7 +48,7 @@ static void from_json(const nlohmann::json& json, FileDType& dtype) {
   for (int i = 0; json != name_of(dtype) && dtype != FileDType::BOOL;) dtype = FileDType(++i);
 }
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(RunState, step, updates, samples, seed, data_fingerprint,
-                                   optimizer, balance_counts, config, model)
+    optimizer, balance_counts, config, model)
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Mesh, pp, dp, cp, ep, dp_replicate)
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(StoredFragment, begin, count, file, offset)
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(StoredTensor, dtype, shape, fragments)
@@ -58,7 +58,7 @@ NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Checkpoint, state, mesh, files, tensors)
 // With a version and a checksum of the rest.
 static string sealed(const string& rest) {
   return text("{\"pith_checkpoint_3_xxh3\": \"%016lx\",",
-              checksum_of(rest.data(), i64(rest.size()))) +
+             checksum_of(rest.data(), i64(rest.size()))) +
          rest;
 }
 
@@ -85,7 +85,7 @@ Checkpoint open_checkpoint(const string& folder) {
     bad_input(folder, "there is no such checkpoint", "pith checkpoint verify on the run folder");
   if (!fs::exists(folder + kManifest))
     bad_input(folder, "is no finished checkpoint (it has no manifest.json)",
-              "name a step-* folder that has one");
+        "name a step-* folder that has one");
   Checkpoint c = read_manifest(folder + kManifest);
   c.folder = folder;
   for (StoredFile& file : c.files) {
@@ -94,7 +94,7 @@ Checkpoint open_checkpoint(const string& folder) {
     file.map = MappedFile(path);
     if (file.map.size() != file.bytes)
       damaged(path, text("is cut short or is another file (got %ld bytes, need %ld)",
-                         file.map.size(), file.bytes));
+                        file.map.size(), file.bytes));
   }
   return c;
 }
@@ -106,7 +106,7 @@ void verify(const Checkpoint& c) {
   for (size_t i = 0; i < sums.size(); i++)
     if (u64 got = sums[i].get(); got != c.files[i].checksum)
       damaged(c.files[i].map.path(),
-              text("is damaged (checksum %016lx, need %016lx)", got, c.files[i].checksum));
+          text("is damaged (checksum %016lx, need %016lx)", got, c.files[i].checksum));
 }
 
 std::map<i64, string> list_checkpoints(const string& run_folder) {
@@ -133,8 +133,8 @@ std::optional<Checkpoint> find_checkpoint(const string& run_folder) {
   }
   if (list.empty()) return std::nullopt;
   bad_input(run_folder,
-            text("none of its checkpoints is good (got %zu bad ones, named above)", list.size()),
-            "another run.folder, to begin anew");
+      text("none of its checkpoints is good (got %zu bad ones, named above)", list.size()),
+      "another run.folder, to begin anew");
 }
 
 Checkpoint open_weights(const string& folder) {
@@ -177,14 +177,14 @@ static std::map<string, string> identity_of(const RunState& s) {
 void check_resumable(const Checkpoint& c, const RunState& now) {
   if (c.state.optimizer == "none")
     bad_input(c.folder, "holds weights alone, without optimiser state",
-              "model.init_from, to begin a run from them");
+        "model.init_from, to begin a run from them");
   std::map<string, string> before = identity_of(c.state), after = identity_of(now);
   for (const auto& [key, value] : before) after.try_emplace(key, "nothing");
   for (const auto& [key, value] : after)
     if (auto at = before.try_emplace(key, "nothing").first; at->second != value)
       bad_input(c.folder,
-                key + " differs from the saved run's (got " + value + ", need " + at->second + ")",
-                "the saved value, or another run.folder to begin anew");
+          key + " differs from the saved run's (got " + value + ", need " + at->second + ")",
+          "the saved value, or another run.folder to begin anew");
 }
 
 void check_weights(const Checkpoint& c, const ParameterTable& whole) {
@@ -200,8 +200,8 @@ void check_weights(const Checkpoint& c, const ParameterTable& whole) {
       const StoredTensor& got = found.mapped();
       const TensorDecl need{"", is_float(got.dtype) ? got.dtype : FileDType::F32, shape_of(piece)};
       if (describe(got) != describe(need)) {
-        faults["of another shape or type"].push_back(piece.name + " (got " + describe(got) +
-                                                     ", need " + describe(need) + ")");
+        faults["of another shape or type"].push_back(
+            piece.name + " (got " + describe(got) + ", need " + describe(need) + ")");
         continue;
       }
       vector<float> values = read_tensor(c, got);
@@ -219,11 +219,11 @@ void check_weights(const Checkpoint& c, const ParameterTable& whole) {
   }
   if (!what.empty())
     bad_input(c.folder, "the weights do not fit" + what,
-              "the config.json of these weights, or weights of a run that did not diverge");
+        "the config.json of these weights, or weights of a run that did not diverge");
 }
 
-void read_elements(const Checkpoint& c, const StoredTensor& tensor, i64 begin, i64 count,
-                   float* out) {
+void read_elements(
+    const Checkpoint& c, const StoredTensor& tensor, i64 begin, i64 count, float* out) {
   i64 left = count;
   for (const StoredFragment& f : tensor.fragments) {
     i64 from = max(begin, f.begin), to = min(begin + count, f.begin + f.count);
@@ -250,8 +250,8 @@ void load_state(Rank& rank, Parameters& p, const Checkpoint& c, bool moments) {
       bool found = at != c.tensors.end();
       if (!found || at->second.shape != shape_of(*f.piece))
         bad_input(c.folder + ": " + name,
-                  found ? "has another shape than the model's" : "is missing",
-                  "the config.json that it was trained with");
+            found ? "has another shape than the model's" : "is missing",
+            "the config.json that it was trained with");
       float* to = (p.units[f.unit].*shard).f32() + f.offset;
       vector<float> values(kCuda && rank.device == Device::CUDA ? f.count : 0);
       read_elements(c, at->second, f.begin, f.count, values.empty() ? to : values.data());
@@ -281,7 +281,7 @@ void put_in_place(const string& temporary, const string& folder) {
   fs::rename(temporary, folder, error);
   if (error)
     failed(folder, "cannot be put in place (" + error.message() + ")",
-           "check the permissions of the folder");
+        "check the permissions of the folder");
   sync_folder(folder_of(folder));
 }
 
@@ -390,8 +390,8 @@ struct CheckpointSaver::Job {
   }
 };
 
-CheckpointSaver::CheckpointSaver(Rank& rank, const Parameters& parameters,
-                                 const SaveOptions& options)
+CheckpointSaver::CheckpointSaver(
+    Rank& rank, const Parameters& parameters, const SaveOptions& options)
     : parameters_(parameters), options_(options) {
   if (rank.id == 0) {
     std::error_code error;

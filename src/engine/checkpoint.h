@@ -59,11 +59,11 @@ void check_resumable(const Checkpoint& checkpoint, const RunState& now);
 // Refuses missing, extra, misshapen and not finite tensors.
 void check_weights(const Checkpoint& weights, const ParameterTable& whole);
 
-void read_elements(const Checkpoint& checkpoint, const StoredTensor& tensor, i64 begin, i64 count,
-                   float* out);
+void read_elements(
+    const Checkpoint& checkpoint, const StoredTensor& tensor, i64 begin, i64 count, float* out);
 vector<float> read_tensor(const Checkpoint& checkpoint, const StoredTensor& tensor);
-void load_state(Rank& rank, Parameters& parameters, const Checkpoint& checkpoint,
-                bool moments = true);
+void load_state(
+    Rank& rank, Parameters& parameters, const Checkpoint& checkpoint, bool moments = true);
 
 vector<i64> shape_of(const Piece& piece);
 StoredFile stored_file(const string& folder, const string& name);

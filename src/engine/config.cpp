@@ -78,7 +78,7 @@ vector<Key> keys_of(RunConfig& config) {
       {"lr_schedule.start_lr", &lr.start_lr, kNotNegative},
       {"lr_schedule.final_lr", &lr.final_lr, kNotNegative},
       {"router.balance_loss", &router.balance_loss,
-       one_of(R"("none", "micro-batch", "sequence", "global-batch")"), kKept},
+          one_of(R"("none", "micro-batch", "sequence", "global-batch")"), kKept},
       {"router.balance_coefficient", &router.balance_coefficient, kNotNegative, kKept},
       {"router.force", &router.force, one_of(R"("none", "balanced")"), kKept},
       {"parallel.schedule", &parallel.schedule, one_of(R"("auto", "1f1b", "dualpipev")")},
@@ -130,24 +130,22 @@ const Key& find_key(const vector<Key>& keys, const string& name, const string& p
   for (const Key& key : keys) {
     if (key.name == name) return key;
     string word = name.substr(name.rfind('.') + 1), section = key.section();
-    best = std::min({best,
-                     {distance(name, key.name), key.name},
-                     {distance(word, key.word()), key.name},
-                     {distance(name, section), "[" + section + "]"}});
+    best = std::min({best, {distance(name, key.name), key.name},
+        {distance(word, key.word()), key.name}, {distance(name, section), "[" + section + "]"}});
   }
   bad_input(place, "is an unknown key", best.second);
 }
 
 [[noreturn]] void wrong_type(const Key& key, const string& place, const string& got) {
   bad_input(place,
-            "has the wrong type or size (got " + got + ", need " +
-                kTypes[min<size_t>(key.slot.index(), 3)] + ")",
-            key.word() + " = " + value_of(key));
+      "has the wrong type or size (got " + got + ", need " +
+          kTypes[min<size_t>(key.slot.index(), 3)] + ")",
+      key.word() + " = " + value_of(key));
 }
 
 // Makes paths absolute.
 void assign(const Key& key, const toml::node& node, const string& place,
-            const fs::path& base = fs::current_path()) {
+    const fs::path& base = fs::current_path()) {
   string need = key.range.need;
   auto take = [&]<class T>(T* to) {
     auto value = node.value_exact<TomlType<T>>();
@@ -162,15 +160,15 @@ void assign(const Key& key, const toml::node& node, const string& place,
       return need.empty() || need.find(value_of(key)) != string::npos;
   };
   if (!std::visit(take, key.slot))
-    bad_input(place, "is out of range (got " + value_of(key) + ", need " + need + ")",
-              "one of these");
+    bad_input(
+        place, "is out of range (got " + value_of(key) + ", need " + need + ")", "one of these");
   if (!(key.flags & kPath)) return;
   string& path = *std::get<string*>(key.slot);
   if (!path.empty()) path = fs::absolute(base / path / "").lexically_normal().parent_path();
 }
 
-void read_table(const vector<Key>& keys, const toml::table& table, const string& section,
-                const string& file) {
+void read_table(
+    const vector<Key>& keys, const toml::table& table, const string& section, const string& file) {
   for (const auto& [word, node] : table) {
     string name = section + string(word.str());
     string place = text("%s:%u: %s", file.c_str(), node.source().begin.line, name.c_str());
@@ -212,15 +210,14 @@ RunConfig load_run_config(const string& path, const vector<string>& overrides) {
   } catch (const toml::parse_error& error) {
     auto at = error.source().begin;
     bad_input(text("%s:%u:%u", path.c_str(), at.line, at.column),
-              "is not valid TOML: " + string(error.description()),
-              "text in quotes, sections as [train]");
+        "is not valid TOML: " + string(error.description()), "text in quotes, sections as [train]");
   }
   for (const string& argument : overrides) read_override(keys, argument);
   for (const Key& key : keys) {
     string value = value_of(key);
     if ((key.flags & kRequired) && (value == "\"\"" || value == "0" || value == "0.0"))
       bad_input(key.name, "is required and not set (got " + value + ")",
-                "set it in the file, or with --set " + key.name + "=...");
+          "set it in the file, or with --set " + key.name + "=...");
   }
   validate(config);
   return config;
@@ -230,18 +227,18 @@ void validate(const RunConfig& c) {
   const LrSchedule& lr = c.lr_schedule;
   if (lr.kind == "wsd" && lr.warmup_ratio + lr.decay_ratio > 1)
     bad_input("lr_schedule.decay_ratio",
-              text("warm-up and decay overlap (got %g + %g, need at most 1 together)",
-                   lr.warmup_ratio, lr.decay_ratio),
-              "a smaller one");
+        text("warm-up and decay overlap (got %g + %g, need at most 1 together)", lr.warmup_ratio,
+            lr.decay_ratio),
+        "a smaller one");
   zigzag_blocks(c.data.sequence_length, c.parallel.cp, 0);
   if (c.train.eval_interval > 0 && c.data.heldout_fraction == 0)
     bad_input("train.eval_interval",
-              "evaluation needs held-out documents (got data.heldout_fraction = 0)",
-              "data.heldout_fraction = 0.01, or train.eval_interval = 0");
+        "evaluation needs held-out documents (got data.heldout_fraction = 0)",
+        "data.heldout_fraction = 0.01, or train.eval_interval = 0");
   if (c.router.balance_loss == "none" && c.router.balance_coefficient != 0)
     bad_input("router.balance_coefficient",
-              "has no balance loss to scale (got router.balance_loss = \"none\")",
-              "router.balance_loss = \"global-batch\"");
+        "has no balance loss to scale (got router.balance_loss = \"none\")",
+        "router.balance_loss = \"global-batch\"");
 }
 
 string to_toml(const RunConfig& config) {

@@ -10,7 +10,7 @@
 namespace pith {
 
 EvalResult evaluate(Rank& rank, Instance& instance, const Dataset& data, const BatchShape& shape,
-                    const ScheduleOptions& schedule) {
+    const ScheduleOptions& schedule) {
   ScheduleOptions forward = schedule;
   forward.forward_only = true;
   const ActionList actions = make_schedule(forward, rank.mesh.pp_rank);
@@ -43,7 +43,7 @@ static int draw(const float* logits, i64 vocab, const SampleOptions& o, i64 inde
 }
 
 int next_token(Rank& rank, Instance& instance, const vector<int>& tokens,
-               const SampleOptions& options, i64 index) {
+    const SampleOptions& options, i64 index) {
   auto n = i64(tokens.size());
   auto upload = [&](const vector<int>& values) {
     return tensor_from(rank, {n}, DType::I32, values.data());

@@ -11,7 +11,7 @@ struct EvalResult {
 
 // The same on every rank.
 EvalResult evaluate(Rank& rank, Instance& instance, const Dataset& data, const BatchShape& shape,
-                    const ScheduleOptions& schedule);
+    const ScheduleOptions& schedule);
 
 struct SampleOptions {
   double temperature = 0;  // 0: the most likely token
@@ -20,6 +20,6 @@ struct SampleOptions {
 };
 // Draw number `index`, by a world of one rank.
 int next_token(Rank& rank, Instance& instance, const vector<int>& tokens,
-               const SampleOptions& options, i64 index);
+    const SampleOptions& options, i64 index);
 
 }

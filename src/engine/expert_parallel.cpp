@@ -13,16 +13,16 @@ static Tensor upload(Rank& rank, const vector<int>& values) {
 }
 
 // Rows by destination in the ep group -> rows received, by source.
-static Tensor exchange(Rank& rank, Tensor x, const vector<i64>& send, const vector<i64>& recv,
-                       const char* what) {
+static Tensor exchange(
+    Rank& rank, Tensor x, const vector<i64>& send, const vector<i64>& recv, const char* what) {
   if (send.size() == 1) return x;
   Dims dims = x.dim;
   dims[0] = std::reduce(recv.begin(), recv.end());
   Tensor y = empty(rank, dims, x.dtype);
   all_to_all(rank, Group::Ep, x, send.data(), y, recv.data(), what);
   if (Node* n = record(rank, what, At::here(), {x}, {&y})) {
-    n->bx_keep = {upload(rank, {send.begin(), send.end()}),
-                  upload(rank, {recv.begin(), recv.end()})};
+    n->bx_keep = {
+        upload(rank, {send.begin(), send.end()}), upload(rank, {recv.begin(), recv.end()})};
     n->bx = [](Rank& r, Node& node) {
       auto counts = [&](int i) {
         const Tensor& t = node.bx_keep[i];
@@ -50,8 +50,8 @@ static Tensor begins_of(Rank& rank, const vector<int>& keys, i64 n) {
 
 // Pairs come by (sender, row, slot). Sets recv_rows; returns the pair at each place of the order by
 // expert.
-static Tensor index_pairs(Rank& rank, const Pair* pairs, const vector<i64>& pairs_from, int experts,
-                          Dispatch& out) {
+static Tensor index_pairs(
+    Rank& rank, const Pair* pairs, const vector<i64>& pairs_from, int experts, Dispatch& out) {
   vector<int> row, expert;
   i64 R = 0;
   for (const i64 count : pairs_from) {
@@ -79,8 +79,8 @@ static Tensor index_pairs(Rank& rank, const Pair* pairs, const vector<i64>& pair
 }
 
 // All experts are here: no row moves, and nothing waits for the device.
-static Dispatch dispatch_here(Rank& rank, const Tensor& hidden, const Routing& routing,
-                              int experts) {
+static Dispatch dispatch_here(
+    Rank& rank, const Tensor& hidden, const Routing& routing, int experts) {
   Dispatch out{.tokens = hidden.dim[0]};
   out.send_rows = {out.tokens};
   Dispatched& d = out.at_experts;
@@ -105,11 +105,11 @@ static Dispatch dispatch_here(Rank& rank, const Tensor& hidden, const Routing& r
 Dispatch dispatch(Rank& rank, Tensor hidden, const Routing& routing, int num_experts) {
   int ep = group_size(rank, Group::Ep), local = num_experts / ep;
   check(rank, "dispatch", At::here(),
-        {{"hidden [T,D] and ids [T,k]",
-          hidden.dim.rank == 2 && routing.ids.dim.rank == 2 && hidden.dim[0] == routing.ids.dim[0]},
-         {"experts divisible by ep", num_experts % ep == 0},
-         {"ep = 1 on a GPU", ep == 1 || rank.device == Device::CPU}},
-        {&hidden, &routing.ids});
+      {{"hidden [T,D] and ids [T,k]", hidden.dim.rank == 2 && routing.ids.dim.rank == 2 &&
+                                          hidden.dim[0] == routing.ids.dim[0]},
+          {"experts divisible by ep", num_experts % ep == 0},
+          {"ep = 1 on a GPU", ep == 1 || rank.device == Device::CPU}},
+      {&hidden, &routing.ids});
   if (kCuda && hidden.device == Device::CUDA)
     return dispatch_here(rank, hidden, routing, num_experts);
   i64 k = routing.ids.dim[1];

@@ -11,8 +11,8 @@ Instance make_instance(const Json& config, const PipelineOptions& options) {
     instance.qwen3_moe = make_pipeline<Qwen3Moe>(instance, config, options);
   else
     bad_input(config.place() + ": model_type",
-              "is not implemented (got \"" + type + "\", need \"qwen3_moe\")",
-              "a model of an implemented type");
+        "is not implemented (got \"" + type + "\", need \"qwen3_moe\")",
+        "a model of an implemented type");
   return instance;
 }
 
@@ -24,7 +24,7 @@ Instance make_instance(Rank& rank, const Json& config, PipelineOptions options) 
 }
 
 void run_actions(Rank& rank, Instance& instance, StepIo& io, const ScheduleOptions& schedule,
-                 const ActionList& actions) {
+    const ActionList& actions) {
   if (instance.qwen3_moe) run_pipeline(rank, *instance.qwen3_moe, io, schedule, actions);
 }
 

@@ -44,15 +44,15 @@ struct Instance {
 Instance make_instance(const Json& config, const PipelineOptions& options = {});
 Instance make_instance(Rank& rank, const Json& config, PipelineOptions options);
 void run_actions(Rank& rank, Instance& instance, StepIo& io, const ScheduleOptions& schedule,
-                 const ActionList& actions);
+    const ActionList& actions);
 // Of the whole model; `target`s are null.
 ParameterTable whole_table(const Json& config);
 
 template <class M>
-std::shared_ptr<Pipeline<M>> make_pipeline(Instance& instance, const Json& config,
-                                           const PipelineOptions& options);
+std::shared_ptr<Pipeline<M>> make_pipeline(
+    Instance& instance, const Json& config, const PipelineOptions& options);
 template <class M>
 void run_pipeline(Rank& rank, Pipeline<M>& pipeline, StepIo& io, const ScheduleOptions& schedule,
-                  const ActionList& actions);
+    const ActionList& actions);
 
 }

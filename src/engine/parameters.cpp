@@ -13,8 +13,8 @@ static bool is_shared(const FlatUnit& unit) {
   return unit.weights.defined() && unit.weights.data == unit.master.data;
 }
 
-Parameters make_parameters(const vector<ParameterTable>& chunks, bool gather_layer,
-                           const Mesh& mesh, int id, Rank* rank) {
+Parameters make_parameters(
+    const vector<ParameterTable>& chunks, bool gather_layer, const Mesh& mesh, int id, Rank* rank) {
   Parameters p{.gather_layer = gather_layer};
   for (int chunk = 0; chunk < int(chunks.size()); chunk++)
     for (const Parameter& entry : chunks[chunk]) {

@@ -35,8 +35,8 @@ struct Fragment {
 };
 
 // Of the chunks of rank `id`; with `rank`, also its shards, which are zero.
-Parameters make_parameters(const vector<ParameterTable>& chunks, bool gather_layer,
-                           const Mesh& mesh, int id, Rank* rank);
+Parameters make_parameters(
+    const vector<ParameterTable>& chunks, bool gather_layer, const Mesh& mesh, int id, Rank* rank);
 vector<Fragment> fragments(const Parameters& parameters);
 // Draws each element from (seed, Hugging Face name, element index).
 void initialize(Rank& rank, Parameters& parameters, u64 seed);

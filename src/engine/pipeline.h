@@ -36,8 +36,8 @@ struct Pipeline {
 };
 
 template <class M>
-std::shared_ptr<Pipeline<M>> make_pipeline(Instance& instance, const Json& json,
-                                           const PipelineOptions& o) {
+std::shared_ptr<Pipeline<M>> make_pipeline(
+    Instance& instance, const Json& json, const PipelineOptions& o) {
   auto p = std::make_shared<Pipeline<M>>();
   MeshCoord at = coord_of(o.mesh, o.id);
   p->config = M::read_config(json);
@@ -228,7 +228,7 @@ struct Executor {
 
 template <class M>
 void run_pipeline(Rank& rank, Pipeline<M>& p, StepIo& io, const ScheduleOptions& schedule,
-                  const ActionList& actions) {
+    const ActionList& actions) {
   p.flights.clear();
   Executor<M> executor{rank, p, io, schedule};
   const Action* const last = actions.data() + actions.size();

@@ -3,9 +3,9 @@
 
 namespace pith {
 
-template std::shared_ptr<Pipeline<Qwen3Moe>> make_pipeline(Instance&, const Json&,
-                                                           const PipelineOptions&);
-template void run_pipeline(Rank&, Pipeline<Qwen3Moe>&, StepIo&, const ScheduleOptions&,
-                           const ActionList&);
+template std::shared_ptr<Pipeline<Qwen3Moe>> make_pipeline(
+    Instance&, const Json&, const PipelineOptions&);
+template void run_pipeline(
+    Rank&, Pipeline<Qwen3Moe>&, StepIo&, const ScheduleOptions&, const ActionList&);
 
 }

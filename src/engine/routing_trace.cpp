@@ -33,10 +33,10 @@ static void check_ids(const string& path, const RoutingStep& r, int num_experts)
     bool expert = *id >= 0 && *id < num_experts && std::find(id - i % k, id, *id) == id;
     if (dense ? *id == -1 : expert) continue;
     bad_input(path,
-              text("names a wrong expert for layer %ld, token %ld, slot %ld (got %d, need "
-                   "distinct ones of 0 to %d)",
-                   i / per_layer, i % per_layer / k, i % k, *id, num_experts - 1),
-              "a trace of the same model");
+        text("names a wrong expert for layer %ld, token %ld, slot %ld (got %d, need "
+             "distinct ones of 0 to %d)",
+            i / per_layer, i % per_layer / k, i % k, *id, num_experts - 1),
+        "a trace of the same model");
   }
 }
 
@@ -46,9 +46,9 @@ void read_routing(const string& folder, i64 step, int num_experts, RoutingStep& 
   vector<i64> need = {routing.layers, routing.tokens, routing.top_k};
   if (array.header.dtype != FileDType::I32 || array.header.shape != need)
     bad_input(path,
-              text("is not this run's routing (need <i4 [%ld, %ld, %ld]: layers, tokens, k)",
-                   need[0], need[1], need[2]),
-              "a trace of the same model and global batch");
+        text("is not this run's routing (need <i4 [%ld, %ld, %ld]: layers, tokens, k)", need[0],
+            need[1], need[2]),
+        "a trace of the same model and global batch");
   routing.ids.resize(array.header.numel());
   memcpy(routing.ids.data(), array.data, array.header.bytes());
   check_ids(path, routing, num_experts);
@@ -67,14 +67,14 @@ Tensor forced_ids(Rank& rank, const RoutingSlot& slot, int layer, int micro_batc
   return tensor_from(rank, {i64(ids.size()) / step.top_k, step.top_k}, DType::I32, ids.data());
 }
 
-void trace_routing(Rank& rank, const RoutingSlot& slot, int layer, int micro_batch,
-                   Routing routing) {
+void trace_routing(
+    Rank& rank, const RoutingSlot& slot, int layer, int micro_batch, Routing routing) {
   RoutingStep& step = *slot.step;
   if (!routing.ids.defined()) return;
   const vector<i64>& tokens = slot.tokens[micro_batch];
   i64 k = step.top_k, T = i64(tokens.size());
   check(rank, "trace_routing", At::here(), {{"ids of all tokens", routing.ids.numel() == T * k}},
-        {&routing.ids});
+      {&routing.ids});
   i64 E = routing.probs.cols();
   vector<char> bytes[3];
   for (int i = 0; Tensor * t : {&routing.ids, &routing.weights, &routing.probs})

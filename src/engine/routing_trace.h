@@ -25,7 +25,7 @@ struct RoutingSlot {
 };
 // I32 [T, k]; undefined where nothing is forced.
 Tensor forced_ids(Rank& rank, const RoutingSlot& slot, int layer, int micro_batch);
-void trace_routing(Rank& rank, const RoutingSlot& slot, int layer, int micro_batch,
-                   Routing routing);
+void trace_routing(
+    Rank& rank, const RoutingSlot& slot, int layer, int micro_batch, Routing routing);
 
 }

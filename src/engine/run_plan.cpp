@@ -9,8 +9,8 @@ RunPlan plan_run(const RunConfig& config, Device device, int ranks) {
   RunPlan plan{.config = config, .model = Json::parse_file(config.model.config), .device = device};
   bool gpu = device == Device::CUDA;
   if (!gpu && config.train.precision == "bf16")
-    bad_input("train.precision", "is bf16 on the CPU, which computes in fp32",
-              "fp32, or --device cuda");
+    bad_input(
+        "train.precision", "is bf16 on the CPU, which computes in fp32", "fp32, or --device cuda");
   if (gpu && config.train.precision != "fp32") plan.compute = DType::BF16;
   if (gpu && ranks > 1)
     bad_input("--ranks", text("one rank alone is on a GPU as yet (got %d)", ranks), "--device cpu");
@@ -30,24 +30,24 @@ RunPlan plan_run(const RunConfig& config, Device device, int ranks) {
       make_mesh(ranks, parallel.pp, parallel.cp, parallel.ep, parallel.dp_replicate);
   if (shape.num_experts % mesh.ep != 0)
     bad_input("parallel.ep",
-              text("does not divide the experts (got ep = %d and %d experts, need a divisor)",
-                   mesh.ep, shape.num_experts),
-              "parallel.ep = 1");
+        text("does not divide the experts (got ep = %d and %d experts, need a divisor)", mesh.ep,
+            shape.num_experts),
+        "parallel.ep = 1");
   if (shape.max_positions > 0 && length > shape.max_positions)
     bad_input("data.sequence_length",
-              text("is beyond the model's positions (got %ld, need at most "
-                   "max_position_embeddings = %ld)",
-                   length, shape.max_positions),
-              "a shorter sequence");
-  const BatchShape& batch = plan.batch = {config.train.global_batch_size,
-                                          config.train.micro_batch_size, mesh.dp, mesh.ep};
+        text("is beyond the model's positions (got %ld, need at most "
+             "max_position_embeddings = %ld)",
+            length, shape.max_positions),
+        "a shorter sequence");
+  const BatchShape& batch = plan.batch = {
+      config.train.global_batch_size, config.train.micro_batch_size, mesh.dp, mesh.ep};
   i64 unit = batch.micro_batch * mesh.dp * mesh.ep;
   if (batch.global_batch % unit != 0)
     bad_input("train.global_batch_size",
-              text("does not split into micro-batches over the mesh (got %ld sequences, need a "
-                   "multiple of micro-batch %ld * dp %d * ep %d = %ld)",
-                   batch.global_batch, batch.micro_batch, mesh.dp, mesh.ep, unit),
-              std::to_string((batch.global_batch / unit + 1) * unit));
+        text("does not split into micro-batches over the mesh (got %ld sequences, need a "
+             "multiple of micro-batch %ld * dp %d * ep %d = %ld)",
+            batch.global_batch, batch.micro_batch, mesh.dp, mesh.ep, unit),
+        std::to_string((batch.global_batch / unit + 1) * unit));
   ScheduleOptions& schedule = plan.schedule = {
       .kind = schedule_kind(parallel.schedule, parallel.pp, parallel.ep),
       .pp = parallel.pp,
@@ -57,12 +57,11 @@ RunPlan plan_run(const RunConfig& config, Device device, int ranks) {
   };
   int least = min_micro_batches(schedule);
   if (schedule.micro_batches < least)
-    bad_input(
-        "train.global_batch_size",
+    bad_input("train.global_batch_size",
         text("gives too few micro-batches for the schedule %s at pp = %d (got %ld / %ld = %d, "
              "need at least %d)",
-             name_of(schedule.kind), schedule.pp, batch.global_batch, unit, schedule.micro_batches,
-             least),
+            name_of(schedule.kind), schedule.pp, batch.global_batch, unit, schedule.micro_batches,
+            least),
         text("train.global_batch_size = %ld, or parallel.schedule = \"1f1b\"", least * unit));
   layer_partition(shape.num_layers, stages_of(schedule.kind, schedule.pp));
   plan.pipeline = {schedule.kind, !schedule.gather_step, length, config.model.init_std};

@@ -23,8 +23,7 @@ int rank_of_stage(ScheduleKind kind, int pp, int stage) {
 
 vector<int> layer_partition(int layers, int stages) {
   if (layers < stages)
-    bad_input(
-        "layers",
+    bad_input("layers",
         text("are fewer than the pipeline's stages (got %d layers and %d stages)", layers, stages),
         "a smaller parallel.pp, or parallel.schedule = \"1f1b\"");
   vector<int> count(stages, layers / stages);
@@ -221,9 +220,9 @@ ActionList make_schedule(const ScheduleOptions& o, int rank) {
   int least = min_micro_batches(o);
   if (o.micro_batches < least)
     bad_input("schedule",
-              text("%s at pp = %d gets too few micro-batches (got %d, need at least %d)",
-                   name_of(o.kind), o.pp, o.micro_batches, least),
-              "more micro-batches in a step, a smaller pp, or schedule = \"1f1b\"");
+        text("%s at pp = %d gets too few micro-batches (got %d, need at least %d)", name_of(o.kind),
+            o.pp, o.micro_batches, least),
+        "more micro-batches in a step, a smaller pp, or schedule = \"1f1b\"");
   Builder s{o, rank};
   // Gathers stand first, where ranks wait anyhow; rank 0 begins before its second.
   for (int chunk = 0; chunk < chunks_of(o.kind) && o.gather_step; chunk++)
@@ -272,8 +271,8 @@ Step with_part(Part part, Step s, bool backward) {
 
 // Cut where an overlapped one takes turns: behind what starts communication and the weight
 // gradients that run beside it.
-vector<vector<Step>> pieces_of(bool backward, int chunk, int mb, bool weights,
-                               const ChunkLayers& held) {
+vector<vector<Step>> pieces_of(
+    bool backward, int chunk, int mb, bool weights, const ChunkLayers& held) {
   vector<Step> all, beside;
   auto add = [&](Part part, int layer, UnitKind unit = UnitKind::Layer) {
     all.push_back({part, backward, chunk, mb, layer, unit});
@@ -332,9 +331,8 @@ vector<Step> with_sharding(const vector<Step>& in, bool forward_only) {
     // The head's gradient is formed with the loss, in the forward.
     if (s->part != Part::Weights && (s->part != Part::Epilog || s->backward || forward_only))
       continue;
-    auto gather = std::find_if(out.rbegin(), out.rend(), [&](const Step& before) {
-      return before.part == Part::Gather && same_unit(before, *s);
-    });
+    auto gather = std::find_if(out.rbegin(), out.rend(),
+        [&](const Step& before) { return before.part == Part::Gather && same_unit(before, *s); });
     gather->backward = true;
     out.push_back(with_part(Part::Reduce, *s, s->backward));
   }
@@ -344,8 +342,8 @@ vector<Step> with_sharding(const vector<Step>& in, bool forward_only) {
 
 }
 
-vector<Step> steps_of(const Action& a, const vector<ChunkLayers>& chunks, bool forward_only,
-                      bool gather_layer) {
+vector<Step> steps_of(
+    const Action& a, const vector<ChunkLayers>& chunks, bool forward_only, bool gather_layer) {
   bool gathers = a.what == Do::Gather, reduces = a.what == Do::Reduce;
   bool units = a.what == Do::W || gathers || reduces;
   int chunk = a.backward_chunk();
@@ -369,8 +367,17 @@ vector<Step> steps_of(const Action& a, const vector<ChunkLayers>& chunks, bool f
 
 const char* name_of(Part part) {
   constexpr const char* kNames[] = {
-      "prolog", "attention", "dispatch", "experts", "combine", "residual",
-      "epilog", "weights",   "gather",   "release", "reduce",
+      "prolog",
+      "attention",
+      "dispatch",
+      "experts",
+      "combine",
+      "residual",
+      "epilog",
+      "weights",
+      "gather",
+      "release",
+      "reduce",
   };
   return kNames[int(part)];
 }

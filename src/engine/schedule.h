@@ -93,7 +93,7 @@ struct ScheduleCheck {
 // every group call blocks, live micro-batches bounded. With layers, lists are those of all ranks of
 // the mesh, and the collectives of sharding, experts and context are checked too.
 ScheduleCheck check_schedule(const ScheduleOptions& options, const vector<ActionList>& lists,
-                             const Mesh& mesh = {}, int layers = 0, bool gather_layer = false);
+    const Mesh& mesh = {}, int layers = 0, bool gather_layer = false);
 
 // "F0.3", "B1.2+" (deferred), "W1.2-4", "F0.5|B1.3", "send F0.3 > 1", "gather 0".
 string to_text(const Action& action);
@@ -128,7 +128,7 @@ string name_of(const Step& step);  // "experts backward", "experts weights"
 
 // In the order in which their collectives are issued; in FB two micro-batches' take turns.
 // `gather_layer` adds the Gather, Release and Reduce of layer-wise sharding.
-vector<Step> steps_of(const Action& action, const vector<ChunkLayers>& chunks, bool forward_only,
-                      bool gather_layer);
+vector<Step> steps_of(
+    const Action& action, const vector<ChunkLayers>& chunks, bool forward_only, bool gather_layer);
 
 }

@@ -135,8 +135,8 @@ struct Replay {
     int peer = rank_of(mesh, coord);
     bool send = a.what == Do::Send;
     add_visit(rank, action, Group::Pp, {send ? rank : peer, send ? peer : rank},
-              text("%c of stage %d, micro-batch %d", a.payload == Payload::Activation ? 'F' : 'B',
-                   stage, a.mb));
+        text("%c of stage %d, micro-batch %d", a.payload == Payload::Activation ? 'F' : 'B', stage,
+            a.mb));
   }
   void add_collective(int rank, int action, const Step& s) {
     constexpr const char* kUnits[] = {"embedding", "layer", "experts", "head"};
@@ -215,7 +215,7 @@ struct Replay {
 }
 
 ScheduleCheck check_schedule(const ScheduleOptions& o, const vector<ActionList>& lists,
-                             const Mesh& given, int layers, bool gather_layer) {
+    const Mesh& given, int layers, bool gather_layer) {
   const Mesh mesh = layers > 0 ? given : Mesh{.pp = o.pp};
   int count = int(lists.size());
   if (count != mesh.world())
@@ -234,8 +234,8 @@ ScheduleCheck check_schedule(const ScheduleOptions& o, const vector<ActionList>&
       int most = o.kind == ScheduleKind::DualPipeV ? 2 * o.pp + 1 : o.pp - pp_rank;
       c.action = walk.peak;
       if (live > most && !o.forward_only)
-        throw text("activations of too many micro-batches are held (got %d, need at most %d)", live,
-                   most);
+        throw text(
+            "activations of too many micro-batches are held (got %d, need at most %d)", live, most);
       c.peak_live = max(c.peak_live, live);
       c.begin.emplace_back(list.size());
       for (const Action& a : list) c.busy += duration(a);

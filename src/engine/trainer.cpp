@@ -27,8 +27,8 @@ double learning_rate(const LrSchedule& schedule, double peak, i64 s, i64 steps) 
   return schedule.final_lr + (peak - schedule.final_lr) * (1 + std::cos(std::numbers::pi * t)) / 2;
 }
 
-void optimizer_pass(Rank& rank, Parameters& parameters, const AdamW& options,
-                    CheckpointSaver* saver) {
+void optimizer_pass(
+    Rank& rank, Parameters& parameters, const AdamW& options, CheckpointSaver* saver) {
   for (size_t i = 0; i < parameters.units.size(); i++) {
     const FlatUnit& unit = parameters.units[i];
     if (saver) saver->wait_unit(int(i));
@@ -60,9 +60,9 @@ StepMetrics Trainer::compute_gradients() {
   double labels = max(loaded.global_labels(rank), 1.0);
   const RoutingSlot slot{&run.routing, std::move(loaded.token_index)};
   StepIo io{.batches = std::move(loaded.batches),
-            .loss_scale = 1.0 / labels,
-            .force_balanced = config.router.force == "balanced",
-            .balance = &balance};
+      .loss_scale = 1.0 / labels,
+      .force_balanced = config.router.force == "balanced",
+      .balance = &balance};
   if (run.tracing || !run.routing_replay.empty()) {
     io.routing = &slot;
     if (rank.id == 0) {
@@ -85,16 +85,16 @@ StepMetrics Trainer::compute_gradients() {
   for (const double loss : io.loss) sums[0] += loss;
   sums.insert(sums.end(), balance.loss.begin(), balance.loss.end());
   sums.insert(sums.end(), balance.counts.begin(), balance.counts.end());
-  all_reduce(rank, Group::World, sums.data(), int(sums.size()), Reduce::Sum,
-             "all_reduce step totals");
+  all_reduce(
+      rank, Group::World, sums.data(), int(sums.size()), Reduce::Sum, "all_reduce step totals");
   auto losses = sums.begin() + 2, rest = losses + plan.shape.num_layers;
   stop = sums[1] > 0;
   counts.assign(rest, sums.end());
   StepMetrics m{.steps = config.train.steps,
-                .loss = sums[0] / labels,
-                .router_forced = io.force_balanced ? "balanced" : "",
-                .tokens = plan.step_tokens(),
-                .load = expert_load(counts, plan.shape.num_experts)};
+      .loss = sums[0] / labels,
+      .router_forced = io.force_balanced ? "balanced" : "",
+      .tokens = plan.step_tokens(),
+      .load = expert_load(counts, plan.shape.num_experts)};
   if (balance.kind != BalanceKind::None) m.balance_loss.assign(losses, rest);
   return m;
 }
@@ -103,8 +103,8 @@ StepMetrics Trainer::compute_gradients() {
 [[noreturn]] static void explain_nonfinite(Trainer& t, const StepMetrics& m) {
   if (t.saver) t.saver->finish(t.rank);  // the last good state
   string where = text("step %ld", t.state.step + 1);
-  string what = text("loss or gradient is not finite (got loss %g, gradient norm %g)", m.loss,
-                     m.gradient_norm);
+  string what = text(
+      "loss or gradient is not finite (got loss %g, gradient norm %g)", m.loss, m.gradient_norm);
   if (t.rank.id == 0) log_warning("%s: %s: looking for the op", where.c_str(), what.c_str());
   try {
     t.rank.debug = true;
@@ -134,7 +134,7 @@ void Trainer::update(StepMetrics& m) {
   balance.previous = counts;
   m.step = ++state.step;
   double most[] = {now_s() - step_began_s, double(rank.allocator->peak_bytes),
-                   saver ? saver->take_stall() : 0.0};
+      saver ? saver->take_stall() : 0.0};
   all_reduce(rank, Group::World, most, 3, Reduce::Max, "all_reduce step time");
   m.seconds = most[0];
   if (config.train.peak_tflops > 0)
@@ -177,7 +177,7 @@ void Trainer::train(const TrainOptions& options) {
   }
   if (saving && !saver->finish(rank))
     failed(config.run.folder, "the last checkpoint could not be saved",
-           "free space there, then the same command again");
+        "free space there, then the same command again");
   if (rank.id == 0 && run.stopped)
     log_info("stopped at step %ld; the same command goes on", state.step);
 }
@@ -186,14 +186,14 @@ bool train(const RunPlan& plan, const TrainOptions& options) {
   const RunConfig& config = plan.config;
   const string& folder = config.run.folder;
   Run run{.plan = plan,
-          .routing_replay = options.routing_replay,
-          .tracing = !options.routing_trace.empty()};
+      .routing_replay = options.routing_replay,
+      .tracing = !options.routing_trace.empty()};
   run.data.require_samples(config.train.steps * plan.batch.global_batch);
   if (config.train.eval_interval > 0) run.data.require_heldout();
   run.state = {.seed = config.data.seed,
-               .data_fingerprint = run.data.fingerprint(),
-               .config = to_toml(config),
-               .model = plan.model.dump(2)};
+      .data_fingerprint = run.data.fingerprint(),
+      .config = to_toml(config),
+      .model = plan.model.dump(2)};
   // Before anything is written.
   if (!config.model.init_from.empty() && list_checkpoints(folder).empty()) {
     run.init_from = open_weights(config.model.init_from);
@@ -213,10 +213,10 @@ bool train(const RunPlan& plan, const TrainOptions& options) {
   run.events = begin_events(folder + "/tensorboard", run.state.step + 1, double(time(nullptr)));
   const char* debug = getenv("PITH_DEBUG");
   const LaunchOptions launch{.startup_limit_s = config.parallel.startup_timeout_s,
-                             .limit_s = config.parallel.timeout_s,
-                             .exit_on_failure = options.exit_on_failure,
-                             .compute = plan.compute,
-                             .debug = debug && *debug == '1'};
+      .limit_s = config.parallel.timeout_s,
+      .exit_on_failure = options.exit_on_failure,
+      .compute = plan.compute,
+      .debug = debug && *debug == '1'};
   run_ranks(plan.mesh, plan.device, launch, [&](Rank& rank) { Trainer(rank, run).train(options); });
   log_to_file("");
   return !run.stopped;

@@ -19,8 +19,8 @@ bool train(const RunPlan& plan, const TrainOptions& options);
 // round(decay_ratio * steps) of "wsd", all the rest of "cosine". Half to even.
 double learning_rate(const LrSchedule& schedule, double peak, i64 s, i64 steps);
 // Updates each unit after the save under way (null: none) has copied it.
-void optimizer_pass(Rank& rank, Parameters& parameters, const AdamW& options,
-                    CheckpointSaver* saver);
+void optimizer_pass(
+    Rank& rank, Parameters& parameters, const AdamW& options, CheckpointSaver* saver);
 
 // Shared; written before the ranks start, and by rank 0.
 struct Run {

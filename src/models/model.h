@@ -67,9 +67,9 @@ struct ModelShape {
 // functions. Between stages 1, 3 and 5 of a layer the engine dispatches and combines.
 template <class M>
 concept Model = requires(Rank& rank, const Json& json, const typename M::Config& config, M& model,
-                         const M& stage, const StagePart& part, const typename M::Layer& layer,
-                         Tensor x, const Batch& batch, const RouterOptions& routing,
-                         const MoeInput& in, const Dispatched& d, double scale) {
+    const M& stage, const StagePart& part, const typename M::Layer& layer, Tensor x,
+    const Batch& batch, const RouterOptions& routing, const MoeInput& in, const Dispatched& d,
+    double scale) {
   // Refuses by name what it does not implement.
   { M::read_config(json) } -> std::same_as<typename M::Config>;
   { M::shape(config) } -> std::same_as<ModelShape>;

@@ -15,16 +15,13 @@ static constexpr string_view kTaken =
 struct Fixed {
   const char *field, *value;
 };
-static constexpr Fixed kFixed[] = {
-    {"attention_bias", "false"},     {"attention_dropout", "0"},
-    {"decoder_sparse_step", "1"},    {"hidden_act", "\"silu\""},
-    {"mlp_only_layers", "[]"},       {"partial_rotary_factor", "1"},
-    {"quantization_config", "null"}, {"tie_word_embeddings", "false"},
-    {"use_sliding_window", "false"}};
+static constexpr Fixed kFixed[] = {{"attention_bias", "false"}, {"attention_dropout", "0"},
+    {"decoder_sparse_step", "1"}, {"hidden_act", "\"silu\""}, {"mlp_only_layers", "[]"},
+    {"partial_rotary_factor", "1"}, {"quantization_config", "null"},
+    {"tie_word_embeddings", "false"}, {"use_sliding_window", "false"}};
 
 [[noreturn]] static void refuse(const Json& json, const string& field, const char* need) {
-  bad_input(
-      json.place() + ": " + field,
+  bad_input(json.place() + ": " + field,
       text("is not implemented for qwen3_moe (got %s, need %s)", json[field].dump().c_str(), need),
       "a model without it; see docs/models.md for what is implemented");
 }
@@ -40,7 +37,7 @@ static void refuse_unimplemented(const Json& j) {
     }
     if (!known)
       bad_input(j.place() + ": " + key, "unknown field of a qwen3_moe config.json",
-                "removing it, if it does not change the model's mathematics");
+          "removing it, if it does not change the model's mathematics");
   }
   Json layers = j.has("layer_types") ? j["layer_types"] : Json{};
   for (i64 i = 0; !layers.is_null() && i < layers.size(); i++)
@@ -83,16 +80,16 @@ Qwen3Moe::Config Qwen3Moe::read_config(const Json& j) {
   c.rope_theta = read_rope_theta(j);
   if (c.heads.query % c.heads.kv != 0 || c.heads.size < 2 || c.heads.size % 2 != 0)
     bad_input(j.place(),
-              text("got num_attention_heads %d, num_key_value_heads %d, head_dim %d", c.heads.query,
-                   c.heads.kv, c.heads.size),
-              "head counts that divide and an even head_dim");
+        text("got num_attention_heads %d, num_key_value_heads %d, head_dim %d", c.heads.query,
+            c.heads.kv, c.heads.size),
+        "head counts that divide and an even head_dim");
   return c;
 }
 
 ModelShape Qwen3Moe::shape(const Config& c) {
   i64 attention_width = i64{2} * c.heads.query * c.heads.size;
-  return {"qwen3_moe",   c.hidden, c.vocab,         c.num_layers,
-          c.num_experts, c.top_k,  attention_width, c.max_positions};
+  return {"qwen3_moe", c.hidden, c.vocab, c.num_layers, c.num_experts, c.top_k, attention_width,
+      c.max_positions};
 }
 
 ParameterTable Qwen3Moe::parameters(const Config& c, const StagePart& part, double init_std) {
@@ -120,8 +117,8 @@ ParameterTable Qwen3Moe::parameters(const Config& c, const StagePart& part, doub
     one(w.attn_norm, l + "input_layernorm", {D}, ones);
     add(w.qkv, {q + 2 * kv, D},
         {{attn + "q_proj.weight", {q, D}, normal, true},
-         {attn + "k_proj.weight", {kv, D}, normal, true},
-         {attn + "v_proj.weight", {kv, D}, normal, true}});
+            {attn + "k_proj.weight", {kv, D}, normal, true},
+            {attn + "v_proj.weight", {kv, D}, normal, true}});
     one(w.q_norm, attn + "q_norm", {N}, ones);
     one(w.k_norm, attn + "k_norm", {N}, ones);
     one(w.o_proj, attn + "o_proj", {D, q}, output, true);
@@ -156,7 +153,7 @@ Tensor Qwen3Moe::embed(Rank& rank, const Batch& batch) const {
 }
 
 MoeInput Qwen3Moe::attend(Rank& rank, const Config& c, const Layer& w, Tensor x_TD,
-                          const Batch& batch, const RouterOptions& routing) const {
+    const Batch& batch, const RouterOptions& routing) const {
   Tensor h_TD = rms_norm(rank, x_TD, w.attn_norm, c.rms_eps);
   Tensor qkv = linear(rank, h_TD, w.qkv);
   qkv = qk_norm_rope(rank, qkv, c.heads, w.q_norm, w.k_norm, c.rms_eps, rope, batch.positions);
@@ -176,13 +173,13 @@ Tensor Qwen3Moe::experts(Rank& rank, const Config&, const Layer& w, const Dispat
   return linear_reduce(rank, act_PF, w.down, d);
 }
 
-Tensor Qwen3Moe::finish(Rank& rank, const Config&, const Layer&, Tensor combined_TD,
-                        const MoeInput& in) const {
+Tensor Qwen3Moe::finish(
+    Rank& rank, const Config&, const Layer&, Tensor combined_TD, const MoeInput& in) const {
   return add(rank, combined_TD, in.residual);
 }
 
-Tensor Qwen3Moe::loss(Rank& rank, const Config& c, Tensor x_TD, const Batch& batch,
-                      double scale) const {
+Tensor Qwen3Moe::loss(
+    Rank& rank, const Config& c, Tensor x_TD, const Batch& batch, double scale) const {
   Tensor h_TD = rms_norm(rank, x_TD, final_norm, c.rms_eps);
   return lm_head_cross_entropy(rank, h_TD, lm_head, batch.labels, scale);
 }

@@ -37,10 +37,10 @@ struct Qwen3Moe {
 
   Tensor embed(Rank& rank, const Batch& batch) const;
   MoeInput attend(Rank& rank, const Config& c, const Layer& w, Tensor x_TD, const Batch& batch,
-                  const RouterOptions& routing) const;
+      const RouterOptions& routing) const;
   Tensor experts(Rank& rank, const Config& c, const Layer& w, const Dispatched& d) const;
-  Tensor finish(Rank& rank, const Config& c, const Layer& w, Tensor combined_TD,
-                const MoeInput& in) const;
+  Tensor finish(
+      Rank& rank, const Config& c, const Layer& w, Tensor combined_TD, const MoeInput& in) const;
   Tensor loss(Rank& rank, const Config& c, Tensor x_TD, const Batch& batch, double scale) const;
   Tensor logits(Rank& rank, const Config& c, Tensor x_TD) const;
 };

@@ -17,7 +17,7 @@ void open_profiler() {
   if (!library) library = dlopen(in_toolkit.c_str(), RTLD_NOW);
   if (!library)
     bad_input("--profile-step", text("CUPTI is missing (got %s)", dlerror()),
-              "the CUDA toolkit's package cuda-cupti, or its folder in LD_LIBRARY_PATH");
+        "the CUDA toolkit's package cuda-cupti, or its folder in LD_LIBRARY_PATH");
   profiler() = new Profile{.library = library};
 }
 
@@ -57,7 +57,7 @@ static void take_buffer(CUcontext, u32, u8* buffer, size_t, size_t used) {
   const std::lock_guard lock(p.mutex);
   auto add = [&](const auto& r, const char* kernel) {
     p.launches.push_back({double(i64(r.start - p.begin_ns)) / 1e3, double(r.end - r.start) / 1e3,
-                          int(r.streamId), int(r.correlationId), kernel});
+        int(r.streamId), int(r.correlationId), kernel});
   };
   union {
     CUpti_Activity* any;
@@ -81,8 +81,8 @@ static void take_buffer(CUcontext, u32, u8* buffer, size_t, size_t used) {
 static bool for_kinds(const char* enable_or_disable) {
   bool done = true;
   for (const auto kind : {CUPTI_ACTIVITY_KIND_EXTERNAL_CORRELATION, CUPTI_ACTIVITY_KIND_RUNTIME,
-                          CUPTI_ACTIVITY_KIND_DRIVER, CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL,
-                          CUPTI_ACTIVITY_KIND_MEMCPY, CUPTI_ACTIVITY_KIND_MEMSET})
+           CUPTI_ACTIVITY_KIND_DRIVER, CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL,
+           CUPTI_ACTIVITY_KIND_MEMCPY, CUPTI_ACTIVITY_KIND_MEMSET})
     done = done && call(enable_or_disable, kind);
   return done;
 }

@@ -37,7 +37,7 @@ double StepMetrics::mean_balance_loss() const {
 
 string step_line(const StepMetrics& m) {
   string line = text("step %08ld/%08ld | step-time %.3f sec | cross-entropy-loss %.4f", m.step,
-                     m.steps, m.seconds, m.loss);
+      m.steps, m.seconds, m.loss);
   if (!m.balance_loss.empty()) line += text(" | load-balance-loss %.6f", m.mean_balance_loss());
   line += text(" | learning-rate %.6e | gradient-norm %.4f", m.learning_rate, m.gradient_norm);
   line += " | tokens-per-second " + with_commas(std::llround(m.tokens_per_second()));
@@ -54,20 +54,20 @@ string step_line(const StepMetrics& m) {
 string step_json(const StepMetrics& m) {
   JsonWriter w;
   w.object().members("step", m.step, "steps", m.steps, "cross_entropy_loss", m.loss,
-                     "learning_rate", m.learning_rate, "gradient_norm", m.gradient_norm,
-                     "step_time", m.seconds, "peak_memory", m.peak_memory_bytes, "checkpoint_stall",
-                     m.checkpoint_stall_s, "clipped", m.clipped, "skipped", m.skipped, "tokens",
-                     m.tokens, "tokens_per_second", m.tokens_per_second());
+      "learning_rate", m.learning_rate, "gradient_norm", m.gradient_norm, "step_time", m.seconds,
+      "peak_memory", m.peak_memory_bytes, "checkpoint_stall", m.checkpoint_stall_s, "clipped",
+      m.clipped, "skipped", m.skipped, "tokens", m.tokens, "tokens_per_second",
+      m.tokens_per_second());
   if (m.mfu) w.members("mfu", *m.mfu);
   if (m.eval_loss) w.members("eval_loss", *m.eval_loss);
   if (!m.router_forced.empty()) w.members("router_forced", m.router_forced);
   if (!m.balance_loss.empty())
-    w.members("load_balance_loss", m.mean_balance_loss(), "load_balance_loss_per_layer",
-              m.balance_loss);
+    w.members(
+        "load_balance_loss", m.mean_balance_loss(), "load_balance_loss_per_layer", m.balance_loss);
   const ExpertLoad& load = m.load;
   if (!load.entropy.empty())
     w.members("expert_load_max", load.max_over_mean, "expert_load_dead", load.dead_share,
-              "expert_load_entropy", load.entropy);
+        "expert_load_entropy", load.entropy);
   return w.end().str();
 }
 
@@ -158,8 +158,8 @@ string begin_events(const string& folder, i64 first_step, double wall_s) {
   return path;
 }
 
-void append_scalars(const string& path, i64 step, double wall_s,
-                    const vector<std::pair<string, double>>& values) {
+void append_scalars(
+    const string& path, i64 step, double wall_s, const vector<std::pair<string, double>>& values) {
   string summary;
   for (const auto& [tag, value] : values)
     summary += field(1, field(1, tag) + field(2, float(value)));
@@ -167,7 +167,7 @@ void append_scalars(const string& path, i64 step, double wall_s,
 }
 
 void append_step(const string& metrics_path, const string& events_path, const StepMetrics& metrics,
-                 double wall_s) {
+    double wall_s) {
   string json = step_json(metrics);
   append(metrics_path, json + "\n");
   Json line = Json::parse(json, metrics_path);

@@ -43,11 +43,11 @@ vector<Json> read_metrics(const string& path, i64 last_step = INT64_MAX, size_t*
 
 // A new TensorBoard file, which voids what others say of `first_step` on.
 string begin_events(const string& folder, i64 first_step, double wall_s);
-void append_scalars(const string& path, i64 step, double wall_s,
-                    const vector<std::pair<string, double>>& values);
+void append_scalars(
+    const string& path, i64 step, double wall_s, const vector<std::pair<string, double>>& values);
 // As step/KEY or KEY/layer-000 ... into the events.
 void append_step(const string& metrics_path, const string& events_path, const StepMetrics& metrics,
-                 double wall_s);
+    double wall_s);
 u32 crc32c(const string& bytes);
 
 }

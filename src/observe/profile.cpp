@@ -52,13 +52,13 @@ string profile_table(const Profile& p) {
   std::sort(most.rbegin(), most.rend());
   if (most.size() > 10) most.resize(10);
   string table = text("step %ld: %.3f ms, %zu launches\n        ms  share  calls  kernel\n", p.step,
-                      p.us / 1e3, p.launches.size());
+      p.us / 1e3, p.launches.size());
   for (const auto& [sum, kernel] : most)
     table += text("%10.3f %5.1f%% %6ld  %s\n", sum.first / 1e3, 100 * sum.first / p.us, sum.second,
-                  kernel.c_str());
+        kernel.c_str());
   const vector<double> share = profile_shares(p);
   table += text("matrix products %.1f%%, attention %.1f%%, memory-bound kernels %.1f%%, ", share[0],
-                share[1], share[2]);
+      share[1], share[2]);
   return table + text("communication %.1f%%, idle %.1f%%", share[3], share[4]);
 }
 
@@ -73,9 +73,9 @@ void write_profile(const string& folder, Profile& p) {
     const Stage& s = p.stages[l.stage];
     l.kernel = kernel_name(l.kernel);
     rows += text("%.3f\t%.3f\t%d\t%s\t%d\t%d\t%s\n", l.begin_us, l.us, l.stream, s.name.c_str(),
-                 s.layer, s.micro_batch, l.kernel.c_str());
+        s.layer, s.micro_batch, l.kernel.c_str());
     w.object().members("ph", "X", "pid", "GPU", "tid", text("stream %d", l.stream), "name",
-                       l.kernel, "ts", l.begin_us, "dur", l.us);
+        l.kernel, "ts", l.begin_us, "dur", l.us);
     w.key("args").object().members("stage", s.name, "layer", s.layer, "micro_batch", s.micro_batch);
     w.end().end();
   }
@@ -83,7 +83,7 @@ void write_profile(const string& folder, Profile& p) {
   write_file_durably(path + ".tsv", rows);
   write_file_durably(path + ".json", w.end().end().str());
   log_info("profile of %s\n%s.json, for ui.perfetto.dev, and .tsv", profile_table(p).c_str(),
-           path.c_str());
+      path.c_str());
 }
 
 }

@@ -10,7 +10,7 @@ string memory_table(const vector<RankMemory>& ranks) {
     const RankMemory& m = ranks[i];
     out += text("%4zu", i);
     for (const i64 bytes : {m.weights, m.compute_copy, m.gradients, m.optimizer, m.activations,
-                            m.workspace, m.total()})
+             m.workspace, m.total()})
       out += text(" %12s", bytes_text(double(bytes)).c_str());
     out += "\n";
   }
@@ -73,7 +73,7 @@ static string chart(const char* caption, vector<Curve> curves, i64 last_step) {
     for (size_t i = 0; i < values.size(); i++)
       if (std::isfinite(values[i]))
         line += text("%c%.1f %.1f", line.empty() ? 'M' : 'L',
-                     kLeft + kWidth * double(i) / double(values.size()), kHeight * (1 - values[i]));
+            kLeft + kWidth * double(i) / double(values.size()), kHeight * (1 - values[i]));
     svg += text("<path stroke=\"hsl(%zu 60%% 50%%)\" d=\"", c * 360 / curves.size()) + line +
            "\"><title>" + curves[c].name + "</title></path>";
   }

@@ -55,12 +55,12 @@ struct Keys {
 Keys empty_keys(const Op& op, const AttentionCore& core, i64 count) {
   i64 width = core.kv_heads * (core.size + core.v_size);
   return {op.empty({core.batch, count, width}, core.dtype),
-          op.empty({1 + (core.key.doc_end ? core.batch : 0), count}, DType::I32)};
+      op.empty({1 + (core.key.doc_end ? core.batch : 0), count}, DType::I32)};
 }
 
 // Copies the positions `range` of `local` to `packed` or, if `home`, adds them from there.
 void move_keys(const Op& op, const AttentionCore& core, const Keys& packed,
-               const AttentionViews& local, KeyRange range, bool home) {
+    const AttentionViews& local, KeyRange range, bool home) {
   const auto view = [](const HeadView& x, i64 first) {
     View v{{}, first * x.position, {x.batch, x.position, 1}};
     v.x.data = x.data;
@@ -86,7 +86,7 @@ struct Step {
 
 // An empty message is not sent.
 void exchange(const Op& op, const char* what, int step, const TensorList& out, int to,
-              const TensorList& in, int from) {
+    const TensorList& in, int from) {
   vector<Transfer> list;
   for (int i = 0; i < out.count; i++) {
     const MessageTag tag{i, step, 0};
@@ -107,7 +107,7 @@ Step take_step(const Op& op, const AttentionCore& core, int number) {
     to = std::copy_n(core.key.doc_end + b * core.key.doc_stride + mine.begin, mine.count(), to);
   Step step{owner, reader, mine, empty_keys(op, core, theirs.count()), core};
   exchange(op, "keys and values", number, {sent.kv, sent.table}, reader,
-           {step.keys.kv, step.keys.table}, owner);
+      {step.keys.kv, step.keys.table}, owner);
   const AttentionViews views = step.keys.views(core);
   step.core.key = positions_of(step.keys.table, theirs.count());
   step.core.in = {core.in.q, views.k, views.v, {}};
@@ -137,7 +137,7 @@ void ring_forward(const Op& op, const AttentionCore& core, HeadView out, const T
 }
 
 void ring_backward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse,
-                   HeadView dout, const AttentionViews& grads) {
+    HeadView dout, const AttentionViews& grads) {
   attention_backward(op, core, out, lse, dout, grads);
   for (int number = 1; number < group_size(op.rank, Group::Cp); number++) {
     const Step step = take_step(op, core, number);
@@ -147,7 +147,7 @@ void ring_backward(const Op& op, const AttentionCore& core, HeadView out, const 
     attention_backward(op, step.core, out, lse, dout, d);
     const Keys mine = empty_keys(op, core, step.mine.count());
     exchange(op, "gradients of keys and values", number, {theirs.kv}, step.owner, {mine.kv},
-             step.reader);
+        step.reader);
     move_keys(op, core, mine, grads, step.mine, true);
   }
 }
@@ -179,14 +179,14 @@ AttentionCore core_of(const TensorList& t, const i64* i, double scale) {
     core.query = positions_of(table, q[1]);
     core.key = positions_of(table, k[1]);
   }
-  core.in = {heads_of(t[kQ], width), heads_of(t[kK], width), heads_of(t[kV], width),
-             scores_of(t[kBias])};
+  core.in = {
+      heads_of(t[kQ], width), heads_of(t[kK], width), heads_of(t[kV], width), scores_of(t[kBias])};
   return core;
 }
 
 // What cuDNN takes: a packed projection in BF16.
-[[gnu::always_inline]] inline bool by_cudnn(const TensorList& t, const i64* numbers,
-                                            const AttentionShape& s) {
+[[gnu::always_inline]] inline bool by_cudnn(
+    const TensorList& t, const i64* numbers, const AttentionShape& s) {
   return t[kQ].on_gpu() && t[kQ].dtype == DType::BF16 && numbers[kWidth] &&
          cudnn_attention_fits(s, t[kTable].defined());
 }
@@ -201,8 +201,8 @@ void attention_bx(const auto& b) {
   bool gpu = t[kQ].on_gpu();
   if (by_cudnn(t, b.node.i, shape_of(core))) {
     Tensor dqkv = b.op().empty(b.node.in[0].dim, DType::BF16);
-    cudnn_attention_backward(b.rank, shape_of(core),
-                             {t[kQ], t[kTable], t[kOut], t[kLse], b.dy(), dqkv});
+    cudnn_attention_backward(
+        b.rank, shape_of(core), {t[kQ], t[kTable], t[kOut], t[kLse], b.dy(), dqkv});
     return add_grad(b.rank, b.node.in[0], dqkv);
   }
   // On a GPU a weight's gradient is of another dtype than what is computed.
@@ -218,8 +218,8 @@ void attention_bx(const auto& b) {
     d[k] = width ? packed_part(d[0], core.batch, k == 1 ? H : H + K, K, N) : grad(k);
   if (width) d[0] = packed_part(d[0], core.batch, 0, H, N);
   ring_backward(b.op(), core, out_of(core, t[kOut]), t[kLse], out_of(core, b.dy()),
-                {heads_of(d[0], width), heads_of(d[1], width), heads_of(d[2], width),
-                 width ? HeadView{} : scores_of(grad(3))});
+      {heads_of(d[0], width), heads_of(d[1], width), heads_of(d[2], width),
+          width ? HeadView{} : scores_of(grad(3))});
   for (int k = 0; k < b.node.in.count; k++)
     if (made[k].defined()) add_grad(b.rank, b.node.in[k], made[k]);
 }
@@ -229,13 +229,13 @@ void attention_bx(const auto& b) {
 Tensor mask_table(const Op& op, const AttentionMask& mask, i64 batch, i64 queries, i64 keys) {
   const Tensor& ends = mask.doc_ends;
   bool documents = ends.defined();
-  op.check(
-      {{"mask.doc_ends i32 [B, S] on the rank's device",
-        !documents || (is_i32(ends, {batch, queries}) && ends.device == op.rank.device)},
-       {"S == Z where mask.doc_ends is given", queries == keys || !documents},
-       {"chunks r and 2*cp-1-r of a row, of equal size", op.rank.mesh.cp == 1 || queries % 2 == 0},
-       {"cp = 1 on a GPU", op.rank.mesh.cp == 1 || op.rank.device == Device::CPU},
-       {"mask.window >= 0", mask.window >= 0}},
+  op.check({{"mask.doc_ends i32 [B, S] on the rank's device",
+                !documents || (is_i32(ends, {batch, queries}) && ends.device == op.rank.device)},
+               {"S == Z where mask.doc_ends is given", queries == keys || !documents},
+               {"chunks r and 2*cp-1-r of a row, of equal size",
+                   op.rank.mesh.cp == 1 || queries % 2 == 0},
+               {"cp = 1 on a GPU", op.rank.mesh.cp == 1 || op.rank.device == Device::CPU},
+               {"mask.window >= 0", mask.window >= 0}},
       {&ends});
   if (op.rank.device == Device::CUDA) return ends;
   bool ascend = true;
@@ -251,8 +251,8 @@ Tensor mask_table(const Op& op, const AttentionMask& mask, i64 batch, i64 querie
 }
 
 Tensor attend(const Op& op, const Tensor& q, const Tensor& k, const Tensor& v, i64 width,
-              double scale, const AttentionMask& mask, const Tensor& bias, const Dims& dims,
-              std::initializer_list<Tensor> in) {
+    double scale, const AttentionMask& mask, const Tensor& bias, const Dims& dims,
+    std::initializer_list<Tensor> in) {
   Tensor table = mask_table(op, mask, q.dim[0], q.dim[1], k.dim[1]);
   Tensor out = op.empty(dims, q.dtype);
   Tensor lse = op.empty({q.dim[0], q.dim[2], q.dim[1]}, wide(q.dtype));
@@ -273,38 +273,39 @@ Tensor attention(Rank& rank, Tensor qkv, Heads heads, i64 batch, AttentionMask m
   Op op{rank, "attention", at};
   i64 H = heads.query, K = heads.kv, N = heads.size;
   op.check({{"heads.query a multiple of heads.kv >= 1", K >= 1 && H >= 1 && H % K == 0},
-            {"heads.size >= 1", N >= 1},
-            {"qkv [B*S, (H+2K)*N]", qkv.dim.rank == 2 && qkv.dim[1] == heads.width()},
-            {"batch that divides qkv.dim[0]",
-             batch > 0 ? qkv.dim[0] % batch == 0 : batch == 0 && qkv.dim[0] == 0}},
-           {&qkv});
+               {"heads.size >= 1", N >= 1},
+               {"qkv [B*S, (H+2K)*N]", qkv.dim.rank == 2 && qkv.dim[1] == heads.width()},
+               {"batch that divides qkv.dim[0]",
+                   batch > 0 ? qkv.dim[0] % batch == 0 : batch == 0 && qkv.dim[0] == 0}},
+      {&qkv});
   return attend(op, packed_part(qkv, batch, 0, H, N), packed_part(qkv, batch, H, K, N),
-                packed_part(qkv, batch, H + K, K, N), heads.width(), 1 / std::sqrt(double(N)), mask,
-                {}, {qkv.dim[0], H * N}, {qkv});
+      packed_part(qkv, batch, H + K, K, N), heads.width(), 1 / std::sqrt(double(N)), mask, {},
+      {qkv.dim[0], H * N}, {qkv});
 }
 
 Tensor attention(Rank& rank, Tensor q, Tensor k, Tensor v, double scale, AttentionMask mask,
-                 AttentionBias bias, At at) {
+    AttentionBias bias, At at) {
   Op op{rank, "attention", at};
   Tensor &extra = bias.bias, &visible = bias.visible;
   op.check({{"q, k and v of rank 4", q.dim.rank == 4 && k.dim.rank == 4 && v.dim.rank == 4},
-            {"k [B,Z,K,N] for q [B,S,H,N]", k.dim[0] == q.dim[0] && k.dim[3] == q.dim[3]},
-            {"v [B,Z,K,M] for k [B,Z,K,N]",
-             v.dim[0] == k.dim[0] && v.dim[1] == k.dim[1] && v.dim[2] == k.dim[2]},
-            {"heads of q a multiple of those of k",
-             k.dim[2] >= 1 && q.dim[2] >= 1 && q.dim[2] % k.dim[2] == 0},
-            {"equal dtypes", q.dtype == k.dtype && q.dtype == v.dtype}},
-           {&q, &k, &v});
+               {"k [B,Z,K,N] for q [B,S,H,N]", k.dim[0] == q.dim[0] && k.dim[3] == q.dim[3]},
+               {"v [B,Z,K,M] for k [B,Z,K,N]",
+                   v.dim[0] == k.dim[0] && v.dim[1] == k.dim[1] && v.dim[2] == k.dim[2]},
+               {"heads of q a multiple of those of k",
+                   k.dim[2] >= 1 && q.dim[2] >= 1 && q.dim[2] % k.dim[2] == 0},
+               {"equal dtypes", q.dtype == k.dtype && q.dtype == v.dtype}},
+      {&q, &k, &v});
   i64 B = q.dim[0], S = q.dim[1], H = q.dim[2], Z = k.dim[1];
   auto fits = [&](const Tensor& t, DType dtype) {
-    return !t.defined() || (t.dtype == dtype && (t.dim == Dims{t.dim[0], t.dim[1], S, Z}) &&
-                            (t.dim[0] == 1 || t.dim[0] == B) && (t.dim[1] == 1 || t.dim[1] == H));
+    return !t.defined() ||
+           (t.dtype == dtype && (t.dim == Dims{t.dim[0], t.dim[1], S, Z}) &&
+               (t.dim[0] == 1 || t.dim[0] == B) && (t.dim[1] == 1 || t.dim[1] == H));
   };
   op.check({{"bias [1|B, 1|H, S, Z] of q's dtype", fits(extra, q.dtype)},
-            {"visible u8 [1|B, 1|H, S, Z]", fits(visible, DType::U8)},
-            {"no bias, no visible and S == Z where cp > 1",
-             rank.mesh.cp == 1 || (!extra.defined() && !visible.defined() && S == Z)}},
-           {&q, &k, &extra, &visible});
+               {"visible u8 [1|B, 1|H, S, Z]", fits(visible, DType::U8)},
+               {"no bias, no visible and S == Z where cp > 1",
+                   rank.mesh.cp == 1 || (!extra.defined() && !visible.defined() && S == Z)}},
+      {&q, &k, &extra, &visible});
   if (visible.defined()) {
     Tensor hidden = op.empty({1}, q.dtype);
     fill_constant(rank, hidden, -std::numeric_limits<double>::infinity(), at);

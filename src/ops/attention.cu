@@ -78,8 +78,8 @@ struct Slopes : Scores<T> {
   HeadView out, dout;
   const A* lse;
   // q and g: the query and its output's gradient.
-  __device__ A slope(i64 b, i64 h, i64 i, i64 j, const A (&q)[kEach], const A (&g)[kEach], A mean,
-                     A& p) const {
+  __device__ A slope(
+      i64 b, i64 h, i64 i, i64 j, const A (&q)[kEach], const A (&g)[kEach], A mean, A& p) const {
     A k[kEach], v[kEach];
     const AttentionCore& c = this->core;
     A sum = lse[(b * c.heads + h) * c.query.count + i];
@@ -179,7 +179,7 @@ void cuda_attention(Rank& rank, const AttentionCore& core, HeadView out, const T
 }
 
 void cuda_attention_grad(Rank& rank, const AttentionCore& core, HeadView out, const Tensor& lse,
-                         HeadView dout, const AttentionViews& grads) {
+    HeadView dout, const AttentionViews& grads) {
   typed(core.dtype, [&]<class T>(T*) {
     plain_attention_grad<T>(rank, {scores_of<T>(core), out, dout, lse.as<Wide<T>>()}, grads);
   });

@@ -61,6 +61,6 @@ KeyRange visible_keys(const AttentionCore& core, i64 b, i64 i);
 void attention_forward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse);
 // out and lse may be over more keys than the core's.
 void attention_backward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse,
-                        HeadView dout, const AttentionViews& grads);
+    HeadView dout, const AttentionViews& grads);
 
 }

@@ -43,7 +43,7 @@ struct Block {
   void make_scores() {
     T* s = scores.data();
     gemm<T>(rows, n, core.size, queries(core.in.q), keys(core.in.k, kTransposed), 0, s, n,
-            T(core.scale));
+        T(core.scale));
     for (i64 r = 0; r < rows; r++, s += n) {
       if (core.in.bias.data) {
         const T* bias = query(core.in.bias, r) + hull.begin;
@@ -139,7 +139,7 @@ void attention_forward(const Op& op, const AttentionCore& core, HeadView out, co
 
 // A task writes all gradients of a key/value head; only a bias's may be shared between tasks.
 void attention_backward(const Op& op, const AttentionCore& core, HeadView out, const Tensor& lse,
-                        HeadView dout, const AttentionViews& grads) {
+    HeadView dout, const AttentionViews& grads) {
   if (lse.on_gpu()) return cuda_attention_grad(op.rank, core, out, lse, dout, grads);
   i64 K = core.kv_heads, group = K ? core.heads / K : 0;
   op.on_cpu(lse, [&]<class T>(T*) {

@@ -146,7 +146,7 @@ void gemm(i64 m, i64 n, i64 k, Matrix<T> a, Matrix<T> b, T beta, T* c, i64 ldc, 
 // kTransposed), product(dy, w, dx) and product(dy, x, dw, kTransposed).
 template <class T>
 void product(const Op& op, const Tensor& a, const Tensor& b, const GradSlot& c,
-             Layout a_layout = kNormal, Layout b_layout = kNormal) {
+    Layout a_layout = kNormal, Layout b_layout = kNormal) {
   if (!c.grad.data) return;
   bool at = a_layout == kTransposed;
   i64 m = at ? a.cols() : a.rows(), k = at ? a.rows() : a.cols();
@@ -154,14 +154,14 @@ void product(const Op& op, const Tensor& a, const Tensor& b, const GradSlot& c,
   if (a.on_gpu()) return cuda_gemm(op.rank, m, n, k, a, at, b, b_layout == kTransposed, c);
   if constexpr (!std::is_same_v<T, BF16>)
     gemm<T>(m, n, k, {a.as<T>(), a.cols(), a_layout}, {b.as<T>(), b.cols(), b_layout}, c.add,
-            c.grad.as<T>(), n);
+        c.grad.as<T>(), n);
 }
 
 // Row r of y, of n elements, = or += the sum of rows index[i] of x, i in [begin[r], begin[r+1]) or,
 // where begin is undefined, r.
 template <class T>
 void gather_rows(const Op& op, const Tensor& x, i64 n, const Tensor& index, const Tensor& begin,
-                 const GradSlot& out) {
+    const GradSlot& out) {
   i64 rows = begin.defined() ? begin.dim[0] - 1 : index.numel();
   const Slot<T> y{out.grad.as<T>(), out.add};
   if (!y.data) return;
@@ -268,7 +268,7 @@ void sum_to(const Op& op, Tensor x, const GradSlot& to) {
       parallel_rows(e.outer, e.n * e.inner, [&](i64 o) {
         const T* from = x.as<T>() + o * e.n * e.inner;
         add_columns<double>(e.n, e.inner, Slot<T>{y.as<T>() + o * e.inner},
-                            [&](i64 i, i64 c) { return from[i * e.inner + c]; });
+            [&](i64 i, i64 c) { return from[i * e.inner + c]; });
       });
     x = y;
   }

@@ -29,7 +29,7 @@ double row_loss(T* logits, i64 V, int label, T scale, bool grad) {
 
 template <class T>
 void cross_entropy(const Op& op, const Tensor& x, const Tensor& w, const Tensor& labels,
-                   double scale, const Tensor& dx, const GradSlot& dw, const Tensor& loss) {
+    double scale, const Tensor& dx, const GradSlot& dw, const Tensor& loss) {
   i64 tokens = x.dim[0], V = w.dim[0];
   bool grad = dx.defined() || dw.grad.defined(), gpu = x.on_gpu();
   i64 chunks = max<i64>(1, (tokens * V + kChunk - 1) / kChunk);
@@ -63,9 +63,8 @@ void cross_entropy(const Op& op, const Tensor& x, const Tensor& w, const Tensor&
 Tensor lm_head_cross_entropy(Rank& rank, Tensor x, Tensor w, Tensor labels, double scale, At at) {
   Op op{rank, "lm_head_cross_entropy", at};
   op.check({{"x [T, D] and w [V, D]", x.dim.rank == 2 && w.dim.rank == 2 && x.dim[1] == w.dim[1]},
-            {"labels I32 [T]", is_i32(labels, {x.dim[0]})},
-            {"one dtype", x.dtype == w.dtype}},
-           {&x, &w, &labels});
+               {"labels I32 [T]", is_i32(labels, {x.dim[0]})}, {"one dtype", x.dtype == w.dtype}},
+      {&x, &w, &labels});
   Tensor loss = op.empty({1}, wide(x.dtype));
   Tensor dx = rank.tape && x.needs_grad() ? op.like(x) : Tensor{};
   op.check_ids("labels", labels, w.dim[0], kIgnoreLabel);

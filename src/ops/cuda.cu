@@ -69,7 +69,7 @@ void OnCuda<T>::elementwise(Rank& rank, const Dims& space, const View* v, bool a
   bool same = w.rank <= 1 && v[4].x.dtype == kDType<T>;
   for (int k = 0; k < 5; k++)
     same = same && (!w.data[k] || (v[k].x.dtype == v[4].x.dtype && v[k].begin == 0 &&
-                                   (w.rank == 0 || w.step[0][k] == 1)));
+                                      (w.rank == 0 || w.step[0][k] == 1)));
   if (same)
     return with_packs<T>(n, [&](auto width) {
       constexpr int N = width;
@@ -142,8 +142,8 @@ void cuda_count(Rank& rank, const Tensor& ids, const Tensor& counts) {
 }
 
 // Row p of `from`, or row[p], goes to row p of `to`, or place[p]; of `packs` times 16 bytes.
-static void copy_rows(Rank& rank, i64 rows, i64 packs, const void* from, const int* row, void* to,
-                      const int* place) {
+static void copy_rows(
+    Rank& rank, i64 rows, i64 packs, const void* from, const int* row, void* to, const int* place) {
   constexpr int kAtOnce = 4, kLanes = 32;
   const auto* source = static_cast<const int4*>(from);
   auto* target = static_cast<int4*>(to);
@@ -198,7 +198,7 @@ static void gather(Rank& rank, i64 rows, const RowSum<T, N>& sum, const int* cut
 
 template <class T>
 void OnCuda<T>::gather_rows(Rank& rank, const Tensor& x, i64 n, const Tensor& index,
-                            const Tensor& begin, const GradSlot& y) {
+    const Tensor& begin, const GradSlot& y) {
   i64 rows = begin.defined() ? begin.dim[0] - 1 : index.numel(), bytes = n * i64(sizeof(T));
   if (!begin.defined() && !y.add && y.grad.dtype == x.dtype && bytes % 16 == 0)
     return copy_rows(rank, rows, bytes / 16, x.data, index.i32(), y.grad.data, nullptr);
@@ -230,8 +230,8 @@ Tensor cuda_join_offsets(Rank& rank, const TensorList& offsets) {
 
 // A pair's place grows by the pairs that the parts before its own have up to its expert, and those
 // after it have of earlier experts.
-Tensor cuda_join(Rank& rank, const TensorList& x, const TensorList& index,
-                 const TensorList& offsets) {
+Tensor cuda_join(
+    Rank& rank, const TensorList& x, const TensorList& index, const TensorList& offsets) {
   i64 total = 0, experts = offsets[0].dim[0] - 1;
   auto pairs = [&](int i) { return index[i].defined() ? index[i].numel() : x[i].dim[0]; };
   for (int i = 0; i < x.count; i++) total += pairs(i);
@@ -269,8 +269,8 @@ static void scatter(Rank& rank, i64 count, const RowSum<T, N>& sum, const int* i
 }
 
 template <class T>
-void OnCuda<T>::scatter_rows(Rank& rank, const Tensor& x, i64 n, const Tensor& ids,
-                             const Tensor& y) {
+void OnCuda<T>::scatter_rows(
+    Rank& rank, const Tensor& x, i64 n, const Tensor& ids, const Tensor& y) {
   if (ids.numel() == 0 || n == 0) return;
   Tensor sorted = empty(rank, ids.dim, DType::I32), order = empty(rank, ids.dim, DType::I32);
   cuda_sort(rank, ids, y.numel() / n, sorted, order);

@@ -16,7 +16,7 @@ struct View;
 
 // c [m, n] = or += a b, of any float dtypes that cuBLAS joins; see product() of cpu.h.
 void cuda_gemm(Rank& rank, i64 m, i64 n, i64 k, const Tensor& a, bool a_transposed, const Tensor& b,
-               bool b_transposed, const GradSlot& c);
+    bool b_transposed, const GradSlot& c);
 // y [outer, inner] = the sum of x [outer, n, inner], of any float dtypes, in F64.
 void cuda_sum(Rank& rank, const Extent& e, const Tensor& x, const Tensor& y);
 void cuda_cast(Rank& rank, const Tensor& from, const Tensor& to);  // F32 to BF16, or as F64
@@ -30,13 +30,13 @@ void cuda_sort(Rank& rank, const Tensor& ids, i64 limit, const Tensor& sorted, c
 Tensor cuda_dispatch(Rank& rank, const Tensor& ids, int experts, Dispatched& d);
 // The pairs of several micro-batches, each sorted by expert, as one list so sorted: rows, of a
 // multiple of 16 bytes, index[i][p] of x[i] or, undefined, p; and the offsets of all.
-Tensor cuda_join(Rank& rank, const TensorList& x, const TensorList& index,
-                 const TensorList& offsets);
+Tensor cuda_join(
+    Rank& rank, const TensorList& x, const TensorList& index, const TensorList& offsets);
 Tensor cuda_join_offsets(Rank& rank, const TensorList& offsets);
 // See attention.h. Heads of at most 256.
 void cuda_attention(Rank& rank, const AttentionCore& core, HeadView out, const Tensor& lse);
 void cuda_attention_grad(Rank& rank, const AttentionCore& core, HeadView out, const Tensor& lse,
-                         HeadView dout, const AttentionViews& grads);
+    HeadView dout, const AttentionViews& grads);
 
 // What sums, statistics, probabilities and weights are in beside T.
 template <class T>
@@ -49,7 +49,7 @@ struct OnCuda {
   static void elementwise(Rank& rank, const Dims& space, const View* v, bool add, Formula f);
   // Of shape.cpp.
   static void gather_rows(Rank& rank, const Tensor& x, i64 n, const Tensor& index,
-                          const Tensor& begin, const GradSlot& y);
+      const Tensor& begin, const GradSlot& y);
   static void scatter_rows(Rank& rank, const Tensor& x, i64 n, const Tensor& ids, const Tensor& y);
   // Over the last dimension.
   static void cumsum(Rank& rank, const Tensor& x, const GradSlot& to, bool reverse);
@@ -60,31 +60,31 @@ struct OnCuda {
 
   // The fused ops. `keep` is what their nodes keep.
   static void rms_norm(Rank& rank, const Tensor& x, const Tensor& residual, const Tensor& w,
-                       double eps, const AddRmsNorm& y, const Tensor& rstd);
+      double eps, const AddRmsNorm& y, const Tensor& rstd);
   static void rms_norm_grad(Rank& rank, const Tensor& dy, const Tensor& dsum,
-                            const TensorList& keep, const Tensor& dx, const Tensor& copy);
-  static void rms_norm_weight(Rank& rank, const Tensor& dy, const Tensor& x, const Tensor& rstd,
-                              const GradSlot& dw);
+      const TensorList& keep, const Tensor& dx, const Tensor& copy);
+  static void rms_norm_weight(
+      Rank& rank, const Tensor& dy, const Tensor& x, const Tensor& rstd, const GradSlot& dw);
   static void rope_tables(Rank& rank, const Rope& rope, int size, double theta);
   static void qk_norm_rope(Rank& rank, const Heads& heads, const TensorList& keep,
-                           const Tensor& qkv, double eps, const Tensor& y);
-  static void qk_norm_rope_grad(Rank& rank, const Heads& heads, const TensorList& keep,
-                                const Tensor& dy, const Tensor& dx);
+      const Tensor& qkv, double eps, const Tensor& y);
+  static void qk_norm_rope_grad(
+      Rank& rank, const Heads& heads, const TensorList& keep, const Tensor& dy, const Tensor& dx);
   // Of the weight of heads [first, end).
   static void qk_norm_weight(Rank& rank, const Heads& heads, const TensorList& keep,
-                             const Tensor& dy, int first, int end, const GradSlot& dw);
+      const Tensor& dy, int first, int end, const GradSlot& dw);
   // out.probs holds logits; T is that of the router's input.
   static void route(Rank& rank, const RouterOptions& options, const Routing& out);
   static void route_grad(Rank& rank, bool normalize, const TensorList& keep, const Tensor& dweights,
-                         const Tensor& dprobs, const Tensor& dlogits);
+      const Tensor& dprobs, const Tensor& dlogits);
   static void swiglu(Rank& rank, const Tensor& gate_up, const Tensor& weights, const Tensor& y);
   static void swiglu_grad(Rank& rank, const Tensor& dy, const TensorList& keep,
-                          const Tensor& dgate_up, const Tensor& dweights);
+      const Tensor& dgate_up, const Tensor& dweights);
   // losses F64, a row; with `grad`, logits become their gradients.
   static void row_losses(Rank& rank, const Tensor& logits, const Tensor& labels, double scale,
-                         bool grad, const Tensor& losses);
+      bool grad, const Tensor& losses);
   static void adamw(Rank& rank, const Tensor& w, const Tensor& g, const Tensor& m, const Tensor& v,
-                    const AdamW& options);
+      const AdamW& options);
   static double sum_squares(Rank& rank, const Tensor& x);
   static void fill_normal(Rank& rank, const Tensor& x, u64 key, u64 first, double std);
 };

@@ -29,12 +29,9 @@ struct Place {
 };
 static Place place_of(const AttentionShape& s, int port) {
   i64 H = s.heads, K = s.kv_heads, N = s.size, S = s.length, width = (H + 2 * K) * N;
-  const Place places[] = {{H, N, 0, S * width, N, width},
-                          {K, N, H, S * width, N, width},
-                          {K, N, H + K, S * width, N, width},
-                          {H, N, 0, S * H * N, N, H * N},
-                          {H, 1, 0, H * S, S, 1},
-                          {1, S, 0, S * S, S * S, S}};
+  const Place places[] = {{H, N, 0, S * width, N, width}, {K, N, H, S * width, N, width},
+      {K, N, H + K, S * width, N, width}, {H, N, 0, S * H * N, N, H * N}, {H, 1, 0, H * S, S, 1},
+      {1, S, 0, S * S, S * S, S}};
   return places[port % 6];
 }
 
@@ -90,8 +87,8 @@ struct AttentionPlan {
     auto q = input(kQ), k = input(kK), v = input(kV);
     if (backward) {
       auto options = fe::graph::SDPA_backward_attributes().set_deterministic_algorithm(true);
-      outputs(kDq, graph.sdpa_backward(q, k, v, input(kOut), input(kDout), input(kLse),
-                                       masked(options)));
+      outputs(kDq,
+          graph.sdpa_backward(q, k, v, input(kOut), input(kDout), input(kLse), masked(options)));
     } else {
       auto options = fe::graph::SDPA_attributes().set_generate_stats(true);
       outputs(kOut, graph.sdpa(q, k, v, masked(options)));
@@ -126,8 +123,8 @@ static void run(Rank& rank, const AttentionShape& s, const AttentionTensors& t, 
   const AttentionShape& part = plan->part;
   Tensor workspace = empty(rank, {plan->workspace}, DType::U8);
   Tensor bias = empty(rank, {documents ? part.batch : 0, s.length, s.length}, DType::BF16);
-  const Tensor* tensors[] = {&t.qkv, &t.qkv,  &t.qkv,  &t.out,  &t.lse,
-                             &bias,  &t.dqkv, &t.dqkv, &t.dqkv, &t.dout};
+  const Tensor* tensors[] = {
+      &t.qkv, &t.qkv, &t.qkv, &t.out, &t.lse, &bias, &t.dqkv, &t.dqkv, &t.dqkv, &t.dout};
   for (i64 b = 0; b < s.batch; b += part.batch) {
     if (documents) document_bias(rank, t.doc_ends.slice_rows(b, b + part.batch), bias);
     for (i64 k = 0; k < s.kv_heads; k += part.kv_heads) {

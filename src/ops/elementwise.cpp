@@ -13,7 +13,7 @@ struct Reads {
 // out (+)= f of g, if there is one, and of the operands, an undefined one being its scalar.
 template <class T, Formula f>
 void apply(const Op& op, const Tensor& out, bool add, const Tensor& g, const TensorList& x,
-           const double* scalar) {
+    const double* scalar) {
   View v[5] = {view_of(g, out.dim)};
   for (int k = 0; k < 3; k++) {
     v[k + 1] = view_of(x[k], out.dim);
@@ -109,8 +109,8 @@ Tensor clamp(Rank& rank, Tensor x, double low, double high, At at) {
 Tensor where(Rank& rank, Tensor mask, Tensor a, Tensor b, At at) {
   Op op{rank, "where", at};
   op.check({{"a mask of dtype u8", mask.defined() && mask.dtype == DType::U8},
-            {"mask and a on one device", mask.device == a.device}},
-           {&mask, &a, &b});
+               {"mask and a on one device", mask.device == a.device}},
+      {&mask, &a, &b});
   return apply<Where, WhereGradA, WhereGradB>(op, {a, b, mask}, {.c = 3});
 }
 

@@ -33,9 +33,9 @@ void each_expert(Rank& rank, const Tensor& offsets, i64 work, F&& f) {
 void check_pairs(const Op& op, const Dispatched& d, const Tensor& x, bool rows, const char* need) {
   i64 P = d.row_of.dim[0], R = d.row_begin.dim[0] - 1;
   op.check({{"row_of I32 [P], pair_of I32 [P] and row_begin I32 [R+1]",
-             is_i32(d.row_of, {P}) && is_i32(d.pair_of, {P}) && is_i32(d.row_begin, {R + 1})},
-            {need, x.dim.rank == 2 && x.dim[0] == (rows ? R : P)}},
-           {&x, &d.row_of, &d.pair_of, &d.row_begin});
+                is_i32(d.row_of, {P}) && is_i32(d.pair_of, {P}) && is_i32(d.row_begin, {R + 1})},
+               {need, x.dim.rank == 2 && x.dim[0] == (rows ? R : P)}},
+      {&x, &d.row_of, &d.pair_of, &d.row_begin});
   op.check_offsets("row_begin", d.row_begin, P);
   op.check_ids("row_of", d.row_of, R);
   op.check_ids("pair_of", d.pair_of, P);
@@ -53,7 +53,7 @@ Tensor chosen(const Op& op, const Tensor& x, const Tensor& index) {
 // to = or += x w by expert; w [E, in, out] or, transposed, [E, out, in].
 template <class T>
 void products(const Op& op, const Tensor& x, const Tensor& w, const Tensor& offsets, Layout layout,
-              const GradSlot& to) {
+    const GradSlot& to) {
   i64 in = x.cols(), out = to.grad.cols();
   if (!to.add && grouped(x, in, out)) {
     const auto run = layout == kTransposed ? grouped_forward : grouped_input_grad;
@@ -61,7 +61,7 @@ void products(const Op& op, const Tensor& x, const Tensor& w, const Tensor& offs
   }
   each_expert(op.rank, offsets, x.numel() * out, [&](i64 e, i64 r, i64 end) {
     product<T>(op, x.slice_rows(r, end), w.slice_rows(e, e + 1),
-               {to.grad.slice_rows(r, end), to.add}, kNormal, layout);
+        {to.grad.slice_rows(r, end), to.add}, kNormal, layout);
   });
 }
 
@@ -86,7 +86,7 @@ constexpr auto kExpertGrad = []<class T>(Backward<T> b) {
     return grouped_weight_grad(b.rank, dy, x, from.offsets, dw.grad);
   each_expert(b.rank, from.offsets, dy.numel() * x.cols(), [&](i64 e, i64 r, i64 end) {
     product<T>(b.op(), dy.slice_rows(r, end), x.slice_rows(r, end),
-               {dw.grad.slice_rows(e, e + 1), dw.add}, kTransposed);
+        {dw.grad.slice_rows(e, e + 1), dw.add}, kTransposed);
   });
 };
 
@@ -111,8 +111,8 @@ void expert_grads(Rank& rank, Node* const* nodes, int n) {
       offsets.push(from.offsets);
     }
     Tensor dy = cuda_join(rank, dys, of_dy, offsets), x = cuda_join(rank, xs, of_x, offsets);
-    grouped_weight_grad(rank, dy, x, cuda_join_offsets(rank, offsets),
-                        grad_slot(rank, node.in[1], node.at).grad);
+    grouped_weight_grad(
+        rank, dy, x, cuda_join_offsets(rank, offsets), grad_slot(rank, node.in[1], node.at).grad);
   }
 }
 
@@ -123,8 +123,8 @@ Tensor by_expert(const Op& op, Tensor x, Tensor w, const Dispatched& d, bool exp
   if (reduce) check_pairs(op, d, x, false, "x [P, in]");
   op.check(
       {{"x [P, in] and w [E, out, in]", x.dim.rank == 2 && w.dim.rank == 3 && x.dim[1] == w.dim[2]},
-       {"offsets I32 [E+1]", is_i32(d.offsets, {w.dim[0] + 1})},
-       {"one dtype", x.dtype == w.dtype}},
+          {"offsets I32 [E+1]", is_i32(d.offsets, {w.dim[0] + 1})},
+          {"one dtype", x.dtype == w.dtype}},
       {&x, &w, &d.offsets});
   i64 P = expand ? d.row_of.dim[0] : x.dim[0], out = w.dim[1];
   op.check_offsets("offsets", d.offsets, P);
@@ -156,8 +156,8 @@ Tensor by_expert(const Op& op, Tensor x, Tensor w, const Dispatched& d, bool exp
 
 // PERF: one loop an output, for vector instructions, over a stretch whose sigmoids are kept.
 template <class T>
-void swiglu_grad(const Tensor& dy, const TensorList& keep, const Tensor& dgate_up,
-                 const Tensor& dweights) {
+void swiglu_grad(
+    const Tensor& dy, const TensorList& keep, const Tensor& dgate_up, const Tensor& dweights) {
   constexpr i64 kColumns = 256;
   const Tensor &gate_up = keep[0], &weights = keep[1];
   i64 F = dy.dim[1];
@@ -182,7 +182,7 @@ void swiglu_grad(const Tensor& dy, const TensorList& keep, const Tensor& dgate_u
 // d = probs (dprobs - <dprobs, probs>), where dprobs also has what arrives at weights.
 template <class F>
 void route_grad(bool normalize, const TensorList& keep, const Tensor& dweights,
-                const Tensor& dprobs, const Tensor& d) {
+    const Tensor& dprobs, const Tensor& d) {
   i64 experts = d.dim[1], chosen = keep[2].dim[1];
   parallel_rows(d.dim[0], experts * 4, [&](i64 t) {
     const F* p = row_of<F>(keep[1], t);
@@ -210,10 +210,9 @@ Routing router(Rank& rank, Tensor x, Tensor w, RouterOptions options, At at) {
   i64 k = options.top_k, T = x.dim[0], E = w.dim[0];
   op.check(
       {{"x [T, D] and w [E, D]", x.dim.rank == 2 && w.dim.rank == 2 && x.dim[1] == w.dim[1]},
-       {"one dtype", x.dtype == w.dtype},
-       {"top_k in [1, E]", k >= 1 && k <= E},
-       {"forced_ids I32 [T, k] or undefined", !forced.defined() || is_i32(forced, {T, k})},
-       {"forced_ids or force_balanced, not both", !forced.defined() || !options.force_balanced}},
+          {"one dtype", x.dtype == w.dtype}, {"top_k in [1, E]", k >= 1 && k <= E},
+          {"forced_ids I32 [T, k] or undefined", !forced.defined() || is_i32(forced, {T, k})},
+          {"forced_ids or force_balanced, not both", !forced.defined() || !options.force_balanced}},
       {&x, &w, &forced});
   DType dtype = wide(x.dtype);
   Routing out{op.empty({T, k}, DType::I32), op.empty({T, k}, dtype), op.empty({T, E}, dtype)};
@@ -269,10 +268,10 @@ Tensor linear_reduce(Rank& rank, Tensor x, Tensor w, const Dispatched& d, At at)
 Tensor swiglu(Rank& rank, Tensor gate_up, Tensor weights, At at) {
   Op op{rank, "swiglu", at};
   op.check({{"gate_up [P, 2F]", gate_up.dim.rank == 2 && gate_up.dim[1] % 2 == 0},
-            {"weights [P], f32 with bf16, or undefined",
-             !weights.defined() ||
-                 (weights.dim == Dims{gate_up.dim[0]} && weights.dtype == wide(gate_up.dtype))}},
-           {&gate_up, &weights});
+               {"weights [P], f32 with bf16, or undefined",
+                   !weights.defined() || (weights.dim == Dims{gate_up.dim[0]} &&
+                                             weights.dtype == wide(gate_up.dtype))}},
+      {&gate_up, &weights});
   Tensor y = op.empty({gate_up.dim[0], gate_up.dim[1] / 2}, gate_up.dtype);
   op.typed(gate_up, [&, F = y.dim[1]]<class T>(T*) {
     if (y.on_gpu()) return OnCuda<T>::swiglu(rank, gate_up, weights, y);

@@ -38,7 +38,7 @@ static void add_columns_of(Rank& rank, i64 rows, i64 cols, const GradSlot& to, F
 
 template <class T, int N>
 static void norm_rows(Rank& rank, i64 rows, i64 n, const T* x, const T* more, const T* w,
-                      Wide<T> eps, T* sum, T* normed, Wide<T>* rstd) {
+    Wide<T> eps, T* sum, T* normed, Wide<T>* rstd) {
   using A = Wide<T>;
   cuda_rows(rank, rows, n / N, [=] __device__(i64 r, Team team) {
     const T* row = (more ? sum : x) + r * n;
@@ -65,16 +65,16 @@ static void norm_rows(Rank& rank, i64 rows, i64 n, const T* x, const T* more, co
 
 template <class T>
 void OnCuda<T>::rms_norm(Rank& rank, const Tensor& x, const Tensor& residual, const Tensor& w,
-                         double eps, const AddRmsNorm& y, const Tensor& rstd) {
+    double eps, const AddRmsNorm& y, const Tensor& rstd) {
   with_packs<T>(w.numel(), [&](auto width) {
     norm_rows<T, width>(rank, x.rows(), w.numel(), x.as<T>(), residual.as<T>(), w.as<T>(), eps,
-                        y.sum.as<T>(), y.normed.as<T>(), rstd.as<Wide<T>>());
+        y.sum.as<T>(), y.normed.as<T>(), rstd.as<Wide<T>>());
   });
 }
 
 template <class T, int N>
 static void norm_grad_rows(Rank& rank, i64 rows, i64 n, const T* dy, const T* dsum, const T* x,
-                           const T* w, const Wide<T>* rstd, T* dx, T* copy) {
+    const T* w, const Wide<T>* rstd, T* dx, T* copy) {
   using A = Wide<T>;
   cuda_rows(rank, rows, n / N, [=] __device__(i64 r, Team team) {
     A s = rstd[r];
@@ -105,17 +105,17 @@ static void norm_grad_rows(Rank& rank, i64 rows, i64 n, const T* dy, const T* ds
 
 template <class T>
 void OnCuda<T>::rms_norm_grad(Rank& rank, const Tensor& dy, const Tensor& dsum,
-                              const TensorList& keep, const Tensor& dx, const Tensor& copy) {
+    const TensorList& keep, const Tensor& dx, const Tensor& copy) {
   i64 n = dx.cols();
   with_packs<T>(n, [&](auto width) {
     norm_grad_rows<T, width>(rank, dx.rows(), n, dy.as<T>(), dsum.as<T>(), keep[0].as<T>(),
-                             keep[1].as<T>(), keep[2].as<Wide<T>>(), dx.as<T>(), copy.as<T>());
+        keep[1].as<T>(), keep[2].as<Wide<T>>(), dx.as<T>(), copy.as<T>());
   });
 }
 
 template <class T, int N>
-static void norm_weight(Rank& rank, const Tensor& dy, const Tensor& x, const Tensor& rstd,
-                        const GradSlot& dw) {
+static void norm_weight(
+    Rank& rank, const Tensor& dy, const Tensor& x, const Tensor& rstd, const GradSlot& dw) {
   using A = Wide<T>;
   i64 n = x.cols();
   const T *g = dy.as<T>(), *row = x.as<T>();
@@ -127,8 +127,8 @@ static void norm_weight(Rank& rank, const Tensor& dy, const Tensor& x, const Ten
 }
 
 template <class T>
-void OnCuda<T>::rms_norm_weight(Rank& rank, const Tensor& dy, const Tensor& x, const Tensor& rstd,
-                                const GradSlot& dw) {
+void OnCuda<T>::rms_norm_weight(
+    Rank& rank, const Tensor& dy, const Tensor& x, const Tensor& rstd, const GradSlot& dw) {
   with_packs<T>(x.cols(), [&](auto width) { norm_weight<T, width>(rank, dy, x, rstd, dw); });
 }
 
@@ -245,11 +245,10 @@ static void turn_heads(Rank& rank, i64 rows, const HeadTurns<T>& h, Wide<T> eps,
 
 template <class T>
 void OnCuda<T>::qk_norm_rope(Rank& rank, const Heads& heads, const TensorList& keep,
-                             const Tensor& qkv, double eps, const Tensor& y) {
+    const Tensor& qkv, double eps, const Tensor& y) {
   const HeadTurns<T> h(heads, keep, qkv);
-  with_packs<T>(h.half, [&](auto width) {
-    turn_heads<T, width>(rank, qkv.dim[0] * h.all, h, eps, y.as<T>());
-  });
+  with_packs<T>(h.half,
+      [&](auto width) { turn_heads<T, width>(rank, qkv.dim[0] * h.all, h, eps, y.as<T>()); });
 }
 
 template <class T, int N>
@@ -289,18 +288,17 @@ static void turn_back(Rank& rank, i64 rows, const HeadTurns<T>& h, const T* grad
 }
 
 template <class T>
-void OnCuda<T>::qk_norm_rope_grad(Rank& rank, const Heads& heads, const TensorList& keep,
-                                  const Tensor& dy, const Tensor& dx) {
+void OnCuda<T>::qk_norm_rope_grad(
+    Rank& rank, const Heads& heads, const TensorList& keep, const Tensor& dy, const Tensor& dx) {
   const HeadTurns<T> h(heads, keep, keep[3]);
-  with_packs<T>(h.half, [&](auto width) {
-    turn_back<T, width>(rank, dy.dim[0] * h.all, h, dy.as<T>(), dx.as<T>());
-  });
+  with_packs<T>(h.half,
+      [&](auto width) { turn_back<T, width>(rank, dy.dim[0] * h.all, h, dy.as<T>(), dx.as<T>()); });
 }
 
 // Of the weight of heads [first, first + count).
 template <class T, int N>
 static void turn_weight(Rank& rank, i64 tokens, const HeadTurns<T>& h, const T* grad, int first,
-                        u32 count, const GradSlot& dw) {
+    u32 count, const GradSlot& dw) {
   using A = Wide<T>;
   i64 packs = h.half / N;
   add_columns_of<A, N>(rank, tokens * count, h.n, dw, [=] __device__(i64 r, i64 i, A * sum) {
@@ -315,7 +313,7 @@ static void turn_weight(Rank& rank, i64 tokens, const HeadTurns<T>& h, const T* 
 
 template <class T>
 void OnCuda<T>::qk_norm_weight(Rank& rank, const Heads& heads, const TensorList& keep,
-                               const Tensor& dy, int first, int end, const GradSlot& dw) {
+    const Tensor& dy, int first, int end, const GradSlot& dw) {
   const HeadTurns<T> h(heads, keep, keep[3]);
   with_packs<T>(h.half, [&](auto width) {
     turn_weight<T, width>(rank, dy.dim[0], h, dy.as<T>(), first, end - first, dw);
@@ -372,7 +370,7 @@ void OnCuda<T>::route(Rank& rank, const RouterOptions& o, const Routing& out) {
 
 template <class T>
 void OnCuda<T>::route_grad(Rank& rank, bool normalize, const TensorList& keep,
-                           const Tensor& dweights, const Tensor& dprobs, const Tensor& dlogits) {
+    const Tensor& dweights, const Tensor& dprobs, const Tensor& dlogits) {
   using A = Wide<T>;
   const A *probs = keep[1].as<A>(), *dw = dweights.as<A>(), *dp = dprobs.as<A>();
   const int* ids = keep[2].i32();
@@ -397,8 +395,8 @@ void OnCuda<T>::route_grad(Rank& rank, bool normalize, const TensorList& keep,
 }
 
 template <class T, int N>
-static void swiglu_rows(Rank& rank, i64 rows, i64 F, const T* gate_up, const Wide<T>* weights,
-                        T* out) {
+static void swiglu_rows(
+    Rank& rank, i64 rows, i64 F, const T* gate_up, const Wide<T>* weights, T* out) {
   using A = Wide<T>;
   i64 packs = F / N;
   cuda_each(rank, rows * packs, [=] __device__(i64 at) {
@@ -417,14 +415,14 @@ static void swiglu_rows(Rank& rank, i64 rows, i64 F, const T* gate_up, const Wid
 template <class T>
 void OnCuda<T>::swiglu(Rank& rank, const Tensor& gate_up, const Tensor& weights, const Tensor& y) {
   with_packs<T>(y.dim[1], [&](auto width) {
-    swiglu_rows<T, width>(rank, y.dim[0], y.dim[1], gate_up.as<T>(), weights.as<Wide<T>>(),
-                          y.as<T>());
+    swiglu_rows<T, width>(
+        rank, y.dim[0], y.dim[1], gate_up.as<T>(), weights.as<Wide<T>>(), y.as<T>());
   });
 }
 
 template <class T, int N>
 static void swiglu_grad_rows(Rank& rank, i64 rows, i64 F, const T* dy, const T* gate_up,
-                             const Wide<T>* weights, T* dgate_up, Wide<T>* dweights) {
+    const Wide<T>* weights, T* dgate_up, Wide<T>* dweights) {
   using A = Wide<T>;
   i64 packs = F / N;
   cuda_rows(rank, rows, packs, [=] __device__(i64 p, Team team) {
@@ -449,10 +447,10 @@ static void swiglu_grad_rows(Rank& rank, i64 rows, i64 F, const T* dy, const T* 
 
 template <class T>
 void OnCuda<T>::swiglu_grad(Rank& rank, const Tensor& dy, const TensorList& keep,
-                            const Tensor& dgate_up, const Tensor& dweights) {
+    const Tensor& dgate_up, const Tensor& dweights) {
   with_packs<T>(dy.dim[1], [&](auto width) {
     swiglu_grad_rows<T, width>(rank, dy.dim[0], dy.dim[1], dy.as<T>(), keep[0].as<T>(),
-                               keep[1].as<Wide<T>>(), dgate_up.as<T>(), dweights.as<Wide<T>>());
+        keep[1].as<Wide<T>>(), dgate_up.as<T>(), dweights.as<Wide<T>>());
   });
 }
 
@@ -470,9 +468,8 @@ constexpr int kKept = 200 << 10;  // bytes of a row, in shared memory
 
 // PERF: most of a row of many logits is read once: a block, alone on its processor, keeps it.
 template <class T, int N>
-__global__ void __launch_bounds__(kLossThreads)
-    loss_kernel(i64 rows, int packs, T* logits, const int* labels, Wide<T> scale, bool grad,
-                double* losses) {
+__global__ void __launch_bounds__(kLossThreads) loss_kernel(
+    i64 rows, int packs, T* logits, const int* labels, Wide<T> scale, bool grad, double* losses) {
   using A = Wide<T>;
   extern __shared__ int4 shared[];
   constexpr int kPackBytes = N * sizeof(T), kAtOnce = 2;
@@ -520,7 +517,7 @@ __global__ void __launch_bounds__(kLossThreads)
 
 template <class T, int N>
 static void loss_rows(Rank& rank, i64 rows, i64 V, T* logits, const int* labels, Wide<T> scale,
-                      bool grad, double* losses) {
+    bool grad, double* losses) {
   if (rows == 0) return;
   const Cuda& cuda = cuda_of(rank);
   const auto kernel = loss_kernel<T, N>;
@@ -532,16 +529,16 @@ static void loss_rows(Rank& rank, i64 rows, i64 V, T* logits, const int* labels,
 
 template <class T>
 void OnCuda<T>::row_losses(Rank& rank, const Tensor& logits, const Tensor& labels, double scale,
-                           bool grad, const Tensor& losses) {
+    bool grad, const Tensor& losses) {
   with_packs<T>(logits.dim[1], [&](auto width) {
     loss_rows<T, width>(rank, logits.dim[0], logits.dim[1], logits.as<T>(), labels.i32(), scale,
-                        grad, losses.as<double>());
+        grad, losses.as<double>());
   });
 }
 
 template <class T, int N>
-static void adamw_packs(Rank& rank, i64 packs, T* w, const T* g, T* m, T* v,
-                        const AdamWFactors<T>& o) {
+static void adamw_packs(
+    Rank& rank, i64 packs, T* w, const T* g, T* m, T* v, const AdamWFactors<T>& o) {
   cuda_each(rank, packs, [=] __device__(i64 i) {
     const Pack<T, N> grad = pack<N>(g, i);
     Pack<T, N> weight = pack<N>(w, i), first = pack<N>(m, i), second = pack<N>(v, i);
@@ -554,7 +551,7 @@ static void adamw_packs(Rank& rank, i64 packs, T* w, const T* g, T* m, T* v,
 
 template <class T>
 void OnCuda<T>::adamw(Rank& rank, const Tensor& w, const Tensor& g, const Tensor& m,
-                      const Tensor& v, const AdamW& options) {
+    const Tensor& v, const AdamW& options) {
   const AdamWFactors<T> o(options);
   with_packs<T>(w.numel(), [&](auto width) {
     adamw_packs<T, width>(rank, w.numel() / width, w.as<T>(), g.as<T>(), m.as<T>(), v.as<T>(), o);

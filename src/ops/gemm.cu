@@ -42,8 +42,8 @@ void run(const Product& p, GemmPlan& plan, void* to) {
   float one = 1, beta = p.c.add;
   const Cuda& cuda = cuda_of(p.rank);
   cuda_check(cublasLtMatmul(cublasLtHandle_t(cuda.blas), &plan.product, &one, p.b.data, &plan.a,
-                            p.a.data, &plan.b, &beta, to, &plan.c, to, &plan.c, &plan.choice.algo,
-                            work.data, plan.choice.workspaceSize, cuda.stream));
+      p.a.data, &plan.b, &beta, to, &plan.c, to, &plan.c, &plan.choice.algo, work.data,
+      plan.choice.workspaceSize, cuda.stream));
 }
 
 // Differs, but for chance, where the bytes do: a multiple of 4 of them.
@@ -101,14 +101,13 @@ GemmPlan make_plan(const Product& p) {
   layout(plan.c, p.c.grad, p.m, p.n);
   cublasLtMatmulPreferenceOpaque_t wish;
   cuda_check(cublasLtMatmulPreferenceInit(&wish));
-  cuda_check(cublasLtMatmulPreferenceSetAttribute(&wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-                                                  &kMostWorkspace, sizeof kMostWorkspace));
+  cuda_check(cublasLtMatmulPreferenceSetAttribute(
+      &wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &kMostWorkspace, sizeof kMostWorkspace));
   cublasLtMatmulHeuristicResult_t found[kCandidates];
   int count = 0;
   Cuda& cuda = cuda_of(p.rank);
   cuda_check(cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t(cuda.blas), &plan.product, &plan.a,
-                                            &plan.b, &plan.c, &plan.c, &wish, kCandidates, found,
-                                            &count));
+      &plan.b, &plan.c, &plan.c, &wish, kCandidates, found, &count));
   if (count == 0)
     failed("matrix product", text("cuBLAS has none for %ld, %ld, %ld", p.m, p.n, p.k));
   // Sums are measured elsewhere, if there is room.
@@ -147,7 +146,7 @@ GemmPlan& plan_of(const Product& p) {
 }
 
 void cuda_gemm(Rank& rank, i64 m, i64 n, i64 k, const Tensor& a, bool a_transposed, const Tensor& b,
-               bool b_transposed, const GradSlot& c) {
+    bool b_transposed, const GradSlot& c) {
   if (k == 0 && !c.add) cuda_zero(rank, c.grad.data, m * n * size_of(c.grad.dtype));
   if (m == 0 || n == 0 || k == 0) return;
   // Addresses and rows as the fast algorithms want them.
@@ -163,10 +162,10 @@ void cuda_gemm(Rank& rank, i64 m, i64 n, i64 k, const Tensor& a, bool a_transpos
     return f64 ? static_cast<const void*>(&x) : &y;
   };
   cuda_check(cublasGemmEx_64(cuda_of(rank).blas, cublasOperation_t(b_transposed),
-                             cublasOperation_t(a_transposed), n, m, k, scalar(one, one32), b.data,
-                             blas_type(b.dtype), b.cols(), a.data, blas_type(a.dtype), a.cols(),
-                             scalar(beta, beta32), c.grad.data, blas_type(c.grad.dtype), n,
-                             f64 ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+      cublasOperation_t(a_transposed), n, m, k, scalar(one, one32), b.data, blas_type(b.dtype),
+      b.cols(), a.data, blas_type(a.dtype), a.cols(), scalar(beta, beta32), c.grad.data,
+      blas_type(c.grad.dtype), n, f64 ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F,
+      CUBLAS_GEMM_DEFAULT));
 }
 
 }

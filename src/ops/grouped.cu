@@ -41,18 +41,18 @@ struct Kernel {
   using Before = conditional_t<kAdds, float, void>;  // void: d is not read
   using After = conditional_t<kAdds, float, BF16>;
   static constexpr int kAligned = 16 / sizeof(After);
-  using Ends = typename epilogue::collective::CollectiveBuilder<
-      Hopper, TensorCores, Tile, Cluster, epilogue::collective::EpilogueTileAuto, float, float,
-      Before, RowMajor*, kAligned, After, RowMajor*, kAligned,
+  using Ends = typename epilogue::collective::CollectiveBuilder<Hopper, TensorCores, Tile, Cluster,
+      epilogue::collective::EpilogueTileAuto, float, float, Before, RowMajor*, kAligned, After,
+      RowMajor*, kAligned,
       conditional_t<kInTurn, epilogue::PtrArrayTmaWarpSpecializedPingpong,
-                    epilogue::PtrArrayTmaWarpSpecializedCooperative>,
+          epilogue::PtrArrayTmaWarpSpecializedCooperative>,
       epilogue::fusion::LinearCombination<After, float>>::CollectiveOp;
-  using Multiplies = typename gemm::collective::CollectiveBuilder<
-      Hopper, TensorCores, BF16, conditional_t<kAdds, ColumnMajor, RowMajor>*, 8, BF16,
+  using Multiplies = typename gemm::collective::CollectiveBuilder<Hopper, TensorCores, BF16,
+      conditional_t<kAdds, ColumnMajor, RowMajor>*, 8, BF16,
       conditional_t<kProduct == kForward, ColumnMajor, RowMajor>*, 8, float, Tile, Cluster,
       gemm::collective::StageCountAutoCarveout<int(sizeof(typename Ends::SharedStorage))>,
       conditional_t<kInTurn, gemm::KernelPtrArrayTmaWarpSpecializedPingpong,
-                    gemm::KernelPtrArrayTmaWarpSpecializedCooperative>>::CollectiveOp;
+          gemm::KernelPtrArrayTmaWarpSpecializedCooperative>>::CollectiveOp;
   using Type = gemm::kernel::GemmUniversal<gemm::GroupProblemShape<Shape>, Multiplies, Ends>;
 };
 
@@ -105,7 +105,7 @@ Parts fill_parts(Rank& rank, const Operands& o, bool weight_grad, const Tensor& 
 void check(cutlass::Status s) {
   if (s != cutlass::Status::kSuccess)
     failed(kPlace, text("CUTLASS failed (got %s)", cutlassGetStatusString(s)),
-           "PITH_DEBUG=1, which names the op");
+        "PITH_DEBUG=1, which names the op");
 }
 
 template <Product kProduct, int kM, int kN>
@@ -118,13 +118,10 @@ void launch(Rank& rank, const Operands& o, bool along_n) {
   Tensor memory = empty(rank, {E * i64(6 * sizeof(i64) + sizeof(Shape))}, DType::U8);
   const Parts parts = fill_parts(rank, o, kProduct == kWeightGrad, memory);
   const auto& [a, b, d] = parts.part;
-  const typename Gemm::Arguments arguments{
-      gemm::GemmUniversalMode::kGrouped,
-      {E, parts.shape},
+  const typename Gemm::Arguments arguments{gemm::GemmUniversalMode::kGrouped, {E, parts.shape},
       {a.begin, a.stride, b.begin, b.stride},
       {{.beta = kProduct == kWeightGrad}, d.begin, d.stride, d.begin, d.stride},
-      {0, cuda.processors},
-      {1, along_n ? Order::AlongN : Order::AlongM}};
+      {0, cuda.processors}, {1, along_n ? Order::AlongN : Order::AlongM}};
   Tensor work = empty(rank, {i64(Gemm::get_workspace_size(arguments))}, DType::U8);
   check(Gemm::can_implement(arguments));
   check(Gemm().run(arguments, work.data, cuda.stream));
@@ -158,17 +155,17 @@ void run(Rank& rank, const Operands& o, int tile) {
 }
 
 void grouped_forward(Rank& rank, const Tensor& x, const Tensor& w, const Tensor& offsets,
-                     const Tensor& y, int tile) {
+    const Tensor& y, int tile) {
   run<kForward>(rank, {x, w, y, offsets}, tile);
 }
 
 void grouped_input_grad(Rank& rank, const Tensor& dy, const Tensor& w, const Tensor& offsets,
-                        const Tensor& dx, int tile) {
+    const Tensor& dx, int tile) {
   run<kInputGrad>(rank, {dy, w, dx, offsets}, tile);
 }
 
 void grouped_weight_grad(Rank& rank, const Tensor& dy, const Tensor& x, const Tensor& offsets,
-                         const Tensor& dw, int tile) {
+    const Tensor& dw, int tile) {
   run<kWeightGrad>(rank, {dy, x, dw, offsets}, tile);
 }
 

@@ -13,12 +13,12 @@ inline bool grouped_fits(i64 in, i64 out) { return in * out > 0 && (in | out) % 
 
 // y[r] = w[e] x[r]; x BF16 [P, in], w BF16 [E, out, in], y BF16 [P, out].
 void grouped_forward(Rank& rank, const Tensor& x, const Tensor& w, const Tensor& offsets,
-                     const Tensor& y, int tile = -1);
+    const Tensor& y, int tile = -1);
 // dx[r] = dy[r] w[e]; dy BF16 [P, out], dx BF16 [P, in].
 void grouped_input_grad(Rank& rank, const Tensor& dy, const Tensor& w, const Tensor& offsets,
-                        const Tensor& dx, int tile = -1);
+    const Tensor& dx, int tile = -1);
 // dw[e] += dy^T x over the expert's rows; dw F32 [E, out, in].
 void grouped_weight_grad(Rank& rank, const Tensor& dy, const Tensor& x, const Tensor& offsets,
-                         const Tensor& dw, int tile = -1);
+    const Tensor& dw, int tile = -1);
 
 }

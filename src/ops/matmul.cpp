@@ -23,8 +23,8 @@ void gemm(i64 m, i64 n, i64 k, Matrix<T> a, Matrix<T> b, T beta, T* c, i64 ldc, 
         cblas_dgemm(CblasRowMajor, x...);
     };
     blas(at ? CblasTrans : CblasNoTrans, bt ? CblasTrans : CblasNoTrans, min(kTileM, m - i),
-         min(kTileN, n - j), k, alpha, a.data + i * (at ? 1 : a.ld), max<i64>(1, a.ld),
-         b.data + j * (bt ? b.ld : 1), max<i64>(1, b.ld), beta, c + i * ldc + j, ldc);
+        min(kTileN, n - j), k, alpha, a.data + i * (at ? 1 : a.ld), max<i64>(1, a.ld),
+        b.data + j * (bt ? b.ld : 1), max<i64>(1, b.ld), beta, c + i * ldc + j, ldc);
   });
 }
 template void gemm(i64, i64, i64, Matrix<float>, Matrix<float>, float, float*, i64, float);
@@ -34,9 +34,9 @@ Tensor linear(Rank& rank, Tensor x, Tensor w, Tensor bias, At at) {
   Op op{rank, "linear", at};
   i64 out = w.dim[0];
   op.check({{"x [..., in] and w [out, in]", x.defined() && w.dim.rank == 2 && x.cols() == w.dim[1]},
-            {"bias [out] or undefined", !bias.defined() || bias.dim == Dims{out}},
-            {"one dtype", one_dtype({&x, &w, &bias})}},
-           {&x, &w, &bias});
+               {"bias [out] or undefined", !bias.defined() || bias.dim == Dims{out}},
+               {"one dtype", one_dtype({&x, &w, &bias})}},
+      {&x, &w, &bias});
   Tensor y = op.empty(with_size(x.dim, x.dim.rank - 1, out), x.dtype);
   op.typed(x, [&]<class T>(T*) {
     if (bias.defined()) copy_elements<T>(op, y.dim, view_of(bias, y.dim), view_of(y), false);
@@ -64,7 +64,7 @@ Tensor leading(Tensor x) {
 // c = or += a b at each index of `lead`, on several threads where products go to different places.
 template <class T>
 void products(const Op& op, const Dims& lead, const Tensor& a, Layout a_layout, const Tensor& b,
-              Layout b_layout, const Tensor& c, bool add) {
+    Layout b_layout, const Tensor& c, bool add) {
   if (!c.defined()) return;
   View va = view_of(leading(a), lead), vb = view_of(leading(b), lead);
   View vc = view_of(leading(c), lead);
@@ -92,8 +92,8 @@ Tensor matmul(Rank& rank, Tensor a, Tensor b, At at) {
   op.check_alike({&a, &b});
   op.check({{"two dimensions or more", a.dim.rank > 1 && b.dim.rank > 1}}, {&a, &b});
   op.check({{"a.dim[-1] == b.dim[-2]  (a [..., M, K] x b [..., K, N])",
-             a.cols() == b.dim[b.dim.rank - 2]}},
-           {&a, &b});
+               a.cols() == b.dim[b.dim.rank - 2]}},
+      {&a, &b});
   Tensor lead_a = leading(a), lead_b = leading(b);
   Dims lead = op.broadcast({&lead_a, &lead_b});
   Dims dims = lead;

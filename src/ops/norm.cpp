@@ -69,7 +69,7 @@ Heads heads_of(const Node& node) { return {int(node.i[0]), int(node.i[1]), int(n
 // dx, and copy if wanted, = the norm's gradient of dy + dsum; either may be undefined.
 template <class T>
 void norm_grad(Rank& rank, const Tensor& dy, const Tensor& dsum, const TensorList& keep,
-               const Tensor& dx, const Tensor& copy) {
+    const Tensor& dx, const Tensor& copy) {
   if (dx.on_gpu()) return OnCuda<T>::rms_norm_grad(rank, dy, dsum, keep, dx, copy);
   const Tensor &x = keep[0], &w = keep[1], &rstd = keep[2];
   i64 n = dx.cols();
@@ -87,12 +87,12 @@ void norm_grad(Rank& rank, const Tensor& dy, const Tensor& dsum, const TensorLis
 
 // Without a residual sum is x, and no output of the node.
 AddRmsNorm norm_of_sum(const Op& op, bool summed, const Tensor& x, const Tensor& residual,
-                       const Tensor& w, double eps) {
+    const Tensor& w, double eps) {
   i64 D = w.numel();
   op.check({{"x [..., D] and w [D]", x.defined() && w.dim == Dims{x.cols()}},
-            {"residual of x's shape", !summed || residual.dim == x.dim},
-            {"one dtype", one_dtype({&x, &residual, &w})}},
-           {&x, &residual, &w});
+               {"residual of x's shape", !summed || residual.dim == x.dim},
+               {"one dtype", one_dtype({&x, &residual, &w})}},
+      {&x, &residual, &w});
   AddRmsNorm y{summed ? op.like(x) : x, op.like(x)};
   Tensor rstd = op.empty({x.rows()}, wide(x.dtype));
   op.typed(x, [&]<class T>(T*) {
@@ -124,7 +124,7 @@ AddRmsNorm norm_of_sum(const Op& op, bool summed, const Tensor& x, const Tensor&
         i64 n = rows.cols();
         const T *g = dy.as<T>(), *row = rows.as<T>(), *scale = scales.as<T>();
         add_columns<T>(rows.rows(), n, b.to(2),
-                       [=](i64 r, i64 j) { return g[r * n + j] * (row[r * n + j] * scale[r]); });
+            [=](i64 r, i64 j) { return g[r * n + j] * (row[r * n + j] * scale[r]); });
       });
   return y;
 }
@@ -141,10 +141,9 @@ AddRmsNorm add_rms_norm(Rank& rank, Tensor x, Tensor residual, Tensor w, double 
 
 Rope rope_tables(Rank& rank, i64 positions, int size, double theta, At at) {
   Op op{rank, "rope_tables", at};
-  op.check({{"an even head size", size > 0 && size % 2 == 0},
-            {"positions >= 0", positions >= 0},
-            {"theta > 0", theta > 0}},
-           {});
+  op.check({{"an even head size", size > 0 && size % 2 == 0}, {"positions >= 0", positions >= 0},
+               {"theta > 0", theta > 0}},
+      {});
   DType dtype = rank.compute == DType::F64 ? DType::F64 : DType::F32;
   i64 half = size / 2;
   Rope rope{op.empty({positions, half}, dtype), op.empty({positions, half}, dtype)};
@@ -162,25 +161,25 @@ Rope rope_tables(Rank& rank, i64 positions, int size, double theta, At at) {
 }
 
 Tensor qk_norm_rope(Rank& rank, Tensor qkv, Heads heads, Tensor q_norm, Tensor k_norm, double eps,
-                    Rope rope, Tensor positions, At at) {
+    Rope rope, Tensor positions, At at) {
   Op op{rank, "qk_norm_rope", at};
   i64 N = heads.size;
   bool normed = q_norm.defined();
   op.check({{"qkv [T, (H+2K)*N] with an even N",
-             qkv.dim.rank == 2 && qkv.dim[1] == heads.width() && N > 0 && N % 2 == 0},
-            {"positions I32 [T]", is_i32(positions, {qkv.dim[0]})},
-            {"q_norm and k_norm [N], or both undefined",
-             normed ? q_norm.dim == Dims{N} && k_norm.dim == Dims{N} : !k_norm.defined()},
-            {"tables [positions, N/2]",
-             rope.cos.dim.rank == 2 && rope.cos.dim[1] == N / 2 && rope.sin.dim == rope.cos.dim},
-            {"one dtype, of the tables f32 with bf16", one_dtype({&qkv, &q_norm, &k_norm}) &&
-                                                           one_dtype({&rope.cos, &rope.sin}) &&
-                                                           rope.cos.dtype == wide(qkv.dtype)}},
-           {&qkv, &q_norm, &k_norm, &rope.cos, &positions});
+                qkv.dim.rank == 2 && qkv.dim[1] == heads.width() && N > 0 && N % 2 == 0},
+               {"positions I32 [T]", is_i32(positions, {qkv.dim[0]})},
+               {"q_norm and k_norm [N], or both undefined",
+                   normed ? q_norm.dim == Dims{N} && k_norm.dim == Dims{N} : !k_norm.defined()},
+               {"tables [positions, N/2]", rope.cos.dim.rank == 2 && rope.cos.dim[1] == N / 2 &&
+                                               rope.sin.dim == rope.cos.dim},
+               {"one dtype, of the tables f32 with bf16", one_dtype({&qkv, &q_norm, &k_norm}) &&
+                                                              one_dtype({&rope.cos, &rope.sin}) &&
+                                                              rope.cos.dtype == wide(qkv.dtype)}},
+      {&qkv, &q_norm, &k_norm, &rope.cos, &positions});
   Tensor y = op.like(qkv);
   Tensor rstd = normed ? op.empty({qkv.dim[0], heads.query + heads.kv}, wide(qkv.dtype)) : Tensor{};
-  const TensorList all = {rope.cos, rope.sin, positions, normed ? qkv : Tensor{},
-                          rstd,     q_norm,   k_norm};
+  const TensorList all = {
+      rope.cos, rope.sin, positions, normed ? qkv : Tensor{}, rstd, q_norm, k_norm};
   op.check_ids("positions", positions, rope.cos.dim[0]);
   op.typed(qkv, [&]<class T>(T*) {
     if (y.on_gpu()) return OnCuda<T>::qk_norm_rope(rank, heads, all, qkv, eps, y);

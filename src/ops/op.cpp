@@ -14,10 +14,9 @@ bool one_dtype(std::initializer_list<const Tensor*> ts) {
 void Op::check_alike(std::initializer_list<const Tensor*> ts) const {
   const Tensor& first = **ts.begin();
   for (const Tensor* t : ts)
-    check({{"defined tensors", t->defined()},
-           {"equal dtypes", t->dtype == first.dtype},
-           {"tensors on one device", t->device == first.device}},
-          ts);
+    check({{"defined tensors", t->defined()}, {"equal dtypes", t->dtype == first.dtype},
+              {"tensors on one device", t->device == first.device}},
+        ts);
 }
 
 void Op::check_ids(const char* what, const Tensor& ids, i64 limit, int also) const {
@@ -28,7 +27,7 @@ void Op::check_ids(const char* what, const Tensor& ids, i64 limit, int also) con
   for (i64 i = 0, n = ids.numel(); i < n; i++) {
     if ((id[i] >= 0 && id[i] < limit) || (also && id[i] == also)) continue;
     check({{text("%s in [0,%ld), not %d at element %ld", what, limit, id[i], i).c_str(), false}},
-          {&ids});
+        {&ids});
   }
 }
 

@@ -56,7 +56,7 @@ struct Op {
   template <class F>
   void on_cpu(const Tensor& x, F&& f) const {
     check({{"dtype f32 or f64, or bf16 on a GPU", x.dtype == DType::F32 || x.dtype == DType::F64}},
-          {&x});
+        {&x});
     if (x.dtype == DType::F64)
       f((double*)nullptr);
     else
@@ -123,8 +123,8 @@ struct Recorded {
 };
 
 // To be completed at once with what the node keeps and its backward.
-inline Recorded record(const Op& op, std::initializer_list<Tensor> in,
-                       std::initializer_list<Tensor*> out) {
+inline Recorded record(
+    const Op& op, std::initializer_list<Tensor> in, std::initializer_list<Tensor*> out) {
   return {record(op.rank, op.name, op.at, in, out)};
 }
 

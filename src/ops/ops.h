@@ -71,8 +71,8 @@ Tensor rms_norm(Rank& rank, Tensor x, Tensor w, double eps, At at = At::here());
 struct AddRmsNorm {
   Tensor sum, normed;
 };
-AddRmsNorm add_rms_norm(Rank& rank, Tensor x, Tensor residual, Tensor w, double eps,
-                        At at = At::here());
+AddRmsNorm add_rms_norm(
+    Rank& rank, Tensor x, Tensor residual, Tensor w, double eps, At at = At::here());
 
 // Heads of a packed projection: rows of q (H*N), then k (K*N), then v (K*N).
 struct Heads {
@@ -88,7 +88,7 @@ Rope rope_tables(Rank& rank, i64 positions, int size, double theta, At at = At::
 // Per head of q and k: rms_norm with weights [N] (both undefined: none), then rotation of its
 // halves, (x1 cos - x2 sin, x2 cos + x1 sin).  qkv [T, (H+2K)*N], positions I32 [T]
 Tensor qk_norm_rope(Rank& rank, Tensor qkv, Heads heads, Tensor q_norm, Tensor k_norm, double eps,
-                    Rope rope, Tensor positions, At at = At::here());
+    Rope rope, Tensor positions, At at = At::here());
 
 // Which keys a query sees. Row coordinate: position within the whole row of the batch.
 struct AttentionMask {
@@ -100,8 +100,8 @@ struct AttentionMask {
 // qkv [B*S, (H+2K)*N] -> [B*S, H*N], scores scaled by 1/sqrt(N); with mesh.cp > 1 a ring over the
 // cp group, whose member r holds chunks r and 2*cp-1-r of each row.  Vaswani et al. 2017,
 // arXiv:1706.03762; Ainslie et al. 2023, arXiv:2305.13245
-Tensor attention(Rank& rank, Tensor qkv, Heads heads, i64 batch, AttentionMask mask,
-                 At at = At::here());
+Tensor attention(
+    Rank& rank, Tensor qkv, Heads heads, i64 batch, AttentionMask mask, At at = At::here());
 // q [B,S,H,N], k [B,Z,K,N], v [B,Z,K,M] -> [B,S,H,M], with an additive bias or a boolean mask (U8,
 // 1 = visible) [1|B, 1|H, S, Z]. The last query stands at the last key; one that sees nothing gives
 // zeros.
@@ -109,7 +109,7 @@ struct AttentionBias {
   Tensor bias, visible;
 };
 Tensor attention(Rank& rank, Tensor q, Tensor k, Tensor v, double scale, AttentionMask mask,
-                 AttentionBias bias = {}, At at = At::here());
+    AttentionBias bias = {}, At at = At::here());
 
 struct RouterOptions {
   int top_k = 1;
@@ -147,8 +147,8 @@ Tensor swiglu(Rank& rank, Tensor gate_up, Tensor weights = {}, At at = At::here(
 // The sum over tokens of -log softmax(x w^T)[label], x [T, D], w [V, D], labels I32 [T] or
 // kIgnoreLabel -> [1], in chunks of rows. A terminal op: its gradient is taken to be `scale`
 // whatever arrives, and w's is added in the forward.
-Tensor lm_head_cross_entropy(Rank& rank, Tensor x, Tensor w, Tensor labels, double scale,
-                             At at = At::here());
+Tensor lm_head_cross_entropy(
+    Rank& rank, Tensor x, Tensor w, Tensor labels, double scale, At at = At::here());
 
 // Outside the tape, on flat buffers in place.  Loshchilov & Hutter 2019, arXiv:1711.05101,
 // Algorithm 2
@@ -157,8 +157,8 @@ struct AdamW {
   double grad_scale = 1;  // for clipping
   i64 step = 1;           // 1-based, for the bias corrections
 };
-void adamw_step(Rank& rank, Tensor w, Tensor g, Tensor m, Tensor v, const AdamW& options,
-                At at = At::here());
+void adamw_step(
+    Rank& rank, Tensor w, Tensor g, Tensor m, Tensor v, const AdamW& options, At at = At::here());
 double sum_squares(Rank& rank, Tensor x, At at = At::here());  // in F64
 // Element i of x becomes std * normal_at(key, first + i).
 void fill_normal(Rank& rank, Tensor x, u64 key, u64 first, double std, At at = At::here());

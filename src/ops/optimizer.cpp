@@ -15,7 +15,7 @@ constexpr i64 kBlock = 1 << 13;
 template <class F>
 void parallel_blocks(i64 n, i64 work, F&& f) {
   parallel_rows((n + kBlock - 1) / kBlock, kBlock * work,
-                [&](i64 b) { f(b * kBlock, min(n, (b + 1) * kBlock)); });
+      [&](i64 b) { f(b * kBlock, min(n, (b + 1) * kBlock)); });
 }
 
 }
@@ -23,9 +23,8 @@ void parallel_blocks(i64 n, i64 work, F&& f) {
 void adamw_step(Rank& rank, Tensor w, Tensor g, Tensor m, Tensor v, const AdamW& options, At at) {
   Op op{rank, "adamw_step", at};
   op.check({{"w, g, m and v of one shape", g.dim == w.dim && m.dim == w.dim && v.dim == w.dim},
-            {"one dtype", one_dtype({&w, &g, &m, &v})},
-            {"step >= 1", options.step >= 1}},
-           {&w, &g, &m, &v});
+               {"one dtype", one_dtype({&w, &g, &m, &v})}, {"step >= 1", options.step >= 1}},
+      {&w, &g, &m, &v});
   op.typed(w, [&]<class T>(T*) {
     if (w.on_gpu()) return OnCuda<T>::adamw(rank, w, g, m, v, options);
     const AdamWFactors<T> factors(options);
@@ -55,8 +54,8 @@ double sum_squares(Rank& rank, Tensor x, At at) {
 void fill_normal(Rank& rank, Tensor x, u64 key, u64 first, double std, At at) {
   Op{rank, "fill_normal", at}.typed(x, [&]<class T>(T*) {
     if (x.on_gpu()) return OnCuda<T>::fill_normal(rank, x, key, first, std);
-    parallel_rows(x.numel(), 100,
-                  [&](i64 i) { x.as<T>()[i] = T(std * normal_at(key, first + i)); });
+    parallel_rows(
+        x.numel(), 100, [&](i64 i) { x.as<T>()[i] = T(std * normal_at(key, first + i)); });
   });
 }
 

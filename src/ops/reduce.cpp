@@ -56,8 +56,8 @@ Tensor mean(Rank& rank, Tensor x, int dim, At at) {
 
 Tensor max(Rank& rank, Tensor x, int dim, At at) {
   Op op{rank, "max", at};
-  return over_last(op, x, filled_dim(op, x, dim),
-                   [&](Tensor t) { return top_k(rank, t, 1, at).values; });
+  return over_last(
+      op, x, filled_dim(op, x, dim), [&](Tensor t) { return top_k(rank, t, 1, at).values; });
 }
 
 TopK top_k(Rank& rank, Tensor x, int k, At at) {

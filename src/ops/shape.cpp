@@ -59,9 +59,9 @@ Tensor select(const Op& op, const Tensor& x, const Tensor& ids) {
 
 void check_rows(const Op& op, const Tensor& x, const Tensor& ids) {
   op.check({{"a defined tensor", x.defined()},
-            {"ids of dtype i32 and one dimension", ids.dtype == DType::I32 && ids.dim.rank == 1},
-            {"tensors on one device", x.device == ids.device}},
-           {&x, &ids});
+               {"ids of dtype i32 and one dimension", ids.dtype == DType::I32 && ids.dim.rank == 1},
+               {"tensors on one device", x.device == ids.device}},
+      {&x, &ids});
 }
 
 }
@@ -89,7 +89,7 @@ Tensor reshape(Rank& rank, Tensor x, Dims dims, At at) {
   bool sizes = dims.rank > 0 && *std::min_element(dims.size, end) >= -1;
   Op{rank, "reshape", at}.check(
       {{"a defined tensor", x.defined()},
-       {"sizes >= 0, at most one of them -1", sizes && std::count(dims.size, end, -1) <= 1}},
+          {"sizes >= 0, at most one of them -1", sizes && std::count(dims.size, end, -1) <= 1}},
       {&x});
   return x.view(dims, at);
 }
@@ -141,8 +141,8 @@ Tensor concat(Rank& rank, TensorList xs, int dim, At at) {
              begin += b.node.in[k++].dim[along]) {
           GradSlot dx = b.slot(k);
           if (dx.grad.defined())
-            copy_elements<T>(b.op(), dx.grad.dim, part_of(b.dy(), along, begin), view_of(dx.grad),
-                             dx.add);
+            copy_elements<T>(
+                b.op(), dx.grad.dim, part_of(b.dy(), along, begin), view_of(dx.grad), dx.add);
         }
       });
   return y;
@@ -168,10 +168,9 @@ Tensor index_select(Rank& rank, Tensor x, Tensor ids, At at) {
 Tensor embedding(Rank& rank, Tensor ids, Tensor w, At at) {
   Op op{rank, "embedding", at};
   op.check({{"ids I32 of at most 4 dimensions",
-             ids.dtype == DType::I32 && ids.defined() && ids.dim.rank < kMaxDims},
-            {"w [V, D]", w.dim.rank == 2},
-            {"tensors on one device", ids.device == w.device}},
-           {&ids, &w});
+                ids.dtype == DType::I32 && ids.defined() && ids.dim.rank < kMaxDims},
+               {"w [V, D]", w.dim.rank == 2}, {"tensors on one device", ids.device == w.device}},
+      {&ids, &w});
   return select(op, w, ids);
 }
 
@@ -179,8 +178,8 @@ Tensor scatter_add(Rank& rank, Tensor src, Tensor ids, i64 rows, At at) {
   Op op{rank, "scatter_add", at};
   check_rows(op, src, ids);
   op.check_ids("ids", ids, rows);
-  op.check({{"rows >= 0", rows >= 0}, {"an id a row of src", ids.numel() == src.dim[0]}},
-           {&src, &ids});
+  op.check(
+      {{"rows >= 0", rows >= 0}, {"an id a row of src", ids.numel() == src.dim[0]}}, {&src, &ids});
   Tensor y = zeros(rank, with_size(src.dim, 0, rows), src.dtype, at);
   op.typed(src, [&]<class T>(T*) { scatter_rows<T>(op, src, ids, y); });
   record(op, {src}, {&y}).bx({ids}, []<class T>(Backward<T> b) {

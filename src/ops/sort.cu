@@ -7,8 +7,8 @@
 
 namespace pith {
 
-void cuda_sort(Rank& rank, const Tensor& ids, i64 limit, const Tensor& sorted,
-               const Tensor& order) {
+void cuda_sort(
+    Rank& rank, const Tensor& ids, i64 limit, const Tensor& sorted, const Tensor& order) {
   i64 n = ids.numel();
   if (n == 0) return;
   const cudaStream_t stream = cuda_of(rank).stream;
@@ -18,8 +18,8 @@ void cuda_sort(Rank& rank, const Tensor& ids, i64 limit, const Tensor& sorted,
   int bits = max<int>(1, std::bit_width(u64(limit)));
   size_t bytes = 0;
   auto sort = [&](void* room) {
-    cuda_check(cub::DeviceRadixSort::SortPairs(room, bytes, ids.i32(), sorted.i32(), places.i32(),
-                                               order.i32(), n, 0, bits, stream));
+    cuda_check(cub::DeviceRadixSort::SortPairs(
+        room, bytes, ids.i32(), sorted.i32(), places.i32(), order.i32(), n, 0, bits, stream));
   };
   sort(nullptr);
   Tensor room = empty(rank, {i64(bytes)}, DType::U8);

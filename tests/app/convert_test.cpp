@@ -109,7 +109,7 @@ TEST(Convert, RoundTripIsBitExact) {
     EXPECT_EQ(read_text_file(out + "/tokenizer.json"), "{\"a\": 1}");
     EXPECT_TRUE(fs::exists(out + "/generation_config.json"));
     EXPECT_EQ(Json::parse_file(out + "/tokenizer_config.json")["tokenizer_class"].as_string(),
-              "PreTrainedTokenizerFast");
+        "PreTrainedTokenizerFast");
     const Json config = Json::parse_file(out + "/config.json");
     EXPECT_EQ(config["torch_dtype"].as_string(), name == "fp32" ? "float32" : "bfloat16");
     EXPECT_EQ(config["hidden_size"].as_int(), 24);
@@ -128,11 +128,11 @@ TEST(Convert, OtherDtypesAreWidenedAndRounded) {
   fs::create_directories(run + "/bf16");
   write_model(run + "/bf16", make_model(FileDType::BF16));
   EXPECT_EQ(convert({"import-hf", run + "/f64", run + "/checkpoint"}), kExitDone);
-  EXPECT_EQ(convert({"export-hf", run + "/checkpoint", run + "/out32", "--dtype", "fp32"}),
-            kExitDone);
+  EXPECT_EQ(
+      convert({"export-hf", run + "/checkpoint", run + "/out32", "--dtype", "fp32"}), kExitDone);
   EXPECT_EQ(convert({"export-hf", run + "/checkpoint", run + "/out16", "--tokenizer",
-                     run + "/f64/tokenizer.json"}),
-            kExitDone);
+                run + "/f64/tokenizer.json"}),
+      kExitDone);
   expect_same_tensors(run + "/out32", run + "/f32");
   EXPECT_EQ(read_text_file(run + "/out16/tokenizer_config.json"), "{\"own\": 1}");
   expect_same_tensors(run + "/out16", run + "/bf16");
@@ -144,22 +144,22 @@ TEST(Convert, FaultsAreNamedAndNothingIsLeft) {
     void (*change)(Model& m);
   } cases[] = {
       {"1 missing: model.embed_tokens.weight",
-       [](Model& m) {
-         m.tensors.erase(m.tensors.begin());
-         m.values.erase(m.values.begin());
-       }},
+          [](Model& m) {
+            m.tensors.erase(m.tensors.begin());
+            m.values.erase(m.values.begin());
+          }},
       {"1 not of this model: model.layers.0.self_attn.q_proj.bias [24] F32",
-       [](Model& m) {
-         m.tensors.push_back({"model.layers.0.self_attn.q_proj.bias", FileDType::F32, {24}});
-         m.values.emplace_back(24, 0.0f);
-       }},
+          [](Model& m) {
+            m.tensors.push_back({"model.layers.0.self_attn.q_proj.bias", FileDType::F32, {24}});
+            m.values.emplace_back(24, 0.0f);
+          }},
       {"1 of another shape or type: model.embed_tokens.weight (got [24,50] F32, need [50,24] "
        "F32)",
-       [](Model& m) {
-         m.tensors[0].shape = {24, 50};
-       }},
+          [](Model& m) {
+            m.tensors[0].shape = {24, 50};
+          }},
       {"1 tensors with NaN or Inf: model.embed_tokens.weight (1 of 1200 values)",
-       [](Model& m) { m.values[0][7] = NAN; }},
+          [](Model& m) { m.values[0][7] = NAN; }},
   };
   for (const auto& one : cases) {
     const std::string run = fresh_folder("convert_bad"), hf = run + "/hf";
@@ -168,10 +168,10 @@ TEST(Convert, FaultsAreNamedAndNothingIsLeft) {
     one.change(m);
     write_model(hf, m);
     expect_part(error_of(kExitBadInput,
-                         [&] {
-                           convert({"import-hf", hf, run + "/out"});
-                         }),
-                one.error);
+                    [&] {
+                      convert({"import-hf", hf, run + "/out"});
+                    }),
+        one.error);
     EXPECT_FALSE(fs::exists(run + "/out") || fs::exists(run + "/out.tmp"));
   }
 }
@@ -207,10 +207,10 @@ TEST(Convert, RefusesWhatItCannotDo) {
   }
   fs::create_directories(out + ".tmp");
   expect_part(error_of(kExitBadInput,
-                       [&] {
-                         convert({"export-hf", good, out});
-                       }),
-              "was left by a conversion that was killed");
+                  [&] {
+                    convert({"export-hf", good, out});
+                  }),
+      "was left by a conversion that was killed");
 }
 
 // In a child, because the stop flag and the limit are the process's.
@@ -238,13 +238,13 @@ TEST(Convert, FullDisksAndSignalsLeaveNothing) {
     for (const char* action : {"import-hf", "export-hf"}) {
       const std::string from = action[0] == 'i' ? hf : run + "/good";
       EXPECT_EQ(exit_code_of_child([&] {
-                  const rlimit small{5000, 5000};
-                  signal(SIGXFSZ, SIG_IGN);
-                  if (full && setrlimit(RLIMIT_FSIZE, &small) != 0) _exit(98);
-                  if (!full) request_stop();
-                  convert({action, from, run + "/out"});
-                }),
-                kExitFailed);
+        const rlimit small{5000, 5000};
+        signal(SIGXFSZ, SIG_IGN);
+        if (full && setrlimit(RLIMIT_FSIZE, &small) != 0) _exit(98);
+        if (!full) request_stop();
+        convert({action, from, run + "/out"});
+      }),
+          kExitFailed);
       EXPECT_FALSE(fs::exists(run + "/out") || fs::exists(run + "/out.tmp")) << action;
     }
 }
@@ -281,9 +281,9 @@ TEST(CheckpointCommand, Verifies) {
   expect_part(bad[1]["error"].as_string(), "is damaged (checksum");
   fs::remove(second + "/manifest.json");
   expect_part(output_of({"verify", run}, kExitBadInput)[1]["error"].as_string(),
-              "is no finished checkpoint");
+      "is no finished checkpoint");
   expect_part(output_of({"verify", run + "/none"}, kExitBadInput)[0]["error"].as_string(),
-              "there is no such checkpoint");
+      "there is no such checkpoint");
 }
 
 TEST(CheckpointCommand, ComparesWeights) {

@@ -50,7 +50,7 @@ TEST(Doctor, FailsWhereNothingCanBeWritten) {
   EXPECT_EQ(doctor({"--folder", "/no/such/folder"}, out), kExitFailed);
   EXPECT_NE(out.find("FAIL  disk       /no/such/folder: cannot be written (No such file or "
                      "directory)\n"),
-            std::string::npos)
+      std::string::npos)
       << out;
   EXPECT_EQ(doctor({"--folder", "/no/such/folder", "--json"}, out), kExitFailed);
   EXPECT_FALSE(Json::parse(out, "doctor")["works"].as_bool());

@@ -53,8 +53,7 @@ size_t count(const std::string& all, const std::string& part) {
 TEST(Plan, TimelineInTheTerminal) {
   const PlanOutput dual = plan({"--schedule", "--pp", "2", "--micro-batches", "4"});
   EXPECT_EQ(dual.code, kExitDone);
-  EXPECT_EQ(
-      dual.out,
+  EXPECT_EQ(dual.out,
       "dualpipev, pp = 2, 4 micro-batches: bubble 7.7%\n"
       "  26 units of time, 24 of them busy on each rank; at most 5 micro-batches' activations on "
       "a rank\n"
@@ -67,11 +66,11 @@ TEST(Plan, TimelineInTheTerminal) {
   const PlanOutput wide =
       plan({"--schedule", "--kind", "1f1b", "--pp", "1", "--micro-batches", "12"});
   EXPECT_EQ(wide.out.substr(wide.out.find("\n\n")),
-            "\n\n         time 0\n"
-            "rank 0  |F0-B0----F1-B1----F2-B2----F3-B3----F4-B4----F5-B5----F6-B6----F7-B7----"
-            "F8-B8----F9-|\n"
-            "\n         time 28\n"
-            "rank 0  |B9----F10B10---F11B11---|\n");
+      "\n\n         time 0\n"
+      "rank 0  |F0-B0----F1-B1----F2-B2----F3-B3----F4-B4----F5-B5----F6-B6----F7-B7----"
+      "F8-B8----F9-|\n"
+      "\n         time 28\n"
+      "rank 0  |B9----F10B10---F11B11---|\n");
 }
 
 // It shows what the terminal does.
@@ -126,8 +125,8 @@ TEST(Plan, WrongUseIsRefused) {
   } cases[] = {
       {{}, "pith plan: does not say what to plan (need --schedule)"},
       {{"--schedule", "--pp", "4", "--micro-batches", "7"},
-       "schedule: dualpipev at pp = 4 gets too few micro-batches (got 7, need at least 8). Try: "
-       "more micro-batches in a step"},
+          "schedule: dualpipev at pp = 4 gets too few micro-batches (got 7, need at least 8). Try: "
+          "more micro-batches in a step"},
       {{"--schedule", "--kind", "gpipe"}, "--kind"},
       {{"--schedule", "--pp", "0"}, "--pp"},
   };

@@ -56,7 +56,7 @@ inline Ran wait_for(pid_t pid, const std::string& output) {
   int status = 0;
   EXPECT_EQ(waitpid(pid, &status, 0), pid);
   return {WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status),
-          read_text_file(output + ".out"), read_text_file(output + ".err")};
+      read_text_file(output + ".out"), read_text_file(output + ".err")};
 }
 
 inline Ran run_pith(const Words& words, const std::string& output) {
@@ -90,7 +90,7 @@ class CallKiller {
   bool run(int& status) {
     if (waitpid(pid_, &status, 0) != pid_ || !WIFSTOPPED(status)) return false;
     ptrace(PTRACE_SETOPTIONS, pid_, nullptr,
-           PTRACE_O_TRACESYSGOOD | PTRACE_O_TRACECLONE | PTRACE_O_EXITKILL);
+        PTRACE_O_TRACESYSGOOD | PTRACE_O_TRACECLONE | PTRACE_O_EXITKILL);
     ptrace(PTRACE_SYSCALL, pid_, nullptr, nullptr);
     for (;;) {
       const pid_t thread = waitpid(-1, &status, __WALL);
@@ -111,7 +111,7 @@ class CallKiller {
     // The page behind the string's may not be there: then only what is before it is read.
     const size_t here = std::min<size_t>(to.iov_len, 4096 - address % 4096);
     const iovec from[] = {{reinterpret_cast<void*>(address), here},
-                          {reinterpret_cast<void*>(address + here), to.iov_len - here}};
+        {reinterpret_cast<void*>(address + here), to.iov_len - here}};
     return process_vm_readv(thread, &to, 1, from, 2, 0) > 0 &&
            std::string(path).find(mark_) != std::string::npos;
   }
@@ -119,9 +119,8 @@ class CallKiller {
   void after_call(pid_t thread) {
     constexpr uint64_t kPathFirst[] = {SYS_mkdir, SYS_rename, SYS_access, SYS_unlink, SYS_stat};
     constexpr uint64_t kPathSecond[] = {SYS_openat, SYS_newfstatat, SYS_mkdirat, SYS_statx};
-    constexpr uint64_t kNoEffect[] = {SYS_futex,          SYS_mmap,   SYS_munmap,     SYS_brk,
-                                      SYS_mprotect,       SYS_rseq,   SYS_madvise,    SYS_exit,
-                                      SYS_rt_sigprocmask, SYS_clone3, SYS_sched_yield};
+    constexpr uint64_t kNoEffect[] = {SYS_futex, SYS_mmap, SYS_munmap, SYS_brk, SYS_mprotect,
+        SYS_rseq, SYS_madvise, SYS_exit, SYS_rt_sigprocmask, SYS_clone3, SYS_sched_yield};
     __ptrace_syscall_info info = {};
     ptrace(static_cast<__ptrace_request>(PTRACE_GET_SYSCALL_INFO), thread, sizeof info, &info);
     if (info.op == PTRACE_SYSCALL_INFO_ENTRY) {

@@ -25,12 +25,12 @@ namespace fs = std::filesystem;
 // Two layers, four sequences a step, 4 steps, each saved.
 RunConfig tiny(int64_t vocab = 64) {
   RunConfig c = small_run({.layers = 2,
-                           .hidden = 16,
-                           .experts = 2,
-                           .top_k = 1,
-                           .vocab = static_cast<int>(vocab),
-                           .global_batch = 4,
-                           .documents = 60});
+      .hidden = 16,
+      .experts = 2,
+      .top_k = 1,
+      .vocab = static_cast<int>(vocab),
+      .global_batch = 4,
+      .documents = 60});
   c.train.steps = 4;
   c.checkpoint.interval = 1;
   // What an earlier process of this number left.
@@ -174,7 +174,7 @@ TEST(Program, StopsAtASignalAndGoesOn) {
     const std::map<int64_t, std::string> list = list_checkpoints(c.run.folder);
     ASSERT_EQ(list.size(), 1u);
     expect_part(ran.err, text("stopped at step %lld; the same command goes on",
-                              static_cast<long long>(list.begin()->first)));
+                             static_cast<long long>(list.begin()->first)));
     c.train.steps = list.begin()->first + 2;
     c.checkpoint.interval = 0;
     train_to_end(c);
@@ -324,8 +324,8 @@ TEST(Program, GoesOnOnlyAsTheSameRun) {
     std::string set, differs;
   } refused[] = {
       {"model.config=" + model,
-       "the model's rope_theta differs from the saved run's (got "
-       "20000.0, need 10000.0)"},
+          "the model's rope_theta differs from the saved run's (got "
+          "20000.0, need 10000.0)"},
       {"data.path=" + data, "the data set (its fingerprint) differs"},
       {"data.seed=5", "data.seed differs from the saved run's (got 5, need 1234)"},
       {"data.sequence_length=16", "data.sequence_length differs"},
@@ -338,8 +338,8 @@ TEST(Program, GoesOnOnlyAsTheSameRun) {
     expect_part(ran.err, one.differs);
     EXPECT_EQ(contents(c.run.folder), before) << one.set;
   }
-  const Words changes = {"optimizer.lr=2e-3",       "checkpoint.interval=2", "train.log_interval=3",
-                         "lr_schedule.kind=cosine", "parallel.gather=layer", "parallel.ep=2"};
+  const Words changes = {"optimizer.lr=2e-3", "checkpoint.interval=2", "train.log_interval=3",
+      "lr_schedule.kind=cosine", "parallel.gather=layer", "parallel.ep=2"};
   for (const std::string& change : changes) {
     c.train.steps++;
     train_to_end(c, {"--set", change});
@@ -427,8 +427,7 @@ TEST(BadInput, OfTraining) {
   const auto set = [&](const std::string& assignment, const std::string& part) {
     return BadCase{{"train", f + "run.toml", "--set", assignment}, part};
   };
-  expect_refused(
-      c,
+  expect_refused(c,
       {
           {{"train"}, "pith train: run is required"},
           {{"train", f + "run.toml", "more"}, "more"},
@@ -439,7 +438,7 @@ TEST(BadInput, OfTraining) {
           {{"train", f + "run.toml", "--device", "cuda"}, "--device cuda: there is no GPU to use"},
           {{"train", f + "run.toml", "--profile-step", "0"}, "--profile-step"},
           {{"train", f + "run.toml", "--profile-step", "1", "--device", "cpu"},
-           "--profile-step: needs a GPU and a step from 1 to "},
+              "--profile-step: needs a GPU and a step from 1 to "},
           {{"train", f + "run.toml", "--profile-step", "9999"}, "(got 9999 on the CPU)"},
           {{"trian", f + "run.toml"}, "unknown command (got \"trian\")"},
           {{"train", f + "absent.toml"}, "absent.toml: cannot be opened"},
@@ -484,8 +483,8 @@ TEST(BadInput, OfTraining) {
           set("model.init_from=" + f + "nothing", "nothing: "),
           set("model.init_from=" + f + "empty", "empty: is no safetensors file"),
           {{"train", f + "run.toml", "--ranks", "2", "--set", "parallel.cp=2", "--set",
-            "data.sequence_length=30"},
-           "data.sequence_length: does not split into 2 * parallel.cp blocks (got 30"},
+               "data.sequence_length=30"},
+              "data.sequence_length: does not split into 2 * parallel.cp blocks (got 30"},
           set("data.sequence_length=5000", "data.sequence_length: is beyond the model's"),
           set("train.micro_batch_size=3", "does not split into micro-batches over the mesh"),
       });
@@ -498,7 +497,7 @@ TEST(BadInput, OfCheckpointsAndFolders) {
   const std::string f = folder_of_test(c) + "/", good = c.run.folder + "/step-00000004";
   const std::string output = output_of_test(c);
   ASSERT_EQ(run_pith({"convert", "export-hf", good, f + "hf", "--dtype", "fp32"}, output).exit_code,
-            kExitDone);
+      kExitDone);
   const auto copy = [&](const std::string& from, const std::string& to, const std::string& file,
                         auto change) {
     fs::copy(from, f + to, fs::copy_options::recursive);
@@ -554,44 +553,44 @@ TEST(BadInput, OfCheckpointsAndFolders) {
       {{"generate", good, "--tokenizer", f + "bad"}, "tokenizer.json: is not valid JSON"},
       {{"generate", good, "--tokenizer", f + "empty.json"}, "empty.json: is empty"},
       {{"generate", good, "--tokenizer", std::string(SOURCE_DIR) + "/configs/quickstart"},
-       "has a smaller vocabulary than the tokenizer (got 64, need at least 2048)"},
+          "has a smaller vocabulary than the tokenizer (got 64, need at least 2048)"},
       {{"convert"}, "pith convert: "},
       {{"convert", "sideways", good, f + "out"}, "sideways"},
       {{"convert", "import-hf", f + "nan-hf", f + "out"},
-       "1 tensors with NaN or Inf: lm_head.weight"},
+          "1 tensors with NaN or Inf: lm_head.weight"},
       {{"convert", "import-hf", f + "inf-hf", f + "out"},
-       "1 tensors with NaN or Inf: lm_head.weight"},
+          "1 tensors with NaN or Inf: lm_head.weight"},
       {{"convert", "import-hf", f + "no-config", f + "out"}, "has no config.json"},
       {{"convert", "export-hf", good, f + "hf"}, "is there already"},
       {{"checkpoint", "polish", good}, "polish"},
       {{"tokenize"}, "pith tokenize: needs --tokenizer, --input and --output"},
       {{"tokenize", "--tokenizer", f + "bad", "--input", f + "text.txt", "--output", f + "out"},
-       "tokenizer.json: is not valid JSON"},
+          "tokenizer.json: is not valid JSON"},
       {{"tokenize", "--tokenizer", f + "empty.json", "--input", f + "text.txt", "--output",
-        f + "out"},
-       "empty.json: is empty"},
+           f + "out"},
+          "empty.json: is empty"},
       {{"tokenize", "--tokenizer", f + "absent.json", "--input", f + "text.txt", "--output",
-        f + "out"},
-       "absent.json: cannot be opened"},
+           f + "out"},
+          "absent.json: cannot be opened"},
       {{"corpus", "inspect", f + "nothing"}, "nothing: "},
       {{"plan"}, "pith plan: "},
       {{"doctor", "more"}, "more"},
       {{"train", f + "run.toml", "--set", "run.folder=" + f + "none-good"},
-       "none-good: none of its checkpoints is good"},
+          "none-good: none of its checkpoints is good"},
   };
   for (const char* name : {"cut-shard", "flipped-shard", "empty-shard", "cut-manifest",
-                           "flipped-manifest", "empty-manifest", "none-good"}) {
+           "flipped-manifest", "empty-manifest", "none-good"}) {
     cases.push_back({{"eval", f + name, "--data", c.data.path}, name});
     cases.push_back({{"convert", "export-hf", f + name, f + "out"}, name});
   }
   for (const char* name :
-       {"cut-hf", "empty-hf", "nan-hf", "inf-hf", "cut-config", "other-config", "no-config"}) {
+      {"cut-hf", "empty-hf", "nan-hf", "inf-hf", "cut-config", "other-config", "no-config"}) {
     cases.push_back({{"eval", f + name, "--data", c.data.path}, name});
     if (name == std::string("cut-config") || name == std::string("no-config")) continue;
     if (name == std::string("other-config")) continue;  // training brings its own
     cases.push_back({{"train", f + "run.toml", "--set", "run.folder=" + f + "new", "--set",
-                      "model.init_from=" + f + name},
-                     name});
+                         "model.init_from=" + f + name},
+        name});
   }
   expect_refused(c, cases);
 }
@@ -608,9 +607,9 @@ TEST(Program, FromTextToAnExportedModel) {
   };
   const Json tokens =
       Json::parse(run({"tokenize", "--tokenizer", std::string(SOURCE_DIR) + "/configs/quickstart",
-                       "--input", std::string(SOURCE_DIR) + "/src/core", "--format", "text",
-                       "--output", f + "tokens", "--json"}),
-                  "tokenize");
+                      "--input", std::string(SOURCE_DIR) + "/src/core", "--format", "text",
+                      "--output", f + "tokens", "--json"}),
+          "tokenize");
   EXPECT_GT(tokens["tokens"].as_int(), 5000);
   c.data.path = f + "tokens";
   c.data.heldout_fraction = 0.3;
@@ -619,9 +618,9 @@ TEST(Program, FromTextToAnExportedModel) {
   const std::string checkpoint = c.run.folder + "/step-00000004";
   run({"convert", "export-hf", c.run.folder, f + "hf", "--dtype", "fp32"});
   EXPECT_EQ(static_cast<int64_t>(open_safetensors(f + "hf").tensors.size()),
-            Json::parse(run({"checkpoint", "verify", checkpoint, "--json"}), "json")[0]["tensors"]
-                    .as_int() /
-                3);
+      Json::parse(run({"checkpoint", "verify", checkpoint, "--json"}), "json")[0]["tensors"]
+              .as_int() /
+          3);
   run({"convert", "import-hf", f + "hf", f + "imported"});
   const std::string as_trained = run({"eval", checkpoint, "--json"});
   const Json eval = Json::parse(as_trained, "eval");
@@ -632,8 +631,8 @@ TEST(Program, FromTextToAnExportedModel) {
   EXPECT_NEAR(eval["loss"].as_double(), steps.back()["eval_loss"].as_double(), 1e-5);
   for (const char* name : {"hf", "imported"})
     EXPECT_EQ(run({"eval", f + name, "--json", "--data", c.data.path, "--heldout-fraction", "0.3",
-                   "--sequence-length", "32"}),
-              as_trained)
+                  "--sequence-length", "32"}),
+        as_trained)
         << name;
   const auto generate = [&](const Words& options) {
     Words words = {"generate", checkpoint, "--prompt", "int main", "--max-new-tokens", "20"};

@@ -46,8 +46,8 @@ Output call(int (*command)(int, char**), std::vector<std::string> words) {
 Output tokenize(std::vector<std::string> words) { return call(run_tokenize, std::move(words)); }
 
 // Texts that a terminal, a line, or a careless decoder would change.
-const std::vector<std::string> kDocuments = {
-    "Plain words.\n", "", "h\u00e9 \u4e2d\u6587 \u0645\U0001f600\u200b\ufeff\n\n  \t ",
+const std::vector<std::string> kDocuments = {"Plain words.\n", "",
+    "h\u00e9 \u4e2d\u6587 \u0645\U0001f600\u200b\ufeff\n\n  \t ",
     std::string("zero \0 byte\r\n", 13), "<|endoftext|> in the \"middle\" \\n"};
 
 std::string json_lines() {
@@ -62,8 +62,8 @@ std::string json_lines() {
 TEST(Tokenize, AndBack) {
   const std::string folder = fresh_folder("tokenize"), out = folder + "/out";
   put(folder + "/in/a.jsonl", json_lines());
-  const std::vector<std::string> words = {"--tokenizer", kTokenizer, "--output",    out,
-                                          "--json",      "--input",  folder + "/in"};
+  const std::vector<std::string> words = {
+      "--tokenizer", kTokenizer, "--output", out, "--json", "--input", folder + "/in"};
   const Output made = tokenize(words);
   EXPECT_EQ(made.code, kExitDone) << made.error;
   const Json report = Json::parse(made.out, "report");
@@ -90,7 +90,7 @@ TEST(Tokenize, Options) {
   put(in + "/c.py", "print\n");
   const auto run = [&](const std::string& name, std::vector<std::string> words) {
     words.insert(words.begin(), {"--tokenizer", kTokenizer, "--format", "text", "--output",
-                                 folder + "/" + name, "--input", in});
+                                    folder + "/" + name, "--input", in});
     const Output got = tokenize(words);
     EXPECT_EQ(got.code, kExitDone) << got.error;
     return tokenize({"--decode", folder + "/" + name + "/x.bin"}).out;
@@ -104,7 +104,7 @@ TEST(Tokenize, Options) {
   EXPECT_GT(fs::file_size(folder + "/text/x.bin"), fs::file_size(folder + "/all/x.bin"));
   put(folder + "/bad/a.jsonl", "{\"body\":\"good\"}\n{\"body\":1}\n");
   const Output skipped = tokenize({"--tokenizer", kTokenizer, "--output", folder + "/bad-out",
-                                   "--input", folder + "/bad", "--key", "body", "--skip-bad"});
+      "--input", folder + "/bad", "--key", "body", "--skip-bad"});
   EXPECT_EQ(skipped.code, kExitDone) << skipped.error;
   expect_part(skipped.log, "left out: " + folder + "/bad/a.jsonl:2: the value of \"body\"");
 }
@@ -139,8 +139,8 @@ TEST(Tokenize, StopsAtASignalAndGoesOn) {
   std::string lines;
   for (int i = 0; i < 4000; i++) lines += json_lines();
   for (const char* name : {"a", "b", "c"}) put(folder + "/in/" + name + ".jsonl", lines);
-  const std::vector<std::string> words = {"--tokenizer", kTokenizer, "--output",
-                                          out,           "--input",  folder + "/in"};
+  const std::vector<std::string> words = {
+      "--tokenizer", kTokenizer, "--output", out, "--input", folder + "/in"};
   const pid_t child = fork();
   if (child == 0) {
     request_stop();
@@ -163,11 +163,10 @@ TEST(Tokenize, CorpusIsInspected) {
   tokenize({"--tokenizer", kTokenizer, "--output", out, "--input", folder + "/in"});
   const Output table = call(run_corpus, {"inspect", out, "--samples", "5", "--top", "3"});
   EXPECT_EQ(table.code, kExitDone) << table.error;
-  for (const char* part :
-       {"documents: 5\n", "files: 1\n", "\ntokens: ",
-        "\nlength_histogram:\n  {\"below\":2,\"documents\":1}\n",  // the empty document
-        "\n  {\"document\":0,\"file\":\"a.bin\",\"text\":\"Plain words.\\n<|endoftext|>\"}\n",
-        "zero \\u0000 byte\\r\\n"})
+  for (const char* part : {"documents: 5\n", "files: 1\n", "\ntokens: ",
+           "\nlength_histogram:\n  {\"below\":2,\"documents\":1}\n",  // the empty document
+           "\n  {\"document\":0,\"file\":\"a.bin\",\"text\":\"Plain words.\\n<|endoftext|>\"}\n",
+           "zero \\u0000 byte\\r\\n"})
     expect_part(table.out, part);
   EXPECT_EQ(table.log.find("not all of it is there"), std::string::npos) << table.log;
   const Json j =

@@ -62,7 +62,7 @@ TEST(Bench, RefusesWhatItDoesNotKnow) {
   EXPECT_EQ(bench({"--help"}), kExitDone);
   if (kCuda) return;  // there may be a GPU
   for (const vector<string>& words :
-       {vector<string>{"ops"}, {"ops", "swiglu"}, {"floor", kQ1}, {"train", kQ1, "--layers", "6"}})
+      {vector<string>{"ops"}, {"ops", "swiglu"}, {"floor", kQ1}, {"train", kQ1, "--layers", "6"}})
     expect_error(refusal(words), {"pith bench", "this build has no CUDA"});
 }
 
@@ -161,7 +161,7 @@ TEST(Bench, TrainsOnRandomTokens) {
   EXPECT_GT(row["peak_bytes"].as_double(), 16. * double(plan.parameters));
   EXPECT_GE(row["slowest_step_s"].as_double(), row["step_s"].as_double());
   EXPECT_NEAR(row["mfu"].as_double(),
-              plan.flops_per_token * row["tokens_per_second"].as_double() / 989e12, 1e-15);
+      plan.flops_per_token * row["tokens_per_second"].as_double() / 989e12, 1e-15);
 }
 
 }

@@ -58,8 +58,8 @@ int64_t sum(const std::vector<int64_t>& v, int end) {
 }
 
 template <class T>
-void expect_equal(const Tensor& got, int64_t first, int64_t count, auto want,
-                  const std::string& where) {
+void expect_equal(
+    const Tensor& got, int64_t first, int64_t count, auto want, const std::string& where) {
   for (int64_t i = 0; i < count; i++) {
     if (got.as<T>()[first + i] == want(i)) continue;
     ADD_FAILURE() << where << ": element " << first + i << " is " << +got.as<T>()[first + i]
@@ -135,7 +135,7 @@ void all_reduce_case(Rank& rank, Group group, int64_t count, Reduce reduce) {
         return all;
       },
       text("all_reduce %s, %d members, %lld elements", name_of(dtype_of<T>()), n,
-           static_cast<long long>(count)));
+          static_cast<long long>(count)));
 }
 
 // Rows that member `from` sends to member `to`.
@@ -161,7 +161,7 @@ void all_to_all_case(Rank& rank, Group group, int pattern) {
   Tensor in = filled<T>(rank, sum(send, n), kCols, 0, rank.id);
   Tensor out = zeros(rank, {sum(recv, n), kCols}, dtype_of<T>());
   all_to_all(rank, group, in, pattern == 0 ? nullptr : send.data(), out,
-             pattern == 0 ? nullptr : recv.data(), "test");
+      pattern == 0 ? nullptr : recv.data(), "test");
   const std::string where =
       text("all_to_all %s, %d members, pattern %d", name_of(dtype_of<T>()), n, pattern);
   for (int j = 0; j < n; j++) {
@@ -266,7 +266,7 @@ TEST(Communicator, MaximumKeepsNaN) {
   run_ranks(make_mesh(3, 1, 1, 1), Device::CPU, quick(), [](Rank& rank) {
     for (int bad = 0; bad < 3; bad++) {
       double x[2] = {rank.id == bad ? std::numeric_limits<double>::quiet_NaN() : rank.id,
-                     static_cast<double>(-rank.id)};
+          static_cast<double>(-rank.id)};
       all_reduce(rank, Group::World, x, 2, Reduce::Max, "test");
       EXPECT_TRUE(x[0] != x[0]);
       EXPECT_EQ(x[1], 0);
@@ -323,15 +323,13 @@ TEST(Communicator, MessagesWaitForTheirReceiver) {
 TEST(Communicator, AMessageOfTheWrongKindIsNamed) {
   const std::string message = failure_of(2, quick(), [](Rank& rank) {
     Tensor t = zeros(rank, {4}, DType::F32);
-    const Transfer one{rank.id == 0 ? Transfer::Send : Transfer::Recv,
-                       1 - rank.id,
-                       t,
-                       {.kind = rank.id, .stage = 3, .micro_batch = 5}};
+    const Transfer one{rank.id == 0 ? Transfer::Send : Transfer::Recv, 1 - rank.id, t,
+        {.kind = rank.id, .stage = 3, .micro_batch = 5}};
     send_recv(rank, Group::World, &one, 1, rank.id == 0 ? "activations" : "gradients");
   });
   expect_contains(message, {"rank 1: ", "message from rank 0 is not the one expected",
-                            "got kind 0, stage 3, micro-batch 5, [4] f32",
-                            "sent by \"activations\"", "need kind 1, stage 3"});
+                               "got kind 0, stage 3, micro-batch 5, [4] f32",
+                               "sent by \"activations\"", "need kind 1, stage 3"});
 }
 
 TEST(Communicator, CallsThatDifferAreNamed) {
@@ -344,29 +342,29 @@ TEST(Communicator, CallsThatDifferAreNamed) {
          if (r.id == 1) return broadcast(r, Group::World, t, 0, "weights");
          all_reduce(r, Group::World, t, Reduce::Sum, "grads");
        },
-       "the members' calls differ"},
+          "the members' calls differ"},
       {[](Rank& r) {
          Tensor t = zeros(r, {8}, r.id == 1 ? DType::F64 : DType::F32);
          all_reduce(r, Group::World, t, Reduce::Sum, "grads");
        },
-       "the members' calls differ"},
+          "the members' calls differ"},
       {[](Rank& r) { broadcast(r, Group::World, zeros(r, {8}, DType::F32), r.id % 2, "w"); },
-       "the members' calls differ"},
+          "the members' calls differ"},
       {[](Rank& r) {
          Tensor t = zeros(r, {r.id == 1 ? 40000 : 80000}, DType::F32);
          all_reduce(r, Group::World, t, Reduce::Sum, "grads");
        },
-       "sends 160000 bytes to rank"},
+          "sends 160000 bytes to rank"},
       {[](Rank& r) {
          const int64_t send[] = {1, r.id == 0 ? 2 : 1, 1}, recv[] = {1, 1, 1};
          all_to_all(r, Group::World, zeros(r, {send[1] + 2, 5}, DType::F32), send,
-                    zeros(r, {3, 5}, DType::F32), recv, "dispatch");
+             zeros(r, {3, 5}, DType::F32), recv, "dispatch");
        },
-       "rank 0 sends 40 bytes to rank 1 (need 20, of 20-byte rows)"},
+          "rank 0 sends 40 bytes to rank 1 (need 20, of 20-byte rows)"},
       {[](Rank& r) {
          all_gather(r, Group::World, zeros(r, {2}, DType::F32), zeros(r, {7}, DType::F32), "w");
        },
-       "all_gather: need out's rows are all parts (got"},
+          "all_gather: need out's rows are all parts (got"},
   };
   for (const auto& c : cases) expect_contains(failure_of(3, quick(), c.call), {c.part});
 }
@@ -385,12 +383,11 @@ TEST(Failure, TheFirstExceptionWakesAllAndTellsWhatEachDid) {
     }
     barrier(rank, Group::World, "end of step");
   });
-  expect_contains(
-      message,
+  expect_contains(message,
       {"rank 2: model.cpp:10: linear: need x.dim[1] == w.dim[1]", "\n  rank 0 ", "\n  rank 1 ",
-       "\n  rank 3 ", "step 7",
-       "\n  rank 2 runs: step 7, layer -1, stage 0, micro-batch -1, last op linear called at "
-       "model.cpp:10"});
+          "\n  rank 3 ", "step 7",
+          "\n  rank 2 runs: step 7, layer -1, stage 0, micro-batch -1, last op linear called at "
+          "model.cpp:10"});
 }
 
 TEST(Failure, AnExceptionInEveryPlaceOfALongRunIsSurvived) {
@@ -410,7 +407,7 @@ TEST(Failure, AnExceptionInEveryPlaceOfALongRunIsSurvived) {
         all_to_all(rank, Group::World, big, nullptr, back, nullptr, "b");
         maybe_fail();
         const Transfer both[] = {{Transfer::Send, (rank.id + 1) % 5, big, {}},
-                                 {Transfer::Recv, (rank.id + 4) % 5, back, {}}};
+            {Transfer::Recv, (rank.id + 4) % 5, back, {}}};
         send_recv(rank, Group::World, both, 2, "c");
       }
     });
@@ -428,11 +425,11 @@ TEST(Failure, ARankThatHangsIsNamedAfterTheTimeLimit) {
         }
         barrier(rank, Group::World, "end of step");
       });
-  expect_contains(
-      message, {"barrier \"end of step\" waited 0.3 s for rank 3 (world group)",
-                "waits in barrier \"end of step\" (world group) called at",
-                "rank 3 runs: step 0, layer -1, stage 0, micro-batch -1, last op matmul called at "
-                "model.cpp:77"});
+  expect_contains(message,
+      {"barrier \"end of step\" waited 0.3 s for rank 3 (world group)",
+          "waits in barrier \"end of step\" (world group) called at",
+          "rank 3 runs: step 0, layer -1, stage 0, micro-batch -1, last op matmul called at "
+          "model.cpp:77"});
 }
 
 TEST(Failure, TheLimitAfterStartUpIsTheShortOne) {
@@ -469,19 +466,19 @@ TEST(Failure, ADeadlockOfMessagesTimesOut) {
 TEST(FailureDeathTest, TheProgramEndsAtOnce) {
   GTEST_FLAG_SET(death_test_style, "threadsafe");
   EXPECT_EXIT(run_ranks(make_mesh(3, 1, 1, 1), Device::CPU, {.exit_on_failure = true},
-                        [](Rank& rank) {
-                          if (rank.id == 0) failed("train", "planted");
-                          if (rank.id == 1)
-                            while (true) pause();
-                          barrier(rank, Group::World, "step");
-                        }),
-              testing::ExitedWithCode(kExitFailed), "^error: rank 0: train: planted\n  rank 0 ");
+                  [](Rank& rank) {
+                    if (rank.id == 0) failed("train", "planted");
+                    if (rank.id == 1)
+                      while (true) pause();
+                    barrier(rank, Group::World, "step");
+                  }),
+      testing::ExitedWithCode(kExitFailed), "^error: rank 0: train: planted\n  rank 0 ");
   EXPECT_EXIT(run_ranks(make_mesh(2, 1, 1, 1), Device::CPU, {.exit_on_failure = true},
-                        [](Rank& rank) {
-                          if (rank.id == 1) bad_input("run.toml", "wrong", "right");
-                          barrier(rank, Group::World, "step");
-                        }),
-              testing::ExitedWithCode(kExitBadInput), "^error: rank 1: run.toml: wrong. Try");
+                  [](Rank& rank) {
+                    if (rank.id == 1) bad_input("run.toml", "wrong", "right");
+                    barrier(rank, Group::World, "step");
+                  }),
+      testing::ExitedWithCode(kExitBadInput), "^error: rank 1: run.toml: wrong. Try");
 }
 
 }  // namespace

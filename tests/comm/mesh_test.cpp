@@ -62,8 +62,8 @@ TEST(Mesh, RefusesSizesThatDoNotFit) {
     const char* message;
   } cases[] = {
       {6, 2, 1, 2, 1,
-       "mesh: ranks do not split over pp * cp * ep (got 6 ranks and 2 * 1 * 2 = 4, need a "
-       "multiple). Try: 4 or 8 ranks, or a smaller pp, cp or ep"},
+          "mesh: ranks do not split over pp * cp * ep (got 6 ranks and 2 * 1 * 2 = 4, need a "
+          "multiple). Try: 4 or 8 ranks, or a smaller pp, cp or ep"},
       {2, 4, 1, 1, 1, "Try: 4 ranks, or"},
       {12, 1, 1, 2, 4, "dp_replicate does not divide dp (got 4 and dp = 12 ranks / (pp * cp * ep)"},
   };

@@ -58,27 +58,27 @@ TEST(Json, ErrorsNameFileAndKey) {
     const char* error;
   } cases[] = {
       {R"({"rope_scaling": {"factor": "x"}})",
-       [](const Json& j) { j["rope_scaling"]["factor"].as_double(); },
-       "config.json: rope_scaling.factor: is a string (got \"x\", need a number). Try: "},
+          [](const Json& j) { j["rope_scaling"]["factor"].as_double(); },
+          "config.json: rope_scaling.factor: is a string (got \"x\", need a number). Try: "},
       {R"({"a": [1, {"b": 1.5}]})", [](const Json& j) { j["a"][1]["b"].as_int(); },
-       "config.json: a[1].b: is a number (got 1.5, need a whole number)"},
+          "config.json: a[1].b: is a number (got 1.5, need a whole number)"},
       {R"({"a": {}})", [](const Json& j) { j["a"]["b"]; }, "config.json: a.b: is missing"},
       {R"({"a": [1]})", [](const Json& j) { j["a"][1]; },
-       "config.json: a: has too few elements (got 1, need element 1)"},
+          "config.json: a: has too few elements (got 1, need element 1)"},
       {R"({"a": 1})", [](const Json& j) { j["a"]["b"]; },
-       "config.json: a: is a number (got 1, need an object)"},
+          "config.json: a: is a number (got 1, need an object)"},
       {R"({"a": 0})", [](const Json& j) { j["a"].as_int(1, 8); },
-       "config.json: a: is out of range (got 0, need at least 1 and at most 8)"},
+          "config.json: a: is out of range (got 0, need at least 1 and at most 8)"},
       {R"({"a": -1})", [](const Json& j) { j["a"].as_int(0); },
-       "config.json: a: is out of range (got -1, need at least 0)"},
+          "config.json: a: is out of range (got -1, need at least 0)"},
       {R"({"a": 18446744073709551615})", [](const Json& j) { j["a"].as_int(); },
-       "need a whole number below 2^63"},
+          "need a whole number below 2^63"},
       {R"({"a": "yes"})", [](const Json& j) { j.bool_or("a", false); },
-       "config.json: a: is a string (got \"yes\", need true or false)"},
+          "config.json: a: is a string (got \"yes\", need true or false)"},
       {R"({"a": null})", [](const Json& j) { j["a"].as_string(); },
-       "config.json: a: is null (got null, need a string)"},
+          "config.json: a: is null (got null, need a string)"},
       {R"([])", [](const Json& j) { j.keys(); },
-       "config.json: is an array (got [], need an object)"},
+          "config.json: is an array (got [], need an object)"},
   };
   for (const auto& c : cases) expect_error(c.json, c.error, c.action);
 }
@@ -92,7 +92,7 @@ TEST(Json, MalformedTextIsLocated) {
       {" \n", "config.json: is empty"},
       {"{\n \"a\": 1,\n \"b\": }", "is not valid JSON: parse error at line 3, column 7: "},
       {"{\"a\": [1, 2",
-       "line 1, column 12: syntax error while parsing array - unexpected end of input"},
+          "line 1, column 12: syntax error while parsing array - unexpected end of input"},
       {"{\"a\": 1} x", "is not valid JSON: parse error at line 1, column 10"},
       {"{\"a\": 1e999}", "is not valid JSON"},
       {"{\"a\": \"\xff\"}", "is not valid JSON: parse error at line 1"},
@@ -101,7 +101,7 @@ TEST(Json, MalformedTextIsLocated) {
   for (const auto& c : cases) expect_error(c.json, c.error, [](const Json&) {});
   EXPECT_EQ(Json::parse(R"([{"a": 1}, {"a": 2}])", "p").size(), 2);  // no duplicate
   EXPECT_NE(error_of([] { Json::parse_file("/no/such.json"); }).find("/no/such.json: cannot be"),
-            std::string::npos);
+      std::string::npos);
   EXPECT_NE(error_of([] { Json::parse_file("/tmp"); }).find("/tmp: cannot be"), std::string::npos);
 }
 

@@ -107,9 +107,8 @@ std::string zstd(const std::string& bytes) {
 
 // `bytes` of words, digits, scripts, emoji and white space.
 std::string random_text(std::mt19937& random, size_t bytes) {
-  static const char* const parts[] = {"the ",     "token",  "\n\n",   "    ",       "1234",
-                                      "h\u00e9 ", "\u4e2d", "\u0645", "\U0001f600", "\r\n",
-                                      "'ll ",     "_x_",    "\t",     "\"",         "\\n"};
+  static const char* const parts[] = {"the ", "token", "\n\n", "    ", "1234", "h\u00e9 ", "\u4e2d",
+      "\u0645", "\U0001f600", "\r\n", "'ll ", "_x_", "\t", "\"", "\\n"};
   std::string out;
   while (out.size() < bytes) out += parts[random() % std::size(parts)];
   return out;
@@ -194,7 +193,7 @@ TEST(Corpus, EveryFormatGivesTheSameDocuments) {
     tokenize_corpus(from_pipe);
     EXPECT_EQ(difference(files_of(from_pipe.output), {{"stdin.bin", expected[c.is_text]}}), "");
     expect_part(error_of(kExitBadInput, [&] { tokenize_corpus(from_pipe); }),
-                "stdin.bin: is there already, and standard input cannot be resumed");
+        "stdin.bin: is there already, and standard input cannot be resumed");
   }
   dup2(standard_input, 0);
 }
@@ -209,7 +208,7 @@ TEST(Corpus, LinesBecomeDocuments) {
       {"{\"text\": \"carriage return\"}\r\n", "carriage return"},
       {" \t {\"text\":\"blanks\"} \t\n", "blanks"},
       {"\n  \r\n\t\n{\"a\":{\"text\":\"inner\"},\"text\":\"outer\",\"b\":[{\"text\":1}]}\n",
-       "outer"},
+          "outer"},
       {"{\"text\":\"first\",\"text\":\"last\"}\n", "last"},
       {"{\"text\":1,\"text\":\"last\"}\n", "last"},
       {"{\"te\\u0078t\":\"\\u00e9\\ud83d\\ude00\\n\\\"\\/\"}\n", "\u00e9\U0001f600\n\"/"},
@@ -229,8 +228,8 @@ TEST(Corpus, LinesBecomeDocuments) {
   put(folder + "/in/b.jsonl", "{\"text\":\"a\\u0000b\"}\n");
   EXPECT_EQ(tokenize_corpus(options_for(folder)).bad_documents, 0);
   EXPECT_EQ(
-      difference(files_of(folder + "/out"), {{"a.bin", token_file(documents)},
-                                             {"b.bin", token_file({std::string("a\0b", 3)})}}),
+      difference(files_of(folder + "/out"),
+          {{"a.bin", token_file(documents)}, {"b.bin", token_file({std::string("a\0b", 3)})}}),
       "");
 
   put(folder + "/key/a.jsonl", json_line("by key", "content"));
@@ -316,7 +315,7 @@ TEST(Corpus, BadLinesAreLeftOutAndListed) {
   put(folder + "/in/c.txt", "");
   put(folder + "/in/d.txt", "good");
   expect_part(error_of(kExitBadInput, [&] { tokenize_corpus(options_for(folder, {path})); }),
-              path + ":" + std::to_string(bad[0]) + ": the value of \"text\" is not a string");
+      path + ":" + std::to_string(bad[0]) + ": the value of \"text\" is not a string");
   CorpusOptions options = options_for(folder);
   options.skip_bad = true;
   testing::internal::CaptureStderr();
@@ -329,21 +328,21 @@ TEST(Corpus, BadLinesAreLeftOutAndListed) {
   for (size_t i = 0; i < bad.size(); i++) {
     at = log.find("left out: " + path + ":" + std::to_string(bad[i]) +
                       (i % 2 ? ": not valid UTF-8\n" : ": the value of \"text\" is not a string\n"),
-                  at);
+        at);
     ASSERT_NE(at, std::string::npos) << i;
   }
   expect_part(log, "left out: " + folder + "/in/b.txt:1: not valid UTF-8\n");
   expect_part(log, "left out: " + folder + "/in/c.txt: holds no document\n");
   EXPECT_EQ(difference(files_of(folder + "/out"),
-                       {{"a.bin", token_file(documents)}, {"d.bin", token_file({"good"})}}),
-            "");
+                {{"a.bin", token_file(documents)}, {"d.bin", token_file({"good"})}}),
+      "");
   EXPECT_EQ(unfinished_in(folder + "/out"), 0);
 
   CorpusOptions nothing = options_for(folder, {folder + "/in/b.txt"});
   nothing.output += "-none";
   nothing.skip_bad = true;
   expect_part(error_of(kExitBadInput, [&] { tokenize_corpus(nothing); }),
-              "no file holds a document that can be used");
+      "no file holds a document that can be used");
 }
 
 // Many small files, lines over many batches, and documents larger than a batch.
@@ -380,9 +379,9 @@ TEST(SlowCorpus, ThreadsDoNotChangeABit) {
 
 TEST(Corpus, FoldersPatternsAndJoining) {
   const std::string folder = fresh_folder("corpus_folders"), in = folder + "/in";
-  const Files texts = {{"b.c", "int b;\n"},     {"a/z.h", "int z;\n"}, {"a/b/y.c", "int y;\n"},
-                       {"a/readme", "read me"}, {"a/empty.c", ""},     {"c.txt", "see\n"},
-                       {".hidden.c", "no"},     {".git/x.c", "no"},    {"out/x.c", "no"}};
+  const Files texts = {{"b.c", "int b;\n"}, {"a/z.h", "int z;\n"}, {"a/b/y.c", "int y;\n"},
+      {"a/readme", "read me"}, {"a/empty.c", ""}, {"c.txt", "see\n"}, {".hidden.c", "no"},
+      {".git/x.c", "no"}, {"out/x.c", "no"}};
   for (const auto& [name, bytes] : texts) put(in + "/" + name, bytes);
   fs::create_directory_symlink(in + "/a", in + "/again");
   fs::create_symlink(in + "/b.c", in + "/linked.c");
@@ -401,11 +400,10 @@ TEST(Corpus, FoldersPatternsAndJoining) {
   options.output = folder + "/each";
   options.include = {"y.c", "z.h", "c.txt", "readme"};
   tokenize_corpus(options);
-  EXPECT_EQ(difference(files_of(options.output), {{"a/b/y.c.bin", token_file({"int y;\n"})},
-                                                  {"a/z.h.bin", token_file({"int z;\n"})},
-                                                  {"a/readme.bin", token_file({"read me"})},
-                                                  {"c.bin", token_file({"see\n"})}}),
-            "");
+  EXPECT_EQ(difference(files_of(options.output),
+                {{"a/b/y.c.bin", token_file({"int y;\n"})}, {"a/z.h.bin", token_file({"int z;\n"})},
+                    {"a/readme.bin", token_file({"read me"})}, {"c.bin", token_file({"see\n"})}}),
+      "");
 }
 
 TEST(Corpus, SpecialTokensAsText) {
@@ -431,25 +429,25 @@ TEST(Corpus, WhatCannotBeUsedIsRefused) {
       {[](CorpusOptions& o, const std::string& f) {
          o.inputs = {f + "/in", f + "/two"};
        },
-       "two/a.jsonl.gz: would become the same token file a.bin as "},
+          "two/a.jsonl.gz: would become the same token file a.bin as "},
       {[](CorpusOptions& o, const std::string& f) { o.inputs = {f + "/none"}; },
-       "/none: cannot be listed (No such file or directory)"},
+          "/none: cannot be listed (No such file or directory)"},
       {[](CorpusOptions& o, const std::string& f) { o.inputs = {f + "/bare"}; },
-       "--input: no file to tokenise was found"},
+          "--input: no file to tokenise was found"},
       {[](CorpusOptions& o, const std::string&) { o.include = {"*.x"}; },
-       "--input: no file to tokenise was found"},
+          "--input: no file to tokenise was found"},
       {[](CorpusOptions& o, const std::string& f) {
          o.inputs = {"-", f};
        },
-       "-: standard input beside other inputs"},
+          "-: standard input beside other inputs"},
       {[](CorpusOptions& o, const std::string&) { o.inputs = {"-"}; },
-       "-: its name does not tell its format"},
+          "-: its name does not tell its format"},
       {[](CorpusOptions& o, const std::string&) { o.join = "a/b"; }, "--join: is \"a/b\""},
       {[](CorpusOptions& o, const std::string&) { o.eos = "2048"; }, "--eos: no such token"},
       {[](CorpusOptions& o, const std::string&) { o.eos = "</s>"; },
-       "--eos: no such token (got </s>, need a token of "},
+          "--eos: no such token (got </s>, need a token of "},
       {[](CorpusOptions& o, const std::string& f) { o.tokenizer = f + "/tokenizer.json"; },
-       "/tokenizer.json"},
+          "/tokenizer.json"},
   };
   for (const auto& c : cases) {
     CorpusOptions options = options_for(folder);
@@ -478,13 +476,13 @@ TEST(Corpus, AFolderKeepsItsSettingsAndSources) {
     const char* error;
   } cases[] = {
       {[](CorpusOptions& o, const std::string& f) { o.tokenizer = f + "/other/tokenizer.json"; },
-       "tokenizer.json: the folder was made with another tokenizer"},
+          "tokenizer.json: the folder was made with another tokenizer"},
       {[](CorpusOptions& o, const std::string&) { o.eos = "!"; }, other_options},
       {[](CorpusOptions& o, const std::string&) { o.key = "id"; }, other_options},
       {[](CorpusOptions& o, const std::string&) { o.special_as_text = true; }, other_options},
       {[](CorpusOptions& o, const std::string&) { o.format = CorpusFormat::Text; }, other_options},
       {[](CorpusOptions&, const std::string& f) { put(f + "/in/a.jsonl", json_line("longer")); },
-       "a.bin: is there already, from other sources"},
+          "a.bin: is there already, from other sources"},
   };
   for (const auto& c : cases) {
     CorpusOptions options = options_for(folder);
@@ -546,8 +544,7 @@ TEST(Corpus, Inspect) {
   for (const int64_t n : lengths) total += n;
   EXPECT_EQ(s["tokens"].as_int(), total);
   for (int64_t bin = 0; bin < s["length_histogram"].size(); bin++)
-    EXPECT_EQ(
-        s["length_histogram"][bin]["documents"].as_int(),
+    EXPECT_EQ(s["length_histogram"][bin]["documents"].as_int(),
         std::count_if(lengths.begin(), lengths.end(), [&](int64_t n) { return n >> bin == 1; }));
   const Json frequent = s["frequent"], samples = s["samples"];
   ASSERT_EQ(frequent.size(), static_cast<int64_t>(counts.size()));
@@ -657,8 +654,8 @@ TEST(SlowCorpus, KilledAtRandomMoments) {
     const int code = exit_code_of(child);
     killed += code != kExitDone;
     // Before its handlers are there, a signal ends the process as such.
-    EXPECT_TRUE(code == kExitDone || code == 128 + signal ||
-                (signal == SIGTERM && code == kExitStopped))
+    EXPECT_TRUE(
+        code == kExitDone || code == 128 + signal || (signal == SIGTERM && code == kExitStopped))
         << code;
     expect_whole_files(options.output, expected, "after kill " + std::to_string(i));
     if (files_of(folder).size() == expected.size()) fs::remove_all(options.output);
@@ -673,7 +670,7 @@ TEST(SlowCorpus, KilledAtEachSystemCall) {
   const std::string folder = fresh_folder("corpus_calls");
   const Files expected = make_work(folder, 3, 100);
   for (const long call : {SYS_mkdir, SYS_flock, SYS_ftruncate, SYS_write, SYS_pwrite64, SYS_fsync,
-                          SYS_rename, SYS_unlink, SYS_exit_group})
+           SYS_rename, SYS_unlink, SYS_exit_group})
     for (const bool again : {false, true}) {  // in a new folder; where one file is missing
       const CorpusOptions options = options_for(folder);
       if (!again)
@@ -681,8 +678,7 @@ TEST(SlowCorpus, KilledAtEachSystemCall) {
       else
         fs::remove(options.output + "/f01.bin");
       const int code = exit_code_of(start_child([&] {
-        sock_filter filter[] = {
-            BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
+        sock_filter filter[] = {BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
             BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, static_cast<uint32_t>(call), 0, 1),
             BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS),
             BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW)};

@@ -36,8 +36,8 @@ std::string bytes_of(const Document& document, FileDType type) {
   return bytes;
 }
 
-std::string array_bytes(FileDType type, const std::vector<int64_t>& shape,
-                        const std::string& data) {
+std::string array_bytes(
+    FileDType type, const std::vector<int64_t>& shape, const std::string& data) {
   return npy_header(type, shape) + data;
 }
 
@@ -46,8 +46,8 @@ std::string ends_bytes(const std::vector<uint64_t>& ends) {
   return array_bytes(FileDType::U64, {static_cast<int64_t>(ends.size())}, data);
 }
 
-std::string put_documents(const std::string& path, const Documents& documents,
-                          FileDType type = FileDType::U16) {
+std::string put_documents(
+    const std::string& path, const Documents& documents, FileDType type = FileDType::U16) {
   std::string ids;
   std::vector<uint64_t> ends;
   for (const Document& document : documents) {
@@ -133,8 +133,7 @@ TEST(TokenFile, ReadsEveryType) {
     file.copy(1, 5, 251, ids.data());
     EXPECT_EQ(ids, (std::vector<int32_t>{2, 3, 4, 250, 5}));
     file.copy(7, 0, 1, ids.data());
-    expect_error(
-        error_of(kExitBadInput, [&] { file.copy(1, 5, 250, ids.data()); }),
+    expect_error(error_of(kExitBadInput, [&] { file.copy(1, 5, 250, ids.data()); }),
         {path + ": ", "beyond the vocabulary", "got 250 at token 4, need less than 250", "Try: "});
   }
   put_documents(path, {});
@@ -150,7 +149,7 @@ TEST(TokenFile, IdsAboveInt32AreBeyondAnyVocabulary) {
                 ends_bytes({2}));
   int32_t out[2];
   expect_error(error_of(kExitBadInput, [&] { open_token_file(path).copy(0, 2, 100, out); }),
-               {"got 2147483648 at token 1"});
+      {"got 2147483648 at token 1"});
 }
 
 TEST(TokenFile, EveryTruncationIsRefused) {
@@ -174,9 +173,9 @@ TEST(TokenFile, RefusesCorruptFilesByName) {
       {array_bytes(FileDType::I32, {2}, four) + ends_bytes({2}), "got <i4 of 1 dimensions"},
       {array_bytes(FileDType::U16, {2, 2}, four) + ends_bytes({4}), "got <u2 of 2 dimensions"},
       {ids + array_bytes(FileDType::U32, {1}, "abcd"),
-       "document ends second (got <u4 of 1 dimensions"},
+          "document ends second (got <u4 of 1 dimensions"},
       {ids + array_bytes(FileDType::U64, {}, four),
-       "document ends second (got <u8 of 0 dimensions"},
+          "document ends second (got <u8 of 0 dimensions"},
       {ids + "no array at all", "(document ends): is not an NPY array"},
       {ids + ends_bytes({3, 2, 4}), "corrupt end of document 1 (got 2, need 3 to 4)"},
       {ids + ends_bytes({2, 5}), "corrupt end of document 1 (got 5, need 4 to 4)"},
@@ -194,7 +193,7 @@ TEST(TokenFile, RefusesCorruptFilesByName) {
 TEST(TokenFile, FindsFilesBelowAFolder) {
   const std::string folder = fresh_folder("find");
   for (const char* name : {"b.bin", "a/z.bin", "a/y.bin.tmp", "a.txt", ".hidden.bin", ".pith/c.bin",
-                           "a-b/k.bin", "c/d/e.bin"})
+           "a-b/k.bin", "c/d/e.bin"})
     put_documents(folder + "/" + name, {{1}});
   std::vector<std::string> want;
   for (const char* name : {"a/z.bin", "a-b/k.bin", "b.bin", "c/d/e.bin"})
@@ -203,9 +202,9 @@ TEST(TokenFile, FindsFilesBelowAFolder) {
   EXPECT_EQ(find_token_files(want[2]), std::vector<std::string>{want[2]});
   fs::create_directories(folder + "/empty");
   expect_error(error_of(kExitBadInput, [&] { find_token_files(folder + "/empty"); }),
-               {folder + "/empty: holds no token file"});
+      {folder + "/empty: holds no token file"});
   expect_error(error_of(kExitBadInput, [&] { find_token_files(folder + "/none"); }),
-               {folder + "/none: cannot be listed (No such file or directory)"});
+      {folder + "/none: cannot be listed (No such file or directory)"});
 }
 
 // ---- Samples ------------------------------------------------------------------------------------
@@ -218,7 +217,7 @@ TEST(Dataset, SamplesAreWhatTheDefinitionSays) {
       {{{1}, {2}, {3}, {4}, {5}, {6}, {7}}},                      // one token each
       {{}, {{1, 2}, {}, {3, 4, 5}}, {{6}}, {{7, 8, 9, 10, 11}}},  // an empty file and document
       {random_documents(1, 40, 9, 50), random_documents(2, 30, 30, 50),
-       random_documents(3, 1, 3, 50)},
+          random_documents(3, 1, 3, 50)},
   };
   int64_t train_samples = 0, heldout_samples = 0;
   for (const auto& corpus : corpora)
@@ -240,10 +239,10 @@ TEST(Dataset, SamplesAreWhatTheDefinitionSays) {
               }
             }
             const Dataset data(paths, {.seq_length = length,
-                                       .vocab_size = 60,
-                                       .shuffle = false,
-                                       .heldout_fraction = fraction,
-                                       .document_mask = mask});
+                                          .vocab_size = 60,
+                                          .shuffle = false,
+                                          .heldout_fraction = fraction,
+                                          .document_mask = mask});
             int64_t sample = 0;
             for (const Text& text : train)
               for (int64_t at = 0; at + length < static_cast<int64_t>(text.size()); at += length)
@@ -270,8 +269,7 @@ TEST(Dataset, EachEpochIsAPermutationOfItsOwn) {
   std::iota(text.begin(), text.end(), 0);
   put_documents(path, {text});
   const auto order = [&](uint64_t seed, bool shuffle) {
-    const Dataset data(
-        {path},
+    const Dataset data({path},
         {.seq_length = 2, .vocab_size = 2000, .seed = seed, .shuffle = shuffle, .max_epochs = 3});
     EXPECT_EQ(data.samples_per_epoch(), 500);
     std::vector<std::vector<int32_t>> epochs(3);
@@ -299,7 +297,7 @@ TEST(Dataset, HeldOutDocumentsDependOnTheirTokensAlone) {
   for (size_t i = 0; i < documents.size(); i++) documents[i].push_back(1000 + static_cast<int>(i));
   const auto heldout_ids = [&](const Documents& a, const Documents& b) {
     const Dataset data({put_documents(folder + "/a.bin", a), put_documents(folder + "/b.bin", b)},
-                       {.seq_length = 64, .vocab_size = 6000, .heldout_fraction = 0.1});
+        {.seq_length = 64, .vocab_size = 6000, .heldout_fraction = 0.1});
     std::set<int32_t> ids;
     for (int64_t i = 0; i < data.heldout_samples(); i++)
       for (const int32_t id : heldout_row(data, i).tokens)
@@ -328,16 +326,16 @@ TEST(Dataset, RefusesCorporaThatDoNotDo) {
   const DataOptions eight = {.seq_length = 8, .vocab_size = 301, .max_epochs = 2};
   EXPECT_EQ(open({path}, eight, 24), "no error");
   expect_error(open({path}, eight, 25),
-               {"data.max_epochs: ", "got 24 samples: 12 an epoch, 2 epochs; need 25",
-                "data.max_epochs = 3"});
+      {"data.max_epochs: ", "got 24 samples: 12 an epoch, 2 epochs; need 25",
+          "data.max_epochs = 3"});
   expect_error(open({path}, {.seq_length = 100, .vocab_size = 301}, 1),
-               {"data.sequence_length: ", "got 0 samples: 0 an epoch, 1 epochs; need 1", "--join"});
+      {"data.sequence_length: ", "got 0 samples: 0 an epoch, 1 epochs; need 1", "--join"});
   expect_error(open({path}, {.seq_length = 8, .vocab_size = 300}, 1),
-               {path + ": ", "got 300 at token 90, need less than 300"});
+      {path + ": ", "got 300 at token 90, need less than 300"});
   expect_error(error_of(kExitBadInput, [&] { Dataset({path}, eight).require_heldout(); }),
-               {"data.heldout_fraction: nothing is held out", "got 0 held-out tokens, need 2"});
-  expect_error(open({empty}, eight, 1),
-               {"data.path: is an empty corpus (got 0 tokens in 1 files)"});
+      {"data.heldout_fraction: nothing is held out", "got 0 held-out tokens, need 2"});
+  expect_error(
+      open({empty}, eight, 1), {"data.path: is an empty corpus (got 0 tokens in 1 files)"});
   expect_error(open({path, folder + "/none.bin"}, eight, 1), {folder + "/none.bin: "});
   DataOptions all = eight;
   all.heldout_fraction = 1;
@@ -363,11 +361,11 @@ TEST(Dataset, LargeCorporaAreCheckedBySample) {
   const Dataset data({path}, options);
   ASSERT_EQ(data.samples_per_epoch(), 512);
   train_row(data, 3);
-  expect_error(error_of(kExitBadInput, [&] { train_row(data, 511); }),
-               {path, "got 9 at token 536870912"});
+  expect_error(
+      error_of(kExitBadInput, [&] { train_row(data, 511); }), {path, "got 9 at token 536870912"});
   put_sparse(8 << 20, 5 << 20);  // small enough to be read whole, in parallel
-  expect_error(error_of(kExitBadInput, [&] { Dataset({path}, options); }),
-               {"got 9 at token 5242880"});
+  expect_error(
+      error_of(kExitBadInput, [&] { Dataset({path}, options); }), {"got 9 at token 5242880"});
   // The fingerprint reads blocks: the first and the last, and none at n / 40.
   const int64_t n = int64_t{33} << 20;
   std::set<uint64_t> prints;
@@ -392,21 +390,16 @@ TEST(Dataset, FingerprintIsOfContents) {
   };
   const Documents a = {{1, 2, 3}, {4, 5}}, b = {{6, 7}};
   EXPECT_EQ(print({a, b}), print({a, b}));
-  const std::set<uint64_t> prints = {print({a, b}),
-                                     print({b, a}),
-                                     print({a, b}, FileDType::U32),
-                                     print({a}),
-                                     print({{{1, 2, 3, 4, 5}}, b}),
-                                     print({{{1, 2, 3}, {4, 6}}, b}),
-                                     print({{{1, 2, 3}, {4, 5}, {6, 7}}})};
+  const std::set<uint64_t> prints = {print({a, b}), print({b, a}), print({a, b}, FileDType::U32),
+      print({a}), print({{{1, 2, 3, 4, 5}}, b}), print({{{1, 2, 3}, {4, 6}}, b}),
+      print({{{1, 2, 3}, {4, 5}, {6, 7}}})};
   EXPECT_EQ(prints.size(), 7u);
 }
 
 TEST(Dataset, ThreadsMayReadAtOnce) {
   const std::string path = fresh_folder("threads") + "/a.bin";
   put_documents(path, random_documents(9, 300, 40, 500));
-  const Dataset data(
-      {path},
+  const Dataset data({path},
       {.seq_length = 16, .vocab_size = 500, .heldout_fraction = 0.3, .document_mask = true});
   std::vector<std::vector<Row>> seen(4);
   std::vector<std::thread> threads;
@@ -421,9 +414,8 @@ TEST(Dataset, ThreadsMayReadAtOnce) {
 // ---- Rows and ranks -----------------------------------------------------------------------------
 
 TEST(BatchShape, DealsOutEachSampleOnce) {
-  for (const BatchShape& shape :
-       {BatchShape{24, 1, 1, 1}, BatchShape{24, 2, 3, 2}, BatchShape{24, 3, 2, 4},
-        BatchShape{24, 4, 1, 6}, BatchShape{24, 1, 24, 1}}) {
+  for (const BatchShape& shape : {BatchShape{24, 1, 1, 1}, BatchShape{24, 2, 3, 2},
+           BatchShape{24, 3, 2, 4}, BatchShape{24, 4, 1, 6}, BatchShape{24, 1, 24, 1}}) {
     for (const int64_t step : {0, 5}) {
       std::vector<int64_t> seen;
       for (int dp = 0; dp < shape.dp; dp++)
@@ -464,8 +456,8 @@ TEST(Zigzag, BlocksCoverARowOnceAndBalanceIt) {
   EXPECT_EQ(mine, (std::vector<int32_t>{2, 3, 4, 5}));
   EXPECT_EQ(zigzag_blocks(7, 1, 0).total(), 7);
   expect_error(error_of(kExitBadInput, [] { zigzag_blocks(10, 2, 0); }),
-               {"data.sequence_length: ", "got 10 and cp = 2, need a multiple of 4",
-                "data.sequence_length = 12"});
+      {"data.sequence_length: ", "got 10 and cp = 2, need a multiple of 4",
+          "data.sequence_length = 12"});
 }
 
 TEST(Positions, RestartInEachDocument) {
@@ -553,9 +545,9 @@ TEST(Bigram, EqualsItsDefinition) {
         }
         add_pairs(heldout_text, mask, heldout);
         const Dataset data(paths, {.seq_length = 5,
-                                   .vocab_size = vocab,
-                                   .heldout_fraction = fraction,
-                                   .document_mask = mask});
+                                      .vocab_size = vocab,
+                                      .heldout_fraction = fraction,
+                                      .document_mask = mask});
         double nats = 0, sum = 0;
         for (const Pair& pair : heldout)
           nats -= std::log(reference_probability(train, pair, vocab));

@@ -28,7 +28,7 @@ TEST(Npy, RoundTripsEveryTypeAndRank) {
   const std::string path = fresh_folder("npy") + "/a.npy";
   const std::vector<int64_t> shapes[] = {{}, {0}, {5}, {3, 4}, {2, 0, 3}, {2, 3, 4}};
   for (const FileDType type : {FileDType::U16, FileDType::U32, FileDType::U64, FileDType::I32,
-                               FileDType::F32, FileDType::BOOL})
+           FileDType::F32, FileDType::BOOL})
     for (const auto& shape : shapes) {
       const TensorDecl want{"", type, shape};
       std::string data(static_cast<size_t>(want.bytes()), 0);
@@ -51,16 +51,12 @@ TEST(Npy, ReadsHeadersOfOthers) {
     FileDType type;
   } cases[] = {
       {1, "{'descr': '<u2', 'fortran_order': False, 'shape': (3,), }\n", {3}, FileDType::U16},
-      {1,
-       "{'descr': '<u4', 'fortran_order': False, 'shape': (2, 3), }  \n",
-       {2, 3},
-       FileDType::U32},
+      {1, "{'descr': '<u4', 'fortran_order': False, 'shape': (2, 3), }  \n", {2, 3},
+          FileDType::U32},
       {1, "{'descr': '<f4', 'fortran_order': False, 'shape': (), }  \n", {}, FileDType::F32},
       {1, "{'descr': '<i4', 'fortran_order': False, 'shape': (2,), }", {2}, FileDType::I32},
-      {1,
-       "{'descr': '<f4', 'fortran_order': False, 'shape': (1, 2, 3), }",
-       {1, 2, 3},
-       FileDType::F32},
+      {1, "{'descr': '<f4', 'fortran_order': False, 'shape': (1, 2, 3), }", {1, 2, 3},
+          FileDType::F32},
   };
   for (const auto& c : cases) {
     const std::string head = header_v(c.version, c.dict);
@@ -83,26 +79,25 @@ TEST(Npy, RefusesBadHeadersByName) {
       {"not an array at all", "f.npy: is not an NPY array"},
       {header_v(9, "{}"), "f.npy: has an unknown NPY version (got 9"},
       {header_v(1, "{'descr': '<u2'"),
-       "f.npy: has a header that numpy does not write for an array in C order"},
+          "f.npy: has a header that numpy does not write for an array in C order"},
       {header_v(1, "{'descr': '<u2', 'shape': (1,)}") + data,
-       "f.npy: has a header that numpy does not write for an array in C order"},
+          "f.npy: has a header that numpy does not write for an array in C order"},
       {header_v(1, "{'descr': '>u2', 'fortran_order': False, 'shape': (1,)}") + data,
-       "has an unknown dtype (got \">u2\""},
+          "has an unknown dtype (got \">u2\""},
       {header_v(1, "{'descr': [('a', '<u2')], 'fortran_order': False, 'shape': (1,)}") + data,
-       "f.npy: has a header that numpy does not write for an array in C order"},
+          "f.npy: has a header that numpy does not write for an array in C order"},
       {header_v(1, "{'descr': '<u2', 'fortran_order': True, 'shape': (2, 2)}") + data,
-       "f.npy: has a header that numpy does not write for an array in C order"},
+          "f.npy: has a header that numpy does not write for an array in C order"},
       {header_v(1, "{'descr': '<u2', 'fortran_order': False, 'shape': (2, -2)}") + data,
-       "f.npy: has a bad shape (got {"},
+          "f.npy: has a bad shape (got {"},
       {header_v(1, "{'descr': '<u2', 'fortran_order': False, 'shape': (4611686018427387904, 4)}"),
-       "has a shape that is too large"},
+          "has a shape that is too large"},
       {header_v(1, "{'descr': '<u8', 'fortran_order': False, 'shape': (9,)}") + data,
-       "is cut short (got 64 bytes of data, need 72)"},
+          "is cut short (got 64 bytes of data, need 72)"},
   };
   for (const auto& c : cases) {
-    const std::string got = error_of(kExitBadInput, [&] {
-      parse_npy_header(c.bytes.data(), static_cast<int64_t>(c.bytes.size()), "f.npy");
-    });
+    const std::string got = error_of(kExitBadInput,
+        [&] { parse_npy_header(c.bytes.data(), static_cast<int64_t>(c.bytes.size()), "f.npy"); });
     EXPECT_NE(got.find(c.error), std::string::npos) << "got: " << got << "\nneed: " << c.error;
   }
 }
@@ -159,17 +154,17 @@ TEST(Durable, UnfinishedLeavesNothing) {
 TEST(Durable, ErrorsNamePathAndReason) {
   EXPECT_NE(error_of(kExitBadInput, [] { write_file_durably("/no/such/folder/a", "x"); })
                 .find("/no/such/folder/a.tmp: cannot be created (No such file or directory)"),
-            std::string::npos);
+      std::string::npos);
   const std::string folder = fresh_folder("durable_full");
   write_file_durably(folder + "/file", "x");
   EXPECT_NE(error_of(kExitBadInput, [&] { make_folders(folder + "/file/below"); })
                 .find("/file/below: cannot be created (Not a directory)"),
-            std::string::npos);
+      std::string::npos);
   EXPECT_NE(error_of(kExitBadInput, [&] { MappedFile map(folder); }).find("is not a file"),
-            std::string::npos);
+      std::string::npos);
   EXPECT_NE(error_of(kExitBadInput, [&] { MappedFile map(folder + "/none"); })
                 .find("/none: cannot be opened (No such file or directory)"),
-            std::string::npos);
+      std::string::npos);
 
   // A limit on the size of files stands in for a full disk.
   signal(SIGXFSZ, SIG_IGN);

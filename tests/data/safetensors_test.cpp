@@ -30,9 +30,12 @@ static std::string pattern(int64_t bytes, int seed) {
 }
 
 static const std::vector<TensorDecl> kTensors = {
-    {"b.weight", FileDType::F32, {3, 5}}, {"a.weight", FileDType::BF16, {4}},
-    {"empty", FileDType::F32, {0, 7}},    {"scalar", FileDType::F32, {}},
-    {"bytes", FileDType::U8, {3}},        {"odd", FileDType::I64, {2}},
+    {"b.weight", FileDType::F32, {3, 5}},
+    {"a.weight", FileDType::BF16, {4}},
+    {"empty", FileDType::F32, {0, 7}},
+    {"scalar", FileDType::F32, {}},
+    {"bytes", FileDType::U8, {3}},
+    {"odd", FileDType::I64, {2}},
 };
 
 TEST(Safetensors, RoundTripsInAnyChunking) {
@@ -68,23 +71,23 @@ TEST(Safetensors, RefusesCorruptHeadersByName) {
       {"{" + ok + "}", 8, "no error"},
       {"{" + ok + "}  ", 8, "no error"},
       {"{" + ok + "}", 7,
-       "a: has bad data_offsets, or the file is cut short (got [0,8], need 8 bytes for [2] "
-       "F32 from 0 on, up to 7)"},
+          "a: has bad data_offsets, or the file is cut short (got [0,8], need 8 bytes for [2] "
+          "F32 from 0 on, up to 7)"},
       {"{" + ok + "}", 9, "has bytes behind its last tensor (got 9 bytes of data, need 8)"},
       {"{" + ok + R"(,"b":{"dtype":"U8","shape":[8],"data_offsets":[4,12]}})", 12,
-       "b: has bad data_offsets, or the file is cut short (got [4,12], need 8 bytes for [8] U8 "
-       "from 8 on"},
+          "b: has bad data_offsets, or the file is cut short (got [4,12], need 8 bytes for [8] U8 "
+          "from 8 on"},
       {"{" + ok + R"(,"b":{"dtype":"U8","shape":[8],"data_offsets":[9,17]}})", 17,
-       "b: has bad data_offsets, or the file is cut short (got [9,17], need 8 bytes for [8] U8 "
-       "from 8 on"},
+          "b: has bad data_offsets, or the file is cut short (got [9,17], need 8 bytes for [8] U8 "
+          "from 8 on"},
       {R"({"a":{"dtype":"F31","shape":[2],"data_offsets":[0,8]}})", 8,
-       "a: has an unknown dtype (got \"F31\""},
+          "a: has an unknown dtype (got \"F31\""},
       {R"({"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}})", 8,
-       "a: has bad data_offsets, or the file is cut short (got [0,8], need 12 bytes for [3] F32 "
-       "from 0 on"},
+          "a: has bad data_offsets, or the file is cut short (got [0,8], need 12 bytes for [3] F32 "
+          "from 0 on"},
       {R"({"a":{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}})", 8, "a.shape[0]: is out of"},
       {R"({"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,8]}})", 8,
-       "a: has bad data_offsets"},
+          "a: has bad data_offsets"},
       {R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[8,0]}})", 8, "a: has bad data_offsets"},
       {R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8,9]}})", 8, "bad data_offsets"},
       {R"({"a":{"dtype":"F32","shape":[2]}})", 8, "a.data_offsets: is missing"},
@@ -103,7 +106,7 @@ TEST(Safetensors, RefusesCorruptHeadersByName) {
         .write(reinterpret_cast<const char*>(&length), 8)
         .write("{}      ", 8);
     expect_part(error_of(kExitBadInput, [&] { open_safetensors(path); }),
-                "is no safetensors file or is cut short (got 16 bytes");
+        "is no safetensors file or is cut short (got 16 bytes");
   }
 }
 
@@ -132,7 +135,7 @@ static std::vector<TensorDecl> eight() {
 static void write_shards(const std::string& folder, int64_t max_bytes) {
   int i = 0;
   write_model_files(folder, eight(), max_bytes,
-                    [&](const TensorDecl& tensor) { return pattern(tensor.bytes(), ++i); });
+      [&](const TensorDecl& tensor) { return pattern(tensor.bytes(), ++i); });
 }
 
 TEST(Safetensors, ShardsHoldEveryTensorOnce) {
@@ -154,7 +157,7 @@ TEST(Safetensors, ShardsHoldEveryTensorOnce) {
     const Json index = Json::parse_file(folder + "/model.safetensors.index.json");
     EXPECT_EQ(index["metadata"]["total_size"].as_int(), 1440);
     EXPECT_EQ(index["weight_map"]["layers.1"].as_string(),
-              text("model-00001-of-%05d.safetensors", c.shards));
+        text("model-00001-of-%05d.safetensors", c.shards));
   }
 }
 
@@ -168,17 +171,17 @@ TEST(Safetensors, IndexAndShardsMustAgree) {
   const std::string index = "/model.safetensors.index.json";
   expect_part(
       broken("st_missing",
-             [](const std::string& f) { fs::remove(f + "/model-00002-of-00005.safetensors"); }),
+          [](const std::string& f) { fs::remove(f + "/model-00002-of-00005.safetensors"); }),
       "/model-00002-of-00005.safetensors: cannot be opened (No such file or directory)");
   expect_part(broken("st_twice",
-                     [&](const std::string& f) {
-                       fs::copy_file(f + "/model-00001-of-00005.safetensors",
-                                     f + "/model-00002-of-00005.safetensors",
-                                     fs::copy_options::overwrite_existing);
-                     }),
-              "/model-00002-of-00005.safetensors: layers.1: is in two shards");
+                  [&](const std::string& f) {
+                    fs::copy_file(f + "/model-00001-of-00005.safetensors",
+                        f + "/model-00002-of-00005.safetensors",
+                        fs::copy_options::overwrite_existing);
+                  }),
+      "/model-00002-of-00005.safetensors: layers.1: is in two shards");
   expect_part(broken("st_none", [&](const std::string& f) { fs::remove(f + index); }),
-              "has no weights (need model.safetensors or");
+      "has no weights (need model.safetensors or");
 }
 
 TEST(Safetensors, ConvertsFloats) {
@@ -187,9 +190,12 @@ TEST(Safetensors, ConvertsFloats) {
     uint64_t bits;
     float value;
   } cases[] = {
-      {FileDType::BF16, 0x3f80, 1},        {FileDType::BF16, 0xc040, -3},
-      {FileDType::BF16, 0x7f80, INFINITY}, {FileDType::BF16, 0x7fc0, NAN},
-      {FileDType::F32, 0xbf800000, -1},    {FileDType::F64, 0x3ff8000000000000, 1.5},
+      {FileDType::BF16, 0x3f80, 1},
+      {FileDType::BF16, 0xc040, -3},
+      {FileDType::BF16, 0x7f80, INFINITY},
+      {FileDType::BF16, 0x7fc0, NAN},
+      {FileDType::F32, 0xbf800000, -1},
+      {FileDType::F64, 0x3ff8000000000000, 1.5},
   };
   for (const auto& c : cases) {
     char unaligned[9];
@@ -213,9 +219,18 @@ TEST(Safetensors, RoundsToNearestEvenBf16) {
     uint32_t bits;
     uint16_t want;
   } cases[] = {
-      {0x3f800000, 0x3f80}, {0x3f807fff, 0x3f80}, {0x3f808000, 0x3f80}, {0x3f808001, 0x3f81},
-      {0x3f818000, 0x3f82}, {0xbf818000, 0xbf82}, {0x7f7fffff, 0x7f80}, {0x7f800000, 0x7f80},
-      {0x00000001, 0x0000}, {0x80000000, 0x8000}, {0x7f800001, 0x7fc0}, {0xffffffff, 0xffff},
+      {0x3f800000, 0x3f80},
+      {0x3f807fff, 0x3f80},
+      {0x3f808000, 0x3f80},
+      {0x3f808001, 0x3f81},
+      {0x3f818000, 0x3f82},
+      {0xbf818000, 0xbf82},
+      {0x7f7fffff, 0x7f80},
+      {0x7f800000, 0x7f80},
+      {0x00000001, 0x0000},
+      {0x80000000, 0x8000},
+      {0x7f800001, 0x7fc0},
+      {0xffffffff, 0xffff},
   };
   for (const auto& c : cases) {
     float value;

@@ -33,8 +33,8 @@ static Ids ids_of(const Json& json) {
   return Ids(ids.begin(), ids.end());
 }
 
-static Ids encode(const Tokenizer& tokenizer, const std::string& text,
-                  bool special_as_text = false) {
+static Ids encode(
+    const Tokenizer& tokenizer, const std::string& text, bool special_as_text = false) {
   EncodeScratch scratch;
   Ids ids;
   tokenizer.encode(text, ids, special_as_text, scratch);
@@ -42,9 +42,8 @@ static Ids encode(const Tokenizer& tokenizer, const std::string& text,
 }
 
 static bool has_any(const std::string& token, const std::vector<std::string>& parts) {
-  return std::any_of(parts.begin(), parts.end(), [&](const std::string& part) {
-    return token.find(part) != std::string::npos;
-  });
+  return std::any_of(parts.begin(), parts.end(),
+      [&](const std::string& part) { return token.find(part) != std::string::npos; });
 }
 
 // A tokenizer.json: a golden variant with the golden model.
@@ -93,14 +92,12 @@ static void append_char(std::string& out, uint32_t code) {
 
 // Random text of what pre-tokenizers and NFC treat in special ways.
 static std::string random_text(std::mt19937& rng, size_t most) {
-  static const std::vector<std::string> kPieces = {
-      "a",      "b",      "S",      "t",      "L",      "l",          "e",          "A",
-      " ",      "  ",     "\n",     "\r",     "\t",     "'",          "'s",         "'LL",
-      ".",      "/",      "-",      "(",      "0",      "7",          "_",          "+",
-      "\u00e9", "\u0301", "\u0323", "\u00df", "\u01c5", "\u02b0",     "\u00aa",     "\u017f",
-      "\u0627", "\u064b", "\u0915", "\u093f", "\u4e2d", "\u30ab",     "\u30fb",     "\ud55c",
-      "\u00a0", "\u3000", "\u0085", "\u200b", "\u0001", "\U0001f600", "\U0001e030", "\u0378",
-      "\u0663", "\u216b", "\u00b2", "\u20ac", "\u00ab", "\ue000",     "\ufeff",     "\u2028"};
+  static const std::vector<std::string> kPieces = {"a", "b", "S", "t", "L", "l", "e", "A", " ",
+      "  ", "\n", "\r", "\t", "'", "'s", "'LL", ".", "/", "-", "(", "0", "7", "_", "+", "\u00e9",
+      "\u0301", "\u0323", "\u00df", "\u01c5", "\u02b0", "\u00aa", "\u017f", "\u0627", "\u064b",
+      "\u0915", "\u093f", "\u4e2d", "\u30ab", "\u30fb", "\ud55c", "\u00a0", "\u3000", "\u0085",
+      "\u200b", "\u0001", "\U0001f600", "\U0001e030", "\u0378", "\u0663", "\u216b", "\u00b2",
+      "\u20ac", "\u00ab", "\ue000", "\ufeff", "\u2028"};
   std::string text;
   for (size_t i = rng() % most + 1; i-- > 0;) text += kPieces[rng() % kPieces.size()];
   return text;
@@ -126,8 +123,8 @@ TEST(Tokenizer, GivesHuggingFacesIdsAndText) {
       EXPECT_EQ(ids, ids_of(variant["ids"][at])) << texts[i];
       EXPECT_EQ(as_text, ids_of(variant["ids_as_text"][at])) << texts[i];
       EXPECT_EQ(tokenizer.decode(ids, SpecialTokens::Keep), variant["decoded"][at].as_string());
-      EXPECT_EQ(tokenizer.decode(ids, SpecialTokens::Skip),
-                variant["decoded_skip"][at].as_string());
+      EXPECT_EQ(
+          tokenizer.decode(ids, SpecialTokens::Skip), variant["decoded_skip"][at].as_string());
     }
   }
 }
@@ -147,8 +144,8 @@ TEST(Tokenizer, DecodesWhatItEncoded) {
 
 // ---- words ----
 
-static std::vector<std::string> words_of(const std::vector<SplitStep>& steps,
-                                         const std::string& text) {
+static std::vector<std::string> words_of(
+    const std::vector<SplitStep>& steps, const std::string& text) {
   SplitBuffers buffers;
   split(steps, text, buffers);
   return {buffers.pieces.begin(), buffers.pieces.end()};
@@ -330,14 +327,14 @@ TEST(Tokenizer, RefusesWhatItDoesNotSupport) {
       {"\"decoder\":{", "\"decoder\":{\"type\":\"Metaspace\"},\"x\":{", "the decoder Metaspace"},
       {"\"decoder\":{", "\"decoder\":null,\"x\":{", "decoder: is missing"},
       {"\"pre_tokenizer\":{\"add_prefix_space\":false",
-       "\"pre_tokenizer\":{\"add_prefix_space\":true", "add_prefix_space"},
+          "\"pre_tokenizer\":{\"add_prefix_space\":true", "add_prefix_space"},
       {"\"pre_tokenizer\":{", "\"pre_tokenizer\":null,\"x\":{", "has no ByteLevel"},
       {"\"pre_tokenizer\":{", "\"pre_tokenizer\":{\"type\":\"Whitespace\"},\"x\":{",
-       "the pre-tokenizer Whitespace"},
+          "the pre-tokenizer Whitespace"},
       {"\"post_processor\":{", "\"post_processor\":{\"type\":\"BertProcessing\"},\"x\":{",
-       "BertProcessing"},
+          "BertProcessing"},
       {"\"post_processor\":{", "\"post_processor\":{\"type\":\"TemplateProcessing\"},\"x\":{",
-       "TemplateProcessing"},
+          "TemplateProcessing"},
       {"\"id\":701", "\"id\":801", "got 801, need 701"},
       {"\"lstrip\":false", "\"lstrip\":0", "lstrip"},
       {"\"merges\":[[\"", "\"merges\":[[\"?no?", "model.merges["},
@@ -361,7 +358,7 @@ TEST(Tokenizer, RefusesWhatItDoesNotSupport) {
 
 TEST(Tokenizer, RefusesRegularExpressionsItWouldReadInAnotherWay) {
   for (const char* pattern : {"[a&&b]", "[a[b]]", "\\h+", "a{2}+", "a{,3}", "(?m:.)", "\\bx", "(",
-                              "\\p{Greek}", "[]a]", "\\p{L", "x\\", "\\k<a>"}) {
+           "\\p{Greek}", "[]a]", "\\p{L", "x\\", "\\k<a>"}) {
     const std::string error = error_of([&] { SplitStep(pattern, "place"); });
     EXPECT_TRUE(error.starts_with("place: ")) << pattern << ": " << error;
   }
@@ -395,7 +392,7 @@ TEST(Tokenizer, ReplacesInvalidUtf8AsPythonDoes) {
       {"abc", "abc"},
       {"a\xff"
        "b",
-       "a" + r + "b"},
+          "a" + r + "b"},
       {"\xc3", r},
       {"\xe4\xb8", r},
       {"\xe4\xb8\xad\xe4", "\u4e2d" + r},

@@ -97,18 +97,27 @@ TEST(Batches, RanksTogetherHoldTheGlobalBatch) {
     Mesh mesh;
     int64_t micro;
   } cases[] = {
-      {{1, 1, 1, 1}, 1}, {{1, 1, 1, 1}, 4}, {{1, 2, 1, 1}, 3},  {{1, 1, 2, 1}, 2},
-      {{1, 1, 1, 2}, 1}, {{2, 1, 1, 1}, 2}, {{1, 3, 2, 2}, 1},  {{2, 2, 2, 2}, 3},
-      {{1, 1, 4, 3}, 2}, {{1, 2, 3, 1}, 2}, {{1, 12, 1, 1}, 1}, {{2, 2, 1, 3, 2}, 1},
+      {{1, 1, 1, 1}, 1},
+      {{1, 1, 1, 1}, 4},
+      {{1, 2, 1, 1}, 3},
+      {{1, 1, 2, 1}, 2},
+      {{1, 1, 1, 2}, 1},
+      {{2, 1, 1, 1}, 2},
+      {{1, 3, 2, 2}, 1},
+      {{2, 2, 2, 2}, 3},
+      {{1, 1, 4, 3}, 2},
+      {{1, 2, 3, 1}, 2},
+      {{1, 12, 1, 1}, 1},
+      {{2, 2, 1, 3, 2}, 1},
   };
   for (const bool mask : {false, true})
     for (const Split split : {Split::Train, Split::Heldout}) {
       const Dataset data({path}, {.seq_length = kLength,
-                                  .vocab_size = 5000,
-                                  .seed = 3,
-                                  .heldout_fraction = 0.4,
-                                  .max_epochs = 2,
-                                  .document_mask = mask});
+                                     .vocab_size = 5000,
+                                     .seed = 3,
+                                     .heldout_fraction = 0.4,
+                                     .max_epochs = 2,
+                                     .document_mask = mask});
       // A step inside the first epoch, or the held-out batch that is partly padding.
       const int64_t step = split == Split::Train ? 1 : data.heldout_samples() / kGlobal;
       ASSERT_GE(data.samples_per_epoch(), 2 * kGlobal);
@@ -129,11 +138,11 @@ TEST(Batches, RanksTogetherHoldTheGlobalBatch) {
           EXPECT_EQ(loaded.global_labels(rank), static_cast<double>(labels));
         });
         const std::string what = text("pp %d dp %d cp %d ep %d micro %lld", c.mesh.pp, c.mesh.dp,
-                                      c.mesh.cp, c.mesh.ep, static_cast<long long>(c.micro));
+            c.mesh.cp, c.mesh.ep, static_cast<long long>(c.micro));
         for (const GlobalBatch& all : seen) EXPECT_TRUE(all == want) << what;
         EXPECT_EQ(std::accumulate(again.begin(), again.end(), int64_t{0}), 0) << what;
-        EXPECT_EQ(std::accumulate(rank_labels.begin(), rank_labels.end(), int64_t{0}),
-                  labels * c.mesh.pp)
+        EXPECT_EQ(
+            std::accumulate(rank_labels.begin(), rank_labels.end(), int64_t{0}), labels * c.mesh.pp)
             << what;
       }
     }
@@ -144,7 +153,7 @@ TEST(Batches, RefusesWhatDoesNotFit) {
   const auto error_on = [&](const Mesh& mesh, const BatchShape& shape) -> std::string {
     try {
       run_ranks(mesh, Device::CPU, {},
-                [&](Rank& rank) { make_batches(rank, data, shape, 0, Split::Train); });
+          [&](Rank& rank) { make_batches(rank, data, shape, 0, Split::Train); });
     } catch (const Error& error) {
       return error.what();
     }

@@ -43,12 +43,8 @@ ParameterTable table_of(const MeshCoord& c) {
   for (int l = c.pp_rank * layers; l < (c.pp_rank + 1) * layers; l++) {
     const std::string name = "layers." + std::to_string(l) + ".";
     table.push_back({nullptr, {33}, UnitKind::Layer, l, {{name + "norm", {33}, none}}});
-    table.push_back(
-        {nullptr,
-         {26, 33},
-         UnitKind::Layer,
-         l,
-         {{name + "q", {17, 33}, none}, {name + "k", {5, 33}, none}, {name + "v", {4, 33}, none}}});
+    table.push_back({nullptr, {26, 33}, UnitKind::Layer, l,
+        {{name + "q", {17, 33}, none}, {name + "k", {5, 33}, none}, {name + "v", {4, 33}, none}}});
     Parameter up{nullptr, {experts, 11, 33}, UnitKind::Experts, l, {}};
     for (int e = c.ep_rank * experts; e < (c.ep_rank + 1) * experts; e++)
       up.pieces.push_back({name + "experts." + std::to_string(e) + ".up", {11, 33}, none});
@@ -100,14 +96,14 @@ const char* const kConfig = "[train]\nsteps = 10\n\n[data]\nsequence_length = 32
 
 RunState state_at(int64_t step) {
   return {.step = step,
-          .updates = step - 1,
-          .samples = step * 64,
-          .seed = 0xfedcba9876543210,
-          .data_fingerprint = 0x8000000000000001,
-          .optimizer = "adamw",
-          .balance_counts = {1.0 / 3, 0, 1e300, 12345678901234.0},
-          .config = kConfig,
-          .model = R"({"model_type": "test", "hidden_size": 33})"};
+      .updates = step - 1,
+      .samples = step * 64,
+      .seed = 0xfedcba9876543210,
+      .data_fingerprint = 0x8000000000000001,
+      .optimizer = "adamw",
+      .balance_counts = {1.0 / 3, 0, 1e300, 12345678901234.0},
+      .config = kConfig,
+      .model = R"({"model_type": "test", "hidden_size": 33})"};
 }
 
 // Saves `salt` as a step of the run, under a mesh.
@@ -141,10 +137,9 @@ std::vector<std::string> names_in(const std::string& folder) {
 // ---- saving and loading ----
 
 TEST(Checkpoint, EveryLayoutLoadsEveryOther) {
-  const Mesh meshes[] = {make_mesh(1, 1, 1, 1), make_mesh(3, 1, 1, 1),    make_mesh(5, 1, 5, 1),
-                         make_mesh(4, 1, 1, 4), make_mesh(4, 4, 1, 1),    make_mesh(16, 2, 2, 2),
-                         make_mesh(8, 1, 2, 1), make_mesh(4, 1, 1, 1, 2), make_mesh(12, 2, 1, 1, 2),
-                         make_mesh(9, 1, 3, 1)};
+  const Mesh meshes[] = {make_mesh(1, 1, 1, 1), make_mesh(3, 1, 1, 1), make_mesh(5, 1, 5, 1),
+      make_mesh(4, 1, 1, 4), make_mesh(4, 4, 1, 1), make_mesh(16, 2, 2, 2), make_mesh(8, 1, 2, 1),
+      make_mesh(4, 1, 1, 1, 2), make_mesh(12, 2, 1, 1, 2), make_mesh(9, 1, 3, 1)};
   const std::string run = fresh_folder("ckpt_layouts");
   int salt = 0;
   for (const Mesh& from : meshes) {
@@ -176,9 +171,9 @@ TEST(Checkpoint, KeepsWhatIsNotATensor) {
 TEST(Checkpoint, ReplicasWriteOnce) {
   const std::string run = fresh_folder("ckpt_hsdp");
   save(make_mesh(4, 1, 1, 1, 2), run, 1, 1);
-  EXPECT_EQ(names_in(run + "/step-00000001"),
-            (std::vector<std::string>{"manifest.json", "rank-00000.safetensors",
-                                      "rank-00001.safetensors"}));
+  EXPECT_EQ(
+      names_in(run + "/step-00000001"), (std::vector<std::string>{"manifest.json",
+                                            "rank-00000.safetensors", "rank-00001.safetensors"}));
 }
 
 // The optimiser changes each unit as soon as it may; what is saved is the state at begin().
@@ -263,39 +258,39 @@ TEST(Checkpoint, DamageIsNamedAndTheOneBeforeUsed) {
     void (*damage)(const std::string& folder);
   } cases[] = {
       {"rank-00001.safetensors: is cut short",
-       [](const std::string& f) { cut(f + "/rank-00001.safetensors", 5000); }},
+          [](const std::string& f) { cut(f + "/rank-00001.safetensors", 5000); }},
       {"rank-00000.safetensors: is cut short",
-       [](const std::string& f) { cut(f + "/rank-00000.safetensors", 0); }},
+          [](const std::string& f) { cut(f + "/rank-00000.safetensors", 0); }},
       {"rank-00001.safetensors: is missing",
-       [](const std::string& f) { fs::remove(f + "/rank-00001.safetensors"); }},
+          [](const std::string& f) { fs::remove(f + "/rank-00001.safetensors"); }},
       {"is damaged (checksum",
-       [](const std::string& f) {
-         flip(f + "/rank-00001.safetensors",
-              static_cast<int64_t>(fs::file_size(f + "/rank-00001.safetensors")) - 1);
-       }},
+          [](const std::string& f) {
+            flip(f + "/rank-00001.safetensors",
+                static_cast<int64_t>(fs::file_size(f + "/rank-00001.safetensors")) - 1);
+          }},
       {"rank-00000.safetensors",
-       [](const std::string& f) { flip(f + "/rank-00000.safetensors", 20); }},
+          [](const std::string& f) { flip(f + "/rank-00000.safetensors", 20); }},
       {"manifest.json: is damaged or cut short",
-       [](const std::string& f) { cut(f + "/manifest.json", 2000); }},
+          [](const std::string& f) { cut(f + "/manifest.json", 2000); }},
       {"manifest.json: is damaged or cut short",
-       [](const std::string& f) { flip(f + "/manifest.json", 60); }},
+          [](const std::string& f) { flip(f + "/manifest.json", 60); }},
       {"manifest.json: is damaged or cut short",
-       [](const std::string& f) { cut(f + "/manifest.json", 0); }},
+          [](const std::string& f) { cut(f + "/manifest.json", 0); }},
       {"is no finished checkpoint (it has no manifest.json)",
-       [](const std::string& f) { fs::remove(f + "/manifest.json"); }},
+          [](const std::string& f) { fs::remove(f + "/manifest.json"); }},
       {"is no finished checkpoint",
-       [](const std::string& f) {
-         fs::remove_all(f);
-         fs::create_directory(f);
-       }},
+          [](const std::string& f) {
+            fs::remove_all(f);
+            fs::create_directory(f);
+          }},
   };
   for (const auto& c : cases) {
     const std::string run = fresh_folder("ckpt_damage");
     save(make_mesh(2, 1, 1, 1), run, 1, 1);
     save(make_mesh(2, 1, 1, 1), run, 2, 2);
     c.damage(run + "/step-00000002");
-    expect_part(error_of(kExitBadInput, [&] { verify(open_checkpoint(run + "/step-00000002")); }),
-                c.error);
+    expect_part(
+        error_of(kExitBadInput, [&] { verify(open_checkpoint(run + "/step-00000002")); }), c.error);
     log_to_file(run + "/log.txt");
     expect_loads(make_mesh(1, 1, 1, 1), *find_checkpoint(run), 1);
     log_to_file("");
@@ -305,7 +300,7 @@ TEST(Checkpoint, DamageIsNamedAndTheOneBeforeUsed) {
     expect_part(logged, c.error);
     c.damage(run + "/step-00000001");
     expect_part(error_of(kExitBadInput, [&] { find_checkpoint(run); }),
-                run + ": none of its checkpoints is good (got 2 bad ones, named above)");
+        run + ": none of its checkpoints is good (got 2 bad ones, named above)");
   }
   const std::string empty = fresh_folder("ckpt_none");
   EXPECT_FALSE(find_checkpoint(empty));
@@ -313,7 +308,7 @@ TEST(Checkpoint, DamageIsNamedAndTheOneBeforeUsed) {
   fs::create_directories(empty + "/step-00000009.tmp");
   EXPECT_FALSE(find_checkpoint(empty));
   expect_part(error_of(kExitBadInput, [&] { open_checkpoint(empty + "/step-00000009"); }),
-              "there is no such checkpoint");
+      "there is no such checkpoint");
 }
 
 TEST(Checkpoint, EveryFlippedBitIsFound) {
@@ -408,17 +403,17 @@ TEST(Checkpoint, FailingWritesTakeTheSaveBack) {
 TEST(Checkpoint, AFailingRankJoinsItsSaver) {
   const std::string run = fresh_folder("ckpt_throw");
   expect_part(error_of(kExitFailed,
-                       [&] {
-                         run_ranks(make_mesh(3, 1, 1, 1), Device::CPU, quick(), [&](Rank& rank) {
-                           const Parameters p = parameters_of(rank);
-                           CheckpointSaver saver(rank, p, {run, 0});
-                           if (rank.id == 2) barrier(rank, Group::World, "until another fails");
-                           saver.begin(rank, state_at(1));
-                           if (rank.id == 1) failed("test", "on purpose");
-                           saver.finish(rank);
-                         });
-                       }),
-              "on purpose");
+                  [&] {
+                    run_ranks(make_mesh(3, 1, 1, 1), Device::CPU, quick(), [&](Rank& rank) {
+                      const Parameters p = parameters_of(rank);
+                      CheckpointSaver saver(rank, p, {run, 0});
+                      if (rank.id == 2) barrier(rank, Group::World, "until another fails");
+                      saver.begin(rank, state_at(1));
+                      if (rank.id == 1) failed("test", "on purpose");
+                      saver.finish(rank);
+                    });
+                  }),
+      "on purpose");
   EXPECT_FALSE(find_checkpoint(run));
 }
 
@@ -481,20 +476,24 @@ TEST(Checkpoint, RefusesToGoOnAsAnotherRun) {
   } cases[] = {
       {"runs/a/step-00000100: the model's hidden_size differs from the saved run's (got 64, need "
        "33)",
-       [](RunState& now) { now.model = R"({"model_type": "test", "hidden_size": 64})"; }},
+          [](RunState& now) { now.model = R"({"model_type": "test", "hidden_size": 64})"; }},
       {"the model's top_k differs from the saved run's (got 2, need nothing)",
-       [](RunState& now) {
-         now.model = R"({"model_type": "test", "hidden_size": 33, "top_k": 2})";
-       }},
+          [](RunState& now) {
+            now.model = R"({"model_type": "test", "hidden_size": 33, "top_k": 2})";
+          }},
       {"data.seed differs", [](RunState& now) { now.seed++; }},
       {"the data set (its fingerprint) differs", [](RunState& now) { now.data_fingerprint++; }},
       {"the optimiser differs", [](RunState& now) { now.optimizer = "muon"; }},
       {"data.sequence_length differs from the saved run's (got 64, need 32)",
-       [](RunState& now) { now.config = "[train]\nsteps = 10\n\n[data]\nsequence_length = 64\n"; }},
+          [](RunState& now) {
+            now.config = "[train]\nsteps = 10\n\n[data]\nsequence_length = 64\n";
+          }},
       {"no error",
-       [](RunState& now) { now.config = "[train]\nsteps = 99\n\n[data]\nsequence_length = 32\n"; }},
+          [](RunState& now) {
+            now.config = "[train]\nsteps = 99\n\n[data]\nsequence_length = 32\n";
+          }},
       {"no error",
-       [](RunState& now) { now.model = R"({"hidden_size":33,  "model_type":"test"})"; }},
+          [](RunState& now) { now.model = R"({"hidden_size":33,  "model_type":"test"})"; }},
   };
   for (const auto& one : cases) {
     RunState now = same;
@@ -513,18 +512,18 @@ TEST(Checkpoint, LoadNamesTensorsThatDoNotFit) {
     Piece piece;
     const char* error;
   } cases[] = {{{"other", {33}, {}}, "step-00000001: other: is missing"},
-               {{"norm", {11, 3}, {}}, "step-00000001: norm: has another shape"}};
+      {{"norm", {11, 3}, {}}, "step-00000001: norm: has another shape"}};
   for (const auto& one : cases)
     expect_part(error_of(kExitBadInput,
-                         [&] {
-                           run_ranks(Mesh{}, Device::CPU, quick(), [&](Rank& rank) {
-                             Parameters p = make_parameters(
-                                 {{{nullptr, {33}, UnitKind::Head, -1, {one.piece}}}}, false,
-                                 mesh_of(rank), rank.id, &rank);
-                             load_state(rank, p, c);
-                           });
-                         }),
-                one.error);
+                    [&] {
+                      run_ranks(Mesh{}, Device::CPU, quick(), [&](Rank& rank) {
+                        Parameters p =
+                            make_parameters({{{nullptr, {33}, UnitKind::Head, -1, {one.piece}}}},
+                                false, mesh_of(rank), rank.id, &rank);
+                        load_state(rank, p, c);
+                      });
+                    }),
+        one.error);
 }
 
 // ---- weights alone ----
@@ -578,29 +577,29 @@ TEST(Weights, FaultsAreListedByName) {
     void (*change)(Decls& tensors, Values& values);
   } cases[] = {
       {{"2 missing: embed, layers.0.norm"},
-       [](Decls& t, Values& v) {
-         t.erase(t.begin(), t.begin() + 2);
-         v.erase(v.begin(), v.begin() + 2);
-       }},
+          [](Decls& t, Values& v) {
+            t.erase(t.begin(), t.begin() + 2);
+            v.erase(v.begin(), v.begin() + 2);
+          }},
       {{"1 not of this model: lm_head.bias [3] F32"},
-       [](Decls& t, Values& v) {
-         t.push_back({"lm_head.bias", FileDType::F32, {3}});
-         v.push_back({1, 2, 3});
-       }},
+          [](Decls& t, Values& v) {
+            t.push_back({"lm_head.bias", FileDType::F32, {3}});
+            v.push_back({1, 2, 3});
+          }},
       {{"1 of another shape or type: embed (got [33,7] F32, need [7,33] F32)"},
-       [](Decls& t, Values&) {
-         t[0].shape = {33, 7};
-       }},
+          [](Decls& t, Values&) {
+            t[0].shape = {33, 7};
+          }},
       {{"embed (got [7,33] I32, need [7,33] F32)"},
-       [](Decls& t, Values&) { t[0].dtype = FileDType::I32; }},
+          [](Decls& t, Values&) { t[0].dtype = FileDType::I32; }},
       {{"1 missing: embed", "1 not of this model: embedding [7,33] F32"},
-       [](Decls& t, Values&) { t[0].name = "embedding"; }},
+          [](Decls& t, Values&) { t[0].name = "embedding"; }},
       {{"2 tensors with NaN or Inf: embed (1 of 231 values), layers.0.norm (2 of 33 values)"},
-       [](Decls&, Values& v) {
-         v[0][230] = NAN;
-         v[1][0] = INFINITY;
-         v[1][32] = -INFINITY;
-       }},
+          [](Decls&, Values& v) {
+            v[0][230] = NAN;
+            v[1][0] = INFINITY;
+            v[1][32] = -INFINITY;
+          }},
   };
   for (const auto& one : cases) {
     const std::string folder = fresh_folder("weights_bad");
@@ -618,8 +617,8 @@ TEST(RunLock, RefusesASecondRun) {
   const std::string run = fresh_folder("lock") + "/made/too";
   {
     const RunLock lock(run);
-    expect_part(error_of(kExitBadInput, [&] { RunLock second(run); }),
-                run + ": another run writes there");
+    expect_part(
+        error_of(kExitBadInput, [&] { RunLock second(run); }), run + ": another run writes there");
   }
   const RunLock again(run);
   // A killed holder leaves nothing behind.

@@ -25,7 +25,7 @@ const char* const kSmallest =
     "[optimizer]\nlr = 1e-3\n";
 
 RunConfig load_text(const std::string& path, const std::string& toml,
-                    const std::vector<std::string>& overrides = {}) {
+    const std::vector<std::string>& overrides = {}) {
   std::ofstream(path) << toml;
   return load_run_config(path, overrides);
 }
@@ -66,9 +66,9 @@ TEST(Config, ReadsTheFileThenOverrides) {
   EXPECT_EQ(c.parallel.timeout_s, 5);
   EXPECT_EQ(c.parallel.ep, 4);
   c = load_text(path, good,
-                {"train.steps=1_000", "optimizer.lr=2e-4", "data.document_mask=true",
-                 "lr_schedule.kind=cosine", "router.balance_loss=\"sequence\"",
-                 "router.balance_coefficient=1", "train.steps=20", "run.folder=it's=odd"});
+      {"train.steps=1_000", "optimizer.lr=2e-4", "data.document_mask=true",
+          "lr_schedule.kind=cosine", "router.balance_loss=\"sequence\"",
+          "router.balance_coefficient=1", "train.steps=20", "run.folder=it's=odd"});
   EXPECT_EQ(c.train.steps, 20);
   EXPECT_EQ(c.optimizer.lr, 2e-4);
   EXPECT_TRUE(c.data.document_mask);
@@ -86,8 +86,8 @@ TEST(Config, PathsAreRelativeToWhereTheyAreWritten) {
   EXPECT_EQ(c.data.path, folder + "/tokens");
   EXPECT_EQ(c.model.init_from, "");
   EXPECT_EQ(c.run.folder, here + "/runs/default");
-  c = load_text(path, kSmallest,
-                {"data.path=a/../b/", "model.init_from=/x/./y", "run.folder=\"out\""});
+  c = load_text(
+      path, kSmallest, {"data.path=a/../b/", "model.init_from=/x/./y", "run.folder=\"out\""});
   EXPECT_EQ(c.data.path, here + "/b");
   EXPECT_EQ(c.model.init_from, "/x/y");
   EXPECT_EQ(c.run.folder, here + "/out");
@@ -129,7 +129,7 @@ TEST(Config, RefusesBadFiles) {
       {"[parallel]\ncp = 0", {"parallel.cp: ", "got 0, need 1 or more"}},
       {"[lr_schedule]\nwarmup_ratio = 1.5", {"got 1.5, need 0 or more, at most 1"}},
       {"[lr_schedule]\nkind = 'linear'",
-       {"got \"linear\", need \"constant\", \"cosine\", \"wsd\""}},
+          {"got \"linear\", need \"constant\", \"cosine\", \"wsd\""}},
       {"[router]\nbalance_loss = 'global'", {"router.balance_loss: ", "\"global-batch\""}},
       {"[router]\nbalance_coefficient = 0.1", {"router.balance_coefficient: ", "\"none\""}},
       {"[parallel]\nschedule = '1F1B'", {"parallel.schedule: ", "\"1f1b\""}},
@@ -148,23 +148,21 @@ TEST(Config, RefusesBadFiles) {
     EXPECT_NE(got.find("Try: "), std::string::npos) << got;
   }
   expect_error(error_of([&] { load_text(path, "train = 3\n"); }),
-               {"run.toml:1: train: is an unknown key", "Try: [train]"});
+      {"run.toml:1: train: is an unknown key", "Try: [train]"});
   expect_error(error_of([&] { load_run_config(path + ".none", {}); }), {path + ".none: "});
 }
 
 TEST(Config, NamesWhatIsMissing) {
   const std::string path = fresh_folder("missing") + "/run.toml";
   for (const auto& [line, key] :
-       std::map<std::string, std::string>{{"config = \"m/config.json\"\n", "model.config"},
-                                          {"path = \"tokens\"\n", "data.path"},
-                                          {"sequence_length = 64\n", "data.sequence_length"},
-                                          {"steps = 10\n", "train.steps"},
-                                          {"global_batch_size = 8\n", "train.global_batch_size"},
-                                          {"lr = 1e-3\n", "optimizer.lr"}}) {
+      std::map<std::string, std::string>{{"config = \"m/config.json\"\n", "model.config"},
+          {"path = \"tokens\"\n", "data.path"}, {"sequence_length = 64\n", "data.sequence_length"},
+          {"steps = 10\n", "train.steps"}, {"global_batch_size = 8\n", "train.global_batch_size"},
+          {"lr = 1e-3\n", "optimizer.lr"}}) {
     std::string toml = kSmallest;
     toml.erase(toml.find(line), line.size());
     expect_error(error_of([&] { load_text(path, toml); }),
-                 {key + ": is required and not set", "--set " + key + "="});
+        {key + ": is required and not set", "--set " + key + "="});
   }
   expect_error(error_of([&] { load_text(path, ""); }), {"is required and not set"});
 }
@@ -200,12 +198,11 @@ TEST(Config, RefusesBadOverrides) {
 
 TEST(Config, TextReadsBackTheSame) {
   const std::string folder = fresh_folder("round_trip");
-  const RunConfig c = load_text(
-      folder + "/a.toml", kSmallest,
+  const RunConfig c = load_text(folder + "/a.toml", kSmallest,
       {"optimizer.eps=1.2345678901234567e-8", "optimizer.lr=0.1", "run.folder=a \"b\"\\\t\x01z",
-       "data.seed=9223372036854775807", "data.shuffle=false", "parallel.timeout_s=1e20",
-       "lr_schedule.kind=wsd", "lr_schedule.decay_shape=linear", "model.init_from=x",
-       "router.balance_loss=global-batch", "router.balance_coefficient=1e-3"});
+          "data.seed=9223372036854775807", "data.shuffle=false", "parallel.timeout_s=1e20",
+          "lr_schedule.kind=wsd", "lr_schedule.decay_shape=linear", "model.init_from=x",
+          "router.balance_loss=global-batch", "router.balance_coefficient=1e-3"});
   const std::string toml = to_toml(c);
   fs::create_directories(folder + "/elsewhere");
   const RunConfig again = load_text(folder + "/elsewhere/b.toml", toml);
@@ -216,22 +213,11 @@ TEST(Config, TextReadsBackTheSame) {
 
 // What a resumed run may not change: everything else may.
 TEST(Config, KeysThatAResumedRunKeeps) {
-  const std::set<std::string> kept = {"model.init_from",
-                                      "model.init_std",
-                                      "data.sequence_length",
-                                      "data.seed",
-                                      "data.shuffle",
-                                      "data.heldout_fraction",
-                                      "data.document_mask",
-                                      "train.global_batch_size",
-                                      "optimizer.beta1",
-                                      "optimizer.beta2",
-                                      "optimizer.eps",
-                                      "optimizer.weight_decay",
-                                      "optimizer.max_grad_norm",
-                                      "router.balance_loss",
-                                      "router.balance_coefficient",
-                                      "router.force"};
+  const std::set<std::string> kept = {"model.init_from", "model.init_std", "data.sequence_length",
+      "data.seed", "data.shuffle", "data.heldout_fraction", "data.document_mask",
+      "train.global_batch_size", "optimizer.beta1", "optimizer.beta2", "optimizer.eps",
+      "optimizer.weight_decay", "optimizer.max_grad_norm", "router.balance_loss",
+      "router.balance_coefficient", "router.force"};
   std::set<std::string> found;
   for (const KeyLine& line : keys_in(to_toml(RunConfig{})))
     if (!may_change_on_resume(line.key)) found.insert(line.key);
@@ -255,9 +241,8 @@ TEST(Config, TheDocumentedKeysAreTheKeys) {
     EXPECT_EQ(cells.size(), 5u) << line;
     cells.resize(5);
   }
-  const std::set<std::string> required = {
-      "model.config", "data.path", "data.sequence_length", "train.steps", "train.global_batch_size",
-      "optimizer.lr"};
+  const std::set<std::string> required = {"model.config", "data.path", "data.sequence_length",
+      "train.steps", "train.global_batch_size", "optimizer.lr"};
   for (const auto& [key, value] : keys_in(to_toml(RunConfig{}))) {
     const auto found = rows.find(key);
     ASSERT_NE(found, rows.end()) << path << " has no row for " << key;

@@ -95,12 +95,10 @@ TEST_P(RankFails, EndsTheProcessWithOneMessage) {
       << child.output;
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Failure, RankFails,
+INSTANTIATE_TEST_SUITE_P(Failure, RankFails,
     testing::Values(Failure{"throw", "error: rank 2: optimizer: planted", " runs"},
-                    Failure{"crash", "error: crash: signal 11 (Segmentation fault)",
-                            " (crashed here)"},
-                    Failure{"hang", " waited 2", " runs"}),
+        Failure{"crash", "error: crash: signal 11 (Segmentation fault)", " (crashed here)"},
+        Failure{"hang", " waited 2", " runs"}),
     [](const auto& test) { return test.param.how; });
 
 }  // namespace

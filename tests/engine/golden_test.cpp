@@ -56,7 +56,7 @@ double error_of(const float* got, const std::vector<double>& want) {
 // Relative error of every checkpoint tensor's slice of `value(unit)`.
 template <class Value>
 void expect_tensors(Rank& rank, const Parameters& p, const Golden& want, const std::string& prefix,
-                    double limit, Value value) {
+    double limit, Value value) {
   int compared = 0;
   for (const Fragment& f : fragments(p)) {
     ASSERT_EQ(f.count, f.piece->dims.numel());
@@ -70,7 +70,7 @@ void expect_tensors(Rank& rank, const Parameters& p, const Golden& want, const s
 
 // `rows` rows of tokens, labels and, if not empty, document ends, as one micro-batch.
 Batch make_batch(Rank& rank, int64_t rows, int64_t length, const int32_t* tokens,
-                 const int32_t* labels, const int32_t* ends) {
+    const int32_t* labels, const int32_t* ends) {
   const int64_t T = rows * length;
   Batch b{.rows = rows, .length = length};
   b.tokens = tensor_from(rank, {T}, DType::I32, tokens);
@@ -127,8 +127,8 @@ void check_model(const std::string& name, bool documents) {
                                ends = want.ints("doc_ends");
     Loaded m(rank, golden(name), shape[1]);
     StepIo io;
-    io.batches = {make_batch(rank, shape[0], shape[1], tokens.data(), labels.data(),
-                             documents ? ends.data() : nullptr)};
+    io.batches = {make_batch(
+        rank, shape[0], shape[1], tokens.data(), labels.data(), documents ? ends.data() : nullptr)};
     io.loss_scale = 1.0 / double(count_labels(labels));
     io.logits.resize(1);
     RoutingStep routing;
@@ -138,8 +138,8 @@ void check_model(const std::string& name, bool documents) {
     io.routing = &slot;
     m.run(rank, io);
     vector<char> bytes;
-    EXPECT_LE(error_of(on_host(rank, io.logits[0], bytes).f32(), want.floats(prefix + "logits")),
-              1e-4);
+    EXPECT_LE(
+        error_of(on_host(rank, io.logits[0], bytes).f32(), want.floats(prefix + "logits")), 1e-4);
     EXPECT_NEAR(io.loss[0] * io.loss_scale / want.floats(prefix + "loss")[0], 1, 1e-4);
     if (!documents)
       for (int l = 0; l < m.model.shape.num_layers; l++) {
@@ -147,11 +147,11 @@ void check_model(const std::string& name, bool documents) {
         const size_t first = size_t(l) * ids.size();
         EXPECT_TRUE(std::equal(ids.begin(), ids.end(), routing.ids.begin() + first));
         EXPECT_LE(error_of(routing.weights.data() + first,
-                           want.floats("router_weights." + std::to_string(l))),
-                  1e-4);
+                      want.floats("router_weights." + std::to_string(l))),
+            1e-4);
       }
     expect_tensors(rank, *m.model.parameters, want, prefix + "grad.", 1e-4,
-                   [](const FlatUnit& u) { return u.grad_shard; });
+        [](const FlatUnit& u) { return u.grad_shard; });
   });
 }
 
@@ -170,16 +170,15 @@ void check_training(const std::string& name, BalanceKind kind) {
     const std::vector<int32_t> tokens = want.ints("tokens"), labels = want.ints("labels");
     Loaded m(rank, golden("train/init"), kLength, kRows / kMicro);
     BalanceState balance{.kind = kind,
-                         .coefficient = kind == BalanceKind::None ? 0 : 0.3,
-                         .num_experts = m.model.shape.num_experts,
-                         .num_layers = m.model.shape.num_layers};
+        .coefficient = kind == BalanceKind::None ? 0 : 0.3,
+        .num_experts = m.model.shape.num_experts,
+        .num_layers = m.model.shape.num_layers};
     for (int64_t step = 0; step < 8; step++) {
       const int64_t first = step * kRows * kLength;
       StepIo io;
       for (int64_t row = 0; row < kRows; row += kMicro)
         io.batches.push_back(make_batch(rank, kMicro, kLength,
-                                        tokens.data() + first + row * kLength,
-                                        labels.data() + first + row * kLength, nullptr));
+            tokens.data() + first + row * kLength, labels.data() + first + row * kLength, nullptr));
       const double n =
           double(count_labels({labels.begin() + first, labels.begin() + first + kRows * kLength}));
       io.loss_scale = 1 / n;
@@ -204,15 +203,15 @@ void check_training(const std::string& name, BalanceKind kind) {
           << "step " << step;
       if (step == 0)
         expect_tensors(rank, p, want, "first_grad.", limit_on(rank, 2e-5),
-                       [](const FlatUnit& u) { return u.grad_shard; });
+            [](const FlatUnit& u) { return u.grad_shard; });
       const double lr = learning_rate(kShort, 1e-3, step, 8);
       EXPECT_NEAR(lr, want.floats("lr")[step], 1e-12);
-      optimizer_pass(rank, p, {.lr = lr, .grad_scale = std::min(1.0, 1 / norm), .step = step + 1},
-                     nullptr);
+      optimizer_pass(
+          rank, p, {.lr = lr, .grad_scale = std::min(1.0, 1 / norm), .step = step + 1}, nullptr);
       balance.previous = balance.counts;
     }
     expect_tensors(rank, *m.model.parameters, want, "final.", limit_on(rank, 2e-5),
-                   [](const FlatUnit& u) { return u.master; });
+        [](const FlatUnit& u) { return u.master; });
   });
 }
 

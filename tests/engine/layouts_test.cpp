@@ -76,7 +76,7 @@ double smallest_gap(const Probe& p) {
 
 // The reference is one rank with the given micro-batch size.
 void expect_equal(const RunConfig& config, const std::vector<Layout>& layouts,
-                  const SmallModel& model = {}, int64_t micro_batch = 1, int64_t steps = 8) {
+    const SmallModel& model = {}, int64_t micro_batch = 1, int64_t steps = 8) {
   Probe reference;
   reference.steps = steps;
   run_layout(config, {.micro_batch = micro_batch}, reference);
@@ -109,8 +109,7 @@ TEST(SlowLayouts, ByLayer16) { expect_equal(seeded_run(kSeed), layouts_of(16, 16
 TEST(Layouts, AFewOfASmallerModel) {
   const SmallModel model{.layers = 4, .length = 16, .global_batch = 16, .documents = 100};
   expect_equal(seeded_run(kSeed, model),
-               parse_all({"pp2-ep2", "dp2-cp2-ep2-layer", "pp2-dp2-cp2-hsdp", "ep4-mb2"}), model, 1,
-               2);
+      parse_all({"pp2-ep2", "dp2-cp2-ep2-layer", "pp2-dp2-cp2-hsdp", "ep4-mb2"}), model, 1, 2);
 }
 
 TEST(Layouts, TheFullProduct) {
@@ -121,9 +120,8 @@ TEST(Layouts, TheFullProduct) {
 
 // ---- balance losses ----
 
-const std::vector<const char*> kEight = {"pp2-ep2",         "pp4-dp2",          "cp2-ep4",
-                                         "pp2-dp2-cp2-ep2", "dp2-ep4-hsdp",     "dp2-cp2-ep2-layer",
-                                         "pp4-cp2-ep2",     "pp2-cp2-ep4-layer"};
+const std::vector<const char*> kEight = {"pp2-ep2", "pp4-dp2", "cp2-ep4", "pp2-dp2-cp2-ep2",
+    "dp2-ep4-hsdp", "dp2-cp2-ep2-layer", "pp4-cp2-ep2", "pp2-cp2-ep4-layer"};
 
 RunConfig balanced_run(uint64_t seed, const char* kind) {
   RunConfig c = seeded_run(seed);
@@ -157,9 +155,9 @@ TEST(SlowLayouts, BalanceOfGlobalBatches) {
 TEST(SlowLayouts, GroupsOf3And5) {
   const SmallModel model{.length = 30, .global_batch = 60};
   expect_equal(seeded_run(3, model),
-               parse_all({"dp3", "cp3", "dp5", "cp5", "dp3-hsdp", "pp2-dp3-layer", "cp3-ep2",
-                          "dp3-ep4", "pp2-cp5-layer-mb2", "dp5-ep2-layer"}),
-               model);
+      parse_all({"dp3", "cp3", "dp5", "cp5", "dp3-hsdp", "pp2-dp3-layer", "cp3-ep2", "dp3-ep4",
+          "pp2-cp5-layer-mb2", "dp5-ep2-layer"}),
+      model);
 }
 
 TEST(SlowLayouts, UnevenStages) {
@@ -177,7 +175,7 @@ TEST(SlowLayouts, Documents) {
   RunConfig c = seeded_run(27);
   c.data.document_mask = true;
   expect_equal(c, parse_all({"cp2", "dp2-cp2", "pp2-cp2-ep2", "pp4-dp2-layer-mb2",
-                             "pp2-dp2-cp2-ep2", "cp2-ep4"}));
+                      "pp2-dp2-cp2-ep2", "cp2-ep4"}));
 }
 
 // ---- skewed routing ----
@@ -208,7 +206,7 @@ TEST(SlowLayouts, OneExpertTakesAll) {
   run_layout(c, {}, reference, folder);
   ASSERT_NO_FATAL_FAILURE(expect_whole(reference, model));
   for (const Layout& layout : parse_all({"pp1", "ep2", "ep4", "dp2-ep4", "cp2-ep4-layer-mb2",
-                                         "pp2-ep4", "pp4-dp2-ep2-hsdp", "pp2-dp2-cp2-ep2-layer"})) {
+           "pp2-ep4", "pp4-dp2-ep2-hsdp", "pp2-dp2-cp2-ep2-layer"})) {
     Probe probe;
     run_layout(c, layout, probe, folder);
     const LayoutResult r = compare_layouts(reference, probe);
@@ -274,16 +272,16 @@ TEST(Layouts, EachDifferenceIsNamed) {
       {"gradient inf > 1e-05 (b)", [](Probe& p) { p.gradients["b"][0] = NAN; }},
       {"gradient inf > 1e-05 (b)", [](Probe& p) { p.gradients.erase("b"); }},
       {"weights 1.0e+00 > 1e-03 (a)",
-       [](Probe& p) {
-         p.weights["a"] = {0, 0};
-       }},
+          [](Probe& p) {
+            p.weights["a"] = {0, 0};
+          }},
       {"", [](Probe& p) { std::swap(p.routing[0].ids[0], p.routing[0].ids[1]); }},
       {"", [](Probe& p) { p.routing[0].ids[0] = 2; }},
       {"", [](Probe& p) { p.routing[0].ids[0] = p.routing[0].ids[4] = p.routing[1].ids[2] = 5; }},
       {"logit gap of the first other experts 1.0e+00 > 1e-05",
-       [](Probe& p) { p.routing[0].ids[0] = p.routing[0].ids[2] = 5; }},
+          [](Probe& p) { p.routing[0].ids[0] = p.routing[0].ids[2] = 5; }},
       {"logit gap of the first other experts 1.0e+00 > 1e-05",
-       [](Probe& p) { p.routing[1].ids[7] = 5; }},
+          [](Probe& p) { p.routing[1].ids[7] = 5; }},
   };
   for (const auto& c : cases) {
     Probe probe;
@@ -343,8 +341,8 @@ void train_under(const Layout& layout, const RunConfig& c) {
 }
 
 // `from` as the layout's ranks hold it, saved again by them in `folder`.
-Checkpoint passed_on(const RunConfig& c, const Layout& layout, const Checkpoint& from,
-                     const std::string& folder) {
+Checkpoint passed_on(
+    const RunConfig& c, const Layout& layout, const Checkpoint& from, const std::string& folder) {
   std::filesystem::create_directories(folder);
   const RunPlan plan = plan_layout(c, layout);
   run_ranks(plan.mesh, Device::CPU, {}, [&](Rank& rank) {
@@ -386,8 +384,8 @@ TEST(SlowLayouts, ResumeUnderAnotherLayout) {
   const Checkpoint whole = *find_checkpoint(folder);
   ASSERT_EQ(whole.state.step, 8);
   const char* pairs[][2] = {{"pp1", "pp2-dp2-cp2-ep2"}, {"pp4-ep4", "dp2-cp2"},
-                            {"dp2-hsdp", "cp2-ep4"},    {"pp2-cp2-layer", "pp4-dp2-ep2-hsdp"},
-                            {"dp2-ep4", "pp1-mb2"},     {"cp2-ep2-layer-mb2", "pp4"}};
+      {"dp2-hsdp", "cp2-ep4"}, {"pp2-cp2-layer", "pp4-dp2-ep2-hsdp"}, {"dp2-ep4", "pp1-mb2"},
+      {"cp2-ep2-layer-mb2", "pp4"}};
   for (const auto& [before, after] : pairs) {
     const Layout from = parse_layout(before), to = parse_layout(after);
     const std::string run = folder + "-" + before;

@@ -125,21 +125,20 @@ TEST(RoutingSlot, RanksFillTheirTokensAndGetThemBack) {
     std::vector<int32_t> ids;
     std::vector<double> weights;
     DType dtype;
-  } parts[] = {{0, 0, {5, 1}, {0.5, 0.25}, DType::F32},
-               {0, 1, {7, 2}, {0.75, 0.125}, DType::F32},
-               {1, 0, {3, 4, 6, 0}, {1, 2, 3, 4}, DType::F32}};
+  } parts[] = {{0, 0, {5, 1}, {0.5, 0.25}, DType::F32}, {0, 1, {7, 2}, {0.75, 0.125}, DType::F32},
+      {1, 0, {3, 4, 6, 0}, {1, 2, 3, 4}, DType::F32}};
   for (const auto& p : parts) {
     const int64_t T = static_cast<int64_t>(p.ids.size()) / 2;
     const Routing routing{t.ints({T, 2}, p.ids), t.floats({T, 2}, p.weights, p.dtype),
-                          t.random({T, 8}, 1, 0, 0.125, p.dtype)};
+        t.random({T, 8}, 1, 0, 0.125, p.dtype)};
     trace_routing(t.rank, slots[p.rank], 1, p.micro_batch, routing);
     EXPECT_FALSE(forced_ids(t.rank, slots[p.rank], 1, p.micro_batch).defined());
   }
   trace_routing(t.rank, slots[0], 0, 0, {});  // a layer without experts
   EXPECT_EQ(step.ids, (std::vector<int32_t>{-1, -1, -1, -1, -1, -1, -1, -1,  //
-                                            5, 1, 6, 0, 3, 4, 7, 2}));
+                          5, 1, 6, 0, 3, 4, 7, 2}));
   EXPECT_EQ(std::vector<float>(step.weights.begin() + 8, step.weights.end()),
-            (std::vector<float>{0.5, 0.25, 3, 4, 1, 2, 0.75, 0.125}));
+      (std::vector<float>{0.5, 0.25, 3, 4, 1, 2, 0.75, 0.125}));
   step.forced = true;
   for (const auto& p : parts) {
     const Tensor ids = forced_ids(t.rank, slots[p.rank], 1, p.micro_batch);

@@ -22,8 +22,8 @@ std::string joined(const ActionList& list) {
 
 std::string described(const ScheduleOptions& o) {
   return text("%s pp %d, %d micro-batches%s, batches of %d%s", name_of(o.kind), o.pp,
-              o.micro_batches, o.forward_only ? ", forward only" : "", o.weight_grad_batch,
-              o.gather_step ? ", gathers" : "");
+      o.micro_batches, o.forward_only ? ", forward only" : "", o.weight_grad_batch,
+      o.gather_step ? ", gathers" : "");
 }
 
 // The action with the text's numbers that prints as the text.
@@ -123,8 +123,10 @@ TEST(Schedule, NamesOfKinds) {
     int pp, ep;
     ScheduleKind kind;
   } cases[] = {
-      {"auto", 1, 1, ScheduleKind::OneF1B},         {"auto", 2, 1, ScheduleKind::DualPipeV},
-      {"auto", 1, 2, ScheduleKind::DualPipeV},      {"1f1b", 4, 2, ScheduleKind::OneF1B},
+      {"auto", 1, 1, ScheduleKind::OneF1B},
+      {"auto", 2, 1, ScheduleKind::DualPipeV},
+      {"auto", 1, 2, ScheduleKind::DualPipeV},
+      {"1f1b", 4, 2, ScheduleKind::OneF1B},
       {"dualpipev", 1, 1, ScheduleKind::DualPipeV},
   };
   for (const auto& c : cases) EXPECT_EQ(schedule_kind(c.name, c.pp, c.ep), c.kind) << c.name;
@@ -158,7 +160,7 @@ TEST(Schedule, LayersSpreadOverStages) {
   for (const auto& c : cases)
     EXPECT_EQ(layer_partition(c.layers, static_cast<int>(c.count.size())), c.count);
   expect_error("layers: are fewer than the pipeline's stages (got 7 layers and 8 stages)",
-               [] { layer_partition(7, 8); });
+      [] { layer_partition(7, 8); });
   const std::vector<ChunkLayers> turn = chunk_layers(ScheduleKind::DualPipeV, 2, 0, 27);
   EXPECT_EQ(turn[0].first, 0);
   EXPECT_EQ(turn[0].count, 7);
@@ -174,34 +176,35 @@ TEST(Schedule, KnownLists) {
     std::vector<const char*> lists;
   } cases[] = {
       {{.kind = ScheduleKind::DualPipeV, .pp = 1, .micro_batches = 4},
-       {"F0.0, F1.0, F0.1, B1.0, F1.1|B0.0, F0.2|B1.1, F1.2|B0.1, F0.3|B1.2, F1.3|B0.2, B1.3, "
-        "B0.3+, W0.3"}},
+          {"F0.0, F1.0, F0.1, B1.0, F1.1|B0.0, F0.2|B1.1, F1.2|B0.1, F0.3|B1.2, F1.3|B0.2, B1.3, "
+           "B0.3+, W0.3"}},
       {{.kind = ScheduleKind::DualPipeV, .pp = 2, .micro_batches = 4},
-       {"F0.0, send F0.0 > 1, F0.1, send F0.1 > 1, F0.2, recv F1.0 < 1, F1.0, send F0.2 > 1, "
-        "B1.0+, send B1.0 > 1, recv F1.1 < 1, W1.0, F1.1, F0.3|B1.1, send F0.3 > 1, "
-        "send B1.1 > 1, recv F1.2 < 1, recv B0.0 < 1, F1.2|B0.0, B1.2, send B1.2 > 1, "
-        "recv F1.3 < 1, recv B0.1 < 1, F1.3|B0.1, B1.3, send B1.3 > 1, recv B0.2 < 1, B0.2+, "
-        "W0.2, recv B0.3 < 1, B0.3+, W0.3",
-        "recv F0.0 < 0, F0.0, recv F0.1 < 0, F1.0, send F1.0 > 0, F0.1, recv F0.2 < 0, F1.1, "
-        "F0.2, send F1.1 > 0, recv B1.0 < 0, B1.0, F1.2|B0.0, send F1.2 > 0, send B0.0 > 0, "
-        "recv F0.3 < 0, recv B1.1 < 0, F0.3|B1.1, F1.3|B0.1, send F1.3 > 0, send B0.1 > 0, "
-        "recv B1.2 < 0, B1.2, B0.2, send B0.2 > 0, recv B1.3 < 0, B1.3+, B0.3+, send B0.3 > 0, "
-        "W1.3, W0.3"}},
+          {"F0.0, send F0.0 > 1, F0.1, send F0.1 > 1, F0.2, recv F1.0 < 1, F1.0, send F0.2 > 1, "
+           "B1.0+, send B1.0 > 1, recv F1.1 < 1, W1.0, F1.1, F0.3|B1.1, send F0.3 > 1, "
+           "send B1.1 > 1, recv F1.2 < 1, recv B0.0 < 1, F1.2|B0.0, B1.2, send B1.2 > 1, "
+           "recv F1.3 < 1, recv B0.1 < 1, F1.3|B0.1, B1.3, send B1.3 > 1, recv B0.2 < 1, B0.2+, "
+           "W0.2, recv B0.3 < 1, B0.3+, W0.3",
+              "recv F0.0 < 0, F0.0, recv F0.1 < 0, F1.0, send F1.0 > 0, F0.1, recv F0.2 < 0, F1.1, "
+              "F0.2, send F1.1 > 0, recv B1.0 < 0, B1.0, F1.2|B0.0, send F1.2 > 0, send B0.0 > 0, "
+              "recv F0.3 < 0, recv B1.1 < 0, F0.3|B1.1, F1.3|B0.1, send F1.3 > 0, send B0.1 > 0, "
+              "recv B1.2 < 0, B1.2, B0.2, send B0.2 > 0, recv B1.3 < 0, B1.3+, B0.3+, send B0.3 > "
+              "0, "
+              "W1.3, W0.3"}},
       {{.kind = ScheduleKind::OneF1B, .pp = 2, .micro_batches = 3, .gather_step = true},
-       {"gather 0, F0.0, send F0.0 > 1, F0.1, send F0.1 > 1, recv B0.0 < 1, B0.0, F0.2, "
-        "send F0.2 > 1, recv B0.1 < 1, B0.1, recv B0.2 < 1, B0.2, reduce 0",
-        "gather 0, recv F0.0 < 0, F0.0, B0.0, send B0.0 > 0, recv F0.1 < 0, F0.1, B0.1, "
-        "send B0.1 > 0, recv F0.2 < 0, F0.2, B0.2, send B0.2 > 0, reduce 0"}},
+          {"gather 0, F0.0, send F0.0 > 1, F0.1, send F0.1 > 1, recv B0.0 < 1, B0.0, F0.2, "
+           "send F0.2 > 1, recv B0.1 < 1, B0.1, recv B0.2 < 1, B0.2, reduce 0",
+              "gather 0, recv F0.0 < 0, F0.0, B0.0, send B0.0 > 0, recv F0.1 < 0, F0.1, B0.1, "
+              "send B0.1 > 0, recv F0.2 < 0, F0.2, B0.2, send B0.2 > 0, reduce 0"}},
       {{.kind = ScheduleKind::OneF1B, .micro_batches = 5, .weight_grad_batch = 2},
-       {"F0.0, B0.0+, F0.1, B0.1+, W0.0-1, F0.2, B0.2+, F0.3, B0.3+, W0.2-3, F0.4, B0.4+, "
-        "W0.4"}},
+          {"F0.0, B0.0+, F0.1, B0.1+, W0.0-1, F0.2, B0.2+, F0.3, B0.3+, W0.2-3, F0.4, B0.4+, "
+           "W0.4"}},
       {{.kind = ScheduleKind::DualPipeV,
-        .pp = 2,
-        .micro_batches = 1,
-        .forward_only = true,
-        .gather_step = true},
-       {"gather 0, F0.0, send F0.0 > 1, recv F1.0 < 1, gather 1, F1.0",
-        "gather 0, gather 1, recv F0.0 < 0, F0.0, F1.0, send F1.0 > 0"}},
+           .pp = 2,
+           .micro_batches = 1,
+           .forward_only = true,
+           .gather_step = true},
+          {"gather 0, F0.0, send F0.0 > 1, recv F1.0 < 1, gather 1, F1.0",
+              "gather 0, gather 1, recv F0.0 < 0, F0.0, F1.0, send F1.0 > 0"}},
   };
   for (const auto& c : cases)
     for (int rank = 0; rank < c.options.pp; rank++)
@@ -213,9 +216,8 @@ TEST(Schedule, TooFewMicroBatchesAreRefused) {
   expect_error(
       "schedule: dualpipev at pp = 4 gets too few micro-batches (got 7, need at least 8). Try:",
       [] { make_schedule({.kind = ScheduleKind::DualPipeV, .pp = 4, .micro_batches = 7}, 0); });
-  expect_error("1f1b at pp = 2 gets too few micro-batches (got 0, need at least 1)", [] {
-    make_schedule({.kind = ScheduleKind::OneF1B, .pp = 2, .micro_batches = 0}, 0);
-  });
+  expect_error("1f1b at pp = 2 gets too few micro-batches (got 0, need at least 1)",
+      [] { make_schedule({.kind = ScheduleKind::OneF1B, .pp = 2, .micro_batches = 0}, 0); });
 }
 
 // All sizes of pipelines, few numbers of micro-batches; the slow suite has them all.
@@ -228,10 +230,10 @@ TEST(Schedule, MessagesPassTheCommunicator) {
     for (const int pp : {2, 3, 5})
       for (const bool forward_only : {false, true}) {
         const ScheduleOptions o{.kind = kind,
-                                .pp = pp,
-                                .micro_batches = 2 * pp + 1,
-                                .forward_only = forward_only,
-                                .weight_grad_batch = 2};
+            .pp = pp,
+            .micro_batches = 2 * pp + 1,
+            .forward_only = forward_only,
+            .weight_grad_batch = 2};
         const std::vector<ActionList> lists = make_schedules(o);
         run_ranks(make_mesh(pp, pp, 1, 1), Device::CPU, {.limit_s = 20}, [&](Rank& rank) {
           const ActionList& list = lists[rank.id];
@@ -239,10 +241,9 @@ TEST(Schedule, MessagesPassTheCommunicator) {
             std::vector<Transfer> group;
             for (; i < list.size() && is_message(list[i]); i++)
               group.push_back({list[i].what == Do::Send ? Transfer::Send : Transfer::Recv,
-                               list[i].peer,
-                               zeros(rank, {3}, DType::F32),
-                               {static_cast<int>(list[i].payload),
-                                message_stage(o, rank.id, list[i]), list[i].mb}});
+                  list[i].peer, zeros(rank, {3}, DType::F32),
+                  {static_cast<int>(list[i].payload), message_stage(o, rank.id, list[i]),
+                      list[i].mb}});
             if (group.empty())
               i++;
             else
@@ -278,8 +279,8 @@ bool names(const std::string& why, const std::string& subject) {
 }
 
 // Changes to action `i` alone.
-void mutate_one(std::vector<Mutation>& out, const ScheduleOptions& o, int rank,
-                const ActionList& list, int i) {
+void mutate_one(
+    std::vector<Mutation>& out, const ScheduleOptions& o, int rank, const ActionList& list, int i) {
   const Action& a = list[i];
   const auto changed = [&](const char* name, auto change, int action, const std::string& found) {
     ActionList copy = list;
@@ -335,7 +336,7 @@ void mutate_order(std::vector<Mutation>& out, int rank, const ActionList& list) 
       const bool order = is_message(a) && a.what == b.what && a.peer == b.peer;
       if (!feeds && !fed && !order) continue;
       Mutation m{text("exchange %s and %s", to_text(a).c_str(), to_text(b).c_str()), rank, list,
-                 order ? -2 : i, order ? text("rank %d, action", rank) : ""};
+          order ? -2 : i, order ? text("rank %d, action", rank) : ""};
       std::swap(m.list[i], m.list[j]);
       out.push_back(m);
     }
@@ -346,10 +347,10 @@ void mutate_order(std::vector<Mutation>& out, int rank, const ActionList& list) 
 TEST(Schedule, MutatedListsAreRefusedByName) {
   int count = 0;
   for (const ScheduleOptions& o : {ScheduleOptions{ScheduleKind::DualPipeV, 2, 5, false, 1, true},
-                                   ScheduleOptions{ScheduleKind::DualPipeV, 3, 6, false, 2, false},
-                                   ScheduleOptions{ScheduleKind::OneF1B, 3, 4, false, 1, true},
-                                   ScheduleOptions{ScheduleKind::OneF1B, 3, 5, false, 3, false},
-                                   ScheduleOptions{ScheduleKind::DualPipeV, 3, 3, true, 1, true}}) {
+           ScheduleOptions{ScheduleKind::DualPipeV, 3, 6, false, 2, false},
+           ScheduleOptions{ScheduleKind::OneF1B, 3, 4, false, 1, true},
+           ScheduleOptions{ScheduleKind::OneF1B, 3, 5, false, 3, false},
+           ScheduleOptions{ScheduleKind::DualPipeV, 3, 3, true, 1, true}}) {
     const std::vector<ActionList> lists = make_schedules(o);
     std::vector<Mutation> mutations;
     for (int rank = 0; rank < o.pp; rank++) {
@@ -372,7 +373,7 @@ TEST(Schedule, MutatedListsAreRefusedByName) {
       const std::string place = c.action == static_cast<int>(list.size())
                                     ? text("rank %d, at the end: ", c.rank)
                                     : text("rank %d, action %d (%s): ", c.rank, c.action,
-                                           to_text(list[c.action]).c_str());
+                                          to_text(list[c.action]).c_str());
       EXPECT_EQ(c.why.substr(0, place.size()), place) << about;
     }
   }
@@ -397,55 +398,39 @@ TEST(Schedule, FaultsBetweenRanks) {
     const char* why;
   } cases[] = {
       {{.kind = ScheduleKind::OneF1B, .pp = 2, .micro_batches = 2},
-       {"F0.0, F0.1, send F0.0 > 1, send F0.1 > 1, recv B0.0 < 1, B0.0, recv B0.1 < 1, B0.1",
-        "recv F0.1 < 0, F0.1, B0.1, send B0.1 > 0, recv F0.0 < 0, F0.0, B0.0, send B0.0 > 0"},
-       1,
-       0,
-       "rank 1, action 0 (recv F0.1 < 0): does not match rank 0, action 2 (send F0.0 > 1)"},
+          {"F0.0, F0.1, send F0.0 > 1, send F0.1 > 1, recv B0.0 < 1, B0.0, recv B0.1 < 1, B0.1",
+              "recv F0.1 < 0, F0.1, B0.1, send B0.1 > 0, recv F0.0 < 0, F0.0, B0.0, send B0.0 > 0"},
+          1, 0,
+          "rank 1, action 0 (recv F0.1 < 0): does not match rank 0, action 2 (send F0.0 > 1)"},
       {{.kind = ScheduleKind::OneF1B, .pp = 2, .micro_batches = 2},
-       {"F0.0, send F0.0 > 1, F0.1, send F0.1 > 1, recv B0.0 < 1, B0.0, recv B0.1 < 1, B0.1",
-        "recv F0.0 < 0, F0.0, B0.0, send B0.0 > 0, F0.1, recv F0.1 < 0, B0.1, send B0.1 > 0"},
-       1,
-       4,
-       "rank 1, action 4 (F0.1): recv F0.1 has not run"},
+          {"F0.0, send F0.0 > 1, F0.1, send F0.1 > 1, recv B0.0 < 1, B0.0, recv B0.1 < 1, B0.1",
+              "recv F0.0 < 0, F0.0, B0.0, send B0.0 > 0, F0.1, recv F0.1 < 0, B0.1, send B0.1 > 0"},
+          1, 4, "rank 1, action 4 (F0.1): recv F0.1 has not run"},
       // Rank 0 wants its gradient before it lets go of its second activation.
       {{.kind = ScheduleKind::OneF1B, .pp = 2, .micro_batches = 2},
-       {"F0.0, send F0.0 > 1, F0.1, recv B0.0 < 1, B0.0, send F0.1 > 1, recv B0.1 < 1, B0.1",
-        "recv F0.0 < 0, F0.0, B0.0, recv F0.1 < 0, F0.1, send B0.0 > 0, B0.1, send B0.1 > 0"},
-       0,
-       3,
-       "rank 0, action 3 (recv B0.0 < 1): deadlock: waits for rank 1, which waits in rank 1, "
-       "action 3 (recv F0.1 < 0) for rank 0, which waits in rank 0, action 3"},
+          {"F0.0, send F0.0 > 1, F0.1, recv B0.0 < 1, B0.0, send F0.1 > 1, recv B0.1 < 1, B0.1",
+              "recv F0.0 < 0, F0.0, B0.0, recv F0.1 < 0, F0.1, send B0.0 > 0, B0.1, send B0.1 > 0"},
+          0, 3,
+          "rank 0, action 3 (recv B0.0 < 1): deadlock: waits for rank 1, which waits in rank 1, "
+          "action 3 (recv F0.1 < 0) for rank 0, which waits in rank 0, action 3"},
       {{.kind = ScheduleKind::OneF1B, .pp = 2, .micro_batches = 3},
-       {"F0.0, send F0.0 > 1, F0.1, send F0.1 > 1, F0.2, send F0.2 > 1, recv B0.0 < 1, B0.0, "
-        "recv B0.1 < 1, B0.1, recv B0.2 < 1, B0.2",
-        "recv F0.0 < 0, F0.0, B0.0, send B0.0 > 0, recv F0.1 < 0, F0.1, B0.1, send B0.1 > 0, "
-        "recv F0.2 < 0, F0.2, B0.2, send B0.2 > 0"},
-       0,
-       4,
-       "rank 0, action 4 (F0.2): activations of too many micro-batches are held (got 3, need at "
-       "most 2)"},
+          {"F0.0, send F0.0 > 1, F0.1, send F0.1 > 1, F0.2, send F0.2 > 1, recv B0.0 < 1, B0.0, "
+           "recv B0.1 < 1, B0.1, recv B0.2 < 1, B0.2",
+              "recv F0.0 < 0, F0.0, B0.0, send B0.0 > 0, recv F0.1 < 0, F0.1, B0.1, send B0.1 > 0, "
+              "recv F0.2 < 0, F0.2, B0.2, send B0.2 > 0"},
+          0, 4,
+          "rank 0, action 4 (F0.2): activations of too many micro-batches are held (got 3, need at "
+          "most 2)"},
       {{.kind = ScheduleKind::OneF1B, .pp = 2, .micro_batches = 1},
-       {"F0.0, send F0.0 > 1, recv B0.0 < 1, B0.0",
-        "recv F0.0 < 0, F0.0, B0.0+, W0.0, send B0.0 > 0"},
-       1,
-       3,
-       "rank 1, action 3 (W0.0): send B0.0 has not run"},
-      {{.kind = ScheduleKind::OneF1B, .pp = 2, .micro_batches = 1},
-       {"F0.0, B0.0"},
-       0,
-       0,
-       "lists of 1 ranks (need 2)"},
-      {{.kind = ScheduleKind::OneF1B, .micro_batches = 1, .forward_only = true},
-       {"F0.0, B0.0"},
-       0,
-       1,
-       "(B0.0): a forward-only list has no backward"},
+          {"F0.0, send F0.0 > 1, recv B0.0 < 1, B0.0",
+              "recv F0.0 < 0, F0.0, B0.0+, W0.0, send B0.0 > 0"},
+          1, 3, "rank 1, action 3 (W0.0): send B0.0 has not run"},
+      {{.kind = ScheduleKind::OneF1B, .pp = 2, .micro_batches = 1}, {"F0.0, B0.0"}, 0, 0,
+          "lists of 1 ranks (need 2)"},
+      {{.kind = ScheduleKind::OneF1B, .micro_batches = 1, .forward_only = true}, {"F0.0, B0.0"}, 0,
+          1, "(B0.0): a forward-only list has no backward"},
       {{.kind = ScheduleKind::OneF1B, .micro_batches = 1, .gather_step = true},
-       {"gather 0, F0.0, reduce 0, B0.0"},
-       0,
-       2,
-       "(reduce 0): B0.0 has not run"},
+          {"gather 0, F0.0, reduce 0, B0.0"}, 0, 2, "(reduce 0): B0.0 has not run"},
   };
   for (const auto& c : cases) {
     std::vector<ActionList> lists;
@@ -479,7 +464,7 @@ std::vector<Step> expected_parts(bool backward, int chunk, int mb, const ChunkLa
   if (c.prolog) add(Part::Prolog, -1, UnitKind::Embedding);
   for (int layer = c.first; layer < c.first + c.count; layer++)
     for (const Part part :
-         {Part::Attention, Part::Dispatch, Part::Experts, Part::Combine, Part::Residual})
+        {Part::Attention, Part::Dispatch, Part::Experts, Part::Combine, Part::Residual})
       add(part, layer, part == Part::Experts ? UnitKind::Experts : UnitKind::Layer);
   if (c.epilog) add(Part::Epilog, -1, UnitKind::Head);
   if (backward) std::reverse(steps.begin(), steps.end());
@@ -493,7 +478,7 @@ size_t index_of(const std::vector<Step>& steps, const Step& s) {
 
 // Weight gradients of all units, each once, behind the parts that they come from.
 void expect_weights(const std::vector<Step>& steps, int chunk, int mb, int count,
-                    const ChunkLayers& c, bool own_backward) {
+    const ChunkLayers& c, bool own_backward) {
   const auto expect = [&](UnitKind unit, Part last, int layer) {
     const Step w{Part::Weights, true, chunk, mb, layer, unit, count};
     EXPECT_EQ(std::count(steps.begin(), steps.end(), w), 1);
@@ -561,8 +546,8 @@ void expect_sharding(const std::vector<Step>& steps) {
 
 std::vector<Step> of_direction(const std::vector<Step>& steps, bool backward) {
   std::vector<Step> some = without_sharding(steps);
-  std::erase_if(some,
-                [&](const Step& s) { return s.part == Part::Weights || s.backward != backward; });
+  std::erase_if(
+      some, [&](const Step& s) { return s.part == Part::Weights || s.backward != backward; });
   return some;
 }
 
@@ -577,10 +562,10 @@ TEST(Schedule, StepsOfActions) {
   };
   for (const std::vector<ChunkLayers>& chunks : layouts)
     for (const char* action : {"F0.3", "F1.3", "B0.2", "B1.2", "B1.2+", "B0.2+", "W0.1", "W1.1-3",
-                               "F0.3|B1.2", "F1.3|B0.2", "F0.3|B1.2+", "F1.3|B0.2+"})
+             "F0.3|B1.2", "F1.3|B0.2", "F0.3|B1.2+", "F1.3|B0.2+"})
       for (const bool gather_layer : {false, true}) {
         SCOPED_TRACE(text("%s, %d and %d layers, gather_layer %d", action, chunks[0].count,
-                          chunks[1].count, gather_layer));
+            chunks[1].count, gather_layer));
         const Action a = action_of(action);
         const std::vector<Step> steps = steps_of(a, chunks, false, gather_layer);
         EXPECT_EQ(without_sharding(steps), steps_of(a, chunks, false, false));
@@ -589,14 +574,12 @@ TEST(Schedule, StepsOfActions) {
         const bool has_b = a.what == Do::B || a.what == Do::FB;
         const int b_chunk = a.what == Do::FB ? a.chunk2 : a.chunk;
         const int b_mb = a.what == Do::FB ? a.mb2 : a.mb;
-        EXPECT_EQ(
-            of_direction(steps, false),
+        EXPECT_EQ(of_direction(steps, false),
             has_f ? expected_parts(false, a.chunk, a.mb, chunks[a.chunk]) : std::vector<Step>{});
-        EXPECT_EQ(
-            of_direction(steps, true),
+        EXPECT_EQ(of_direction(steps, true),
             has_b ? expected_parts(true, b_chunk, b_mb, chunks[b_chunk]) : std::vector<Step>{});
-        const auto weights = std::count_if(steps.begin(), steps.end(),
-                                           [](const Step& s) { return s.part == Part::Weights; });
+        const auto weights = std::count_if(
+            steps.begin(), steps.end(), [](const Step& s) { return s.part == Part::Weights; });
         if (a.what == Do::F || a.defer) {
           EXPECT_EQ(weights, 0);
           continue;
@@ -608,10 +591,10 @@ TEST(Schedule, StepsOfActions) {
   for (const char* action : {"send F0.1 > 1", "recv F1.1 < 1"})
     EXPECT_TRUE(steps_of(action_of(action), layouts[0], false, true).empty());
   std::vector<Step> units = {{Part::Gather, true, 0, 0, -1, UnitKind::Embedding},
-                             {Part::Gather, true, 0, 0, 0, UnitKind::Layer},
-                             {Part::Gather, true, 0, 0, 0, UnitKind::Experts},
-                             {Part::Gather, true, 0, 0, 1, UnitKind::Layer},
-                             {Part::Gather, true, 0, 0, 1, UnitKind::Experts}};
+      {Part::Gather, true, 0, 0, 0, UnitKind::Layer},
+      {Part::Gather, true, 0, 0, 0, UnitKind::Experts},
+      {Part::Gather, true, 0, 0, 1, UnitKind::Layer},
+      {Part::Gather, true, 0, 0, 1, UnitKind::Experts}};
   EXPECT_EQ(steps_of(action_of("gather 0"), layouts[0], false, false), units);
   std::reverse(units.begin(), units.end());
   for (Step& s : units) s.part = Part::Reduce;
@@ -630,10 +613,10 @@ TEST(Schedule, OverlapHidesCommunication) {
       waits++;
       bool other = false;
       for (size_t j = i + 1; j < steps.size() && !(steps[j].backward == steps[i].backward &&
-                                                   steps[j].part != Part::Weights);
+                                                     steps[j].part != Part::Weights);
            j++)
         other = other || (steps[j].backward != steps[i].backward &&
-                          steps[j].part != Part::Dispatch && steps[j].part != Part::Combine);
+                             steps[j].part != Part::Dispatch && steps[j].part != Part::Combine);
       hidden += other;
     }
     EXPECT_EQ(waits, 16);
@@ -644,19 +627,19 @@ TEST(Schedule, OverlapHidesCommunication) {
 // ---- Collectives of every parallelism ----
 
 TEST(Schedule, CollectivesAreProven) {
-  const Mesh meshes[] = {{1, 2, 1, 1},    {1, 1, 2, 1}, {1, 1, 1, 4}, {2, 2, 2, 2},
-                         {2, 4, 1, 2, 2}, {4, 1, 2, 2}, {4, 2, 1, 1}, {2, 3, 1, 2}};
+  const Mesh meshes[] = {{1, 2, 1, 1}, {1, 1, 2, 1}, {1, 1, 1, 4}, {2, 2, 2, 2}, {2, 4, 1, 2, 2},
+      {4, 1, 2, 2}, {4, 2, 1, 1}, {2, 3, 1, 2}};
   for (const Mesh& mesh : meshes)
     for (const ScheduleKind kind : kKinds)
       for (const bool forward_only : {false, true})
         for (const bool gather_layer : {false, true})
           for (int n = 1; n <= (forward_only ? 1 : 2); n++) {
             const ScheduleOptions o{.kind = kind,
-                                    .pp = mesh.pp,
-                                    .micro_batches = 2 * mesh.pp + 3,
-                                    .forward_only = forward_only,
-                                    .weight_grad_batch = n,
-                                    .gather_step = !gather_layer};
+                .pp = mesh.pp,
+                .micro_batches = 2 * mesh.pp + 3,
+                .forward_only = forward_only,
+                .weight_grad_batch = n,
+                .gather_step = !gather_layer};
             std::vector<ActionList> lists;
             for (int rank = 0; rank < mesh.world(); rank++)
               lists.push_back(make_schedule(o, coord_of(mesh, rank).pp_rank));
@@ -674,25 +657,17 @@ TEST(Schedule, CollectivesOutOfOrderAreRefused) {
     int swap[2];  // actions of the last rank's list
     const char* why;
   } cases[] = {
-      {ScheduleKind::OneF1B,
-       {1, 1, 1, 2},
-       false,
-       {1, 2},
-       "rank 1, action 1 (F0.1): does not match rank 0, action 1 (F0.0): dispatch of chunk 0, "
-       "layer 0, micro-batch 1 against dispatch of chunk 0, layer 0, micro-batch 0"},
-      {ScheduleKind::OneF1B,
-       {1, 1, 2, 1},
-       true,
-       {0, 1},
-       "rank 1, action 0 (F0.1): does not match rank 0, action 0 (F0.0): attention of chunk 0, "
-       "layer 0, micro-batch 1 against"},
-      {ScheduleKind::DualPipeV,
-       {1, 2, 1, 1},
-       false,
-       {0, 1},
-       "rank 1, action 0 (gather 1): does not match rank 0, action 0 (gather 0): gather of chunk "
-       "1, "
-       "layer 2, layer against gather of chunk 0, layer -1, embedding"},
+      {ScheduleKind::OneF1B, {1, 1, 1, 2}, false, {1, 2},
+          "rank 1, action 1 (F0.1): does not match rank 0, action 1 (F0.0): dispatch of chunk 0, "
+          "layer 0, micro-batch 1 against dispatch of chunk 0, layer 0, micro-batch 0"},
+      {ScheduleKind::OneF1B, {1, 1, 2, 1}, true, {0, 1},
+          "rank 1, action 0 (F0.1): does not match rank 0, action 0 (F0.0): attention of chunk 0, "
+          "layer 0, micro-batch 1 against"},
+      {ScheduleKind::DualPipeV, {1, 2, 1, 1}, false, {0, 1},
+          "rank 1, action 0 (gather 1): does not match rank 0, action 0 (gather 0): gather of "
+          "chunk "
+          "1, "
+          "layer 2, layer against gather of chunk 0, layer -1, embedding"},
   };
   for (const auto& c : cases) {
     const ScheduleOptions o{

@@ -55,8 +55,8 @@ inline RunConfig small_run(const SmallModel& m = {}) {
     return npy_header(type, {static_cast<int64_t>(values.size())})
         .append(data, values.size() * sizeof(values[0]));
   };
-  write_file_durably(folder / "corpus.bin",
-                     array(FileDType::U16, tokens) + array(FileDType::U64, ends));
+  write_file_durably(
+      folder / "corpus.bin", array(FileDType::U16, tokens) + array(FileDType::U64, ends));
   RunConfig c;
   c.run.folder = folder / "run";
   c.model.config = folder / "config.json";

@@ -45,7 +45,7 @@ Layout parse_layout(const string& name) {
   }
   if (!known)
     bad_input("layout", text("cannot be read (got \"%s\")", name.c_str()),
-              "a form such as pp2-dp2-cp1-ep4-hsdp-layer-mb2");
+        "a form such as pp2-dp2-cp1-ep4-hsdp-layer-mb2");
   if (hsdp) l.dp_replicate = l.dp;
   return l;
 }
@@ -73,8 +73,8 @@ RunPlan plan_layout(const RunConfig& config, const Layout& layout) {
 }
 
 // Copies this rank's part of every unit's `value` into full tensors by name.
-static void collect(Trainer& t, Probe& probe, std::map<string, vector<float>>& out,
-                    Tensor FlatUnit::*value) {
+static void collect(
+    Trainer& t, Probe& probe, std::map<string, vector<float>>& out, Tensor FlatUnit::*value) {
   if (group_rank(t.rank, Group::Replicate) != 0) return;
   const std::lock_guard lock(probe.mutex);
   for (const Fragment& f : fragments(t.parameters)) {
@@ -113,8 +113,8 @@ void run_probe(const RunPlan& plan, Probe& probe, const string& routing_replay) 
   });
 }
 
-void run_layout(const RunConfig& config, const Layout& layout, Probe& probe,
-                const string& routing_replay) {
+void run_layout(
+    const RunConfig& config, const Layout& layout, Probe& probe, const string& routing_replay) {
   run_probe(plan_layout(config, layout), probe, routing_replay);
 }
 
@@ -172,14 +172,14 @@ static void compare_routing(const Probe& reference, const Probe& probe, LayoutRe
   }
 }
 
-LayoutResult compare_layouts(const Probe& reference, const Probe& probe,
-                             const LayoutLimits& limits) {
+LayoutResult compare_layouts(
+    const Probe& reference, const Probe& probe, const LayoutLimits& limits) {
   LayoutResult r;
   r.gradient = worst_tensor(probe.gradients, reference.gradients, r.gradient_of);
   r.weights = worst_tensor(probe.weights, reference.weights, r.weights_of);
   // Later norms follow the weights, which drift; the first one is of the same weights.
   r.norm = worst_step({probe.norm.begin(), probe.norm.begin() + !probe.norm.empty()},
-                      {reference.norm.begin(), reference.norm.begin() + 1});
+      {reference.norm.begin(), reference.norm.begin() + 1});
   r.loss = worst_step(probe.loss, reference.loss);
   r.balance = worst_step(probe.balance, reference.balance);
   compare_routing(reference, probe, r);

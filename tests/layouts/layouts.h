@@ -59,9 +59,9 @@ struct LayoutResult {
 // Nothing is written.
 void run_probe(const RunPlan& plan, Probe& probe, const string& routing_replay = "");
 RunPlan plan_layout(const RunConfig& config, const Layout& layout);
-void run_layout(const RunConfig& config, const Layout& layout, Probe& probe,
-                const string& routing_replay = "");
-LayoutResult compare_layouts(const Probe& reference, const Probe& probe,
-                             const LayoutLimits& limits = {});
+void run_layout(
+    const RunConfig& config, const Layout& layout, Probe& probe, const string& routing_replay = "");
+LayoutResult compare_layouts(
+    const Probe& reference, const Probe& probe, const LayoutLimits& limits = {});
 
 }  // namespace pith

@@ -52,7 +52,7 @@ static int run(int argc, char** argv) {
   args.option("--max-ranks", max_ranks, "leave out larger ones of --all", 1, 256);
   args.option("--steps", steps, "of each run", 1, 1000);
   args.option("--expert-gradient-fault", fault,
-              "plants a fault: this factor on the experts' gradients of every layout");
+      "plants a fault: this factor on the experts' gradients of every layout");
   args.flag("--json", json, "a JSON object a line");
   if (!args.parse(argc, argv)) return kExitDone;
   vector<Layout> layouts;
@@ -86,7 +86,7 @@ static int run(int argc, char** argv) {
   }
   if (!json)
     printf("%s: %d of %zu layouts equal one rank\n", failures ? "FAIL" : "PASS",
-           int(layouts.size()) - failures, layouts.size());
+        int(layouts.size()) - failures, layouts.size());
   return failures ? kExitFailed : kExitDone;
 }
 

@@ -60,9 +60,9 @@ TEST(ExpertLoad, HandCounted) {
       {{4, 0, 4, 0}, 4, {{2}, {0.5}, {ln2 / ln4}}},  // two of four
       {{7}, 1, {{1}, {0}, {1}}},                     // one there is
       {{0, 0}, 2, {{0}, {0}, {0}}},                  // no tokens
-      {{1, 1, 3, 1, 0, 2},
-       2,
-       {{1, 1.5, 2}, {0, 0, 0.5}, {1, -(0.75 * std::log(0.75) + 0.25 * std::log(0.25)) / ln2, 0}}},
+      {{1, 1, 3, 1, 0, 2}, 2,
+          {{1, 1.5, 2}, {0, 0, 0.5},
+              {1, -(0.75 * std::log(0.75) + 0.25 * std::log(0.25)) / ln2, 0}}},
       {{}, 3, {}},
   };
   for (const auto& c : cases) {
@@ -85,35 +85,35 @@ TEST(Metrics, StepLine) {
     const char* line;
   } cases[] = {
       {sample(1),
-       "step 00000001/00000100 | step-time 0.250 sec | cross-entropy-loss 5.1235 | "
-       "learning-rate 3.333333e-04 | gradient-norm 0.5000 | tokens-per-second 32,768"},
+          "step 00000001/00000100 | step-time 0.250 sec | cross-entropy-loss 5.1235 | "
+          "learning-rate 3.333333e-04 | gradient-norm 0.5000 | tokens-per-second 32,768"},
       {full_sample(2),
-       "step 00000002/00000100 | step-time 0.250 sec | cross-entropy-loss 6.1235 | "
-       "load-balance-loss 1.375000 | learning-rate 3.333333e-04 | gradient-norm 0.5000 | "
-       "tokens-per-second 32,768 | peak-memory 1.25 GiB | mfu 41.2% | eval-loss 4.5000 | "
-       "checkpoint-stall 0.125 sec | left 3 min 20 s | UPDATE SKIPPED: not finite | "
-       "ROUTER FORCED: balanced"},
+          "step 00000002/00000100 | step-time 0.250 sec | cross-entropy-loss 6.1235 | "
+          "load-balance-loss 1.375000 | learning-rate 3.333333e-04 | gradient-norm 0.5000 | "
+          "tokens-per-second 32,768 | peak-memory 1.25 GiB | mfu 41.2% | eval-loss 4.5000 | "
+          "checkpoint-stall 0.125 sec | left 3 min 20 s | UPDATE SKIPPED: not finite | "
+          "ROUTER FORCED: balanced"},
       {infinite,
-       "step 00000003/00000100 | step-time 0.000 sec | cross-entropy-loss inf | "
-       "learning-rate 3.333333e-04 | gradient-norm nan | tokens-per-second 0"},
+          "step 00000003/00000100 | step-time 0.000 sec | cross-entropy-loss inf | "
+          "learning-rate 3.333333e-04 | gradient-norm nan | tokens-per-second 0"},
   };
   for (const auto& c : cases) EXPECT_EQ(step_line(c.metrics), c.line);
 }
 
 TEST(Metrics, JsonFields) {
   EXPECT_EQ(step_json(full_sample(2)),
-            R"({"step": 2, "steps": 100, "cross_entropy_loss": 6.12345, )"
-            R"("learning_rate": 0.0003333333333333333, "gradient_norm": 0.5, )"
-            R"("step_time": 0.25, "peak_memory": 1342177280.0, "checkpoint_stall": 0.125, )"
-            R"("clipped": true, "skipped": true, "tokens": 8192, )"
-            R"("tokens_per_second": 32768.0, "mfu": 0.412, "eval_loss": 4.5, )"
-            R"("router_forced": "balanced", )"
-            R"("load_balance_loss": 1.375, "load_balance_loss_per_layer": [1.5, 1.25], )"
-            R"("expert_load_max": [1.5, 2.0], )"
-            R"("expert_load_dead": [0.125, 0.0], "expert_load_entropy": [0.75, 0.5]})");
+      R"({"step": 2, "steps": 100, "cross_entropy_loss": 6.12345, )"
+      R"("learning_rate": 0.0003333333333333333, "gradient_norm": 0.5, )"
+      R"("step_time": 0.25, "peak_memory": 1342177280.0, "checkpoint_stall": 0.125, )"
+      R"("clipped": true, "skipped": true, "tokens": 8192, )"
+      R"("tokens_per_second": 32768.0, "mfu": 0.412, "eval_loss": 4.5, )"
+      R"("router_forced": "balanced", )"
+      R"("load_balance_loss": 1.375, "load_balance_loss_per_layer": [1.5, 1.25], )"
+      R"("expert_load_max": [1.5, 2.0], )"
+      R"("expert_load_dead": [0.125, 0.0], "expert_load_entropy": [0.75, 0.5]})");
   const Json plain = Json::parse(step_json(sample(1)), "line");
   for (const char* key :
-       {"load_balance_loss", "mfu", "eval_loss", "router_forced", "expert_load_max"})
+      {"load_balance_loss", "mfu", "eval_loss", "router_forced", "expert_load_max"})
     EXPECT_FALSE(plain.has(key)) << key;
 }
 

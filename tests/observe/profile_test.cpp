@@ -16,14 +16,15 @@ TEST(Profile, KindsOfKernels) {
   const auto kinds = [](int of, std::initializer_list<const char*> names) {
     for (const char* name : names) EXPECT_EQ(kind(name), of) << name;
   };
-  kinds(0, {"nvjet_tst_192x192_64x4_2x1_v_bz_coopA_NNT", "ampere_sgemm_128x64_nn",
-            "cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<...", "gemv2T_kernel_val",
-            "cublasLt::splitKreduce_kernel<32, 16, int, float>", "sm80_xmma_gemm_f32f32_f32f32"});
-  kinds(1,
-        {"cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_64x128x128",
-         "cudnn::fusion::compute_dot_do_o_specialized<true, 128>", "fmha_v2_flash_attention_bf16"});
+  kinds(
+      0, {"nvjet_tst_192x192_64x4_2x1_v_bz_coopA_NNT", "ampere_sgemm_128x64_nn",
+             "cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<...", "gemv2T_kernel_val",
+             "cublasLt::splitKreduce_kernel<32, 16, int, float>", "sm80_xmma_gemm_f32f32_f32f32"});
+  kinds(1, {"cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_64x128x128",
+               "cudnn::fusion::compute_dot_do_o_specialized<true, 128>",
+               "fmha_v2_flash_attention_bf16"});
   kinds(2, {"OnCuda<BF16>::rms_norm", "adamw", "memset", "copy",
-            "cub::detail::radix_sort::DeviceRadixSortOnesweepKernel<"});
+               "cub::detail::radix_sort::DeviceRadixSortOnesweepKernel<"});
   kinds(3, {"ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage)", "p2p_copy"});
 }
 
@@ -50,9 +51,8 @@ static void fill(Profile& p) {
   p.step = 7;
   p.us = 100;
   p.stages = {{"background"}, {"attention forward", 0, 2}, {"experts weights", 11, 0}};
-  p.launches = {{60, 20, 7, 2, "nvjet_b"},    {0, 10, 7, 1, "nvjet_a"},
-                {10, 10, 7, 1, "sdpa_flash"}, {30, 30, 7, 1, "_ZN4pith5adamwEv"},
-                {50, 20, 9, 0, "copy"},       {75, 5, 9, 2, "ncclDevKernel"}};
+  p.launches = {{60, 20, 7, 2, "nvjet_b"}, {0, 10, 7, 1, "nvjet_a"}, {10, 10, 7, 1, "sdpa_flash"},
+      {30, 30, 7, 1, "_ZN4pith5adamwEv"}, {50, 20, 9, 0, "copy"}, {75, 5, 9, 2, "ncclDevKernel"}};
 }
 
 TEST(Profile, SharesCountEachMomentOnce) {

@@ -76,13 +76,9 @@ TEST(Report, IsWellFormedForEveryRun) {
   struct {
     const char* what;
     std::vector<StepMetrics> steps;
-  } cases[] = {{"no step", {}},
-               {"one step", run(1, 2)},
-               {"no layer", run(5, 0)},
-               {"not finite", broken},
-               {"only infinite", blank},
-               {"long", run(5000, 2)},
-               {"many layers", run(3, 94)}};
+  } cases[] = {{"no step", {}}, {"one step", run(1, 2)}, {"no layer", run(5, 0)},
+      {"not finite", broken}, {"only infinite", blank}, {"long", run(5000, 2)},
+      {"many layers", run(3, 94)}};
   for (const auto& c : cases) {
     for (const bool plain : {false, true}) {
       const std::string page =
@@ -102,7 +98,7 @@ TEST(Report, IsWellFormedForEveryRun) {
 TEST(Report, ContainsTheNumbers) {
   const std::string page = report_html(lines_of(run(40, 2)), "a run", "parameters: 1,234\n");
   for (const char* part :
-       {"<h1>a run</h1>", "parameters: 1,234\n", ">step 40<", ">layer 1<", ">held-out<"})
+      {"<h1>a run</h1>", "parameters: 1,234\n", ">step 40<", ">layer 1<", ">held-out<"})
     EXPECT_NE(page.find(part), std::string::npos) << part;
 }
 
@@ -129,13 +125,13 @@ TEST(MemoryReport, Table) {
   RankMemory b = a;
   b.activations = int64_t{5} << 30;
   EXPECT_EQ(memory_table({a, b}),
-            "rank      weights compute copy    gradients    optimizer activations*   workspace*  "
-            "      total\n"
-            "   0     1.00 MiB          0 B     2.00 MiB     3.00 MiB        512 B     1.00 KiB  "
-            "   6.00 MiB\n"
-            "   1     1.00 MiB          0 B     2.00 MiB     3.00 MiB     5.00 GiB     1.00 KiB  "
-            "   5.01 GiB\n"
-            "* estimated\n");
+      "rank      weights compute copy    gradients    optimizer activations*   workspace*  "
+      "      total\n"
+      "   0     1.00 MiB          0 B     2.00 MiB     3.00 MiB        512 B     1.00 KiB  "
+      "   6.00 MiB\n"
+      "   1     1.00 MiB          0 B     2.00 MiB     3.00 MiB     5.00 GiB     1.00 KiB  "
+      "   5.01 GiB\n"
+      "* estimated\n");
 }
 
 }  // namespace pith

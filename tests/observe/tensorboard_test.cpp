@@ -33,12 +33,9 @@ TEST(TensorBoard, Crc32c) {
   struct {
     std::string bytes;
     uint32_t crc;
-  } cases[] = {{"", 0},
-               {"123456789", 0xe3069283},
-               {std::string(32, 0), 0x8a9136aa},
-               {std::string(32, '\xff'), 0x62a8ab43},
-               {rising, 0x46dd794e},
-               {std::string(rising.rbegin(), rising.rend()), 0x113fdb5c}};
+  } cases[] = {{"", 0}, {"123456789", 0xe3069283}, {std::string(32, 0), 0x8a9136aa},
+      {std::string(32, '\xff'), 0x62a8ab43}, {rising, 0x46dd794e},
+      {std::string(rising.rbegin(), rising.rend()), 0x113fdb5c}};
   for (const auto& c : cases) EXPECT_EQ(crc32c(c.bytes), c.crc);
 }
 
@@ -108,14 +105,9 @@ TEST(TensorBoard, StepWritesEveryNumber) {
   m.seconds = 0.5;
   m.tokens = 100;
   std::vector<const char*> tags = {"step/cross_entropy_loss", "step/learning_rate",
-                                   "step/gradient_norm",      "step/step_time",
-                                   "step/tokens_per_second",  "step/peak_memory"};
-  std::vector<const char*> more = {"step/load_balance_loss",
-                                   "step/mfu",
-                                   "step/eval_loss",
-                                   "expert_load_max/layer-001",
-                                   "expert_load_dead/layer-000",
-                                   "expert_load_entropy/layer-001"};
+      "step/gradient_norm", "step/step_time", "step/tokens_per_second", "step/peak_memory"};
+  std::vector<const char*> more = {"step/load_balance_loss", "step/mfu", "step/eval_loss",
+      "expert_load_max/layer-001", "expert_load_dead/layer-000", "expert_load_entropy/layer-001"};
   const std::string path = begin_events(fresh_folder("tensorboard_step"), 1, 1700000000);
   append_step(path + ".jsonl", path, m, 1700000001);
   m.balance_loss = {1};

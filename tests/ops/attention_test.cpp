@@ -31,8 +31,8 @@ bool sees(const Sizes& z, const Rules& rules, int64_t b, int64_t i, int64_t j) {
 
 // The definition, one query at a time. `at(x, b, s, h, n)` reads an input.
 template <class At4, class Score>
-std::vector<double> reference(const Sizes& z, const Rules& rules, double scale, At4 q, At4 k, At4 v,
-                              Score extra) {
+std::vector<double> reference(
+    const Sizes& z, const Rules& rules, double scale, At4 q, At4 k, At4 v, Score extra) {
   std::vector<double> out;
   for (int64_t b = 0; b < z.B; b++)
     for (int64_t i = 0; i < z.S; i++)
@@ -101,8 +101,8 @@ TEST(Attention, PackedValues) {
       };
     };
     const int k = c.heads.query * N, v = k + c.heads.kv * N;
-    const auto want = reference(z, c.rules, 1 / std::sqrt(N), part(0), part(k), part(v),
-                                [](auto...) { return 0.0; });
+    const auto want = reference(
+        z, c.rules, 1 / std::sqrt(N), part(0), part(k), part(v), [](auto...) { return 0.0; });
     Tensor got = attention(t.rank, qkv, c.heads, c.B, mask_of(t.rank, c.rules, c.B));
     EXPECT_EQ(got.dim, (Dims{c.B * c.S, c.heads.query * N})) << c.name;
     EXPECT_LT(relative_error(values_of(got), want), 1e-13) << c.name;
@@ -117,10 +117,10 @@ TEST(Attention, PackedGradients) {
     TestRank t;
     const int width = c.heads.size * (c.heads.query + 2 * c.heads.kv);
     gradcheck(std::string("attention, ") + c.name, {t.random({c.B * c.S, width})},
-              [&](Rank& r, TensorList x) {
-                return attention(r, x[0], c.heads, c.B, mask_of(r, c.rules, c.B));
-              },
-              {.max_elements = c.S > 20 ? 20 : 100});
+        [&](Rank& r, TensorList x) {
+          return attention(r, x[0], c.heads, c.B, mask_of(r, c.rules, c.B));
+        },
+        {.max_elements = c.S > 20 ? 20 : 100});
   }
 }
 
@@ -164,7 +164,7 @@ std::vector<uint8_t> some_visible(const Dims& dims) {
 std::vector<Tensor> general_inputs(TestRank& t, const GeneralCase& c) {
   const Sizes& z = c.sizes;
   std::vector<Tensor> x = {t.random({z.B, z.S, z.H, z.N}, 1), t.random({z.B, z.Z, z.K, z.N}, 2),
-                           t.random({z.B, z.Z, z.K, z.M}, 3)};
+      t.random({z.B, z.Z, z.K, z.M}, 3)};
   x.push_back(c.extra & kBias ? t.random(c.scores, 4) : Tensor{});
   x.push_back(c.extra & kVisible ? t.mask(c.scores, some_visible(c.scores)) : Tensor{});
   return x;
@@ -191,8 +191,8 @@ TEST(Attention, GeneralValues) {
       return c.extra & kBias ? x[3].as<double>()[at] : 0.0;
     };
     const auto want = reference(c.sizes, c.rules, kScale, part(0), part(1), part(2), extra);
-    Tensor got = attention(t.rank, x[0], x[1], x[2], kScale, mask_of(t.rank, c.rules, c.sizes.B),
-                           {x[3], x[4]});
+    Tensor got = attention(
+        t.rank, x[0], x[1], x[2], kScale, mask_of(t.rank, c.rules, c.sizes.B), {x[3], x[4]});
     EXPECT_LT(relative_error(values_of(got), want), 1e-13) << c.name;
   }
 }
@@ -200,11 +200,10 @@ TEST(Attention, GeneralValues) {
 TEST(Attention, GeneralGradients) {
   for (const GeneralCase& c : general_cases()) {
     TestRank t;
-    gradcheck(
-        std::string("attention, general, ") + c.name, general_inputs(t, c),
+    gradcheck(std::string("attention, general, ") + c.name, general_inputs(t, c),
         [&](Rank& r, TensorList x) {
-          return attention(r, x[0], x[1], x[2], kScale, mask_of(r, c.rules, c.sizes.B),
-                           {x[3], x[4]});
+          return attention(
+              r, x[0], x[1], x[2], kScale, mask_of(r, c.rules, c.sizes.B), {x[3], x[4]});
         },
         // Rows have two numbers or so: where they cancel, that of the output's rounding shows.
         {.bf16_tolerance = 1e-2, .bf16_row = 3e-2, .max_elements = c.sizes.S > 20 ? 20 : 60});
@@ -299,7 +298,7 @@ TEST(Attention, NamesTheCaller) {
   expect_error(general(k, t.random({1, 4, 1, 3}), {}, {}), {"model.cpp:9: attention", "[B,Z,K,M]"});
   expect_error(general(k, t.cast(k, DType::F32), {}, {}), {"model.cpp:9", "equal dtypes"});
   expect_error(general(k, k, {true, 0, t.ints({1, 4}, {2, 2, 4, 4})}, {}),
-               {"model.cpp:9", "S == Z where mask.doc_ends"});
+      {"model.cpp:9", "S == Z where mask.doc_ends"});
   expect_error(general(k, k, {}, {t.random({1, 2, 5, 4}), {}}), {"model.cpp:9", "bias [1|B, 1|H"});
   expect_error(general(k, k, {}, {{}, t.random({1, 2, 4, 5})}), {"model.cpp:9", "visible u8"});
 }

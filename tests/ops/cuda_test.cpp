@@ -30,20 +30,20 @@ TEST(Cuda, ManyAndLongRows) {
     Tensor (*op)(Rank&, Tensor);
   };
   for (const Row& row :
-       {Row{"softmax", {4500, 3}, [](Rank&r, Tensor x) { return softmax(r, x, 1); }},
-        Row{"cumsum", {4500, 3}, [](Rank&r, Tensor x) { return cumsum(r, x, 1); }},
-        Row{"cumsum, long", {3, 1500}, [](Rank&r, Tensor x) { return cumsum(r, x, -1); }},
-        Row{"top_k", {4500, 3}, [](Rank&r, Tensor x) { return top(r, x, 2); }},
-        Row{"top_k, long", {3, 1500}, [](Rank&r, Tensor x) { return top(r, x, 300); }},
-        Row{"sum, rows", {4500, 3}, [](Rank&r, Tensor x) { return sum(r, x, 1); }},
-        Row{"sum, columns", {3, 4500}, [](Rank&r, Tensor x) { return sum(r, x, 0); }},
-        Row{"sum, middle", {70, 40, 70}, [](Rank&r, Tensor x) { return sum(r, x, 1); }},
-        Row{"sum, one", {1, 9000}, [](Rank&r, Tensor x) { return sum(r, x, 1); }},
-        Row{"exp", {600, 1000}, [](Rank&r, Tensor x) { return exp(r, x); }},
-        Row{"repeat", {700, 1, 30}, [](Rank&r, Tensor x) { return repeat(r, x, 1, 30); }}}) {
+      {Row{"softmax", {4500, 3}, [](Rank&r, Tensor x) { return softmax(r, x, 1); }},
+          Row{"cumsum", {4500, 3}, [](Rank&r, Tensor x) { return cumsum(r, x, 1); }},
+          Row{"cumsum, long", {3, 1500}, [](Rank&r, Tensor x) { return cumsum(r, x, -1); }},
+          Row{"top_k", {4500, 3}, [](Rank&r, Tensor x) { return top(r, x, 2); }},
+          Row{"top_k, long", {3, 1500}, [](Rank&r, Tensor x) { return top(r, x, 300); }},
+          Row{"sum, rows", {4500, 3}, [](Rank&r, Tensor x) { return sum(r, x, 1); }},
+          Row{"sum, columns", {3, 4500}, [](Rank&r, Tensor x) { return sum(r, x, 0); }},
+          Row{"sum, middle", {70, 40, 70}, [](Rank&r, Tensor x) { return sum(r, x, 1); }},
+          Row{"sum, one", {1, 9000}, [](Rank&r, Tensor x) { return sum(r, x, 1); }},
+          Row{"exp", {600, 1000}, [](Rank&r, Tensor x) { return exp(r, x); }},
+          Row{"repeat", {700, 1, 30}, [](Rank&r, Tensor x) { return repeat(r, x, 1, 30); }}}) {
     TestRank t;
     gradcheck(row.name, {t.random(row.dims)},
-              [&](Rank& r, TensorList x) { return row.op(r, x[0]); }, {.max_elements = 3});
+        [&](Rank& r, TensorList x) { return row.op(r, x[0]); }, {.max_elements = 3});
   }
 }
 
@@ -52,8 +52,8 @@ TEST(Cuda, FiveDimensionsAndBytes) {
   std::vector<uint8_t> bits(2 * 3 * 2);
   for (size_t i = 0; i < bits.size(); i++) bits[i] = uniform_at(7, i) < 0.5 ? 0 : 1 + i * 40;
   gradcheck("where",
-            {t.mask({2, 1, 3, 1, 2}, bits), t.random({1, 5, 1, 4, 1}), t.random({5, 3, 1, 2}, 2)},
-            [](Rank& r, TensorList x) { return where(r, x[0], x[1], x[2]); });
+      {t.mask({2, 1, 3, 1, 2}, bits), t.random({1, 5, 1, 4, 1}), t.random({5, 3, 1, 2}, 2)},
+      [](Rank& r, TensorList x) { return where(r, x[0], x[1], x[2]); });
   gradcheck("permuted and cut", {t.random({2, 3, 4, 2, 5})}, [](Rank& r, TensorList x) {
     return slice(r, permute(r, x[0], {4, 1, 3, 0, 2}), 1, 1, 3);
   });
@@ -68,21 +68,21 @@ TEST(Cuda, EqualIds) {
   }
   for (const std::vector<int32_t>& ids : {few, all, falling}) {
     gradcheck("scatter_add", {t.random({700, 5}), t.ints({700}, ids)},
-              [](Rank& r, TensorList x) { return scatter_add(r, x[0], x[1], 700); },
-              {.max_elements = 20});
+        [](Rank& r, TensorList x) { return scatter_add(r, x[0], x[1], 700); },
+        {.max_elements = 20});
     gradcheck("embedding", {t.ints({7, 100}, ids), t.random({700, 300})},
-              [](Rank& r, TensorList x) { return embedding(r, x[0], x[1]); }, {.max_elements = 3});
+        [](Rank& r, TensorList x) { return embedding(r, x[0], x[1]); }, {.max_elements = 3});
   }
 }
 
 TEST(Cuda, ProductsOverNothing) {
   TestRank t;
   gradcheck("matmul", {t.random({2, 3, 0}), t.random({0, 4}, 2)},
-            [](Rank& r, TensorList x) { return matmul(r, x[0], x[1]); });
+      [](Rank& r, TensorList x) { return matmul(r, x[0], x[1]); });
   gradcheck("linear", {t.random({3, 0}), t.random({4, 0}, 2), t.random({4}, 3)},
-            [](Rank& r, TensorList x) { return linear(r, x[0], x[1], x[2]); });
+      [](Rank& r, TensorList x) { return linear(r, x[0], x[1], x[2]); });
   gradcheck("linear, no rows", {t.random({0, 5}), t.random({4, 5}, 2), t.random({4}, 3)},
-            [](Rank& r, TensorList x) { return linear(r, x[0], x[1], x[2]); });
+      [](Rank& r, TensorList x) { return linear(r, x[0], x[1], x[2]); });
 }
 
 TEST(Cuda, Devices) {
@@ -106,8 +106,8 @@ void expect_same(const char* what, const Tensor& got, const Tensor& want, double
 TEST(Cuda, NotNumbersAndExtremes) {
   if (!no_gpu().empty()) GTEST_SKIP() << no_gpu();
   const double inf = INFINITY, nan = NAN;
-  const std::vector<double> values = {nan,  1,    nan, -inf, inf,   0,   -0.0, 2,   -inf,
-                                      -inf, -inf, 3,   3,    -1000, nan, 1000, -80, 88};
+  const std::vector<double> values = {
+      nan, 1, nan, -inf, inf, 0, -0.0, 2, -inf, -inf, -inf, 3, 3, -1000, nan, 1000, -80, 88};
   for (const DType dtype : {DType::F32, DType::F64}) {
     TestRank t, g(Device::CUDA);
     for (const Dims& dims : {Dims{2, 9}, Dims{6, 3}, Dims{18, 1}}) {

@@ -40,8 +40,8 @@ double element(const Tensor& x, const Index& at) {
 
 // y has shape `dims`, and element `at` of it is want(at).
 template <class F>
-void expect_elements(const std::string& name, const Tensor& y, const Dims& dims, F want,
-                     double limit = 1e-12) {
+void expect_elements(
+    const std::string& name, const Tensor& y, const Dims& dims, F want, double limit = 1e-12) {
   ASSERT_TRUE(y.dim == dims) << name << ": got " << describe(y) << ", want " << shown(dims);
   const std::vector<double> got = values_of(y);
   for (size_t i = 0; i < got.size(); i++) {
@@ -56,8 +56,8 @@ GradcheckOptions options_for(const Dims& dims) {
   return {.max_elements = dims.numel() > 1000 ? 12 : 200};
 }
 
-const Dims kShapes[] = {{1},    {3, 7}, {2, 3, 5}, {33, 31}, {2, 1, 3, 1, 2},
-                        {0, 5}, {4, 0}, {20, 1030}};
+const Dims kShapes[] = {
+    {1}, {3, 7}, {2, 3, 5}, {33, 31}, {2, 1, 3, 1, 2}, {0, 5}, {4, 0}, {20, 1030}};
 
 TEST(Elementwise, OneInput) {
   struct Row {
@@ -69,22 +69,22 @@ TEST(Elementwise, OneInput) {
   const Row rows[] = {
       {"exp", [](Rank& r, Tensor x) { return exp(r, x); }, [](double x) { return std::exp(x); }},
       {"log", [](Rank& r, Tensor x) { return log(r, x); }, [](double x) { return std::log(x); },
-       0.5, 4},
+          0.5, 4},
       {"sqrt", [](Rank& r, Tensor x) { return sqrt(r, x); }, [](double x) { return std::sqrt(x); },
-       0.5, 4},
+          0.5, 4},
       {"tanh", [](Rank& r, Tensor x) { return tanh(r, x); }, [](double x) { return std::tanh(x); }},
       {"sigmoid", [](Rank& r, Tensor x) { return sigmoid(r, x); },
-       [](double x) { return 1 / (1 + std::exp(-x)); }, 3},
+          [](double x) { return 1 / (1 + std::exp(-x)); }, 3},
       {"silu", [](Rank& r, Tensor x) { return silu(r, x); },
-       [](double x) { return x / (1 + std::exp(-x)); }, 3},
+          [](double x) { return x / (1 + std::exp(-x)); }, 3},
       {"softplus", [](Rank& r, Tensor x) { return softplus(r, x); },
-       [](double x) { return std::log(1 + std::exp(x)); }, 3},
+          [](double x) { return std::log(1 + std::exp(x)); }, 3},
       {"relu", [](Rank& r, Tensor x) { return relu(r, x); },
-       [](double x) { return x > 0 ? x : 0; }},
+          [](double x) { return x > 0 ? x : 0; }},
       {"clamp", [](Rank& r, Tensor x) { return clamp(r, x, -0.5, 0.75); },
-       [](double x) { return std::min(std::max(x, -0.5), 0.75); }},
+          [](double x) { return std::min(std::max(x, -0.5), 0.75); }},
       {"add 0.5", [](Rank& r, Tensor x) { return add(r, x, 0.5); },
-       [](double x) { return x + 0.5; }},
+          [](double x) { return x + 0.5; }},
       {"mul -3", [](Rank& r, Tensor x) { return mul(r, x, -3); }, [](double x) { return x * -3; }},
   };
   for (const Row& row : rows)
@@ -92,7 +92,7 @@ TEST(Elementwise, OneInput) {
       TestRank t;
       const Tensor x = t.random(dims, 1, row.std, row.mean);
       expect_elements(row.name, row.op(t.rank, x), dims,
-                      [&](const Index& at) { return row.formula(element(x, at)); });
+          [&](const Index& at) { return row.formula(element(x, at)); });
       gradcheck(
           row.name + shown(dims), {x}, [&](Rank& r, TensorList xs) { return row.op(r, xs[0]); },
           options_for(dims));
@@ -109,7 +109,7 @@ TEST(Elementwise, ExtremesAndKinks) {
     EXPECT_EQ(values_of(relu(t.rank, big)), (std::vector<double>{0, 1000, 0, inf}));
     const Tensor none = t.floats({2}, {NAN, 1}, dtype);
     for (const Tensor& y :
-         {relu(t.rank, none), clamp(t.rank, none, 0, 2), max(t.rank, none, 0), silu(t.rank, none)})
+        {relu(t.rank, none), clamp(t.rank, none, 0, 2), max(t.rank, none, 0), silu(t.rank, none)})
       EXPECT_TRUE(std::isnan(values_of(y)[0])) << describe(y);
   }
   // At the kinks themselves.
@@ -119,11 +119,9 @@ TEST(Elementwise, ExtremesAndKinks) {
     std::vector<double> x, slope;
   };
   for (const Row& row :
-       {Row{"relu", [](Rank&r, Tensor x) { return relu(r, x); }, {-1, 0, 2}, {0, 0, 1}},
-        Row{"clamp",
-            [](Rank&r, Tensor x) { return clamp(r, x, -1, 1); },
-            {-1, 1, 1.5},
-            {1, 1, 0}}}) {
+      {Row{"relu", [](Rank&r, Tensor x) { return relu(r, x); }, {-1, 0, 2}, {0, 0, 1}},
+          Row{"clamp", [](Rank&r, Tensor x) { return clamp(r, x, -1, 1); }, {-1, 1, 1.5},
+              {1, 1, 0}}}) {
     TestRank k;
     Tensor x = k.floats({3}, row.x);
     make_leaf(k.rank, x);
@@ -161,13 +159,13 @@ TEST(Elementwise, TwoInputsBroadcast) {
   };
   const Row rows[] = {
       {"add", [](Rank& r, Tensor a, Tensor b) { return add(r, a, b); },
-       [](double a, double b) { return a + b; }},
+          [](double a, double b) { return a + b; }},
       {"sub", [](Rank& r, Tensor a, Tensor b) { return sub(r, a, b); },
-       [](double a, double b) { return a - b; }},
+          [](double a, double b) { return a - b; }},
       {"mul", [](Rank& r, Tensor a, Tensor b) { return mul(r, a, b); },
-       [](double a, double b) { return a * b; }},
+          [](double a, double b) { return a * b; }},
       {"div", [](Rank& r, Tensor a, Tensor b) { return div(r, a, b); },
-       [](double a, double b) { return a / b; }},
+          [](double a, double b) { return a / b; }},
   };
   for (const Row& row : rows)
     for (const Pair& p : kPairs) {
@@ -175,35 +173,33 @@ TEST(Elementwise, TwoInputsBroadcast) {
       const std::string name = row.name + shown(p.a) + shown(p.b);
       const Tensor a = t.random(p.a, 1), b = t.random(p.b, 2, 0.3, 2);
       expect_elements(name, row.op(t.rank, a, b), p.y,
-                      [&](const Index& at) { return row.formula(element(a, at), element(b, at)); });
+          [&](const Index& at) { return row.formula(element(a, at), element(b, at)); });
       gradcheck(
           name, {a, b}, [&](Rank& r, TensorList x) { return row.op(r, x[0], x[1]); },
           options_for(p.y));
     }
   // One tensor as both inputs.
   TestRank t;
-  gradcheck("mul x x", {t.random({3, 4})},
-            [](Rank& r, TensorList x) { return mul(r, x[0], x[0]); });
+  gradcheck(
+      "mul x x", {t.random({3, 4})}, [](Rank& r, TensorList x) { return mul(r, x[0], x[0]); });
   gradcheck("sub x 2x", {t.random({1, 4})},
-            [](Rank& r, TensorList x) { return sub(r, repeat(r, mul(r, x[0], 2), 0, 3), x[0]); },
-            {.bf16_tolerance = 1e-2});  // several roundings
+      [](Rank& r, TensorList x) { return sub(r, repeat(r, mul(r, x[0], 2), 0, 3), x[0]); },
+      {.bf16_tolerance = 1e-2});  // several roundings
 }
 
 TEST(Elementwise, Where) {
   struct Row {
     Dims mask, a, b, y;
   };
-  for (const Row& row :
-       {Row{{1}, {1}, {1}, {1}}, Row{{3, 4}, {3, 4}, {3, 4}, {3, 4}}, Row{{4}, {3, 1}, {1}, {3, 4}},
-        Row{{2, 3, 1}, {5}, {3, 1}, {2, 3, 5}}, Row{{0, 2}, {2}, {1, 1}, {0, 2}},
-        Row{{70, 1}, {70, 600}, {600}, {70, 600}}}) {
+  for (const Row& row : {Row{{1}, {1}, {1}, {1}}, Row{{3, 4}, {3, 4}, {3, 4}, {3, 4}},
+           Row{{4}, {3, 1}, {1}, {3, 4}}, Row{{2, 3, 1}, {5}, {3, 1}, {2, 3, 5}},
+           Row{{0, 2}, {2}, {1, 1}, {0, 2}}, Row{{70, 1}, {70, 600}, {600}, {70, 600}}}) {
     TestRank t;
     std::vector<uint8_t> bits(row.mask.numel());
     for (size_t i = 0; i < bits.size(); i++) bits[i] = uniform_at(7, i) < 0.5;
     const Tensor m = t.mask(row.mask, bits), a = t.random(row.a, 1), b = t.random(row.b, 2);
-    expect_elements("where", where(t.rank, m, a, b), row.y, [&](const Index& at) {
-      return element(m, at) != 0 ? element(a, at) : element(b, at);
-    });
+    expect_elements("where", where(t.rank, m, a, b), row.y,
+        [&](const Index& at) { return element(m, at) != 0 ? element(a, at) : element(b, at); });
     gradcheck(
         "where" + shown(row.y), {m, a, b},
         [](Rank& r, TensorList x) { return where(r, x[0], x[1], x[2]); }, options_for(row.y));
@@ -220,29 +216,30 @@ TEST(Reductions, OverEachDimension) {
   };
   const Row rows[] = {
       {"sum", [](Rank& r, Tensor x, int d) { return sum(r, x, d); }, false, true,
-       [](const std::vector<double>& v, int64_t) {
-         return std::accumulate(v.begin(), v.end(), 0.0);
-       }},
+          [](const std::vector<double>& v, int64_t) {
+            return std::accumulate(v.begin(), v.end(), 0.0);
+          }},
       {"mean", [](Rank& r, Tensor x, int d) { return mean(r, x, d); }, false, false,
-       [](const std::vector<double>& v, int64_t) {
-         return std::accumulate(v.begin(), v.end(), 0.0) / double(v.size());
-       }},
+          [](const std::vector<double>& v, int64_t) {
+            return std::accumulate(v.begin(), v.end(), 0.0) / double(v.size());
+          }},
       {"max", [](Rank& r, Tensor x, int d) { return max(r, x, d); }, false, false,
-       [](const std::vector<double>& v, int64_t) { return *std::max_element(v.begin(), v.end()); }},
+          [](const std::vector<double>& v, int64_t) {
+            return *std::max_element(v.begin(), v.end());
+          }},
       {"cumsum", [](Rank& r, Tensor x, int d) { return cumsum(r, x, d); }, true, true,
-       [](const std::vector<double>& v, int64_t at) {
-         return std::accumulate(v.begin(), v.begin() + at + 1, 0.0);
-       }},
+          [](const std::vector<double>& v, int64_t at) {
+            return std::accumulate(v.begin(), v.begin() + at + 1, 0.0);
+          }},
       {"softmax", [](Rank& r, Tensor x, int d) { return softmax(r, x, d); }, true, true,
-       [](const std::vector<double>& v, int64_t at) {
-         double total = 0;
-         for (double x : v) total += std::exp(x);
-         return std::exp(v[at]) / total;
-       }},
+          [](const std::vector<double>& v, int64_t at) {
+            double total = 0;
+            for (double x : v) total += std::exp(x);
+            return std::exp(v[at]) / total;
+          }},
   };
-  const Dims shapes[] = {{1},         {9},        {3, 7},          {2, 3, 5},
-                         {2, 130, 3}, {3, 2, 70}, {2, 1, 3, 1, 4}, {0, 5},
-                         {4, 0},      {4, 1030},  {131, 66}};
+  const Dims shapes[] = {{1}, {9}, {3, 7}, {2, 3, 5}, {2, 130, 3}, {3, 2, 70}, {2, 1, 3, 1, 4},
+      {0, 5}, {4, 0}, {4, 1030}, {131, 66}};
   for (const Row& row : rows)
     for (const Dims& dims : shapes)
       for (int dim = -dims.rank; dim < dims.rank; dim++) {
@@ -274,8 +271,8 @@ TEST(Reductions, TiesGoToTheFirst) {
     std::vector<double> x, slope;
   };
   for (const Row& row : {Row{{5}, 0, {1, 3, 3, 2, 3}, {0, 1, 0, 0, 0}},
-                         Row{{3, 2}, 0, {4, 1, 4, 2, 0, 2}, {1, 0, 0, 1, 0, 0}},
-                         Row{{2, 2}, -1, {0, 0, -1, -1}, {1, 0, 1, 0}}}) {
+           Row{{3, 2}, 0, {4, 1, 4, 2, 0, 2}, {1, 0, 0, 1, 0, 0}},
+           Row{{2, 2}, -1, {0, 0, -1, -1}, {1, 0, 1, 0}}}) {
     TestRank t;
     Tensor x = t.floats(row.dims, row.x);
     make_leaf(t.rank, x);
@@ -337,9 +334,9 @@ TEST(Shapes, Permute) {
     Dims dims, order;
   };
   for (const Row& row :
-       {Row{{4}, {0}}, Row{{3, 5}, {1, 0}}, Row{{2, 3, 4}, {2, 0, 1}}, Row{{2, 3, 4}, {0, 2, 1}},
-        Row{{2, 3, 2, 5}, {0, 2, 1, 3}}, Row{{2, 1, 3, 2, 2}, {4, 2, 0, 3, 1}}, Row{{0, 3}, {1, 0}},
-        Row{{2, 128, 4, 16}, {0, 2, 1, 3}}, Row{{600, 33}, {1, 0}}}) {
+      {Row{{4}, {0}}, Row{{3, 5}, {1, 0}}, Row{{2, 3, 4}, {2, 0, 1}}, Row{{2, 3, 4}, {0, 2, 1}},
+          Row{{2, 3, 2, 5}, {0, 2, 1, 3}}, Row{{2, 1, 3, 2, 2}, {4, 2, 0, 3, 1}},
+          Row{{0, 3}, {1, 0}}, Row{{2, 128, 4, 16}, {0, 2, 1, 3}}, Row{{600, 33}, {1, 0}}}) {
     TestRank t;
     const Tensor x = t.random(row.dims);
     Dims dims = row.dims;
@@ -375,9 +372,15 @@ struct Cut {
   Dims sizes;
 };
 const Cut kCuts[] = {
-    {{1}, 0, {1}},       {{7}, -1, {3, 4}},          {{3, 7}, 1, {1, 4, 2}},
-    {{3, 7}, 0, {2, 1}}, {{2, 5, 3}, -2, {2, 0, 3}}, {{2, 3, 2, 2, 3}, 4, {1, 2}},
-    {{0, 4}, 1, {3, 1}}, {{3, 2}, 1, {1, 1}},        {{64, 300}, 1, {100, 200}},
+    {{1}, 0, {1}},
+    {{7}, -1, {3, 4}},
+    {{3, 7}, 1, {1, 4, 2}},
+    {{3, 7}, 0, {2, 1}},
+    {{2, 5, 3}, -2, {2, 0, 3}},
+    {{2, 3, 2, 2, 3}, 4, {1, 2}},
+    {{0, 4}, 1, {3, 1}},
+    {{3, 2}, 1, {1, 1}},
+    {{64, 300}, 1, {100, 200}},
 };
 
 TEST(Shapes, SliceSplitAndConcat) {
@@ -425,8 +428,8 @@ TEST(Shapes, Repeat) {
     int64_t times;
   };
   for (const Row& row :
-       {Row{{1}, 0, 1}, Row{{3, 4}, 0, 2}, Row{{3, 4}, -1, 3}, Row{{2, 3, 2, 2, 2}, 2, 2},
-        Row{{3, 4}, 1, 0}, Row{{0, 4}, 0, 3}, Row{{3, 1}, 1, 5}, Row{{4, 32, 64}, 1, 8}}) {
+      {Row{{1}, 0, 1}, Row{{3, 4}, 0, 2}, Row{{3, 4}, -1, 3}, Row{{2, 3, 2, 2, 2}, 2, 2},
+          Row{{3, 4}, 1, 0}, Row{{0, 4}, 0, 3}, Row{{3, 1}, 1, 5}, Row{{4, 32, 64}, 1, 8}}) {
     TestRank t;
     const int d = row.dim < 0 ? row.dim + row.dims.rank : row.dim;
     const Tensor x = t.random(row.dims);
@@ -449,8 +452,8 @@ TEST(Indexing, SelectAndScatter) {
     std::vector<int32_t> ids;  // into dims[0] rows
   };
   for (const Row& row :
-       {Row{{1}, {0}}, Row{{4}, {3, 3, 0}}, Row{{5, 3}, {4, 0, 4, 2, 4, 1}}, Row{{3, 2, 2}, {}},
-        Row{{2, 0}, {1, 1}}, Row{{0, 3}, {}}, Row{{20, 1030}, {19, 0, 5, 5, 17, 19, 19}}}) {
+      {Row{{1}, {0}}, Row{{4}, {3, 3, 0}}, Row{{5, 3}, {4, 0, 4, 2, 4, 1}}, Row{{3, 2, 2}, {}},
+          Row{{2, 0}, {1, 1}}, Row{{0, 3}, {}}, Row{{20, 1030}, {19, 0, 5, 5, 17, 19, 19}}}) {
     TestRank t;
     const int64_t n = row.ids.size();
     const Tensor x = t.random(row.dims), ids = t.ints({n}, row.ids);
@@ -467,14 +470,14 @@ TEST(Indexing, SelectAndScatter) {
         options_for(row.dims));
     const Tensor src = t.random(taken, 2);
     const int64_t rows = row.dims[0];
-    expect_elements("scatter_add " + name, scatter_add(t.rank, src, ids, rows), row.dims,
-                    [&](Index at) {
-                      const int64_t to = at[0];
-                      double total = 0;
-                      for (at[0] = 0; at[0] < n; at[0]++)
-                        if (row.ids[at[0]] == to) total += element(src, at);
-                      return total;
-                    });
+    expect_elements(
+        "scatter_add " + name, scatter_add(t.rank, src, ids, rows), row.dims, [&](Index at) {
+          const int64_t to = at[0];
+          double total = 0;
+          for (at[0] = 0; at[0] < n; at[0]++)
+            if (row.ids[at[0]] == to) total += element(src, at);
+          return total;
+        });
     gradcheck(
         "scatter_add " + name, {src, ids},
         [&](Rank& r, TensorList xs) { return scatter_add(r, xs[0], xs[1], rows); },
@@ -488,7 +491,7 @@ TEST(Indexing, TopK) {
     int k;
   };
   for (const Row& row : {Row{{1}, 1}, Row{{7}, 3}, Row{{5, 4}, 4}, Row{{2, 3, 9}, 2},
-                         Row{{0, 4}, 2}, Row{{70, 128}, 8}}) {
+           Row{{0, 4}, 2}, Row{{70, 128}, 8}}) {
     TestRank t;
     const Tensor x = t.random(row.dims);
     const TopK top = top_k(t.rank, x, row.k);
@@ -502,12 +505,12 @@ TEST(Indexing, TopK) {
         at.back() = j;
         return element(x, at);
       };
-      std::stable_sort(order.begin(), order.end(),
-                       [&](int64_t i, int64_t j) { return value(i) > value(j); });
+      std::stable_sort(
+          order.begin(), order.end(), [&](int64_t i, int64_t j) { return value(i) > value(j); });
       return order;
     };
-    expect_elements("top_k ids", top.ids, dims,
-                    [&](const Index& at) { return sorted(at)[at.back()]; });
+    expect_elements(
+        "top_k ids", top.ids, dims, [&](const Index& at) { return sorted(at)[at.back()]; });
     expect_elements("top_k", top.values, dims, [&](Index at) {
       at.back() = sorted(at)[at.back()];
       return element(x, at);
@@ -549,44 +552,41 @@ TEST(General, ErrorsNameTheCaller) {
       {__LINE__, [&] { matmul(r, x, x); }, {"matmul: need a.dim[-1] == b.dim[-2]", "[3,4] f64"}},
       {__LINE__, [&] { matmul(r, reshape(r, x, {12}), x); }, {"matmul: need two dimensions"}},
       {__LINE__,
-       [&] {
-         permute(r, x, {0, 0});
-       },
-       {"permute: need each dimension once"}},
+          [&] {
+            permute(r, x, {0, 0});
+          },
+          {"permute: need each dimension once"}},
       {__LINE__, [&] { permute(r, x, {0}); }, {"permute: need one entry of order"}},
       {__LINE__,
-       [&] {
-         reshape(r, x, {5, -1});
-       },
-       {"need as many elements", "[3,4] f64"}},
+          [&] {
+            reshape(r, x, {5, -1});
+          },
+          {"need as many elements", "[3,4] f64"}},
       {__LINE__,
-       [&] {
-         reshape(r, x, {-1, -1});
-       },
-       {"reshape: need sizes >= 0"}},
+          [&] {
+            reshape(r, x, {-1, -1});
+          },
+          {"reshape: need sizes >= 0"}},
       {__LINE__, [&] { slice(r, x, 1, 2, 5); }, {"slice: need 0 <= begin", "[2,5) of dimension 1"}},
       {__LINE__,
-       [&] {
-         split(r, x, 1, {1, 2});
-       },
-       {"split: need sizes that sum"}},
+          [&] {
+            split(r, x, 1, {1, 2});
+          },
+          {"split: need sizes that sum"}},
       {__LINE__,
-       [&] {
-         concat(r, {x, y}, 0);
-       },
-       {"concat: need equal sizes but", "[4,3]"}},
+          [&] {
+            concat(r, {x, y}, 0);
+          },
+          {"concat: need equal sizes but", "[4,3]"}},
       {__LINE__, [&] { concat(r, {}, 0); }, {"concat: need at least one"}},
       {__LINE__, [&] { repeat(r, x, 0, -1); }, {"repeat: need times >= 0"}},
-      {__LINE__,
-       [&] { index_select(r, x, ids); },
-       {"index_select: need ids in [0,3), not 3 at element 1"}},
-      {__LINE__,
-       [&] { index_select(r, x, minus); },
-       {"index_select: need ids in [0,3), not -1 at element 0"}},
+      {__LINE__, [&] { index_select(r, x, ids); },
+          {"index_select: need ids in [0,3), not 3 at element 1"}},
+      {__LINE__, [&] { index_select(r, x, minus); },
+          {"index_select: need ids in [0,3), not -1 at element 0"}},
       {__LINE__, [&] { index_select(r, x, x); }, {"index_select: need ids of dtype i32"}},
-      {__LINE__,
-       [&] { scatter_add(r, x, ids, 2); },
-       {"scatter_add: need ids in [0,2), not 3 at element 1"}},
+      {__LINE__, [&] { scatter_add(r, x, ids, 2); },
+          {"scatter_add: need ids in [0,2), not 3 at element 1"}},
       {__LINE__, [&] { scatter_add(r, x, ids, 4); }, {"scatter_add: need an id a row"}},
       {__LINE__, [&] { top_k(r, x, 5); }, {"top_k: need 1 <= k", "k = 5", "[3,4] f64"}},
   };
@@ -615,7 +615,7 @@ TEST(General, DebugNamesTheOpThatMadeTheNaN) {
   const Tensor zero = t.floats({2}, {0, 1});
   const int line = __LINE__ + 1;
   expect_error([&] { exp(t.rank, div(t.rank, zero, zero)); },
-               {text("general_test.cpp:%d: div", line).c_str(), "non-finite", "element 0"});
+      {text("general_test.cpp:%d: div", line).c_str(), "non-finite", "element 0"});
 }
 
 TEST(General, KeepsOnlyWhatBackwardNeeds) {
@@ -670,9 +670,9 @@ TEST(General, SameBitsForAnyNumberOfThreads) {
     add_grad(r, small, t.random(small.dim, 7, 1, 0, DType::F32));
     const std::vector<double> out = values_of(y);
     backward(r, 0, t.tape.size());
-    return std::vector<std::vector<double>>{
-        out, values_of(grad_of(t.tape, x)), values_of(grad_of(t.tape, w)),
-        values_of(grad_of(t.tape, m)), values_of(grad_of(t.tape, shared))};
+    return std::vector<std::vector<double>>{out, values_of(grad_of(t.tape, x)),
+        values_of(grad_of(t.tape, w)), values_of(grad_of(t.tape, m)),
+        values_of(grad_of(t.tape, shared))};
   };
   const auto one = run(1);
   for (int threads : {2, 3, 5}) EXPECT_EQ(run(threads), one) << threads << " threads";

@@ -86,8 +86,8 @@ struct TestRank {
   }
   TestRank(const TestRank&) = delete;
   // Normal numbers of standard deviation `std` around `mean`.
-  Tensor random(Dims dims, uint64_t seed = 1, double std = 1, double mean = 0,
-                DType dtype = DType::F64) {
+  Tensor random(
+      Dims dims, uint64_t seed = 1, double std = 1, double mean = 0, DType dtype = DType::F64) {
     std::vector<double> values(dims.numel());
     for (size_t i = 0; i < values.size(); i++) values[i] = mean + std * normal_at(seed, i);
     return floats(dims, values, dtype);
@@ -359,7 +359,7 @@ struct Checker {
       EXPECT_EQ(gpu.grads, again.grads) << name << ": second run on the GPU";
       EXPECT_EQ(gpu.nodes, full.nodes) << name << ": on the GPU";
       near("accumulators on the GPU", run({.device = kGpu, .weights = true, .start = 0.5}).grads,
-           weights.grads, limit);
+          weights.grads, limit);
       if (o.bf16_tolerance > 0) {
         const Mode half{.dtype = DType::BF16, .device = kGpu, .rounded = true};
         const Result want = run({.rounded = true}), got = run(half), got_again = run(half);
@@ -370,11 +370,11 @@ struct Checker {
         sums.weights = true;
         sums.start = 0.5;
         near("BF16 accumulators on the GPU", run(sums).grads, scaled(want.grads, 1, 0.5),
-             o.bf16_tolerance);
+            o.bf16_tolerance);
         sums.deferred = true;
         sums.uses = 3;
         near("BF16 accumulators of three micro-batches", run(sums).grads,
-             scaled(want.grads, 3, 0.5), o.bf16_tolerance);
+            scaled(want.grads, 3, 0.5), o.bf16_tolerance);
       }
       if (o.f32_tolerance > 0) {
         const Mode mode{.dtype = DType::F32, .device = kGpu};
@@ -408,13 +408,13 @@ struct Checker {
     EXPECT_EQ(run({.weights = true, .deferred = true, .start = 0.5}).grads, weights.grads)
         << name << ": deferred weight gradients";
     near("accumulators of three micro-batches",
-         run({.weights = true, .deferred = true, .start = 0.5, .uses = 3}).grads,
-         scaled(full.grads, 3, 0.5), 1e-12);
+        run({.weights = true, .deferred = true, .start = 0.5, .uses = 3}).grads,
+        scaled(full.grads, 3, 0.5), 1e-12);
     near("inputs used twice", run({.uses = 2}).grads, scaled(full.grads, 2, 0), 1e-12);
     for (size_t i = 0; i < inputs.size(); i++)
       if (differentiable(i))
         near("gradient of one input alone", {run({.only_input = int(i)}).grads[i]}, {full.grads[i]},
-             1e-12);
+            1e-12);
     if (full.outputs.size() > 1 && o.cotangent == 0) outputs_apart(full);
     if (o.f32_tolerance > 0) {
       const Result f32 = run({.dtype = DType::F32});
@@ -431,7 +431,7 @@ struct Checker {
 // at most 8. Everything that depends on the dtype must be among them.
 template <class F>
 void gradcheck(const std::string& name, const std::vector<Tensor>& inputs, F f,
-               GradcheckOptions options = {}) {
+    GradcheckOptions options = {}) {
   gradcheck_detail::Checker<F>{name, inputs, f, options}.check();
 }
 

@@ -21,19 +21,13 @@ TEST(Layers, LinearGradients) {
     Dims x;
     int64_t out;
   };
-  for (const auto& [x, out] : {Case{{5, 3}, 4},
-                               {{1, 1}, 1},
-                               {{2, 3, 4}, 7},
-                               {{6}, 3},
-                               {{0, 4}, 3},
-                               {{4, 2}, 0},
-                               {{197, 9}, 386}}) {
+  for (const auto& [x, out] : {Case{{5, 3}, 4}, {{1, 1}, 1}, {{2, 3, 4}, 7}, {{6}, 3}, {{0, 4}, 3},
+           {{4, 2}, 0}, {{197, 9}, 386}}) {
     TestRank t;
     for (const bool with_bias : {false, true}) {
       std::vector<Tensor> in = {t.random(x), t.random({out, x[x.rank - 1]}, 2)};
       if (with_bias) in.push_back(t.random({out}, 3));
-      gradcheck(
-          text("linear %s -> %ld, bias %d", shape_of(x).c_str(), long(out), with_bias), in,
+      gradcheck(text("linear %s -> %ld, bias %d", shape_of(x).c_str(), long(out), with_bias), in,
           [&](Rank& r, TensorList v) { return linear(r, v[0], v[1], with_bias ? v[2] : Tensor{}); },
           {.max_elements = x[0] == 197 ? 6 : 200});
     }
@@ -63,12 +57,12 @@ TEST(Layers, Embedding) {
     int64_t V, D;
   };
   for (const auto& [ids, V, D] :
-       {Case{{7}, 5, 3}, {{2, 9}, 4, 130}, {{1}, 1, 1}, {{0}, 5, 3}, {{3, 0}, 2, 2}}) {
+      {Case{{7}, 5, 3}, {{2, 9}, 4, 130}, {{1}, 1, 1}, {{0}, 5, 3}, {{3, 0}, 2, 2}}) {
     TestRank t;
     const std::vector<int32_t> id = cycle(ids.numel(), 3, static_cast<int>(V));
     const Tensor w = t.random({V, D});
     gradcheck("embedding " + shape_of(ids), {t.ints(ids, id), w},
-              [](Rank& r, TensorList v) { return embedding(r, v[0], v[1]); });
+        [](Rank& r, TensorList v) { return embedding(r, v[0], v[1]); });
     const Tensor y = embedding(t.rank, t.ints(ids, id), w);
     Dims want = ids;
     want[want.rank++] = D;
@@ -85,20 +79,19 @@ TEST(Layers, RmsNorm) {
     const Tensor x = t.random(dims), other = t.random(dims, 5), w = t.random({D}, 2, 0.3, 1);
     const double eps = 0.1;  // smaller, the gradient of a single element is all cancellation
     gradcheck("rms_norm " + shape_of(dims), {x, w},
-              [=](Rank& r, TensorList v) { return rms_norm(r, v[0], v[1], eps); },
-              {.max_elements = 20});
+        [=](Rank& r, TensorList v) { return rms_norm(r, v[0], v[1], eps); }, {.max_elements = 20});
     gradcheck("add_rms_norm " + shape_of(dims), {x, other, w},
-              [=](Rank& r, TensorList v) {
-                const AddRmsNorm both = add_rms_norm(r, v[0], v[1], v[2], eps);
-                return TensorList{both.sum, both.normed};
-              },
-              {.max_elements = 20});
+        [=](Rank& r, TensorList v) {
+          const AddRmsNorm both = add_rms_norm(r, v[0], v[1], v[2], eps);
+          return TensorList{both.sum, both.normed};
+        },
+        {.max_elements = 20});
     gradcheck("add_rms_norm, one tensor twice " + shape_of(dims), {x, w},
-              [=](Rank& r, TensorList v) {
-                const AddRmsNorm both = add_rms_norm(r, v[0], v[0], v[1], eps);
-                return TensorList{both.sum, both.normed};
-              },
-              {.max_elements = 20});
+        [=](Rank& r, TensorList v) {
+          const AddRmsNorm both = add_rms_norm(r, v[0], v[0], v[1], eps);
+          return TensorList{both.sum, both.normed};
+        },
+        {.max_elements = 20});
     const AddRmsNorm got = add_rms_norm(t.rank, x, other, w, eps);
     std::vector<double> sum(x.numel()), normed(x.numel());
     for (int64_t i = 0; i < x.numel(); i++) sum[i] = x.as<double>()[i] + other.as<double>()[i];
@@ -134,8 +127,8 @@ TEST(Layers, RopeTables) {
 }
 
 // One head of one token, by the formula: the two halves are one complex number a pair.
-std::vector<double> turned(const double* x, const double* w, const double* cos, const double* sin,
-                           int N, double eps) {
+std::vector<double> turned(
+    const double* x, const double* w, const double* cos, const double* sin, int N, double eps) {
   double square = 0;
   for (int i = 0; i < N; i++) square += x[i] * x[i];
   std::vector<double> y(x, x + N);
@@ -155,7 +148,7 @@ TEST(Layers, QkNormRope) {
   };
   const double eps = 1e-3;
   for (const auto& [T, heads] :
-       {Case{3, {2, 1, 4}}, {1, {1, 1, 2}}, {0, {4, 2, 6}}, {5, {6, 2, 10}}, {131, {3, 1, 32}}})
+      {Case{3, {2, 1, 4}}, {1, {1, 1, 2}}, {0, {4, 2, 6}}, {5, {6, 2, 10}}, {131, {3, 1, 32}}})
     for (const bool normed : {true, false}) {
       TestRank t;
       t.rank.compute = DType::F64;
@@ -169,13 +162,13 @@ TEST(Layers, QkNormRope) {
       std::vector<Tensor> in = {qkv, rope.cos, rope.sin, positions};
       if (normed) in.insert(in.end(), {q, k});
       gradcheck(name, in,
-                [&](Rank& r, TensorList v) {
-                  return qk_norm_rope(r, v[0], heads, normed ? v[4] : Tensor{},
-                                      normed ? v[5] : Tensor{}, eps, {v[1], v[2]}, v[3]);
-                },
-                {.wide = 0b110, .max_elements = T > 100 ? 6 : 40, .constants = 0b110});
-      const Tensor y = qk_norm_rope(t.rank, qkv, heads, normed ? q : Tensor{},
-                                    normed ? k : Tensor{}, eps, rope, positions);
+          [&](Rank& r, TensorList v) {
+            return qk_norm_rope(r, v[0], heads, normed ? v[4] : Tensor{}, normed ? v[5] : Tensor{},
+                eps, {v[1], v[2]}, v[3]);
+          },
+          {.wide = 0b110, .max_elements = T > 100 ? 6 : 40, .constants = 0b110});
+      const Tensor y = qk_norm_rope(
+          t.rank, qkv, heads, normed ? q : Tensor{}, normed ? k : Tensor{}, eps, rope, positions);
       std::vector<double> want;
       for (int64_t s = 0; s < T; s++)
         for (int h = 0; h < H + 2 * K; h++) {
@@ -185,7 +178,7 @@ TEST(Layers, QkNormRope) {
           std::vector<double> head(x, x + N);
           if (h < H + K)
             head = turned(x, normed ? w : nullptr, rope.cos.as<double>() + row,
-                          rope.sin.as<double>() + row, N, eps);
+                rope.sin.as<double>() + row, N, eps);
           want.insert(want.end(), head.begin(), head.end());
         }
       EXPECT_LE(relative_error(values_of(y), want), 1e-14) << name;
@@ -275,19 +268,15 @@ std::vector<std::vector<double>> layer_and_loss(int threads) {
   const AddRmsNorm both = add_rms_norm(r, x, t.random({T, D}, 3, 1, 0, f32), weight({D}), 1e-3);
   x = linear(r, both.normed, weight({D, D}), weight({D}));
   x = qk_norm_rope(r, x, {3, 1, 20}, weight({20}), weight({20}), 1e-3, rope_tables(r, T, 20, 100),
-                   t.ints({T}, cycle(T, 1, T)));
+      t.ints({T}, cycle(T, 1, T)));
   const Routing chosen = router(r, x, weight({E, D}), {.top_k = 2, .normalize = true});
   add_grad(r, chosen.weights, t.random({T, 2}, 4, 1, 0, f32));
-  const Dispatched d{x,
-                     t.random({P}, 5, 1, 0, f32),
-                     t.ints({P}, row_of),
-                     t.ints({E + 1}, offsets),
-                     t.ints({P}, pair_of),
-                     t.ints({T + 1}, row_begin)};
+  const Dispatched d{x, t.random({P}, 5, 1, 0, f32), t.ints({P}, row_of), t.ints({E + 1}, offsets),
+      t.ints({P}, pair_of), t.ints({T + 1}, row_begin)};
   x = grouped_linear(r, index_select(r, x, d.row_of), weight({E, 2 * D, D}), d.offsets);
   x = scatter_add(r, swiglu(r, x, d.weights), d.row_of, T);
-  const Tensor loss = lm_head_cross_entropy(r, rms_norm(r, x, weight({D}), 1e-3), weight({V, D}),
-                                            t.ints({T}, cycle(T, 11, V)), 0.1);
+  const Tensor loss = lm_head_cross_entropy(
+      r, rms_norm(r, x, weight({D}), 1e-3), weight({V, D}), t.ints({T}, cycle(T, 11, V)), 0.1);
   add_grad(r, loss, loss);
   backward(r, 0, t.tape.size(), true);
   weight_grads(r, {{&t.tape, 0, t.tape.size()}});
@@ -313,9 +302,9 @@ TEST(Layers, WeightsMadeByAnotherOp) {
   const Tensor x = t.random({3, 4}), a = t.random({4, 5}, 2), b = t.random({4, 5}, 3);
   const Tensor v = t.random({5}, 4), ids = t.ints({3}, {2, 0, 2});
   gradcheck("linear", {x, a, b},
-            [](Rank& r, TensorList in) { return linear(r, in[0], linear(r, in[1], in[2])); });
+      [](Rank& r, TensorList in) { return linear(r, in[0], linear(r, in[1], in[2])); });
   gradcheck("embedding", {ids, a, b},
-            [](Rank& r, TensorList in) { return embedding(r, in[0], linear(r, in[1], in[2])); });
+      [](Rank& r, TensorList in) { return embedding(r, in[0], linear(r, in[1], in[2])); });
   gradcheck("add_rms_norm and rms_norm", {x, v, b}, [](Rank& r, TensorList in) {
     const Tensor w = linear(r, in[1], in[2]);
     const Tensor normed = add_rms_norm(r, in[0], in[0], w, 0.1).normed;
@@ -325,11 +314,11 @@ TEST(Layers, WeightsMadeByAnotherOp) {
     return router(r, in[0], linear(r, in[1], in[2]), {.top_k = 2}).weights;
   });
   gradcheck("qk_norm_rope", {t.random({3, 12}), v, b, t.random({4, 2}), ids},
-            [](Rank& r, TensorList in) {
-              const Tensor w = linear(r, in[1], in[2]);
-              return qk_norm_rope(r, in[0], {1, 1, 4}, w, w, 0.1, {in[3], in[3]}, in[4]);
-            },
-            {.wide = 0b1000, .constants = 0b1000});
+      [](Rank& r, TensorList in) {
+        const Tensor w = linear(r, in[1], in[2]);
+        return qk_norm_rope(r, in[0], {1, 1, 4}, w, w, 0.1, {in[3], in[3]}, in[4]);
+      },
+      {.wide = 0b1000, .constants = 0b1000});
 }
 
 TEST(Layers, ErrorsNameTheCallersLine) {
@@ -340,7 +329,7 @@ TEST(Layers, ErrorsNameTheCallersLine) {
   const int line = __LINE__ + 1;
   const auto wrong = [&] { linear(r, x, w5); };
   expect_error(wrong, {text("layers_test.cpp:%d: linear: need x [..., in] and w", line).c_str(),
-                       "[2,3] f64 cpu, made at", "[4,5] f64", "rank 0"});
+                          "[2,3] f64 cpu, made at", "[4,5] f64", "rank 0"});
   expect_error([&] { linear(r, x, w5, {}, {"model.cpp", 10}); }, {"model.cpp:10: linear"});
   expect_error([&] { linear(r, x, w, v3); }, {"linear: need bias [out]"});
   expect_error([&] { linear(r, x, f32); }, {"linear: need one dtype"});

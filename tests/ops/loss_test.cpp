@@ -27,8 +27,7 @@ TEST(Loss, Gradients) {
   for (const LossCase& c : kCases)
     for (const double scale : {1.0, 0.125}) {
       TestRank t;
-      gradcheck(
-          text("lm_head_cross_entropy [%ld,%ld] of %ld", long(c.T), long(c.D), long(c.V)),
+      gradcheck(text("lm_head_cross_entropy [%ld,%ld] of %ld", long(c.T), long(c.D), long(c.V)),
           {t.random({c.T, c.D}), t.random({c.V, c.D}, 2), t.ints({c.T}, labels_of(c))},
           [=](Rank& r, TensorList v) { return lm_head_cross_entropy(r, v[0], v[1], v[2], scale); },
           {.max_elements = 30, .cotangent = scale});
@@ -119,14 +118,14 @@ TEST(Loss, ErrorsNameTheCallersLine) {
   const int line = __LINE__ + 1;
   const auto wrong = [&] { lm_head_cross_entropy(r, x, w, far, 1); };
   expect_error(wrong, {text("loss_test.cpp:%d: lm_head_cross_entropy: need", line).c_str(),
-                       "labels in [0,4), not 4 at element 1"});
+                          "labels in [0,4), not 4 at element 1"});
   expect_error(
       [&] {
         lm_head_cross_entropy(r, x, w, t.ints({2}, {0, -1}), 1);
       },
       {"not -1 at element 1"});
-  expect_error([&] { lm_head_cross_entropy(r, x, w, t.ints({1}, {0}), 1); },
-               {"need labels I32 [T]"});
+  expect_error(
+      [&] { lm_head_cross_entropy(r, x, w, t.ints({1}, {0}), 1); }, {"need labels I32 [T]"});
   expect_error(
       [&] {
         lm_head_cross_entropy(r, x, t.random({4, 2}), t.ints({2}, {0, 1}), 1);

@@ -12,8 +12,8 @@ struct RouterCase {
   int64_t T, D, E;
   int k;
 };
-const RouterCase kRouterCases[] = {{5, 3, 4, 2}, {1, 1, 1, 1}, {0, 4, 6, 2},
-                                   {7, 5, 6, 6}, {9, 4, 5, 3}, {11, 33, 130, 8}};
+const RouterCase kRouterCases[] = {
+    {5, 3, 4, 2}, {1, 1, 1, 1}, {0, 4, 6, 2}, {7, 5, 6, 6}, {9, 4, 5, 3}, {11, 33, 130, 8}};
 
 std::vector<int32_t> some_ids(const RouterCase& c) {
   std::vector<int32_t> ids;
@@ -29,17 +29,17 @@ TEST(Router, Gradients) {
         TestRank t;
         const std::string name =
             text("router %ld tokens, %d of %ld experts, normalize %d, forcing %d", long(c.T), c.k,
-                 long(c.E), normalize, forcing);
+                long(c.E), normalize, forcing);
         const Tensor ids = t.ints({c.T, c.k}, some_ids(c));
         gradcheck(name, {t.random({c.T, c.D}), t.random({c.E, c.D}, 2), ids},
-                  [&](Rank& r, TensorList v) {
-                    RouterOptions o{.top_k = c.k, .normalize = normalize};
-                    if (forcing == 1) o.force_balanced = true;
-                    if (forcing == 2) o.forced_ids = v[2];
-                    const Routing out = router(r, v[0], v[1], o);
-                    return TensorList{out.weights, out.probs};
-                  },
-                  {.max_elements = 20});
+            [&](Rank& r, TensorList v) {
+              RouterOptions o{.top_k = c.k, .normalize = normalize};
+              if (forcing == 1) o.force_balanced = true;
+              if (forcing == 2) o.forced_ids = v[2];
+              const Routing out = router(r, v[0], v[1], o);
+              return TensorList{out.weights, out.probs};
+            },
+            {.max_elements = 20});
       }
 }
 
@@ -69,8 +69,8 @@ TEST(Router, IsTheFormula) {
         for (int j = 0; j < c.k; j++) {
           const int e = order[j].second;
           EXPECT_EQ(got.ids.i32()[s * c.k + j], e) << "token " << s << ", slot " << j;
-          EXPECT_NEAR(got.weights.as<double>()[s * c.k + j], p[e] / all / (normalize ? chosen : 1),
-                      1e-14);
+          EXPECT_NEAR(
+              got.weights.as<double>()[s * c.k + j], p[e] / all / (normalize ? chosen : 1), 1e-14);
         }
       }
     }
@@ -85,7 +85,7 @@ TEST(Router, TiesAndNaNs) {
     const Routing got = router(t.rank, t.cast(x, dtype), t.cast(w, dtype), {.top_k = 4});
     const std::vector<double> ids = values_of(got.ids);
     EXPECT_EQ(std::vector<double>(ids.begin(), ids.begin() + 8),
-              (std::vector<double>{1, 3, 4, 0, 0, 1, 2, 3}));
+        (std::vector<double>{1, 3, 4, 0, 0, 1, 2, 3}));
     EXPECT_EQ(std::set<double>(ids.begin() + 8, ids.end()).size(), 4u);
     for (int j = 8; j < 12; j++) EXPECT_TRUE(ids[j] >= 0 && ids[j] < 6);
     EXPECT_TRUE(std::isnan(values_of(got.weights)[8])) << "a NaN must not vanish";
@@ -96,9 +96,8 @@ TEST(Router, ForcedChoices) {
   TestRank t;
   const Tensor x = t.random({7, 3}), w = t.random({5, 3}, 2);
   const Routing balanced = router(t.rank, x, w, {.top_k = 2, .force_balanced = true});
-  const Routing forced =
-      router(t.rank, x, w,
-             {.top_k = 2, .normalize = true, .forced_ids = t.ints({7, 2}, some_ids({7, 3, 5, 2}))});
+  const Routing forced = router(t.rank, x, w,
+      {.top_k = 2, .normalize = true, .forced_ids = t.ints({7, 2}, some_ids({7, 3, 5, 2}))});
   const auto p = [&](const Routing& r, int i) {
     return r.probs.as<double>()[i / 2 * 5 + r.ids.i32()[i]];
   };
@@ -106,8 +105,8 @@ TEST(Router, ForcedChoices) {
     EXPECT_EQ(balanced.ids.i32()[i], (i / 2 + i % 2 * (5 / 2)) % 5);
     EXPECT_EQ(balanced.weights.as<double>()[i], p(balanced, i));
     EXPECT_EQ(forced.ids.i32()[i], (i / 2 * 3 + i % 2) % 5);
-    EXPECT_NEAR(forced.weights.as<double>()[i], p(forced, i) / (p(forced, i) + p(forced, i ^ 1)),
-                1e-15);
+    EXPECT_NEAR(
+        forced.weights.as<double>()[i], p(forced, i) / (p(forced, i) + p(forced, i ^ 1)), 1e-15);
   }
 }
 
@@ -338,7 +337,7 @@ TEST(MoeErrors, NameTheCallersLine) {
   expect_error([&] { swiglu(r, t.random({3, 4}), t.random({2})); }, {"need weights [P]"});
   at.row_of[0] = 2;
   expect_error([&] { expand_linear(r, at.make(r, x, {}), w3); },
-               {"need row_of in [0,2), not 2 at element 0"});
+      {"need row_of in [0,2), not 2 at element 0"});
   at.row_of[0] = 0;
   at.row_begin[1] = 4;
   expect_error([&] { expand_linear(r, at.make(r, x, {}), w3); }, {"need row_begin ascending"});

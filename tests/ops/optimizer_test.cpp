@@ -40,8 +40,8 @@ TEST(Adamw, FollowsTheTextbookStepByStep) {
 TEST(Adamw, FirstStepIsTheRateAndDecayIsApart) {
   TestRank t;
   const Tensor w = t.floats({2}, {1, 1}), m = t.floats({2}, {}), v = t.floats({2}, {});
-  adamw_step(t.rank, w, t.floats({2}, {1e-4, -50}), m, v,
-             {.lr = 0.01, .eps = 0, .weight_decay = 0});
+  adamw_step(
+      t.rank, w, t.floats({2}, {1e-4, -50}), m, v, {.lr = 0.01, .eps = 0, .weight_decay = 0});
   EXPECT_NEAR(w.as<double>()[0], 0.99, 1e-14);  // whatever the gradient's size
   EXPECT_NEAR(w.as<double>()[1], 1.01, 1e-14);
   const Tensor u = t.floats({1}, {8}), zero = t.floats({1}, {});
@@ -102,12 +102,12 @@ TEST(Flat, ErrorsNameTheCallersLine) {
   const Tensor a = t.random({3}), b = t.random({4}), f32 = t.random({3}, 1, 1, 0, DType::F32);
   const int line = __LINE__ + 1;
   const auto wrong = [&] { adamw_step(t.rank, a, b, a, a, {}); };
-  expect_error(wrong,
-               {text("optimizer_test.cpp:%d: adamw_step: need w, g, m", line).c_str(), "[4] f64"});
+  expect_error(
+      wrong, {text("optimizer_test.cpp:%d: adamw_step: need w, g, m", line).c_str(), "[4] f64"});
   expect_error([&] { adamw_step(t.rank, a, f32, a, a, {}); }, {"adamw_step: need one dtype"});
   expect_error([&] { adamw_step(t.rank, a, a, a, a, {.step = 0}); }, {"need step >= 1"});
   expect_error([&] { sum_squares(t.rank, t.ints({1}, {1})); },
-               {"optimizer_test.cpp:", "sum_squares: need dtype f32 or f64"});
+      {"optimizer_test.cpp:", "sum_squares: need dtype f32 or f64"});
 }
 
 }  // namespace

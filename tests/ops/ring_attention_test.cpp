@@ -66,8 +66,8 @@ std::vector<int32_t> coordinates(const Rank& rank) {
   return coord;
 }
 
-Tensor local(Rank& rank, int batch, int tensor, const std::vector<int32_t>& coord, Dims dims,
-             DType dtype) {
+Tensor local(
+    Rank& rank, int batch, int tensor, const std::vector<int32_t>& coord, Dims dims, DType dtype) {
   Tensor t = empty(rank, dims, dtype);
   const int64_t S = coord.size(), width = t.numel() / (kRows * S);
   for (int64_t i = 0; i < t.numel(); i++) {
@@ -94,8 +94,8 @@ AttentionMask local_mask(Rank& rank, const RingCase& c, const std::vector<int32_
 // Everything that one batch's ranks compute: outputs and gradients of the packed and the general
 // form, over whole rows.
 struct Results {
-  Whole tensors[6] = {Whole(kOut),  Whole(kPacked), Whole(4 * 5),
-                      Whole(4 * 6), Whole(2 * 6),   Whole(2 * 5)};
+  Whole tensors[6] = {
+      Whole(kOut), Whole(kPacked), Whole(4 * 5), Whole(4 * 6), Whole(2 * 6), Whole(2 * 5)};
 };
 
 void run_packed(Rank& rank, const RingCase& c, int batch, DType dtype, Results& results) {
@@ -114,8 +114,8 @@ void run_general(Rank& rank, const RingCase& c, int batch, DType dtype, Results&
   const auto coord = coordinates(rank);
   const int64_t S = coord.size();
   Tensor x[3] = {local(rank, batch, 2, coord, {kRows, S, 4, 6}, dtype),
-                 local(rank, batch, 3, coord, {kRows, S, 2, 6}, dtype),
-                 local(rank, batch, 4, coord, {kRows, S, 2, 5}, dtype)};
+      local(rank, batch, 3, coord, {kRows, S, 2, 6}, dtype),
+      local(rank, batch, 4, coord, {kRows, S, 2, 5}, dtype)};
   for (Tensor& t : x) make_leaf(rank, t);
   Tensor y = attention(rank, x[0], x[1], x[2], 0.4, local_mask(rank, c, coord));
   add_grad(rank, y, local(rank, batch, 5, coord, {kRows, S, 4, 5}, dtype));
@@ -145,8 +145,8 @@ std::vector<Results> run(const Mesh& mesh, const RingCase& c, DType dtype) {
 const char* const kNames[] = {"out", "dqkv", "general out", "dq", "dk", "dv"};
 
 TEST(RingAttention, EveryMeshGivesTheSame) {
-  const Mesh meshes[] = {{.cp = 2},          {.cp = 3},          {.cp = 4},
-                         {.dp = 2, .cp = 2}, {.cp = 2, .ep = 3}, {.pp = 2, .cp = 2, .ep = 2}};
+  const Mesh meshes[] = {{.cp = 2}, {.cp = 3}, {.cp = 4}, {.dp = 2, .cp = 2}, {.cp = 2, .ep = 3},
+      {.pp = 2, .cp = 2, .ep = 2}};
   for (const DType dtype : {DType::F64, DType::F32})
     for (const RingCase& c : kCases) {
       const auto want = run({.dp = 4}, c, dtype);
@@ -155,9 +155,9 @@ TEST(RingAttention, EveryMeshGivesTheSame) {
         for (size_t batch = 0; batch < got.size(); batch++)
           for (int i = 0; i < 6; i++)
             EXPECT_LT(relative_error(got[batch].tensors[i].data, want[batch].tensors[i].data),
-                      dtype == DType::F64 ? 1e-12 : 1e-6)
+                dtype == DType::F64 ? 1e-12 : 1e-6)
                 << text("%s of \"%s\", %s, pp %d dp %d cp %d ep %d, batch %zu", kNames[i], c.name,
-                        name_of(dtype), mesh.pp, mesh.dp, mesh.cp, mesh.ep, batch);
+                       name_of(dtype), mesh.pp, mesh.dp, mesh.cp, mesh.ep, batch);
       }
     }
 }
@@ -200,11 +200,10 @@ TEST(RingAttention, DocumentsDoNotLeak) {
   for (const int32_t changed : {6, 24, 48}) {
     const auto after = outputs(changed);
     for (int64_t i = 0; i < kRows * kLength; i++) {
-      const bool same =
-          std::equal(&before.first[i * kOut], &before.first[i * kOut] + kOut,
-                     &after.first[i * kOut]) &&
-          std::equal(&before.second[i * kPacked], &before.second[i * kPacked] + kPacked,
-                     &after.second[i * kPacked]);
+      const bool same = std::equal(&before.first[i * kOut], &before.first[i * kOut] + kOut,
+                            &after.first[i * kOut]) &&
+                        std::equal(&before.second[i * kPacked],
+                            &before.second[i * kPacked] + kPacked, &after.second[i * kPacked]);
       EXPECT_EQ(same, i >= kLength || document_end(0, i) != changed)
           << "position " << i << ", changed the document that ends at " << changed;
     }
@@ -241,8 +240,8 @@ TEST(RingAttention, NamesTheCaller) {
       [] {
         run_ranks({.cp = 2}, Device::CPU, kQuick, [&](Rank& rank) {
           Tensor q = zeros(rank, {1, 2, 1, 2}, DType::F32);
-          attention(rank, q, q, q, 1, {}, {zeros(rank, {1, 1, 2, 2}, DType::F32), {}},
-                    {"model.cpp", 6});
+          attention(
+              rank, q, q, q, 1, {}, {zeros(rank, {1, 1, 2, 2}, DType::F32), {}}, {"model.cpp", 6});
         });
       },
       {"model.cpp:6: attention", "no bias, no visible and S == Z where cp > 1"});
