@@ -28,6 +28,7 @@ if grep -q '  SKIPPED ' "$log" || ! grep -qE '^on the GPU: [1-9]' "$log"; then r
 OMP_WAIT_POLICY=passive "$programs/test_engine" --gtest_filter='Golden.*' 2>&1 | tail -n 3 || result=FAIL
 q1=bench/configs/q1.toml
 "$programs/pith" bench train $q1 --micro-batch 1,2,4,8 || result=FAIL
+"$programs/pith" bench train $q1 --micro-batch 1 --weight-grad-batch 4 || result=FAIL
 "$programs/pith" bench floor $q1 || result=FAIL
 "$programs/pith" bench ops || result=FAIL
 echo $result
