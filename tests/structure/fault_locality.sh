@@ -11,7 +11,7 @@ verbose=${1:-}
 # The tree is copied, so that nothing here touches the real one; unchanged files come from ccache.
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
-cp -r src CMakeLists.txt CMakePresets.json configs "$copy"
+cp -r src bench CMakeLists.txt CMakePresets.json configs "$copy"
 cd "$copy"
 export CCACHE_BASEDIR=$copy CCACHE_NOHASHDIR=1
 cmake --preset cpu -DPITH_TESTS=OFF > configure.log || { cat configure.log; exit 1; }
