@@ -22,7 +22,7 @@ program() {
         git rev-parse -q --verify "$2^{commit}" > /dev/null || die "$2" "is no commit" "git log"
         git archive "$2" src CMakeLists.txt CMakePresets.json | tar -xf - -C "$new"
     else
-        cp -r src CMakeLists.txt CMakePresets.json "$new"
+        cp -r src bench CMakeLists.txt CMakePresets.json "$new"
     fi
     if [ -e "$tree/src" ]; then
         (cd "$tree" && find src -type f) | while IFS= read -r path; do
