@@ -20,7 +20,7 @@ program() {
     mkdir "$new"
     if [ -n "${2:-}" ]; then
         git rev-parse -q --verify "$2^{commit}" > /dev/null || die "$2" "is no commit" "git log"
-        git archive "$2" src CMakeLists.txt CMakePresets.json | tar -xf - -C "$new"
+        git archive "$2" src bench CMakeLists.txt CMakePresets.json | tar -xf - -C "$new"
     else
         cp -r src bench CMakeLists.txt CMakePresets.json "$new"
     fi
