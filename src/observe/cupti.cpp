@@ -13,18 +13,18 @@ void open_profiler() {
   const string name = text("libcupti.so.%d", CUDART_VERSION / 1000);
   const char* home = getenv("CUDA_HOME");
   const string in_toolkit = string(home ? home : "/usr/local/cuda") + "/extras/CUPTI/lib64/" + name;
-  void* library = dlopen(name.c_str(), RTLD_NOW);
-  if (!library) library = dlopen(in_toolkit.c_str(), RTLD_NOW);
-  if (!library)
+  void* cupti = dlopen(name.c_str(), RTLD_NOW);
+  if (!cupti) cupti = dlopen(in_toolkit.c_str(), RTLD_NOW);
+  if (!cupti)
     bad_input("--profile-step", text("CUPTI is missing (got %s)", dlerror()),
         "the CUDA toolkit's package cuda-cupti, or its folder in LD_LIBRARY_PATH");
-  profiler() = new Profile{.library = library};
+  profiler() = new Profile{.cupti = cupti};
 }
 
 // A function of CUPTI's that takes just these types.
 template <class... Args>
 static bool call(const char* name, Args... args) {
-  auto* f = reinterpret_cast<CUptiResult (*)(Args...)>(dlsym(profiler()->library, name));
+  auto* f = reinterpret_cast<CUptiResult (*)(Args...)>(dlsym(profiler()->cupti, name));
   return f && f(args...) == CUPTI_SUCCESS;
 }
 

@@ -22,7 +22,7 @@ struct Profile {
   vector<Stage> stages;
   vector<Launch> launches;
   // Of CUPTI's work.
-  void* library = nullptr;
+  void* cupti = nullptr;
   bool recording = false;
   u64 begin_ns = 0;
   std::map<int, int> stage_of;  // by the number of a call; until the end, a launch's stage
