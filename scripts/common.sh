@@ -9,6 +9,19 @@ die() {
     exit 2
 }
 
+# A program of checks: gate WHAT STATUS [WHAT TO TRY], each; finish prints the verdict and leaves.
+result=PASS
+gate() {
+    if [ "$2" = 0 ]; then echo "ok    $1"; return; fi
+    echo "FAIL  $1${3:+. Try: $3}"
+    result=FAIL
+}
+finish() {
+    echo $result
+    [ $result = PASS ]
+    exit
+}
+
 # found COMMAND_OR_HEADER
 found() {
     case $1 in

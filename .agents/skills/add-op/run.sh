@@ -8,19 +8,6 @@ op=${1:-}
 [[ $op =~ ^[a-z][a-z0-9_]*$ ]] || die run.sh "needs the name of an op (got \"$op\")" "run.sh rms_norm"
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-result=PASS
-
-# gate WHAT STATUS [REMEDY]
-gate() {
-    if [ "$2" = 0 ]; then echo "ok    $1"; return; fi
-    echo "FAIL  $1${3:+. Try: $3}"
-    result=FAIL
-}
-finish() {
-    echo $result
-    [ $result = PASS ]
-    exit
-}
 
 # Each declaration of the op on a line, behind its comment: the lines above it without a blank one
 # between, or the end of its own line.

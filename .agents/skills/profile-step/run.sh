@@ -3,21 +3,8 @@
 # FOLDER STEP: checks it alone. See SKILL.md. The last line is PASS or FAIL.
 set -euo pipefail
 source "$(dirname "$0")/../../../scripts/common.sh"
-result=PASS
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-
-# gate WHAT STATUS
-gate() {
-    if [ "$2" = 0 ]; then echo "ok    $1"; return; fi
-    echo "FAIL  $1"
-    result=FAIL
-}
-finish() {
-    echo $result
-    [ $result = PASS ]
-    exit
-}
 
 # check FOLDER STEP: the files and the log of a profiled run.
 check() {
